@@ -1,0 +1,53 @@
+# Two commands on a fresh machine: `make repro` and `make test`. Each sets up .venv by itself.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+PYTHON ?= python3
+BIN := .venv/bin
+UV := uv==0.13.8
+DATA ?= ../shared/data
+export RAY_USAGE_STATS_ENABLED := 0
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: help setup repro repro-real test check bench clean pins
+help:            ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+setup: .venv/.ready  ## the private environment, everything pinned
+.venv/.ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet -r requirements.txt
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+repro: setup     ## the main job on the miniature: data, sweep, evaluation, report
+	@test -d .dvc || { echo 'not a DVC project: .dvc is missing' >&2; exit 2; }
+	$(BIN)/dvc repro
+	@$(BIN)/hificl where
+
+repro-real: setup  ## every stage on official files: make repro-real DATA=folder
+	$(BIN)/hificl workspace work/real-check --profile real-check --data $(DATA)
+	cd work/real-check && .venv/bin/dvc repro && .venv/bin/hificl where
+
+test: setup      ## the test suite
+	$(BIN)/python -m pytest
+
+check: setup     ## what CI runs beside the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell
+
+bench: setup     ## the benchmarks, into benchmarks/
+	$(BIN)/hificl bench subsample --save
+
+pins: setup      ## newer versions into requirements.txt
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --all-extras \
+		pyproject.toml | sed '1i # Everything that `make setup` installs, pinned. Made by `make pins` from pyproject.toml.' > requirements.new
+	mv requirements.new requirements.txt
+
+clean:           ## what the pipeline made; never data of yours, checkpoints or the environment
+	rm -rf runs evaluations reports work cache data/manifests data/miniature

@@ -1,0 +1,1 @@
+"""hificl-lab: adapt a frozen multimodal model by approximating in-context learning."""

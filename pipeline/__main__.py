@@ -1,0 +1,5 @@
+"""`python -m pipeline` is `hificl`."""
+
+from pipeline.cli import main
+
+main()

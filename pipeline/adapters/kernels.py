@@ -1,0 +1,245 @@
+"""Attention over the context alone that also returns its log-sum-exp, and its backward for *any* output and log-sum-exp.
+
+PyTorch's public function hides the log-sum-exp; the operators under it return it. Their backward takes the output
+only through delta = rowsum(dout * out) and the weights only through exp(score - lse), so a caller may hand it a merged
+output and log-sum-exp: that is what makes attention over further, separate keys exact without concatenation.
+
+Backends: `cpu` (flash for CPU), `flash` and `efficient` (CUDA), `plain` (any device and dtype).
+Shapes: B batch, H query heads, T query positions, S key positions, d head size. Keys arrive with H heads here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+_INF = float("inf")
+
+
+@dataclass(frozen=True)
+class PreparedMask:
+    """A mask as the kernels want it.
+
+    Attributes:
+        bias: additive, in the queries' dtype, four dimensions, broadcastable to [B, H, T, S].
+        dead: bool [B or 1, H or 1, T]: rows that may see nothing (left padding).
+    """
+
+    bias: Tensor
+    dead: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call's settings, kept for its backward."""
+
+    backend: str
+    mask: PreparedMask | None
+    causal: bool
+    scale: float
+
+
+def prepare_mask(mask: Tensor, dtype: torch.dtype) -> PreparedMask:
+    """Turn a bool (True = seen) or additive mask, broadcastable to [B, H, T, S], into the kernels' form."""
+    while mask.dim() < 4:
+        mask = mask.unsqueeze(0)
+    if mask.dtype == torch.bool:
+        dead = ~mask.any(-1)
+        bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -_INF)
+    else:
+        dead = (mask == -_INF).all(-1)
+        bias = mask.to(dtype)
+    return PreparedMask(bias, dead)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Return the bool mask [T, S] in which the last query sees all keys (lower-right aligned)."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def plan(q: Tensor, k: Tensor, v: Tensor, mask: PreparedMask | Tensor | None, causal: bool, scale: float) -> Call:
+    """Choose a backend and settle the mask; without a mask, `causal` means lower-right aligned."""
+    if isinstance(mask, Tensor):
+        mask = prepare_mask(mask, q.dtype)
+    if mask is None and causal:
+        queries, keys = q.shape[2], k.shape[2]
+        if queries == 1:
+            causal = False
+        elif queries != keys:  # the kernels' own causal flag is aligned to the upper left
+            mask, causal = prepare_mask(causal_mask(queries, keys, q.device), q.dtype), False
+    elif mask is not None:
+        causal = False
+    return Call(_backend(q, v, mask), mask, causal, scale)
+
+
+def _backend(q: Tensor, v: Tensor, mask: PreparedMask | None) -> str:
+    size = q.shape[-1]
+    if size != v.shape[-1] or 0 in q.shape:
+        return "plain"
+    if q.device.type == "cpu":
+        return "cpu"
+    if q.device.type != "cuda":
+        return "plain"
+    low = q.dtype in (torch.float16, torch.bfloat16)
+    if low and mask is None and size % 8 == 0 and size <= 256:
+        return "flash"
+    if (low and size % 8 == 0) or (q.dtype == torch.float32 and size % 4 == 0):
+        return "efficient"
+    return "plain"
+
+
+def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Any]:
+    """Return (output [B, H, T, d], log-sum-exp [B, H, T] in at least fp32, what `backward` needs besides).
+
+    Rows that see nothing get output 0 and log-sum-exp -inf.
+    """
+    output, lse, extra = _FORWARD[call.backend](call, q, k, v)
+    if call.mask is not None:
+        lse = lse.masked_fill(call.mask.dead, -_INF)
+    return output, lse, extra
+
+
+def backward(
+    call: Call, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v for weights exp(score - lse) and delta = rowsum(grad * out).
+
+    `lse` must be finite; rows that see nothing get no gradient.
+    """
+    return _BACKWARD[call.backend](call, grad, q, k, v, out, lse, extra)
+
+
+# ---------------------------------------------------------------------------------------------------------- CPU flash
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _cpu_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Any]:
+    bias = call.mask.bias if call.mask else None
+    output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        _rows(q), _rows(k), _rows(v), 0.0, call.causal, attn_mask=bias, scale=call.scale
+    )
+    return output, lse, None
+
+
+def _cpu_backward(
+    call: Call, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    bias = call.mask.bias if call.mask else None
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _rows(grad), _rows(q), _rows(k), _rows(v), out, lse, 0.0, call.causal, attn_mask=bias, scale=call.scale
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- CUDA
+
+
+def _flash_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Any]:
+    output, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = aten._scaled_dot_product_flash_attention(
+        _rows(q), _rows(k), _rows(v), 0.0, call.causal, False, scale=call.scale
+    )
+    return output, lse, (cum_q, cum_k, max_q, max_k, seed, offset)
+
+
+def _flash_backward(
+    call: Call, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    cum_q, cum_k, max_q, max_k, seed, offset = extra
+    return aten._scaled_dot_product_flash_attention_backward(
+        _rows(grad), _rows(q), _rows(k), _rows(v), out, lse.float().contiguous(), cum_q, cum_k, max_q, max_k, 0.0,
+        call.causal, seed, offset, scale=call.scale,
+    )
+
+
+_LSE_BLOCK = 32  # the efficient kernel's log-sum-exp is padded to whole blocks of queries
+_BIAS_BLOCK = 16  # its bias must start every row at an aligned address
+
+
+def _efficient_bias(call: Call, q: Tensor, k: Tensor) -> Tensor | None:
+    if call.mask is None:
+        return None
+    # A row of -inf alone is not defined in this kernel: let it see all, and drop the result.
+    bias = call.mask.bias.masked_fill(call.mask.dead.unsqueeze(-1), 0.0)
+    queries, keys = q.shape[2], k.shape[2]
+    bias = bias.expand(bias.shape[0], bias.shape[1], queries, keys)
+    padding = -keys % _BIAS_BLOCK
+    if padding:
+        bias = torch.nn.functional.pad(bias, (0, padding))[..., :keys]
+    elif bias.stride(-1) != 1 or bias.stride(-2) % _BIAS_BLOCK:
+        bias = bias.contiguous()
+    return bias.expand(q.shape[0], q.shape[1], queries, keys)
+
+
+def _efficient_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Any]:
+    output, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
+        _rows(q), _rows(k), _rows(v), _efficient_bias(call, q, k), True, 0.0, call.causal, scale=call.scale
+    )
+    if call.mask is not None:
+        output = output.masked_fill(call.mask.dead.unsqueeze(-1), 0.0)
+    return output, lse[..., : q.shape[2]], (seed, offset)
+
+
+def _efficient_backward(
+    call: Call, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    if call.mask is not None:
+        grad = grad.masked_fill(call.mask.dead.unsqueeze(-1), 0.0)
+    padded = torch.nn.functional.pad(lse.float(), (0, -lse.shape[-1] % _LSE_BLOCK), value=_INF).contiguous()
+    bias = _efficient_bias(call, q, k)
+    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        _rows(grad), _rows(q), _rows(k), _rows(v), bias, out, padded, *extra, 0.0, [True, True, True, False],
+        call.causal, scale=call.scale,
+    )
+    return dq, dk, dv
+
+
+# ---------------------------------------------------------------------------------------------------- plain, anywhere
+
+
+def _scores(call: Call, q: Tensor, k: Tensor) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.matmul(q.to(wide), k.to(wide).transpose(-1, -2)) * call.scale
+    if call.mask is not None:
+        return scores + call.mask.bias
+    if call.causal:
+        return scores.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), -_INF)
+    return scores
+
+
+def _plain_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Any]:
+    scores = _scores(call, q, k)
+    lse = torch.logsumexp(scores, -1)
+    weights = (scores - lse.masked_fill(lse == -_INF, 0.0).unsqueeze(-1)).exp()
+    return torch.matmul(weights, v.to(weights.dtype)).to(q.dtype), lse, None
+
+
+def _plain_backward(
+    call: Call, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    scores = _scores(call, q, k)
+    weights = (scores - lse.unsqueeze(-1)).exp()
+    wide = weights.dtype
+    grad, out = grad.to(wide), out.to(wide)
+    delta = (grad * out).sum(-1, keepdim=True)
+    d_scores = weights * (torch.matmul(grad, v.to(wide).transpose(-1, -2)) - delta) * call.scale
+    dq = torch.matmul(d_scores, k.to(wide))
+    dk = torch.matmul(d_scores.transpose(-1, -2), q.to(wide))
+    dv = torch.matmul(weights.transpose(-1, -2), grad)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+_Forward = Callable[[Call, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Any]]
+_Backward = Callable[[Call, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor, Tensor]]
+_FORWARD: dict[str, _Forward] = {
+    "cpu": _cpu_forward, "flash": _flash_forward, "efficient": _efficient_forward, "plain": _plain_forward
+}
+_BACKWARD: dict[str, _Backward] = {
+    "cpu": _cpu_backward, "flash": _flash_backward, "efficient": _efficient_backward, "plain": _plain_backward
+}

@@ -1,0 +1,28 @@
+"""Backbones as facts, one file each, and the only way to load one.
+
+```python
+from pipeline import backbones
+loaded = backbones.load("idefics2-8b-base", variant="tiny")
+```
+"""
+
+from __future__ import annotations
+
+from pipeline.backbones.base import Backbone
+from pipeline.registry import Registry
+
+REGISTRY: Registry[Backbone] = Registry("backbone", "pipeline.backbones")
+get = REGISTRY.get
+names = REGISTRY.names
+
+
+def register(backbone: Backbone) -> Backbone:
+    """File a backbone under its own name."""
+    REGISTRY.add(backbone.name, backbone)
+    return backbone
+
+
+# Last: load.py needs the registry above, and this binds the function over the module of the same name.
+from pipeline.backbones.load import Loaded, load  # noqa: E402
+
+__all__ = ["REGISTRY", "Backbone", "Loaded", "get", "load", "names", "register"]

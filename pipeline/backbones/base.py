@@ -1,0 +1,223 @@
+"""What a backbone is: facts (`Backbone`) and the way its architecture is built, fed and read (`Family`)."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+from torch import Tensor, nn
+
+# Facts from the published checkpoints use these names for the processor's pixel path. PIL is named explicitly: the
+# torchvision processors resize with other rounding, and the papers' numbers were made with PIL.
+IMAGE_BACKEND = "pil"
+
+Pixels = dict[str, Tensor]  # what one image (or a row of images) looks like to the vision tower
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMarkers:
+    """The text that a chat model wants around a user's and an assistant's turn.
+
+    A turn pair reads `user_open` {question} `user_close` `assistant_open` {cue} {answer} `terminator` `after`.
+
+    Attributes:
+        terminator: the token the model ends its answer with; it is learnt, and generation stops at it.
+        after: what separates two turn pairs.
+    """
+
+    user_open: str
+    user_close: str
+    assistant_open: str
+    terminator: str
+    after: str
+
+
+CHATML = ChatMarkers(
+    user_open="<|im_start|>user\n",
+    user_close="<|im_end|>\n",
+    assistant_open="<|im_start|>assistant\n",
+    terminator="<|im_end|>",
+    after="\n",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """Dotted names of the parts inside the transformers model."""
+
+    vision: str
+    connector: tuple[str, ...]
+    decoder_layers: str
+    lm_head: str = "lm_head"
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """One backbone as facts.
+
+    Attributes:
+        name: how params.yaml and the command line call it.
+        family: how its architecture is built, fed and read.
+        hub_id: the published checkpoint, None for a miniature.
+        stands_for: the published backbone whose role a miniature plays.
+        config: the real configuration, as keyword arguments of `family.config_class`.
+        tiny: what `variant: tiny` changes in it, by the same nesting.
+        processor: settings of the image processor and the processor, real sizes.
+        tiny_processor: what `variant: tiny` changes in them.
+        special_tokens: text of the special tokens by role (bos, eos, pad, unk, image, ...).
+        modules: where vision, connector and decoder live.
+        chat: None for a base model that is prompted with plain text.
+        parameters: number of parameters of the real configuration, as published or counted.
+        never_generated: roles of special tokens that stand for images and are kept out of generated text.
+    """
+
+    name: str
+    family: Family
+    hub_id: str | None
+    config: Mapping[str, Any]
+    tiny: Mapping[str, Any]
+    processor: Mapping[str, Any]
+    tiny_processor: Mapping[str, Any]
+    special_tokens: Mapping[str, str]
+    modules: Modules
+    parameters: int
+    stands_for: str | None = None
+    chat: ChatMarkers | None = None
+    never_generated: tuple[str, ...] = ("image",)
+
+    def config_for(self, variant: str) -> dict[str, Any]:
+        """Return the configuration of a variant ('published' and 'meta': the real one; 'tiny')."""
+        return merged(self.config, self.tiny) if variant == "tiny" else copy.deepcopy(dict(self.config))
+
+    def processor_for(self, variant: str) -> dict[str, Any]:
+        """Return the processor's settings of a variant."""
+        return merged(self.processor, self.tiny_processor) if variant == "tiny" else copy.deepcopy(dict(self.processor))
+
+    @property
+    def image_token(self) -> str:
+        """The text that stands for one image in an unexpanded prompt."""
+        return self.special_tokens["image"]
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `changes` laid over it; nested mappings are merged, everything else is replaced."""
+    out = copy.deepcopy(dict(base))
+    for key, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(out.get(key), Mapping) and key != "size"
+        out[key] = merged(out[key], value) if nested else copy.deepcopy(value)
+    return out
+
+
+class Family(ABC):
+    """How the checkpoints of one transformers architecture are built, fed and read.
+
+    Shape letters: B rows of a batch, I images of a row, N images of a batch, T visual tokens of an image, D decoder
+    width.
+    """
+
+    model_type: ClassVar[str]
+    # Whether an image's visual tokens can be computed alone and fed in place of its pixels.
+    reusable: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def config_class(self) -> Any:
+        """The transformers configuration class."""
+
+    @property
+    @abstractmethod
+    def model_class(self) -> Any:
+        """The transformers model class."""
+
+    @property
+    @abstractmethod
+    def processor_class(self) -> Any:
+        """The transformers processor class."""
+
+    @property
+    @abstractmethod
+    def image_processor_class(self) -> Any:
+        """The transformers image processor class on PIL."""
+
+    @abstractmethod
+    def train_tokenizer(self, lines: Sequence[str], special: Mapping[str, str]) -> Any:
+        """Return a small tokenizer of the real class, trained on `lines` (variant tiny)."""
+
+    def build_config(self, settings: Mapping[str, Any]) -> Any:
+        """Return the transformers configuration."""
+        return self.config_class(**copy.deepcopy(dict(settings)))
+
+    def fit_vocabulary(self, settings: Mapping[str, Any], tokenizer: Any, special: Mapping[str, str]) -> dict[str, Any]:
+        """Return `settings` with vocabulary size and token ids of a small tokenizer (variant tiny)."""
+        ids = {role: tokenizer.convert_tokens_to_ids(text) for role, text in special.items()}
+        text = {
+            "vocab_size": vocabulary_size(tokenizer),
+            "bos_token_id": ids.get("bos", ids["pad"]),
+            "eos_token_id": ids["eos"],
+            "pad_token_id": ids["pad"],
+        }
+        return merged(settings, {"text_config": text, self.image_token_key: ids["image"]})
+
+    image_token_key: ClassVar[str] = "image_token_id"
+
+    @abstractmethod
+    def build_processor(self, tokenizer: Any, settings: Mapping[str, Any]) -> Any:
+        """Return the real processor class around `tokenizer` with an image processor on PIL."""
+
+    def load_processor(self, folder: Path, settings: Mapping[str, Any]) -> Any:
+        """Return the processor of a published layout; its image processor is the PIL class, whatever is installed."""
+        processor = self.processor_class.from_pretrained(folder, local_files_only=True)
+        processor.image_processor = self.image_processor_class.from_pretrained(folder, local_files_only=True)
+        return processor
+
+    @abstractmethod
+    def expand(self, text: str, processor: Any, image_sizes: Sequence[tuple[int, int]] | None = None) -> str:
+        """Return `text` with every image token written out as `processor` would.
+
+        Args:
+            text: a prompt with one image token for each image.
+            processor: the processor in use.
+            image_sizes: (height, width) of each image; read only where the number of tokens depends on it.
+        """
+
+    def tokenise(self, tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+        """Return token ids and character offsets of expanded texts, special tokens of the start included."""
+        out = tokenizer(list(texts), return_offsets_mapping=True, return_attention_mask=False)
+        return out["input_ids"], out["offset_mapping"]
+
+    @abstractmethod
+    def process(self, processor: Any, image: Image.Image) -> Pixels:
+        """Return one image as the vision tower sees it, without batch dimensions."""
+
+    @abstractmethod
+    def stack(self, rows: Sequence[Sequence[Pixels]]) -> Pixels:
+        """Return the model's pixel arguments for a batch of rows of images."""
+
+    def encode_images(self, model: nn.Module, images: Sequence[Pixels]) -> list[Tensor]:
+        """Return the visual tokens [T, D] of images of one and the same shape."""
+        features = model.get_image_features(**self.stack([[image] for image in images]), return_dict=True)
+        return [tokens.reshape(-1, tokens.shape[-1]) for tokens in features.pooler_output]
+
+    def visual_arguments(self, visual: Sequence[Tensor]) -> dict[str, Any]:
+        """Return the model's arguments that carry visual tokens [T, D] of all images in row order.
+
+        A fresh object for each call: `generate` changes it.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(visual))}}
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """Return the size of an embedding that has a row for every token of `tokenizer`.
+
+    Idefics2's processor adds a token past the embedding (`<end_of_utterance>`); it gets no row, as in the published
+    base checkpoint.
+    """
+    return len(tokenizer.get_vocab().keys() - {"<end_of_utterance>"})
+

@@ -1,0 +1,78 @@
+"""The decoder inside any transformers model: its layers, attention modules and sizes, found without names of models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """What an adapter needs to know of a decoder.
+
+    Attributes:
+        decoder: the module whose forward runs the layers.
+        layers: the decoder layers, bottom first; a layer's output is the hidden state after its FFN.
+        attentions: the self-attention module of each layer (cross-attention blocks are not among them).
+        num_layers, num_heads, num_kv_heads, head_dim, hidden_size: sizes, read off the modules.
+        text_config: the configuration that the attention modules read.
+        model_type: `config.model_type` of the whole model.
+    """
+
+    decoder: nn.Module
+    layers: list[nn.Module]
+    attentions: list[nn.Module]
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    text_config: Any
+    model_type: str
+
+
+def decoder_of(model: nn.Module) -> DecoderSpec:
+    """Return the decoder of a transformers model, on any device, meta included.
+
+    Heads and head size are read off the projections, because some configurations name neither `head_dim` nor
+    `num_key_value_heads`, and class defaults are wrong for others.
+
+    Args:
+        model: a transformers model with a decoder (multimodal or text alone).
+
+    Raises:
+        InputError: no decoder with self-attention of q, k, v, o projections is found.
+    """
+    kind = type(model).__name__
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    layers = getattr(decoder, "layers", None)
+    if decoder is None or not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise InputError(f"{kind} has no decoder with a list of layers", way_out="Use a decoder or a vision-language model")
+    attentions = [_self_attention(layer, kind) for layer in layers]
+    first: Any = attentions[0]
+    head_dim = int(first.head_dim)
+    return DecoderSpec(
+        decoder=decoder,
+        layers=list(layers),
+        attentions=attentions,
+        num_layers=len(layers),
+        num_heads=first.q_proj.out_features // head_dim,
+        num_kv_heads=first.k_proj.out_features // head_dim,
+        head_dim=head_dim,
+        hidden_size=int(first.o_proj.out_features),
+        text_config=first.config,
+        model_type=str(getattr(model.config, "model_type", kind)),  # type: ignore[union-attr]
+    )
+
+
+def _self_attention(layer: nn.Module, kind: str) -> nn.Module:
+    """Return the one child of `layer` that projects to queries, keys, values and back."""
+    needed = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "config")
+    found = [child for child in layer.children() if all(hasattr(child, name) for name in needed)]
+    if len(found) != 1:
+        raise InputError(f"a decoder layer of {kind} has {len(found)} self-attention modules with q, k, v, o projections")
+    return found[0]

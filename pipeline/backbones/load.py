@@ -1,0 +1,201 @@
+"""From a backbone's name to a frozen model with its processor: published weights, a tiny random one, or meta tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pipeline.backbones import REGISTRY
+from pipeline.backbones.base import Backbone, Family
+from pipeline.backbones.weights import check_folder, digest_of_folder, digest_of_settings, find_folder
+from pipeline.errors import InputError, nearest
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+VARIANTS = ("published", "tiny", "meta")
+TINY_TEXT = Path(__file__).with_name("tiny_text.txt")
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A backbone in memory, frozen and in eval mode.
+
+    Attributes:
+        model: the transformers model; no parameter requires a gradient.
+        processor: the real processor class (None for meta).
+        tokenizer: the processor's tokenizer (None for meta).
+        backbone: its facts.
+        digest: sha256 (hex) over configuration, tokenizer, processor and weights; for tiny over configuration and seed.
+        variant: published, tiny or meta.
+        folder: where published weights came from.
+    """
+
+    model: Any
+    processor: Any
+    tokenizer: Any
+    backbone: Backbone
+    digest: str
+    variant: str = "published"
+    folder: Path | None = None
+
+    @property
+    def family(self) -> Family:
+        """How this architecture is fed."""
+        return self.backbone.family
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' type."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Ids that end a generation: the end of the text, and of a chat turn."""
+        ids = [self.tokenizer.eos_token_id]
+        if self.backbone.chat is not None:
+            ids.append(self.tokenizer.convert_tokens_to_ids(self.backbone.chat.terminator))
+        return sorted(set(ids))
+
+    @property
+    def never_generated(self) -> list[int]:
+        """Ids that stand for images and may not appear in generated text."""
+        texts = [self.backbone.special_tokens[role] for role in self.backbone.never_generated]
+        return sorted({self.tokenizer.convert_tokens_to_ids(text) for text in texts})
+
+    @property
+    def special_texts(self) -> list[str]:
+        """Every text that the tokenizer reads as one special token, longest first."""
+        added = self.tokenizer.get_added_vocab()
+        return sorted({*added, *self.backbone.special_tokens.values()}, key=lambda text: (-len(text), text))
+
+
+def load(
+    name: str,
+    *,
+    variant: Literal["published", "tiny", "meta"] | str = "published",
+    weights: Path | str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    allow_download: bool = False,
+) -> Loaded:
+    """Load a backbone, frozen and in eval mode.
+
+    Args:
+        name: a registered backbone.
+        variant: `published` reads safetensors in the published layout; `tiny` builds the same architecture with all
+            sizes cut and random weights; `meta` builds the real configuration without memory, for counting.
+        weights: a local folder; None: `checkpoints/<name>` for a miniature, the hub's cache for a published one.
+        revision: the hub's revision.
+        dtype: type of the parameters, or its name (fp32, bf16, fp16).
+        device: where they go.
+        seed: of the tiny variant's random weights.
+        allow_download: whether the hub may be asked for what the cache lacks.
+
+    Raises:
+        InputError: an unknown name, variant or dtype; weights that are missing, pickled, damaged or another model's.
+    """
+    backbone = REGISTRY.get(name)
+    if variant not in VARIANTS:
+        raise InputError(f"unknown variant '{variant}'", where=f"backbones.{name}.variant", way_out=nearest(variant, VARIANTS))
+    kind = _dtype(dtype, name)
+    if variant == "meta":
+        return _meta(backbone)
+    if variant == "tiny":
+        return _tiny(backbone, seed=seed, dtype=kind, device=device)
+    folder = find_folder(backbone, weights, revision, allow_download=allow_download)
+    return _published(backbone, folder, dtype=kind, device=device)
+
+
+def _dtype(dtype: torch.dtype | str, name: str) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype '{dtype}'", where=f"backbones.{name}.dtype", way_out=nearest(dtype, DTYPES))
+    return DTYPES[dtype]
+
+
+def _meta(backbone: Backbone) -> Loaded:
+    settings = backbone.config_for("meta")
+    with torch.device("meta"):
+        model = backbone.family.model_class(backbone.family.build_config(settings))
+    digest = digest_of_settings({"backbone": backbone.name, "variant": "meta", "config": settings})
+    return Loaded(_frozen(model), None, None, backbone, digest, "meta")
+
+
+def tiny_lines() -> list[str]:
+    """Return the committed text that tiny tokenizers are trained on."""
+    return TINY_TEXT.read_text(encoding="utf-8").splitlines()
+
+
+def _tiny(backbone: Backbone, *, seed: int, dtype: torch.dtype, device: torch.device | str) -> Loaded:
+    family, special = backbone.family, backbone.special_tokens
+    tokenizer = family.train_tokenizer([line + "\n" for line in tiny_lines()], special)
+    processing = backbone.processor_for("tiny")
+    settings = family.fit_vocabulary(backbone.config_for("tiny"), tokenizer, special)
+    processor = family.build_processor(tokenizer, processing)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = family.model_class(family.build_config(settings))
+    identity = {
+        "backbone": backbone.name, "variant": "tiny", "seed": seed, "config": settings, "processor": processing,
+        "text": tiny_lines(),
+    }
+    model = model.to(device=device, dtype=dtype)
+    return _ready(Loaded(model, processor, processor.tokenizer, backbone, digest_of_settings(identity), "tiny"))
+
+
+def _published(backbone: Backbone, folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> Loaded:
+    from safetensors import SafetensorError
+
+    check_folder(backbone, folder)
+    family = backbone.family
+    way_out = f"Download {backbone.hub_id} again" if backbone.hub_id else "Make the miniature again: dvc repro backbone"
+    try:
+        processor = family.load_processor(folder, backbone.processor_for("published"))
+        model, report = family.model_class.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"cannot be loaded as {backbone.name}: {reason}", where=str(folder), way_out=way_out) from error
+    if report["missing_keys"]:
+        # transformers would fill these with random numbers and say so only in a warning
+        missing = sorted(report["missing_keys"])
+        what = f"{len(missing)} parameters of {backbone.name} are not in the weights, such as {missing[0]}"
+        raise InputError(what, where=str(folder), way_out=way_out)
+    loaded = Loaded(
+        model.to(device), processor, processor.tokenizer, backbone, digest_of_folder(folder), "published", folder
+    )
+    return _ready(loaded)
+
+
+def _ready(loaded: Loaded) -> Loaded:
+    from transformers import GenerationConfig
+
+    tokenizer = loaded.tokenizer
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = loaded.backbone.special_tokens["pad"]
+    # The published generation settings may sample; ours decode deterministically unless a caller says otherwise.
+    loaded.model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=loaded.eos_token_ids, pad_token_id=tokenizer.pad_token_id
+    )
+    _frozen(loaded.model)
+    return loaded
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    return model.requires_grad_(False).eval()
+
+
+__all__ = ["DTYPES", "Loaded", "load", "tiny_lines"]

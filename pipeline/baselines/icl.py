@@ -1,0 +1,25 @@
+"""In-context learning with k random demonstrations, drawn for every query by the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from pipeline.baselines.base import Baseline, baselines
+from pipeline.data.prompt import draw_demos
+from pipeline.data.sample import Sample
+
+
+@baselines.register("icl-k")
+class RandomDemonstrations(Baseline):
+    """k demonstrations from the training pool, uniformly without replacement."""
+
+    class Options(Baseline.Options):
+        """Options of `icl-k`."""
+
+        num_shots: int = Field(8, ge=1)
+
+    def demonstrations(self, query: Sample, pool: Sequence[Sample], seed: int) -> list[Sample]:
+        """Return `num_shots` samples of the pool, fixed by seed and query."""
+        return draw_demos(pool, query, self.options.num_shots, seed=seed)

@@ -1,0 +1,32 @@
+"""`hificl bench VERB`: one module a verb, each with `run(device) -> dict`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError, nearest
+
+
+def verbs() -> list[str]:
+    """Return what can be measured."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def run(verb: str, *, device: str = "cpu", save: bool = False) -> dict[str, Any]:
+    """Measure `verb` and return its ratios, spread, sizes and versions.
+
+    Raises:
+        InputError: no such verb.
+    """
+    if verb not in verbs():
+        raise InputError(f"unknown benchmark '{verb}'", way_out=nearest(verb, verbs()))
+    result = importlib.import_module(f"{__name__}.{verb}").run(device=device)
+    if save:
+        path = Path("benchmarks") / f"{verb}-{device}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result, indent=1, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    return result

@@ -1,0 +1,193 @@
+"""The command line. JSON goes to standard output, alone; everything else to standard error.
+
+Exit status: 0 on success, 2 on bad input (one line that names what is wrong and the way out), 1 on a failure of work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import HificlError, InputError
+
+Command = Callable[[argparse.Namespace], Any]
+INTERRUPTED = 130
+
+
+def guarded(work: Callable[[], Any], *, debug: bool = False) -> int:
+    """Run `work`; print an error in one line and return the exit status."""
+    try:
+        work()
+    except HificlError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; what had finished is kept, run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `hificl`."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "func"):
+        parser.print_help(sys.stderr)
+        sys.exit(2)
+
+    def work() -> None:
+        result = args.func(args)
+        if result is not None:
+            json.dump(result, sys.stdout, indent=1, ensure_ascii=False, default=str)
+            sys.stdout.write("\n")
+
+    sys.exit(guarded(work, debug=args.debug))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> Any:
+        print(f"error: {message}. See `{self.prog} --help`", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="hificl", description="Adapt a frozen multimodal model by approximating in-context learning.")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    _sweep(commands)
+    _score(commands)
+    _params(commands)
+    _workspace(commands)
+    _miniature(commands)
+    _bench(commands)
+    _ui(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, func: Command, text: str) -> argparse.ArgumentParser:
+    sub = commands.add_parser(name, help=text, description=text)
+    sub.set_defaults(func=func)
+    sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return sub
+
+
+def _settable(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of params.yaml")
+
+
+def _sweep(commands: Any) -> None:
+    def func(args: argparse.Namespace) -> None:
+        from pipeline.config import load
+        from pipeline.sweep.run import sweep
+
+        params = load(overrides=args.set)
+        sweep(params, args.study or params.run.studies)
+
+    sub = _add(commands, "sweep", func, "train the trials that the store does not have yet; safe to kill and run again")
+    sub.add_argument("--study", action="append", metavar="S", help="a study of params.yaml (default: the profile's)")
+    _settable(sub)
+
+    def studies(args: argparse.Namespace) -> Any:
+        from pipeline.config import load
+        from pipeline.sweep.overview import overview
+
+        return overview(load(overrides=args.set))
+
+    _settable(_add(commands, "studies", studies, "every study: its paper's table or figure, its trials done and open"))
+
+
+def _score(commands: Any) -> None:
+    from pipeline.scores import commands as scores
+
+    sub = commands.add_parser("score", help="score a file of predictions with the official metrics")
+    scores.register(sub.add_subparsers(title="what is scored", metavar="KIND", required=True, parser_class=_Parser))
+
+
+def _params(commands: Any) -> None:
+    def func(args: argparse.Namespace) -> Any:
+        from pipeline.backbones.count import count
+
+        return count(args.backbone, args.method, args.set)
+
+    sub = _add(commands, "params", func, "count a method's trainable parameters on a real configuration, without weights")
+    sub.add_argument("--backbone", required=True)
+    sub.add_argument("--method", required=True)
+    _settable(sub)
+
+
+def _workspace(commands: Any) -> None:
+    def func(args: argparse.Namespace) -> None:
+        from pipeline.workspace import create
+
+        create(Path(args.folder), profile=args.profile, data=Path(args.data) if args.data else None)
+
+    sub = _add(commands, "workspace", func, "make a folder that runs another profile beside this one")
+    sub.add_argument("folder")
+    sub.add_argument("--profile", required=True)
+    sub.add_argument("--data", help="folder of the official files")
+
+    def where(_: argparse.Namespace) -> None:
+        from pipeline.workspace import describe
+
+        print(describe(Path.cwd()), file=sys.stderr)
+
+    _add(commands, "where", where, "say where the report and the MLflow store of this folder are")
+
+
+def _miniature(commands: Any) -> None:
+    def pretrain(args: argparse.Namespace) -> None:
+        from pipeline.miniature.pretrain import pretrain
+        from pipeline.progress import bar
+
+        with bar(f"pretrain {args.backbone}") as progress:
+            pretrain(args.backbone, Path(args.out), seed=args.seed, progress=progress)
+
+    sub = _add(commands, "pretrain", pretrain, "make a miniature backbone from nothing")
+    sub.add_argument("backbone")
+    sub.add_argument("--out", required=True)
+    sub.add_argument("--seed", type=int, default=0)
+
+
+def _bench(commands: Any) -> None:
+    def func(args: argparse.Namespace) -> Any:
+        from pipeline.bench import run
+
+        return run(args.verb, device=args.device, save=args.save)
+
+    sub = _add(commands, "bench", func, "measure ratios in alternation in one run")
+    sub.add_argument("verb")
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    sub.add_argument("--save", action="store_true", help="also write benchmarks/<verb>-<device>.json")
+
+
+def _ui(commands: Any) -> None:
+    def func(args: argparse.Namespace) -> None:
+        from pipeline.tracking.ui import serve
+
+        serve(Path.cwd(), host=args.host, port=args.port)
+
+    sub = _add(commands, "ui", func, "the MLflow UI over this folder's store, on loopback")
+    sub.add_argument("--host", default="127.0.0.1")
+    sub.add_argument("--port", type=int, default=5000)
+
+
+__all__ = ["guarded", "main", "InputError"]

@@ -1,0 +1,210 @@
+"""The manifest: which samples of which files a study uses, sealed by one digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.atomic import write_atomic
+from pipeline.data.images import check_images, problems_error
+from pipeline.data.sample import Sample
+from pipeline.errors import InputError
+
+SPLITS = ("train", "selection", "evaluation")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """One official file that was read: path relative to the data root, SHA-256, size in bytes."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The samples of the three splits, and everything they were made from.
+
+    Attributes:
+        task: name of the task.
+        seed: of the draw.
+        sizes: number of samples by split name.
+        sources: the official files read.
+        splits: samples by split name: `train`, `selection`, `evaluation`.
+        image_root: the data root that `ImageRef.path` is relative to; the only field outside the digest,
+            so that the same data in another folder is the same manifest.
+        replaced: samples passed over because their image's bytes are also in another split.
+    """
+
+    task: str
+    seed: int
+    sources: tuple[Source, ...]
+    splits: Mapping[str, tuple[Sample, ...]]
+    image_root: Path
+    replaced: tuple[Mapping[str, Any], ...] = field(default=())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of samples by split name."""
+        return {name: len(samples) for name, samples in self.splits.items()}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over the canonical JSON of all that decides a number; no absolute path is in it."""
+        whole = hashlib.sha256(_canonical(self._header()))
+        for name in sorted(self.splits):
+            for sample in self.splits[name]:
+                whole.update(b"\n" + name.encode() + b" " + _canonical(sample.to_json()))
+        return whole.hexdigest()
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "task": self.task,
+            "seed": self.seed,
+            "sizes": self.sizes,
+            "sources": [vars(source) for source in self.sources],
+            "replaced": list(self.replaced),
+        }
+
+    def image_path(self, sample: Sample, number: int = 0) -> Path:
+        """Return the file of the sample's image `number`."""
+        return self.image_root / sample.images[number].path
+
+    def verify_images(self, splits: Sequence[str] = SPLITS) -> None:
+        """Check that every image is there, opens, and has the bytes it had when the manifest was drawn.
+
+        Raises:
+            InputError: lists every image that does not.
+        """
+        wanted = {
+            self.image_root / image.path: image.sha256
+            for name in splits
+            for sample in self.splits.get(name, ())
+            for image in sample.images
+        }
+        bad = []
+        for checked in check_images(wanted):
+            expected = wanted[checked.path]
+            if checked.problem is None and expected and checked.sha256 != expected:
+                what = f"its bytes changed since the draw (SHA-256 {checked.sha256[:12]}, was {expected[:12]})"
+                checked = type(checked)(checked.path, checked.sha256, what)
+            if checked.problem is not None:
+                bad.append(checked)
+        if bad:
+            raise problems_error(bad, where=f"manifest of {self.task}")
+
+    def save(self, path: Path) -> None:
+        """Write the manifest: JSON, sorted keys, one sample a line; the file appears whole or not at all."""
+        write_atomic(Path(path), "".join(self._lines()))
+
+    def _lines(self) -> Iterator[str]:
+        header = {**self._header(), "digest": self.digest, "image_root": str(self.image_root)}
+        yield "{\n"
+        for key in sorted(header):
+            yield f"{json.dumps(key)}: {json.dumps(header[key], ensure_ascii=False, sort_keys=True)},\n"
+        yield '"splits": {'
+        for number, name in enumerate(sorted(self.splits)):
+            yield f"{',' if number else ''}\n{json.dumps(name)}: ["
+            for row, sample in enumerate(self.splits[name]):
+                record = sample.to_json()
+                line = json.dumps({**record, "check": _check(record)}, ensure_ascii=False, sort_keys=True)
+                yield f"{',' if row else ''}\n{line}"
+            yield "\n]"
+        yield "\n}\n}\n"
+
+    @classmethod
+    def load(cls, path: Path, *, image_root: Path | None = None) -> Manifest:
+        """Read a manifest and verify its digest.
+
+        Args:
+            path: the file that `save` wrote.
+            image_root: where the images lie on this machine, if not where they lay at the draw.
+
+        Raises:
+            InputError: the file is missing, no manifest, of another format, or not what was written; the
+                line or the sample that differs is named.
+        """
+        where = str(path)
+        again = "Draw it again with the subsample stage"
+        try:
+            text = Path(path).read_bytes().decode("utf-8")
+            record = json.loads(text)
+        except OSError as error:
+            raise InputError(f"the manifest cannot be read ({error.strerror})", where=where, way_out=again) from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"is not UTF-8 (byte {error.start})", where=where, way_out=again) from error
+        except ValueError as error:
+            raise InputError(f"is not valid JSON: {error}", where=where, way_out=again) from error
+        if not isinstance(record, dict) or "splits" not in record or "digest" not in record:
+            raise InputError("is no manifest (no 'splits' or 'digest')", where=where, way_out=again)
+        if record.get("format") != FORMAT:
+            raise InputError(
+                f"has format {record.get('format')}, this version reads {FORMAT}", where=where, way_out=again
+            )
+        _verify_samples(record["splits"], text, where)
+        try:
+            manifest = cls(
+                task=record["task"],
+                seed=record["seed"],
+                sources=tuple(Source(**source) for source in record["sources"]),
+                splits={
+                    name: tuple(Sample.from_json(sample) for sample in samples)
+                    for name, samples in record["splits"].items()
+                },
+                image_root=Path(image_root or record["image_root"]),
+                replaced=tuple(record["replaced"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"a field is missing or misnamed ({error})", where=where, way_out=again) from error
+        if record.get("sizes") != manifest.sizes:
+            raise InputError(
+                f"'sizes' says {record.get('sizes')}, the splits hold {manifest.sizes}", where=where, way_out=again
+            )
+        if manifest.digest != record["digest"]:
+            raise InputError(
+                "the digest does not match: the header (task, seed, sources, order or number of samples) or the "
+                "digest itself was changed",
+                where=where,
+                way_out=again,
+            )
+        return manifest
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=True, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _check(record: Mapping[str, Any]) -> str:
+    """Return a short check of one sample, which finds the damaged line when the digest is wrong."""
+    return hashlib.sha256(_canonical(record)).hexdigest()[:12]
+
+
+def _verify_samples(splits: Any, text: str, where: str) -> None:
+    if not isinstance(splits, dict) or not all(isinstance(samples, list) for samples in splits.values()):
+        raise InputError("'splits' must hold lists of samples", where=where, way_out="Draw it again")
+    bad = []
+    for name, samples in splits.items():
+        for row, record in enumerate(samples):
+            stated = record.pop("check", None) if isinstance(record, dict) else None
+            if stated is None or stated != _check(record):
+                sample_id = record.get("sample_id") if isinstance(record, dict) else None
+                bad.append(f"{name}[{row}] (sample {sample_id})" + _line_of(text, stated))
+    if bad:
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise InputError(
+            f"{len(bad)} sample(s) are not what was written: {shown}",
+            where=where,
+            way_out="The file was edited or damaged; draw it again with the subsample stage",
+        )
+
+
+def _line_of(text: str, check: object) -> str:
+    at = text.find(f'"check": "{check}"') if check else -1
+    return f" on line {text.count(chr(10), 0, at) + 1}" if at >= 0 else ""

@@ -1,0 +1,61 @@
+"""`Sample`, the first of the five nouns: what every task's reader yields and everything downstream reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """One image of a sample.
+
+    Attributes:
+        path: file path relative to the data root, with forward slashes.
+        sha256: hex digest of the file's bytes; empty until `data.subsample` has read the file.
+    """
+
+    path: str
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One question (or caption request) with its images and references.
+
+    Attributes:
+        task: name of the task that read it.
+        sample_id: the official id, in its official type (VQA integers, MME strings).
+        images: at least one image.
+        question: None for captioning.
+        target: the text a training step should produce (methods.md: the most frequent answer, ties to
+            the first; the first caption).
+        references: what the scorer compares with: ten answers, five or more captions, one letter.
+        meta: JSON-able extras that a prompt or a scorer reads (answer_type, choices, category, ...).
+    """
+
+    task: str
+    sample_id: int | str
+    images: tuple[ImageRef, ...]
+    question: str | None
+    target: str
+    references: tuple[str, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest's record of this sample."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Sample:
+        """Rebuild a sample from a manifest's record."""
+        return cls(
+            task=record["task"],
+            sample_id=record["sample_id"],
+            images=tuple(ImageRef(**image) for image in record["images"]),
+            question=record["question"],
+            target=record["target"],
+            references=tuple(record["references"]),
+            meta=record["meta"],
+        )

@@ -1,0 +1,154 @@
+"""Second phase of pre-training: the decoder learns to read images and to take its words from demonstrations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.miniature.documents import Batch, Curriculum, DocumentSource, Renderer
+from pipeline.miniature.lexicon import ATTRIBUTES, NUM_DIALECTS, draw_convention, value_words
+from pipeline.miniature.model import Miniature, decode_hidden
+from pipeline.miniature.vision import Progress, cosine
+
+
+@dataclass(frozen=True)
+class DecoderPhase:
+    """How the decoder phase runs; the vision tower stays as it is, its tokens are computed once."""
+
+    steps: int = 3000
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    log_every: int = 100
+    curriculum: Curriculum = field(default_factory=Curriculum)
+
+
+def document_loss(model: PreTrainedModel, batch: Batch, visual: Tensor) -> Tensor:
+    """Return the weighted mean cross-entropy (nats) over the answers' tokens.
+
+    Logits are computed only where there is a weight, which is a tenth of the positions.
+    """
+    hidden = decode_hidden(model, batch.input_ids, visual[batch.images])[:, :-1]
+    weights = batch.weights[:, 1:]
+    chosen = weights > 0
+    losses = F.cross_entropy(model.lm_head(hidden[chosen]), batch.input_ids[:, 1:][chosen], reduction="none")
+    return (losses * weights[chosen]).sum() / weights[chosen].sum()
+
+
+def train_decoder(
+    spec: Miniature,
+    model: PreTrainedModel,
+    attributes: np.ndarray,
+    visual: Tensor,
+    phase: DecoderPhase,
+    rng: np.random.Generator,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Train everything but vision tower and connector in place; return the curve.
+
+    Args:
+        attributes: [N, 8] of the pool's images.
+        visual: [N, visual_tokens, d], their visual tokens.
+
+    Returns:
+        records with `step`, `loss` by kind of document since the last record, and the emergence of
+        in-context learning (`emergence`).
+    """
+    parameters = [p for name, p in model.named_parameters() if not spec.is_visual(name)]
+    optimiser = torch.optim.AdamW(
+        parameters, lr=phase.learning_rate, weight_decay=phase.weight_decay, betas=(0.9, 0.98)
+    )
+    source = DocumentSource(spec, attributes, phase.curriculum, rng)
+    probe_rng = np.random.default_rng(11)
+    probe = _probe(spec, attributes, probe_rng)
+    curve: list[dict[str, Any]] = []
+    losses: dict[str, list[float]] = {}
+    model.train()
+    for step in range(phase.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = phase.learning_rate * cosine(step, phase.steps, phase.warmup_steps, floor=0.05)
+        batch = source.draw(step / phase.steps)
+        loss = document_loss(model, batch, visual)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        losses.setdefault(batch.kind, []).append(loss.item())
+        if (step + 1) % phase.log_every == 0 or step + 1 == phase.steps:
+            record = {
+                "step": step + 1,
+                "loss": {kind: float(np.mean(values)) for kind, values in sorted(losses.items())},
+                **emergence(model, probe, visual),
+            }
+            curve.append(record)
+            losses.clear()
+            progress(
+                f"decoder {step + 1}/{phase.steps}: loss "
+                + ", ".join(f"{kind} {value:.3f}" for kind, value in record["loss"].items())
+                + f"; right value {record['right_value']:.2f}, right word unseen {record['unseen']:.2f}"
+                f" -> seen {record['seen']:.2f}"
+            )
+    return curve
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Documents on which emergence is measured.
+
+    Attributes:
+        batch: VQA documents whose conventions never leave a topic's dialect.
+        shown: [B, pairs], whether the topic was asked before in the document.
+        first_word: id of the first value's word.
+    """
+
+    batch: Batch
+    shown: np.ndarray
+    first_word: int
+
+
+def _probe(spec: Miniature, attributes: np.ndarray, rng: np.random.Generator, num_documents: int = 64) -> Probe:
+    source = DocumentSource(spec, attributes, Curriculum(), rng)
+    renderer: Renderer = source.renderer
+    documents, shown = [], []
+    for _ in range(num_documents):
+        convention = draw_convention(rng, redraw=0.0)
+        images = rng.integers(len(attributes), size=9)
+        topics = rng.integers(len(ATTRIBUTES), size=9)
+        pieces = []
+        for image, topic in zip(images, topics, strict=True):
+            pieces += renderer.vqa(attributes[image], int(topic), convention)
+        documents.append((pieces, images))
+        shown.append([topic in topics[:nth] for nth, topic in enumerate(topics)])
+    first_word = spec.make_tokenizer().convert_tokens_to_ids(value_words()[0])
+    return Probe(source.collate("vqa", documents), np.array(shown), int(first_word))
+
+
+@torch.no_grad()
+def emergence(model: PreTrainedModel, probe: Probe, visual: Tensor) -> dict[str, float]:
+    """Measure in-context learning.
+
+    Returns:
+        fractions: `seen` and `unseen`, right words on topics that were or were not asked before in the
+        document; `right_value`, answers that name the right value in any dialect.
+    """
+    model.eval()
+    batch = probe.batch
+    logits = model.lm_head(decode_hidden(model, batch.input_ids, visual[batch.images]))[:, :-1]
+    answers = batch.weights[:, 1:] == 1.0
+    truth = batch.input_ids[:, 1:][answers].view(probe.shown.shape)
+    guess = logits.argmax(-1)[answers].view(probe.shown.shape)
+    model.train()
+    # The ids of a value's words are consecutive, in the order of the dialects.
+    same_value = (guess - probe.first_word) // NUM_DIALECTS == (truth - probe.first_word) // NUM_DIALECTS
+    right, shown = (guess == truth).numpy(), probe.shown
+    return {
+        "seen": float(right[shown].mean()),
+        "unseen": float(right[~shown].mean()),
+        "right_value": float(same_value.float().mean()),
+    }

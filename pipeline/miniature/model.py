@@ -1,0 +1,206 @@
+"""The miniature's two architectures: real transformers classes, a few million times smaller than the papers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from pipeline.errors import InputError, nearest
+from pipeline.miniature.render import IMAGE_SIZE
+from pipeline.miniature.tokenizer import idefics2_tokenizer, llava_tokenizer
+
+WIDTH, DECODER_LAYERS, HEADS, KV_HEADS, MLP_WIDTH = 128, 4, 4, 2, 320
+VISION_WIDTH, VISION_LAYERS, VISION_HEADS = 96, 3, 3
+# Four large patches learn to see faster than sixteen small ones here, and LLaVA, which has no resampler,
+# spends one token on each.
+PATCH_SIZE = 16
+MAX_POSITIONS = 2048
+# Wider than the usual 0.02: at this width the attention's logits would start too flat to learn from.
+INITIALIZER_RANGE, EMBEDDING_STD = 0.06, 0.3
+
+
+@dataclass(frozen=True)
+class Miniature:
+    """One tiny backbone.
+
+    Attributes:
+        name: as in params.yaml.
+        make_tokenizer: its tokenizer.
+        make_config: its configuration, given the tokenizer.
+        model_class: its transformers class.
+        decoder: dotted name of the language model inside the model.
+        visual_tokens: tokens an image takes in the decoder.
+        image_text: what the processor turns `<image>` into.
+        image_axis: pixel values have an axis for the images of a row.
+        chat: demonstrations are turns of a chat.
+    """
+
+    name: str
+    make_tokenizer: Callable[[], PreTrainedTokenizerFast]
+    make_config: Callable[[PreTrainedTokenizerFast], Any]
+    model_class: type[PreTrainedModel]
+    decoder: str
+    visual_tokens: int
+    image_text: str
+    image_axis: bool
+    chat: bool
+
+    def build(self, seed: int) -> PreTrainedModel:
+        """Return the model with random weights (fp32), fixed by `seed`."""
+        tokenizer = self.make_tokenizer()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self.model_class(self.make_config(tokenizer))
+            nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+        return model
+
+    def is_visual(self, parameter: str) -> bool:
+        """Say whether the parameter of that name belongs to the vision tower or the connector."""
+        return not parameter.startswith((self.decoder, "lm_head"))
+
+
+def _text_config(tokenizer: PreTrainedTokenizerFast, model_type: str) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": MLP_WIDTH,
+        "num_hidden_layers": DECODER_LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": WIDTH // HEADS,
+        "max_position_embeddings": MAX_POSITIONS,
+        "initializer_range": INITIALIZER_RANGE,
+        "sliding_window": None,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": False,
+    }
+
+
+def _vision_config() -> dict[str, Any]:
+    return {
+        "hidden_size": VISION_WIDTH,
+        "intermediate_size": 2 * VISION_WIDTH,
+        "num_hidden_layers": VISION_LAYERS,
+        "num_attention_heads": VISION_HEADS,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+    }
+
+
+def _idefics2_config(tokenizer: PreTrainedTokenizerFast) -> Idefics2Config:
+    return Idefics2Config(
+        vision_config=_vision_config(),
+        perceiver_config={
+            "resampler_n_latents": IDEFICS2.visual_tokens,
+            "resampler_depth": 1,
+            "resampler_n_heads": 4,
+            "num_key_value_heads": 2,
+            "resampler_head_dim": 32,
+            "hidden_size": WIDTH,
+        },
+        text_config=_text_config(tokenizer, "mistral"),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        tie_word_embeddings=False,
+    )
+
+
+def _llava_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+    return LlavaConfig(
+        vision_config={**_vision_config(), "model_type": "siglip_vision_model", "vision_use_head": False},
+        text_config=_text_config(tokenizer, "qwen2"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=LLAVA.visual_tokens,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=False,
+    )
+
+
+IDEFICS2 = Miniature(
+    name="mini-idefics2",
+    make_tokenizer=idefics2_tokenizer,
+    make_config=_idefics2_config,
+    model_class=Idefics2ForConditionalGeneration,
+    decoder="model.text_model",
+    visual_tokens=4,
+    image_text="<fake_token_around_image>" + "<image>" * 4 + "<fake_token_around_image>",
+    image_axis=True,
+    chat=False,
+)
+LLAVA = Miniature(
+    name="mini-llava",
+    make_tokenizer=llava_tokenizer,
+    make_config=_llava_config,
+    model_class=LlavaForConditionalGeneration,
+    decoder="model.language_model",
+    visual_tokens=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+    image_text="<image>" * (IMAGE_SIZE // PATCH_SIZE) ** 2,
+    image_axis=False,
+    chat=True,
+)
+MINIATURES = {spec.name: spec for spec in (IDEFICS2, LLAVA)}
+
+
+def miniature(name: str) -> Miniature:
+    """Return the miniature called `name`.
+
+    Raises:
+        InputError: there is none; the message lists them.
+    """
+    if name not in MINIATURES:
+        raise InputError(f"unknown miniature '{name}'", way_out=nearest(name, MINIATURES))
+    return MINIATURES[name]
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Return pixels as the image processor would: uint8 [N, 32, 32, 3] -> float [N, 3, 32, 32] in [-1, 1]."""
+    return (images.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+
+
+def encode_images(spec: Miniature, model: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode pixels [N, 3, 32, 32] through the model's own method.
+
+    Returns:
+        visual tokens [N, visual_tokens, d], and the vision tower's own output [N, patches, vision width].
+    """
+    if spec.image_axis:
+        pixels = pixels[:, None]  # one image a row
+    encoded = model.get_image_features(pixels, return_dict=True)
+    tokens = torch.cat(list(encoded.pooler_output)).view(len(pixels), spec.visual_tokens, -1)
+    return tokens, encoded.last_hidden_state
+
+
+def decode_hidden(model: PreTrainedModel, input_ids: Tensor, visual: Tensor) -> Tensor:
+    """Return the last hidden states [B, T, d], visual tokens given instead of pixels.
+
+    Args:
+        model: either miniature.
+        input_ids: [B, T], padded on the right (causal attention never sees the padding).
+        visual: [images of the whole batch in order, visual_tokens, d].
+    """
+    encoded = BaseModelOutputWithPooling(pooler_output=list(visual.to(torch.float32)))
+    return model.model(
+        input_ids=input_ids, mm_encoder_outputs={"image": encoded}, use_cache=False
+    ).last_hidden_state
+
+
+def save_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Write config and fp16 weights; the model itself is left in fp16."""
+    model.half().save_pretrained(folder)

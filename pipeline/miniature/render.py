@@ -1,0 +1,108 @@
+"""Images of the miniature world: eight attributes in, 32 x 32 RGB bytes out.
+
+Only integer and exactly rounded float arithmetic is used, so a seed gives the same bytes everywhere.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+
+from pipeline.miniature.lexicon import COLOUR, COUNT, DOT, FRAME, GROUND, NUM_VALUES, SHAPE, SIDE, TEXTURE
+
+IMAGE_SIZE = 32
+_OBJECT_RGB = np.array(
+    [(220, 30, 30), (30, 190, 50), (40, 70, 230), (235, 225, 40), (215, 40, 215), (40, 215, 225), (250, 250, 250)]
+    + [(245, 140, 20)]
+)
+_GROUND_RGB = np.array([(10, 10, 10), (128, 128, 128), (10, 10, 100), (100, 60, 25), (250, 175, 190), (100, 110, 30)])
+_FRAME_RGB = _OBJECT_RGB[:6]
+_DOT_RGB = _OBJECT_RGB[:6]
+_CELLS = np.array([(9, 9), (9, 23), (23, 9), (23, 23)])  # where objects stand, (row, column)
+_DOT_PLACES = np.array([(4, 16), (27, 16), (16, 4), (16, 27)])  # by the value of `side`
+_NOISE = 12  # pixels are moved by at most this much, of 255
+_SHADE = 90  # brightness of a texture's dark stripes, of 255
+
+
+def draw_attributes(num_images: int, rng: np.random.Generator) -> np.ndarray:
+    """Return attribute values [num_images, 8], each uniform and independent."""
+    return np.stack([rng.integers(0, size, num_images) for size in NUM_VALUES], axis=1)
+
+
+def render(attributes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw images.
+
+    Args:
+        attributes: integers [N, 8] in the order of `lexicon.ATTRIBUTES`.
+        rng: places, sizes and pixel noise.
+
+    Returns:
+        uint8 [N, 32, 32, 3].
+    """
+    count = len(attributes)
+    row, column = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE]
+    images = np.broadcast_to(
+        _GROUND_RGB[attributes[:, GROUND]][:, None, None, :], (count, IMAGE_SIZE, IMAGE_SIZE, 3)
+    ).copy()
+    places = np.argsort(rng.random((count, len(_CELLS))), axis=1)
+    for nth in range(NUM_VALUES[COUNT]):
+        centre = _CELLS[places[:, nth]] + rng.integers(-1, 2, (count, 2))
+        radius = rng.integers(5, 7, count)[:, None, None]
+        down = row[None] - centre[:, 0, None, None]
+        across = column[None] - centre[:, 1, None, None]
+        inside = _shape_masks(down, across, radius)[np.arange(count), attributes[:, SHAPE]]
+        inside &= (nth <= attributes[:, COUNT])[:, None, None]
+        light = np.where(_texture(attributes[:, TEXTURE], down, across), 255, _SHADE)
+        colour = _OBJECT_RGB[attributes[:, COLOUR]][:, None, None, :] * light[..., None] // 255
+        images = np.where(inside[..., None], colour, images)
+    dot = _DOT_PLACES[attributes[:, SIDE]]
+    near = (np.abs(row[None] - dot[:, 0, None, None]) <= 2) & (np.abs(column[None] - dot[:, 1, None, None]) <= 2)
+    images = np.where(near[..., None], _DOT_RGB[attributes[:, DOT]][:, None, None, :], images)
+    edge = (row < 2) | (row >= IMAGE_SIZE - 2) | (column < 2) | (column >= IMAGE_SIZE - 2)
+    images = np.where(edge[None, ..., None], _FRAME_RGB[attributes[:, FRAME]][:, None, None, :], images)
+    noise = rng.integers(-_NOISE, _NOISE + 1, images.shape)
+    return np.clip(images + noise, 0, 255).astype(np.uint8)
+
+
+def _shape_masks(down: np.ndarray, across: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Return [N, 6, 32, 32]: which pixels each of the six shapes would cover."""
+    high, wide = np.abs(down), np.abs(across)
+    return np.stack(
+        [
+            down**2 + across**2 <= radius**2,
+            (high <= radius - 1) & (wide <= radius - 1),
+            (down <= radius - 1) & (down >= -radius) & (2 * wide <= down + radius),
+            ((high <= 1) & (wide <= radius)) | ((wide <= 1) & (high <= radius)),
+            high + wide <= radius + 1,
+            (high <= 2) & (wide <= radius + 1),
+        ],
+        axis=1,
+    )
+
+
+def _texture(texture: np.ndarray, down: np.ndarray, across: np.ndarray) -> np.ndarray:
+    """Return [N, 32, 32]: which pixels the texture leaves bright."""
+    rows, posts = (down // 2) % 2 == 0, (across // 2) % 2 == 0
+    kinds = np.stack([np.ones_like(rows), rows, posts, rows == posts], axis=1)
+    return kinds[np.arange(len(texture)), texture]
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """Encode one RGB image [H, W, 3] uint8 as PNG.
+
+    The pixel stream is stored, not compressed, so the bytes do not depend on which zlib is installed.
+    """
+    height, width, _ = image.shape
+    raw = b"".join(b"\x00" + line.tobytes() for line in np.ascontiguousarray(image))
+    if len(raw) > 0xFFFF:
+        raise ValueError(f"one stored block holds 65,535 bytes, this image needs {len(raw)}")
+    stream = b"\x78\x01\x01" + struct.pack("<HH", len(raw), len(raw) ^ 0xFFFF) + raw
+    stream += struct.pack(">I", zlib.adler32(raw))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", stream) + _chunk(b"IEND", b"")
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

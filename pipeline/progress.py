@@ -1,0 +1,47 @@
+"""Progress of long work: a live view in a terminal, plain lines where there is none. Always on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_SECONDS = 10.0  # between two plain lines of one piece of work
+
+console = Console(stderr=True)
+Report = Callable[..., None]
+
+
+def say(text: str) -> None:
+    """Print one line."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Report]:
+    """Give a function `progress(done, total, note="")` to call as work goes on."""
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                   TextColumn("{task.fields[note]}"))
+        with Progress(*columns, console=console, transient=True) as live:
+            task = live.add_task(title, total=None, note="")
+
+            def show(done: int, total: int | None = None, note: str = "") -> None:
+                live.update(task, completed=done, total=total, note=note)
+
+            yield show
+        return
+    last = 0.0
+
+    def line(done: int, total: int | None = None, note: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last >= LINE_SECONDS:
+            last = now
+            print(f"{title}: {done}{f' of {total}' if total else ''} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    yield line

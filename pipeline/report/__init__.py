@@ -1,0 +1,87 @@
+"""The report: every study's table and figures beside the paper's, as HTML, Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import Params
+from pipeline.report import evaluations as files_in
+from pipeline.report import figures, files, page, papers, tables
+from pipeline.report.gallery import gallery
+
+__all__ = ["load_table", "write_index", "write_study"]
+
+# what a study came out as, by the content of its file: the index shows what was written just before
+_rendered: dict[tuple[str, str, str], tuple[tables.Table, dict[str, tuple[str, str]], str]] = {}
+
+
+def load_table(study: str, params: Params, evaluations: Path) -> tables.Table:
+    """Return a study laid out as the paper prints it.
+
+    Raises:
+        InputError: the study has not been evaluated, or its file breaks the schema.
+    """
+    return tables.build(files_in.read_study(study, evaluations), params, evaluations)
+
+
+def write_study(study: str, params: Params, evaluations: Path, out: Path) -> None:
+    """Write a study's report: `<study>.md`, `<study>.csv`, and a folder with figures, metrics and plots.
+
+    Equal inputs give equal bytes.
+
+    Args:
+        study: its name.
+        params: the parameters.
+        evaluations: what stage `evaluate` wrote.
+        out: the folder of the reports.
+
+    Raises:
+        InputError: the study has not been evaluated, or its file breaks the schema.
+    """
+    table, drawn, section = _render(study, params, evaluations)
+    folder = out / study
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.svg"):
+        stale.unlink()
+    _write(out / f"{study}.csv", files.to_csv(table))
+    _write(out / f"{study}.md", files.to_markdown(table, page.notes(table)))
+    _write(folder / "metrics.json", files.to_metrics(table))
+    _write(folder / "plot.json", files.to_plot(table))
+    _write(folder / "section.html", section)
+    for name, (svg, _) in drawn.items():
+        _write(folder / f"{name}.svg", figures.standalone(svg))
+
+
+def write_index(params: Params, evaluations: Path, out: Path) -> Path:
+    """Write `index.html`, one page over all studies that have been evaluated; return its path.
+
+    Studies stand in the order of params.yaml, further ones after them by name.
+    """
+    present = files_in.study_names(evaluations)
+    order = [name for name in params.studies if name in present]
+    order += [name for name in present if name not in params.studies]
+    rendered = [_render(name, params, evaluations) for name in order]
+    html = page.page([table for table, _, _ in rendered], [section for _, _, section in rendered], params)
+    _write(out / "index.html", html)
+    return out / "index.html"
+
+
+def _render(
+    study: str, params: Params, evaluations: Path
+) -> tuple[tables.Table, dict[str, tuple[str, str]], str]:
+    definition = params.studies.get(study)
+    read = files_in.read_study(study, evaluations)
+    key = (str(evaluations.resolve()), read.model_dump_json(), f"{definition!r} {params.backbones!r} {params.tracking!r}")
+    if key not in _rendered:
+        table = tables.build(read, params, evaluations)
+        layout = definition.layout if definition else "table"
+        drawn = figures.draw(table, layout)
+        shown = gallery(table, evaluations) if layout == "gallery" else None
+        source = papers.source(definition.paper if definition else None)
+        _rendered[key] = (table, drawn, page.section(table, source, drawn, shown, page.ui_address(params)))
+    return _rendered[key]
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8", newline="\n")

@@ -1,0 +1,77 @@
+"""Answers of the methods side by side on the same samples, chosen where they differ."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from pipeline.report.evaluations import Prediction, read_evaluation
+from pipeline.report.tables import Line, Table
+
+SAMPLES = 4  # a task
+_MAX_IMAGE = 200_000  # bytes: the page carries its images itself
+_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
+
+
+def gallery(table: Table, evaluations: Path) -> dict[str, Any] | None:
+    """Return the rows' names and the samples with each row's answer; None where there is nothing to show.
+
+    The samples are the first ones, in order of their ids, on which the rows' scores differ most.
+    """
+    groups = table.groups()
+    if not groups:
+        return None
+    lines = groups[0][1]
+    samples: list[dict[str, Any]] = []
+    for column in table.columns:
+        if column.metric is None:
+            answers = [(line, _answers(table, line, column, evaluations)) for line in lines]
+            samples += _samples([(line, found) for line, found in answers if found], lines, evaluations)
+    return {"rows": [line.title for line in lines], "samples": samples} if samples else None
+
+
+def _answers(table: Table, line: Line, column: Any, evaluations: Path) -> dict[str, Prediction]:
+    cell = next((one for one in table.entries[line, column].done if one.evaluation), None)
+    found = read_evaluation(cell.evaluation, evaluations) if cell and cell.evaluation else None
+    return {str(one.sample_id): one for one in found.predictions} if found else {}
+
+
+def _samples(
+    answers: list[tuple[Line, dict[str, Prediction]]], lines: list[Line], evaluations: Path
+) -> list[dict[str, Any]]:
+    if not answers:
+        return []
+    by_line = dict(answers)
+    shared = set.intersection(*(set(found) for found in by_line.values()))
+
+    def gap(sample: str) -> float:
+        scores = [found[sample].score or 0.0 for found in by_line.values()]
+        return max(scores) - min(scores)
+
+    chosen = sorted(shared, key=lambda sample: (-gap(sample), len(sample), sample))[:SAMPLES]
+    out = []
+    for sample in chosen:
+        every = [found[sample] for found in by_line.values()]
+        best = max((one.score or 0.0 for one in every), default=0.0)
+        image = next((one.image for one in every if one.image), None)
+        question = next((one.question for one in every if one.question), None)
+        references = next((one.references for one in every if one.references), [])
+        out.append({
+            "id": f"sample {sample}", "question": question, "references": "; ".join(dict.fromkeys(references)),
+            "image": _data_uri(evaluations.parent / image) if image else None,
+            "words": question or f"Image of sample {sample}",
+            "answers": [
+                {"text": by_line[line][sample].prediction, "right": (by_line[line][sample].score or 0.0) == best > 0}
+                if line in by_line else {"text": "", "right": False}
+                for line in lines
+            ],
+        })
+    return out
+
+
+def _data_uri(file: Path) -> str | None:
+    kind = _TYPES.get(file.suffix.lower())
+    if kind is None or not file.is_file() or file.stat().st_size > _MAX_IMAGE:
+        return None
+    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"

@@ -1,0 +1,247 @@
+"""A study's cells as the papers lay them out: averaged over seeds, in the table's unit, best and second marked."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Params
+from pipeline.report import papers
+from pipeline.report.evaluations import Cell, StudyFile, read_evaluation
+from pipeline.report.statistics import Difference, mean_std, paired_bootstrap
+
+_TOLERANCE = 1e-3  # relative: a score that differs more from its samples' mean is no mean over samples
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table: a method on a backbone at one point of the varied axes."""
+
+    backbone: str
+    paper_backbone: str
+    row: str
+    label: str
+    vary: tuple[tuple[str, Any], ...]
+
+    @property
+    def method(self) -> str:
+        """The row's name with its varied axes, as the CSV has it."""
+        return " ".join([self.row, *(f"{axis}={value}" for axis, value in self.vary)])
+
+    @property
+    def title(self) -> str:
+        """The row's label with its varied axes, as a reader sees it."""
+        axes = ", ".join(f"{papers.label('axes', axis)} = {value}" for axis, value in self.vary)
+        return f"{self.label} ({axes})" if axes else self.label
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: a task's own score (`metric` None) or a further metric of it."""
+
+    task: str
+    paper_task: str
+    metric: str | None
+
+
+@dataclass
+class Entry:
+    """One printed number, over all its seeds.
+
+    Attributes:
+        cells: the seeds' cells, by seed.
+        metric: name of the metric.
+        unit: what `value`, `std`, `paper` and `difference` are in.
+        value: mean over the seeds that are done; None where none is.
+        std: standard deviation over seeds; None for fewer than two.
+        paper: the printed figure, or None.
+        comparable: whether ours stands on the paper's own backbone and task.
+        mark: `best`, `second` or nothing, among the rows of the same backbone.
+        difference: ours minus the reference row's, on the same samples.
+    """
+
+    line: Line
+    column: Column
+    cells: list[Cell]
+    metric: str
+    unit: str
+    value: float | None
+    std: float | None
+    paper: float | None
+    comparable: bool
+    mark: str = ""
+    difference: Difference | None = None
+
+    @property
+    def done(self) -> list[Cell]:
+        """The cells that have this number."""
+        return [cell for cell in self.cells if _value(cell, self.column.metric) is not None]
+
+    @property
+    def open(self) -> list[Cell]:
+        """The cells that lack it."""
+        return [cell for cell in self.cells if _value(cell, self.column.metric) is None]
+
+    @property
+    def run_ids(self) -> list[str]:
+        """The runs behind it, by seed."""
+        return [cell.run_id for cell in self.done if cell.run_id]
+
+
+@dataclass
+class Table:
+    """A study, laid out."""
+
+    study: StudyFile
+    columns: list[Column]
+    lines: list[Line]
+    entries: dict[tuple[Line, Column], Entry]
+    reference: str | None
+    axes: list[str] = field(default_factory=list)
+
+    def groups(self) -> list[tuple[str, list[Line]]]:
+        """Return the lines by backbone, in the study's order."""
+        names = list(dict.fromkeys(line.backbone for line in self.lines))
+        return [(name, [line for line in self.lines if line.backbone == name]) for name in names]
+
+    def row(self, line: Line) -> list[Entry]:
+        """Return a line's entries, by column."""
+        return [self.entries[line, column] for column in self.columns]
+
+
+def build(study: StudyFile, params: Params, evaluations: Path) -> Table:
+    """Lay a study out.
+
+    Args:
+        study: its cells.
+        params: for the study's paper and metrics, and for the backbones' sources.
+        evaluations: the folder of the trials' predictions, for the differences between rows.
+    """
+    definition = params.studies.get(study.study)
+    path = definition.paper if definition else None
+    extra = definition.metrics if definition else []
+    tasks = dict.fromkeys((cell.task, cell.paper_task) for cell in study.cells)
+    columns = [Column(*task, metric) for task in tasks for metric in (None, *extra)]
+    lines = list(dict.fromkeys(_line(cell) for cell in study.cells))
+    entries = {}
+    for line in lines:
+        for column in columns:
+            cells = sorted(
+                (cell for cell in study.cells if _line(cell) == line and cell.task == column.task),
+                key=lambda cell: cell.seed,
+            )
+            entries[line, column] = _entry(line, column, cells, study, path, params)
+    axes = list(dict.fromkeys(axis for line in lines for axis, _ in line.vary))
+    table = Table(study, columns, lines, entries, _reference(study, lines), axes)
+    for column in columns:
+        for _, group in table.groups():
+            _mark([entries[line, column] for line in group])
+    _compare(table, functools.cache(lambda key: _scores(key, evaluations)))
+    return table
+
+
+def _line(cell: Cell) -> Line:
+    vary = tuple((axis, _plain(value)) for axis, value in cell.vary.items())
+    return Line(cell.backbone, cell.paper_backbone, cell.row, cell.label, vary)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int | float | str) else str(value)
+
+
+def _entry(
+    line: Line, column: Column, cells: list[Cell], study: StudyFile, path: str | None, params: Params
+) -> Entry:
+    own = column.metric is None
+    done = [cell for cell in cells if _value(cell, column.metric) is not None]
+    # cells that are not done have no metric of their own: take the name from another row of the same task
+    named = next((cell for cell in [*done, *study.cells] if cell.task == column.task and cell.metric), None)
+    metric = column.metric or (named.metric if named and named.metric else "score")
+    where = (line.paper_backbone, column.paper_task, None if own else metric)
+    ours = (named.unit if named and own else None) or papers.metric_facts(metric).get("ours") or "percent"
+    unit = papers.unit(path, study.study, *where) or ours
+    values = [
+        papers.convert(float(_value(cell, column.metric) or 0.0), cell.units.get(metric) or
+                       (cell.unit if own and cell.unit else ours), unit)
+        for cell in done
+    ]
+    value, std = mean_std(values) if values else (None, None)
+    published = params.backbone_source(line.backbone).variant == "published"
+    same = line.backbone == line.paper_backbone and column.task == column.paper_task and published
+    figure = papers.figure(path, line.paper_backbone, line.row, *where[1:])
+    if figure is None and own:  # a table may be of the task's own metric by its name
+        figure = papers.figure(path, line.paper_backbone, line.row, column.paper_task, metric)
+    return Entry(line, column, cells, metric, unit, value, std, figure, comparable=same)
+
+
+def _value(cell: Cell, metric: str | None) -> float | None:
+    if cell.status != "done":
+        return None
+    if metric is None:
+        return cell.value
+    plain = {name.lower().replace("_", ""): value for name, value in cell.metrics.items()}
+    return plain.get(metric.lower().replace("_", ""))
+
+
+def _mark(entries: Iterable[Entry]) -> None:
+    """Mark best and second as they are printed: numbers that look equal share the mark."""
+    known = [entry for entry in entries if entry.value is not None]
+    if len(known) < 2:
+        return
+    lower = bool(papers.metric_facts(known[0].metric).get("lower_is_better"))
+    shown = {id(entry): round(entry.value or 0.0, papers.decimals(entry.unit)) for entry in known}
+    places = sorted(set(shown.values()), reverse=not lower)
+    for entry in known:
+        place = places.index(shown[id(entry)])
+        entry.mark = ("best", "second")[place] if place < 2 and len(places) > 1 else ""
+
+
+def _reference(study: StudyFile, lines: Sequence[Line]) -> str | None:
+    """Return the row the others are compared with: the paper's own method, else the best without training."""
+    rows = list(dict.fromkeys(line.row for line in lines))
+    if len(rows) < 2:
+        return None
+    own = study.study.partition("-")[0]
+    if own in rows:
+        return own
+    free = [cell for cell in study.cells if cell.value is not None and not cell.trainable_parameters]
+    return max(free, key=lambda cell: cell.value or 0.0).row if free else rows[0]
+
+
+def _compare(table: Table, scores: Any) -> None:
+    for (line, column), entry in table.entries.items():
+        if column.metric is not None or line.row == table.reference or entry.value is None:
+            continue
+        same = [
+            other for other in table.lines
+            if (other.backbone, other.vary, other.row) == (line.backbone, line.vary, table.reference)
+        ]
+        if same:
+            ours, theirs = _by_sample(entry, scores), _by_sample(table.entries[same[0], column], scores)
+            entry.difference = paired_bootstrap(ours, theirs)
+
+
+def _by_sample(entry: Entry, scores: Any) -> dict[str, float]:
+    """Return the score of each sample, averaged over the seeds that scored it, in the entry's unit."""
+    seen: dict[str, list[float]] = {}
+    for cell in entry.done:
+        unit, found = scores(cell.evaluation) if cell.evaluation else ("", {})
+        for sample, score in found.items():
+            seen.setdefault(sample, []).append(papers.convert(score, unit, entry.unit))
+    return {sample: sum(values) / len(values) for sample, values in seen.items()}
+
+
+def _scores(key: str, evaluations: Path) -> tuple[str, dict[str, float]]:
+    """Return unit and score by sample; nothing where the score is no mean over samples (CHAIR, MME)."""
+    evaluation = read_evaluation(key, evaluations)
+    if evaluation is None or evaluation.value is None:
+        return "", {}
+    found = {str(one.sample_id): one.score for one in evaluation.predictions if one.score is not None}
+    if not found:
+        return "", {}
+    mean = sum(found.values()) / len(found)
+    close = abs(mean - evaluation.value) <= _TOLERANCE * max(abs(evaluation.value), abs(mean), 1e-9)
+    return (evaluation.unit, found) if close else ("", {})

@@ -1,0 +1,151 @@
+"""Stage `evaluate`: choose each cell's trial on the selection set, score it once, write one JSON a trial.
+
+    evaluations/<key>.json            one scored trial: configuration, score, predictions with ids
+    evaluations/studies/<study>.json  the cells of a study, each with its chosen trial and its candidates
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.atomic import write_atomic
+from pipeline.config import Params
+from pipeline.errors import HificlError, WorkError
+from pipeline.progress import bar, say
+from pipeline.sweep.plan import Plan, make_plan
+from pipeline.sweep.run import all_cells, places
+from pipeline.sweep.space import Cell, Point, points
+from pipeline.sweep.store import TrialStore
+from pipeline.tasks import tasks
+from pipeline.tracking.runs import Tracker
+from pipeline.trial import EvaluationConfig, TrialConfig
+
+SCHEMA = 1
+
+
+def evaluate(params: Params, studies: list[str], root: Path | None = None) -> None:
+    """Score what the studies need and is not scored yet, and write the studies' cells.
+
+    Raises:
+        WorkError: some trials are missing or could not be scored; the others are done.
+    """
+    where = places(root)
+    out = where.runs.parent / "evaluations"
+    store = TrialStore(where.runs)
+    cells = all_cells(params, studies, where)
+    plan = make_plan(params, cells, where)
+    chosen = {cell.name: _choose(params, cell, store) for cell in cells}
+    jobs: dict[str, tuple[TrialConfig, EvaluationConfig]] = {}
+    for cell in cells:
+        trial = chosen[cell.name]["trial"]
+        if trial is not None:
+            config = _evaluation(params, cell, trial)
+            chosen[cell.name]["evaluation"] = config.key
+            jobs[config.key] = (store.config(trial), config)
+    todo = [job for key, job in jobs.items() if not (out / f"{key}.json").exists()]
+    say(f"{len(jobs)} trials to score, {len(jobs) - len(todo)} are scored")
+    tracker = Tracker(params.tracking.uri, root or Path.cwd())
+    tracker.prepare(studies)
+    problems = dict(_score(params, plan, todo, out, tracker)) if todo else {}
+    for study in studies:
+        mine = [_record(cell, chosen[cell.name], out, store, problems) for cell in cells if cell.study == study]
+        record = {
+            "schema": SCHEMA, "study": study, "title": params.studies[study].title, "profile": params.profile,
+            "selection": params.train.selection, "provenance": {k: v for k, v in tracker.provenance.items() if k != "diff"},
+            "cells": mine,
+        }  # fmt: skip
+        write_atomic(out / "studies" / f"{study}.json", json.dumps(record, indent=1, sort_keys=True))
+    if problems:
+        key, why = next(iter(problems.items()))
+        raise WorkError(f"{len(problems)} of {len(jobs)} trials could not be scored; the first, {key}: {why}", where="evaluate")
+
+
+def candidates(params: Params, cell: Cell, store: TrialStore) -> list[tuple[Point, TrialConfig]]:
+    """Return the points of a cell with their trials; under Optuna, those that the store holds."""
+    if params.sweep.search != "optuna" or not cell.search:
+        return [(point, cell.trial(point)) for point in points(cell, params)]
+    found = []
+    for key in store.keys():
+        config = store.config(key)
+        values = {**config.model_dump(), **config.options}
+        point = {name: values[name] for name in cell.search if name in values}
+        if len(point) == len(cell.search) and config.method == cell.method and cell.trial(point).key == key:
+            found.append((point, config))
+    return found
+
+
+def _choose(params: Params, cell: Cell, store: TrialStore) -> dict[str, Any]:
+    """Return the cell's candidates and the one with the best objective on the selection set."""
+    rows, best, problem = [], None, None
+    for point, config in candidates(params, cell, store):
+        done = store.done(config.key) if (store.folder(config.key) / "done.json").exists() else None
+        objective = (done or {}).get("objective")
+        rows.append({"trial": config.key, "searched": point, "selection_score": objective,
+                     "status": (done or {}).get("status", "missing")})  # fmt: skip
+        if done is None or done["status"] not in ("finished", "stopped"):
+            problem = problem or (done or {}).get("error") or f"trial {config.key} is {rows[-1]['status']}"
+            continue
+        if best is None or (objective is not None and objective > best[2]):
+            best = (config.key, point, objective if objective is not None else float("-inf"))
+    return {
+        "trial": best[0] if best else None, "searched": best[1] if best else {}, "candidates": rows,
+        "error": None if best else problem or "no trial", "evaluation": None,
+    }  # fmt: skip
+
+
+def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
+    generation = params.evaluate.generation
+    return EvaluationConfig(
+        trial=trial, num_samples=params.evaluate.num_evaluation_samples, num_beams=generation.num_beams,
+        length_penalty=generation.length_penalty,
+        max_new_tokens=generation.max_new_tokens or tasks.get(cell.task).max_new_tokens,
+        vqa_normalise=params.evaluate.vqa_normalise,
+    )  # fmt: skip
+
+
+def _score(
+    params: Params, plan: Plan, todo: list[tuple[TrialConfig, EvaluationConfig]], out: Path, tracker: Tracker
+) -> Iterator[tuple[str, str]]:
+    """Score trials on the cluster; yield (evaluation key, error) of those that fail."""
+    from pipeline.sweep.evaluators import score_all  # starts Ray
+
+    with bar("evaluate") as progress:
+        progress(0, len(todo))
+        jobs = [(plan.request_of(config), evaluation) for config, evaluation in todo]
+        for number, (key, result) in enumerate(score_all(params, jobs), start=1):
+            progress(number, len(todo))
+            if isinstance(result, HificlError | Exception):
+                yield key, str(result)
+                continue
+            run_id = tracker.find_run(result["trial"])
+            path = out / f"{key}.json"
+            write_atomic(path, json.dumps({"schema": SCHEMA, **result, "run_id": run_id}, indent=0, sort_keys=True))
+            if run_id is not None:
+                scores = {f"test_{name}": value for name, value in result["metrics"].items()}
+                tracker.log_evaluation(run_id, scores, path)
+
+
+def _record(cell: Cell, chosen: dict[str, Any], out: Path, store: TrialStore, problems: dict[str, str]) -> dict[str, Any]:
+    task = tasks.get(cell.task)
+    record: dict[str, Any] = {
+        "row": cell.row, "label": cell.label, "method": cell.method, "backbone": cell.backbone,
+        "paper_backbone": cell.paper_backbone, "task": cell.task, "paper_task": cell.paper_task, "vary": cell.vary,
+        "seed": cell.seed, "metric": task.metric, "unit": task.unit, "value": None, "metrics": {}, "run_id": None,
+        "trainable_parameters": None, "train_seconds": None, "chosen_epoch": None, "num_samples": None, **chosen,
+    }  # fmt: skip
+    evaluation = chosen["evaluation"]
+    path = out / f"{evaluation}.json"
+    if evaluation is None or not path.exists():
+        error = problems.get(evaluation or "", chosen["error"])
+        return {**record, "status": "failed" if error else "missing", "error": error}
+    scored = json.loads(path.read_text(encoding="utf-8"))
+    done = store.done(chosen["trial"]) or {}
+    return {
+        **record, "status": "done", "error": None, "value": scored["value"], "metrics": scored["metrics"],
+        "run_id": scored["run_id"], "num_samples": scored["num_samples"], "chosen_epoch": done.get("chosen_epoch"),
+        "trainable_parameters": done.get("trainable_parameters"), "train_seconds": done.get("train_seconds"),
+        "evaluate_seconds": scored.get("seconds"),
+    }  # fmt: skip

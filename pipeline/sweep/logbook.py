@@ -1,0 +1,97 @@
+"""Keeps MLflow equal to the trial store: live while trials run, and by the ledger for those already done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.sweep.plan import Plan
+from pipeline.sweep.store import TrialStore
+from pipeline.tracking.runs import FAILED, FINISHED, KILLED, Tracker
+from pipeline.trial import TrialConfig
+
+ENDS = {"finished": FINISHED, "diverged": FAILED, "failed": FAILED, "stopped": KILLED}
+
+
+class Logbook:
+    """One MLflow child run a trial, below the parent of the study that asked for it first.
+
+    Args:
+        tracker: the MLflow store.
+        store: the trial store.
+        plan: which trial belongs to which cell.
+        parents: parent run by study.
+        datasets: what to record as MLflow dataset inputs, by task.
+    """
+
+    def __init__(
+        self, tracker: Tracker, store: TrialStore, plan: Plan, parents: Mapping[str, str],
+        datasets: Mapping[str, list[dict[str, Any]]],
+    ) -> None:  # fmt: skip
+        self.tracker, self.store, self.plan = tracker, store, plan
+        self.parents, self.datasets = parents, datasets
+        self._runs: dict[str, str] = {}
+
+    def on_start(self, key: str) -> None:
+        """Open the trial's run, or take the one that an earlier sweep began."""
+        self._open(key)
+
+    def on_report(self, key: str, report: dict[str, Any]) -> None:
+        """Log one epoch."""
+        self.tracker.log_epochs(self._open(key), [numbers(report)])
+
+    def on_end(self, key: str, error: str | None) -> None:
+        """Log what is missing and end the run."""
+        self.record(key)
+
+    def record(self, key: str) -> str:
+        """Bring the run of a trial in line with the store; return its id."""
+        run_id = self._open(key)
+        rows = self.store.epochs(key)
+        if rows:
+            self.tracker.log_epochs(run_id, [numbers(row) for row in rows])
+        done = self.store.done(key)
+        if done is not None:
+            adapter = self.store.folder(key) / "adapter"
+            if adapter.is_dir():
+                self.tracker.log_adapter(run_id, adapter)
+            self.tracker.close(run_id, ENDS[done["status"]])
+        return run_id
+
+    def _open(self, key: str) -> str:
+        if key not in self._runs:
+            config = self._config(key)
+            cell = self.plan.cells[self.plan.cell_of[key]] if key in self.plan.cell_of else None
+            study = cell.study if cell else next(iter(self.parents))
+            self._runs[key] = self.tracker.open_trial(
+                study,
+                self.parents[study],
+                key=key,
+                name=config.name,
+                params=flat(config),
+                datasets=self.datasets.get(config.task, []),
+                tags={"profile": self.plan.params.profile},
+            )
+        return self._runs[key]
+
+    def _config(self, key: str) -> TrialConfig:
+        return self.plan.trials.get(key) or self.store.config(key)
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numeric entries of a report that MLflow should keep."""
+    skip = {"done", "training_iteration", "time_total_s", "pid", "timestamp", "time_since_restore", "iterations_since_restore",
+            "time_this_iter_s"}
+    return {k: float(v) for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool) and k not in skip}
+
+
+def flat(config: TrialConfig) -> dict[str, Any]:
+    """Return the configuration as MLflow params: the method's options beside the other fields, same names."""
+    record = config.model_dump(mode="json")
+    return {**{k: v for k, v in record.items() if k != "options"}, **record["options"]}
+
+
+def datasets_of(manifest_path: Path, task: str, digest: str) -> list[dict[str, Any]]:
+    """Return the dataset inputs of a task: its manifest, by digest."""
+    return [{"name": task, "source": str(manifest_path), "digest": digest, "context": "training"}]

@@ -1,0 +1,80 @@
+"""Which trials a sweep runs, and how Tune's configuration of a trial leads to its request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Params
+from pipeline.sweep.request import TrialRequest
+from pipeline.sweep.space import Cell, points
+from pipeline.sweep.store import TrialStore
+from pipeline.trial import TrialConfig
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things lie on this machine; every path absolute."""
+
+    runs: Path
+    manifests: Path
+    cache: Path | None
+
+    def manifest(self, task: str) -> Path:
+        """Return the path of a task's manifest."""
+        return self.manifests / task / "manifest.json"
+
+
+@dataclass
+class Plan:
+    """The trials of one sweep.
+
+    Attributes:
+        cells: by name; a trial belongs to the first cell that asked for it.
+        trials: configuration by key, of every point that is known beforehand (grid and random search).
+        cell_of: cell name by trial key.
+    """
+
+    params: Params
+    places: Places
+    cells: dict[str, Cell] = field(default_factory=dict)
+    trials: dict[str, TrialConfig] = field(default_factory=dict)
+    cell_of: dict[str, str] = field(default_factory=dict)
+
+    def request(self, tune_config: dict[str, Any]) -> TrialRequest:
+        """Return what a slot needs for the trial that Tune calls `tune_config`."""
+        if "trial" in tune_config:
+            return self.request_of(self.trials[tune_config["trial"]])
+        point = {name: value for name, value in tune_config.items() if name != "cell"}
+        return self.request_of(self.cells[tune_config["cell"]].trial(point))
+
+    def request_of(self, config: TrialConfig) -> TrialRequest:
+        """Return where the trial and its data lie."""
+        return TrialRequest(
+            config=config,
+            folder=str(self.places.runs / config.key),
+            manifest=str(self.places.manifest(config.task)),
+            source=self.params.backbone_source(config.backbone),
+            cache=str(self.places.cache) if self.places.cache else None,
+        )
+
+    def open_keys(self, store: TrialStore) -> list[str]:
+        """Return the keys of trained trials that are not done, those of one backbone together."""
+        todo = [key for key, config in self.trials.items() if config.trained and not store.finished(key)]
+        return sorted(todo, key=lambda key: (self.trials[key].backbone, self.trials[key].task))
+
+
+def make_plan(params: Params, cells: Iterable[Cell], places: Places) -> Plan:
+    """Lay out the trials of `cells`; those that several cells share appear once."""
+    plan = Plan(params, places)
+    for cell in cells:
+        plan.cells[cell.name] = cell
+        if params.sweep.search == "optuna" and cell.search:
+            continue  # its points are asked for one after another
+        for point in points(cell, params):
+            config = cell.trial(point)
+            plan.trials.setdefault(config.key, config)
+            plan.cell_of.setdefault(config.key, cell.name)
+    return plan

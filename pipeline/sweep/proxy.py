@@ -1,0 +1,44 @@
+"""What Ray Tune sees of a trial: a light actor that waits for the slot's reports. Imports neither torch nor MLflow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray import tune
+
+from pipeline.errors import WorkError
+
+
+class TrialProxy(tune.Trainable):
+    """One trial for Tune's schedulers and searchers; the work is done in a slot of the dispatcher."""
+
+    def setup(self, config: dict[str, Any], dispatcher: Any = None, plan: Any = None) -> None:
+        """Hand the trial over; `plan.request(config)` gives what the slot needs."""
+        self._dispatcher, self._plan = dispatcher, plan
+        self._begin(config)
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        request = self._plan.request(config)
+        self._key, self._seen = request.key, 0
+        ray.get(self._dispatcher.submit.remote(request))
+
+    def step(self) -> dict[str, Any]:
+        """Return the next epoch's report."""
+        report = ray.get(self._dispatcher.next.remote(self._key, self._seen))
+        if "error" in report:
+            raise WorkError(report["error"], where=f"trial {self._key}")
+        self._seen += 1
+        return dict(report)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Serve another trial in this process."""
+        self._begin(new_config)
+        return True
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Nothing to keep: the trial store holds the state."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """See `save_checkpoint`."""

@@ -1,0 +1,184 @@
+"""A sweep from params to a full trial store: what the DVC stage `train` and `hificl sweep` run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline import backbones
+from pipeline.config import Params
+from pipeline.data.manifest import Manifest
+from pipeline.errors import InputError, WorkError
+from pipeline.progress import say
+from pipeline.sweep.logbook import Logbook, datasets_of
+from pipeline.sweep.plan import Places, Plan, make_plan
+from pipeline.sweep.space import Cell, Digests, cells
+from pipeline.sweep.store import TrialStore
+from pipeline.sweep.view import View
+from pipeline.tracking.runs import FAILED, FINISHED, KILLED, Tracker
+from pipeline.trial import canonical, digest
+
+PARENT_SECONDS = 2.0
+
+
+def places(root: Path | None = None) -> Places:
+    """Return where the project below `root` (default: the current folder) keeps things."""
+    root = (root or Path.cwd()).resolve()
+    return Places(runs=root / "runs", manifests=root / "data/manifests", cache=root / "cache/visual")
+
+
+def digests_of(params: Params, where: Places) -> Digests:
+    """Return the digests of the profile's backbones and manifests.
+
+    Raises:
+        InputError: weights or a manifest are missing.
+    """
+    manifests = {}
+    for task in params.run.tasks:
+        path = where.manifest(task)
+        if not path.exists():
+            raise InputError("no manifest", where=str(path), way_out=f"Run `dvc repro subsample@{task}` first")
+        manifests[task] = Manifest.load(path)
+    return Digests(
+        backbones={name: backbones.digest_of(name, params.backbone_source(name)) for name in params.run.backbones},
+        manifests={task: manifest.digest for task, manifest in manifests.items()},
+        train_sizes={task: len(manifest.splits["train"]) for task, manifest in manifests.items()},
+    )
+
+
+def all_cells(params: Params, studies: list[str], where: Places) -> list[Cell]:
+    """Return the cells of several studies, in their order."""
+    known = digests_of(params, where)
+    return [cell for study in studies for cell in cells(params, study, known)]
+
+
+def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
+    """Train every trial of `studies` that the store does not have, and log all of them to MLflow.
+
+    Safe to kill and to run again: finished trials are never trained twice, an open one goes on at its last epoch.
+
+    Raises:
+        InputError: params, data, weights, cluster or tracking store are not in order; nothing was started.
+        WorkError: some trials failed; the others are done.
+    """
+    where = places(root)
+    plan = make_plan(params, all_cells(params, studies, where), where)
+    store = TrialStore(where.runs)
+    with store.lock("a sweep"), ended_with_parent(), terminated_as_interrupt():
+        tracker = Tracker(params.tracking.uri, root or Path.cwd())
+        tracker.prepare(studies)
+        tracker.sweep_leftovers()
+        try:
+            failed = _sweep(params, studies, plan, store, tracker)
+        except BaseException:
+            tracker.close_all(KILLED)
+            raise
+    if failed:
+        key, why = next(iter(failed.items()))
+        raise WorkError(
+            f"{len(failed)} of {len(plan.trials)} trials failed; the first, {key}: {why}",
+            where="train",
+            way_out="Finished trials are kept; mend the cause and run the same command again",
+        )
+
+
+def _sweep(params: Params, studies: list[str], plan: Plan, store: TrialStore, tracker: Tracker) -> dict[str, str]:
+    known = {key: config for key, config in plan.trials.items() if config.trained}
+    adaptive = params.sweep.search == "optuna" and any(cell.search for cell in plan.cells.values())
+    todo = plan.open_keys(store)
+    say(f"{len(known)} trials in {len(plan.cells)} cells of {len(studies)} studies; {len(known) - len(todo)} are done")
+    parents = {study: _open_parent(tracker, params, study, plan) for study in studies}
+    digests = {c.task: c.manifest_digest for c in plan.trials.values()}
+    datasets = {task: datasets_of(plan.places.manifest(task), task, value) for task, value in digests.items()}
+    logbook = Logbook(tracker, store, plan, parents, datasets)
+    for key in todo:
+        store.open(plan.trials[key], tracker.provenance)
+    for key in known:
+        if key not in todo:
+            logbook.record(key)
+    if todo or adaptive:
+        from pipeline.sweep.tuner import cluster, run_trials  # Ray takes seconds to start; a full store needs none
+
+        with View(plan, store, len(todo)) as view, cluster(params.sweep):
+            run_trials(plan, todo, params, [logbook, view])
+    for key, config in plan.trials.items():
+        if not config.trained:
+            _record_untrained(store, plan, key, tracker)
+            logbook.record(key)
+    failed = {}
+    for key in known:
+        done = store.done(key)
+        if done is None or done["status"] == "failed":
+            failed[key] = (done or {}).get("error", "it did not end")
+    for parent in parents.values():
+        tracker.close(parent, FAILED if failed else FINISHED)
+    return failed
+
+
+def _open_parent(tracker: Tracker, params: Params, study: str, plan: Plan) -> str:
+    mine = sorted(key for key, cell in plan.cell_of.items() if plan.cells[cell].study == study)
+    title = params.studies[study].title
+    return tracker.open_sweep(
+        study,
+        tags={"sweep_key": digest(canonical(mine))[:16], "profile": params.profile},
+        description=f"{title}. {len(mine)} trials, profile `{params.profile}`.",
+        system_metrics=params.tracking.system_metrics,
+    )
+
+
+def _record_untrained(store: TrialStore, plan: Plan, key: str, tracker: Tracker) -> None:
+    if store.done(key) is None:
+        store.open(plan.trials[key], tracker.provenance)
+        store.finish(key, {"status": "finished", "epochs": 0, "trainable_parameters": 0})
+
+
+@contextmanager
+def ended_with_parent() -> Iterator[None]:
+    """End this process when the `dvc` above it is killed, which would leave it as an orphan beside a second sweep."""
+    ancestors = psutil.Process().parents()
+    dvc = next((p for p in ancestors if any("dvc" in Path(part).name for part in _cmdline(p)[:3])), None)
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(PARENT_SECONDS):
+            if not dvc.is_running():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    if dvc is not None:
+        threading.Thread(target=watch, daemon=True, name="watch-dvc").start()
+    try:
+        yield
+    finally:
+        stop.set()
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+@contextmanager
+def terminated_as_interrupt() -> Iterator[None]:
+    """Turn SIGTERM into KeyboardInterrupt for the time of the block, so that both end the sweep in order."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

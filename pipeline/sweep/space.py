@@ -1,0 +1,235 @@
+"""From a study in params.yaml to its cells, and from a cell and a point of its space to a `TrialConfig`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline import methods
+from pipeline.backbones import backbones
+from pipeline.config import Params, Study, StudyMethod, Train, validate
+from pipeline.errors import InputError, nearest
+from pipeline.tasks import tasks
+from pipeline.trial import TrialConfig
+
+Point = dict[str, Any]
+TRAIN_FIELDS = set(Train.model_fields)
+PAPERS_FULL_SIZE = 1000  # below this many samples the papers train for twice the epochs
+
+
+@dataclass(frozen=True)
+class Digests:
+    """Content digests of what a trial starts from, by name."""
+
+    backbones: Mapping[str, str]
+    manifests: Mapping[str, str]
+    train_sizes: Mapping[str, int]  # samples in each manifest's training split
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a study at one seed: what is fixed, and the space that is searched for it."""
+
+    study: str
+    row: str
+    label: str
+    method: str
+    backbone: str
+    paper_backbone: str
+    task: str
+    paper_task: str
+    vary: Point
+    seed: int
+    train: Train
+    options: dict[str, Any]
+    search: dict[str, Any]
+    digests: Digests = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """Readable and unique within the sweep."""
+        vary = "".join(f" {k}={v}" for k, v in sorted(self.vary.items()))
+        return f"{self.study}/{self.backbone}/{self.task}/{self.row}{vary}/seed={self.seed}"
+
+    def trial(self, point: Point) -> TrialConfig:
+        """Return the trial at `point`; fields that the method does not use stay neutral, so that keys are shared."""
+        train, options = _apply(self.method, self.train, self.options, point, where=self.name)
+        shared = {
+            "backbone": self.backbone,
+            "backbone_digest": self.digests.backbones[self.backbone],
+            "task": self.task,
+            "manifest_digest": self.digests.manifests[self.task],
+            "method": self.method,
+            "options": methods.validate_options(self.method, options),
+            "seed": self.seed,
+        }
+        available = self.digests.train_sizes[self.task]
+        if train.num_train_samples > available:
+            raise InputError(
+                f"{train.num_train_samples} training samples are asked for, {self.task} has {available}",
+                where=self.name,
+                way_out="Raise subsample.num_train or lower train.num_train_samples",
+            )
+        if not methods.is_trained(self.method):
+            return TrialConfig(**shared, num_train_samples=train.num_train_samples)
+        teacher = methods.uses_teacher(self.method, options)
+        full = train.num_train_samples >= PAPERS_FULL_SIZE
+        return TrialConfig(
+            **shared,
+            num_train_samples=train.num_train_samples,
+            num_shots=train.num_shots if teacher else 0,
+            epochs=train.epochs if full else train.epochs_below_1000,
+            alignment_weight=train.alignment_weight if teacher else 0.0,
+            **{name: getattr(train, name) for name in _SHARED},
+        )
+
+
+_SHARED = (
+    "learning_rate", "weight_decay", "warmup_ratio", "gradient_clip", "micro_batch_size", "accumulation", "loss_span",
+    "ground_truth_weight", "precision", "engine", "zero_stage", "offload", "world_size", "selection",
+    "selection_metric", "num_selection_samples",
+)  # fmt: skip
+
+
+def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
+    """Return the cells of a study under the current profile.
+
+    Backbones and tasks of the study are the papers' names; the profile's own stand for them.
+
+    Raises:
+        InputError: unknown study, method, backbone, task, field or option.
+    """
+    if study_name not in params.studies:
+        raise InputError(f"unknown study '{study_name}'", where="run.studies", way_out=nearest(study_name, params.studies))
+    study = params.studies[study_name]
+    pairs = [
+        (backbone, backbones.get(backbone).stands_for, task, tasks.get(task).stands_for)
+        for backbone in params.run.backbones
+        for task in params.run.tasks
+        if backbones.get(backbone).stands_for in study.backbones and tasks.get(task).stands_for in study.tasks
+    ]
+    if not pairs:
+        raise InputError(
+            f"none of the profile's backbones {params.run.backbones} and tasks {params.run.tasks} stands for one of the study's",
+            where=f"studies.{study_name}",
+            way_out=f"The study asks for {study.backbones} and {study.tasks}",
+        )
+    found = [
+        _cell(params, study_name, study, row_name, row, pair, vary, seed, digests)
+        for pair in pairs
+        for row_name, row in study.methods.items()
+        for vary in _grid(study.vary)
+        for seed in study.seeds
+    ]
+    # a varied field that a method does not have (rank of zero-shot) would repeat its cell under other names
+    unique: dict[tuple[Any, ...], Cell] = {}
+    for cell in found:
+        unique.setdefault((cell.row, cell.backbone, cell.task, cell.seed, str(sorted(cell.vary.items()))), cell)
+    return list(unique.values())
+
+
+def _cell(
+    params: Params, study_name: str, study: Study, row_name: str, row: StudyMethod,
+    pair: tuple[str, str, str, str], vary: Point, seed: int, digests: Digests,
+) -> Cell:  # fmt: skip
+    where = f"studies.{study_name}.methods.{row_name}"
+    known = TRAIN_FIELDS | set(methods.option_names(row.method))
+    vary = {name: value for name, value in vary.items() if name in known}
+    train, options = params.train, {}
+    for layer, source in (
+        (params.methods.get(row.method, {}), f"methods.{row.method}"),
+        (study.train, f"studies.{study_name}.train"),
+        (row.set, where),
+        (vary, f"studies.{study_name}.vary"),
+    ):
+        train, options = _apply(row.method, train, options, layer, where=source)
+    for name in row.search:
+        if name not in known:
+            raise InputError(f"search over unknown field '{name}'", where=where, way_out=nearest(name, known))
+    methods.validate_options(row.method, options)
+    backbone, paper_backbone, task, paper_task = pair
+    return Cell(
+        study=study_name, row=row_name, label=row.label or row_name, method=row.method, backbone=backbone,
+        paper_backbone=paper_backbone, task=task, paper_task=paper_task, vary=vary, seed=seed, train=train,
+        options=options, search=row.search, digests=digests,
+    )  # fmt: skip
+
+
+def _apply(
+    method: str, train: Train, options: dict[str, Any], layer: Mapping[str, Any], *, where: str
+) -> tuple[Train, dict[str, Any]]:
+    """Lay `layer` over training fields and method options; a name that is neither is an error."""
+    own = set(methods.option_names(method))
+    changed: dict[str, Any] = {}
+    options = dict(options)
+    for name, value in layer.items():
+        if name in own:
+            options[name] = value
+        elif name in TRAIN_FIELDS:
+            changed[name] = value
+        else:
+            raise InputError(f"unknown field '{name}'", where=where, way_out=nearest(name, own | TRAIN_FIELDS))
+    if not changed:
+        return train, options
+    return validate(Train, {**train.model_dump(), **changed}, where), options
+
+
+def _grid(axes: Mapping[str, list[Any]]) -> Iterator[Point]:
+    names = list(axes)
+    for values in itertools.product(*(axes[name] for name in names)):
+        yield dict(zip(names, values, strict=True))
+
+
+def points(cell: Cell, params: Params) -> list[Point]:
+    """Return the points of a cell's space under grid or random search.
+
+    Raises:
+        InputError: a grid over a continuous range.
+    """
+    if not cell.search:
+        return [{}]
+    if params.sweep.search == "grid":
+        for name, values in cell.search.items():
+            if not isinstance(values, list):
+                raise InputError(
+                    f"a grid needs a list of values for '{name}', got {values!r}",
+                    where=f"studies.{cell.study}.methods.{cell.row}.search",
+                    way_out="Give a list, or set sweep.search to random or optuna",
+                )
+        return list(_grid(cell.search))
+    generator = random.Random(f"{params.sweep.seed}:{cell.name}")
+    drawn = [{name: draw(domain, generator, name) for name, domain in cell.search.items()}
+             for _ in range(params.sweep.num_samples)]
+    return [point for i, point in enumerate(drawn) if point not in drawn[:i]]
+
+
+def draw(domain: Any, generator: random.Random, name: str) -> Any:
+    """Draw one value of a search domain: a list, {uniform|loguniform: [low, high]} or {randint: [low, high]}."""
+    if isinstance(domain, list):
+        return generator.choice(domain)
+    kind, (low, high) = parse_range(domain, name)
+    if kind == "loguniform":
+        return math.exp(generator.uniform(math.log(low), math.log(high)))
+    return generator.uniform(low, high) if kind == "uniform" else generator.randint(int(low), int(high))
+
+
+def parse_range(domain: Any, name: str) -> tuple[str, tuple[float, float]]:
+    """Return kind and bounds of a range in a search space.
+
+    Raises:
+        InputError: the domain is of no known form.
+    """
+    kinds = ("uniform", "loguniform", "randint")
+    if isinstance(domain, dict) and len(domain) == 1:
+        kind, bounds = next(iter(domain.items()))
+        if kind in kinds and isinstance(bounds, list) and len(bounds) == 2 and bounds[0] < bounds[1]:
+            if kind == "loguniform" and bounds[0] <= 0:
+                raise InputError(f"loguniform bounds of '{name}' must be above 0, got {bounds}", where="search")
+            return kind, (bounds[0], bounds[1])
+    raise InputError(
+        f"search domain of '{name}' is {domain!r}", where="search", way_out=f"Give a list, or one of {kinds} with [low, high]"
+    )

@@ -1,0 +1,129 @@
+"""The trial store: one folder a trial under `runs/`, keyed by content, and the ledger of what is done.
+
+    runs/<key>/config.json      the TrialConfig and where it came from
+    runs/<key>/metrics.jsonl    one line an epoch
+    runs/<key>/checkpoint/      the last two epochs' states, for resuming (`train.checkpoint`)
+    runs/<key>/adapter/         the chosen epoch's adapter
+    runs/<key>/done.json        written last, by an atomic rename: the trial is done
+
+Resume goes by this ledger and never by Ray's history, which offers finished trials again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.atomic import write_atomic
+from pipeline.errors import InputError, WorkError
+from pipeline.trial import TrialConfig
+
+FINAL = ("finished", "diverged")  # ends that training again would only repeat
+
+
+class TrialStore:
+    """Reads and writes `runs/`.
+
+    Args:
+        root: the folder, usually `runs`.
+    """
+
+    def __init__(self, root: Path | str = "runs") -> None:
+        self.root = Path(root)
+
+    def folder(self, key: str) -> Path:
+        """Return the folder of the trial `key`."""
+        return self.root / key
+
+    def open(self, config: TrialConfig, provenance: Mapping[str, Any]) -> Path:
+        """Create the folder of a trial and its config.json, unless it is there."""
+        folder = self.folder(config.key)
+        path = folder / "config.json"
+        if not path.exists():
+            record = {"config": config.model_dump(mode="json"), "provenance": dict(provenance)}
+            write_atomic(path, json.dumps(record, indent=1, sort_keys=True))
+        return folder
+
+    def config(self, key: str) -> TrialConfig:
+        """Return the configuration that the trial was started with."""
+        record = self._read(self.folder(key) / "config.json")
+        return TrialConfig.model_validate(record["config"])
+
+    def provenance(self, key: str) -> dict[str, Any]:
+        """Return the code version and machine that the trial was started with."""
+        return self._read(self.folder(key) / "config.json").get("provenance", {})
+
+    def done(self, key: str) -> dict[str, Any] | None:
+        """Return the content of done.json, or None while the trial is open."""
+        path = self.folder(key) / "done.json"
+        return self._read(path) if path.exists() else None
+
+    def finished(self, key: str) -> bool:
+        """Whether the trial ended in a way that training again would repeat."""
+        done = self.done(key)
+        return done is not None and done["status"] in FINAL
+
+    def finish(self, key: str, record: Mapping[str, Any]) -> None:
+        """Close a trial; the last thing that is written."""
+        write_atomic(self.folder(key) / "done.json", json.dumps(dict(record), indent=1, sort_keys=True))
+
+    def reopen(self, key: str) -> None:
+        """Take back the end of a trial that was stopped or failed, so that it is continued."""
+        (self.folder(key) / "done.json").unlink(missing_ok=True)
+
+    def epochs(self, key: str) -> list[dict[str, Any]]:
+        """Return the metrics by epoch; a line torn by a crash is left out."""
+        path = self.folder(key) / "metrics.jsonl"
+        rows: dict[int, dict[str, Any]] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                rows[row["epoch"]] = row  # an epoch run again after a crash replaces its first try
+        return [rows[epoch] for epoch in sorted(rows)]
+
+    def keys(self) -> list[str]:
+        """Return the keys of all trials, open and done."""
+        return sorted(p.parent.name for p in self.root.glob("*/config.json"))
+
+    @contextmanager
+    def lock(self, what: str) -> Iterator[None]:
+        """Hold the store for one sweep.
+
+        Raises:
+            InputError: another process holds it; the message names it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with open(self.root / ".lock", "a+", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                handle.seek(0)
+                holder = handle.read().strip() or "another process"
+                raise InputError(
+                    f"held by {holder}", where=str(self.root), way_out="Wait for it to end, or stop it, and run again"
+                ) from None
+            handle.truncate(0)
+            handle.write(f"{what}, pid {os.getpid()} on {os.uname().nodename}, since {time.strftime('%F %T')}")
+            handle.flush()
+            try:
+                yield
+            finally:
+                handle.truncate(0)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError("no such trial", where=str(path), way_out="Run `hificl sweep` first") from None
+        except json.JSONDecodeError as error:
+            way_out = f"Remove the folder {path.parent} to train this trial again"
+            raise WorkError(f"damaged: {error}", where=str(path), way_out=way_out) from None

@@ -1,0 +1,177 @@
+"""The only file that starts Ray and Ray Tune."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+# before ray is imported: no call home, plain output of our own, our own handling of Ctrl-C
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from ray import tune
+
+from pipeline.config import Params, Sweep
+from pipeline.errors import InputError, WorkError
+from pipeline.sweep.dispatcher import Dispatcher
+from pipeline.sweep.plan import Plan
+from pipeline.sweep.proxy import TrialProxy
+from pipeline.sweep.schedule import PerCellOptuna, make_scheduler
+from pipeline.sweep.store import TrialStore
+
+PROXY_CPUS = 0.001  # a proxy only waits; the slots hold the processors
+
+
+class Watcher(Protocol):
+    """Hears what happens to the trials."""
+
+    def on_start(self, key: str) -> None:
+        """A trial was taken up."""
+
+    def on_report(self, key: str, report: dict[str, Any]) -> None:
+        """A trial completed an epoch."""
+
+    def on_end(self, key: str, error: str | None) -> None:
+        """A trial ended: finished, diverged, stopped by the scheduler, or failed with `error`."""
+
+
+class _Events(tune.Callback):
+    """Passes Tune's events on to the watchers, by trial key, and stops slots that Tune has stopped."""
+
+    def __init__(self, plan: Plan, watchers: list[Watcher], dispatcher: Any) -> None:
+        self._plan, self._watchers, self._dispatcher = plan, watchers, dispatcher
+
+    def _key(self, trial: Any) -> str:
+        return trial.config.get("trial") or self._plan.request(trial.config).key
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        for watcher in self._watchers:
+            watcher.on_start(self._key(trial))
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        for watcher in self._watchers:
+            watcher.on_report(self._key(trial), result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        key = self._key(trial)
+        ray.get(self._dispatcher.stop.remote(key))
+        for watcher in self._watchers:
+            watcher.on_end(key, None)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        key = self._key(trial)
+        done = TrialStore(self._plan.places.runs).done(key) or {}
+        for watcher in self._watchers:
+            watcher.on_end(key, done.get("error") or "the trial's process died")
+
+
+@contextmanager
+def cluster(sweep: Sweep) -> Iterator[None]:
+    """Connect to the cluster that `sweep.address` names, or start a private one for the time of the block.
+
+    Raises:
+        InputError: no cluster answers at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if sweep.address is None:
+        # the private one: loopback only, no dashboard
+        options.update(include_dashboard=False, _node_ip_address="127.0.0.1")
+    else:
+        options.update(address=sweep.address)
+    try:
+        ray.init(**options)
+    except ConnectionError as error:
+        raise InputError(
+            f"no Ray cluster answers at '{sweep.address}' ({error})",
+            where="sweep.address",
+            way_out="Start one with `ray up cluster/cluster.yaml`, or set sweep.address to null",
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
+    """Return how many slots fit the cluster (or are asked for), no more than there are trials.
+
+    Raises:
+        InputError: not even one slot fits.
+    """
+    have = ray.cluster_resources()
+    fit = have.get("CPU", 0) / (sweep.cpus_per_worker * world_size)
+    if sweep.gpus_per_worker:
+        fit = min(fit, have.get("GPU", 0) / (sweep.gpus_per_worker * world_size))
+    if math.floor(fit + 1e-9) < 1:
+        raise InputError(
+            f"a slot needs {world_size} x {sweep.cpus_per_worker} CPU and {sweep.gpus_per_worker} GPU, the cluster has "
+            f"{have.get('CPU', 0)} CPU and {have.get('GPU', 0)} GPU",
+            where="sweep",
+            way_out="Lower sweep.cpus_per_worker, sweep.gpus_per_worker or train.world_size",
+        )
+    asked = math.floor(fit + 1e-9) if sweep.slots == "auto" else sweep.slots
+    return max(1, min(asked, trials))
+
+
+def run_trials(plan: Plan, keys: list[str], params: Params, watchers: list[Watcher]) -> None:
+    """Train the trials `keys` (and, under Optuna, the points that it asks for) on the current cluster.
+
+    Returns when every one has ended; which ones failed is in the trial store.
+    """
+    adaptive = [cell for cell in plan.cells.values() if params.sweep.search == "optuna" and cell.search]
+    total = len(keys) + len(adaptive) * params.sweep.num_samples
+    if total == 0:
+        return
+    sizes = {plan.trials[key].world_size for key in keys} or {params.train.world_size}
+    for world_size in sorted(sizes):
+        mine = [key for key in keys if plan.trials[key].world_size == world_size]
+        _run(plan, mine, adaptive if world_size == max(sizes) else [], params, watchers, world_size)
+
+
+def _run(plan: Plan, keys: list[str], adaptive: list[Any], params: Params, watchers: list[Watcher], world: int) -> None:
+    slots = count_slots(params.sweep, world, len(keys) + len(adaptive) * params.sweep.num_samples)
+    run_ahead = params.sweep.scheduler == "fifo"
+    dispatcher = Dispatcher.remote(params.sweep, str(plan.places.runs), slots, world, run_ahead)
+    try:
+        ray.get(dispatcher.start.remote())
+        trainable = tune.with_resources(
+            tune.with_parameters(TrialProxy, dispatcher=dispatcher, plan=plan), {"CPU": PROXY_CPUS}
+        )
+        for space, search in ((keys, None), (adaptive, PerCellOptuna(params, adaptive) if adaptive else None)):
+            if not space:
+                continue
+            samples = len(adaptive) * params.sweep.num_samples if search else 1
+            tuner = tune.Tuner(
+                trainable,
+                param_space=None if search else {"trial": tune.grid_search(list(keys))},
+                tune_config=tune.TuneConfig(
+                    scheduler=make_scheduler(params, plan), search_alg=search, num_samples=samples,
+                    max_concurrent_trials=slots + 1,  # one waits ready, so that no slot idles between trials
+                    reuse_actors=True,
+                ),
+                run_config=tune.RunConfig(
+                    name="sweep", storage_path=str(plan.places.runs / ".tune"), verbose=0,
+                    callbacks=[_Events(plan, watchers, dispatcher)],
+                    failure_config=tune.FailureConfig(max_failures=0),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                ),
+            )  # fmt: skip
+            tuner.fit()
+    except tune.TuneError as error:
+        raise WorkError(f"Ray Tune gave up: {error}") from error
+    finally:
+        ray.get(dispatcher.close.remote(), timeout=30)
+        ray.kill(dispatcher)

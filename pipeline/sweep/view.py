@@ -1,0 +1,90 @@
+"""The progress of a sweep: trials done and running, the best score of each cell so far, time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.live import Live
+from rich.table import Table
+
+from pipeline.progress import console
+from pipeline.sweep.plan import Plan
+from pipeline.sweep.store import TrialStore
+
+LINE_SECONDS = 15.0
+
+
+class View:
+    """A live table in a terminal; lines elsewhere."""
+
+    def __init__(self, plan: Plan, store: TrialStore, total: int) -> None:
+        self.plan, self.store, self.total = plan, store, total
+        self.started, self.running, self.ended, self.failed = time.monotonic(), {}, 0, 0
+        self.epochs_seen = 0
+        self.best: dict[str, float] = {}
+        self.last_line = 0.0
+        self.live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> View:
+        if self.live:
+            self.live.start()
+        self._show(force=True)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.live:
+            self.live.stop()
+        print(self._line(), file=sys.stderr, flush=True)
+
+    def on_start(self, key: str) -> None:
+        """See `tuner.Watcher`."""
+        self.running[key] = 0
+        self._show()
+
+    def on_report(self, key: str, report: dict[str, Any]) -> None:
+        """See `tuner.Watcher`."""
+        self.running[key] = int(report.get("epoch", 0))
+        self.epochs_seen += 1
+        cell = self.plan.cell_of.get(key)
+        score = report.get("objective")
+        if cell is not None and score is not None:
+            self.best[cell] = max(score, self.best.get(cell, score))
+        self._show()
+
+    def on_end(self, key: str, error: str | None) -> None:
+        """See `tuner.Watcher`."""
+        self.running.pop(key, None)
+        self.ended += 1
+        self.failed += error is not None
+        if error is not None:
+            print(f"trial {key} failed: {error}", file=sys.stderr, flush=True)
+        self._show()
+
+    def _left(self) -> str:
+        planned = sum(c.epochs for c in self.plan.trials.values() if c.trained)
+        per_trial = planned / max(1, sum(c.trained for c in self.plan.trials.values()))
+        if not self.epochs_seen:
+            return "?"
+        seconds = (time.monotonic() - self.started) / self.epochs_seen * max(0, self.total * per_trial - self.epochs_seen)
+        return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+
+    def _line(self) -> str:
+        failed = f", {self.failed} failed" if self.failed else ""
+        best = f", best so far {max(self.best.values()):.3g}" if self.best else ""
+        return f"trials: {self.ended} of {self.total} done{failed}, {len(self.running)} running{best}, {self._left()} left"
+
+    def _show(self, force: bool = False) -> None:
+        if self.live is None:
+            now = time.monotonic()
+            if force or now - self.last_line > LINE_SECONDS or self.ended == self.total:
+                self.last_line = now
+                print(self._line(), file=sys.stderr, flush=True)
+            return
+        table = Table(title=self._line(), title_justify="left", box=None)
+        table.add_column("cell")
+        table.add_column("best so far", justify="right")
+        for cell, score in sorted(self.best.items())[-20:]:
+            table.add_row(cell, f"{score:.4g}")
+        self.live.update(table)

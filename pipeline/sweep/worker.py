@@ -1,0 +1,63 @@
+"""One rank of a slot: a Ray actor around the training workbench, which outlives trials."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import ray
+
+from pipeline.sweep.request import Report, TrialRequest
+
+
+@ray.remote(max_restarts=0, max_concurrency=2)
+class Worker:
+    """A resident process that keeps the backbone loaded and trains one trial after another.
+
+    Two calls may run at once, so that `steps` answers while `advance` works.
+
+    Args:
+        rank: of this process in the slot.
+        world_size: processes of the slot.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.bench = None
+
+    def address(self) -> tuple[str, int, int]:
+        """Return this node's address, a free port on it, and the process id."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as free:
+            free.bind((host, 0))
+            return host, free.getsockname()[1], os.getpid()
+
+    def connect(self, host: str, port: int) -> None:
+        """Join the slot's process group and load what every trial needs."""
+        os.environ.update(
+            RANK=str(self.rank), LOCAL_RANK="0", WORLD_SIZE=str(self.world_size), MASTER_ADDR=host, MASTER_PORT=str(port)
+        )
+        import torch
+
+        from pipeline.train.workbench import Workbench
+
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, rank=self.rank, world_size=self.world_size)
+        self.bench = Workbench(device="cuda" if torch.cuda.is_available() else "cpu")
+
+    def admit(self, request: TrialRequest) -> int:
+        """Take a trial up, at its last checkpoint; return the epochs that it has behind it."""
+        return self.bench.admit(request)
+
+    def advance(self) -> list[Report]:
+        """Train until a trial completes an epoch; return its report."""
+        return self.bench.advance()
+
+    def evict(self, key: str) -> None:
+        """Drop a trial."""
+        self.bench.evict(key)
+
+    def steps(self) -> int:
+        """Return how many steps this process has taken: the sign of life."""
+        return self.bench.steps if self.bench else 0

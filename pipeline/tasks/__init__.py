@@ -1,0 +1,12 @@
+"""Tasks: one file a task, from official files to samples, prompt and score."""
+
+from __future__ import annotations
+
+from pipeline.registry import Registry
+from pipeline.tasks.base import PromptTemplate, Score, Task
+
+tasks: Registry[Task] = Registry("task", "pipeline.tasks")
+get = tasks.get
+names = tasks.names
+
+__all__ = ["PromptTemplate", "Score", "Task", "get", "names", "tasks"]

@@ -1,0 +1,159 @@
+"""What a task is: official files in, samples out; a prompt; a score."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pipeline.data.files import find
+from pipeline.data.sample import Sample
+from pipeline.errors import InputError
+
+Split = Literal["train", "evaluation"]
+SampleId = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTemplate:
+    """The text around one sample.
+
+    A demonstration is `query + answer`, the query itself is `query` with the answer left open; they follow
+    one another with nothing in between.
+
+    Attributes:
+        prefix: once, at the very beginning.
+        prefix_needs_demos: the prefix is left out when there are no demonstrations.
+        query: with `{image}` and, for questions, `{question}`.
+        answer: with `{answer}`; closes a demonstration, and is the span that is trained.
+        stop_words: generation is cut where one of them begins.
+    """
+
+    prefix: str
+    prefix_needs_demos: bool
+    query: str
+    answer: str
+    stop_words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score.
+
+    Attributes:
+        value: in the task's unit.
+        metric: such as `accuracy` or `CIDEr`.
+        per_sample: the same metric by sample id, in the same unit.
+        details: further figures (accuracy by answer type, ...).
+    """
+
+    value: float
+    metric: str
+    per_sample: dict[SampleId, float]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Entry(NamedTuple):
+    """What the draw needs of a sample: its id and its image files relative to the data root."""
+
+    sample_id: SampleId
+    images: tuple[str, ...]
+
+
+class Task(ABC):
+    """One task over one data set.
+
+    Attributes:
+        name: as in params.yaml.
+        stands_for: the papers' task whose column this fills (`mini-vqa` stands for `vqav2`).
+        metric: name of the score.
+        unit: `percent` or `fraction`.
+        template: the prompt.
+        max_new_tokens: default length of a generated answer, in tokens.
+        one_pool: the data set has no train split of its own, so that all splits are drawn from the same
+            files by `data.subsample`, no image in two of them.
+    """
+
+    name: str
+    stands_for: str
+    metric: str
+    unit: Literal["percent", "fraction"]
+    template: PromptTemplate
+    max_new_tokens: int
+    one_pool: bool = False
+
+    @abstractmethod
+    def files(self, root: Path, split: Split) -> tuple[Path, ...]:
+        """Return the official files that make up `split`, for their digests.
+
+        Raises:
+            InputError: one is missing; every place looked at is listed.
+        """
+
+    @abstractmethod
+    def index(self, root: Path, split: Split) -> Iterator[Entry]:
+        """Yield id and images of every sample of `split`, without reading answers: cheap on a full file."""
+
+    @abstractmethod
+    def read(self, root: Path, split: Split, only: Collection[SampleId] | None = None) -> Iterator[Sample]:
+        """Yield the samples of `split`, in the order of the official file.
+
+        Args:
+            root: the data root.
+            split: `train` or `evaluation`.
+            only: ids of the samples wanted; None for all. Nothing is kept of the others.
+
+        Raises:
+            InputError: a file is missing, damaged or of another split; a question has no annotation.
+        """
+
+    @abstractmethod
+    def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
+        """Score `predictions` (already post-processed) against the samples' references.
+
+        Raises:
+            InputError: there is no sample, or a sample has no prediction.
+        """
+
+    def postprocess(self, text: str) -> str:
+        """Return the answer in a generated `text`: up to the first newline or stop word, stripped."""
+        for stop in ("\n", *self.template.stop_words):
+            text = text.split(stop, 1)[0]
+        return text.strip()
+
+    def predictions_for(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> list[str]:
+        """Return the predictions in the order of `samples`; a missing one is an error with its id."""
+        if not samples:
+            raise InputError(
+                "there are no samples to score", where=self.name, way_out="The evaluation split is empty; draw more"
+            )
+        missing = [sample.sample_id for sample in samples if sample.sample_id not in predictions]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of {len(samples)} samples have no prediction: {shown_ids(missing)}",
+                where=self.name,
+                way_out="Score the samples that were generated for, or generate again",
+            )
+        return [predictions[sample.sample_id] for sample in samples]
+
+
+IMAGE_FOLDERS = ("images", "coco", "coco/images", ".")
+
+
+def image_folder(root: Path, subset: str) -> str:
+    """Return the folder of the images of `subset` (such as `train2014`), relative to the data root.
+
+    Looked for in this order: `images/<subset>`, `coco/<subset>`, `coco/images/<subset>`, `<subset>`.
+
+    Raises:
+        InputError: none of them exists; all are listed.
+    """
+    return find(root, IMAGE_FOLDERS, subset).relative_to(root).as_posix()
+
+
+def shown_ids(ids: Sequence[object], limit: int = 10) -> str:
+    """Return the first ids, and how many more there are."""
+    more = f", and {len(ids) - limit} more" if len(ids) > limit else ""
+    return ", ".join(str(one) for one in ids[:limit]) + more

@@ -1,0 +1,159 @@
+"""Where a number comes from: code, versions, machine and data digests; knows git and files, not MLflow."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LOCK = "dvc.lock"
+PACKAGES = ("torch", "transformers", "ray", "deepspeed", "mlflow", "dvc")
+MAX_DIFF = 2_000_000  # characters: a diff beyond this is no edit of source any more
+_GIT_SECONDS = 20
+
+
+def provenance(root: Path | str) -> dict[str, Any]:
+    """Return what has to be the same for a number to come out again.
+
+    Args:
+        root: the project's root (a git checkout, or a copy without git).
+
+    Returns:
+        `commit` (hex, or None outside git), `note` (why there is no commit, else None), `dirty` (None outside git),
+        `changed` (paths that differ from the commit), `diff` (text against the commit, empty when clean),
+        `versions`, `machine` and `data` (md5 of params.yaml and of every output that dvc.lock knows).
+    """
+    root = Path(root)
+    data = data_digests(root)
+    return {
+        "schema": 1,
+        **code_version(root, generated=data["outs"]),
+        "versions": versions(),
+        "machine": machine(),
+        "data": data,
+    }
+
+
+def code_version(root: Path | str, generated: Any = ()) -> dict[str, Any]:
+    """Return `commit`, `dirty`, `changed`, `diff` and `note` of the checkout at `root`.
+
+    A changed dvc.lock does not make a checkout dirty, nor does a tracked file that a stage writes: `dvc repro`
+    rewrites both while it runs, so every run of a clean checkout would call itself dirty.
+
+    Args:
+        root: the project's root.
+        generated: paths (relative to `root`) that stages write.
+    """
+    root = Path(root)
+    commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    if commit is None:
+        inside = _git(root, "rev-parse", "--is-inside-work-tree")
+        note = "the git checkout has no commit yet" if inside else "not a git checkout, or git is not installed"
+        return {"commit": None, "dirty": None, "changed": [], "diff": "", "note": note}
+    status = _git(root, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all", "--", ".") or ""
+    prefix = (_git(root, "rev-parse", "--show-prefix") or "").strip()
+    paths = sorted({entry[3:].removeprefix(prefix) for entry in status.split("\0") if len(entry) > 3})
+    ignored = [LOCK, *generated]
+    changed = [path for path in paths if not any(path == own or path.startswith(f"{own}/") for own in ignored)]
+    diff = _git(root, "diff", "--no-color", "--no-ext-diff", "HEAD", "--", *changed) or "" if changed else ""
+    if len(diff) > MAX_DIFF:
+        diff = f"{diff[:MAX_DIFF]}\n(cut off: {len(diff)} characters)\n"
+    return {"commit": commit.strip(), "dirty": bool(changed), "changed": changed, "diff": diff, "note": None}
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that a number depends on (None: not installed)."""
+    out: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = None
+    return out
+
+
+def machine() -> dict[str, Any]:
+    """Return processor, cores, memory (GiB) and GPUs; no host name, so that it can be published."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "gpus": _gpus(),
+    }
+
+
+def data_digests(root: Path | str) -> dict[str, Any]:
+    """Return `params` (md5 of params.yaml, or None) and `outs` ({path: md5} of every stage in dvc.lock)."""
+    root = Path(root)
+    file = root / "params.yaml"
+    params = hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() if file.is_file() else None
+    outs: dict[str, str] = {}
+    try:
+        lock = yaml.safe_load((root / LOCK).read_text(encoding="utf-8"))
+    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
+        lock = None
+    stages = lock.get("stages") if isinstance(lock, dict) else None
+    for stage in (stages or {}).values() if isinstance(stages, dict) else ():
+        for out in stage.get("outs") or []:
+            outs[out["path"]] = out.get("md5") or out.get("etag") or ""
+    return {"params": params, "outs": dict(sorted(outs.items()))}
+
+
+def main_checkout(root: Path | str) -> Path:
+    """Return the checkout that owns `root`: `dvc exp run --queue` works in copies under .dvc/tmp/exps.
+
+    Run state and the store belong to the main checkout, or they vanish with the copy.
+    """
+    root = Path(root).resolve()
+    parts = root.parts
+    for index in range(len(parts) - 2):
+        if parts[index : index + 3] == (".dvc", "tmp", "exps"):
+            return Path(*parts[:index])
+    return root
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """Return git's output, or None where git fails or is missing."""
+    # without optional locks: a reading command must not disturb a commit that somebody makes meanwhile
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
+    try:
+        done = subprocess.run(  # noqa: S603
+            ["git", "-C", str(root), *arguments],  # noqa: S607
+            capture_output=True, text=True, errors="replace", timeout=_GIT_SECONDS, env=environment, check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _gpus() -> list[str]:
+    # the driver's own files: no import of torch, no start of a CUDA context
+    names = []
+    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("Model:"):
+                names.append(line.partition(":")[2].strip())
+    return names

@@ -1,0 +1,162 @@
+"""The address of the run store: resolved once, and probed within seconds before MLflow's own minutes of retries."""
+
+from __future__ import annotations
+
+import fcntl
+import sqlite3
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import sqlalchemy
+from sqlalchemy import event
+from sqlalchemy.engine import URL, make_url
+
+from pipeline.errors import InputError
+
+SECONDS = 4  # how long an answer may take
+_DEFAULT = "Set MLFLOW_TRACKING_URI or params.yaml's tracking.uri, or leave both out for the embedded mlflow.db"
+_CONNECT_TIMEOUT = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}
+
+
+def resolve(uri: str | None, root: Path) -> str:
+    """Return the absolute address: SQLite paths are taken from `root`, and None is `root`/mlflow.db.
+
+    Raises:
+        InputError: an address of no kind that MLflow can keep runs in.
+    """
+    if uri is None:
+        return f"sqlite:///{root / 'mlflow.db'}"
+    scheme = urlsplit(uri).scheme
+    if scheme in ("http", "https", "databricks"):
+        return uri.rstrip("/")
+    if scheme in ("", "file"):
+        raise InputError("MLflow no longer keeps runs in plain files", where=uri, way_out="Write sqlite:///mlflow.db")
+    url = _url(uri)
+    if url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:":
+        return f"sqlite:///{(root / url.database).resolve()}"
+    return uri
+
+
+def shown(uri: str) -> str:
+    """Return `uri` without its password, for messages."""
+    if "@" not in uri:
+        return uri
+    try:
+        return make_url(uri).render_as_string(hide_password=True)
+    except sqlalchemy.exc.ArgumentError:
+        return f"{uri.partition('://')[0]}://...@{uri.rpartition('@')[2]}"
+
+
+def is_database(uri: str) -> bool:
+    """Return whether this process itself writes to the database (otherwise a server does)."""
+    return urlsplit(uri).scheme not in ("http", "https", "databricks")
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the file of an SQLite store, None for every other kind."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def probe(uri: str) -> None:
+    """Ask the store for a sign of life.
+
+    Raises:
+        InputError: no answer within a few seconds; the message names the address, the cause and the way out.
+    """
+    file = sqlite_file(uri)
+    if file is not None:
+        _probe_sqlite(file, uri)
+    elif uri.startswith(("http://", "https://")):
+        _probe_server(uri)
+    elif is_database(uri):
+        _probe_database(_url(uri))
+
+
+@contextmanager
+def creation_lock(uri: str) -> Iterator[None]:
+    """Let one process at a time create the tables of a SQLite file: several at once fail on a new one."""
+    file = sqlite_file(uri)
+    if file is None:
+        yield
+        return
+    with file.with_name(f"{file.name}.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def tune_sqlite() -> None:
+    """Make every further SQLite connection wait for other writers and flush at checkpoints only.
+
+    With the write-ahead log a power cut can lose the last commits but not break the file, and the trial's own
+    ledger, not MLflow, is what a resume reads.
+    """
+    if not event.contains(sqlalchemy.engine.Engine, "connect", _on_connect):
+        event.listen(sqlalchemy.engine.Engine, "connect", _on_connect)
+
+
+def checkpoint(uri: str) -> None:
+    """Write the log of an SQLite store back into its one file, as far as other writers let it."""
+    file = sqlite_file(uri)
+    if file is not None and file.is_file():
+        with closing(sqlite3.connect(file, timeout=SECONDS)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _on_connect(connection: object, _record: object) -> None:
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA busy_timeout = 60000")
+        connection.execute("PRAGMA synchronous = NORMAL")
+
+
+def _probe_sqlite(file: Path, uri: str) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(file, timeout=SECONDS)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            connection.execute(f"PRAGMA user_version = {int(version)}")  # a write that changes nothing
+    except (sqlite3.Error, OSError) as error:
+        way_out = f"Make {file} writable, or move it away to start a new store. {_DEFAULT}"
+        raise _unreachable(uri, error, way_out) from None
+
+
+def _probe_server(uri: str) -> None:
+    try:
+        with urllib.request.urlopen(f"{uri}/health", timeout=SECONDS):  # noqa: S310 - scheme checked by the caller
+            pass
+    except urllib.error.HTTPError:
+        pass  # somebody answers; whether it lets us in is seen at the first call
+    except (OSError, ValueError) as error:
+        way_out = f"Start the server (mlflow server --host ... --port ...) or correct the address. {_DEFAULT}"
+        raise _unreachable(uri, getattr(error, "reason", None) or error, way_out) from None
+
+
+def _probe_database(url: URL) -> None:
+    option = _CONNECT_TIMEOUT.get(url.get_backend_name())
+    try:
+        engine = sqlalchemy.create_engine(url, connect_args={option: SECONDS} if option else {})
+        with closing(engine.connect()):
+            pass
+        engine.dispose()
+    except ModuleNotFoundError as error:
+        way_out = f"Install the driver that {url.drivername} names"
+        raise _unreachable(url.render_as_string(hide_password=True), error, way_out) from None
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        way_out = f"Start the database, or correct host, port, user and password. {_DEFAULT}"
+        cause = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise _unreachable(url.render_as_string(hide_password=True), cause, way_out) from None
+
+
+def _unreachable(uri: str, cause: object, way_out: str) -> InputError:
+    return InputError(f"the MLflow store cannot be reached: {cause}", where=shown(uri), way_out=way_out)
+
+
+def _url(uri: str) -> URL:
+    try:
+        return make_url(uri)
+    except sqlalchemy.exc.ArgumentError:
+        raise InputError("not an address of an MLflow store", where=shown(uri), way_out=_DEFAULT) from None

@@ -1,0 +1,65 @@
+"""Epoch checkpoints of a trial: whole or absent, the one before kept, damage found by digest.
+
+    checkpoint/epoch-0003/state.json    epoch, best epoch, the metrics' history, digests of the other files
+    checkpoint/epoch-0003/...           the engine's own files (adapter, optimiser)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.atomic import folder_atomic
+
+KEPT = 2  # the newest, and one generation back in case the newest is damaged
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 (hex) of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def save(folder: Path, epoch: int, state: dict[str, Any], write: Callable[[Path], None]) -> None:
+    """Write the checkpoint of `epoch`: `write` fills the folder, `state` and the digests are added.
+
+    Raises:
+        WorkError: the disk is full; older checkpoints are untouched.
+    """
+    with folder_atomic(folder / f"epoch-{epoch:04d}") as temporary:
+        write(temporary)
+        files = {str(p.relative_to(temporary)): file_digest(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
+        (temporary / "state.json").write_text(json.dumps({**state, "epoch": epoch, "files": files}), encoding="utf-8")
+    for old in epochs(folder)[:-KEPT]:
+        shutil.rmtree(folder / f"epoch-{old:04d}", ignore_errors=True)
+
+
+def epochs(folder: Path) -> list[int]:
+    """Return the epochs that have a checkpoint, oldest first."""
+    found = (re.fullmatch(r"epoch-(\d+)", p.name) for p in folder.glob("epoch-*"))
+    return sorted(int(match.group(1)) for match in found if match)
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest undamaged checkpoint and its state, or None; damaged ones are removed."""
+    for epoch in reversed(epochs(folder)):
+        path = folder / f"epoch-{epoch:04d}"
+        state = _intact(path)
+        if state is not None:
+            return path, state
+        shutil.rmtree(path, ignore_errors=True)
+    return None
+
+
+def _intact(path: Path) -> dict[str, Any] | None:
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        good = all(file_digest(path / name) == want for name, want in state["files"].items())
+    except (OSError, json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        return None
+    return state if good else None

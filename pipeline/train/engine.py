@@ -1,0 +1,220 @@
+"""The optimiser's side of a step: accumulate, reduce over ranks, clip, AdamW, save, load.
+
+Two engines with one interface. `DeepSpeedEngine` is the default: ZeRO stages 0 to 3, offload, several ranks.
+`TorchEngine` needs torch alone (a bare GPU box, the tests' oracle); with one rank and stage 0 both give the same
+losses. The caller scales each micro-batch's loss so that their sum over ranks and micro-batches is the global mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from pipeline.errors import WorkError
+from pipeline.trial import TrialConfig
+
+ADAM_EPSILON = 1e-8
+# fp16 gradients of activations underflow below 6e-8. AdamW is invariant to a scale of the gradients if its epsilon and
+# the clip threshold are scaled too, so a fixed scale is exact and needs no unscaling inside ZeRO's partitions.
+FP16_LOSS_SCALE = 1024.0
+
+
+class Engine(Protocol):
+    """What a training step needs of an engine."""
+
+    def backward(self, batch: Any, *, last: bool) -> dict[str, float]:
+        """Run forward and backward of one micro-batch; `last` marks the last one before `step`."""
+        ...
+
+    def step(self, factor: float) -> float:
+        """Clip, update with `factor` times the base learning rate, zero the gradients; return the gradient norm."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write parameters and optimiser state (every rank calls it)."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; the backbone stays."""
+        ...
+
+
+class Student(nn.Module):
+    """The module that an engine trains: the adapter's parameters, and the loss as its forward.
+
+    The frozen backbone is registered as a sub-module only where ZeRO-3 must shard it. Otherwise the engine would move,
+    cast and broadcast eight billion frozen parameters at every trial's start.
+    """
+
+    def __init__(self, adapter: nn.Module, loss: Callable[[Any], tuple[torch.Tensor, dict[str, float]]],
+                 backbone: nn.Module | None = None) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.backbone = backbone
+        self._loss = loss
+        self.last: dict[str, float] = {}
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        """Return the micro-batch's share of the loss; its parts are kept in `last`."""
+        loss, self.last = self._loss(batch)
+        return loss
+
+
+def loss_scale(config: TrialConfig) -> float:
+    """Return the factor on the loss that keeps low-precision gradients representable."""
+    return FP16_LOSS_SCALE if config.precision == "fp16" else 1.0
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: TrialConfig) -> torch.optim.AdamW:
+    """Return AdamW over the adapter's parameter groups (each with its own `lr` and `weight_decay`)."""
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, eps=ADAM_EPSILON * loss_scale(config), foreach=True)
+    for group in optimizer.param_groups:
+        group["base_lr"] = group["lr"]
+    return optimizer
+
+
+class TorchEngine:
+    """AdamW over the adapter alone; gradients are summed over ranks where there are several.
+
+    Args:
+        student: adapter and loss.
+        groups: the adapter's parameter groups.
+        config: clip threshold and precision.
+    """
+
+    def __init__(self, student: Student, groups: list[dict[str, Any]], config: TrialConfig) -> None:
+        self.student, self.config = student, config
+        self.scale = loss_scale(config)
+        self.optimizer = make_optimizer(groups, config)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def backward(self, batch: Any, *, last: bool) -> dict[str, float]:
+        """See `Engine.backward`."""
+        loss = self.student(batch)
+        if loss.requires_grad:  # a rank's share of a short batch can be empty
+            (loss * self.scale).backward()
+        return self.student.last
+
+    def step(self, factor: float) -> float:
+        """See `Engine.step`."""
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            self._sum_over_ranks()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip * self.scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm) / self.scale
+
+    def _sum_over_ranks(self) -> None:
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        flat = torch.cat([g.flatten() for g in grads])
+        torch.distributed.all_reduce(flat)
+        for p, g in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+            p.grad = g.view_as(p)
+
+    def save(self, folder: Path) -> None:
+        """See `Engine.save`; the ranks hold the same state, so the first one writes."""
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+            return
+        tensors = {f"parameter.{i}": p.detach().contiguous() for i, p in enumerate(self.parameters)}
+        for i, p in enumerate(self.parameters):
+            for name, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"{name}.{i}"] = torch.as_tensor(value).contiguous()
+        save_file(tensors, folder / "engine.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """See `Engine.load`."""
+        tensors = load_file(folder / "engine.safetensors")
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters):
+                p.copy_(tensors[f"parameter.{i}"])
+                state = {n[: -len(f".{i}")]: t for n, t in tensors.items() if n.endswith(f".{i}") and not n.startswith("parameter.")}
+                if state:
+                    self.optimizer.state[p] = {n: t if n == "step" else t.to(p.device) for n, t in state.items()}
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class DeepSpeedEngine:
+    """DeepSpeed's engine behind the same interface; ZeRO stage, offload and ranks from the trial's configuration."""
+
+    def __init__(self, student: Student, groups: list[dict[str, Any]], config: TrialConfig) -> None:
+        import deepspeed
+
+        self.student, self.config = student, config
+        self.scale = loss_scale(config)
+        if not torch.distributed.is_initialized():
+            raise WorkError("torch.distributed is not initialised", way_out="Start workers through sweep.pool")
+        self.optimizer = make_optimizer(groups, config)
+        self.engine, *_ = deepspeed.initialize(
+            model=student, optimizer=self.optimizer, config=deepspeed_config(config), dist_init_required=False
+        )
+
+    def backward(self, batch: Any, *, last: bool) -> dict[str, float]:
+        """See `Engine.backward`."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        loss = self.engine(batch)
+        if not loss.requires_grad:  # keep the collectives of all ranks in step
+            loss = loss + sum(p.sum() for g in self.optimizer.param_groups for p in g["params"]) * 0.0
+        # DeepSpeed averages over ranks where the interface asks for a sum
+        self.engine.backward(loss * (self.scale * self.config.world_size))
+        return self.student.last
+
+    def step(self, factor: float) -> float:
+        """See `Engine.step`."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) / self.scale if norm is not None else float("nan")
+
+    def save(self, folder: Path) -> None:
+        """See `Engine.save`."""
+        self.engine.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        """See `Engine.load`."""
+        path, _ = self.engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        if path is None:
+            raise WorkError("no DeepSpeed checkpoint in it", where=str(folder))
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self.engine.destroy()
+
+
+def deepspeed_config(config: TrialConfig) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of a trial.
+
+    Accumulation is ours (`set_gradient_accumulation_boundary`), because the last batch of an epoch may be short.
+    """
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if config.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.gradient_clip * loss_scale(config),
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+ENGINES: dict[str, type[TorchEngine] | type[DeepSpeedEngine]] = {"torch": TorchEngine, "deepspeed": DeepSpeedEngine}

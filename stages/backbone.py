@@ -1,0 +1,21 @@
+"""DVC stage: make a miniature backbone from nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pipeline.config import Params
+from pipeline.miniature.pretrain import pretrain
+from pipeline.progress import bar
+from stages.common import run
+
+
+def main(params: Params) -> None:
+    name = sys.argv[1]
+    with bar(f"pretrain {name}") as progress:
+        pretrain(name, Path("checkpoints") / name, seed=params.miniature.seed, progress=progress)
+
+
+if __name__ == "__main__":
+    run(main)

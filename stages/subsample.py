@@ -1,0 +1,26 @@
+"""DVC stage: draw a task's samples and write the manifest."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pipeline.config import Params, data_root
+from pipeline.data.subsample import draw
+from pipeline.progress import bar
+from pipeline.tasks import tasks
+from stages.common import run
+
+
+def main(params: Params) -> None:
+    task, sizes = sys.argv[1], params.subsample
+    with bar(f"subsample {task}") as progress:
+        manifest = draw(
+            tasks.get(task), data_root(params), seed=sizes.seed, num_train=sizes.num_train,
+            num_selection=sizes.num_selection, num_evaluation=sizes.num_evaluation, progress=progress,
+        )  # fmt: skip
+    manifest.save(Path("data/manifests") / task / "manifest.json")
+
+
+if __name__ == "__main__":
+    run(main)
