@@ -50,8 +50,8 @@ class Train(Section):
     micro_batch_size: int = Field(2, ge=1)  # samples a rank sees at once
     accumulation: int = Field(2, ge=1)
     loss_span: Literal["answer", "sequence"] = "answer"
-    alignment_weight: float = Field(1.0, ge=0)
-    ground_truth_weight: float | None = Field(None, ge=0)  # None: the method's own (1 without a teacher, 0.5 with)
+    alignment_weight: float | None = Field(None, ge=0)  # of the teacher's loss; None: the method's own
+    ground_truth_weight: float | None = Field(None, ge=0)  # of the cross-entropy; None: the method's own
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -136,6 +136,7 @@ class Profile(Section):
     tasks: list[str] = Field(min_length=1)
     studies: list[str] = Field(min_length=1)
     data_root: str
+    sources: dict[str, dict[str, Any]] = {}  # over `backbones`: where weights come from
     subsample: dict[str, Any] = {}
     train: dict[str, Any] = {}
     methods: dict[str, dict[str, Any]] = {}
@@ -234,6 +235,12 @@ def load(path: Path | str = PARAMS, overrides: list[str] | None = None) -> Param
     for name in ("subsample", "train", "sweep", "evaluate"):
         merged = _merge(getattr(params, name).model_dump(), getattr(params.run, name))
         laid[name] = validate(type(getattr(params, name)), merged, f"{path}: run.{name}")
+    sources = {name: source.model_dump() for name, source in params.backbones.items()}
+    for name, row in params.run.sources.items():
+        sources[name] = _merge(sources.get(name, {}), row)
+    laid["backbones"] = {
+        name: validate(BackboneSource, row, f"{path}: run.sources.{name}") for name, row in sources.items()
+    }
     methods = {name: dict(row) for name, row in params.methods.items()}
     for name, row in params.run.methods.items():
         methods[name] = {**methods.get(name, {}), **row}

@@ -1,12 +1,11 @@
-"""Every method by name, trained or not: its options, and whether it needs a teacher."""
+"""Every method by name, trained or not: its options and how it is trained."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
 from pipeline import adapters
+from pipeline.adapters.options import Facts, Options
 from pipeline.baselines import baselines
 from pipeline.errors import InputError, nearest
 
@@ -40,20 +39,13 @@ def validate_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: an option does not exist or has a wrong value.
     """
-    try:
-        return _schema(method).model_validate(options).model_dump(mode="json")
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise InputError(f"{method} has no option '{name}'", way_out=nearest(name, option_names(method))) from None
-        raise InputError(f"{method}: option '{name}': {first['msg']}, got {first.get('input')!r}") from None
+    return _schema(method).checked(options, method).model_dump(mode="json")
 
 
-def uses_teacher(method: str, options: dict[str, Any]) -> bool:
-    """Whether training compares with the frozen model on demonstrations."""
-    return is_trained(method) and adapters.teacher_of(method, options) is not None
+def facts_of(method: str, options: dict[str, Any]) -> Facts:
+    """Return how the method is trained with these options: teacher, loss weights, what it edits."""
+    return _schema(method).checked(options, method).facts()
 
 
-def _schema(method: str) -> type[BaseModel]:
+def _schema(method: str) -> type[Options]:
     return adapters.options_of(method) if is_trained(method) else baselines.get(method).Options

@@ -55,7 +55,7 @@ class TrialConfig(_Config):
     accumulation: int = 0
     loss_span: Literal["answer", "sequence"] = "answer"
     alignment_weight: float = 0.0
-    ground_truth_weight: float | None = None
+    ground_truth_weight: float = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     engine: Literal["deepspeed", "torch", "none"] = "none"
     zero_stage: int = 0

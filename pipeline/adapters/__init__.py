@@ -1,0 +1,121 @@
+"""The methods that train: make one for a model, attach it, save it, load it.
+
+`adapter = create("hificl", model, rank=8)`; `with attach(model, adapter): model(**batch)`;
+`adapter.save_pretrained(folder)`; `adapter = load(folder, model)`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pipeline.adapters.attach import Pack, attach
+from pipeline.adapters.base import CONFIG_FILE, METHODS, WEIGHTS_FILE, Adapter, Backbone
+from pipeline.adapters.options import Facts, Options
+from pipeline.backbones.decoder import decoder_of
+from pipeline.errors import InputError
+
+__all__ = [
+    "Adapter", "Facts", "Options", "Pack", "attach", "check_options", "create", "facts_of", "load", "names",
+    "options_of", "read_config", "teacher_of",
+]
+
+
+def names() -> list[str]:
+    """Return the name of every method that trains."""
+    return METHODS.names()
+
+
+def options_of(name: str) -> type[Options]:
+    """Return a method's options: a pydantic class whose `model_fields` hold types and defaults.
+
+    Raises:
+        InputError: no such method.
+    """
+    return METHODS.get(name).Options
+
+
+def check_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of a method, the given ones checked and the others at their defaults, as plain JSON values.
+
+    Raises:
+        InputError: no such method, an unknown option, or a value that does not fit.
+    """
+    return options_of(name).checked(given, name).model_dump(mode="json")
+
+
+def facts_of(name: str, given: Mapping[str, Any] | None = None) -> Facts:
+    """Return how a method is trained with the given options; no model is needed.
+
+    Raises:
+        InputError: as `check_options`.
+    """
+    return options_of(name).checked(given or {}, name).facts()
+
+
+def teacher_of(name: str, given: Mapping[str, Any] | None = None) -> str | None:
+    """Return what the method takes from a teacher: None, `hidden` or `logits`.
+
+    Raises:
+        InputError: as `check_options`.
+    """
+    return facts_of(name, given).teacher
+
+
+def create(name: str, model: nn.Module, *, seed: int = 0, **options: Any) -> Adapter:
+    """Make an untrained adapter for a model.
+
+    Args:
+        name: the method.
+        model: a transformers model; on the meta device the adapter is made there too, to be counted.
+        seed: of the initial values, which depend on nothing else.
+        options: the method's own.
+
+    Returns:
+        The adapter: fp32 parameters on the device of the decoder's first layer.
+
+    Raises:
+        InputError: unknown method or option, or a model without a decoder.
+    """
+    method = METHODS.get(name)
+    checked = method.Options.checked(options, name)
+    spec = decoder_of(model)
+    device = next(spec.attentions[0].parameters()).device
+    return method.build(model, spec, checked, seed, device)
+
+
+def read_config(folder: Path | str) -> dict[str, Any]:
+    """Return `adapter_config.json` of a saved adapter: method, options, backbone, extra.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        Backbone(**config["backbone"])
+        if not isinstance(config["method"], str) or not isinstance(config["options"], dict):
+            raise TypeError
+    except FileNotFoundError:
+        way_out = "Give the folder that save_pretrained wrote"
+        raise InputError("no such file", where=str(path), way_out=way_out) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        raise InputError("not an adapter's configuration (method, options, backbone)", where=str(path)) from None
+    return config
+
+
+def load(folder: Path | str, model: nn.Module) -> Adapter:
+    """Read a saved adapter for the backbone that it was made for.
+
+    Raises:
+        InputError: files missing or damaged, or another backbone.
+    """
+    config = read_config(folder)
+    Backbone(**config["backbone"]).check(decoder_of(model), str(folder))
+    adapter = create(config["method"], model, **config["options"])
+    adapter.read_weights(Path(folder) / WEIGHTS_FILE)
+    return adapter

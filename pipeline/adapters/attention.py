@@ -79,7 +79,7 @@ def mimic_attention(
     q: Tensor, k: Tensor, v: Tensor, shift: Tensor, log_z1: Tensor, *, mask: Tensor | PreparedMask | None = None,
     scale: float | None = None, form: Literal["vector", "blend"] = "vector",
 ) -> Tensor:
-    """Shift the attention's output by mu = Z1 / (Z1 + Z2) times a learned vector (MimIC Eq. 6).
+    """Shift the attention's output by mu = Z1 / (Z1 + Z2) times a learned vector (MimIC Sec. 3.1).
 
     `vector`: SA(q) + mu shift. `blend`: (1 - mu) SA(q) + mu shift; with a shift per position this is the linear shift.
 
@@ -174,7 +174,8 @@ class _VirtualAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, keys, values, per_query, p, saved, saved_lse = ctx.saved_tensors
         call, needs, wide = ctx.call, ctx.needs_input_grad, p.dtype
-        dq = dk = dv = d_keys = d_bias = d_values = d_per_query = None
+        dq: Any = None
+        dk = dv = d_keys = d_bias = d_values = d_per_query = None
         with _no_autocast(q):
             if any(needs[:3]):  # in the lowest layer nothing below learns: its flash backward is skipped
                 full_k, full_v = _repeat(k, ctx.groups), _repeat(v, ctx.groups)
@@ -187,7 +188,7 @@ class _VirtualAttention(torch.autograd.Function):
             d_logits = d_p.sub_(_delta(g, d_p, p, saved, ctx.replaces)).mul_(p)
             if keys is not None:
                 if needs[0]:
-                    dq = dq + _weighted(d_logits, keys, None, wide).mul_(call.scale).to(q.dtype)
+                    dq += _weighted(d_logits, keys, None, wide).mul_(call.scale).to(q.dtype)
                 if needs[3]:
                     d_keys = _outer(d_logits, q.to(wide), keys).mul_(call.scale)
             if needs[4]:
@@ -258,12 +259,12 @@ def _logits(q: Tensor, keys: Tensor | None, bias: Tensor | None, scale: float, w
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
-    """x [B, H, T, d] times y [(B,) H, n, d] transposed: [B, H, T, n]."""
+    """Return x [B, H, T, d] times y [(B,) H, n, d] transposed: [B, H, T, n]."""
     return torch.einsum("bhtd,hnd->bhtn" if y.dim() == 3 else "bhtd,bhnd->bhtn", x, y)
 
 
 def _weighted(p: Tensor, values: Tensor | None, per_query: Tensor | None, wide: torch.dtype) -> Tensor:
-    """p [B, H, T, n] times values [(B,) H, n, d]: [B, H, T, d]; `per_query` belongs to token 0."""
+    """Return p [B, H, T, n] times values [(B,) H, n, d]: [B, H, T, d]; `per_query` belongs to token 0."""
     if values is None:
         if per_query is None:
             raise InputError("virtual tokens need values")
@@ -273,7 +274,7 @@ def _weighted(p: Tensor, values: Tensor | None, per_query: Tensor | None, wide: 
 
 
 def _outer(weights: Tensor, x: Tensor, like: Tensor) -> Tensor:
-    """weights [B, H, T, n] transposed times x [B, H, T, d], summed over the batch where `like` has none."""
+    """Return weights [B, H, T, n] transposed times x [B, H, T, d], summed over the batch where `like` has none."""
     return torch.einsum("bhtn,bhtd->hnd" if like.dim() == 3 else "bhtn,bhtd->bhnd", weights, x).to(like.dtype)
 
 

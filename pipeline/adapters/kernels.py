@@ -1,4 +1,4 @@
-"""Attention over the context alone that also returns its log-sum-exp, and its backward for *any* output and log-sum-exp.
+"""Attention over the context that also returns its log-sum-exp, and its backward for *any* output and log-sum-exp.
 
 PyTorch's public function hides the log-sum-exp; the operators under it return it. Their backward takes the output
 only through delta = rowsum(dout * out) and the weights only through exp(score - lse), so a caller may hand it a merged

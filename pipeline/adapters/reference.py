@@ -34,7 +34,9 @@ def mimic_attention_reference(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = _repeat(k, q), _repeat(v, q)
     scores = _masked(q @ k.transpose(-1, -2) * scale, mask, None, 0)
-    mu = torch.sigmoid(log_z1 - torch.logsumexp(scores, -1)).unsqueeze(-1)
+    dead = (scores == -_INF).all(-1)
+    log_z2 = torch.logsumexp(scores.masked_fill(dead.unsqueeze(-1), 0.0), -1).masked_fill(dead, -_INF)
+    mu = torch.sigmoid(log_z1 - log_z2).unsqueeze(-1)
     attended = _softmax(scores) @ v
     shift = shift if shift.dim() == 4 else shift.unsqueeze(-2)
     return attended + mu * shift if form == "vector" else (1 - mu) * attended + mu * shift

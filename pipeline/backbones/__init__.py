@@ -23,6 +23,6 @@ def register(backbone: Backbone) -> Backbone:
 
 
 # Last: load.py needs the registry above, and this binds the function over the module of the same name.
-from pipeline.backbones.load import Loaded, load  # noqa: E402
+from pipeline.backbones.load import Loaded, digest_of, load  # noqa: E402
 
-__all__ = ["REGISTRY", "Backbone", "Loaded", "get", "load", "names", "register"]
+__all__ = ["REGISTRY", "Backbone", "Loaded", "digest_of", "get", "load", "names", "register"]

@@ -203,14 +203,30 @@ class Family(ABC):
         features = model.get_image_features(**self.stack([[image] for image in images]), return_dict=True)
         return [tokens.reshape(-1, tokens.shape[-1]) for tokens in features.pooler_output]
 
-    def visual_arguments(self, visual: Sequence[Tensor]) -> dict[str, Any]:
-        """Return the model's arguments that carry visual tokens [T, D] of all images in row order.
+    def image_arguments(
+        self,
+        *,
+        visual: Sequence[Tensor] | None,
+        pixels: Mapping[str, Tensor] | None,
+        input_ids: Tensor,
+        image_counts: Sequence[int],
+        image_token_id: int,
+    ) -> dict[str, Any]:
+        """Return the model's arguments that carry the images of a batch.
 
-        A fresh object for each call: `generate` changes it.
+        Args:
+            visual: visual tokens [T, D] of all images in row order, as `encode_images` makes them; or None.
+            pixels: what `stack` makes; or None. With neither, the text is fed alone.
+            input_ids: [B, S] the batch's tokens.
+            image_counts: images of each row.
+            image_token_id: the token that stands for an image.
         """
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(visual))}}
+        if visual is not None:
+            # A fresh list for each call: `generate` changes it.
+            return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(visual))}}
+        return dict(pixels) if pixels is not None else {}
 
 
 def vocabulary_size(tokenizer: Any) -> int:

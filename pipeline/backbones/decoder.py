@@ -48,10 +48,12 @@ def decoder_of(model: nn.Module) -> DecoderSpec:
         InputError: no decoder with self-attention of q, k, v, o projections is found.
     """
     kind = type(model).__name__
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    find: Any = getattr(model, "get_decoder", None)
+    decoder = find() if find else None
     layers = getattr(decoder, "layers", None)
     if decoder is None or not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise InputError(f"{kind} has no decoder with a list of layers", way_out="Use a decoder or a vision-language model")
+        way_out = "Use a decoder or a vision-language model"
+        raise InputError(f"{kind} has no decoder with a list of layers", way_out=way_out)
     attentions = [_self_attention(layer, kind) for layer in layers]
     first: Any = attentions[0]
     head_dim = int(first.head_dim)
@@ -74,5 +76,5 @@ def _self_attention(layer: nn.Module, kind: str) -> nn.Module:
     needed = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "config")
     found = [child for child in layer.children() if all(hasattr(child, name) for name in needed)]
     if len(found) != 1:
-        raise InputError(f"a decoder layer of {kind} has {len(found)} self-attention modules with q, k, v, o projections")
+        raise InputError(f"a decoder layer of {kind} has {len(found)} self-attentions with q, k, v, o projections")
     return found[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -65,16 +65,15 @@ class Loaded:
         return sorted(set(ids))
 
     @property
+    def image_token_id(self) -> int:
+        """The id that stands for an image, or for one visual token of it."""
+        return self.tokenizer.convert_tokens_to_ids(self.backbone.image_token)
+
+    @property
     def never_generated(self) -> list[int]:
         """Ids that stand for images and may not appear in generated text."""
         texts = [self.backbone.special_tokens[role] for role in self.backbone.never_generated]
         return sorted({self.tokenizer.convert_tokens_to_ids(text) for text in texts})
-
-    @property
-    def special_texts(self) -> list[str]:
-        """Every text that the tokenizer reads as one special token, longest first."""
-        added = self.tokenizer.get_added_vocab()
-        return sorted({*added, *self.backbone.special_tokens.values()}, key=lambda text: (-len(text), text))
 
 
 def load(
@@ -116,6 +115,31 @@ def load(
     return _published(backbone, folder, dtype=kind, device=device)
 
 
+class Source(Protocol):
+    """Where a backbone comes from, as params.yaml has it (`config.BackboneSource`)."""
+
+    variant: Any
+    weights: Any
+    revision: str | None
+    seed: int
+
+
+def digest_of(name: str, source: Source) -> str:
+    """Return the digest that `load` of this source would carry, without building the model.
+
+    Raises:
+        InputError: as `load`, where the weights are missing or another model's.
+    """
+    backbone = REGISTRY.get(name)
+    if source.variant == "tiny":
+        return _tiny_digest(backbone, source.seed)
+    if source.variant == "meta":
+        return _meta_digest(backbone)
+    folder = find_folder(backbone, source.weights, source.revision)
+    check_folder(backbone, folder)
+    return digest_of_folder(folder)
+
+
 def _dtype(dtype: torch.dtype | str, name: str) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -125,11 +149,13 @@ def _dtype(dtype: torch.dtype | str, name: str) -> torch.dtype:
 
 
 def _meta(backbone: Backbone) -> Loaded:
-    settings = backbone.config_for("meta")
     with torch.device("meta"):
-        model = backbone.family.model_class(backbone.family.build_config(settings))
-    digest = digest_of_settings({"backbone": backbone.name, "variant": "meta", "config": settings})
-    return Loaded(_frozen(model), None, None, backbone, digest, "meta")
+        model = backbone.family.model_class(backbone.family.build_config(backbone.config_for("meta")))
+    return Loaded(_frozen(model), None, None, backbone, _meta_digest(backbone), "meta")
+
+
+def _meta_digest(backbone: Backbone) -> str:
+    return digest_of_settings({"backbone": backbone.name, "variant": "meta", "config": backbone.config_for("meta")})
 
 
 def tiny_lines() -> list[str]:
@@ -146,12 +172,17 @@ def _tiny(backbone: Backbone, *, seed: int, dtype: torch.dtype, device: torch.de
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = family.model_class(family.build_config(settings))
-    identity = {
-        "backbone": backbone.name, "variant": "tiny", "seed": seed, "config": settings, "processor": processing,
-        "text": tiny_lines(),
-    }
     model = model.to(device=device, dtype=dtype)
-    return _ready(Loaded(model, processor, processor.tokenizer, backbone, digest_of_settings(identity), "tiny"))
+    return _ready(Loaded(model, processor, processor.tokenizer, backbone, _tiny_digest(backbone, seed), "tiny"))
+
+
+def _tiny_digest(backbone: Backbone, seed: int) -> str:
+    return digest_of_settings(
+        {
+            "backbone": backbone.name, "variant": "tiny", "seed": seed, "text": tiny_lines(),
+            "config": backbone.config_for("tiny"), "processor": backbone.processor_for("tiny"),
+        }
+    )  # fmt: skip
 
 
 def _published(backbone: Backbone, folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> Loaded:
@@ -198,4 +229,4 @@ def _frozen(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-__all__ = ["DTYPES", "Loaded", "load", "tiny_lines"]
+__all__ = ["DTYPES", "Loaded", "digest_of", "load", "tiny_lines"]

@@ -16,8 +16,13 @@ from pipeline.errors import InputError, WorkError
 
 CHECKPOINTS = "checkpoints"  # the miniatures' folder, beside params.yaml
 INDEX = "model.safetensors.index.json"
-# Everything that decides what a model computes; a README beside it does not.
-_DECIDING = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt")
+# Everything that decides what a model computes. Not the README, a training record, or the generation settings, which
+# are replaced by ours.
+_DECIDING = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "chat_template.*", "tokenizer.*",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.safetensors",
+    INDEX,
+)  # fmt: skip
 _BIG = 64 << 20  # bytes; below, hashing again is quicker than remembering
 
 

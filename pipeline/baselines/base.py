@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict
-
+from pipeline.adapters.options import Options
 from pipeline.data.sample import Sample
 from pipeline.registry import Registry
 
@@ -14,12 +14,9 @@ from pipeline.registry import Registry
 class Baseline(ABC):
     """One method without training."""
 
-    class Options(BaseModel):
-        """The method's own options; unknown ones are refused."""
+    Options: ClassVar[type[Options]] = Options
 
-        model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def __init__(self, options: BaseModel) -> None:
+    def __init__(self, options: Options) -> None:
         self.options = options
 
     @abstractmethod

@@ -6,19 +6,24 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
+from pipeline.adapters.options import Options
 from pipeline.baselines.base import Baseline, baselines
 from pipeline.data.prompt import draw_demos
 from pipeline.data.sample import Sample
+
+
+class IclOptions(Options):
+    """How many demonstrations."""
+
+    num_shots: int = Field(8, ge=1)
 
 
 @baselines.register("icl-k")
 class RandomDemonstrations(Baseline):
     """k demonstrations from the training pool, uniformly without replacement."""
 
-    class Options(Baseline.Options):
-        """Options of `icl-k`."""
-
-        num_shots: int = Field(8, ge=1)
+    Options = IclOptions
+    options: IclOptions
 
     def demonstrations(self, query: Sample, pool: Sequence[Sample], seed: int) -> list[Sample]:
         """Return `num_shots` samples of the pool, fixed by seed and query."""

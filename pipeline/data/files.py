@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +17,8 @@ _CHUNK = 1 << 22  # bytes; large enough that the loop's own cost vanishes beside
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NEXT = re.compile(r"[ \t\n\r]*,[ \t\n\r]*(?=\{)")
 _TYPE_NAMES = {dict: "object", list: "list", str: "string", int: "whole number", float: "number", bool: "true/false"}
+_HALF_NUMBER = re.compile(r"\.|[eE][+-]?")  # what follows "1" in "1.5" or "1e-5" where the text ends in between
+_LITERALS = ("true", "false", "null", "-Infinity", "Infinity", "NaN")
 _NOT_JSON = (
     (b"PK\x03\x04", "it is a zip archive", "Unpack it and point to the .json file inside"),
     (b"\x1f\x8b", "it is a gzip archive", "Unpack it and point to the .json file inside"),
@@ -115,14 +117,14 @@ class RecordFile:
     def _reset(self) -> None:
         self._text, self._pos, self._passed, self._bytes_read = "", 0, 0, 0
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._file: BinaryIO | None = None
+        self._file: BinaryIO = io.BytesIO()
         self._list, self._number = "", 0
 
     def __iter__(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
         self._reset()
         self.header = {}
         try:
-            size = os.stat(self.path).st_size
+            size = self.path.stat().st_size
             self._file = self.path.open("rb")
         except OSError as error:
             raise InputError(f"cannot be read ({error.strerror})", where=str(self.path)) from error
@@ -131,7 +133,6 @@ class RecordFile:
             yield from self._top_level()
 
     def _refuse_other_formats(self, size: int) -> None:
-        assert self._file is not None
         if size == 0:
             raise InputError("the file is empty", where=str(self.path), way_out="Download it again")
         start = self._file.read(64)
@@ -248,7 +249,6 @@ class RecordFile:
 
     def _more(self) -> bool:
         """Append the next block to the unread text; False at the end of the file."""
-        assert self._file is not None
         # As much again as is held: a value longer than a block is scanned a few times, not once a block.
         block = self._file.read(max(_CHUNK, len(self._text) - self._pos))
         if not block and self._decoder.getstate()[0] == b"":
@@ -270,9 +270,7 @@ class RecordFile:
     def _peek(self, place: str, *, end_allowed: bool = False) -> str:
         """Skip white space; return the next character without taking it."""
         while True:
-            match = _SPACE.match(self._text, self._pos)
-            assert match is not None
-            self._pos = match.end()
+            self._pos = _SPACE.match(self._text, self._pos).end()  # type: ignore[union-attr]  # it matches ""
             if self._pos < len(self._text):
                 return self._text[self._pos]
             if not self._more():
@@ -293,11 +291,9 @@ class RecordFile:
             try:
                 value, end = self._scan(self._text, self._pos)
             except json.JSONDecodeError as error:
-                # Near the end of the text held (or in an open string) the value may only be incomplete.
-                open_end = len(self._text) - error.pos < 16 or error.msg.startswith("Unterminated string")
-                if open_end and self._more():
+                if (incomplete := _incomplete(self._text, error)) and self._more():
                     continue
-                if open_end:
+                if incomplete:
                     raise self._cut_short(place) from error
                 raise self._malformed(error.pos, error.msg, place) from error
             except (ValueError, RecursionError) as error:
@@ -321,6 +317,18 @@ class RecordFile:
             where=str(self.path),
             way_out="The file is damaged or was edited; get it again",
         )
+
+
+def _incomplete(text: str, error: json.JSONDecodeError) -> bool:
+    """Tell whether more text could mend the error: it is an open string, or at the very end of the text."""
+    rest = text[error.pos :]
+    return (
+        not rest
+        or error.msg.startswith("Unterminated string")
+        or (error.msg.startswith("Invalid \\") and len(rest) < 12)
+        or _HALF_NUMBER.fullmatch(rest) is not None
+        or (error.msg == "Expecting value" and any(word.startswith(rest) for word in _LITERALS))
+    )
 
 
 def _encoded_length(text: str) -> int:

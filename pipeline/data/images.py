@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipeline.data.parquet import cell_bytes, is_cell
 from pipeline.errors import InputError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a picture of 0.5 GB as RGB; COCO's largest have 0.4 million
@@ -43,10 +44,19 @@ def open_image(path: Path | str) -> Image.Image:
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = read_image_bytes(path)
     except OSError as error:
         raise _problem(path, _os_problem(error)) from error
     return decode_image(data, str(path))
+
+
+def read_image_bytes(path: Path | str) -> bytes:
+    """Return the bytes of an image file, or of an image inside a Parquet shard (`data.parquet.cell_name`).
+
+    Raises:
+        OSError: it is missing or cannot be read.
+    """
+    return cell_bytes(path) if is_cell(path) else Path(path).read_bytes()
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
@@ -65,7 +75,7 @@ def check_image(path: Path) -> CheckedImage:
     stream is still found, in about half the time.
     """
     try:
-        data = path.read_bytes()
+        data = read_image_bytes(path)
     except OSError as error:
         return CheckedImage(path, "", _os_problem(error))
     digest = hashlib.sha256(data).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,11 @@ class Manifest:
         bad = []
         for checked in check_images(wanted):
             expected = wanted[checked.path]
-            if checked.problem is None and expected and checked.sha256 != expected:
-                what = f"its bytes changed since the draw (SHA-256 {checked.sha256[:12]}, was {expected[:12]})"
-                checked = type(checked)(checked.path, checked.sha256, what)
             if checked.problem is not None:
                 bad.append(checked)
+            elif expected and checked.sha256 != expected:
+                what = f"its bytes changed since the draw (SHA-256 {checked.sha256[:12]}, was {expected[:12]})"
+                bad.append(replace(checked, problem=what))
         if bad:
             raise problems_error(bad, where=f"manifest of {self.task}")
 

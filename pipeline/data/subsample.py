@@ -1,8 +1,8 @@
 """The draw: which samples train, select and evaluate, by seed alone.
 
-Order. Every sample has a key, the SHA-256 of `<seed>:<task>:<id>`, and every image has one of
-`<seed>:<task>:image:<path's last part>`; no random number generator and no hash seed is involved, so the
-draw is the same on every machine and in every Python version.
+Order. Every sample has a key, the SHA-256 of `<seed>:<task>:<id>` (samples of a group: of the group first),
+and every image has one of `<seed>:<task>:image:<file name>`; no random number generator and no hash seed is
+involved, so the draw is the same on every machine and in every Python version.
 
 Sides. An image whose key begins with 0-3 (hexadecimal, a quarter of all) is on the selection side, else on
 the training side. Training takes samples in the order of their keys from its own side, selection from the
@@ -84,7 +84,15 @@ def draw(
     with ThreadPoolExecutor(max_workers=1) as thread:  # hashing releases the GIL: it runs beside the parsing
         paths = sorted({path for split in _splits(task) for path in task.files(root, split)})
         digests = thread.map(file_digest, paths)
-        candidates = plan(task, root, seed, num_train, num_selection, num_evaluation, report)
+        candidates = plan(
+            task,
+            root,
+            seed=seed,
+            num_train=num_train,
+            num_selection=num_selection,
+            num_evaluation=num_evaluation,
+            report=report,
+        )
         chosen, images, replaced = _take(task, root, candidates, report)
         splits = _read(task, root, chosen, images, report)
         sources = tuple(
@@ -99,8 +107,14 @@ def sample_key(seed: int, task: str, sample_id: SampleId) -> bytes:
     return hashlib.sha256(f"{seed}:{task}:{sample_id}".encode()).digest()
 
 
+def _order(seed: int, task: str, entry: Entry) -> tuple[bytes, bytes]:
+    own = sample_key(seed, task, entry.sample_id)
+    return (own, b"") if entry.group is None else (sample_key(seed, task, entry.group), own)
+
+
 def _on_selection_side(seed: int, task: str, image: str) -> bool:
-    name = image.rsplit("/", 1)[-1]
+    file, mark, cell = image.partition("#")  # an image inside a Parquet shard has "#<row>/<column>"
+    name = file.rsplit("/", 1)[-1] + mark + cell
     return hashlib.sha256(f"{seed}:{task}:image:{name}".encode()).hexdigest()[0] in _SELECTION_SIDE
 
 
@@ -124,6 +138,7 @@ def _splits(task: Task) -> tuple[Split, ...]:
 def plan(
     task: Task,
     root: Path,
+    *,
     seed: int,
     num_train: int,
     num_selection: int,
@@ -154,7 +169,7 @@ def _index(task: Task, root: Path, split: Split, seed: int, report: Progress) ->
     if not entries:
         names = ", ".join(str(path) for path in task.files(root, split))
         raise InputError(f"the {split} split is empty", where=names, way_out="Get the official file again")
-    entries.sort(key=lambda entry: sample_key(seed, task.name, entry.sample_id))
+    entries.sort(key=lambda entry: _order(seed, task.name, entry))
     return entries
 
 
@@ -163,7 +178,7 @@ def _sides(task: Task, seed: int, pool: Sequence[Entry]) -> tuple[list[Entry], l
     side: dict[str, bool] = {}
     mine: dict[bool, list[Entry]] = {False: [], True: []}
     for entry in pool:
-        image = entry.images[0]
+        image = entry.group or entry.images[0]
         if image not in side:
             side[image] = _on_selection_side(seed, task.name, image)
         mine[side[image]].append(entry)
@@ -250,7 +265,7 @@ def _read(
 ) -> dict[str, tuple[Sample, ...]]:
     """Read the chosen samples, in the draw's order, with the digests of their images."""
     found: dict[tuple[Split, SampleId], Sample] = {}
-    source: dict[str, Split] = {name: "evaluation" for name in chosen}
+    source: dict[str, Split] = dict.fromkeys(chosen, "evaluation")
     if not task.one_pool:
         source.update(train="train", selection="train")
     for split in _splits(task):

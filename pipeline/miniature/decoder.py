@@ -21,11 +21,12 @@ from pipeline.miniature.vision import Progress, cosine
 class DecoderPhase:
     """How the decoder phase runs; the vision tower stays as it is, its tokens are computed once."""
 
-    steps: int = 3000
+    steps: int = 2400
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     warmup_steps: int = 100
     log_every: int = 100
+    num_probe_documents: int = 64
     curriculum: Curriculum = field(default_factory=Curriculum)
 
 
@@ -53,8 +54,13 @@ def train_decoder(
     """Train everything but vision tower and connector in place; return the curve.
 
     Args:
+        spec: which miniature.
+        model: what is trained.
         attributes: [N, 8] of the pool's images.
         visual: [N, visual_tokens, d], their visual tokens.
+        phase: how.
+        rng: of the documents.
+        progress: gets a line a record.
 
     Returns:
         records with `step`, `loss` by kind of document since the last record, and the emergence of
@@ -65,8 +71,7 @@ def train_decoder(
         parameters, lr=phase.learning_rate, weight_decay=phase.weight_decay, betas=(0.9, 0.98)
     )
     source = DocumentSource(spec, attributes, phase.curriculum, rng)
-    probe_rng = np.random.default_rng(11)
-    probe = _probe(spec, attributes, probe_rng)
+    probe = _probe(spec, attributes, np.random.default_rng(11), phase.num_probe_documents)
     curve: list[dict[str, Any]] = []
     losses: dict[str, list[float]] = {}
     model.train()
@@ -112,7 +117,7 @@ class Probe:
     first_word: int
 
 
-def _probe(spec: Miniature, attributes: np.ndarray, rng: np.random.Generator, num_documents: int = 64) -> Probe:
+def _probe(spec: Miniature, attributes: np.ndarray, rng: np.random.Generator, num_documents: int) -> Probe:
     source = DocumentSource(spec, attributes, Curriculum(), rng)
     renderer: Renderer = source.renderer
     documents, shown = [], []

@@ -121,7 +121,7 @@ class Curriculum:
     redraw: float = 0.15
     one_dialect_share: float = 0.1
     no_prefix_share: float = 0.2
-    num_documents: int = 32
+    num_documents: int = 16
 
 
 KINDS = ("vqa", "facts", "captions")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -196,11 +195,4 @@ def decode_hidden(model: PreTrainedModel, input_ids: Tensor, visual: Tensor) -> 
         visual: [images of the whole batch in order, visual_tokens, d].
     """
     encoded = BaseModelOutputWithPooling(pooler_output=list(visual.to(torch.float32)))
-    return model.model(
-        input_ids=input_ids, mm_encoder_outputs={"image": encoded}, use_cache=False
-    ).last_hidden_state
-
-
-def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write config and fp16 weights; the model itself is left in fp16."""
-    model.half().save_pretrained(folder)
+    return model.model(input_ids=input_ids, mm_encoder_outputs={"image": encoded}, use_cache=False).last_hidden_state

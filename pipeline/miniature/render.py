@@ -15,15 +15,18 @@ from pipeline.miniature.lexicon import COLOUR, COUNT, DOT, FRAME, GROUND, NUM_VA
 IMAGE_SIZE = 32
 _OBJECT_RGB = np.array(
     [(220, 30, 30), (30, 190, 50), (40, 70, 230), (235, 225, 40), (215, 40, 215), (40, 215, 225), (250, 250, 250)]
-    + [(245, 140, 20)]
+    + [(245, 140, 20)],
+    dtype=np.int16,
 )
-_GROUND_RGB = np.array([(10, 10, 10), (128, 128, 128), (10, 10, 100), (100, 60, 25), (250, 175, 190), (100, 110, 30)])
+_SHADED_RGB = (_OBJECT_RGB.astype(np.int32) * 90 // 255).astype(np.int16)  # a texture's dark stripes
+_GROUND_RGB = np.array(
+    [(10, 10, 10), (128, 128, 128), (10, 10, 100), (100, 60, 25), (250, 175, 190), (100, 110, 30)], dtype=np.int16
+)
 _FRAME_RGB = _OBJECT_RGB[:6]
 _DOT_RGB = _OBJECT_RGB[:6]
-_CELLS = np.array([(9, 9), (9, 23), (23, 9), (23, 23)])  # where objects stand, (row, column)
-_DOT_PLACES = np.array([(4, 16), (27, 16), (16, 4), (16, 27)])  # by the value of `side`
+_CELLS = np.array([(9, 9), (9, 23), (23, 9), (23, 23)], dtype=np.int16)  # where objects stand, (row, column)
+_DOT_PLACES = np.array([(4, 16), (27, 16), (16, 4), (16, 27)], dtype=np.int16)  # by the value of `side`
 _NOISE = 12  # pixels are moved by at most this much, of 255
-_SHADE = 90  # brightness of a texture's dark stripes, of 255
 
 
 def draw_attributes(num_images: int, rng: np.random.Generator) -> np.ndarray:
@@ -42,20 +45,22 @@ def render(attributes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         uint8 [N, 32, 32, 3].
     """
     count = len(attributes)
-    row, column = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE]
+    row, column = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.int16)
     images = np.broadcast_to(
         _GROUND_RGB[attributes[:, GROUND]][:, None, None, :], (count, IMAGE_SIZE, IMAGE_SIZE, 3)
     ).copy()
     places = np.argsort(rng.random((count, len(_CELLS))), axis=1)
     for nth in range(NUM_VALUES[COUNT]):
-        centre = _CELLS[places[:, nth]] + rng.integers(-1, 2, (count, 2))
-        radius = rng.integers(5, 7, count)[:, None, None]
+        centre = _CELLS[places[:, nth]] + rng.integers(-1, 2, (count, 2)).astype(np.int16)
+        radius = rng.integers(5, 7, count).astype(np.int16)[:, None, None]
         down = row[None] - centre[:, 0, None, None]
         across = column[None] - centre[:, 1, None, None]
-        inside = _shape_masks(down, across, radius)[np.arange(count), attributes[:, SHAPE]]
+        inside = _shape(attributes[:, SHAPE], down, across, radius)
         inside &= (nth <= attributes[:, COUNT])[:, None, None]
-        light = np.where(_texture(attributes[:, TEXTURE], down, across), 255, _SHADE)
-        colour = _OBJECT_RGB[attributes[:, COLOUR]][:, None, None, :] * light[..., None] // 255
+        light = _texture(attributes[:, TEXTURE], down, across)
+        paints = (_OBJECT_RGB, _SHADED_RGB)
+        bright, dark = (paint[attributes[:, COLOUR]][:, None, None, :] for paint in paints)
+        colour = np.where(light[..., None], bright, dark)
         images = np.where(inside[..., None], colour, images)
     dot = _DOT_PLACES[attributes[:, SIDE]]
     near = (np.abs(row[None] - dot[:, 0, None, None]) <= 2) & (np.abs(column[None] - dot[:, 1, None, None]) <= 2)
@@ -66,27 +71,28 @@ def render(attributes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(images + noise, 0, 255).astype(np.uint8)
 
 
-def _shape_masks(down: np.ndarray, across: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Return [N, 6, 32, 32]: which pixels each of the six shapes would cover."""
+def _shape(shape: np.ndarray, down: np.ndarray, across: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Return [N, 32, 32]: which pixels the shape covers, given their offsets from its centre."""
     high, wide = np.abs(down), np.abs(across)
-    return np.stack(
-        [
-            down**2 + across**2 <= radius**2,
-            (high <= radius - 1) & (wide <= radius - 1),
-            (down <= radius - 1) & (down >= -radius) & (2 * wide <= down + radius),
-            ((high <= 1) & (wide <= radius)) | ((wide <= 1) & (high <= radius)),
-            high + wide <= radius + 1,
-            (high <= 2) & (wide <= radius + 1),
-        ],
-        axis=1,
-    )
+    masks = [
+        down**2 + across**2 <= radius**2,
+        (high <= radius - 1) & (wide <= radius - 1),
+        (down <= radius - 1) & (down >= -radius) & (2 * wide <= down + radius),
+        ((high <= 1) & (wide <= radius)) | ((wide <= 1) & (high <= radius)),
+        high + wide <= radius + 1,
+        (high <= 2) & (wide <= radius + 1),
+    ]
+    return _pick(masks, shape)
 
 
 def _texture(texture: np.ndarray, down: np.ndarray, across: np.ndarray) -> np.ndarray:
     """Return [N, 32, 32]: which pixels the texture leaves bright."""
     rows, posts = (down // 2) % 2 == 0, (across // 2) % 2 == 0
-    kinds = np.stack([np.ones_like(rows), rows, posts, rows == posts], axis=1)
-    return kinds[np.arange(len(texture)), texture]
+    return _pick([np.ones_like(rows), rows, posts, rows == posts], texture)
+
+
+def _pick(masks: list[np.ndarray], which: np.ndarray) -> np.ndarray:
+    return np.choose(which[:, None, None], masks)
 
 
 def png_bytes(image: np.ndarray) -> bytes:

@@ -12,10 +12,11 @@ from pipeline.miniature.lexicon import TOPICS, style_words, value_words
 
 # A newline; a word, with the colon of a role; any other mark by itself. Spaces separate and are dropped.
 _WORD = r"\n|\w+:?|[^\w\s]"
-_PROMPT_WORDS = (
-    "Instruction: provide an answer to the question . Use image a short caption of input "
-    "Image: Question: Answer: Caption: Which ?"
-).split()
+_PROMPTS = (
+    "Instruction: provide an answer to the question . Use image",
+    "a short caption of input",
+    "Image: Question: Answer: Caption: Which ?",
+)
 _CHAT_ROLES = ("system", "user", "assistant")
 
 IDEFICS2_SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<fake_token_around_image>", "<image>")
@@ -24,7 +25,14 @@ LLAVA_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 
 def plain_words() -> list[str]:
     """Return all words besides the special tokens, each once, in a fixed order."""
-    words = ["\n", *_PROMPT_WORDS, *_CHAT_ROLES, *(topic.name for topic in TOPICS), *style_words(), *value_words()]
+    words = [
+        "\n",
+        *" ".join(_PROMPTS).split(),
+        *_CHAT_ROLES,
+        *(topic.name for topic in TOPICS),
+        *style_words(),
+        *value_words(),
+    ]
     return list(dict.fromkeys(words))
 
 
@@ -33,26 +41,23 @@ def idefics2_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = _word_level(IDEFICS2_SPECIAL, unknown="<unk>")
     bos = ("<s>", tokenizer.token_to_id("<s>"))
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[bos])
+    roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
         additional_special_tokens=["<fake_token_around_image>", "<image>"],
         clean_up_tokenization_spaces=False,
+        **roles,
     )
 
 
 def llava_tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer of `mini-llava`: Qwen2's chat markers, nothing put before a text."""
+    roles = {"unk_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     return PreTrainedTokenizerFast(
         tokenizer_object=_word_level(LLAVA_SPECIAL, unknown="<|endoftext|>"),
-        unk_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>", "<image>"],
         clean_up_tokenization_spaces=False,
+        **roles,
     )
 
 

@@ -114,8 +114,10 @@ def train_vision(
             }
             curve.append(record)
             losses.clear()
-            progress(f"vision {step + 1}/{phase.steps}: loss {record['loss']:.3f}, accuracy {record['accuracy']:.3f}"
-                     f" (worst {min(accuracy):.3f})")
+            progress(
+                f"vision {step + 1}/{phase.steps}: loss {record['loss']:.3f}, accuracy {record['accuracy']:.3f}"
+                f" (worst {min(accuracy):.3f})"
+            )
     return curve
 
 
@@ -123,7 +125,7 @@ def cache_visual_tokens(spec: Miniature, model: PreTrainedModel, images: Tensor,
     """Return the visual tokens [N, visual_tokens, d] of uint8 images, in fp16 (what later steps read)."""
     model.eval()
     with torch.no_grad():
-        parts = [encode_images(spec, model, normalise(images[at : at + chunk]))[0] for at in range(0, len(images), chunk)]
+        parts = [encode_images(spec, model, normalise(part))[0] for part in images.split(chunk)]
     return torch.cat(parts).half()
 
 
@@ -138,6 +140,4 @@ def _accuracy(spec: Miniature, model: PreTrainedModel, head: nn.Linear, pool: Po
         logits = head(encode_images(spec, model, normalise(pool.images))[0].flatten(1))
     model.train()
     parts = logits.split(list(NUM_VALUES), dim=1)
-    return [
-        float((part.argmax(1) == pool.attributes[:, nth]).float().mean()) for nth, part in enumerate(parts)
-    ]
+    return [float((part.argmax(1) == pool.attributes[:, nth]).float().mean()) for nth, part in enumerate(parts)]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.atomic import write_atomic
 from pipeline.config import Params
 from pipeline.report import evaluations as files_in
 from pipeline.report import figures, files, page, papers, tables
 from pipeline.report.gallery import gallery
 
-__all__ = ["load_table", "write_index", "write_study"]
+__all__ = ["forget", "load_table", "write_index", "write_study"]
 
 # what a study came out as, by the content of its file: the index shows what was written just before
 _rendered: dict[tuple[str, str, str], tuple[tables.Table, dict[str, tuple[str, str]], str]] = {}
@@ -43,13 +44,13 @@ def write_study(study: str, params: Params, evaluations: Path, out: Path) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.svg"):
         stale.unlink()
-    _write(out / f"{study}.csv", files.to_csv(table))
-    _write(out / f"{study}.md", files.to_markdown(table, page.notes(table)))
-    _write(folder / "metrics.json", files.to_metrics(table))
-    _write(folder / "plot.json", files.to_plot(table))
-    _write(folder / "section.html", section)
+    write_atomic(out / f"{study}.csv", files.to_csv(table))
+    write_atomic(out / f"{study}.md", files.to_markdown(table, page.notes(table)))
+    write_atomic(folder / "metrics.json", files.to_metrics(table))
+    write_atomic(folder / "plot.json", files.to_plot(table))
+    write_atomic(folder / "section.html", section)
     for name, (svg, _) in drawn.items():
-        _write(folder / f"{name}.svg", figures.standalone(svg))
+        write_atomic(folder / f"{name}.svg", figures.standalone(svg))
 
 
 def write_index(params: Params, evaluations: Path, out: Path) -> Path:
@@ -62,7 +63,7 @@ def write_index(params: Params, evaluations: Path, out: Path) -> Path:
     order += [name for name in present if name not in params.studies]
     rendered = [_render(name, params, evaluations) for name in order]
     html = page.page([table for table, _, _ in rendered], [section for _, _, section in rendered], params)
-    _write(out / "index.html", html)
+    write_atomic(out / "index.html", html)
     return out / "index.html"
 
 
@@ -71,7 +72,8 @@ def _render(
 ) -> tuple[tables.Table, dict[str, tuple[str, str]], str]:
     definition = params.studies.get(study)
     read = files_in.read_study(study, evaluations)
-    key = (str(evaluations.resolve()), read.model_dump_json(), f"{definition!r} {params.backbones!r} {params.tracking!r}")
+    asked = f"{definition!r} {params.backbones!r} {params.tracking!r}"
+    key = (str(evaluations.resolve()), read.model_dump_json(), asked)
     if key not in _rendered:
         table = tables.build(read, params, evaluations)
         layout = definition.layout if definition else "table"
@@ -82,6 +84,6 @@ def _render(
     return _rendered[key]
 
 
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8", newline="\n")
+def forget() -> None:
+    """Forget what was rendered, as a new process would."""
+    _rendered.clear()

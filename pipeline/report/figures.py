@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from pipeline.errors import InputError
 from pipeline.report import papers
@@ -25,12 +26,13 @@ COLOURS = ("#d9792b", "#2fa36b", "#a566c9", "#c94f6d", "#8a8f98", "#b59b1e", "#2
 QUIET = "#9aa5b1"
 _INK = "#010203"  # a colour nobody chooses: replaced by currentColor
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 10, "font.family": "DejaVu Sans", "text.color": _INK,
     "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.titlesize": 10.5,
     "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False, "xtick.major.size": 3,
     "axes.axisbelow": True,
+    "text.parse_math": False,  # a dollar sign in a name is no formula
 }
 _STANDALONE = (
     "<style>svg{color:#1d2430;background:#fff}"
@@ -77,7 +79,7 @@ def hero(table: Table, out: Path, backbone: str | None = None) -> list[Path]:
         raise InputError("no cell with a number", where=table.study.study, way_out="Run dvc repro first")
     out.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({**_STYLE, "svg.hashsalt": out.name}):
-        figure = _bar_figure(table, groups[0][1])
+        figure = _bar_figure(table, groups[0][1], wide=True)
         svg, png = out.with_suffix(".svg"), out.with_suffix(".png")
         svg.write_text(standalone(_svg(figure)), encoding="utf-8")
         figure.savefig(png, dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.15,
@@ -90,23 +92,40 @@ def _bars(table: Table, lines: Sequence[Line]) -> str:
         return _svg(_bar_figure(table, lines))
 
 
-def _bar_figure(table: Table, lines: Sequence[Line]) -> Figure:
-    """One row a column of the table; ours on the left, the paper's figures on their own axis on the right."""
+def _bar_figure(table: Table, lines: Sequence[Line], wide: bool = False) -> Figure:
+    """One panel a column of the table, ours beside (or, wide, above) the paper's figures, each on its own scale."""
     columns = [c for c in table.columns if any(table.entries[line, c].value is not None for line in lines)]
     printed = any(table.entries[line, c].paper is not None for line in lines for c in columns)
-    height = 0.55 + len(columns) * (0.62 + 0.27 * len(lines))
-    figure = Figure(figsize=(7.6, height), layout="constrained")
-    grid = figure.subplots(len(columns), 2 if printed else 1, squeeze=False)
-    for panels, column in zip(grid, columns, strict=True):
+    ways = 2 if printed else 1
+    panel_height = 0.45 + 0.27 * len(lines)
+    size = (3.7 * len(columns) + 0.6, 0.3 + ways * (panel_height + 0.3)) if wide else (
+        7.6, 0.55 + len(columns) * panel_height)
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.06))
+    grid = figure.subplots(*((ways, len(columns)) if wide else (len(columns), ways)), squeeze=False)
+    for place, column in enumerate(columns):
         entries = [table.entries[line, column] for line in lines]
+        panels = grid[:, place] if wide else grid[place]
         _panel(panels[0], lines, [(e.value, e.std) for e in entries], entries[0], table.reference, hollow=False)
-        panels[0].set_title(_column_title(column, entries[0], lines[0].backbone, ours=True))
+        _name_panel(panels[0], column.task, entries[0], "Ours", lines[0].backbone, first=place == 0)
         if printed:
-            papers_values = [(e.paper, None) for e in entries]
-            _panel(panels[1], lines, papers_values, entries[0], table.reference, hollow=True)
-            panels[1].set_yticklabels([])
-            panels[1].set_title(_column_title(column, entries[0], lines[0].paper_backbone, ours=False))
+            _panel(panels[1], lines, [(e.paper, None) for e in entries], entries[0], table.reference, hollow=True)
+            _name_panel(panels[1], column.paper_task, entries[0], "Paper", lines[0].paper_backbone, first=place == 0)
+        for panel in panels if wide and place else panels[1:] if not wide else ():
+            panel.set_yticklabels([])
     return figure
+
+
+def _beside(axes: Axes, value: float, place: int, text: str, **font: Any) -> None:
+    axes.annotate(text, (value, place), xytext=(4, 0), textcoords="offset points", va="center", **font)
+
+
+def _name_panel(axes: Axes, task: str, entry: Entry, whose: str, backbone: str, *, first: bool) -> None:
+    unit = papers.sign(entry.unit)
+    metric = papers.label("metrics", entry.metric) + (f" ({unit})" if unit else "")
+    axes.set_title(f"{papers.label('tasks', task)}, {metric}", fontweight="normal")
+    if first:
+        axes.annotate(f"{whose}: {papers.label('backbones', backbone)}", (0, 1), xytext=(0, 24),
+                      xycoords="axes fraction", textcoords="offset points", fontsize=11.5, fontweight="bold")
 
 
 def _panel(
@@ -126,15 +145,15 @@ def _panel(
     digits = min(digits, 1) if entry.unit == "percent" else digits
     for place, line, (value, std) in zip(places, lines, values, strict=True):
         if value is None:
-            axes.text(0, place, "  not printed" if hollow else "  no number", va="center", fontsize=8.5, alpha=0.65)
+            _beside(axes, 0, place, "not printed" if hollow else "no number", fontsize=8.5, alpha=0.65)
             continue
         colour = ACCENT if line.row == reference else QUIET
         axes.barh(place, value, height=0.66, color="none" if hollow else colour, edgecolor=colour,
                   linewidth=1.1, xerr=std if std else None,
                   error_kw={"ecolor": _INK, "elinewidth": 1, "capsize": 2})
         bold = "bold" if line.row == reference else "normal"
-        axes.text(value + (std or 0.0), place, f" {value:.{digits}f}", va="center", fontsize=9, fontweight=bold)
-    axes.set_yticks(list(places), [_escape(line.title) for line in lines])
+        _beside(axes, value + (std or 0.0), place, f"{value:.{digits}f}", fontsize=9, fontweight=bold)
+    axes.set_yticks(list(places), [line.title for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -142,27 +161,20 @@ def _panel(
     axes.set_xticks([])
 
 
-def _column_title(column: Column, entry: Entry, backbone: str, *, ours: bool) -> str:
-    task = papers.label("tasks", column.task if ours else column.paper_task)
-    unit = papers.sign(entry.unit)
-    metric = papers.label("metrics", entry.metric) + (f" ({unit})" if unit else "")
-    whose = "" if ours else "paper, "
-    return f"{_escape(task)} · {_escape(metric)}\n" + rf"{whose}{_escape(papers.label('backbones', backbone))}"
-
-
 def _curves(table: Table, axis: str) -> str:
     groups = table.groups()
     columns = [c for c in table.columns if any(table.entries[line, c].value is not None for line in table.lines)]
     wide = max(1, len(columns))
     with mpl.rc_context({**_STYLE, "svg.hashsalt": f"{table.study.study} {axis}"}):
-        figure = Figure(figsize=(max(4.2, min(8.4, 3.4 * wide)), 0.4 + 2.9 * len(groups)), layout="constrained")
+        size = (max(4.2, min(8.4, 3.4 * wide)), 0.4 + 2.9 * len(groups))
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12))
         grid = figure.subplots(len(groups), wide, squeeze=False)
         handles: dict[str, Any] = {}
         for panels, (backbone, lines) in zip(grid, groups, strict=True):
             for panel, column in zip(panels, columns, strict=False):
                 _curve_panel(panel, table, lines, column, axis, handles)
                 name = papers.label("tasks", column.task)
-                panel.set_title(f"{_escape(name)}\n{_escape(papers.label('backbones', backbone))}")
+                panel.set_title(f"{name}\n{papers.label('backbones', backbone)}")
         if len(handles) > 1:
             figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)))
         return _svg(figure)
@@ -175,7 +187,8 @@ def _curve_panel(
     others = iter(range(10**6))
     colours = {name: ACCENT if name[0] == table.reference or len(names) == 1 else COLOURS[next(others) % len(COLOURS)]
                for name in names}
-    numeric, points = True, {}
+    numeric = True
+    points: dict[tuple[str, tuple[tuple[str, Any], ...]], list[tuple[Any, Entry]]] = {}
     for line in lines:
         entry = table.entries[line, column]
         at = dict(line.vary).get(axis)
@@ -186,7 +199,7 @@ def _curve_panel(
     for name, row in points.items():
         row.sort(key=lambda point: ticks.index(point[0]))
         where = [at if numeric else ticks.index(at) for at, _ in row]
-        values = [entry.value for _, entry in row]
+        values = [entry.value or 0.0 for _, entry in row]
         spread = [entry.std or 0.0 for _, entry in row]
         colour = colours[name]
         strong = name[0] == table.reference
@@ -195,15 +208,15 @@ def _curve_panel(
         panel.fill_between(where, low, high, color=colour, alpha=0.18, linewidth=0)
         (drawn,) = panel.plot(where, values, color=colour, marker="o", markersize=4.5, linewidth=2.2 if strong else 1.5)
         label = ", ".join([row[0][1].line.label, *(f"{key} = {value}" for key, value in name[1])])
-        handles.setdefault(_escape(label), drawn)
-    if numeric and ticks and min(ticks) > 0 and max(ticks) / min(ticks) >= 8:  # noqa: PLR2004
+        handles.setdefault(label, drawn)
+    if numeric and ticks and min(ticks) > 0 and max(ticks) / min(ticks) >= 8:
         panel.set_xscale("log")
     panel.minorticks_off()
-    panel.set_xticks([at if numeric else i for i, at in enumerate(ticks)], [_escape(f"{at}") for at in ticks])
-    panel.set_xlabel(_escape(papers.label("axes", axis)))
+    panel.set_xticks([at if numeric else i for i, at in enumerate(ticks)], [f"{at}" for at in ticks])
+    panel.set_xlabel(papers.label("axes", axis))
     entry = table.entries[lines[0], column]
     unit = papers.sign(entry.unit)
-    panel.set_ylabel(_escape(papers.label("metrics", entry.metric) + (f" ({unit})" if unit else "")))
+    panel.set_ylabel(papers.label("metrics", entry.metric) + (f" ({unit})" if unit else ""))
     panel.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.7)
 
 
@@ -216,14 +229,16 @@ def _bar_words(table: Table, lines: Sequence[Line]) -> str:
     for column in table.columns:
         shown = [table.entries[line, column] for line in lines]
         parts = [f"{e.line.title} {e.value:.{papers.decimals(e.unit)}f}" for e in shown if e.value is not None]
-        rows.append(f"{papers.label('tasks', column.task)} {papers.label('metrics', shown[0].metric)}: {', '.join(parts)}")
+        name = f"{papers.label('tasks', column.task)} {papers.label('metrics', shown[0].metric)}"
+        rows.append(f"{name}: {', '.join(parts)}")
     return f"Bars on {papers.label('backbones', lines[0].backbone)}, ours beside the paper's. {'; '.join(rows)}."
 
 
 def _curve_words(table: Table, axis: str) -> str:
     rows = list(dict.fromkeys(line.label for line in table.lines))
     tasks = list(dict.fromkeys(papers.label("tasks", column.task) for column in table.columns))
-    return f"Score over {papers.label('axes', axis)} for {', '.join(rows)} on {', '.join(tasks)}, with the spread over seeds."
+    over = papers.label("axes", axis)
+    return f"Score over {over} for {', '.join(rows)} on {', '.join(tasks)}, with the spread over seeds."
 
 
 def _svg(figure: Figure) -> str:
@@ -233,13 +248,8 @@ def _svg(figure: Figure) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text.replace(_INK, "currentColor").replace("'DejaVu Sans'", _FONT.replace("'", ""))
-    # the width in points would keep the figure from shrinking with the page; viewBox is enough
-    return re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", text, count=1),
-                  count=1)
-
-
-def _escape(text: str) -> str:
-    return text.replace("$", r"\$")  # matplotlib would read formulas
+    # a width in points would keep the figure from shrinking with the page; viewBox is enough
+    return re.sub(r"<svg\b[^>]*>", lambda head: re.sub(r' (width|height)="[^"]*"', "", head.group()), text, count=1)
 
 
 def _safe(name: str) -> str:

@@ -86,12 +86,11 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _md_entry(entry: Entry) -> str:
-    if entry.value is None:
-        text = entry.cells[0].status if entry.cells else "-"
-    else:
+    text: str = entry.cells[0].status if entry.cells else "-"
+    if entry.value is not None:
+        value = shown(entry.value, entry.unit)
         spread = f" ± {shown(entry.std, entry.unit)}" if entry.std is not None else ""
-        text = shown(entry.value, entry.unit)
-        text = {"best": f"**{text}**", "second": f"<u>{text}</u>"}.get(entry.mark, text) + spread
+        text = {"best": f"**{value}**", "second": f"<u>{value}</u>"}.get(entry.mark, value) + spread
     return text if entry.paper is None else f"{text} (paper {shown(entry.paper, entry.unit)})"
 
 

@@ -31,7 +31,9 @@ def notes(table: Table) -> list[str]:
     return out
 
 
-def section(table: Table, source: papers.Source | None, figures: dict[str, tuple[str, str]], gallery: Any, ui: str) -> str:
+def section(
+    table: Table, source: papers.Source | None, figures: dict[str, tuple[str, str]], gallery: Any, ui: str
+) -> str:
     """Return a study's part of the page."""
     return _environment().get_template("study.html.j2").render(
         study=_study(table, source, figures, gallery), ui=ui
@@ -87,8 +89,9 @@ def _study(
         every.append(f"{source.paper}, {source.place}: {source.note}.")
     return {
         "name": study.study, "title": study.title, "source": source if source and source.place else None,
-        "done": _done(table), "total": len(study.cells), "code": _code(study.provenance), "notes": every,
-        "problems": [_problem(cell) for cell in study.cells if cell.status != "done"],
+        "done": _done(table), "total": len(study.cells), "gone": len(study.cells) - _done(table),
+        "code": _code(study.provenance), "notes": every,
+        "problems": _problems(study.cells),
         "sizes": sized, "heads": [_head(table, column) for column in table.columns],
         "groups": [
             {
@@ -103,7 +106,7 @@ def _study(
             {"svg": Markup(svg), "words": words, "caption": _caption(table, name)}  # noqa: S704 - our own SVG
             for name, (svg, words) in figures.items()
         ],
-        "gallery": gallery,
+        "figures_first": bool(table.axes), "gallery": gallery,
         "reference": next((line.label for line in table.lines if line.row == table.reference), ""),
         "differences": [entry for entry in table.entries.values() if entry.difference],
         "runs": [
@@ -151,10 +154,19 @@ def _caption(table: Table, name: str) -> str:
         f"{spread}: {tail}."
 
 
-def _problem(cell: Cell) -> str:
-    where = [cell.label, papers.label("backbones", cell.backbone), papers.label("tasks", cell.task)]
-    where += [f"{axis} = {value}" for axis, value in cell.vary.items()]
-    return f"{', '.join(where)}, seed {cell.seed}: {cell.status}" + (f". {cell.error}" if cell.error else "")
+def _problems(cells: list[Cell]) -> list[str]:
+    """Return what is not there, one sentence for all seeds of the same trouble."""
+    seeds: dict[tuple[str, str], list[int]] = {}
+    for cell in cells:
+        if cell.status != "done":
+            where = [cell.label, papers.label("backbones", cell.backbone), papers.label("tasks", cell.task)]
+            where += [f"{axis} = {value}" for axis, value in cell.vary.items()]
+            what = f"{cell.status}. {cell.error}" if cell.error else cell.status
+            seeds.setdefault((", ".join(where), what), []).append(cell.seed)
+    return [
+        f"{where}, seed{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}: {what}"
+        for (where, what), numbers in seeds.items()
+    ]
 
 
 def _stand_ins(tables: list[Table]) -> list[tuple[str, str]]:
@@ -200,7 +212,8 @@ def _done(table: Table) -> int:
 
 
 def _signed(value: float, unit: str) -> str:
-    return f"{value:+.{papers.decimals(unit)}f}".replace("-", "−")
+    text = f"{value:+.{papers.decimals(unit)}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
 def _short(value: Any) -> str:

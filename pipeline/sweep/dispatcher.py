@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.config import Sweep
 from pipeline.errors import HificlError
-from pipeline.sweep.request import Report, TrialRequest
+from pipeline.request import TrialRequest
 from pipeline.sweep.store import FINAL, TrialStore
 from pipeline.sweep.worker import Worker
+Resolve = Callable[[dict[str, Any]], TrialRequest]
+Report = dict[str, Any]  # one epoch's metrics with "epoch", "trial_key" and "done"; or {"error": ...}
 
 LIFE_SECONDS = 5.0  # between two looks at a working slot's step counter
 BUILD_SECONDS = 300.0  # a slot that takes longer to start is given up
@@ -122,6 +125,8 @@ class Dispatcher:
     """Hands trials to slots and their reports back.
 
     Args:
+        resolve: gives the request of a trial from Tune's configuration of it. It is pickled to this actor: a plain
+            table of requests for grid and random search, so that neither torch nor transformers is imported here.
         sweep: resources and retry policy.
         store_root: the trial store, absolute.
         slots: how many slots.
@@ -129,8 +134,10 @@ class Dispatcher:
         run_ahead: whether a trial goes on before the scheduler has seen its last epoch (right for FIFO alone).
     """
 
-    def __init__(self, sweep: Sweep, store_root: str, slots: int, world_size: int, run_ahead: bool) -> None:
-        self.sweep, self.run_ahead = sweep, run_ahead
+    def __init__(
+        self, resolve: Resolve, sweep: Sweep, store_root: str, slots: int, world_size: int, run_ahead: bool
+    ) -> None:
+        self.resolve, self.sweep, self.run_ahead = resolve, sweep, run_ahead
         self.store = TrialStore(store_root)
         self.trials: dict[str, _Trial] = {}
         self.queue: asyncio.Queue[str] = asyncio.Queue()
@@ -142,11 +149,13 @@ class Dispatcher:
         """Build the slots; returns at once, the queue is served as slots come up."""
         self.loops = [asyncio.ensure_future(self._serve(slot)) for slot in self.slots]
 
-    async def submit(self, request: TrialRequest) -> None:
-        """Queue a trial; one that the ledger knows as done is replayed from it."""
+    async def submit(self, tune_config: dict[str, Any]) -> str:
+        """Queue a trial and return its key; one that the ledger knows as done is replayed from it."""
+        request = self.resolve(tune_config)
         trial = self.trials.get(request.key)
         if trial is not None and not trial.ended:
-            return
+            return request.key
+        self.store.open(request.config, {})
         trial = self.trials[request.key] = _Trial(request)
         done = self.store.done(request.key)
         if done is not None and done["status"] in FINAL:
@@ -155,9 +164,10 @@ class Dispatcher:
                 trial.deliver({**row, "trial_key": request.key, "done": row is rows[-1]})
             if not rows:
                 trial.deliver({"epoch": 0, "trial_key": request.key, "done": True})
-            return
+            return request.key
         self.store.reopen(request.key)
         self.queue.put_nowait(request.key)
+        return request.key
 
     async def next(self, key: str, seen: int) -> Report:
         """Wait for report number `seen` (0-based) of a trial; asking for it allows that epoch to be trained."""

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from pipeline.config import Params
-from pipeline.sweep.request import TrialRequest
+from pipeline.request import TrialRequest
 from pipeline.sweep.tuner import cluster, count_slots
 from pipeline.trial import EvaluationConfig
 

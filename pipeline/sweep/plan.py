@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Params
-from pipeline.sweep.request import TrialRequest
+from pipeline.request import TrialRequest
 from pipeline.sweep.space import Cell, points
 from pipeline.sweep.store import TrialStore
 from pipeline.trial import TrialConfig

@@ -13,15 +13,13 @@ from pipeline.errors import WorkError
 class TrialProxy(tune.Trainable):
     """One trial for Tune's schedulers and searchers; the work is done in a slot of the dispatcher."""
 
-    def setup(self, config: dict[str, Any], dispatcher: Any = None, plan: Any = None) -> None:
-        """Hand the trial over; `plan.request(config)` gives what the slot needs."""
-        self._dispatcher, self._plan = dispatcher, plan
+    def setup(self, config: dict[str, Any], dispatcher: Any = None) -> None:
+        """Hand the trial over; the dispatcher knows what `config` stands for."""
+        self._dispatcher = dispatcher
         self._begin(config)
 
     def _begin(self, config: dict[str, Any]) -> None:
-        request = self._plan.request(config)
-        self._key, self._seen = request.key, 0
-        ray.get(self._dispatcher.submit.remote(request))
+        self._key, self._seen = ray.get(self._dispatcher.submit.remote(config)), 0
 
     def step(self) -> dict[str, Any]:
         """Return the next epoch's report."""

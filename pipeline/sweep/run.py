@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from pipeline import backbones
+from pipeline.backbones.identity import digest_of
 from pipeline.config import Params
 from pipeline.data.manifest import Manifest
 from pipeline.errors import InputError, WorkError
@@ -47,7 +47,7 @@ def digests_of(params: Params, where: Places) -> Digests:
             raise InputError("no manifest", where=str(path), way_out=f"Run `dvc repro subsample@{task}` first")
         manifests[task] = Manifest.load(path)
     return Digests(
-        backbones={name: backbones.digest_of(name, params.backbone_source(name)) for name in params.run.backbones},
+        backbones={name: digest_of(name, params.backbone_source(name)) for name in params.run.backbones},
         manifests={task: manifest.digest for task, manifest in manifests.items()},
         train_sizes={task: len(manifest.splits["train"]) for task, manifest in manifests.items()},
     )

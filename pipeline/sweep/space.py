@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import methods
-from pipeline.backbones import backbones
+from pipeline import backbones
 from pipeline.config import Params, Study, StudyMethod, Train, validate
 from pipeline.errors import InputError, nearest
 from pipeline.tasks import tasks
@@ -76,23 +76,28 @@ class Cell:
             )
         if not methods.is_trained(self.method):
             return TrialConfig(**shared, num_train_samples=train.num_train_samples)
-        teacher = methods.uses_teacher(self.method, options)
+        facts = methods.facts_of(self.method, options)
         full = train.num_train_samples >= PAPERS_FULL_SIZE
         return TrialConfig(
             **shared,
             num_train_samples=train.num_train_samples,
-            num_shots=train.num_shots if teacher else 0,
+            num_shots=train.num_shots if facts.teacher else 0,
             epochs=train.epochs if full else train.epochs_below_1000,
-            alignment_weight=train.alignment_weight if teacher else 0.0,
+            alignment_weight=_given(train.alignment_weight, facts.alignment_weight) if facts.teacher else 0.0,
+            ground_truth_weight=_given(train.ground_truth_weight, facts.ground_truth_weight),
             **{name: getattr(train, name) for name in _SHARED},
         )
 
 
 _SHARED = (
     "learning_rate", "weight_decay", "warmup_ratio", "gradient_clip", "micro_batch_size", "accumulation", "loss_span",
-    "ground_truth_weight", "precision", "engine", "zero_stage", "offload", "world_size", "selection",
+    "precision", "engine", "zero_stage", "offload", "world_size", "selection",
     "selection_metric", "num_selection_samples",
 )  # fmt: skip
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
@@ -107,10 +112,11 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
         raise InputError(f"unknown study '{study_name}'", where="run.studies", way_out=nearest(study_name, params.studies))
     study = params.studies[study_name]
     pairs = [
-        (backbone, backbones.get(backbone).stands_for, task, tasks.get(task).stands_for)
+        (backbone, paper_backbone, task, paper_task)
         for backbone in params.run.backbones
+        if (paper_backbone := backbones.get(backbone).stands_for or backbone) in study.backbones
         for task in params.run.tasks
-        if backbones.get(backbone).stands_for in study.backbones and tasks.get(task).stands_for in study.tasks
+        if (paper_task := tasks.get(task).stands_for) in study.tasks
     ]
     if not pairs:
         raise InputError(

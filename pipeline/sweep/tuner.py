@@ -17,12 +17,14 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy laptop
 
 import ray
 from ray import tune
 
 from pipeline.config import Params, Sweep
 from pipeline.errors import InputError, WorkError
+from pipeline.request import Requests
 from pipeline.sweep.dispatcher import Dispatcher
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.proxy import TrialProxy
@@ -50,6 +52,10 @@ class _Events(tune.Callback):
 
     def __init__(self, plan: Plan, watchers: list[Watcher], dispatcher: Any) -> None:
         self._plan, self._watchers, self._dispatcher = plan, watchers, dispatcher
+
+    def __reduce__(self) -> Any:
+        # Tune pickles its callbacks for a restore that this project never does
+        return _Events, (None, [], None)
 
     def _key(self, trial: Any) -> str:
         return trial.config.get("trial") or self._plan.request(trial.config).key
@@ -144,11 +150,12 @@ def run_trials(plan: Plan, keys: list[str], params: Params, watchers: list[Watch
 def _run(plan: Plan, keys: list[str], adaptive: list[Any], params: Params, watchers: list[Watcher], world: int) -> None:
     slots = count_slots(params.sweep, world, len(keys) + len(adaptive) * params.sweep.num_samples)
     run_ahead = params.sweep.scheduler == "fifo"
-    dispatcher = Dispatcher.remote(params.sweep, str(plan.places.runs), slots, world, run_ahead)
+    resolve = plan.request if adaptive else Requests({key: plan.request_of(plan.trials[key]) for key in keys})
+    dispatcher = Dispatcher.remote(resolve, params.sweep, str(plan.places.runs), slots, world, run_ahead)
     try:
         ray.get(dispatcher.start.remote())
         trainable = tune.with_resources(
-            tune.with_parameters(TrialProxy, dispatcher=dispatcher, plan=plan), {"CPU": PROXY_CPUS}
+            tune.with_parameters(TrialProxy, dispatcher=dispatcher), {"CPU": PROXY_CPUS}
         )
         for space, search in ((keys, None), (adaptive, PerCellOptuna(params, adaptive) if adaptive else None)):
             if not space:

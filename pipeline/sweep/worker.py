@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Any
 
 import ray
 
-from pipeline.sweep.request import Report, TrialRequest
+from pipeline.request import TrialRequest
 
 
 @ray.remote(max_restarts=0, max_concurrency=2)
@@ -23,7 +24,7 @@ class Worker:
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
-        self.bench = None
+        self.bench: Any = None
 
     def address(self) -> tuple[str, int, int]:
         """Return this node's address, a free port on it, and the process id."""
@@ -39,18 +40,18 @@ class Worker:
         )
         import torch
 
-        from pipeline.train.workbench import Workbench
+        from pipeline.train.workbench import Workbench, use_threads
 
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        use_threads()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, rank=self.rank, world_size=self.world_size)
-        self.bench = Workbench(device="cuda" if torch.cuda.is_available() else "cpu")
+        self.bench = Workbench()
 
     def admit(self, request: TrialRequest) -> int:
         """Take a trial up, at its last checkpoint; return the epochs that it has behind it."""
         return self.bench.admit(request)
 
-    def advance(self) -> list[Report]:
+    def advance(self) -> list[dict[str, Any]]:
         """Train until a trial completes an epoch; return its report."""
         return self.bench.advance()
 

@@ -56,10 +56,18 @@ class Score:
 
 
 class Entry(NamedTuple):
-    """What the draw needs of a sample: its id and its image files relative to the data root."""
+    """What the draw needs of a sample.
+
+    Attributes:
+        sample_id: the official id.
+        images: its image files relative to the data root.
+        group: samples of one group stay beside each other in the draw's order (the two questions that MME
+            asks about an image); None where every sample stands for itself.
+    """
 
     sample_id: SampleId
     images: tuple[str, ...]
+    group: str | None = None
 
 
 class Task(ABC):

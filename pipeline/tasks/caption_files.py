@@ -33,14 +33,16 @@ def cider_score(task: Task, samples: Sequence[Sample], predictions: Mapping[Samp
     Document frequencies come from the references of these samples alone, so a part scored by itself gives
     another number (one image alone gives exactly 0).
     """
-    from pipeline.scores.caption import cider_only
+    from pipeline.scores.caption import caption_scores  # needs pycocoevalcap and Java; reading and training do not
 
     captions = task.predictions_for(samples, predictions)
-    value, per_image = cider_only(
+    result = caption_scores(
         {sample.sample_id: caption for sample, caption in zip(samples, captions, strict=True)},
         {sample.sample_id: sample.references for sample in samples},
+        ("CIDEr",),
     )
-    return Score(value, task.metric, dict(per_image), {"num_images": len(samples)})
+    per_image = {key: values["CIDEr"] for key, values in result.per_image.items()}
+    return Score(result.overall["CIDEr"], task.metric, per_image, {"num_images": len(samples)})
 
 
 @dataclass(frozen=True)
@@ -50,26 +52,36 @@ class CaptionTask(Task):
     Attributes:
         folders: where the file is looked for, relative to the data root, in order.
         captions: file name, with `{subset}` for `train2014` or `val2014`.
+        instances: likewise; only CHAIR reads it.
     """
 
     name: str
     stands_for: str
     folders: tuple[str, ...]
     captions: str = "captions_{subset}.json"
+    instances: str = "instances_{subset}.json"
     template: PromptTemplate = CAPTION_TEMPLATE
     max_new_tokens: int = 20
     metric: str = "CIDEr"
     unit: Literal["percent", "fraction"] = "fraction"
 
     def files(self, root: Path, split: Split) -> tuple[Path, ...]:
+        """Return the files of `split`; see `Task.files`."""
         return (find(root, self.folders, self.captions.format(subset=SUBSETS[split])),)
 
+    def object_files(self, root: Path, split: Split) -> tuple[Path, Path]:
+        """Return the instances and the captions file, CHAIR's ground truth of which objects an image shows."""
+        instances = find(root, self.folders, self.instances.format(subset=SUBSETS[split]))
+        return instances, self.files(root, split)[0]
+
     def index(self, root: Path, split: Split) -> Iterator[Entry]:
+        """Yield id and image of every sample; see `Task.index`."""
         folder = image_folder(root, SUBSETS[split])
         for image_id, file_name in self._images_and_captions(root, split, only=())[0].items():
             yield Entry(image_id, (f"{folder}/{file_name}",))
 
     def read(self, root: Path, split: Split, only: Collection[SampleId] | None = None) -> Iterator[Sample]:
+        """Yield the samples; see `Task.read`."""
         folder = image_folder(root, SUBSETS[split])
         files, captions = self._images_and_captions(root, split, only)
         for image_id, file_name in files.items():
@@ -87,6 +99,7 @@ class CaptionTask(Task):
             )
 
     def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
+        """Score by CIDEr-D over the samples together; see `cider_score`."""
         return cider_score(self, samples, predictions)
 
     def _images_and_captions(
@@ -129,6 +142,11 @@ def _file_name(name: str, subset: str, where: Callable[[], str]) -> str:
             where=where(),
             way_out="Were the train and the val file swapped or renamed?",
         )
+    return plain_file_name(name, where())
+
+
+def plain_file_name(name: str, where: str) -> str:
+    """Return `name`, checked not to lead out of the folder of images."""
     if "/" in name or "\\" in name or name in {"", ".", ".."}:
-        raise InputError(f"file_name '{name}' is no plain file name", where=where())
+        raise InputError(f"file name '{name}' is no plain file name", where=where, way_out="Get the file again")
     return name

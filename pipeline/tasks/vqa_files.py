@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pipeline.data.files import RecordFile, field, find
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
+from pipeline.scores.vqa import vqa_accuracy
 from pipeline.tasks.base import Entry, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
 
 VQA_TEMPLATE = PromptTemplate(
@@ -52,9 +53,11 @@ class VqaTask(Task):
     unit: Literal["percent", "fraction"] = "percent"
 
     def files(self, root: Path, split: Split) -> tuple[Path, ...]:
+        """Return the files of `split`; see `Task.files`."""
         return self._questions_path(root, split), self._annotations_path(root, split)
 
     def index(self, root: Path, split: Split) -> Iterator[Entry]:
+        """Yield id and image of every sample; see `Task.index`."""
         folder = image_folder(root, SUBSETS[split])
         images: dict[int, tuple[str, ...]] = {}  # one tuple an image, shared by its questions
         for sample_id, image_id, _ in self._read_questions(root, split):
@@ -63,6 +66,7 @@ class VqaTask(Task):
             yield Entry(sample_id, images[image_id])
 
     def read(self, root: Path, split: Split, only: Collection[SampleId] | None = None) -> Iterator[Sample]:
+        """Yield the samples; see `Task.read`."""
         wanted = None if only is None else set(only)
         questions: dict[int, tuple[int, str]] = {}
         unanswered: dict[int, None] = {}  # a set that keeps the file's order
@@ -98,19 +102,16 @@ class VqaTask(Task):
 
     def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
         """Score by VQA accuracy, normalised always (what the papers' figures come from)."""
-        from pipeline.scores.vqa import vqa_accuracy
-
         answers = self.predictions_for(samples, predictions)
         result = vqa_accuracy(
             {sample.sample_id: answer for sample, answer in zip(samples, answers, strict=True)},
             {sample.sample_id: sample.references for sample in samples},
             normalise="always",
+            answer_types={s.sample_id: s.meta["answer_type"] for s in samples if "answer_type" in s.meta},
         )
-        by_type: dict[str, list[float]] = {}
-        for sample in samples:
-            by_type.setdefault(str(sample.meta.get("answer_type")), []).append(result.per_question[sample.sample_id])
-        details = {"per_answer_type": {name: sum(got) / len(got) for name, got in sorted(by_type.items())}}
-        return Score(result.overall, self.metric, dict(result.per_question), details)
+        return Score(
+            result.overall, self.metric, dict(result.per_question), {"per_answer_type": result.per_answer_type}
+        )
 
     def _sample(self, record: Mapping[str, Any], where: str, question: str, image: str, image_id: int) -> Sample:
         where = f"{where} (question_id {record['question_id']})"

@@ -147,7 +147,6 @@ class Tracker:
             if self.provenance["diff"]:
                 self._client.log_text(run_id, self.provenance["diff"], "provenance/uncommitted.diff")
         if system_metrics:
-            # not resumed from the store's last step: MLflow keeps them under system/, where a repeat is no contradiction
             monitor = SystemMetricsMonitor(run_id, resume_logging=found is not None, tracking_uri=self.uri)
             monitor.start()
             self._open[run_id].monitor = monitor
@@ -186,7 +185,7 @@ class Tracker:
         with self._talking():
             for chunk in _chunks(new, _MAX_PARAMS):
                 self._client.log_batch(run_id, params=chunk)
-            if datasets and not (found and found.inputs.dataset_inputs):
+            if datasets and not (found and found.inputs and found.inputs.dataset_inputs):
                 self._client.log_inputs(run_id, [_dataset(row) for row in datasets])
         return run_id
 
@@ -302,7 +301,7 @@ class Tracker:
         for run_id in sorted(self._open, key=lambda one: self._open[one].parent is None):
             try:
                 self.close(run_id, status)
-            except Exception as error:  # noqa: BLE001 - the others must be ended too
+            except Exception as error:  # the broad catch is meant: the others must be ended too
                 logger.warning("MLflow run %s could not be ended: %s", run_id, error)
 
     # -- finding -------------------------------------------------------------------------------------------------

@@ -20,18 +20,21 @@ PROVENANCE = {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": Fal
               "data": {"params": "0" * 32, "outs": {}}}
 
 
-def params(**studies: dict[str, Any]) -> Params:
-    profile = {"backbones": ["mini-idefics2"], "tasks": list(TASKS), "studies": list(studies), "data_root": "data"}
-    return Params.model_validate({"profiles": {"mini": profile}, "run": profile, "studies": studies})
-
-
-def definition(**more: Any) -> dict[str, Any]:
-    return {"title": "Table 1: the main comparison", "paper": "hificl.table1_main", "backbones": ["idefics2-8b-base"],
-            "tasks": ["vqav2", "okvqa", "coco"], "methods": {row: {"method": row} for row in ROWS}, **more}
-
-
 class Maker:
     """Writes evaluation files under `folder`."""
+
+    rows = ROWS
+
+    @staticmethod
+    def params(**studies: dict[str, Any]) -> Params:
+        profile = {"backbones": ["mini-idefics2"], "tasks": list(TASKS), "studies": list(studies), "data_root": "data"}
+        return Params.model_validate({"profiles": {"mini": profile}, "run": profile, "studies": studies})
+
+    @staticmethod
+    def definition(**more: Any) -> dict[str, Any]:
+        return {"title": "Table 1: the main comparison", "paper": "hificl.table1_main",
+                "backbones": ["idefics2-8b-base"], "tasks": ["vqav2", "okvqa", "coco"],
+                "methods": {row: {"method": row} for row in ROWS}, **more}
 
     def __init__(self, folder: Path, num_samples: int = 60) -> None:
         self.folder, self.num_samples = folder, num_samples
@@ -57,8 +60,8 @@ class Maker:
                 "candidates": [{"trial": "a", "searched": {"learning_rate": 0.005}, "selection_score": 80.0}],
                 "trial": f"t{evaluation}", "evaluation": evaluation, "metric": metric, "unit": unit, "value": value,
                 "metrics": {metric: value}, "run_id": f"{hash_of(name):032x}", "status": "done", "error": None,
-                "trainable_parameters": size, "train_seconds": 12.1 if size else 0.0, "chosen_epoch": 4 if size else None,
-                "num_samples": len(scores), **more}
+                "trainable_parameters": size, "train_seconds": 12.1 if size else 0.0,
+                "chosen_epoch": 4 if size else None, "num_samples": len(scores), **more}
 
     def study(self, name: str, cells: list[dict[str, Any]], **more: Any) -> Path:
         file = self.folder / "studies" / f"{name}.json"
@@ -80,6 +83,11 @@ class Maker:
 
 def hash_of(text: str) -> int:
     return int.from_bytes(random.Random(text).randbytes(8), "big")
+
+
+@pytest.fixture(scope="session")
+def new_maker() -> type[Maker]:
+    return Maker
 
 
 @pytest.fixture

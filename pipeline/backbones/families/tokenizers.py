@@ -42,6 +42,7 @@ def llama_tokenizer(lines: Sequence[str], special: Mapping[str, str]) -> Any:
     vocab, merges = _train(words, lines, start, [])
     tokenizer = LlamaTokenizer(
         vocab=vocab, merges=merges, unk_token=special["unk"], bos_token=special["bos"], eos_token=special["eos"],
+        add_bos_token=True,
     )
     rest = [text for text in special.values() if text not in tokenizer.get_vocab()]
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=True) for text in rest])

@@ -33,4 +33,15 @@ class TrialRequest:
         return self.config.key
 
 
-Report = dict[str, Any]  # one epoch's metrics, with "epoch", "trial_key" and "done"; or {"error": ...}
+
+
+
+class Requests:
+    """A table of requests by trial key: what a plan knows, without the modules that made it."""
+
+    def __init__(self, by_key: dict[str, TrialRequest]) -> None:
+        self.by_key = by_key
+
+    def __call__(self, tune_config: dict[str, Any]) -> TrialRequest:
+        """Return the request of the trial that Tune calls `tune_config`."""
+        return self.by_key[tune_config["trial"]]

@@ -1,0 +1,148 @@
+"""Attach adapters to a transformers model for the length of a `with` block, several at once where they pack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.adapters.base import Adapter, AttentionAdapter, HiddenAdapter, WeightsAdapter, parts_of
+from pipeline.adapters.edits import AttentionEdit, HiddenEdit, Rows
+from pipeline.adapters.interface import edited_attention
+from pipeline.backbones.decoder import DecoderSpec, decoder_of
+from pipeline.errors import InputError
+
+
+class Pack:
+    """Adapters that share one frozen backbone; row b of a batch uses `adapters[rows[b]]`.
+
+    Args:
+        adapters: one, or several of packable methods (methods, sizes and variants may differ).
+        rows: [B], the adapter of each row; None with a single adapter. It may be set anew before every step. In
+            `generate` with beams a row's beams follow it.
+
+    Raises:
+        InputError: a method that does not pack, or rows that name no adapter.
+    """
+
+    def __init__(self, adapters: Adapter | Sequence[Adapter], rows: Tensor | Sequence[int] | None = None) -> None:
+        self.adapters: list[Adapter] = [adapters] if isinstance(adapters, Adapter) else list(adapters)
+        if not self.adapters:
+            raise InputError("a pack needs an adapter")
+        if len(self.adapters) > 1:
+            for adapter in self.adapters:
+                if not adapter.packable:
+                    raise InputError(f"method '{adapter.name}' does not pack", way_out="Attach it alone")
+        self._rows = Rows(len(self.adapters))
+        self.rows = rows  # type: ignore[assignment]
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The adapter of each row of the batch, [B]."""
+        return self._rows.index
+
+    @rows.setter
+    def rows(self, rows: Tensor | Sequence[int] | None) -> None:
+        self._rows.set(rows)
+
+
+@contextmanager
+def attach(
+    model: nn.Module, adapter: Adapter | Sequence[Adapter] | Pack, rows: Tensor | Sequence[int] | None = None
+) -> Iterator[Pack]:
+    """Let `model` compute with the adapter inside the block; on leaving, everything is as it was.
+
+    Inside, the backbone's parameters are frozen, and gradients reach the adapter's alone. Blocks may be nested where
+    they edit different things (an adapter of attention inside LoRA).
+
+    Args:
+        model: a transformers model.
+        adapter: one adapter, several that pack, or a `Pack`.
+        rows: see `Pack`.
+
+    Yields:
+        The pack, whose `rows` may be set before every step.
+
+    Raises:
+        InputError: the adapter was made for another backbone, or the same place is edited already.
+    """
+    if isinstance(adapter, Pack):
+        pack = adapter
+        if rows is not None:
+            pack.rows = rows  # type: ignore[assignment]
+    else:
+        pack = Pack(adapter, rows)
+    spec = decoder_of(model)
+    for one in pack.adapters:
+        one.backbone.check(spec, f"method '{one.name}'")
+    attention = dict(parts_of(pack.adapters, AttentionAdapter))
+    hidden = dict(parts_of(pack.adapters, HiddenAdapter))
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(model))
+        for _, part in parts_of(pack.adapters, WeightsAdapter):
+            stack.enter_context(part.injected(model))
+        if attention:
+            stack.enter_context(_edited_attention(spec, AttentionEdit(attention, pack._rows, spec)))
+        if hidden:
+            stack.enter_context(_edited_hidden(spec, HiddenEdit(hidden, pack._rows)))
+        yield pack
+
+
+_FROZEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_HIDDEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Freeze the model's parameters; the outermost block does it, for inside it they may be another adapter's."""
+    if model in _FROZEN:
+        yield
+        return
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    _FROZEN[model] = True
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+        del _FROZEN[model]
+
+
+@contextmanager
+def _edited_attention(spec: DecoderSpec, edit: AttentionEdit) -> Iterator[None]:
+    # Parameters change between steps, so the virtual tokens are computed anew at the start of every forward pass.
+    with edited_attention(spec, edit.layers), _hooks() as hooks:
+        hooks.append(spec.decoder.register_forward_pre_hook(lambda module, args: edit.refresh()))
+        yield
+
+
+@contextmanager
+def _edited_hidden(spec: DecoderSpec, edit: HiddenEdit) -> Iterator[None]:
+    if spec.decoder in _HIDDEN:
+        raise InputError("an adapter of hidden states is attached to this model already",
+                         way_out="Leave the first `attach`, or give both to one `attach` with rows")
+    _HIDDEN[spec.decoder] = True
+    try:
+        with _hooks() as hooks:
+            hooks.append(spec.decoder.register_forward_pre_hook(lambda module, args: edit.refresh()))
+            for index, layer in enumerate(spec.layers):
+                # first in line, so that whoever records hidden states sees the edited one
+                hooks.append(layer.register_forward_hook(edit.hook(index), prepend=True))
+            yield
+    finally:
+        del _HIDDEN[spec.decoder]
+
+
+@contextmanager
+def _hooks() -> Iterator[list[torch.utils.hooks.RemovableHandle]]:
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,228 @@
+"""`Adapter`: what every trained method is, and the registry that its file enters.
+
+A method edits the decoder in one or more of three places, and says so by the class it derives from:
+`AttentionAdapter` (virtual tokens beside the context), `HiddenAdapter` (the hidden state after the FFN) or
+`WeightsAdapter` (low-rank updates of projections). Parameters are fp32, stacked over layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.adapters.options import Facts
+from pipeline.adapters.options import Options as AnyOptions
+from pipeline.backbones.decoder import DecoderSpec
+from pipeline.errors import InputError
+from pipeline.registry import Registry
+
+METHODS: Registry[type[Adapter]] = Registry("method", "pipeline.adapters")
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The identity of the backbone that an adapter is made for; it fits no other."""
+
+    model_type: str
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    hidden_size: int
+
+    @classmethod
+    def of(cls, spec: DecoderSpec) -> Backbone:
+        """Read the identity off a decoder."""
+        return cls(**{field.name: getattr(spec, field.name) for field in fields(cls)})
+
+    def check(self, spec: DecoderSpec, where: str) -> None:
+        """Refuse a decoder that is not this one, by the first value that differs.
+
+        Raises:
+            InputError: the model has another type or another shape.
+        """
+        other = Backbone.of(spec)
+        for field in fields(self):
+            mine, its = getattr(self, field.name), getattr(other, field.name)
+            if mine != its:
+                raise InputError(
+                    f"the adapter was made for a backbone with {field.name} {mine}, this model has {its}", where=where,
+                    way_out="Use the backbone that the adapter was trained on",
+                )
+
+
+class Init:
+    """Deterministic initial values: one CPU generator, so that device and global random state do not matter."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.generator, self.device = torch.Generator().manual_seed(seed), device
+
+    def normal(self, *shape: int, std: float) -> nn.Parameter:
+        """Return a parameter drawn from N(0, std^2)."""
+        return self.place(lambda: torch.randn(shape, generator=self.generator) * std, shape)
+
+    def full(self, *shape: int, value: float = 0.0) -> nn.Parameter:
+        """Return a constant parameter."""
+        return self.place(lambda: torch.full(shape, value), shape)
+
+    def place(self, make: Any, shape: Sequence[int]) -> nn.Parameter:
+        """Return `make()` on the device; on the meta device nothing is drawn."""
+        if self.device.type == "meta":
+            return nn.Parameter(torch.empty(tuple(shape), device="meta"))
+        return nn.Parameter(make().to(self.device))
+
+
+class Adapter(nn.Module):
+    """A trained method: parameters, options, and the backbone that it fits.
+
+    Args:
+        options: the method's own, validated.
+        spec: the decoder that it is made for.
+        init: source of initial values.
+    """
+
+    name: ClassVar[str] = ""
+    Options: ClassVar[type[AnyOptions]] = AnyOptions
+    undecayed: ClassVar[tuple[str, ...]] = ()  # parameters without weight decay: biases, scalars
+
+    def __init__(self, options: AnyOptions, spec: DecoderSpec, init: Init) -> None:
+        super().__init__()
+        self.options, self.backbone = options, Backbone.of(spec)
+
+    @classmethod
+    def build(cls, model: nn.Module, spec: DecoderSpec, options: Any, seed: int, device: torch.device) -> Adapter:
+        """Make the adapter for `model`; methods that look beyond the decoder override this."""
+        return cls(options, spec, Init(seed, device))
+
+    @property
+    def facts(self) -> Facts:
+        """How the method is trained with its options."""
+        return self.options.facts()
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether gradients reach the vision tower."""
+        return self.facts.trains_vision
+
+    @property
+    def needs_visual_gradient(self) -> bool:
+        """Same as `trains_vision`: visual tokens cannot be cached."""
+        return self.facts.trains_vision
+
+    @property
+    def packable(self) -> bool:
+        """Whether several such adapters can share one forward pass."""
+        return self.facts.packable
+
+    @property
+    def parts(self) -> list[Adapter]:
+        """The adapters that a combined method consists of; else the adapter itself."""
+        return [self]
+
+    def num_trainable(self) -> int:
+        """Return the number of trainable values."""
+        return sum(p.numel() for p in self.parameters())
+
+    def modules_trainable(self) -> dict[str, int]:
+        """Return the number of trainable values by parameter group of the equations."""
+        return {name: p.numel() for name, p in self.named_parameters()}
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Return AdamW groups, each with `params`, `lr` and `weight_decay`; biases and scalars are not decayed.
+
+        Args:
+            learning_rate: peak rate of the schedule.
+            weight_decay: of the decayed ones.
+        """
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            decay = 0.0 if name in self.undecayed else weight_decay
+            groups.setdefault((self.learning_rate_of(name, learning_rate), decay), []).append(parameter)
+        return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+    def learning_rate_of(self, parameter: str, learning_rate: float) -> float:
+        """Return one parameter's learning rate, given the trial's."""
+        return learning_rate
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `adapter_config.json` holds besides `extra`."""
+        return {"method": self.name, "options": self.options.model_dump(mode="json"), "backbone": asdict(self.backbone)}
+
+    def save_pretrained(self, folder: Path | str, extra: dict[str, Any] | None = None) -> None:
+        """Write `adapter_model.safetensors` and `adapter_config.json`.
+
+        Args:
+            folder: made if needed.
+            extra: free record kept beside the configuration (backbone name, data digest, trial key).
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        text = json.dumps({**self.describe(), "extra": extra or {}}, indent=2, sort_keys=True)
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+    def read_weights(self, path: Path) -> None:
+        """Load saved tensors in place; saved ones may be of another float dtype.
+
+        Raises:
+            InputError: the file is missing or damaged, or its tensors have other names or shapes.
+        """
+        try:
+            saved = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"not readable: {error}", where=str(path)) from None
+        own = self.state_dict()
+        for name in sorted(own.keys() | saved.keys()):
+            mine, its = (list(d[name].shape) if name in d else "absent" for d in (own, saved))
+            if mine != its:
+                what = f"tensor {name}: the configuration asks for {mine}, the file has {its}"
+                raise InputError(what, where=str(path))
+        self.load_state_dict(saved)
+
+
+class AttentionAdapter(Adapter):
+    """A method that adds virtual tokens to every decoder layer's attention.
+
+    `forward()` returns them for all layers at once, so that one product per forward pass serves the whole decoder
+    (and so that ZeRO-3 gathers sharded parameters at a module's call).
+    """
+
+    replaces: bool = True  # whether virtual tokens take their mass from the context (see `attention.py`)
+
+    def forward(self) -> dict[str, Tensor]:
+        """Return `keys` [L, H, n, d], `values` [L, H, n, d]; optional `bias` [L, H, n] and `linear` [L, H, d, d]."""
+        raise NotImplementedError
+
+
+class HiddenAdapter(Adapter):
+    """A method that edits the hidden state after every decoder layer's FFN."""
+
+    def forward(self) -> dict[str, Tensor]:
+        """Return `shift` [L, D]: h <- (h + shift) rescaled to the norm of h."""
+        raise NotImplementedError
+
+
+class WeightsAdapter(Adapter):
+    """A method that updates the weights of projections."""
+
+    def injected(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which `model` computes with the updated weights."""
+        raise NotImplementedError
+
+
+def parts_of(adapters: Sequence[Adapter], kind: type[Adapter]) -> Iterator[tuple[int, Any]]:
+    """Yield (index of the adapter, part) for every part of one kind."""
+    for index, adapter in enumerate(adapters):
+        for part in adapter.parts:
+            if isinstance(part, kind):
+                yield index, part

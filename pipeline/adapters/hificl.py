@@ -1,0 +1,80 @@
+"""HiFICL: low-rank virtual key-value pairs inside every head's softmax."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.adapters.base import METHODS, AttentionAdapter, Init
+from pipeline.adapters.options import Facts, Options
+from pipeline.backbones.decoder import DecoderSpec
+
+_KEY_STD = 0.01
+_QUIET = 4.0  # alpha_init "identity": the virtual tokens start with Z1 of about exp(-4) in all
+
+
+class HiFICLOptions(Options):
+    """HiFICL's options; the four after `rank` are Table 2's ablations."""
+
+    num_virtual_tokens: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1)
+    lowrank_k: bool = True
+    lowrank_v: bool = True
+    alpha: Literal["full", "one"] = "full"
+    teacher: bool = False
+    alpha_init: Literal["paper", "identity"] = "paper"
+
+    def facts(self) -> Facts:
+        """Cross-entropy alone (Eq. 4); with a teacher, MimIC's alignment and half of it."""
+        return Facts().aligned() if self.teacher else Facts()
+
+
+@METHODS.register("hificl")
+class HiFICL(AttentionAdapter):
+    """Virtual tokens K_learn = K_A K_B, V_learn = V_A V_B in each head's softmax (HiFICL Eq. 1 and 3).
+
+    out = alpha SA(q) + beta V_learn, alpha = Z2 / (Z1 + Z2), beta_i = exp(s q.k_learn_i) / (Z1 + Z2).
+    K_A, V_A ~ N(0, 1), K_B ~ N(0, 0.01^2), V_B = 0: at the start the value shift is zero, but alpha is not 1, for
+    K_learn of about 0 gives Z1 of about n, so the base output is scaled down. That is the paper's equation and the
+    published code. `alpha_init="identity"` lowers the virtual logits by a constant log n + 4 instead.
+    Trainable: H L 2 r (n + d); 2,228,224 for 32 layers of 32 heads of 128 with n = r = 8.
+    """
+
+    name = "hificl"
+    Options: ClassVar[type[Options]] = HiFICLOptions
+    options: HiFICLOptions
+
+    def __init__(self, options: HiFICLOptions, spec: DecoderSpec, init: Init) -> None:
+        super().__init__(options, spec, init)
+        n, r = options.num_virtual_tokens, options.rank
+        grid, size = (spec.num_layers, spec.num_heads), spec.head_dim
+        self.replaces = options.alpha == "full"
+        if options.lowrank_k:
+            self.k_a = init.normal(*grid, n, r, std=1.0)
+            self.k_b = init.normal(*grid, r, size, std=_KEY_STD)
+        else:  # of the spread that the product has
+            self.k = init.normal(*grid, n, size, std=_KEY_STD * math.sqrt(r))
+        if options.lowrank_v:
+            self.v_a = init.normal(*grid, n, r, std=1.0)
+            self.v_b = init.full(*grid, r, size)
+        else:
+            self.v = init.full(*grid, n, size)
+
+    def forward(self) -> dict[str, Tensor]:
+        """Return all layers' virtual keys and values, one product each."""
+        with torch.autocast(self._first().device.type, enabled=False):
+            tokens = {
+                "keys": self.k_a @ self.k_b if self.options.lowrank_k else self.k,
+                "values": self.v_a @ self.v_b if self.options.lowrank_v else self.v,
+            }
+        if self.options.alpha_init == "identity":
+            keys = tokens["keys"]
+            tokens["bias"] = keys.new_full(keys.shape[:3], -math.log(keys.shape[2]) - _QUIET)
+        return tokens
+
+    def _first(self) -> nn.Parameter:
+        return next(self.parameters())

@@ -1,0 +1,135 @@
+"""LoRA, as PEFT computes it; the parameters are the adapter's own, lent to PEFT's layers while attached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from pipeline.adapters.base import METHODS, Init, WeightsAdapter
+from pipeline.adapters.options import Facts, Options
+from pipeline.backbones.decoder import DecoderSpec
+from pipeline.errors import InputError
+
+_NAME = "hificl"
+_LEARNING_RATE = 5e-4
+
+
+class LoRAOptions(Options):
+    """LoRA's options; alpha is 2 r unless given."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    targets: tuple[str, ...] = Field(default=("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+    scope: Literal["all", "decoder"] = "all"  # all: vision tower and connector too, wherever the names occur
+    teacher: bool = False
+
+    def facts(self) -> Facts:
+        """Cross-entropy alone; with a teacher, MimIC's alignment and half of it (MimIC Table 11)."""
+        facts = Facts(learning_rate=_LEARNING_RATE, trains_vision=self.scope == "all", packable=False)
+        return facts.aligned() if self.teacher else facts
+
+
+class LoRAMiniOptions(LoRAOptions):
+    """LoRA dagger of MimIC's tables: the decoder's output projections alone, rank 1."""
+
+    rank: int = Field(default=1, ge=1)
+    targets: tuple[str, ...] = Field(default=("o_proj",), min_length=1)
+    scope: Literal["all", "decoder"] = "decoder"
+
+
+@METHODS.register("lora")
+class LoRA(WeightsAdapter):
+    """y = W x + (alpha / r) B A dropout(x) on every linear module of the target names (LoRA Eq. 3, PEFT's layers).
+
+    A as PEFT draws it (Kaiming uniform), B = 0. `out_proj` of a vision tower is not a target.
+    """
+
+    name = "lora"
+    Options: ClassVar[type[Options]] = LoRAOptions
+    options: LoRAOptions
+
+    def __init__(
+        self, options: LoRAOptions, spec: DecoderSpec, init: Init, targets: dict[str, tuple[int, int]]
+    ) -> None:
+        super().__init__(options, spec, init)
+        r = options.rank
+        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
+        for module, (wide_in, wide_out) in targets.items():
+            key = module.replace(".", "/")  # a parameter's name may hold no dot
+            self.a[key] = init.place(lambda shape=(r, wide_in): _kaiming(shape, init.generator), (r, wide_in))
+            self.b[key] = init.full(wide_out, r)
+
+    @classmethod
+    def build(cls, model: nn.Module, spec: DecoderSpec, options: Any, seed: int, device: torch.device) -> LoRA:
+        """Make the adapter for every target module of `model`."""
+        targets = _targets(model, spec, options)
+        if not targets:
+            raise InputError(f"no linear module is named {' or '.join(options.targets)}", where=f"method '{cls.name}'")
+        return cls(options, spec, Init(seed, device), targets)
+
+    def modules_trainable(self) -> dict[str, int]:
+        """Return the number of trainable values by module."""
+        return {key.replace("/", "."): self.a[key].numel() + self.b[key].numel() for key in self.a}
+
+    @contextmanager
+    def injected(self, model: nn.Module) -> Iterator[None]:
+        """Let PEFT put its layers in, lend them our parameters, and put the model's own modules back on leaving."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        names = [key.replace("/", ".") for key in self.a]
+        modules = dict(model.named_modules())
+        for name in names:
+            linear = modules.get(name)
+            if not isinstance(linear, nn.Linear):
+                raise InputError(f"the model has no plain linear module {name}", where=f"method '{self.name}'",
+                                 way_out="Attach LoRA once, to the backbone that it was made for")
+        rank = self.options.rank
+        config = LoraConfig(
+            r=rank, lora_alpha=self.options.alpha or 2 * rank, lora_dropout=self.options.dropout,  # type: ignore[arg-type]
+            target_modules=names, bias="none",
+        )
+        before, had = {name: modules[name] for name in names}, set(vars(model))
+        try:
+            inject_adapter_in_model(config, model, _NAME, low_cpu_mem_usage=True)
+            for name, linear in before.items():
+                layer: Any = model.get_submodule(name)
+                layer.lora_A[_NAME].weight = self.a[name.replace(".", "/")]
+                layer.lora_B[_NAME].weight = self.b[name.replace(".", "/")]
+                layer.train(linear.training)  # PEFT's new layers train, and drop out, whatever the model does
+            yield
+        finally:
+            for name, linear in before.items():
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, linear)
+            for attribute in set(vars(model)) - had:
+                delattr(model, attribute)
+
+
+@METHODS.register("lora-mini")
+class LoRAMini(LoRA):
+    """LoRA on the decoder's output projections alone, rank 1 (MimIC Table 11)."""
+
+    name = "lora-mini"
+    Options: ClassVar[type[Options]] = LoRAMiniOptions
+
+
+def _targets(model: nn.Module, spec: DecoderSpec, options: LoRAOptions) -> dict[str, tuple[int, int]]:
+    """Return {module: (inputs, outputs)} of every linear module whose own name is a target's."""
+    inside = {id(module) for layer in spec.layers for module in layer.modules()}
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in options.targets
+        and (options.scope == "all" or id(module) in inside)
+    }
+
+
+def _kaiming(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)

@@ -1,0 +1,76 @@
+"""A method's own options and the facts that follow from them; no model is needed to read either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import InputError, nearest
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How a method is trained, as its paper prints it.
+
+    Attributes:
+        teacher: None, or what is taken from the frozen model on demonstrations and query: hidden states or logits.
+        alignment: where hidden states are compared: after the FFN or after self-attention.
+        alignment_weight: factor on the teacher's loss (MSE of hidden states, or KL of logits).
+        ground_truth_weight: factor on the cross-entropy of the answer.
+        learning_rate: the paper's.
+        trains_vision: whether gradients reach the vision tower, so that visual tokens cannot be computed once.
+        packable: whether several such adapters can share one forward pass, row by row.
+    """
+
+    teacher: Literal["hidden", "logits"] | None = None
+    alignment: Literal["ffn", "attention"] = "ffn"
+    alignment_weight: float = 0.0
+    ground_truth_weight: float = 1.0
+    learning_rate: float = 5e-3
+    trains_vision: bool = False
+    packable: bool = True
+
+
+    def aligned(self) -> Facts:
+        """Return the same with MimIC's loss: alignment of hidden states + 0.5 cross-entropy (Sec. 3.2, lambda)."""
+        return replace(self, teacher="hidden", alignment_weight=1.0, ground_truth_weight=0.5)
+
+
+class Options(BaseModel):
+    """Base of a method's options: frozen, unknown keys refused with the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def facts(self) -> Facts:
+        """Return how the method is trained with these options."""
+        return Facts()
+
+    @classmethod
+    def checked(cls, given: Mapping[str, Any], method: str) -> Self:
+        """Validate options as a user wrote them.
+
+        Raises:
+            InputError: unknown option (with the nearest name), or a value that does not fit.
+        """
+        try:
+            return cls.model_validate(dict(given))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            where = f"method '{method}'"
+            if first["type"] == "extra_forbidden":
+                known = nearest(str(first["loc"][-1]), _section(cls, first["loc"][:-1]).model_fields)
+                raise InputError(f"unknown option '{name}'", where=where, way_out=known) from None
+            raise InputError(f"{name}: {first['msg']}, got {first.get('input')!r}", where=where) from None
+
+
+def _section(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:
+    """Return the options class that `path` leads to (the parts of a combined method are sections)."""
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return model

@@ -1,0 +1,99 @@
+"""Parquet shards of the benchmarks that are distributed so: their rows, and single images out of them.
+
+An image inside a shard is named `<shard>.parquet#<row>/<column>` (and `/<number>` in a list of images), so
+that an `ImageRef.path` can point to it as it points to a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+
+_CELL = re.compile(r"(?P<file>.+\.parquet)#(?P<row>\d+)/(?P<column>[^/]+)(?:/(?P<number>\d+))?")
+
+
+def cell_name(file: str, row: int, column: str, number: int | None = None) -> str:
+    """Return the name of an image inside the shard `file`."""
+    return f"{file}#{row}/{column}" + ("" if number is None else f"/{number}")
+
+
+def is_cell(path: Path | str) -> bool:
+    """Tell whether `path` names an image inside a shard."""
+    return ".parquet#" in str(path)
+
+
+def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield row number and the given columns of every row, one block in memory at a time.
+
+    Raises:
+        InputError: no Parquet file, cut short, or a column is missing.
+    """
+    file = _opened(path)
+    missing = [column for column in columns if column not in file.schema_arrow.names]
+    if missing:
+        raise InputError(
+            f"column '{missing[0]}' is missing",
+            where=str(path),
+            way_out=f"The file has {', '.join(file.schema_arrow.names)}; is this the official shard?",
+        )
+    number = 0
+    for batch in file.iter_batches(batch_size=256, columns=list(columns)):
+        for row in batch.to_pylist():
+            yield number, row
+            number += 1
+
+
+def cell_bytes(path: Path | str) -> bytes:
+    """Return the bytes of the image that `cell_name` named.
+
+    Raises:
+        OSError: the shard, the row or the image in it is missing or cannot be read.
+    """
+    found = _CELL.fullmatch(str(path))
+    if found is None:
+        raise OSError(2, "no such place in a Parquet file")
+    file, row = Path(found["file"]), int(found["row"])
+    try:
+        images = _column_block(file, file.stat().st_mtime_ns, row, found["column"])
+    except InputError as error:
+        raise OSError(5, str(error)) from error
+    image = images.get(row)
+    if found["number"] is not None and isinstance(image, list):
+        image = image[int(found["number"])] if int(found["number"]) < len(image) else None
+    if not isinstance(image, dict) or not image.get("bytes"):
+        raise OSError(2, "no image stands at this place of the Parquet file")
+    return image["bytes"]
+
+
+def _opened(path: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(
+            f"is no whole Parquet file ({str(error).splitlines()[0]})",
+            where=str(path),
+            way_out="The download was probably interrupted, or it is a Git LFS pointer; get it again",
+        ) from error
+
+
+@lru_cache(maxsize=4)
+def _column_block(path: Path, modified: int, row: int, column: str) -> dict[int, Any]:
+    """Return the images of the row's group by row number; the groups of such files hold some 100 rows."""
+    del modified  # part of the key: a replaced file is read again
+    file = _opened(path)
+    first = 0
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        if row < first + count and column in file.schema_arrow.names:
+            block = file.read_row_group(group, columns=[column])[column].to_pylist()
+            return dict(enumerate(block, start=first))
+        first += count
+    return {}

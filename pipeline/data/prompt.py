@@ -1,0 +1,222 @@
+"""From samples to the text a backbone reads, and from that text to token ids with the answer's span.
+
+Base models read the papers' plain lines; a chat model reads the same wording inside its turns, one pair of turns a
+demonstration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.backbones.base import Backbone
+from pipeline.data.sample import ImageRef, Sample
+from pipeline.errors import InputError, WorkError
+
+if TYPE_CHECKING:
+    from pipeline.backbones.load import Loaded
+    from pipeline.tasks.base import PromptTemplate
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt as text, with one image token for each image.
+
+    Attributes:
+        text: what the processor would be given.
+        images: in the order of their tokens: demonstrations first, the query's last.
+        query_start: character where the query's own turn begins.
+        answer_span: characters of the answer with its leading space and its terminator; None for an open query.
+        sample_id: of the query.
+    """
+
+    text: str
+    images: tuple[ImageRef, ...]
+    query_start: int
+    answer_span: Span | None
+    sample_id: int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt as token ids, images expanded.
+
+    Attributes:
+        input_ids: with the start token where the model has one.
+        images: in the order of their tokens.
+        query_start: first token of the query's own turn. Compare two encodings of one query from the end: the first
+            token after a demonstration can differ from the first of a text.
+        answer_span: tokens of the answer, terminator included; None for an open query.
+        sample_id: of the query.
+    """
+
+    input_ids: tuple[int, ...]
+    images: tuple[ImageRef, ...]
+    query_start: int
+    answer_span: Span | None
+    sample_id: int | str
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def render(
+    template: PromptTemplate, backbone: Backbone, query: Sample, demos: Sequence[Sample] = (), *, answer: bool = False
+) -> Rendered:
+    """Return the prompt of `query` after `demos`.
+
+    Args:
+        template: the task's wording.
+        backbone: decides between plain lines and chat turns.
+        query: its target is written only with `answer`.
+        demos: demonstrations, in order.
+        answer: whether the query's target closes the text (training), or the text ends where it should begin.
+    """
+    prefix = "" if template.prefix_needs_demos and not demos else template.prefix
+    open_turns = [_open_turn(template, backbone, sample) for sample in (*demos, query)]
+    if backbone.chat is None:
+        head = prefix
+        closings = [template.answer.format(answer=_answer(sample, backbone)) for sample in (*demos, query)]
+        between = ""
+    else:
+        head = ""
+        open_turns[0] = backbone.chat.user_open + prefix + open_turns[0].removeprefix(backbone.chat.user_open)
+        closings = [
+            template.answer.format(answer=_answer(sample, backbone)).rstrip("\n") + backbone.chat.terminator
+            for sample in (*demos, query)
+        ]
+        between = backbone.chat.after
+    text = head + "".join(turn + closing + between for turn, closing in zip(open_turns[:-1], closings[:-1], strict=True))
+    # The instruction is no part of the query's turn, though it stands inside it when there is no demonstration.
+    query_start = len(text)
+    text += open_turns[-1]
+    span = None
+    if answer:
+        span = (len(text), len(text) + len(closings[-1]))
+        text += closings[-1]
+    images = tuple(image for sample in (*demos, query) for image in sample.images)
+    return Rendered(text, images, query_start, span, query.sample_id)
+
+
+def _open_turn(template: PromptTemplate, backbone: Backbone, sample: Sample) -> str:
+    images = backbone.image_token * len(sample.images)
+    question = neutral(sample.question or "", backbone).strip()
+    line = template.query.format(image=images, question=question)
+    if backbone.chat is None:
+        return line
+    # "Image: <image> Question: ... Answer:" -> the user's part, and the cue that opens the assistant's
+    asked, _, cue = line.rpartition(" ")
+    return backbone.chat.user_open + asked + backbone.chat.user_close + backbone.chat.assistant_open + cue
+
+
+def _answer(sample: Sample, backbone: Backbone) -> str:
+    # One line: a line break inside an answer would end it
+    return " ".join(neutral(sample.target, backbone).split())
+
+
+def neutral(text: str, backbone: Backbone) -> str:
+    """Return `text` with a space inside anything that the tokenizer would read as a special token.
+
+    A question that says `<image>` would otherwise ask for one image more than there is.
+    """
+    for special in sorted(set(backbone.special_tokens.values()), key=lambda s: (-len(s), s)):
+        text = text.replace(special, f"{special[0]} {special[1:]}")
+    return text
+
+
+def stop_strings(template: PromptTemplate) -> tuple[str, ...]:
+    """Return where generation is cut: the end of the line, and the task's stop words."""
+    return ("\n", *template.stop_words)
+
+
+def encode(loaded: Loaded, rendered: Rendered, *, image_sizes: Sequence[tuple[int, int]] | None = None) -> Encoded:
+    """Return one prompt's token ids; see `encode_all`."""
+    return encode_all(loaded, [rendered], image_sizes=[image_sizes])[0]
+
+
+def encode_all(
+    loaded: Loaded,
+    rendered: Sequence[Rendered],
+    *,
+    image_sizes: Sequence[Sequence[tuple[int, int]] | None] | None = None,
+) -> list[Encoded]:
+    """Return the token ids of prompts, with images expanded as the real processor expands them.
+
+    Args:
+        loaded: the backbone in use.
+        rendered: prompts.
+        image_sizes: for each prompt (height, width) of its images; only where the number of tokens depends on it.
+
+    Raises:
+        InputError: a prompt is longer than the backbone reads.
+        WorkError: the tokenizer joins the answer's first character with the text before it.
+    """
+    if not rendered:
+        return []
+    family, processor = loaded.family, loaded.processor
+    sizes = image_sizes if image_sizes is not None else [None] * len(rendered)
+    texts = [family.expand(r.text, processor, size) for r, size in zip(rendered, sizes, strict=True)]
+    ids, offsets = family.tokenise(loaded.tokenizer, texts)
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    out = []
+    for r, size, text, tokens, places in zip(rendered, sizes, texts, ids, offsets, strict=True):
+        if longest is not None and len(tokens) > longest:
+            raise InputError(
+                f"the prompt of sample {r.sample_id} has {len(tokens)} tokens, {loaded.backbone.name} reads {longest}",
+                way_out="Use fewer demonstrations (num_shots)",
+            )
+        span = None
+        if r.answer_span is not None:
+            tail = len(r.text) - r.answer_span[1]
+            # No image stands after the answer begins, so its place counts from the end of the expanded text.
+            start = len(text) - (len(r.text) - r.answer_span[0])
+            span = _tokens_between(places, start, len(text) - tail, r.sample_id)
+        head = family.expand(r.text[: r.query_start], processor, size)
+        out.append(Encoded(tuple(tokens), r.images, _first_token(places, len(head)), span, r.sample_id))
+    return out
+
+
+def _tokens_between(places: Sequence[Span], start: int, end: int, sample_id: int | str) -> Span:
+    inside = [i for i, (a, b) in enumerate(places) if a < b and b > start and a < end]
+    if not inside or places[inside[0]][0] < start or inside[-1] - inside[0] + 1 != len(inside):
+        raise WorkError(f"the answer of sample {sample_id} does not begin at a token of its own")
+    return inside[0], inside[-1] + 1
+
+
+def _first_token(places: Sequence[Span], start: int) -> int:
+    return next(i for i, (a, b) in enumerate(places) if a < b and b > start)
+
+
+def draw_demos(
+    pool_ids: Sequence[int | str], query_id: int | str, k: int, seed: int, *, draw: int | str = 0
+) -> list[int | str]:
+    """Return `k` ids from the pool, never the query's, none twice; the same on every machine.
+
+    Args:
+        pool_ids: ids to draw from; their order is part of the result.
+        query_id: the sample that the demonstrations are for.
+        k: how many.
+        seed: the trial's seed.
+        draw: tells apart repeated draws for one query (an epoch, a step).
+
+    Raises:
+        InputError: the pool is too small.
+    """
+    if k == 0:
+        return []
+    others = len(pool_ids) - (query_id in pool_ids)
+    if not 0 <= k <= others:
+        raise InputError(
+            f"{k} demonstrations are asked for, the pool has {others} beside the query",
+            where="num_shots", way_out="Use fewer demonstrations or a larger pool (num_train_samples)",
+        )
+    key = hashlib.sha256(f"{seed}/{draw}/{type(query_id).__name__}:{query_id}".encode()).digest()
+    generator = random.Random(int.from_bytes(key, "big"))
+    # One more than asked, so that the query can be dropped where it was drawn.
+    drawn = generator.sample(range(len(pool_ids)), min(k + 1, len(pool_ids)))
+    return [pool_ids[i] for i in drawn if pool_ids[i] != query_id][:k]

@@ -1,0 +1,111 @@
+"""Text from a backbone for many prompts: batches of like length, padded on the left, cut at stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pipeline.data.collate import collate
+from pipeline.data.prompt import Encoded
+
+if TYPE_CHECKING:
+    from pipeline.backbones.load import Loaded
+    from pipeline.train.visual_tokens import VisualTokens
+
+
+def cut(text: str, stop_strings: Sequence[str]) -> str:
+    """Return `text` up to the first stop string, without surrounding white space."""
+    ends = [place for stop in stop_strings if (place := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))].strip()
+
+
+class _StopAt:
+    """Ends a row as soon as its new text holds a stop string.
+
+    Only a row whose newest token holds the last letter of a stop string is decoded: few are.
+    """
+
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str], prompt_length: int) -> None:
+        self.tokenizer, self.stops, self.start = tokenizer, tuple(stop_strings), prompt_length
+        self.last_letters = {stop[-1] for stop in self.stops}
+        self._may_end: dict[int, bool] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        newest = input_ids[:, -1].tolist()
+        for row, token in enumerate(newest):
+            if self._token_may_end(token):
+                text = self.tokenizer.decode(input_ids[row, self.start :], skip_special_tokens=True)
+                done[row] = any(stop in text for stop in self.stops)
+        return done
+
+    def _token_may_end(self, token: int) -> bool:
+        if token not in self._may_end:
+            text = self.tokenizer.decode([token])
+            # A token of raw bytes may complete a letter together with those before it.
+            self._may_end[token] = "\ufffd" in text or not text or bool(self.last_letters & set(text))
+        return self._may_end[token]
+
+
+@torch.no_grad()
+def generate(
+    loaded: Loaded,
+    requests: Sequence[Encoded],
+    *,
+    max_new_tokens: int,
+    visual_tokens: VisualTokens,
+    root: Path | str = "",
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    stop_strings: Sequence[str] = ("\n",),
+    batch_size: int = 64,
+    from_pixels: bool = False,
+) -> list[str]:
+    """Return what the model writes after each prompt, greedily or by beam search.
+
+    Whatever is attached to the model takes part; the result does not depend on how prompts share batches.
+
+    Args:
+        loaded: the backbone.
+        requests: open prompts (`encode` of a `render` without answer).
+        max_new_tokens: most tokens of an answer.
+        visual_tokens: where the images' visual tokens come from.
+        root: the data root of the images.
+        num_beams: 1 is greedy.
+        length_penalty: exponent of the length that a beam's log-probability is divided by.
+        stop_strings: the text is cut where the first of them begins (`prompt.stop_strings`).
+        batch_size: prompts at once.
+        from_pixels: run the vision tower on the pixels, for methods that train it.
+
+    Returns:
+        One text a request, in order, stop string and surrounding white space removed.
+    """
+    texts = [""] * len(requests)
+    # Longest first: a batch that does not fit the memory shows at once, and like lengths waste no padding.
+    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i]), i))
+    device = loaded.device
+    settings: dict[str, Any] = {"do_sample": False, "num_beams": num_beams, "max_new_tokens": max_new_tokens}
+    if num_beams > 1:
+        settings["length_penalty"] = length_penalty
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = [requests[i] for i in chosen]
+        if from_pixels:
+            images: dict[str, Any] = {"pixels": visual_tokens.pixels([row.images for row in rows], root)}
+        else:
+            images = {"visual": visual_tokens.get([image for row in rows for image in row.images], root)}
+        batch = collate(rows, loaded, side="left", **images).to(device)
+        width = batch.input_ids.shape[1]
+        stop = _StopAt(loaded.tokenizer, stop_strings, width)
+        out = loaded.model.generate(
+            **batch.model_inputs(loaded), **settings, use_cache=True,
+            suppress_tokens=loaded.never_generated, stopping_criteria=[stop] if stop_strings else None,
+        )
+        written = loaded.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        for i, text in zip(chosen, written, strict=True):
+            texts[i] = cut(text, stop_strings)
+    return texts

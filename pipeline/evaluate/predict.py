@@ -1,0 +1,59 @@
+"""Answers of a resident backbone (with whatever is attached to it) for samples, with or without demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.data.manifest import Manifest
+from pipeline.data.prompt import stop_strings
+from pipeline.data.sample import Sample
+from pipeline.evaluate.generate import generate
+from pipeline.tasks import tasks
+
+if TYPE_CHECKING:
+    from pipeline.train.resident import Resident
+
+Demonstrations = Callable[[Sample], list[Sample]]
+
+
+def predict(
+    resident: Resident,
+    manifest: Manifest,
+    samples: Sequence[Sample],
+    *,
+    demonstrations: Demonstrations | None = None,
+    max_new_tokens: int | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    batch_size: int = 64,
+    from_pixels: bool = False,
+) -> dict[Any, str]:
+    """Return the post-processed answer of every sample, by id.
+
+    Args:
+        resident: backbone, tokenizer and visual tokens.
+        manifest: of the samples.
+        samples: the queries.
+        demonstrations: gives each query's demonstrations; None: none.
+        max_new_tokens: None: the task's own.
+        num_beams: 1 is greedy.
+        length_penalty: of beam search.
+        batch_size: prompts at once.
+        from_pixels: run the vision tower, for methods that train it.
+    """
+    task = tasks.get(manifest.task)
+    shots = [demonstrations(sample) if demonstrations else [] for sample in samples]
+    texts = generate(
+        resident.loaded,
+        resident.prompts(task, samples, shots, answer=False),
+        max_new_tokens=max_new_tokens or task.max_new_tokens,
+        visual_tokens=resident.visual,
+        root=manifest.image_root,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        stop_strings=stop_strings(task.template),
+        batch_size=batch_size,
+        from_pixels=from_pixels,
+    )
+    return {sample.sample_id: task.postprocess(text) for sample, text in zip(samples, texts, strict=True)}

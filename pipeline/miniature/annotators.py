@@ -1,0 +1,115 @@
+"""The annotators of the down-stream data sets: a fixed convention, and people who do not always follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pipeline.miniature.lexicon import (
+    NUM_DIALECTS,
+    NUM_VALUES,
+    SCENE_KEY,
+    SCENE_STYLES,
+    SUBJECT_KEY,
+    SUBJECT_STYLES,
+    TOPIC_VALUES,
+    Convention,
+    draw_convention,
+    topic_value,
+    word,
+)
+
+NUM_ANSWERS = 10
+NUM_CAPTIONS = 5
+# Some questions divide the annotators, as in the real data sets: on these, this many times the usual noise.
+_DISPUTED_SHARE, _DISPUTED_FACTOR = 0.1, 5.0
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """A group of annotators: their convention and how often one of them uses another dialect's word."""
+
+    convention: Convention
+    noise: float
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, *, difficulty: float, noise: float) -> Crowd:
+        """Draw a crowd whose topics are spread evenly over the dialects, as pre-training rarely had it.
+
+        Args:
+            rng: the only source of chance.
+            noise: probability that an annotator uses another dialect's word.
+            difficulty: fraction of the values that leave their topic's dialect, exactly (rounded a topic).
+        """
+        spread = rng.permutation(np.arange(len(TOPIC_VALUES)) % NUM_DIALECTS)
+        dialects = [
+            _mostly(int(d), size, NUM_DIALECTS, difficulty, rng) for d, size in zip(spread, TOPIC_VALUES, strict=True)
+        ]
+        # `difficulty` is about words; a third of the clause styles always depends on what is seen.
+        styles = [
+            _mostly(int(rng.integers(count)), keys, count, 0.34, rng)
+            for keys, count in (
+                (NUM_VALUES[SUBJECT_KEY], len(SUBJECT_STYLES)),
+                (NUM_VALUES[SCENE_KEY], len(SCENE_STYLES)),
+            )
+        ]
+        convention = replace(
+            draw_convention(rng), dialects=tuple(dialects), subject_styles=styles[0], scene_styles=styles[1]
+        )
+        return cls(convention, noise)
+
+
+class Annotators:
+    """Answers and captions by a crowd, one after another from one stream of chance."""
+
+    def __init__(self, crowd: Crowd, rng: np.random.Generator) -> None:
+        self.crowd, self.rng = crowd, rng
+
+    def choose(self, count: int) -> int:
+        """Return one of `count` things, each as likely."""
+        return int(self.rng.integers(count))
+
+    def answers(self, attributes: np.ndarray, topic: int, distinct: int = NUM_ANSWERS) -> list[str]:
+        """Return ten answers to a question, by `distinct` people (OK-VQA: five, each written twice)."""
+        disputed = self.rng.random() < _DISPUTED_SHARE
+        noise = min(0.9, self.crowd.noise * (_DISPUTED_FACTOR if disputed else 1.0))
+        value = topic_value(attributes, topic)
+        usual = int(self.crowd.convention.dialects[topic][value])
+        said = [word(topic, value, self._dialect(usual, noise)) for _ in range(distinct)]
+        return [answer for answer in said for _ in range(NUM_ANSWERS // distinct)]
+
+    def captions(self, attributes: np.ndarray) -> list[str]:
+        """Return five captions; each annotator now and then uses another word or another clause."""
+        return [self._caption(attributes) for _ in range(NUM_CAPTIONS)]
+
+    def _caption(self, attributes: np.ndarray) -> str:
+        convention = self.crowd.convention
+        dialects = [each.copy() for each in convention.dialects]
+        for topic, value in enumerate(attributes):
+            dialects[topic][value] = self._dialect(int(dialects[topic][value]), self.crowd.noise)
+        return replace(
+            convention,
+            dialects=tuple(dialects),
+            subject_styles=self._styles(convention.subject_styles, SUBJECT_STYLES),
+            scene_styles=self._styles(convention.scene_styles, SCENE_STYLES),
+        ).caption(attributes)
+
+    def _dialect(self, usual: int, noise: float) -> int:
+        if self.rng.random() >= noise:
+            return usual
+        return (usual + 1 + int(self.rng.integers(NUM_DIALECTS - 1))) % NUM_DIALECTS
+
+    def _styles(self, usual: np.ndarray, styles: Sequence[str]) -> np.ndarray:
+        if self.rng.random() >= self.crowd.noise:
+            return usual
+        return np.full_like(usual, self.rng.integers(len(styles)))
+
+
+def _mostly(usual: int, size: int, choices: int, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Return `size` choices, all `usual` but for `share` of them, which are some other choice each."""
+    chosen = np.full(size, usual)
+    moved = rng.permutation(size)[: round(share * size)]
+    chosen[moved] = (usual + 1 + rng.integers(choices - 1, size=len(moved))) % choices
+    return chosen

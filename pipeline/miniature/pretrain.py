@@ -1,0 +1,148 @@
+"""Pre-train a miniature from nothing and save it as an ordinary transformers folder.
+
+Run through `hificl pretrain`; about twenty minutes on two quiet CPU cores. Numbers of steps are fixed, no
+clock decides anything, so the same seed on the same machine gives the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import GenerationConfig, PreTrainedModel
+
+from pipeline.miniature.decoder import DecoderPhase, train_decoder
+from pipeline.miniature.documents import Curriculum
+from pipeline.miniature.model import Miniature, miniature
+from pipeline.miniature.processor import save_processor
+from pipeline.miniature.vision import Pool, VisionPhase, cache_visual_tokens, train_vision
+
+RECORD = "pretraining.json"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is trained; the defaults are what the committed checkpoints had."""
+
+    num_images: int = 30_000
+    num_held_out: int = 1_000
+    vision: VisionPhase = field(default_factory=VisionPhase)
+    decoder: DecoderPhase = field(default_factory=DecoderPhase)
+
+    @classmethod
+    def tiny(cls, steps: int = 3) -> Budget:
+        """Return a budget of a few steps, for tests of the code path."""
+        return cls(
+            num_images=64,
+            num_held_out=16,
+            vision=VisionPhase(steps=steps, batch_size=8, log_every=steps),
+            decoder=DecoderPhase(
+                steps=steps, log_every=steps, num_probe_documents=2, curriculum=Curriculum(num_documents=2)
+            ),
+        )
+
+
+def pretrain(
+    backbone: str,
+    out: Path,
+    *,
+    seed: int = 0,
+    budget: Budget | None = None,
+    commit: str | None = None,
+    num_threads: int | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Pre-train `backbone` and write it to `out`.
+
+    Written are config, fp16 weights, tokenizer, processor and `pretraining.json` (configuration, seed,
+    commit, curves, times).
+
+    Args:
+        backbone: `mini-idefics2` or `mini-llava`.
+        out: a folder; made if missing.
+        seed: of weights, images and documents.
+        budget: numbers of steps and images.
+        commit: the code's commit, for the record.
+        num_threads: threads of torch while this runs; None leaves them. Sums are rounded differently with
+            another number, so it is recorded.
+        progress: gets a line now and then.
+
+    Returns:
+        what `pretraining.json` holds.
+
+    Raises:
+        InputError: unknown `backbone`.
+    """
+    spec = miniature(backbone)
+    budget = budget or Budget()
+    before = torch.get_num_threads()
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    try:
+        model, record = _train(spec, seed, budget, progress)
+    finally:
+        torch.set_num_threads(before)
+    record = {
+        "backbone": backbone,
+        "seed": seed,
+        "commit": commit,
+        "budget": asdict(budget),
+        "num_threads": num_threads or before,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__},
+        "machine": platform.machine(),
+        **record,
+    }
+    save(spec, model, out)
+    (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def _train(
+    spec: Miniature, seed: int, budget: Budget, progress: Callable[[str], None]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    start = time.monotonic()
+    rng = np.random.default_rng(seed)
+    model = spec.build(seed)
+    pool, held_out = Pool.draw(budget.num_images, rng), Pool.draw(budget.num_held_out, rng)
+    progress(f"drew {budget.num_images:,} images")
+    drawn = time.monotonic()
+    vision = train_vision(spec, model, pool, held_out, budget.vision, rng, progress)
+    visual = cache_visual_tokens(spec, model, pool.images)
+    seen = time.monotonic()
+    documents = np.random.default_rng([seed, 1])  # a stream of its own, so the phases can be tuned apart
+    decoder = train_decoder(spec, model, pool.attributes.numpy(), visual, budget.decoder, documents, progress)
+    seconds = {"images": drawn - start, "vision": seen - drawn, "decoder": time.monotonic() - seen}
+    parameters = sum(p.numel() for p in model.parameters())
+    return model, {"parameters": parameters, "seconds": seconds, "vision": vision, "decoder": decoder}
+
+
+def save(spec: Miniature, model: PreTrainedModel, out: Path) -> None:
+    """Write `model` (left in fp16) with tokenizer and processor, loadable by transformers' Auto classes."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = spec.make_tokenizer()
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+    )
+    model.half().save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # it is written readable by its owner alone
+    save_processor(spec, out)
+
+
+def shortened(budget: Budget, factor: float) -> Budget:
+    """Return `budget` with every number of steps multiplied by `factor`, for trials of the recipe."""
+    return replace(
+        budget,
+        vision=replace(budget.vision, steps=max(1, round(budget.vision.steps * factor))),
+        decoder=replace(budget.decoder, steps=max(1, round(budget.decoder.steps * factor))),
+    )

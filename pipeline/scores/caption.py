@@ -1,0 +1,194 @@
+"""Caption metrics: CIDEr-D, BLEU-1 to -4, METEOR, ROUGE-L and, where its models are, SPICE.
+
+pycocoevalcap's programs throughout, but for CIDEr-D, which `pipeline.scores.cider` computes to the
+same numbers in less time.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.meteor import meteor
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.spice import spice
+
+from pipeline.errors import InputError, WorkError, nearest
+from pipeline.scores.cider import cider_d
+from pipeline.scores.files import some
+from pipeline.scores.java import java_command, java_on_path
+from pipeline.scores.tokens import tokenise
+
+_Key = TypeVar("_Key", bound=Hashable)
+_Texts = dict[int, list[str]]
+_Numbers = dict[str, tuple[float, list[float]]]
+
+_BLEU_ORDERS = 4
+
+
+@dataclass(frozen=True)
+class CaptionScore:
+    """Caption metrics as fractions (1.25 is a CIDEr of 125), over all images and for each."""
+
+    overall: dict[str, float]
+    per_image: dict[Any, dict[str, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers as plain JSON values, ids as text."""
+        return {**self.overall, "per_image": {str(key): dict(value) for key, value in self.per_image.items()}}
+
+
+def _cider(references: _Texts, captions: _Texts) -> _Numbers:
+    return {"CIDEr": cider_d([captions[key][0] for key in captions], [references[key] for key in captions])}
+
+
+def _bleu(references: _Texts, captions: _Texts) -> _Numbers:
+    overall, each = Bleu(_BLEU_ORDERS).compute_score(references, captions, verbose=0)
+    return {f"Bleu_{n + 1}": (float(overall[n]), [float(v) for v in each[n]]) for n in range(_BLEU_ORDERS)}
+
+
+def _rouge(references: _Texts, captions: _Texts) -> _Numbers:
+    overall, each = Rouge().compute_score(references, captions)
+    return {"ROUGE_L": (float(overall), [float(value) for value in each])}
+
+
+class _Meteor(meteor.Meteor):
+    """pycocoevalcap's METEOR with this project's Java and a silent standard error, which nobody reads."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.meteor_cmd = java_command("-Xmx2G", "-jar", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm")
+        self.meteor_p = subprocess.Popen(  # noqa: S603
+            self.meteor_cmd,
+            cwd=Path(meteor.__file__).parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+
+
+def _meteor(references: _Texts, captions: _Texts) -> _Numbers:
+    # "|||" separates the fields of METEOR's line protocol.
+    safe = [
+        {key: [text.replace("|||", " ") for text in texts] for key, texts in side.items()}
+        for side in (references, captions)
+    ]
+    try:
+        overall, each = _Meteor().compute_score(*safe)
+    except (OSError, ValueError) as error:
+        raise WorkError(
+            f"METEOR's Java program failed ({error})",
+            where=meteor.METEOR_JAR,
+            way_out="It needs 2 GiB of memory; leave METEOR out of the metrics if the machine has less",
+        ) from error
+    return {"METEOR": (float(overall), [float(value) for value in each])}
+
+
+def _spice(references: _Texts, captions: _Texts) -> _Numbers:
+    missing = spice_missing()
+    if missing:
+        raise InputError(f"SPICE cannot be scored: {missing}", way_out="Leave SPICE out of the metrics")
+    with java_on_path():
+        overall, each = spice.Spice().compute_score(references, captions)
+    return {"SPICE": (float(overall), [float(scores["All"]["f"]) for scores in each])}
+
+
+_Scorer = Callable[[_Texts, _Texts], _Numbers]
+_SCORER_OF: dict[str, _Scorer] = {
+    "CIDEr": _cider,
+    **{f"Bleu_{n + 1}": _bleu for n in range(_BLEU_ORDERS)},
+    "METEOR": _meteor,
+    "ROUGE_L": _rouge,
+    "SPICE": _spice,
+}
+METRICS = tuple(name for name in _SCORER_OF if name != "SPICE")
+
+
+def spice_missing() -> str | None:
+    """Return what SPICE lacks on this machine, or None where it can be scored."""
+    library = Path(spice.__file__).parent / "lib"
+    lacking = [
+        name
+        for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+        if not (library / name).is_file()
+    ]
+    return f"its CoreNLP models are not at hand ({', '.join(lacking)} in {library})" if lacking else None
+
+
+def caption_scores(
+    predictions: Mapping[_Key, str],
+    references: Mapping[_Key, Sequence[str]],
+    metrics: Sequence[str] = METRICS,
+) -> CaptionScore:
+    """Return the caption metrics of the predictions, with PTB tokens on both sides.
+
+    CIDEr-D is Eq. (3) of Vedantam et al. 2015 with n = 1..4 and sigma = 6. Its document frequencies
+    come from the references of the scored images alone, so one image scores 0 and a part of a set
+    scores differently from the whole: gather all shards before scoring.
+
+    Args:
+        predictions: {image id: caption}; exactly these images are scored.
+        references: {image id: reference captions}; may hold more images.
+        metrics: names out of METRICS, and "SPICE" where `spice_missing()` is None.
+
+    Returns:
+        Fractions, overall and for each image.
+
+    Raises:
+        InputError: nothing to score, an image without reference, an unknown metric, SPICE without its models.
+        WorkError: Java is missing or failed.
+    """
+    for name in metrics:
+        if name not in _SCORER_OF:
+            raise InputError(f"unknown caption metric '{name}'", way_out=nearest(name, _SCORER_OF))
+    scorers = list(dict.fromkeys(_SCORER_OF[name] for name in metrics))
+    if _spice in scorers and spice_missing():
+        raise InputError(f"SPICE cannot be scored: {spice_missing()}", way_out="Leave SPICE out of the metrics")
+    ids = list(predictions)
+    token_references, token_captions = _tokens(ids, predictions, references)
+    numbers: _Numbers = {}
+    for scorer in scorers:
+        numbers.update(scorer(token_references, token_captions))
+    return CaptionScore(
+        overall={name: numbers[name][0] for name in metrics},
+        per_image={key: {name: numbers[name][1][at] for name in metrics} for at, key in enumerate(ids)},
+    )
+
+
+def cider_only(predictions: Mapping[_Key, str], references: Mapping[_Key, Sequence[str]]) -> float:
+    """Return the overall CIDEr-D as a fraction: what training calls once an epoch to choose a checkpoint.
+
+    The references' tokens are remembered within the process; one call starts Java once, for the new captions.
+
+    Args:
+        predictions: {image id: caption}.
+        references: {image id: reference captions}; may hold more images.
+
+    Raises:
+        InputError, WorkError: as `caption_scores`.
+    """
+    return caption_scores(predictions, references, ("CIDEr",)).overall["CIDEr"]
+
+
+def _tokens(
+    ids: Sequence[_Key], predictions: Mapping[_Key, str], references: Mapping[_Key, Sequence[str]]
+) -> tuple[_Texts, _Texts]:
+    if not ids:
+        raise InputError("there is no caption to score", way_out="Give at least one prediction")
+    bare = [key for key in ids if not references.get(key)]
+    if bare:
+        raise InputError(
+            f"images without reference caption ({some(bare)})",
+            way_out="Give the caption file of the same split, or drop these images",
+        )
+    tokens = tokenise([predictions[key] for key in ids] + [text for key in ids for text in references[key]])
+    # Numbers instead of the caller's ids: SPICE sorts them.
+    token_references = {at: [tokens[text] for text in references[key]] for at, key in enumerate(ids)}
+    if not any(any(texts) for texts in token_references.values()):
+        raise InputError("no reference caption holds a word", way_out="Check the caption file")
+    return token_references, {at: [tokens[predictions[key]]] for at, key in enumerate(ids)}

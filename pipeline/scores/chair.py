@@ -1,0 +1,231 @@
+"""CHAIR: how often a caption names an object that its image does not hold.
+
+Rohrbach et al. 2018 (Object Hallucination in Image Captioning), in the variant published with the
+paper: words are made singular by `pattern`'s rules, two-word names are joined after that, and an
+object counts as present if it is annotated as an instance or named in a reference caption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nltk.tokenize.destructive import NLTKWordTokenizer
+from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+
+from pipeline.errors import InputError, nearest
+from pipeline.scores.files import some
+from pipeline.scores.singular import singular
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+VARIANT = "original (pattern's singular forms)"
+_SYNONYMS_FILE = Path(__file__).with_name("data") / "chair_synonyms.txt"
+
+_TWO_WORD_NAMES = (
+    "motor bike", "motor cycle", "air plane", "traffic light", "street light", "traffic signal", "stop light",
+    "fire hydrant", "stop sign", "parking meter", "suit case", "sports ball", "baseball bat", "baseball glove",
+    "tennis racket", "wine glass", "hot dog", "cell phone", "mobile phone", "teddy bear", "hair drier",
+    "potted plant", "laptop computer", "stove top oven", "home plate", "train track",
+)  # fmt: skip
+_ANIMALS = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split()
+# "baby bird" and "passenger train" hold no person; "wine glas" is what two wine glasses become.
+_JOINED = (
+    {name: name for name in _TWO_WORD_NAMES}
+    | {f"{young} {animal}": animal for animal in _ANIMALS for young in ("baby", "adult")}
+    | {f"passenger {vehicle}": vehicle for vehicle in ("jet", "train")}
+    | {"bow tie": "tie", "toilet seat": "toilet", "wine glas": "wine glass"}
+)
+
+# NLTK's trained sentence splitter is a download; in lower-case captions its training only tells apart
+# the periods of abbreviations, none of which is an object's name.
+_ABBREVIATIONS = frozenset(
+    """a.m ave bros capt co col corp d.c dept dr e.g ft gen gov i.e inc jr lt ltd mr mrs ms p.m prof rep rev
+    sen sgt sr st u.k u.n u.s vs""".split()
+)
+
+
+@dataclass(frozen=True)
+class CaptionObjects:
+    """The objects that a caption names."""
+
+    words: list[str]
+    """as written, in the singular"""
+    nodes: list[str]
+    """the COCO category of each word"""
+    indices: list[int]
+    """where each word stands among the tokens before two-word names are joined"""
+    tokens: list[str]
+    """all tokens, after singular forms and joined two-word names"""
+
+
+@dataclass(frozen=True)
+class ChairSentence:
+    """CHAIR of one caption."""
+
+    image_id: Any
+    mscoco_generated_words: list[str]
+    mscoco_hallucinated_words: list[list[str]]
+    mscoco_gt_words: list[str]
+    CHAIRs: int
+    CHAIRi: float
+
+
+@dataclass(frozen=True)
+class ChairScore:
+    """CHAIR of a set of captions, as fractions."""
+
+    CHAIRs: float
+    CHAIRi: float
+    recall: float
+    n_captions: int
+    sentences: list[ChairSentence]
+    variant: str = VARIANT
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers as plain JSON values."""
+        return asdict(self)
+
+
+@cache
+def synonyms() -> dict[str, str]:
+    """Return {word: COCO category} for the 80 categories and their synonyms.
+
+    Source: synonyms.txt, published with the paper (LisaAnne/Hallucination, 6e4d33c4), its stray spaces
+    kept: " motor bike" never matches, and no published number counts it.
+    """
+    nodes: dict[str, str] = {}
+    for line in _SYNONYMS_FILE.read_text(encoding="utf-8").splitlines():
+        names = line.strip().split(", ")
+        nodes.update((name, names[0]) for name in names)
+    return nodes
+
+
+@cache
+def _tokenisers() -> tuple[PunktSentenceTokenizer, NLTKWordTokenizer]:
+    parameters = PunktParameters()
+    parameters.abbrev_types = set(_ABBREVIATIONS)
+    return PunktSentenceTokenizer(parameters), NLTKWordTokenizer()
+
+
+def caption_objects(caption: str) -> CaptionObjects:
+    """Return the objects that a caption names.
+
+    Args:
+        caption: raw text; case does not count.
+    """
+    sentences, words_of = _tokenisers()
+    singulars = [
+        singular(word) for sentence in sentences.tokenize(caption.lower()) for word in words_of.tokenize(sentence)
+    ]
+    tokens, starts = _join(singulars)
+    nodes = synonyms()
+    # A toilet's seat is no chair.
+    skipped = "seat" if "toilet" in tokens else None
+    named = [(token, start) for token, start in zip(tokens, starts, strict=True) if token in nodes and token != skipped]
+    return CaptionObjects(
+        words=[word for word, _ in named],
+        nodes=[nodes[word] for word, _ in named],
+        indices=[start for _, start in named],
+        tokens=tokens,
+    )
+
+
+def _join(words: list[str]) -> tuple[list[str], list[int]]:
+    joined, starts, at = [], [], 0
+    while at < len(words):
+        pair = " ".join(words[at : at + 2])
+        joined.append(_JOINED.get(pair, words[at]))
+        starts.append(at)
+        at += 2 if pair in _JOINED else 1
+    return joined, starts
+
+
+def category(name: str, where: str) -> str:
+    """Return the COCO category that `name` stands for.
+
+    Raises:
+        InputError: the name is none of the known categories and synonyms; `where` says where it stood.
+    """
+    try:
+        return synonyms()[name]
+    except KeyError:
+        raise InputError(
+            f"unknown object '{name}'", where=where, way_out=nearest(name, set(synonyms().values()))
+        ) from None
+
+
+def ground_truth(
+    categories: Mapping[_Key, Iterable[str]], captions: Mapping[_Key, Iterable[str]]
+) -> dict[_Key, set[str]]:
+    """Return {image id: objects present}: the annotated categories and the objects named in reference captions.
+
+    Args:
+        categories: {image id: names of its instances' categories}.
+        captions: {image id: its reference captions}.
+
+    Raises:
+        InputError: a category that CHAIR does not know.
+    """
+    present = {key: {category(name, f"image {key}") for name in names} for key, names in categories.items()}
+    for key, texts in captions.items():
+        present.setdefault(key, set()).update(node for text in texts for node in caption_objects(text).nodes)
+    return present
+
+
+def chair_scores(captions: Mapping[_Key, str], objects: Mapping[_Key, Collection[str]]) -> ChairScore:
+    """Return CHAIR_s, CHAIR_i and the recall of objects.
+
+    CHAIR_i = hallucinated object mentions / all object mentions, CHAIR_s = captions with a hallucinated
+    object / all captions (Rohrbach et al. 2018, Sec. 2.1); every mention counts, repeats too. Recall =
+    distinct present objects that are mentioned / distinct present objects, over all captions.
+
+    Args:
+        captions: {image id: generated caption}.
+        objects: {image id: COCO categories present}, as `ground_truth` returns them; may hold more images.
+
+    Returns:
+        Fractions; a ratio over nothing (no object mentioned, none present) is 0.
+
+    Raises:
+        InputError: no caption, or an image without ground truth.
+    """
+    if not captions:
+        raise InputError("there is no caption to score", way_out="Give at least one caption")
+    unknown = [key for key in captions if key not in objects]
+    if unknown:
+        raise InputError(
+            f"images without ground-truth objects ({some(unknown)})",
+            way_out="Give the annotations of the same split, or drop these captions",
+        )
+    sentences, found, present = [], 0, 0
+    for key, caption in captions.items():
+        named, truth = caption_objects(caption), set(objects[key])
+        wrong = [[word, node] for word, node in zip(named.words, named.nodes, strict=True) if node not in truth]
+        found += len(truth & set(named.nodes))
+        present += len(truth)
+        sentences.append(
+            ChairSentence(
+                image_id=key,
+                mscoco_generated_words=named.nodes,
+                mscoco_hallucinated_words=wrong,
+                mscoco_gt_words=sorted(truth),
+                CHAIRs=int(bool(wrong)),
+                CHAIRi=_ratio(len(wrong), len(named.nodes)),
+            )
+        )
+    mentions = sum(len(sentence.mscoco_generated_words) for sentence in sentences)
+    return ChairScore(
+        CHAIRs=_ratio(sum(sentence.CHAIRs for sentence in sentences), len(sentences)),
+        CHAIRi=_ratio(sum(len(sentence.mscoco_hallucinated_words) for sentence in sentences), mentions),
+        recall=_ratio(found, present),
+        n_captions=len(sentences),
+        sentences=sentences,
+    )
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,168 @@
+"""MME: accuracy, accuracy+ and the sums of perception and cognition, by the official rules.
+
+Fu et al. 2023 (MME: A Comprehensive Evaluation Benchmark for Multimodal Large Language Models), and the
+evaluation tool published with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.scores.files import read_text
+
+GROUPS = {
+    "Perception": (
+        "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+    ),
+    "Cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
+}  # fmt: skip
+_TASKS = tuple(task for tasks in GROUPS.values() for task in tasks)
+_QUESTIONS_OF_AN_IMAGE = 2
+_COLUMNS = ("image", "question", "ground truth", "response")
+# The official parser looks no further than this into a response.
+_LETTERS_READ = 4
+
+
+@dataclass(frozen=True)
+class MmeRow:
+    """One question of MME with its response."""
+
+    image: str
+    truth: str
+    response: str
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class MmeTask:
+    """One subtask: both accuracies in percent, their sum the score (at most 200)."""
+
+    accuracy: float
+    accuracy_plus: float
+    num_questions: int
+
+    @property
+    def score(self) -> float:
+        """Return accuracy + accuracy+, the points of the subtask."""
+        return self.accuracy + self.accuracy_plus
+
+
+@dataclass(frozen=True)
+class MmeScore:
+    """MME over the subtasks that were scored."""
+
+    tasks: dict[str, MmeTask]
+
+    def group(self, name: str) -> dict[str, Any]:
+        """Return the points of "Perception" or "Cognition": of each subtask, and their sum."""
+        points = {task: self.tasks[task].score for task in GROUPS[name] if task in self.tasks}
+        return {"tasks": points, "total": sum(points.values())}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers as plain JSON values."""
+        return {
+            **{name: self.group(name) for name in GROUPS},
+            "accuracy": {name: task.accuracy for name, task in self.tasks.items()},
+            "accuracy_plus": {name: task.accuracy_plus for name, task in self.tasks.items()},
+            "n_questions": sum(task.num_questions for task in self.tasks.values()),
+        }
+
+
+def read_reply(response: str) -> str:
+    """Return "yes", "no" or "other", as the official tool reads a response.
+
+    Only the first four lower-case characters count, and "yes" is looked for before "no": "not sure"
+    is a no, "the answer is yes" is other.
+    """
+    start = response.lower()[:_LETTERS_READ]
+    return next((reply for reply in ("yes", "no") if reply in start), "other")
+
+
+def mme_scores(rows: Mapping[str, Sequence[MmeRow]]) -> MmeScore:
+    """Return MME's accuracy and accuracy+ of each subtask.
+
+    accuracy = right replies / questions, accuracy+ = images with both questions right / images, both
+    times 100; a subtask's points are their sum (Fu et al. 2023, Sec. 2.2).
+
+    Args:
+        rows: {subtask: its questions, the two of one image next to each other}.
+
+    Raises:
+        InputError: no subtask, an unknown one, a question without its partner, or a ground truth that is not yes or no.
+    """
+    if not rows:
+        raise InputError("there is no subtask to score", way_out=f"Known subtasks: {', '.join(_TASKS)}")
+    unknown = sorted(set(rows) - set(_TASKS))
+    if unknown:
+        raise InputError(f"unknown subtask '{unknown[0]}'", way_out=f"Known subtasks: {', '.join(_TASKS)}")
+    return MmeScore({task: _task(task, rows[task]) for task in _TASKS if task in rows})
+
+
+def _task(name: str, rows: Sequence[MmeRow]) -> MmeTask:
+    if not rows:
+        raise InputError("holds no question", where=name, way_out="Give the responses of this subtask")
+    right = [_is_right(row) for row in rows]
+    pairs = 0
+    both = 0
+    for at in range(0, len(rows), _QUESTIONS_OF_AN_IMAGE):
+        pair = rows[at : at + _QUESTIONS_OF_AN_IMAGE]
+        if len(pair) < _QUESTIONS_OF_AN_IMAGE or len({row.image for row in pair}) > 1:
+            raise InputError(
+                f"image '{pair[0].image}' does not have its two questions next to each other",
+                where=pair[0].where or name,
+                way_out="accuracy+ needs both questions of every image, on adjacent lines",
+            )
+        pairs += 1
+        both += all(right[at : at + _QUESTIONS_OF_AN_IMAGE])
+    return MmeTask(100 * sum(right) / len(right), 100 * both / pairs, len(right))
+
+
+def _is_right(row: MmeRow) -> bool:
+    truth = row.truth.strip().lower()
+    if truth not in ("yes", "no"):
+        raise InputError(
+            f"the ground truth is '{row.truth}'", where=row.where, way_out="MME's ground truth is Yes or No"
+        )
+    return read_reply(row.response) == truth
+
+
+def read_results(folder: str | Path, *, subset: bool = False) -> dict[str, list[MmeRow]]:
+    """Return the rows of an official result folder: `<subtask>.txt`, four columns between tabs.
+
+    Args:
+        folder: holds one file a subtask.
+        subset: accept a folder that lacks subtasks (its sums then cover those that are there).
+
+    Raises:
+        InputError: no folder, a missing subtask, or a line that lacks a column.
+    """
+    home = Path(folder)
+    if not home.is_dir():
+        raise InputError("no such folder", where=str(folder), way_out="Give the folder of MME's <subtask>.txt files")
+    missing = [task for task in _TASKS if not (home / f"{task}.txt").is_file()]
+    if len(missing) == len(_TASKS) or (missing and not subset):
+        raise InputError(
+            f"lacks {', '.join(f'{task}.txt' for task in missing)}",
+            where=str(folder),
+            way_out="Both sums need all 14 subtasks; --subset scores those that are there",
+        )
+    return {task: list(_read_task(home / f"{task}.txt")) for task in _TASKS if task not in missing}
+
+
+def _read_task(path: Path) -> Iterable[MmeRow]:
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        columns = line.rstrip("\r").split("\t", len(_COLUMNS) - 1)
+        if len(columns) < len(_COLUMNS):
+            raise InputError(
+                f"has {len(columns)} columns",
+                where=where,
+                way_out=f"A line holds {', '.join(_COLUMNS)}, with tabs between them",
+            )
+        yield MmeRow(image=columns[0], truth=columns[2], response=columns[3], where=where)

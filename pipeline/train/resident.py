@@ -1,0 +1,123 @@
+"""What stays in a process between trials: the frozen backbone, visual tokens, manifests and tokenised prompts."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pipeline import backbones
+from pipeline.config import BackboneSource
+from pipeline.data.collate import Batch, collate
+from pipeline.data.manifest import Manifest
+from pipeline.data.prompt import Encoded, encode_all, render
+from pipeline.data.sample import Sample
+from pipeline.errors import InputError
+from pipeline.tasks import Task, tasks
+from pipeline.train.visual_tokens import VisualTokens
+from pipeline.trial import TrialConfig
+
+
+class Resident:
+    """One backbone in memory, with everything computed from it that trials share.
+
+    Args:
+        config: a trial's; its backbone and precision decide what is loaded.
+        source: where the weights lie.
+        cache: folder of visual tokens, or None.
+        device: where the model goes.
+    """
+
+    def __init__(self, config: TrialConfig, source: BackboneSource, cache: Path | None, device: str) -> None:
+        self.loaded = backbones.load(
+            config.backbone, variant=source.variant, weights=source.weights, revision=source.revision,
+            dtype=config.precision, device=device, seed=source.seed,
+        )  # fmt: skip
+        if self.loaded.digest != config.backbone_digest:
+            raise InputError(
+                f"the weights are not those of the trial (digest {self.loaded.digest[:12]}, was {config.backbone_digest[:12]})",
+                where=config.backbone, way_out="Put the old weights back, or run the sweep again for the new ones",
+            )  # fmt: skip
+        self.device = device
+        self.visual = VisualTokens(self.loaded, cache)
+        self._manifests: dict[Path, Manifest] = {}
+        self._encoded: dict[tuple[str, str, int | str], Encoded] = {}
+
+    @staticmethod
+    def key(config: TrialConfig) -> tuple[str, str, str]:
+        """What must be equal for two trials to share a resident backbone."""
+        return config.backbone, config.backbone_digest, config.precision
+
+    def manifest(self, path: Path, digest: str) -> Manifest:
+        """Return a task's manifest, read once.
+
+        Raises:
+            InputError: it is not the one that the trial was made for.
+        """
+        if path not in self._manifests or self._manifests[path].digest != digest:
+            manifest = Manifest.load(path)
+            if manifest.digest != digest:
+                raise InputError(
+                    f"the data changed (digest {manifest.digest[:12]}, the trial has {digest[:12]})",
+                    where=str(path), way_out="Draw the old sample again, or run the sweep again for the new one",
+                )  # fmt: skip
+            self._manifests[path] = manifest
+        return self._manifests[path]
+
+    def training_prompts(self, manifest: Manifest, samples: Sequence[Sample]) -> list[Encoded]:
+        """Return the samples' prompts without demonstrations, with the answer; tokenised once for all trials."""
+        task = tasks.get(manifest.task)
+        missing = [s for s in samples if (manifest.digest, "train", s.sample_id) not in self._encoded]
+        rendered = [render(task.template, self.loaded.backbone, sample, answer=True) for sample in missing]
+        for sample, encoded in zip(missing, encode_all(self.loaded, rendered), strict=True):
+            self._encoded[manifest.digest, "train", sample.sample_id] = encoded
+        return [self._encoded[manifest.digest, "train", s.sample_id] for s in samples]
+
+    def prompts(
+        self, task: Task, queries: Sequence[Sample], demos: Sequence[Sequence[Sample]], *, answer: bool
+    ) -> list[Encoded]:
+        """Return prompts with demonstrations."""
+        rendered = [
+            render(task.template, self.loaded.backbone, query, shots, answer=answer)
+            for query, shots in zip(queries, demos, strict=True)
+        ]
+        return encode_all(self.loaded, rendered)
+
+    def batch(self, encoded: Sequence[Encoded], manifest: Manifest, *, span: str = "answer", pixels: bool = False) -> Batch:
+        """Return a right-padded batch on the device, with cached visual tokens or, where vision is trained, pixels."""
+        images = [image for e in encoded for image in e.images]
+        batch = collate(
+            encoded,
+            self.loaded,
+            span=span,  # type: ignore[arg-type]
+            visual=None if pixels else self.visual.get(images, manifest.image_root),
+            pixels=self.visual.pixels([e.images for e in encoded], manifest.image_root) if pixels else None,
+        )
+        return batch.to(self.device)
+
+
+class Residents:
+    """The backbones a process keeps, the least recently used dropped first.
+
+    Args:
+        device: where models go.
+        keep: how many; an 8B backbone fills a GPU, so one.
+    """
+
+    def __init__(self, device: str, keep: int = 1) -> None:
+        self.device, self.keep = device, keep
+        self._held: OrderedDict[tuple[str, str, str], Resident] = OrderedDict()
+
+    def get(self, config: TrialConfig, source: BackboneSource, cache: Path | None) -> Resident:
+        """Return the resident backbone of a trial, loading it if it is not held."""
+        key = Resident.key(config)
+        if key not in self._held:
+            while len(self._held) >= self.keep:
+                self._held.popitem(last=False)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            self._held[key] = Resident(config, source, cache, self.device)
+        self._held.move_to_end(key)
+        return self._held[key]

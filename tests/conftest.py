@@ -1,0 +1,65 @@
+"""What all tests share: one torch thread, and the folder of real sample data where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real COCO, VQAv2 and OK-VQA samples; the test is skipped where they are not at hand."""
+    folder = Path(os.environ.get("HIFICL_SHARED_DATA", ROOT / "../shared/data")).resolve()
+    if not (folder / "vqav2").is_dir():
+        pytest.skip("no real sample data (HIFICL_SHARED_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_design() -> Path:
+    """The architectures' tables; the test is skipped where they are not at hand."""
+    path = Path(os.environ.get("HIFICL_SHARED_DATA", ROOT / "../shared/data")).resolve().parent / "design/backbones.yaml"
+    if not path.is_file():
+        pytest.skip("no table of architectures beside the sample data")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """`tiny(name)` gives a loaded tiny variant, built once."""
+    from functools import cache
+
+    from pipeline import backbones
+
+    return cache(lambda name: backbones.load(name, variant="tiny"))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """A folder with 0.png to 7.png, of several sizes; 7.png is grey."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for i, (height, width) in enumerate([(56, 56), (56, 56), (56, 40), (40, 56), (30, 90), (56, 56), (64, 64)]):
+        Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    Image.fromarray(random.integers(0, 256, (50, 50), dtype=np.uint8)).save(folder / "7.png")
+    return folder

@@ -1,0 +1,115 @@
+"""Images of every kind become 8-bit RGB, and bad ones are named."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.images import check_image, check_images, open_image, problems_error
+from pipeline.errors import InputError
+
+RAMP = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))
+
+
+def test_greyscale_cmyk_palette_and_alpha_become_rgb(tmp_path):
+    Image.fromarray(RAMP).save(tmp_path / "grey.jpg", quality=95)
+    Image.fromarray(RAMP).convert("RGB").convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    palette = Image.fromarray(RAMP).convert("P")
+    palette.save(tmp_path / "palette.png", transparency=bytes([0] * 128 + [255] * 128))
+    rgba = Image.merge("RGBA", [Image.fromarray(RAMP)] * 3 + [Image.new("L", (64, 48), 0)])
+    rgba.save(tmp_path / "alpha.png")
+    for name, tolerance in [("grey.jpg", 3), ("cmyk.jpg", 4), ("palette.png", 0), ("alpha.png", 0)]:
+        image = open_image(tmp_path / name)
+        assert (image.mode, image.size) == ("RGB", (64, 48))
+        difference = np.abs(np.asarray(image).astype(int) - RAMP[..., None])
+        assert difference.max() <= tolerance, name
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    values = np.array([[0, 128, 257, 1000, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "16.png")
+    Image.fromarray(values).save(tmp_path / "16.tif")
+    for name in ("16.png", "16.tif"):
+        with Image.open(tmp_path / name) as stored:
+            assert stored.mode.startswith("I")
+        got = np.asarray(open_image(tmp_path / name))[0, :, 1]
+        assert got.tolist() == [0, 0, 1, 4, 128, 255]
+
+
+def test_the_stored_orientation_is_kept(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.fromarray(RAMP).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg").size == (64, 48)
+
+
+def jpeg(width: int = 320, height: int = 240) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kept", [0.05, 0.3, 0.6, 0.9, 0.99])
+def test_a_truncated_image_is_named_in_opening_and_in_checking(tmp_path, kept):
+    data = jpeg()
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(InputError, match=r"cut\.jpg: the image is (truncated|damaged)"):
+        open_image(path)
+    assert check_image(path).problem is not None
+
+
+def test_a_truncated_png_is_named(tmp_path):
+    path = tmp_path / "cut.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(InputError, match=r"cut\.png: the image is truncated"):
+        open_image(path)
+    assert "truncated" in (check_image(path).problem or "")
+
+
+def test_a_decompression_bomb_is_refused(tmp_path):
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    for side in (14_000, 60_000):  # above our limit, and above twice it, where Pillow itself raises
+        header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+        path = tmp_path / "bomb.png"
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+        with pytest.raises(InputError, match="more pixels than the limit"):
+            open_image(path)
+        assert "refused" in (check_image(path).problem or "")
+
+
+def test_missing_empty_and_foreign_files_are_named(tmp_path):
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.jpg").write_bytes(b"<html>not found</html>")
+    for name, says in [
+        ("absent.jpg", "does not exist"),
+        ("empty.jpg", "is empty"),
+        ("text.jpg", "no image of a known"),
+    ]:
+        with pytest.raises(InputError, match=says):
+            open_image(tmp_path / name)
+    with pytest.raises(InputError, match="cannot be read"):
+        open_image(tmp_path)
+
+
+def test_all_bad_files_are_in_one_error_and_the_good_have_digests(tmp_path):
+    data = jpeg()
+    for name, content in [("a.jpg", data), ("b.jpg", data[:500]), ("d.jpg", b"")]:
+        (tmp_path / name).write_bytes(content)
+    ticks: list[int] = []
+    found = check_images([tmp_path / f"{letter}.jpg" for letter in "abcd"], progress=ticks.append)
+    assert sum(ticks) == 4
+    assert [image.path.name for image in found if image.problem] == ["b.jpg", "c.jpg", "d.jpg"]
+    assert found[0].sha256 == hashlib.sha256(data).hexdigest()
+    text = str(problems_error([image for image in found if image.problem], where="vqav2"))
+    assert "3 images are missing" in text and all(f"{letter}.jpg" in text for letter in "bcd")

@@ -1,0 +1,99 @@
+"""A workspace of its own for whole runs: a tiny random Idefics2 on small made-up files in VQAv2's official shape."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.data.synthetic import SyntheticSize, write_images, write_vqav2
+from tests.conftest import ROOT
+
+TINY = {
+    "backbones": ["idefics2-8b-base"],
+    "tasks": ["vqav2"],
+    "studies": ["small"],
+    "data_root": "data/real",
+    "sources": {"idefics2-8b-base": {"variant": "tiny"}},
+    "subsample": {"num_train": 8, "num_selection": 2, "num_evaluation": 4},
+    "train": {"num_train_samples": 8, "num_selection_samples": 2, "epochs_below_1000": 2, "num_shots": 2},
+    "evaluate": {"generation": {"max_new_tokens": 3}},
+}
+STUDY = {
+    "title": "A small study",
+    "backbones": ["idefics2-8b-base"],
+    "tasks": ["vqav2"],
+    "methods": {
+        "zero-shot": None,
+        "icl-2": {"method": "icl-k", "num_shots": 2},
+        "hificl": {"search": {"rank": [1, 2]}},
+        "mimic": None,
+    },
+}
+
+
+class Project:
+    """A workspace folder, and the commands a user would give in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def python(self, *args: str, check: bool = True, **settings) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [sys.executable, *args], cwd=self.folder, capture_output=True, text=True, timeout=900, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, **settings,
+        )  # fmt: skip
+        if check and done.returncode:
+            pytest.fail(f"{' '.join(args)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        return done
+
+    def start(self, *args: str) -> subprocess.Popen:
+        log = open(self.folder / "started.log", "w")
+        return subprocess.Popen(
+            [sys.executable, *args], cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def change(self, edit) -> None:
+        path = self.folder / "params.yaml"
+        raw = yaml.safe_load(path.read_text())
+        edit(raw)
+        path.write_text(yaml.safe_dump(raw, sort_keys=False))
+
+
+def make_project(folder: Path) -> Project:
+    from pipeline.workspace import create
+
+    data = folder.parent / f"{folder.name}-data"
+    for subset, first, images in (("train2014", 1, 12), ("val2014", 1001, 6)):
+        write_vqav2(data, subset, SyntheticSize(num_questions=images, num_images=images), first_image=first)
+        names = [f"images/{subset}/COCO_{subset}_{first + i:012d}.jpg" for i in range(images)]
+        write_images(data, names, width=64, height=48)
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        create(folder, profile="real-check", data=data)
+    finally:
+        os.chdir(before)
+    project = Project(folder)
+
+    def edit(raw):
+        raw["run"] = TINY
+        raw["profiles"] = {"tiny": TINY}
+        raw["studies"] = {"small": STUDY}
+        raw["tracking"]["system_metrics"] = False
+
+    project.change(edit)
+    return project
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory) -> Project:
+    """A project whose whole pipeline has run once."""
+    made = make_project(tmp_path_factory.mktemp("e2e") / "project")
+    made.python("-m", "dvc", "repro")
+    return made

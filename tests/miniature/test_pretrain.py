@@ -1,0 +1,166 @@
+"""Pre-training: texts and tokens, determinism, and checkpoints that transformers loads by itself."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from pipeline.errors import InputError
+from pipeline.miniature.documents import CAPTION_PREFIX, VQA_PREFIX, Curriculum, DocumentSource
+from pipeline.miniature.lexicon import QUESTIONS, draw_convention
+from pipeline.miniature.model import MINIATURES, decode_hidden, encode_images, miniature, normalise
+from pipeline.miniature.pretrain import Budget, pretrain
+from pipeline.miniature.render import draw_attributes, png_bytes, render
+from pipeline.tasks import tasks
+
+NAMES = sorted(MINIATURES)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():  # noqa: ANN202
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    out = tmp_path_factory.mktemp(request.param)
+    pretrain(request.param, out, seed=1, budget=Budget.tiny(), commit="abc", num_threads=1)
+    return request.param, out
+
+
+def source(name: str) -> DocumentSource:
+    rng = np.random.default_rng(4)
+    return DocumentSource(miniature(name), draw_attributes(50, rng), Curriculum(), rng)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["vqa", "facts", "captions"])
+def test_pieces_tokenise_like_the_whole_text(name: str, kind: str) -> None:
+    drawn = source(name)
+    tokenizer = miniature(name).make_tokenizer()
+    for _ in range(5):
+        pieces, images = drawn.document(kind)
+        ids, weights = drawn.renderer.encode(pieces)
+        assert ids == tokenizer("".join(text for text, _ in pieces))["input_ids"]
+        assert len(ids) == len(weights)
+        assert tokenizer.unk_token_id not in ids or tokenizer.unk_token_id == tokenizer.pad_token_id
+        assert ids.count(tokenizer.convert_tokens_to_ids("<image>")) == 4 * len(images)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_word_of_the_world_is_unknown(name: str) -> None:
+    tokenizer = miniature(name).make_tokenizer()
+    texts = [*QUESTIONS, VQA_PREFIX, CAPTION_PREFIX, "Image: Question: Answer: Caption:"]
+    rng = np.random.default_rng(0)
+    attributes = draw_attributes(100, rng)
+    for values in attributes:
+        convention = draw_convention(rng, redraw=0.5, style_redraw=1.0)
+        texts.append(convention.caption(values))
+        texts += [convention.answer(values, topic) for topic in range(len(QUESTIONS))]
+    for text in texts:
+        assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"], text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_come_back_from_the_tokenizer(name: str) -> None:
+    tokenizer = miniature(name).make_tokenizer()
+    rng = np.random.default_rng(0)
+    values = draw_attributes(1, rng)[0]
+    convention = draw_convention(rng)
+    for text in (convention.answer(values, 0), convention.caption(values)):
+        ids = tokenizer(f" {text}\n")["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+        assert "\n" in tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_lines_are_those_of_the_tasks_templates() -> None:
+    """Pre-training's prompts and the tasks' templates must not drift apart."""
+    drawn = source("mini-idefics2")
+    image = drawn.renderer.spec.image_text
+    convention = draw_convention(np.random.default_rng(0))
+    values = drawn.attributes[0]
+    for task, topic in (("mini-vqa", 2), ("mini-okvqa", 9), ("mini-coco", None)):
+        template = tasks.get(task).template
+        if topic is None:
+            pieces = drawn.renderer.caption(values, convention, CAPTION_PREFIX)
+            query, answer = template.query.format(image=image), convention.caption(values)
+        else:
+            pieces = drawn.renderer.vqa(values, topic, convention, VQA_PREFIX)
+            query = template.query.format(image=image, question=QUESTIONS[topic])
+            answer = convention.answer(values, topic)
+        expected = template.prefix + query + template.answer.format(answer=answer)
+        assert "".join(text for text, _ in pieces) == expected
+
+
+def test_weights_are_on_answers_and_their_ends() -> None:
+    drawn = source("mini-llava")
+    batch = drawn.collate("vqa", [drawn.document("vqa")])
+    tokenizer = miniature("mini-llava").make_tokenizer()
+    ids, weights = batch.input_ids[0], batch.weights[0]
+    assert int((weights == 1).sum()) == Curriculum().num_pairs
+    assert set(tokenizer.convert_ids_to_tokens(ids[weights == 0.1].tolist())) == {"<|im_end|>"}
+    before = ids[torch.nonzero(weights == 1)[:, 0] - 1].tolist()
+    assert set(tokenizer.convert_ids_to_tokens(before)) == {"Answer:"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_weights(name: str, tmp_path: Path) -> None:
+    weights = []
+    for nth, seed in enumerate((1, 1, 2)):
+        pretrain(name, tmp_path / str(nth), seed=seed, budget=Budget.tiny(2), num_threads=1)
+        weights.append((tmp_path / str(nth) / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+def test_record_holds_what_made_the_weights(checkpoint: tuple[str, Path]) -> None:
+    name, folder = checkpoint
+    record = json.loads((folder / "pretraining.json").read_text())
+    assert (record["backbone"], record["seed"], record["commit"], record["num_threads"]) == (name, 1, "abc", 1)
+    assert record["budget"]["vision"]["steps"] == record["vision"][-1]["step"]
+    assert set(record["decoder"][-1]) >= {"loss", "seen", "unseen", "right_value"}
+
+
+def test_unknown_backbone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Did you mean 'mini-llava'"):
+        pretrain("mini-lava", tmp_path)
+
+
+def test_pixels_and_cached_visual_tokens_agree(checkpoint: tuple[str, Path]) -> None:
+    """PNG -> processor -> model equals uint8 -> own normalisation -> cached visual tokens."""
+    name, folder = checkpoint
+    spec = miniature(name)
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    rng = np.random.default_rng(0)
+    images = render(draw_attributes(3, rng), rng)
+    opened = [Image.open(io.BytesIO(png_bytes(image))) for image in images]
+    text = "Image: <image> Question: Which colour? Answer: redak\n" * 3
+    inputs = processor(text=[text], images=[opened] if spec.image_axis else opened, return_tensors="pt")
+    pixels = normalise(torch.from_numpy(images))
+    assert torch.allclose(inputs["pixel_values"].view_as(pixels), pixels, atol=1e-6)
+    with torch.no_grad():
+        by_pixels = model(**inputs).logits
+        visual, _ = encode_images(spec, model, pixels)
+        by_tokens = model.lm_head(decode_hidden(model, inputs["input_ids"], visual))
+    assert torch.allclose(by_pixels, by_tokens, atol=1e-4)
+    assert by_pixels.std() > 0
+
+
+def test_tokenizer_fits_the_embedding(checkpoint: tuple[str, Path]) -> None:
+    name, folder = checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert len(tokenizer) == model.get_input_embeddings().num_embeddings == model.lm_head.out_features
+    assert tokenizer("Which colour?")["input_ids"] == miniature(name).make_tokenizer()("Which colour?")["input_ids"]
+    assert model.dtype == torch.float32 or model.dtype == torch.float16

@@ -1,0 +1,287 @@
+"""Whole reports from synthetic evaluation files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.report import figures, forget, load_table, write_index, write_study
+
+HOSTILE = '<script>alert(1)</script>|"\'&`$x_1$ [a](javascript:b)'
+COLUMNS = ["backbone", "task", "method", "metric", "value", "std", "seeds", "paper", "run_ids"]
+
+
+class Page(HTMLParser):
+    """What a page loads, runs and links to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attributes:
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "srcset", "data", "poster", "xlink:href") or (name == "href" and tag != "a"):
+                self.loads.append(value or "")
+            elif name == "href":
+                self.links.append(value or "")
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as handle:
+        reader = csv.DictReader(handle)
+        rows = list(reader)
+    assert reader.fieldnames == COLUMNS
+    return rows
+
+
+@pytest.fixture(scope="module")
+def main(new_maker: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One report that the tests below only read."""
+    maker = new_maker(tmp_path_factory.mktemp("main") / "evaluations")
+    cells = maker.table("hificl-table1")
+    known = maker.params(**{"hificl-table1": maker.definition()})
+    out = maker.folder.parent / "reports"
+    write_study("hificl-table1", known, maker.folder, out)
+    write_index(known, maker.folder, out)
+    return {"cells": cells, "params": known, "out": out, "maker": maker}
+
+
+def test_csv_has_one_row_a_cell_averaged_over_its_seeds(main: dict[str, Any]) -> None:
+    rows = rows_of(main["out"] / "hificl-table1.csv")
+    assert len(rows) == len(main["maker"].rows) * 3
+    for row in rows:
+        mine = [c for c in main["cells"] if (c["row"], c["task"]) == (row["method"], row["task"])]
+        values = [cell["value"] for cell in mine if cell["status"] == "done"]
+        assert row["seeds"] == str(len(values))
+        assert row["run_ids"].split(";") == ([c["run_id"] for c in mine if c["run_id"]] or [""])
+        if values:
+            assert float(row["value"]) == pytest.approx(statistics.mean(values), abs=1e-6)
+            assert float(row["std"]) == pytest.approx(statistics.stdev(values), abs=1e-6)
+        else:
+            assert (row["value"], row["std"], row["run_ids"]) == ("", "", "")
+    found = {(row["method"], row["task"]): row for row in rows}
+    assert found["hificl", "mini-coco"]["paper"] == "1.2951"
+    assert found["hificl", "mini-coco"]["metric"] == "CIDEr"
+    assert found["lora-r16", "mini-vqa"]["seeds"] == "2"
+    assert found["live", "mini-coco"]["seeds"] == "0"
+
+
+def test_captions_are_in_the_unit_of_the_studys_own_paper(maker: Any) -> None:
+    cells = [maker.cell("mimic", "mini-coco", 0)]
+    known = maker.params(**{"mimic-main": maker.definition(paper="mimic.main"), "hificl-table1": maker.definition()})
+    values = {}
+    for study in known.studies:
+        maker.study(study, cells)
+        write_study(study, known, maker.folder, maker.folder.parent)
+        (row,) = rows_of(maker.folder.parent / f"{study}.csv")
+        values[study] = (float(row["value"]), float(row["paper"]))
+    assert values["hificl-table1"] == (pytest.approx(cells[0]["value"]), 1.2827)
+    assert values["mimic-main"] == (pytest.approx(100 * cells[0]["value"]), 132.87)
+
+
+def test_varied_axes_and_further_metrics_are_rows(maker: Any) -> None:
+    cells = [
+        maker.cell("hificl", "mini-coco", 0, vary={"rank": rank}, lift=rank / 100) | {"metrics": {"CHAIRs": 0.04}}
+        for rank in (1, 8)
+    ]
+    maker.study("hificl-figure7", cells)
+    study = maker.definition(paper="hificl.figure7", layout="curve", metrics=["chair_s"], vary={"rank": [1, 8]})
+    known = maker.params(**{"hificl-figure7": study})
+    write_study("hificl-figure7", known, maker.folder, maker.folder.parent)
+    rows = rows_of(maker.folder.parent / "hificl-figure7.csv")
+    assert [(row["method"], row["metric"]) for row in rows] == [
+        ("hificl rank=1", "CIDEr"), ("hificl rank=1", "chair_s"),
+        ("hificl rank=8", "CIDEr"), ("hificl rank=8", "chair_s"),
+    ]
+    assert [row["value"] for row in rows if row["metric"] == "chair_s"] == ["4", "4"]
+    folder = maker.folder.parent / "hificl-figure7"
+    assert [file.name for file in folder.glob("*.svg")] == ["over-rank.svg"]
+    assert [record["rank"] for record in json.loads((folder / "plot.json").read_text())] == [1, 1, 8, 8]
+
+
+def test_best_and_second_share_a_mark_when_they_print_alike(maker: Any) -> None:
+    cells = [maker.cell(row, "mini-vqa", 0) | {"value": value}
+             for row, value in {"a": 80.001, "b": 79.999, "c": 70.0, "hificl": 60.0}.items()]
+    maker.study("hificl-table1", cells)
+    table = load_table("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
+    assert [entry.mark for entry in table.entries.values()] == ["best", "best", "second", ""]
+
+
+def test_a_lower_distance_is_better(maker: Any) -> None:
+    cells = [maker.cell(row, "mini-vqa", 0) | {"metrics": {"latent_distance": value}}
+             for row, value in {"zero-shot": 43.0, "mimic": 30.0}.items()]
+    maker.study("mimic-table11", cells)
+    study = maker.definition(paper="mimic.table11_latent_distance", metrics=["latent_distance"])
+    known = maker.params(**{"mimic-table11": study})
+    table = load_table("mimic-table11", known, maker.folder)
+    marks = {(line.row, column.metric): entry.mark for (line, column), entry in table.entries.items()}
+    assert marks["mimic", "latent_distance"] == "best"
+    assert marks["zero-shot", "latent_distance"] == "second"
+
+
+def test_a_difference_from_the_paper_is_shown_on_the_papers_own_backbone_only(maker: Any) -> None:
+    own = {"backbone": "idefics2-8b-base", "task": "vqav2", "value": 72.58}
+    known = maker.params(**{"hificl-table1": maker.definition()})
+    pages = {}
+    for name, more, variant in (("mini", {}, "published"), ("own", own, "published"), ("tiny", own, "tiny")):
+        sources = {"idefics2-8b-base": {"variant": variant}}
+        here = type(known).model_validate({**known.model_dump(), "backbones": sources})
+        maker.study("hificl-table1", [maker.cell("hificl", "mini-vqa", 0) | more])
+        write_study("hificl-table1", here, maker.folder, maker.folder.parent)
+        pages[name] = (maker.folder.parent / "hificl-table1" / "section.html").read_text()
+    assert "paper 72.08 (+0.50)" in pages["own"]
+    assert all("paper 72.08" in page and "(+" not in page and "(−" not in page.split("<details>")[0]
+               for page in (pages["mini"], pages["tiny"]))
+
+
+def test_differences_are_paired_and_left_out_where_the_score_is_no_mean(maker: Any) -> None:
+    known = maker.params(**{"hificl-table1": maker.definition()})
+    every = maker.table("hificl-table1")
+    table = load_table("hificl-table1", known, maker.folder)
+    found = {(line.row, column.task): entry.difference for (line, column), entry in table.entries.items()}
+    assert table.reference == "hificl"
+    assert found["hificl", "mini-vqa"] is None
+    zero = found["zero-shot", "mini-vqa"]
+    assert zero is not None
+    values = {(line.row, column.task): entry.value for (line, column), entry in table.entries.items()}
+    assert zero.mean == pytest.approx(values["zero-shot", "mini-vqa"] - values["hificl", "mini-vqa"])
+    assert zero.high < 0
+    cells = [cell | {"value": 50.0} for cell in every if cell["task"] == "mini-vqa"]
+    for cell in cells:
+        if cell["evaluation"]:
+            file = maker.folder / f"{cell['evaluation']}.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"value": 1.0}))
+    maker.study("hificl-table1", cells)
+    table = load_table("hificl-table1", known, maker.folder)
+    assert [entry.difference for entry in table.entries.values()] == [None] * len(maker.rows)
+
+
+def test_the_page_stands_alone(main: dict[str, Any]) -> None:
+    text = (main["out"] / "index.html").read_text()
+    page = Page(text)
+    assert [address for address in page.loads if not address.startswith(("#", "data:"))] == []
+    assert "script" not in page.tags
+    assert "@import" not in text
+    assert "url(http" not in text
+    assert {link for link in page.links if "://" in link} <= {
+        *(f"http://127.0.0.1:5000/#/runs/{cell['run_id']}" for cell in main["cells"]), "http://127.0.0.1:5000"
+    }
+    assert f"http://127.0.0.1:5000/#/runs/{main['cells'][0]['run_id']}" in page.links
+    assert {"hificl-table1.md", "hificl-table1.csv"} <= set(page.links)
+    for link in page.links:
+        assert not link.startswith("#") or f'id="{link[1:]}"' in text
+
+
+def test_the_page_says_what_has_to_be_known(main: dict[str, Any]) -> None:
+    text = (main["out"] / "index.html").read_text()
+    for words in (
+        "50 of 54 numbers", "the loss became NaN at step 3", "seeds 0, 1, 2: missing", "held out of the training pool",
+        "mini-Idefics2 stands for Idefics2-8B-base", "0123456789abcdef0123456789abcdef01234567", "torch 2.13.0",
+        "prefers-color-scheme: dark", "10,240", "paper 2.2 M", "17.0 M",
+    ):
+        assert words in text, words
+
+
+def test_hostile_text_is_shown_not_run(maker: Any) -> None:
+    cells = [
+        maker.cell("hificl", "mini-vqa", 0) | {"label": HOSTILE, "task": HOSTILE, "run_id": '"><script>x</script>'},
+        maker.cell("icl-8", "mini-vqa", 0) | {"label": HOSTILE, "task": HOSTILE, "status": "failed", "value": None,
+                                              "error": HOSTILE, "searched": {HOSTILE: HOSTILE}},
+    ]
+    maker.study("hificl-table1", cells, title=HOSTILE, provenance={"commit": HOSTILE, "machine": {"cpu": HOSTILE}})
+    known = maker.params(**{"hificl-table1": maker.definition(layout="gallery")})
+    out = maker.folder.parent / "reports"
+    write_study("hificl-table1", known, maker.folder, out)
+    text = write_index(known, maker.folder, out).read_text()
+    page = Page(text)
+    assert "script" not in page.tags
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert not [link for link in page.links if link.startswith("javascript")]
+    markdown = (out / "hificl-table1.md").read_text()
+    assert "<script" not in markdown
+    (head,) = (line for line in markdown.splitlines() if line.startswith("| method"))
+    assert head.replace("\\|", "").count("|") == 3
+    for svg in (out / "hificl-table1").glob("*.svg"):
+        assert not [node for node in ElementTree.parse(svg).iter() if node.tag.endswith("script")]  # noqa: S314
+    assert rows_of(out / "hificl-table1.csv")[0]["task"] == HOSTILE
+
+
+def test_the_same_inputs_give_the_same_bytes(main: dict[str, Any], tmp_path: Path) -> None:
+    forget()
+    again = tmp_path / "again"
+    write_study("hificl-table1", main["params"], main["maker"].folder, again)
+    write_index(main["params"], main["maker"].folder, again)
+    files = {file.relative_to(again): file.read_bytes() for file in again.rglob("*") if file.is_file()}
+    assert len(files) == 7
+    before = {file.relative_to(main["out"]): file.read_bytes() for file in main["out"].rglob("*") if file.is_file()}
+    assert files == before
+
+
+def test_metrics_are_flat(main: dict[str, Any]) -> None:
+    metrics = json.loads((main["out"] / "hificl-table1" / "metrics.json").read_text())
+    assert len(metrics) == len(main["maker"].rows) * 3 - 1
+    assert all(isinstance(value, float) for value in metrics.values())
+    assert "mini-idefics2/mini-vqa/hificl/accuracy" in metrics
+
+
+def test_figures_follow_the_scheme_and_the_hero_is_written(main: dict[str, Any], tmp_path: Path) -> None:
+    svg = (main["out"] / "hificl-table1" / "bars-mini-idefics2.svg").read_text()
+    assert "currentColor" in svg
+    assert "prefers-color-scheme:dark" in svg
+    assert ElementTree.fromstring(svg).get("viewBox")  # noqa: S314
+    table = load_table("hificl-table1", main["params"], main["maker"].folder)
+    written = figures.hero(table, tmp_path / "images" / "result")
+    assert [file.suffix for file in written] == [".svg", ".png"]
+    assert written[1].read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="no cell with a number"):
+        figures.hero(table, tmp_path / "x", backbone="none")
+
+
+def test_the_gallery_shows_answers_side_by_side(maker: Any) -> None:
+    maker.study("hificl-figure8", [maker.cell(row, "mini-vqa", 0) for row in ("zero-shot", "hificl")])
+    known = maker.params(**{"hificl-figure8": maker.definition(paper=None, layout="gallery")})
+    write_study("hificl-figure8", known, maker.folder, maker.folder.parent)
+    section = (maker.folder.parent / "hificl-figure8" / "section.html").read_text()
+    assert section.count('class="right"') >= 4
+    assert "word" in section
+
+
+def test_a_study_with_no_number_still_has_a_report(maker: Any) -> None:
+    gone = {"status": "missing", "value": None, "metric": None, "unit": None, "run_id": None, "evaluation": None}
+    maker.study("hificl-table1", [maker.cell("hificl", "mini-vqa", 0) | gone])
+    known = maker.params(**{"hificl-table1": maker.definition()})
+    write_study("hificl-table1", known, maker.folder, maker.folder.parent)
+    write_index(known, maker.folder, maker.folder.parent)
+    (row,) = rows_of(maker.folder.parent / "hificl-table1.csv")
+    assert (row["value"], row["seeds"], row["paper"]) == ("", "0", "72.08")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda file: file.write_text("{"), ["not readable as JSON"]),
+        (lambda file: file.write_text('{"study": "s", "title": "t", "cells": [{"row": 1}]}'), ["cells.0.row"]),
+        (lambda file: file.unlink(), ["has not been evaluated", "dvc repro"]),
+    ],
+)
+def test_a_damaged_file_is_named(maker: Any, damage: Any, words: list[str]) -> None:
+    maker.table("hificl-table1", seeds=1)
+    damage(maker.folder / "studies" / "hificl-table1.json")
+    known = maker.params(**{"hificl-table1": maker.definition()})
+    with pytest.raises(InputError) as caught:
+        write_study("hificl-table1", known, maker.folder, maker.folder.parent)
+    assert all(word in str(caught.value) for word in [*words, "hificl-table1.json"])

@@ -1,0 +1,66 @@
+import json
+import multiprocessing
+
+import pytest
+
+from pipeline.errors import InputError, WorkError
+from pipeline.sweep.store import TrialStore
+from pipeline.trial import TrialConfig
+
+CONFIG = TrialConfig(backbone="b", backbone_digest="0", task="t", manifest_digest="1", method="hificl", options={"rank": 2})
+
+
+def test_a_trial_is_found_again_by_its_content(tmp_path):
+    store = TrialStore(tmp_path)
+    store.open(CONFIG, {"commit": "abc"})
+    assert store.config(CONFIG.key) == CONFIG and store.provenance(CONFIG.key) == {"commit": "abc"}
+    assert store.keys() == [CONFIG.key] and not store.finished(CONFIG.key)
+
+
+@pytest.mark.parametrize(("status", "final"), [("finished", True), ("diverged", True), ("stopped", False), ("failed", False)])
+def test_only_ends_that_would_repeat_are_final(tmp_path, status, final):
+    store = TrialStore(tmp_path)
+    store.open(CONFIG, {})
+    store.finish(CONFIG.key, {"status": status})
+    assert store.finished(CONFIG.key) is final
+    store.reopen(CONFIG.key)
+    assert store.done(CONFIG.key) is None
+
+
+def test_a_line_torn_by_a_crash_is_left_out(tmp_path):
+    store = TrialStore(tmp_path)
+    folder = store.open(CONFIG, {})
+    rows = [{"epoch": 1, "a": 1}, {"epoch": 2, "a": 2}, {"epoch": 2, "a": 3}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"epoch": 3, "a"')
+    assert store.epochs(CONFIG.key) == [{"epoch": 1, "a": 1}, {"epoch": 2, "a": 3}]
+
+
+def test_a_damaged_record_says_what_to_remove(tmp_path):
+    store = TrialStore(tmp_path)
+    folder = store.open(CONFIG, {})
+    (folder / "config.json").write_text("{")
+    with pytest.raises(WorkError, match=r"config.json: damaged.*Remove the folder"):
+        store.config(CONFIG.key)
+
+
+def _hold(root, ready, release):
+    with TrialStore(root).lock("another sweep"):
+        ready.set()
+        release.wait(60)
+
+
+def test_a_second_sweep_is_told_who_holds_the_store(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, release = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, ready, release))
+    other.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(InputError, match=rf"held by another sweep, pid {other.pid} on .* since"):
+            with TrialStore(tmp_path).lock("a sweep"):
+                pass
+    finally:
+        release.set()
+        other.join(60)
+    with TrialStore(tmp_path).lock("a sweep"):
+        pass

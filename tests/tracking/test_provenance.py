@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipeline.tracking import owner
+from pipeline.tracking.provenance import code_version, main_checkout, provenance
+
+LOCK = """
+schema: '2.0'
+stages:
+  world:
+    cmd: python -m stages.world
+    outs:
+    - {path: data/world, md5: 11111111111111111111111111111111.dir}
+  report:
+    cmd: python -m stages.report
+    outs:
+    - {path: reports, md5: 22222222222222222222222222222222.dir}
+"""
+
+
+def git(root: Path, *arguments: str) -> None:
+    command = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    git(tmp_path, "init", "-q")
+    (tmp_path / "params.yaml").write_text("rank: 8\n")
+    (tmp_path / "dvc.lock").write_text(LOCK)
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "metrics.json").write_text("{}")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    return tmp_path
+
+
+def test_a_clean_checkout_has_its_commit_and_digests(checkout: Path) -> None:
+    found = provenance(checkout)
+    assert len(found["commit"]) == 40
+    assert found["dirty"] is False
+    assert found["diff"] == ""
+    assert found["data"]["params"] == hashlib.md5(b"rank: 8\n").hexdigest()  # noqa: S324
+    assert found["data"]["outs"] == {"data/world": "1" * 32 + ".dir", "reports": "2" * 32 + ".dir"}
+    assert found["versions"]["torch"]
+
+
+def test_what_repro_itself_rewrites_is_no_dirt(checkout: Path) -> None:
+    (checkout / "dvc.lock").write_text(LOCK + "# rewritten\n")
+    (checkout / "reports" / "metrics.json").write_text('{"a": 1}')
+    assert provenance(checkout)["dirty"] is False
+
+
+def test_an_edit_and_a_new_file_are_dirt_and_the_edit_is_kept(checkout: Path) -> None:
+    (checkout / "params.yaml").write_text("rank: 16\n")
+    (checkout / "new.py").write_text("x = 1\n")
+    found = provenance(checkout)
+    assert found["dirty"] is True
+    assert found["changed"] == ["new.py", "params.yaml"]
+    assert "+rank: 16" in found["diff"]
+
+
+def test_in_a_folder_of_a_larger_checkout_paths_are_its_own(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "dvc.lock").write_text(LOCK)
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    (project / "dvc.lock").write_text(LOCK + "# more\n")
+    (tmp_path / "outside.txt").write_text("not ours")
+    assert code_version(project)["dirty"] is False
+
+
+@pytest.mark.parametrize("with_git", [False, True])
+def test_without_a_commit_it_says_so(tmp_path: Path, with_git: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    if with_git:
+        git(tmp_path, "init", "-q")
+    found = provenance(tmp_path)
+    assert found["commit"] is None
+    assert found["dirty"] is None
+    assert "commit" in found["note"] if with_git else "not a git checkout" in found["note"]
+
+
+def test_a_queued_experiment_belongs_to_the_main_checkout(tmp_path: Path) -> None:
+    copy = tmp_path / ".dvc" / "tmp" / "exps" / "temp" / "abc"
+    copy.mkdir(parents=True)
+    assert main_checkout(copy) == tmp_path.resolve()
+    assert main_checkout(tmp_path) == tmp_path.resolve()
+
+
+def test_an_ended_process_is_gone_and_a_living_one_is_not() -> None:
+    mine = owner.tags()
+    assert not owner.is_gone(mine)
+    assert owner.is_gone({**mine, "owner.started": "1"}), "the id was given to another process since"
+    assert owner.is_gone({**mine, "owner.boot": "another boot"})
+    assert not owner.is_gone({**mine, "owner.host": "another host", "owner.pid": "999999999"})
+    assert not owner.is_gone({}), "a run that is not ours is left alone"

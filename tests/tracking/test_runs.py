@@ -1,0 +1,300 @@
+"""`Tracker` on a real SQLite store."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import InputError, WorkError
+from pipeline.tracking.runs import FAILED, FINISHED, KILLED, Tracker
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = [{"name": "manifest", "source": "data/manifest.json", "digest": "d" * 64, "context": "train"}]
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose tables exist: they take seconds to create."""
+    root = tmp_path_factory.mktemp("empty")
+    Tracker(f"sqlite:///{root / 'mlflow.db'}", root).prepare([])
+    return root / "mlflow.db"
+
+
+@pytest.fixture
+def root(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with closing(sqlite3.connect(empty_store)) as source, closing(sqlite3.connect(tmp_path / "mlflow.db")) as copy:
+        source.backup(copy)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / ".gitignore").write_text("ml*\n")
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "first"], cwd=tmp_path,
+                   check=True)
+    return tmp_path
+
+
+@pytest.fixture
+def tracker(root: Path) -> Iterator[Tracker]:
+    made = Tracker(None, root)
+    made.prepare(["study"])
+    yield made
+    made.close_all(KILLED)
+
+
+def open_both(tracker: Tracker, key: str = "abc", **params: Any) -> tuple[str, str]:
+    parent = tracker.open_sweep("study", tags={"sweep_key": "s1", "profile": "mini"}, description="a sweep")
+    child = tracker.open_trial("study", parent, key=key, name="hificl vqa", params={"rank": 8, **params},
+                               datasets=DATA, tags={"profile": "mini"})
+    return parent, child
+
+
+def ask(root: Path, query: str) -> list[tuple[Any, ...]]:
+    with closing(sqlite3.connect(f"file:{root / 'mlflow.db'}?mode=ro", uri=True)) as store:
+        return store.execute(query).fetchall()
+
+
+def statuses(root: Path) -> dict[str, str]:
+    return dict(ask(root, "select run_uuid, status from runs"))
+
+
+STEPS_TWICE = "select key, step from metrics group by run_uuid, key, step having count(*) > 1"
+
+
+def test_a_trial_is_a_child_with_commit_inputs_and_parameters(tracker: Tracker, root: Path) -> None:
+    parent, child = open_both(tracker, options={"alpha": 1}, weight=None)
+    tracker.log_epochs(child, [{"epoch": 0, "loss": 2.0}, {"epoch": 1, "loss": 1.0, "score": 50.0}])
+    tracker.close(child, FINISHED)
+    tracker.close_all(FINISHED)
+    record = tracker.read_run(child)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    assert record["params"] == {"rank": "8", "options": '{"alpha": 1}', "weight": "null"}
+    assert record["tags"]["mlflow.source.git.commit"] == commit.stdout.strip()
+    assert record["tags"]["mlflow.parentRunId"] == parent
+    assert record["tags"] | {"git.dirty": "false", "profile": "mini", "study": "study", "trial_key": "abc",
+                             "mlflow.runName": "hificl vqa"} == record["tags"]
+    assert record["metrics"] == {"loss": 1.0, "score": 50.0}
+    (dataset,) = record["datasets"]
+    assert dataset["digest"] == "d" * 36
+    assert "d" * 64 in dataset["source"]
+    assert dataset["context"] == "train"
+    assert statuses(root) == {parent: FINISHED, child: FINISHED}
+
+
+def test_a_resumed_sweep_goes_on_in_its_own_runs_and_logs_no_step_twice(tracker: Tracker, root: Path) -> None:
+    first = open_both(tracker)
+    tracker.log_epochs(first[1], [{"epoch": 0, "loss": 3.0}, {"epoch": 1, "loss": 2.0}])
+    tracker.close_all(KILLED)
+    again = Tracker(None, root)
+    second = open_both(again, rank=8, added=1)
+    assert second == first
+    assert statuses(root) == dict.fromkeys(first, "RUNNING")
+    rows = [{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.0}]
+    again.log_epochs(second[1], rows)
+    again.log_epochs(second[1], rows)
+    again.close_all(FINISHED)
+    assert ask(root, STEPS_TWICE) == []
+    assert ask(root, "select step, value from metrics where key = 'loss' order by step") == [(0, 3), (1, 2), (2, 1)]
+    assert again.read_run(first[1])["params"] == {"rank": "8", "added": "1"}
+    assert ask(root, "select count(*) from inputs") == [(1,)]
+    assert statuses(root) == dict.fromkeys(first, FINISHED)
+
+
+def test_another_tracker_asks_the_store_which_steps_there_are(tracker: Tracker, root: Path) -> None:
+    _, child = open_both(tracker)
+    tracker.log_epochs(child, [{"epoch": 0, "loss": 3.0}])
+    Tracker(None, root).log_epochs(child, [{"epoch": 0, "loss": 3.0}, {"epoch": 1, "loss": 2.0}])
+    assert ask(root, "select step from metrics order by step") == [(0,), (1,)]
+
+
+def test_sweeps_of_other_keys_and_studies_are_other_runs(tracker: Tracker) -> None:
+    parents = {
+        tracker.open_sweep(study, tags={"sweep_key": key}, description="")
+        for study in ("study", "other") for key in ("s1", "s2", "")
+    }
+    children = {
+        tracker.open_trial("study", parent, key="abc", name="n", params={}, datasets=[], tags={}) for parent in parents
+    }
+    assert len(parents) == len(children) == 6
+
+
+def test_close_ends_once_and_keeps_the_error(tracker: Tracker, root: Path) -> None:
+    parent, child = open_both(tracker)
+    tracker.close(child, FAILED, error="the loss became NaN")
+    tracker.close(child, FINISHED)
+    tracker.close_all(KILLED)
+    assert statuses(root) == {parent: KILLED, child: FAILED}
+    assert tracker.read_run(child)["tags"]["error"] == "the loss became NaN"
+    with pytest.raises(ValueError, match="RUNNING"):
+        tracker.close(child, "RUNNING")
+
+
+def test_the_adapter_is_a_logged_model_kept_once(tracker: Tracker, root: Path, tmp_path: Path) -> None:
+    _, child = open_both(tracker)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    with pytest.raises(WorkError, match="no adapter files"):
+        tracker.log_adapter(child, folder)
+    (folder / "adapter_config.json").write_text("{}")
+    tracker.log_adapter(child, folder)
+    tracker.log_adapter(child, folder)
+    model = tracker.read_run(child)["tags"]["adapter_model_id"]
+    assert ask(root, "select model_id, source_run_id from logged_models") == [(model, child)]
+    assert [file.name for file in (root / "mlartifacts").rglob("adapter_config.json")] == ["adapter_config.json"]
+
+
+def test_an_evaluation_is_logged_once_and_another_score_becomes_the_next_step(tracker: Tracker, root: Path) -> None:
+    _, child = open_both(tracker)
+    tracker.close(child, FINISHED)
+    file = root / "e.json"
+    file.write_text("{}")
+    for score in (81.0, 81.0, 82.0, 82.0):
+        tracker.log_evaluation(child, {"accuracy": score, "CIDEr": None}, file)
+    assert ask(root, "select step, value from metrics order by step") == [(0, 81.0), (1, 82.0)]
+    assert tracker.read_run(child)["metrics"] == {"accuracy": 82.0}
+    assert len(list((root / "mlartifacts").rglob("evaluation/e.json"))) == 1
+
+
+def test_find_run_prefers_a_finished_one(tracker: Tracker) -> None:
+    _, done = open_both(tracker)
+    tracker.close(done, FINISHED)
+    other = tracker.open_sweep("study", tags={"sweep_key": "s2"}, description="")
+    tracker.open_trial("study", other, key="abc", name="n", params={}, datasets=[], tags={})
+    assert tracker.find_run("abc") == done
+    assert tracker.find_run("unknown") is None
+
+
+def test_an_unknown_run_is_an_input_error(tracker: Tracker) -> None:
+    with pytest.raises(InputError, match="no run 'beef'"):
+        tracker.read_run("beef")
+
+
+def test_uncommitted_changes_are_kept_with_the_sweep(root: Path) -> None:
+    (root / ".gitignore").write_text("ml*\nedited\n")
+    tracker = Tracker(None, root)
+    parent, _ = open_both(tracker)
+    tracker.close_all(FINISHED)
+    assert tracker.read_run(parent)["tags"]["git.dirty"] == "true"
+    (diff,) = (root / "mlartifacts").rglob("uncommitted.diff")
+    assert "+edited" in diff.read_text()
+
+
+def test_system_metrics_stop_with_the_run(tracker: Tracker, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    parent = tracker.open_sweep("study", tags={"sweep_key": "s"}, description="", system_metrics=True)
+    query = "select count(*) from metrics where key like 'system/%'"
+    deadline = time.monotonic() + 20
+    while ask(root, query) == [(0,)] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    tracker.close(parent, FINISHED)
+    count = ask(root, query)
+    assert count > [(0,)]
+    time.sleep(0.6)
+    assert ask(root, query) == count
+
+
+KILLED_CHILD = """
+import sys, time
+from pipeline.tracking.runs import Tracker
+tracker = Tracker(None, sys.argv[1])
+parent = tracker.open_sweep("study", tags={"sweep_key": "s1"}, description="")
+tracker.open_trial("study", parent, key="abc", name="n", params={}, datasets=[], tags={})
+print("open", flush=True)
+time.sleep(600)
+"""
+
+WRITERS = """
+import os, sys
+from pipeline.tracking.runs import Tracker  # once, for all four: the import takes seconds
+root, parent = sys.argv[1:]
+children = []
+for number in range(4):
+    child = os.fork()
+    if child == 0:
+        tracker = Tracker(None, root)
+        run = tracker.open_trial("study", parent, key=f"key{number}", name="n", params={}, datasets=[], tags={})
+        for epoch in range(10):
+            tracker.log_epochs(run, [{"epoch": epoch, "loss": 1.0, "score": 2.0}])
+        tracker.close_all("FINISHED")
+        os._exit(0)
+    children.append(child)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+def start(code: str, *arguments: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_left_open_is_ended_and_a_living_ones_is_not(tracker: Tracker, root: Path) -> None:
+    process = start(KILLED_CHILD, root)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        assert tracker.sweep_leftovers() == 0
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    mine = tracker.open_sweep("study", tags={"sweep_key": "mine"}, description="")
+    assert tracker.sweep_leftovers() == 2
+    assert sorted(statuses(root).values()) == [KILLED, KILLED, "RUNNING"]
+    assert statuses(root)[mine] == "RUNNING"
+
+
+@pytest.mark.slow
+def test_four_processes_write_children_at_once(tracker: Tracker, root: Path) -> None:
+    parent = tracker.open_sweep("study", tags={"sweep_key": "s1"}, description="")
+    assert start(WRITERS, root, parent).wait(timeout=300) == 0
+    tracker.close_all(FINISHED)
+    assert ask(root, "select count(*) from metrics") == [(80,)]
+    assert set(statuses(root).values()) == {FINISHED}
+    assert len(statuses(root)) == 5
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("http://127.0.0.1:{port}", ["http://127.0.0.1", "refused", "mlflow server"]),
+        ("file:/tmp/mlruns", ["plain files", "sqlite:///mlflow.db"]),
+        ("nonsense://x", ["nonsense", "mlflow.db"]),
+        ("sqlite:///no_folder_here/is_a_file/mlflow.db", ["is_a_file", "writable"]),
+    ],
+)
+def test_an_unreachable_store_is_said_at_once(tmp_path: Path, uri: str, words: list[str]) -> None:
+    (tmp_path / "no_folder_here").write_text("a file")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        uri = uri.format(port=free.getsockname()[1])
+    began = time.monotonic()
+    with pytest.raises(InputError) as caught:
+        Tracker(uri, tmp_path).prepare(["study"])
+    assert time.monotonic() - began < 10
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_file_that_is_no_database_is_named_and_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "mlflow.db"
+    file.write_text("not a database, but surely somebody's file" * 100)
+    with pytest.raises(InputError, match="not a database"):
+        Tracker("sqlite:///mlflow.db", tmp_path).prepare(["study"])
+    assert file.read_text().startswith("not a database, but")
+
+
+def test_a_password_is_in_no_message(tmp_path: Path) -> None:
+    uri = "postgresql+psycopg://user:hunter2@127.0.0.1:1/mlflow"
+    with pytest.raises(InputError) as caught:
+        Tracker(uri, tmp_path).prepare(["study"])
+    assert "hunter2" not in str(caught.value)
+    assert "127.0.0.1:1" in str(caught.value)

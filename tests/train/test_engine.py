@@ -1,0 +1,110 @@
+"""Both engines on a small real model: equal losses, equal after a resume, ZeRO 0 to 3, one rank and two."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pipeline.train.engine import ENGINES, Student
+from pipeline.trial import TrialConfig
+from tests.free_port import free_port
+
+STEPS = 6
+
+
+def config(**fields) -> TrialConfig:
+    base = {"backbone": "b", "backbone_digest": "", "task": "t", "manifest_digest": "", "method": "m"}
+    return TrialConfig(**base, learning_rate=1e-2, gradient_clip=0.05, micro_batch_size=2, **fields)
+
+
+def make(kind: str, cfg: TrialConfig):
+    torch.manual_seed(0)
+    adapter = torch.nn.Sequential(torch.nn.Linear(16, 4, bias=False), torch.nn.Linear(4, 16))
+    backbone = torch.nn.Linear(16, 16).requires_grad_(False)
+
+    def loss(share):
+        x, weight = share
+        value = ((backbone(adapter(x)) - x) ** 2).mean(1).sum() * weight
+        return value, {"train_loss": value.item()}
+
+    student = Student(adapter, loss, backbone if cfg.zero_stage == 3 else None)
+    groups = [{"params": list(adapter.parameters()), "lr": cfg.learning_rate, "weight_decay": 0.05}]
+    return ENGINES[kind](student, groups, cfg)
+
+
+def losses(kind: str, cfg: TrialConfig, rank: int = 0, world: int = 1, resume_at: int | None = None, folder=None) -> list[float]:
+    engine = make(kind, cfg)
+    data = torch.randn(STEPS, 2, 4, 16, generator=torch.Generator().manual_seed(1))  # step, micro-batch, sample
+    out = []
+    for step in range(STEPS):
+        total = 0.0
+        for index in range(2):
+            share = data[step, index][rank::world]
+            total += engine.backward((share, 1 / 8), last=index == 1)["train_loss"]
+        engine.step(1.0)
+        out.append(total)
+        if step == resume_at:
+            engine.save(folder)
+            engine.close()
+            engine = make(kind, cfg)
+            engine.load(folder)
+    engine.close()
+    return out
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def oracle(one_rank):
+    found = losses("torch", config())
+    assert found[-1] < found[0]  # it learns at all
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_gives_the_losses_of_plain_torch(oracle, stage):
+    assert losses("deepspeed", config(zero_stage=stage)) == pytest.approx(oracle, abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), ("deepspeed", 0), ("deepspeed", 2), ("deepspeed", 3)])
+def test_a_resumed_engine_goes_on_bit_for_bit(oracle, tmp_path, kind, stage):
+    cfg = config(zero_stage=stage)
+    assert losses(kind, cfg, resume_at=2, folder=tmp_path) == losses(kind, cfg)
+
+
+def test_the_fixed_loss_scale_of_fp16_changes_nothing(oracle):
+    assert losses("torch", config(precision="fp16")) == pytest.approx(oracle, abs=1e-6)
+
+
+def _rank(rank: int, world: int, port: int, kind: str, stage: int, queue) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    queue.put((rank, losses(kind, config(zero_stage=stage, world_size=world), rank, world)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), ("deepspeed", 2)])
+def test_two_ranks_give_the_losses_of_one(oracle, kind, stage):
+    context = mp.get_context("spawn")
+    queue, port = context.Queue(), free_port()
+    ranks = [context.Process(target=_rank, args=(r, 2, port, kind, stage, queue)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    found = dict(queue.get(timeout=300) for _ in ranks)
+    for process in ranks:
+        process.join(60)
+    together = [a + b for a, b in zip(found[0], found[1], strict=True)]
+    assert together == pytest.approx(oracle, abs=1e-6)

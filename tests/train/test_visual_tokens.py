@@ -1,0 +1,186 @@
+"""Visual tokens computed once: equal to the bit to the pixels' way, bounded, shared, and robust against damage."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+
+import pytest
+import torch
+from pipeline import backbones
+from pipeline.data.collate import collate
+from pipeline.data.prompt import encode_all, render
+from pipeline.data.sample import ImageRef, Sample
+from pipeline.errors import InputError
+from pipeline.tasks.base import PromptTemplate
+from pipeline.train.visual_tokens import DiskStore, VisualTokens
+
+TEMPLATE = PromptTemplate("", False, "Image: {image} Question: {question} Answer:", " {answer}\n", ("Question",))
+REUSABLE = [name for name in backbones.names() if backbones.get(name).family.reusable]
+
+
+@pytest.fixture(params=REUSABLE)
+def loaded(request, tiny):
+    return tiny(request.param)
+
+
+def two_rows(loaded):
+    """Two rows of one image each, both of one size: the same batch reaches the vision tower on both ways."""
+    samples = [Sample("vqav2", i, (ImageRef(f"{i}.png"),), "What?" + " Why?" * i, "yes", ()) for i in range(2)]
+    rendered = [render(TEMPLATE, loaded.backbone, s, answer=True) for s in samples]
+    return encode_all(loaded, rendered, image_sizes=[[(56, 56)]] * 2)
+
+
+@torch.no_grad()
+def test_reuse_gives_the_same_logits_to_the_bit(loaded, pictures):
+    visual = VisualTokens(loaded)
+    rows = two_rows(loaded)
+    pixels = collate(rows, loaded, pixels=visual.pixels([e.images for e in rows], pictures))
+    reused = collate(rows, loaded, visual=visual.get([i for e in rows for i in e.images], pictures))
+    calls = []
+    tower = loaded.model.get_submodule(loaded.backbone.modules.vision)
+    hook = tower.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        first = loaded.model(**pixels.model_inputs(loaded)).logits
+        assert calls
+        calls.clear()
+        second = loaded.model(**reused.model_inputs(loaded)).logits
+        assert not calls
+    finally:
+        hook.remove()
+    assert torch.equal(first, second)
+    # and the images matter
+    other = collate(rows, loaded, visual=visual.get(["5.png", "6.png"], pictures))
+    if [v.shape for v in other.visual] == [v.shape for v in reused.visual]:
+        assert not torch.allclose(loaded.model(**other.model_inputs(loaded)).logits, first)
+
+
+@torch.no_grad()
+def test_generation_reuses_to_the_token(loaded, pictures):
+    visual = VisualTokens(loaded)
+    rows = two_rows(loaded)
+    pixels = collate(rows, loaded, side="left", pixels=visual.pixels([e.images for e in rows], pictures))
+    reused = collate(rows, loaded, side="left", visual=visual.get([i for e in rows for i in e.images], pictures))
+    for beams in (1, 2):
+        options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
+        first = loaded.model.generate(**pixels.model_inputs(loaded), **options)
+        second = loaded.model.generate(**reused.model_inputs(loaded), **options)
+        assert torch.equal(first, second)
+
+
+def test_each_picture_goes_through_the_tower_once(tiny, pictures, tmp_path):
+    loaded = tiny("idefics2-8b-base")
+    shutil.copy(pictures / "0.png", tmp_path / "same.png")
+    visual = VisualTokens(loaded, tmp_path / "cache", batch_size=2)
+    paths = [pictures / f"{i}.png" for i in (0, 1, 2, 3, 4, 7)]
+    first = visual.get([*paths, tmp_path / "same.png", paths[0]])
+    assert visual.computed == 6
+    assert torch.equal(first[0], first[6]) and torch.equal(first[0], first[7])
+    assert all(tokens.shape == (4, 64) for tokens in first)
+    visual.get(paths)
+    visual.prefetch(paths)
+    assert visual.computed == 6
+    other_process = VisualTokens(loaded, tmp_path / "cache")
+    again = other_process.get(paths)
+    assert other_process.computed == 0
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    other_weights = VisualTokens(backbones.load("idefics2-8b-base", variant="tiny", seed=1), tmp_path / "cache")
+    assert not torch.equal(other_weights.get(paths[:1])[0], first[0])
+    assert other_weights.computed == 1
+
+
+def test_neighbours_of_other_sizes_change_nothing(tiny, pictures):
+    loaded = tiny("idefics2-8b-base")
+    together = VisualTokens(loaded).get([f"{i}.png" for i in range(7)], pictures)
+    for i, tokens in enumerate(together):
+        torch.testing.assert_close(VisualTokens(loaded).get([f"{i}.png"], pictures)[0], tokens, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "empty", "garbage"])
+def test_a_damaged_entry_is_computed_again(harm, tiny, pictures, tmp_path):
+    loaded = tiny("llava-interleave-7b")
+    visual = VisualTokens(loaded, tmp_path)
+    expected = visual.get(["0.png"], pictures)[0]
+    [entry] = tmp_path.rglob("*.safetensors")
+    data = bytearray(entry.read_bytes())
+    data[-3] ^= 0xFF
+    entry.write_bytes({"cut": data[:-10], "flip": data, "empty": b"", "garbage": b"x" * 500}[harm])
+    again = VisualTokens(loaded, tmp_path)
+    assert torch.equal(again.get(["0.png"], pictures)[0], expected)
+    assert again.computed == 1
+    once_more = VisualTokens(loaded, tmp_path)
+    assert torch.equal(once_more.get(["0.png"], pictures)[0], expected)
+    assert once_more.computed == 0
+
+
+def test_the_disk_stays_below_its_limit(tmp_path):
+    size = len(_entry_bytes(tmp_path / "probe"))
+    store = DiskStore(tmp_path / "store", limit=10 * size)
+    for i in range(30):
+        store.write(f"{i:02d}", torch.full((8, 8), float(i)))
+        if i > 2:
+            assert store.read("02") is not None  # in use, therefore kept
+    files = list((tmp_path / "store").rglob("*.safetensors"))
+    assert 8 <= len(files) <= 10
+    assert store.read("29") is not None and store.read("05") is None
+
+
+def _entry_bytes(folder):
+    store = DiskStore(folder, limit=1 << 20)
+    store.write("00", torch.zeros(8, 8))
+    return store.path("00").read_bytes()
+
+
+def test_several_writers_of_one_key(tmp_path):
+    stores = [DiskStore(tmp_path, limit=1 << 20) for _ in range(4)]
+    tensor = torch.arange(1000.0)
+    seen = []
+
+    def work(store):
+        for _ in range(25):
+            store.write("ab", tensor)
+            seen.append(store.read("ab"))
+
+    threads = [threading.Thread(target=work, args=(store,)) for store in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 100 and all(torch.equal(found, tensor) for found in seen)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["ab.safetensors"]
+
+
+def test_a_folder_that_cannot_be_written_costs_time_only(tiny, pictures, tmp_path):
+    (tmp_path / "file").write_text("")
+    visual = VisualTokens(tiny("llava-interleave-7b"), tmp_path / "file")
+    assert visual.get(["0.png"], pictures)[0].shape == (16, 64)
+
+
+def test_memory_is_bounded(tiny, pictures):
+    loaded = tiny("llava-interleave-7b")
+    visual = VisualTokens(loaded, memory_bytes=3 * 16 * 64 * 4)
+    names = [f"{i}.png" for i in range(7)]
+    first = visual.get(names, pictures)
+    assert visual.computed == 7 and len(first) == 7
+    visual.get(names[-3:], pictures)
+    assert visual.computed == 7
+    visual.get(names[:1], pictures)
+    assert visual.computed == 8
+
+
+def test_half_precision_is_kept(tiny, pictures, tmp_path):
+    loaded = backbones.load("llava-interleave-7b", variant="tiny", dtype="bf16")
+    first = VisualTokens(loaded, tmp_path).get(["0.png"], pictures)[0]
+    again = VisualTokens(loaded, tmp_path)
+    assert first.dtype == torch.bfloat16
+    assert torch.equal(again.get(["0.png"], pictures)[0], first) and again.computed == 0
+    assert VisualTokens(tiny("llava-interleave-7b"), tmp_path).get(["0.png"], pictures)[0].dtype == torch.float32
+
+
+def test_missing_and_broken_pictures_are_named(tiny, tmp_path):
+    visual = VisualTokens(tiny("llava-interleave-7b"))
+    with pytest.raises(InputError, match=r"nowhere\.png"):
+        visual.get(["nowhere.png"], tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(InputError, match=r"text\.png"):
+        visual.get(["text.png"], tmp_path)
