@@ -124,7 +124,7 @@ def _score(commands: Any) -> None:
 
 def _params(commands: Any) -> None:
     def func(args: argparse.Namespace) -> Any:
-        from pipeline.backbones.count import count
+        from pipeline.counting import count
 
         return count(args.backbone, args.method, args.set)
 

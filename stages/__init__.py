@@ -1,0 +1,1 @@
+"""The DVC stages: params in, one call into pipeline, outputs out."""

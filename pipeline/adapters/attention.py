@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.adapters import kernels
 from pipeline.adapters.kernels import PreparedMask
+from pipeline.adapters.products import outer, product, repeat, sum_groups, weighted
 from pipeline.adapters.reference import merge_attention_reference, mimic_attention_reference
 from pipeline.errors import InputError
 
@@ -154,12 +155,15 @@ class _VirtualAttention(torch.autograd.Function):
             wide = lse.dtype
             logits = _logits(q, keys, bias, call.scale, wide)
             total = torch.logaddexp(torch.logsumexp(logits, -1), lse)
-            total = total.masked_fill_(total == -_INF, 0.0)  # a row without any token: all weights are zero
+            if call.mask is not None:  # a row may see no token at all: its weights are zero
+                total = total.masked_fill_(total == -_INF, 0.0)
             p = (logits - total.unsqueeze(-1)).exp_()
             alpha = (lse - total).exp_().unsqueeze(-1)
-            shift = _weighted(p, values, per_query, wide)
-            out, saved, saved_lse = _combine(context, alpha, shift, lse, total, replaces)
-        needs = ctx.needs_input_grad
+            shift = weighted(p, values, per_query, wide)
+            needs = ctx.needs_input_grad
+            out, saved, saved_lse = _combine(context, alpha, shift, lse, total, replaces, any(needs))
+        if not any(needs):
+            return out
         context_needed = any(needs[:3])
         ctx.save_for_backward(
             q, k if context_needed else None, v if context_needed else None, keys, values, per_query, p, saved,
@@ -178,24 +182,24 @@ class _VirtualAttention(torch.autograd.Function):
         dk = dv = d_keys = d_bias = d_values = d_per_query = None
         with _no_autocast(q):
             if any(needs[:3]):  # in the lowest layer nothing below learns: its flash backward is skipped
-                full_k, full_v = _repeat(k, ctx.groups), _repeat(v, ctx.groups)
+                full_k, full_v = repeat(k, ctx.groups), repeat(v, ctx.groups)
                 dq, dk, dv = kernels.backward(call, grad, q, full_k, full_v, saved, saved_lse, ctx.extra)
-                dk, dv = _sum_groups(dk, ctx.groups), _sum_groups(dv, ctx.groups)
+                dk, dv = sum_groups(dk, ctx.groups), sum_groups(dv, ctx.groups)
             g = grad.to(wide)
-            d_p = torch.zeros_like(p) if values is None else _product(g, values.to(wide))
+            d_p = torch.zeros_like(p) if values is None else product(g, values.to(wide))
             if per_query is not None:
                 d_p[..., 0] += (g * per_query).sum(-1)
             d_logits = d_p.sub_(_delta(g, d_p, p, saved, ctx.replaces)).mul_(p)
             if keys is not None:
                 if needs[0]:
-                    dq += _weighted(d_logits, keys, None, wide).mul_(call.scale).to(q.dtype)
+                    dq += weighted(d_logits, keys, None, wide).mul_(call.scale).to(q.dtype)
                 if needs[3]:
-                    d_keys = _outer(d_logits, q.to(wide), keys).mul_(call.scale)
+                    d_keys = outer(d_logits, q.to(wide), keys).mul_(call.scale)
             if needs[4]:
                 shape, dtype = ctx.bias
                 d_bias = d_logits.sum_to_size(shape).to(dtype)
             if needs[5]:
-                d_values = _outer(p, g, values)
+                d_values = outer(p, g, values)
             if needs[6]:
                 d_per_query = (p[..., :1] * g).to(per_query.dtype)
         return dq, dk, dv, d_keys, d_bias, d_values, d_per_query, None, None, None
@@ -207,7 +211,7 @@ def _context(call: kernels.Call, q: Tensor, k: Tensor, v: Tensor, groups: int) -
     if groups == 1:
         return kernels.forward(call, q, k, v)
     if queries > 1:
-        return kernels.forward(call, q, _repeat(k, groups), _repeat(v, groups))
+        return kernels.forward(call, q, repeat(k, groups), repeat(v, groups))
     mask = call.mask
     if mask is not None and mask.bias.shape[1] > 1:
         bias = mask.bias.expand(mask.bias.shape[0], heads, 1, -1)
@@ -220,10 +224,15 @@ def _context(call: kernels.Call, q: Tensor, k: Tensor, v: Tensor, groups: int) -
 
 
 def _combine(
-    context: Tensor, alpha: Tensor, shift: Tensor, lse: Tensor, total: Tensor, replaces: bool | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    context: Tensor, alpha: Tensor, shift: Tensor, lse: Tensor, total: Tensor, replaces: bool | Tensor, learns: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the output, and the output and log-sum-exp that the context's backward is called with."""
     dtype = context.dtype
+    if replaces is True:
+        merged = (context * alpha).add_(shift).to(dtype)
+        return merged, merged, total
+    if replaces is False and not learns:
+        return (context + shift).to(dtype), None, None
     own = lse.masked_fill(lse == -_INF, 0.0)
     if isinstance(replaces, Tensor):
         takes = replaces.unsqueeze(-1)
@@ -231,9 +240,6 @@ def _combine(
         added = (context + shift).to(dtype)
         saved = torch.where(takes, merged, (context + alpha * shift).to(dtype))
         return torch.where(takes, merged, added), saved, torch.where(replaces, total, own)
-    if replaces:
-        merged = (context * alpha).add_(shift).to(dtype)
-        return merged, merged, total
     return (context + shift).to(dtype), torch.addcmul(context.to(shift.dtype), alpha, shift).to(dtype), own
 
 
@@ -254,42 +260,8 @@ def _logits(q: Tensor, keys: Tensor | None, bias: Tensor | None, scale: float, w
         if bias is None:
             raise InputError("virtual tokens need keys or logits")
         return bias.to(wide).expand(shape)
-    logits = _product(q.to(wide), keys.to(wide)).mul_(scale)
+    logits = product(q.to(wide), keys.to(wide)).mul_(scale)
     return logits if bias is None else logits.add_(bias)
-
-
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """Return x [B, H, T, d] times y [(B,) H, n, d] transposed: [B, H, T, n]."""
-    return torch.einsum("bhtd,hnd->bhtn" if y.dim() == 3 else "bhtd,bhnd->bhtn", x, y)
-
-
-def _weighted(p: Tensor, values: Tensor | None, per_query: Tensor | None, wide: torch.dtype) -> Tensor:
-    """Return p [B, H, T, n] times values [(B,) H, n, d]: [B, H, T, d]; `per_query` belongs to token 0."""
-    if values is None:
-        if per_query is None:
-            raise InputError("virtual tokens need values")
-        return p[..., :1] * per_query.to(wide)
-    out = torch.einsum("bhtn,hnd->bhtd" if values.dim() == 3 else "bhtn,bhnd->bhtd", p, values.to(wide))
-    return out if per_query is None else out.addcmul_(p[..., :1], per_query.to(wide))
-
-
-def _outer(weights: Tensor, x: Tensor, like: Tensor) -> Tensor:
-    """Return weights [B, H, T, n] transposed times x [B, H, T, d], summed over the batch where `like` has none."""
-    return torch.einsum("bhtn,bhtd->hnd" if like.dim() == 3 else "bhtn,bhtd->bhnd", weights, x).to(like.dtype)
-
-
-def _repeat(x: Tensor, groups: int) -> Tensor:
-    if groups == 1:
-        return x
-    batch, heads, length, size = x.shape
-    return x[:, :, None].expand(batch, heads, groups, length, size).reshape(batch, heads * groups, length, size)
-
-
-def _sum_groups(x: Tensor, groups: int) -> Tensor:
-    if groups == 1:
-        return x
-    batch, heads, length, size = x.shape
-    return x.view(batch, heads // groups, groups, length, size).sum(2)
 
 
 def _no_autocast(x: Tensor) -> Any:

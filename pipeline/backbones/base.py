@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 # Facts from the published checkpoints use these names for the processor's pixel path. PIL is named explicitly: the
 # torchvision processors resize with other rounding, and the papers' numbers were made with PIL.
@@ -74,6 +74,7 @@ class Backbone:
         chat: None for a base model that is prompted with plain text.
         parameters: number of parameters of the real configuration, as published or counted.
         never_generated: roles of special tokens that stand for images and are kept out of generated text.
+        placeholder: the text of one image in an unexpanded prompt; None: the image token alone.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Backbone:
     stands_for: str | None = None
     chat: ChatMarkers | None = None
     never_generated: tuple[str, ...] = ("image",)
+    placeholder: str | None = None
 
     def config_for(self, variant: str) -> dict[str, Any]:
         """Return the configuration of a variant ('published' and 'meta': the real one; 'tiny')."""
@@ -100,8 +102,13 @@ class Backbone:
 
     @property
     def image_token(self) -> str:
-        """The text that stands for one image in an unexpanded prompt."""
+        """The text of the token that stands for an image or a part of it."""
         return self.special_tokens["image"]
+
+    @property
+    def image_text(self) -> str:
+        """What a prompt holds where an image belongs, before it is expanded."""
+        return self.placeholder or self.image_token
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,28 +128,36 @@ class Family(ABC):
     """
 
     model_type: ClassVar[str]
-    # Whether an image's visual tokens can be computed alone and fed in place of its pixels.
-    reusable: ClassVar[bool] = True
+    # Whether the number of an image's tokens depends on its size; `expand` then needs the sizes.
+    sized: ClassVar[bool] = False
+    # Which configuration keys hold the ids of which special tokens.
+    token_keys: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}
+
+    # Names in transformers, imported when they are first needed.
+    config_name: ClassVar[str]
+    model_name: ClassVar[str]
+    processor_name: ClassVar[str]
+    image_processor_name: ClassVar[str]  # the class on PIL
 
     @property
-    @abstractmethod
     def config_class(self) -> Any:
         """The transformers configuration class."""
+        return _from_transformers(self.config_name)
 
     @property
-    @abstractmethod
     def model_class(self) -> Any:
         """The transformers model class."""
+        return _from_transformers(self.model_name)
 
     @property
-    @abstractmethod
     def processor_class(self) -> Any:
         """The transformers processor class."""
+        return _from_transformers(self.processor_name)
 
     @property
-    @abstractmethod
     def image_processor_class(self) -> Any:
         """The transformers image processor class on PIL."""
+        return _from_transformers(self.image_processor_name)
 
     @abstractmethod
     def train_tokenizer(self, lines: Sequence[str], special: Mapping[str, str]) -> Any:
@@ -161,9 +176,7 @@ class Family(ABC):
             "eos_token_id": ids["eos"],
             "pad_token_id": ids["pad"],
         }
-        return merged(settings, {"text_config": text, self.image_token_key: ids["image"]})
-
-    image_token_key: ClassVar[str] = "image_token_id"
+        return merged(settings, {"text_config": text, **{key: ids[role] for key, role in self.token_keys.items()}})
 
     @abstractmethod
     def build_processor(self, tokenizer: Any, settings: Mapping[str, Any]) -> Any:
@@ -177,10 +190,10 @@ class Family(ABC):
 
     @abstractmethod
     def expand(self, text: str, processor: Any, image_sizes: Sequence[tuple[int, int]] | None = None) -> str:
-        """Return `text` with every image token written out as `processor` would.
+        """Return `text` with every image written out as `processor` would.
 
         Args:
-            text: a prompt with one image token for each image.
+            text: a prompt with one image text for each image, or its beginning.
             processor: the processor in use.
             image_sizes: (height, width) of each image; read only where the number of tokens depends on it.
         """
@@ -198,8 +211,8 @@ class Family(ABC):
     def stack(self, rows: Sequence[Sequence[Pixels]]) -> Pixels:
         """Return the model's pixel arguments for a batch of rows of images."""
 
-    def encode_images(self, model: nn.Module, images: Sequence[Pixels]) -> list[Tensor]:
-        """Return the visual tokens [T, D] of images of one and the same shape."""
+    def encode_images(self, model: Any, images: Sequence[Pixels]) -> list[Tensor]:
+        """Return the visual tokens [T, D] of images whose pixels have one and the same shape."""
         features = model.get_image_features(**self.stack([[image] for image in images]), return_dict=True)
         return [tokens.reshape(-1, tokens.shape[-1]) for tokens in features.pooler_output]
 
@@ -220,13 +233,22 @@ class Family(ABC):
             input_ids: [B, S] the batch's tokens.
             image_counts: images of each row.
             image_token_id: the token that stands for an image.
+
+        Returns:
+            Arguments by name; one that is None takes the batch's own argument of that name away.
         """
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         if visual is not None:
-            # A fresh list for each call: `generate` changes it.
-            return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(visual))}}
+            features: Any = list(visual)  # fresh for each call: `generate` changes it
+            return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
         return dict(pixels) if pixels is not None else {}
+
+
+def _from_transformers(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, name)
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -237,3 +259,15 @@ def vocabulary_size(tokenizer: Any) -> int:
     """
     return len(tokenizer.get_vocab().keys() - {"<end_of_utterance>"})
 
+
+
+def replace_in_order(text: str, token: str, counts: Sequence[int]) -> str:
+    """Return `text` with the i-th `token` written `counts[i]` times; counts beyond the text's tokens are not used.
+
+    Raises:
+        ValueError: there are more tokens than counts.
+    """
+    parts = text.split(token)
+    if len(parts) - 1 > len(counts):
+        raise ValueError(f"{len(parts) - 1} images in the text, but the sizes of {len(counts)}")
+    return parts[0] + "".join(token * count + part for count, part in zip(counts, parts[1:], strict=False))

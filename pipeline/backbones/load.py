@@ -1,4 +1,4 @@
-"""From a backbone's name to a frozen model with its processor: published weights, a tiny random one, or meta tensors."""
+"""From a backbone's name to a frozen model and its processor: published weights, tiny random ones, or meta tensors."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def load(
     """
     backbone = REGISTRY.get(name)
     if variant not in VARIANTS:
-        raise InputError(f"unknown variant '{variant}'", where=f"backbones.{name}.variant", way_out=nearest(variant, VARIANTS))
+        where, way_out = f"backbones.{name}.variant", nearest(variant, VARIANTS)
+        raise InputError(f"unknown variant '{variant}'", where=where, way_out=way_out)
     kind = _dtype(dtype, name)
     if variant == "meta":
         return _meta(backbone)
@@ -197,8 +198,8 @@ def _published(backbone: Backbone, folder: Path, *, dtype: torch.dtype, device: 
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"cannot be loaded as {backbone.name}: {reason}", where=str(folder), way_out=way_out) from error
+        what = f"cannot be loaded as {backbone.name}: {' '.join(str(error).split())[:300]}"
+        raise InputError(what, where=str(folder), way_out=way_out) from error
     if report["missing_keys"]:
         # transformers would fill these with random numbers and say so only in a warning
         missing = sorted(report["missing_keys"])

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ INDEX = "model.safetensors.index.json"
 # are replaced by ours.
 _DECIDING = (
     "config.json", "preprocessor_config.json", "processor_config.json", "chat_template.*", "tokenizer.*",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.safetensors",
-    INDEX,
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "*.safetensors", INDEX,
 )  # fmt: skip
 _BIG = 64 << 20  # bytes; below, hashing again is quicker than remembering
 
@@ -66,8 +67,8 @@ def _way_out(backbone: Backbone) -> str:
     if backbone.hub_id is None:
         return "Make it with: dvc repro backbone"
     return (
-        f"Download {backbone.hub_id}, for instance `hf download {backbone.hub_id} --local-dir weights/{backbone.name}`, "
-        f"and set backbones.{backbone.name}.weights to that folder in params.yaml; "
+        f"Download {backbone.hub_id}, for instance `hf download {backbone.hub_id} --local-dir weights/{backbone.name}`"
+        f", and set backbones.{backbone.name}.weights to that folder in params.yaml; "
         "or set its variant to tiny for random weights"
     )
 
@@ -149,8 +150,6 @@ def digest_of_file(path: Path) -> str:
         return known
     with real.open("rb") as file:
         known = hashlib.file_digest(file, "sha256").hexdigest()
-    try:
+    with suppress(WorkError):  # a home that cannot be written costs time only
         write_atomic(note, known)
-    except WorkError:
-        pass  # a home that cannot be written costs time only
     return known

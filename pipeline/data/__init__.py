@@ -1,0 +1,1 @@
+"""Samples: from official files to token ids."""

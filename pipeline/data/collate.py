@@ -64,7 +64,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with every tensor on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name in self.__slots__
             if isinstance(value := getattr(self, name), Tensor)
@@ -81,10 +81,11 @@ class Batch:
         inputs: dict[str, Any] = {"input_ids": self.input_ids}
         if self.attention_mask is not None:
             inputs |= {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
-        return inputs | loaded.family.image_arguments(
+        inputs |= loaded.family.image_arguments(
             visual=self.visual, pixels=self.pixels, input_ids=self.input_ids, image_counts=self.image_counts,
             image_token_id=loaded.image_token_id,
-        )
+        )  # fmt: skip
+        return {name: value for name, value in inputs.items() if value is not None}
 
 
 def collate(

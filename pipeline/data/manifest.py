@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Manifest:
         """Number of samples by split name."""
         return {name: len(samples) for name, samples in self.splits.items()}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) over the canonical JSON of all that decides a number; no absolute path is in it."""
         whole = hashlib.sha256(_canonical(self._header()))

@@ -10,6 +10,8 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.backbones.base import Backbone
@@ -91,7 +93,8 @@ def render(
             for sample in (*demos, query)
         ]
         between = backbone.chat.after
-    text = head + "".join(turn + closing + between for turn, closing in zip(open_turns[:-1], closings[:-1], strict=True))
+    shown = zip(open_turns[:-1], closings[:-1], strict=True)
+    text = head + "".join(turn + closing + between for turn, closing in shown)
     # The instruction is no part of the query's turn, though it stands inside it when there is no demonstration.
     query_start = len(text)
     text += open_turns[-1]
@@ -104,7 +107,7 @@ def render(
 
 
 def _open_turn(template: PromptTemplate, backbone: Backbone, sample: Sample) -> str:
-    images = backbone.image_token * len(sample.images)
+    images = backbone.image_text * len(sample.images)
     question = neutral(sample.question or "", backbone).strip()
     line = template.query.format(image=images, question=question)
     if backbone.chat is None:
@@ -134,9 +137,11 @@ def stop_strings(template: PromptTemplate) -> tuple[str, ...]:
     return ("\n", *template.stop_words)
 
 
-def encode(loaded: Loaded, rendered: Rendered, *, image_sizes: Sequence[tuple[int, int]] | None = None) -> Encoded:
+def encode(
+    loaded: Loaded, rendered: Rendered, *, image_sizes: Sequence[tuple[int, int]] | None = None, root: Path | str = ""
+) -> Encoded:
     """Return one prompt's token ids; see `encode_all`."""
-    return encode_all(loaded, [rendered], image_sizes=[image_sizes])[0]
+    return encode_all(loaded, [rendered], image_sizes=[image_sizes], root=root)[0]
 
 
 def encode_all(
@@ -144,22 +149,31 @@ def encode_all(
     rendered: Sequence[Rendered],
     *,
     image_sizes: Sequence[Sequence[tuple[int, int]] | None] | None = None,
+    root: Path | str = "",
 ) -> list[Encoded]:
     """Return the token ids of prompts, with images expanded as the real processor expands them.
 
     Args:
         loaded: the backbone in use.
         rendered: prompts.
-        image_sizes: for each prompt (height, width) of its images; only where the number of tokens depends on it.
+        image_sizes: for each prompt (height, width) of its images. Only backbones whose number of tokens depends on
+            them read sizes; where they are not given, the image files are asked.
+        root: the data root of the image files.
 
     Raises:
-        InputError: a prompt is longer than the backbone reads.
+        InputError: a prompt is longer than the backbone reads, or an image's size is needed and cannot be read.
         WorkError: the tokenizer joins the answer's first character with the text before it.
     """
     if not rendered:
         return []
     family, processor = loaded.family, loaded.processor
-    sizes = image_sizes if image_sizes is not None else [None] * len(rendered)
+    sizes: list[Sequence[tuple[int, int]] | None]
+    sizes = list(image_sizes) if image_sizes is not None else [None] * len(rendered)
+    if family.sized:
+        sizes = [
+            size if size is not None else [_image_size(Path(root) / image.path) for image in r.images]
+            for r, size in zip(rendered, sizes, strict=True)
+        ]
     texts = [family.expand(r.text, processor, size) for r, size in zip(rendered, sizes, strict=True)]
     ids, offsets = family.tokenise(loaded.tokenizer, texts)
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
@@ -179,6 +193,18 @@ def encode_all(
         head = family.expand(r.text[: r.query_start], processor, size)
         out.append(Encoded(tuple(tokens), r.images, _first_token(places, len(head)), span, r.sample_id))
     return out
+
+
+@lru_cache(maxsize=1 << 20)
+def _image_size(path: Path) -> tuple[int, int]:
+    """Return (height, width), from the file's header alone."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except OSError as error:
+        raise InputError(f"the image's size cannot be read ({error})", where=str(path)) from error
 
 
 def _tokens_between(places: Sequence[Span], start: int, end: int, sample_id: int | str) -> Span:

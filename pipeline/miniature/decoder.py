@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from pipeline.miniature.documents import Batch, Curriculum, DocumentSource, Renderer
 from pipeline.miniature.lexicon import ATTRIBUTES, NUM_DIALECTS, draw_convention, value_words
 from pipeline.miniature.model import Miniature, decode_hidden
+from pipeline.miniature.tokenizer import token_id
 from pipeline.miniature.vision import Progress, cosine
 
 
@@ -71,7 +72,7 @@ def train_decoder(
         parameters, lr=phase.learning_rate, weight_decay=phase.weight_decay, betas=(0.9, 0.98)
     )
     source = DocumentSource(spec, attributes, phase.curriculum, rng)
-    probe = _probe(spec, attributes, np.random.default_rng(11), phase.num_probe_documents)
+    probe = draw_probe(spec, attributes, np.random.default_rng(11), phase.num_probe_documents)
     curve: list[dict[str, Any]] = []
     losses: dict[str, list[float]] = {}
     model.train()
@@ -86,16 +87,17 @@ def train_decoder(
         optimiser.step()
         losses.setdefault(batch.kind, []).append(loss.item())
         if (step + 1) % phase.log_every == 0 or step + 1 == phase.steps:
-            record = {
+            means = {kind: float(np.mean(values)) for kind, values in sorted(losses.items())}
+            record: dict[str, Any] = {
                 "step": step + 1,
-                "loss": {kind: float(np.mean(values)) for kind, values in sorted(losses.items())},
+                "loss": means,
                 **emergence(model, probe, visual),
             }
             curve.append(record)
             losses.clear()
             progress(
                 f"decoder {step + 1}/{phase.steps}: loss "
-                + ", ".join(f"{kind} {value:.3f}" for kind, value in record["loss"].items())
+                + ", ".join(f"{kind} {value:.3f}" for kind, value in means.items())
                 + f"; right value {record['right_value']:.2f}, right word unseen {record['unseen']:.2f}"
                 f" -> seen {record['seen']:.2f}"
             )
@@ -117,7 +119,8 @@ class Probe:
     first_word: int
 
 
-def _probe(spec: Miniature, attributes: np.ndarray, rng: np.random.Generator, num_documents: int) -> Probe:
+def draw_probe(spec: Miniature, attributes: np.ndarray, rng: np.random.Generator, num_documents: int) -> Probe:
+    """Draw VQA documents over a pool of images with `attributes` [N, 8], nine pairs each."""
     source = DocumentSource(spec, attributes, Curriculum(), rng)
     renderer: Renderer = source.renderer
     documents, shown = [], []
@@ -128,10 +131,10 @@ def _probe(spec: Miniature, attributes: np.ndarray, rng: np.random.Generator, nu
         pieces = []
         for image, topic in zip(images, topics, strict=True):
             pieces += renderer.vqa(attributes[image], int(topic), convention)
-        documents.append((pieces, images))
+        documents.append((pieces, images.tolist()))
         shown.append([topic in topics[:nth] for nth, topic in enumerate(topics)])
-    first_word = spec.make_tokenizer().convert_tokens_to_ids(value_words()[0])
-    return Probe(source.collate("vqa", documents), np.array(shown), int(first_word))
+    first_word = token_id(spec.make_tokenizer(), value_words()[0])
+    return Probe(source.collate("vqa", documents), np.array(shown), first_word)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.miniature.lexicon import ATTRIBUTES, QUESTIONS, RELATIONS, Convention, draw_convention
 from pipeline.miniature.model import Miniature
+from pipeline.miniature.tokenizer import token_id
 
 VQA_PREFIX = "Instruction: provide an answer to the question. Use the image to answer.\n"
 CAPTION_PREFIX = "Instruction: provide a short caption of the input image.\n"
@@ -24,6 +25,7 @@ ANSWER_WEIGHT = 1.0
 # Ends of answers are easy: a little weight is enough, and more would drown the answers.
 END_WEIGHT = 0.1
 Piece = tuple[str, float]
+Document = tuple[list[Piece], list[int]]  # and the numbers of its images, in order
 
 
 def pair_pieces(query: str, answer: str, *, prefix: str, chat: bool) -> list[Piece]:
@@ -135,7 +137,7 @@ class DocumentSource:
         self.attributes, self.curriculum, self.rng = attributes, curriculum, rng
         tokenizer = spec.make_tokenizer()
         self._pad = int(tokenizer.pad_token_id)
-        self._next = None if spec.chat else int(tokenizer.convert_tokens_to_ids("Image:"))
+        self._next = None if spec.chat else token_id(tokenizer, "Image:")
 
     def draw(self, done: float) -> Batch:
         """Draw a batch.
@@ -151,7 +153,7 @@ class DocumentSource:
             documents = [self.document(kind) for _ in range(c.num_documents)]
         return self.collate(kind, documents)
 
-    def collate(self, kind: str, documents: Sequence[tuple[list[Piece], Sequence[int]]]) -> Batch:
+    def collate(self, kind: str, documents: Sequence[Document]) -> Batch:
         """Tokenise and pad documents given as (pieces, image numbers)."""
         rows = [self.renderer.encode(pieces) for pieces, _ in documents]
         length = max(len(ids) for ids, _ in rows)
@@ -166,7 +168,7 @@ class DocumentSource:
         images = torch.tensor([number for _, images in documents for number in images])
         return Batch(kind, input_ids, weights, images)
 
-    def document(self, kind: str) -> tuple[list[Piece], np.ndarray]:
+    def document(self, kind: str) -> Document:
         """Draw one document with an image a pair; topics repeat, so that there is something to look up."""
         c, rng = self.curriculum, self.rng
         convention = draw_convention(rng, redraw=c.redraw, one_dialect=rng.random() < c.one_dialect_share)
@@ -176,15 +178,15 @@ class DocumentSource:
             prefix = "" if rng.random() < c.no_prefix_share else CAPTION_PREFIX
             for nth, image in enumerate(images):
                 pieces += self.renderer.caption(self.attributes[image], convention, prefix if nth == 0 else "")
-            return pieces, images
+            return pieces, images.tolist()
         topics = rng.permutation(_topics(kind))[: (1, 2, 3, 4, 8)[rng.integers(5)]]
         asked = topics[rng.integers(len(topics), size=c.num_pairs)]
         for nth, (image, topic) in enumerate(zip(images, asked, strict=True)):
             prefix = VQA_PREFIX if nth == 0 else ""
             pieces += self.renderer.vqa(self.attributes[image], int(topic), convention, prefix)
-        return pieces, images
+        return pieces, images.tolist()
 
-    def _single_image(self) -> tuple[list[Piece], list[int]]:
+    def _single_image(self) -> Document:
         """Draw several questions about one image, in one dialect; the image is shown once.
 
         Only the first pair shows it: the others are the same lines without their image.

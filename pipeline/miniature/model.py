@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pipeline.errors import InputError, nearest
 from pipeline.miniature.render import IMAGE_SIZE
-from pipeline.miniature.tokenizer import idefics2_tokenizer, llava_tokenizer
+from pipeline.miniature.tokenizer import idefics2_tokenizer, llava_tokenizer, token_id
 
 WIDTH, DECODER_LAYERS, HEADS, KV_HEADS, MLP_WIDTH = 128, 4, 4, 2, 320
 VISION_WIDTH, VISION_LAYERS, VISION_HEADS = 96, 3, 3
@@ -64,7 +64,7 @@ class Miniature:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.model_class(self.make_config(tokenizer))
-            nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+            nn.init.normal_(cast(nn.Embedding, model.get_input_embeddings()).weight, std=EMBEDDING_STD)
         return model
 
     def is_visual(self, parameter: str) -> bool:
@@ -115,7 +115,7 @@ def _idefics2_config(tokenizer: PreTrainedTokenizerFast) -> Idefics2Config:
             "hidden_size": WIDTH,
         },
         text_config=_text_config(tokenizer, "mistral"),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_id=token_id(tokenizer, "<image>"),
         tie_word_embeddings=False,
     )
 
@@ -124,7 +124,7 @@ def _llava_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
     return LlavaConfig(
         vision_config={**_vision_config(), "model_type": "siglip_vision_model", "vision_use_head": False},
         text_config=_text_config(tokenizer, "qwen2"),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=token_id(tokenizer, "<image>"),
         image_seq_length=LLAVA.visual_tokens,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -181,7 +181,7 @@ def encode_images(spec: Miniature, model: PreTrainedModel, pixels: Tensor) -> tu
     """
     if spec.image_axis:
         pixels = pixels[:, None]  # one image a row
-    encoded = model.get_image_features(pixels, return_dict=True)
+    encoded = cast(Any, model).get_image_features(pixels, return_dict=True)
     tokens = torch.cat(list(encoded.pooler_output)).view(len(pixels), spec.visual_tokens, -1)
     return tokens, encoded.last_hidden_state
 
@@ -194,5 +194,5 @@ def decode_hidden(model: PreTrainedModel, input_ids: Tensor, visual: Tensor) -> 
         input_ids: [B, T], padded on the right (causal attention never sees the padding).
         visual: [images of the whole batch in order, visual_tokens, d].
     """
-    encoded = BaseModelOutputWithPooling(pooler_output=list(visual.to(torch.float32)))
+    encoded = BaseModelOutputWithPooling(pooler_output=cast(Any, list(visual.to(torch.float32))))
     return model.model(input_ids=input_ids, mm_encoder_outputs={"image": encoded}, use_cache=False).last_hidden_state

@@ -10,7 +10,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +137,3 @@ def save(spec: Miniature, model: PreTrainedModel, out: Path) -> None:
     model.half().save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # it is written readable by its owner alone
     save_processor(spec, out)
-
-
-def shortened(budget: Budget, factor: float) -> Budget:
-    """Return `budget` with every number of steps multiplied by `factor`, for trials of the recipe."""
-    return replace(
-        budget,
-        vision=replace(budget.vision, steps=max(1, round(budget.vision.steps * factor))),
-        decoder=replace(budget.decoder, steps=max(1, round(budget.decoder.steps * factor))),
-    )

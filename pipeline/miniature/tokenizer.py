@@ -61,6 +61,11 @@ def llava_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    """Return the id of `token`."""
+    return int(tokenizer.get_vocab()[token])
+
+
 def _word_level(special: tuple[str, ...], unknown: str) -> Tokenizer:
     vocabulary = {token: number for number, token in enumerate([*special, *plain_words()])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=unknown))

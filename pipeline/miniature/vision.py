@@ -134,7 +134,7 @@ def _loss(logits: Tensor, attributes: Tensor) -> Tensor:
     return torch.stack([F.cross_entropy(part, attributes[:, nth]) for nth, part in enumerate(parts)]).mean()
 
 
-def _accuracy(spec: Miniature, model: PreTrainedModel, head: nn.Linear, pool: Pool) -> list[float]:
+def _accuracy(spec: Miniature, model: PreTrainedModel, head: nn.Module, pool: Pool) -> list[float]:
     model.eval()
     with torch.no_grad():
         logits = head(encode_images(spec, model, normalise(pool.images))[0].flatten(1))

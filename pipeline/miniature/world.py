@@ -44,8 +44,8 @@ def write_world(
     seed: int = 0,
     num_train_images: int = 2500,
     num_val_images: int = 2500,
-    difficulty: float = 0.4,
-    noise: float = 0.08,
+    difficulty: float = 0.2,
+    noise: float = 0.05,
 ) -> dict[str, Any]:
     """Write images and annotation files; the same arguments give the same bytes on every machine.
 

@@ -6,6 +6,7 @@ import base64
 from pathlib import Path
 from typing import Any
 
+from pipeline.report import papers
 from pipeline.report.evaluations import Prediction, read_evaluation
 from pipeline.report.tables import Line, Table
 
@@ -27,7 +28,8 @@ def gallery(table: Table, evaluations: Path) -> dict[str, Any] | None:
     for column in table.columns:
         if column.metric is None:
             answers = [(line, _answers(table, line, column, evaluations)) for line in lines]
-            samples += _samples([(line, found) for line, found in answers if found], lines, evaluations)
+            known = [(line, found) for line, found in answers if found]
+            samples += _samples(known, lines, evaluations, papers.label("tasks", column.task))
     return {"rows": [line.title for line in lines], "samples": samples} if samples else None
 
 
@@ -38,7 +40,7 @@ def _answers(table: Table, line: Line, column: Any, evaluations: Path) -> dict[s
 
 
 def _samples(
-    answers: list[tuple[Line, dict[str, Prediction]]], lines: list[Line], evaluations: Path
+    answers: list[tuple[Line, dict[str, Prediction]]], lines: list[Line], evaluations: Path, task: str
 ) -> list[dict[str, Any]]:
     if not answers:
         return []
@@ -58,7 +60,7 @@ def _samples(
         question = next((one.question for one in every if one.question), None)
         references = next((one.references for one in every if one.references), [])
         out.append({
-            "id": f"sample {sample}", "question": question, "references": "; ".join(dict.fromkeys(references)),
+            "id": f"{task} {sample}", "question": question, "references": "; ".join(dict.fromkeys(references)),
             "image": _data_uri(evaluations.parent / image) if image else None,
             "words": question or f"Image of sample {sample}",
             "answers": [

@@ -146,12 +146,11 @@ def _head(table: Table, column: Column) -> dict[str, str]:
 
 def _caption(table: Table, name: str) -> str:
     spread = "Bands" if name.startswith("over-") else "Whiskers"
-    tail = "one standard deviation over seeds"
-    if name.startswith("over-"):
-        return f"{spread}: {tail}."
-    beside = any(entry.paper is not None for entry in table.entries.values())
-    return f"Left: ours. Right, hollow: the paper's, on its own scale. {spread}: {tail}." if beside else \
-        f"{spread}: {tail}."
+    repeated = any(entry.std is not None for entry in table.entries.values())
+    beside = not name.startswith("over-") and any(entry.paper is not None for entry in table.entries.values())
+    parts = ["Left: ours. Right, hollow: the paper's, on its own scale."] if beside else []
+    parts.append(f"{spread}: one standard deviation over seeds." if repeated else "One seed.")
+    return " ".join(parts)
 
 
 def _problems(cells: list[Cell]) -> list[str]:

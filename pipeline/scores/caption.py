@@ -63,7 +63,7 @@ class _Meteor(meteor.Meteor):
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.meteor_cmd = java_command("-Xmx2G", "-jar", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm")
-        self.meteor_p = subprocess.Popen(  # noqa: S603
+        self.meteor_p = subprocess.Popen(
             self.meteor_cmd,
             cwd=Path(meteor.__file__).parent,
             stdin=subprocess.PIPE,

@@ -127,4 +127,4 @@ def _similarity(grams: _Ints, texts: _Texts, n: int, image_of_text: _Ints, num_i
         minlength=num_texts - num_images,
     )
     norms = norm[:num_images][image_of_text[num_images:]] * norm[num_images:]
-    return np.divide(overlap, norms, out=np.zeros_like(overlap), where=norms > 0)
+    return np.divide(overlap, norms, out=np.zeros(len(overlap)), where=norms > 0)

@@ -209,11 +209,22 @@ def score_chair(args: argparse.Namespace) -> dict[str, Any]:
         _need(predictions, objects, args.results, f"objects in {args.objects}")
     else:
         categories = _categories(args.instances)
-        captions = {key: texts for path in args.captions for key, texts in _captions(path).items() if key in predictions}
+        captions: dict[str, list[str]] = {}
+        for path in args.captions:
+            for key, texts in _captions(path).items():
+                if key in predictions:
+                    captions.setdefault(key, []).extend(texts)
         _need(predictions, categories, args.results, f"an entry in {', '.join(args.instances)}")
         _need(predictions, captions, args.results, f"a reference caption in {', '.join(args.captions)}")
         objects = chair.ground_truth({key: categories[key] for key in predictions}, captions)
-    return chair.chair_scores(predictions, objects).as_dict()
+    numbers = chair.chair_scores(predictions, objects).as_dict()
+    for sentence in numbers["sentences"]:
+        sentence["image_id"] = _as_in_coco(sentence["image_id"])
+    return numbers
+
+
+def _as_in_coco(key: str) -> int | str:
+    return int(key) if key.isascii() and key.isdecimal() else key
 
 
 def _objects(path: str) -> dict[str, set[str]]:
@@ -241,7 +252,9 @@ def _categories(paths: Sequence[str]) -> dict[str, list[str]]:
             where = f"{path}, annotation {number}"
             category = id_field(row, "category_id", where)
             if category not in names:
-                raise InputError(f"category_id {category} is not among the categories", where=where, way_out="Correct it")
+                raise InputError(
+                    f"category_id {category} is not among the categories", where=where, way_out="Correct it"
+                )
             found.setdefault(id_field(row, "image_id", where), []).append(names[category])
     return found
 

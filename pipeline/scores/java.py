@@ -113,7 +113,7 @@ def run_java(arguments: Sequence[str], text: str, *, home: str | Path | None = N
     """
     command = java_command(*arguments, home=home)
     try:
-        done = subprocess.run(command, input=text.encode("utf-8", "replace"), capture_output=True, check=False)  # noqa: S603
+        done = subprocess.run(command, input=text.encode("utf-8", "replace"), capture_output=True, check=False)
     except OSError as error:
         raise WorkError(f"Java could not be started: {error}", where=command[0], way_out=_WAY_OUT) from error
     if done.returncode != 0:

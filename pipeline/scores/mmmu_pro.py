@@ -121,7 +121,7 @@ def mmmu_pro_scores(results: Sequence[Mapping[str, Any]], seed: int = 0, where: 
     """
     if not results:
         raise InputError("holds no result", where=where, way_out="Give at least one record")
-    draw = random.Random(seed)  # noqa: S311  (a tie-break, not a secret)
+    draw = random.Random(seed)
     rows = []
     for number, row in enumerate(results):
         at = f"{where}, record {number}"

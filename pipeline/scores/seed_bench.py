@@ -37,7 +37,9 @@ class SeedBenchQuestion:
     dimension: str
 
 
-def questions(content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], where: str) -> dict[str, SeedBenchQuestion]:
+def questions(
+    content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], where: str
+) -> dict[str, SeedBenchQuestion]:
     """Return {question_id: answer and dimension} of an official SEED-Bench.json.
 
     The names of the dimensions come from the file itself: ids 3 and 4 changed places between its issues.

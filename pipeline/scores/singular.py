@@ -14,7 +14,7 @@ from functools import lru_cache
 _PREPOSITIONS = frozenset(
     """about above across after among around at athwart before behind below beneath beside besides between
     betwixt beyond but by during except for from in into near of off on onto out over since till to under
-    until unto upon with""".split()
+    until unto upon with""".split()  # noqa: SIM905
 )
 
 # A word that *ends* one of these stays as it is, so that "s", "out" and "ice" do too.
@@ -25,7 +25,7 @@ _UNCHANGED = tuple(
     shears species swine swiss trout tuna whiting wildebeest
     advice bread butter cheese electricity equipment fruit furniture garbage gravel happiness information
     ketchup knowledge love luggage mathematics mayonnaise meat mustard progress research rice sand software
-    understanding water""".split()
+    understanding water""".split()  # noqa: SIM905
 )
 
 # Plurals of words in -ie are recognised and then handed back as they came.
@@ -34,7 +34,7 @@ _PLURALS_KEPT = tuple(
     for word in """alergie auntie beanie birdie bogie bombie collie cookie cutie doggie eyrie freebie goonie
     groupie hankie hippie hoagie hottie indie junkie laddie laramie lingerie meanie newbie nightie oldie
     pixie quickie reverie rookie softie sortie stoolie sweetie techie toughie valkyrie veggie weenie yuppie
-    zombie""".split()
+    zombie""".split()  # noqa: SIM905
 )
 
 # Matched at the end of a word, so "women" gives "woman" and "four" gives "fmy".

@@ -29,7 +29,7 @@ _PERIODS_REMOVED = 32
 _ARTICLES = frozenset(("a", "an", "the"))
 _DIGITS = {
     word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())  # noqa: SIM905
 } | {"none": "0"}
 
 # Each form is also met with one of its apostrophes left out ("couldnt've", "couldn'tve"); those are put back.
@@ -42,7 +42,7 @@ something'll that's there'd there'd've there're there's they'd they'd've they'll
 wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've
 who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
 you'd you'd've you'll you're you've
-""".split()
+""".split()  # noqa: SIM905
 
 
 def _without_one_apostrophe(form: str) -> list[str]:

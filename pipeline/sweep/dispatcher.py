@@ -26,6 +26,7 @@ Resolve = Callable[[dict[str, Any]], TrialRequest]
 Report = dict[str, Any]  # one epoch's metrics with "epoch", "trial_key" and "done"; or {"error": ...}
 
 LIFE_SECONDS = 5.0  # between two looks at a working slot's step counter
+ROOM = 0.98  # of the processors asked for: Tune's waiting actors take a hair, and must fit beside the last slot
 BUILD_SECONDS = 300.0  # a slot that takes longer to start is given up
 
 
@@ -59,7 +60,8 @@ class _Slot:
         self.pids: list[int] = []
 
     async def build(self) -> None:
-        bundle = {"CPU": self.sweep.cpus_per_worker}
+        cpus = self.sweep.cpus_per_worker * ROOM
+        bundle = {"CPU": cpus}
         if self.sweep.gpus_per_worker:
             bundle["GPU"] = self.sweep.gpus_per_worker
         self.group = placement_group([bundle] * self.world_size, strategy="PACK")
@@ -69,7 +71,7 @@ class _Slot:
             environment["DS_ACCELERATOR"] = "cpu"
         self.workers = [
             Worker.options(
-                num_cpus=self.sweep.cpus_per_worker,
+                num_cpus=cpus,
                 num_gpus=self.sweep.gpus_per_worker,
                 runtime_env={"env_vars": environment},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=i),

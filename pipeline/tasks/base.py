@@ -13,6 +13,7 @@ from pipeline.data.sample import Sample
 from pipeline.errors import InputError
 
 Split = Literal["train", "evaluation"]
+Normalise = Literal["always", "official"]
 SampleId = int | str
 
 
@@ -118,8 +119,15 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
+    def score(
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
+    ) -> Score:
         """Score `predictions` (already post-processed) against the samples' references.
+
+        Args:
+            samples: what was asked.
+            predictions: the answers, by id.
+            normalise: VQA accuracy alone: normalise every answer, or only where the ten differ.
 
         Raises:
             InputError: there is no sample, or a sample has no prediction.

@@ -10,7 +10,7 @@ from typing import Literal
 from pipeline.data.files import RecordFile, field, find
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
-from pipeline.tasks.base import Entry, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
+from pipeline.tasks.base import Entry, Normalise, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
 from pipeline.tasks.vqa_files import SUBSETS
 
 CAPTION_TEMPLATE = PromptTemplate(
@@ -98,7 +98,9 @@ class CaptionTask(Task):
                 meta={"image_id": image_id, "file_name": file_name},
             )
 
-    def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
+    def score(
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
+    ) -> Score:
         """Score by CIDEr-D over the samples together; see `cider_score`."""
         return cider_score(self, samples, predictions)
 

@@ -14,7 +14,7 @@ from pipeline.data.files import RecordFile, field, find
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.tasks import tasks
-from pipeline.tasks.base import Entry, PromptTemplate, SampleId, Score, Split, Task
+from pipeline.tasks.base import Entry, Normalise, PromptTemplate, SampleId, Score, Split, Task
 from pipeline.tasks.caption_files import CAPTION_TEMPLATE, cider_score, one_line, plain_file_name
 
 KARPATHY_SPLITS: Mapping[Split, str] = {"train": "train", "evaluation": "test"}
@@ -64,7 +64,9 @@ class Flickr30k(Task):
                 way_out="Karpathy's three files look alike; take dataset_flickr30k.json",
             )
 
-    def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
+    def score(
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
+    ) -> Score:
         """Score by CIDEr-D over the samples together; see `cider_score`."""
         return cider_score(self, samples, predictions)
 

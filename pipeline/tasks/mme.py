@@ -16,7 +16,7 @@ from pipeline.data.parquet import cell_name, rows
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.tasks import tasks
-from pipeline.tasks.base import Entry, PromptTemplate, SampleId, Score, Split, Task
+from pipeline.tasks.base import Entry, Normalise, PromptTemplate, SampleId, Score, Split, Task
 from pipeline.tasks.choice_files import accuracy
 
 PERCEPTION = (
@@ -82,7 +82,9 @@ class Mme(Task):
             if wanted is None or sample.sample_id in wanted:
                 yield sample
 
-    def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
+    def score(
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
+    ) -> Score:
         """Score by accuracy; `details` has MME's accuracy+ (both questions of an image right) and subtask scores.
 
         A subtask's score is 100 accuracy + 100 accuracy+ (at most 200); perception and cognition are sums.

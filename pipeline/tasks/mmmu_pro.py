@@ -19,7 +19,7 @@ from pipeline.data.parquet import cell_name, rows
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.tasks import tasks
-from pipeline.tasks.base import Entry, PromptTemplate, SampleId, Score, Split, Task
+from pipeline.tasks.base import Entry, Normalise, PromptTemplate, SampleId, Score, Split, Task
 from pipeline.tasks.choice_files import CHOICE_TEMPLATE, letter_score, with_choices
 
 CONFIGURATION = "standard (10 options)"
@@ -86,7 +86,9 @@ class MmmuPro(Task):
                 if wanted is None or sample_id in wanted:
                     yield self._sample(record, f"{where} ('{sample_id}')", name, row)
 
-    def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
+    def score(
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
+    ) -> Score:
         """Score by accuracy of the letters, over all and by subject; see `letter_score`.
 
         An answer without a letter counts as wrong; the official tool draws a random letter for it

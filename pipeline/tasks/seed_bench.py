@@ -15,7 +15,7 @@ from pipeline.data.files import RecordFile, field, find
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.tasks import tasks
-from pipeline.tasks.base import Entry, PromptTemplate, SampleId, Score, Split, Task
+from pipeline.tasks.base import Entry, Normalise, PromptTemplate, SampleId, Score, Split, Task
 from pipeline.tasks.caption_files import plain_file_name
 from pipeline.tasks.choice_files import CHOICE_TEMPLATE, letter_score, with_choices
 
@@ -68,7 +68,9 @@ class SeedBench(Task):
         for sample, number in found:
             yield replace(sample, meta={**sample.meta, "dimension": names.get(number, str(number))})
 
-    def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
+    def score(
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
+    ) -> Score:
         """Score by accuracy of the letters, over all and by dimension; see `letter_score`."""
         return letter_score(self, samples, predictions, "dimension")
 

@@ -12,7 +12,7 @@ from pipeline.data.files import RecordFile, field, find
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.scores.vqa import vqa_accuracy
-from pipeline.tasks.base import Entry, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
+from pipeline.tasks.base import Entry, Normalise, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
 
 VQA_TEMPLATE = PromptTemplate(
     prefix="Instruction: provide an answer to the question. Use the image to answer.\n",
@@ -100,13 +100,15 @@ class VqaTask(Task):
         for question_id in order:
             yield samples[question_id]
 
-    def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
+    def score(
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
+    ) -> Score:
         """Score by VQA accuracy, normalised always (what the papers' figures come from)."""
         answers = self.predictions_for(samples, predictions)
         result = vqa_accuracy(
             {sample.sample_id: answer for sample, answer in zip(samples, answers, strict=True)},
             {sample.sample_id: sample.references for sample in samples},
-            normalise="always",
+            normalise=normalise,
             answer_types={s.sample_id: s.meta["answer_type"] for s in samples if "answer_type" in s.meta},
         )
         return Score(

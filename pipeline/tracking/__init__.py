@@ -1,1 +1,10 @@
 """What is kept of every trial, and the way back from a number: MLflow behind `runs`, git and files in `provenance`."""
+
+from __future__ import annotations
+
+import os
+
+# before any import of MLflow: no call home, and no long waits times many retries on a server that went away
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")

@@ -33,11 +33,17 @@ def provenance(root: Path | str) -> dict[str, Any]:
     data = data_digests(root)
     return {
         "schema": 1,
-        **code_version(root, generated=data["outs"]),
+        **code_version(code_root(root), generated=data["outs"]),
         "versions": versions(),
         "machine": machine(),
         "data": data,
     }
+
+
+def code_root(root: Path) -> Path:
+    """Return the checkout whose code runs in `root`: a workspace's `pipeline` is a link into it."""
+    package = root / "pipeline"
+    return package.resolve().parent if package.exists() else root
 
 
 def code_version(root: Path | str, generated: Any = ()) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`Tracker`: a sweep as one MLflow run with a child per trial. The only file that knows MLflow.
+"""`Tracker`: a sweep as one MLflow run with a child per trial. Here and in `connection` alone is MLflow known.
 
 Runs are found again by tag, so a resumed sweep goes on in the runs it began. Every call names its run; nothing
 here touches MLflow's process-wide "active run".
@@ -9,34 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-# before the import: no call home, and no twenty-second waits times retries on a server that went away
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-
-import sqlalchemy.exc
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, Run, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.tracking import MlflowClient
 
 from pipeline.errors import InputError, WorkError
 from pipeline.tracking import owner, store
-from pipeline.tracking.provenance import main_checkout, provenance
+from pipeline.tracking.connection import Connection, plain
 
 logger = logging.getLogger(__name__)
-for _name in ("alembic", "mlflow.system_metrics", "mlflow.store.db"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
-
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 _END_STATES = (FINISHED, FAILED, KILLED)
 _MAX_METRICS, _MAX_PARAMS, _MAX_DIGEST = 1000, 100, 36  # MLflow's limits of one call, and of a digest's length
@@ -51,7 +38,7 @@ class _Open:
     monitor: SystemMetricsMonitor | None = None
 
 
-class Tracker:
+class Tracker(Connection):
     """Keeps sweeps, trials and evaluations in one MLflow store.
 
     Args:
@@ -63,27 +50,8 @@ class Tracker:
     """
 
     def __init__(self, uri: str | None, root: Path | str) -> None:
-        self.root = Path(root).resolve()
-        home = main_checkout(self.root)
-        self.uri = store.resolve(uri or os.environ.get("MLFLOW_TRACKING_URI") or None, home)
-        self.artifacts = home / "mlartifacts"
-        self._experiments: dict[str, str] = {}
+        super().__init__(uri, root)
         self._open: dict[str, _Open] = {}
-
-    @cached_property
-    def provenance(self) -> dict[str, Any]:
-        """Code version, package versions, machine and data digests, read once."""
-        return provenance(self.root)
-
-    @cached_property
-    def _client(self) -> MlflowClient:
-        store.probe(self.uri)
-        if store.sqlite_file(self.uri) is not None:
-            store.tune_sqlite()
-        with self._talking(InputError), store.creation_lock(self.uri):
-            client = MlflowClient(self.uri)
-            client.search_experiments(max_results=1)  # the first call creates the tables
-        return client
 
     # -- before anything runs ------------------------------------------------------------------------------------
 
@@ -93,24 +61,9 @@ class Tracker:
         Raises:
             InputError: the store cannot be reached (said within seconds), or is of another MLflow version.
         """
+        self._client  # noqa: B018 - opened, so that the tables exist also where there is no study yet
         for study in studies:
             self.experiment(study)
-
-    def experiment(self, study: str) -> str:
-        """Return the id of a study's experiment, which is made, or brought back from deletion, when needed."""
-        if study not in self._experiments:
-            client = self._client
-            with self._talking(), store.creation_lock(self.uri):
-                found = client.get_experiment_by_name(study)
-                if found is None:
-                    local = store.is_database(self.uri)
-                    place = (self.artifacts / study).as_uri() if local else None
-                    self._experiments[study] = client.create_experiment(study, artifact_location=place)
-                else:
-                    if found.lifecycle_stage != "active":
-                        client.restore_experiment(found.experiment_id)
-                    self._experiments[study] = found.experiment_id
-        return self._experiments[study]
 
     def sweep_leftovers(self) -> int:
         """End as KILLED what ended processes of this machine left RUNNING; return how many runs that were."""
@@ -308,7 +261,7 @@ class Tracker:
 
     def find_run(self, key: str) -> str | None:
         """Return the id of a trial's run by its key: a finished one before any other, the newest first."""
-        runs = self._search(f"tags.trial_key = '{_plain(key)}'")
+        runs = self._search(f"tags.trial_key = '{plain(key)}'")
         runs.sort(key=lambda run: (run.info.status == FINISHED, run.info.start_time, run.info.run_id))
         return runs[-1].info.run_id if runs else None
 
@@ -364,42 +317,11 @@ class Tracker:
         note = {"git.note": code["note"]} if code["note"] else {}
         return {**commit, **note, "git.dirty": dirty, "mlflow.source.name": "hificl", "mlflow.source.type": "LOCAL"}
 
-    def _find(self, study: str, tags: Mapping[str, str]) -> Run | None:
-        query = " and ".join(f"tags.`{key}` = '{_plain(value)}'" for key, value in tags.items() if value)
-        runs = self._search(query, [self.experiment(study)])
-        runs = [run for run in runs if all(run.data.tags.get(key, "") == value for key, value in tags.items())]
-        return min(runs, key=lambda run: (run.info.start_time, run.info.run_id)) if runs else None
-
-    def _search(self, query: str, experiments: list[str] | None = None) -> list[Run]:
-        client = self._client
-        with self._talking():
-            if experiments is None:
-                experiments = [one.experiment_id for one in _pages(client.search_experiments)]
-            return list(_pages(client.search_runs, experiments, query, ViewType.ACTIVE_ONLY))
-
     def _steps(self, run_id: str) -> set[tuple[str, int]]:
         if run_id not in self._open:  # opened by another process: nothing is remembered, so ask
             with self._talking():
                 return self._stored_steps(run_id)
         return self._open[run_id].steps
-
-    def _stored_steps(self, run_id: str) -> set[tuple[str, int]]:
-        names = [name for name in self._client.get_run(run_id).data.metrics if not name.startswith("system/")]
-        return {(name, one.step) for name in names for one in self._client.get_metric_history(run_id, name)}
-
-    @contextmanager
-    def _talking(self, kind: type[InputError] | type[WorkError] = WorkError) -> Iterator[None]:
-        """Turn what the store can answer with into the project's own error."""
-        try:
-            yield
-        except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
-            where, cause = store.shown(self.uri), str(error).strip().splitlines()[0]
-            if "out-of-date database schema" in str(error):
-                way_out = f"Save a copy, then run: mlflow db upgrade {where}"
-                raise InputError("the store was written by another version of MLflow", where=where,
-                                 way_out=way_out) from None
-            raise kind(f"the MLflow store failed: {cause}", where=where) from error
-
 
 def _earlier_commits(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
     """Return the tag that keeps the commits a resumed run was begun at, when the code has moved on since."""
@@ -416,26 +338,9 @@ def _dataset(row: Mapping[str, str]) -> DatasetInput:
     return DatasetInput(dataset, [InputTag("mlflow.data.context", row["context"])])
 
 
-def _pages(call: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-    token = None
-    while True:
-        page = call(*arguments, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def _plain(value: str) -> str:
-    """Return `value` if it can stand in a filter of MLflow, which knows no escaping."""
-    if "'" in value:
-        raise InputError(f"{value!r} must not hold a quotation mark", where="a run's key")
-    return value
 
 
 def _model_name(name: str) -> str:

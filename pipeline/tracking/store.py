@@ -83,7 +83,12 @@ def creation_lock(uri: str) -> Iterator[None]:
     if file is None:
         yield
         return
-    with file.with_name(f"{file.name}.lock").open("w") as handle:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = file.with_name(f"{file.name}.lock").open("w")
+    except OSError as error:
+        raise _unreachable(uri, error, f"Make {file.parent} a folder that can be written. {_DEFAULT}") from None
+    with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
@@ -114,12 +119,13 @@ def _on_connect(connection: object, _record: object) -> None:
 
 def _probe_sqlite(file: Path, uri: str) -> None:
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(file, timeout=SECONDS)) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             connection.execute(f"PRAGMA user_version = {int(version)}")  # a write that changes nothing
-    except (sqlite3.Error, OSError) as error:
+    except sqlite3.Error as error:
+        if "locked" in str(error):
+            return  # somebody writes to it this moment: it lives
         way_out = f"Make {file} writable, or move it away to start a new store. {_DEFAULT}"
         raise _unreachable(uri, error, way_out) from None
 

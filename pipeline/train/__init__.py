@@ -1,0 +1,1 @@
+"""One process that trains: backbone resident, trials coming and going."""

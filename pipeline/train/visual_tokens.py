@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.backbones.base import IMAGE_BACKEND, Pixels
-from pipeline.data.images import decode_image
+from pipeline.data.images import decode_image, read_image_bytes
 from pipeline.data.sample import ImageRef
 from pipeline.errors import InputError
 
@@ -211,7 +211,7 @@ class DiskStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data)
-            os.replace(temporary, path)
+            temporary.replace(path)
         except OSError:
             with suppress(OSError):
                 temporary.unlink()
@@ -281,7 +281,8 @@ def _settings_digest(loaded: Loaded) -> str:
 
 
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy())
+    data: Any = tensor.contiguous().view(torch.uint8).numpy()
+    return zlib.crc32(data)
 
 
 def _path(image: Image, root: Path | str) -> Path:
@@ -291,7 +292,7 @@ def _path(image: Image, root: Path | str) -> Path:
 def _read(image: Image, root: Path | str) -> bytes:
     path = _path(image, root)
     try:
-        return path.read_bytes()
+        return read_image_bytes(path)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(

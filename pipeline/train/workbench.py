@@ -95,13 +95,17 @@ class Workbench:
                 from_pixels=methods.facts_of(config.method, config.options).trains_vision,
             )  # fmt: skip
         task = tasks.get(config.task)
-        score = task.score(samples, texts)
+        score = task.score(samples, texts, normalise=evaluation.vqa_normalise)
         return {
             "trial": config.key, "config": config.model_dump(mode="json"), "evaluation": evaluation.model_dump(mode="json"),
             "metric": score.metric, "unit": task.unit, "value": score.value, "metrics": {score.metric: score.value},
             "details": score.details, "num_samples": len(samples), "seconds": time.perf_counter() - started,
             "predictions": [
-                {"sample_id": s.sample_id, "prediction": texts[s.sample_id], "score": score.per_sample.get(s.sample_id)}
+                {
+                    "sample_id": s.sample_id, "prediction": texts[s.sample_id],
+                    "score": score.per_sample.get(s.sample_id), "question": s.question,
+                    "references": list(s.references), "image": str(manifest.image_root / s.images[0].path),
+                }
                 for s in samples
             ],
         }  # fmt: skip

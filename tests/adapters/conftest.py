@@ -10,11 +10,14 @@ import torch
 import transformers as tf
 
 IMAGE = 299  # id of the image token in every tiny model
-TEXT = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=300,
-    max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)
-VISION = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 300,
+    "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}
+VISION = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}
 
 
 def mistral(**over: Any) -> Any:
@@ -32,8 +35,8 @@ def llama(**over: Any) -> Any:
 def idefics2(**over: Any) -> Any:
     return tf.Idefics2ForConditionalGeneration(tf.Idefics2Config(
         vision_config=dict(VISION), image_token_id=IMAGE,
-        perceiver_config=dict(hidden_size=32, resampler_n_latents=4, resampler_depth=1, resampler_n_heads=2,
-                              resampler_head_dim=16, num_key_value_heads=2),
+        perceiver_config={"hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2,
+                              "resampler_head_dim": 16, "num_key_value_heads": 2},
         text_config=tf.MistralConfig(**{**TEXT, "num_key_value_heads": 2, "sliding_window": None, **over}),
     ))
 
@@ -62,10 +65,12 @@ def llava_onevision(**over: Any) -> Any:
 
 def qwen3_vl(**over: Any) -> Any:
     return tf.Qwen3VLForConditionalGeneration(tf.Qwen3VLConfig(
-        vision_config=dict(depth=2, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=14, out_hidden_size=32,
-                           deepstack_visual_indexes=[0], num_position_embeddings=16),
+        vision_config={"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 14,
+                       "out_hidden_size": 32,
+                           "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
         text_config={**TEXT, "num_key_value_heads": 2, "head_dim": 16,
-                     "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0}, **over},
+                     "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 10000.0},
+                     **over},
         image_token_id=IMAGE, video_token_id=298, vision_start_token_id=296, vision_end_token_id=297,
     ))
 
@@ -74,10 +79,11 @@ def idefics(**over: Any) -> Any:
     return tf.IdeficsForVisionText2Text(tf.IdeficsConfig(**{
         **TEXT, "additional_vocab_size": 2, "cross_layer_interval": 2, "qk_layer_norms": True, "use_resampler": True,
         "num_hidden_layers": 4,
-        "vision_config": dict(embed_dim=16, image_size=28, intermediate_size=32, num_attention_heads=2,
-                              num_hidden_layers=1, patch_size=14),
-        "perceiver_config": dict(use_resampler=True, resampler_n_latents=4, resampler_depth=1, resampler_n_heads=2,
-                                 resampler_head_dim=8, qk_layer_norms_perceiver=True), **over,
+        "vision_config": {"embed_dim": 16, "image_size": 28, "intermediate_size": 32, "num_attention_heads": 2,
+                              "num_hidden_layers": 1, "patch_size": 14},
+        "perceiver_config": {"use_resampler": True, "resampler_n_latents": 4,
+                             "resampler_depth": 1, "resampler_n_heads": 2,
+                                 "resampler_head_dim": 8, "qk_layer_norms_perceiver": True}, **over,
     }))
 
 

@@ -23,7 +23,8 @@ from pipeline.errors import InputError
 TOLERANCE = 1e-12
 SHAPES = st.fixed_dictionaries({
     "batch": st.integers(1, 3), "groups": st.integers(1, 4), "kv_heads": st.integers(1, 3),
-    "queries": st.sampled_from([1, 2, 5, 17]), "past": st.sampled_from([0, 0, 3, 40]), "size": st.sampled_from([4, 8, 16]),
+    "queries": st.sampled_from([1, 2, 5, 17]), "past": st.sampled_from([0, 0, 3, 40]),
+    "size": st.sampled_from([4, 8, 16]),
     "seed": st.integers(0, 10_000),
 })
 MASKS = st.sampled_from([None, "bool", "additive", "per-head", "left-padding"])
@@ -103,7 +104,7 @@ def test_mimic_equals_its_formula(shape: dict[str, int], mask: str | None, dims:
 @pytest.mark.parametrize("alpha", ["full", "one"])
 @pytest.mark.parametrize("mask", [None, "left-padding"])
 def test_plain_backend_gives_what_flash_gives(alpha: Any, mask: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = dict(batch=2, groups=2, kv_heads=2, queries=5, past=3, size=8, seed=0)
+    shape = {"batch": 2, "groups": 2, "kv_heads": 2, "queries": 5, "past": 3, "size": 8, "seed": 0}
     generator, tensors = draw(shape)
     tensors += [normal(generator, 4, 3, 8), normal(generator, 4, 3, 8)]
     monkeypatch.setattr(kernels, "_backend", lambda *_: "plain")
@@ -112,7 +113,7 @@ def test_plain_backend_gives_what_flash_gives(alpha: Any, mask: str | None, monk
 
 
 def test_rows_of_both_forms_share_one_call() -> None:
-    generator, (q, k, v) = draw(dict(batch=2, groups=2, kv_heads=2, queries=5, past=0, size=8, seed=1))
+    generator, (q, k, v) = draw({"batch": 2, "groups": 2, "kv_heads": 2, "queries": 5, "past": 0, "size": 8, "seed": 1})
     keys, values = normal(generator, 2, 4, 3, 8), normal(generator, 2, 4, 3, 8)
 
     def mixed(*x: Tensor) -> Tensor:
@@ -120,14 +121,15 @@ def test_rows_of_both_forms_share_one_call() -> None:
 
     def each(*x: Tensor) -> Tensor:
         return torch.cat([
-            merge_attention_reference(*(t[i : i + 1] for t in x), alpha=alpha) for i, alpha in enumerate(("full", "one"))
+            merge_attention_reference(*(t[i : i + 1] for t in x), alpha=alpha)
+            for i, alpha in enumerate(("full", "one"))
         ])
 
     assert_same(mixed, each, [q, k, v, keys, values], generator)
 
 
 def test_a_row_without_context_attends_to_the_virtual_tokens() -> None:
-    generator, (q, k, v) = draw(dict(batch=1, groups=1, kv_heads=2, queries=3, past=0, size=8, seed=2))
+    generator, (q, k, v) = draw({"batch": 1, "groups": 1, "kv_heads": 2, "queries": 3, "past": 0, "size": 8, "seed": 2})
     keys, values = normal(generator, 2, 3, 8), normal(generator, 2, 3, 8)
     out = merge_attention(q, k, v, keys, values, mask=torch.zeros(1, 1, 3, 3, dtype=torch.bool))
     expected = torch.nn.functional.scaled_dot_product_attention(q, keys[None], values[None])
@@ -137,7 +139,7 @@ def test_a_row_without_context_attends_to_the_virtual_tokens() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["merge", "one", "vector", "blend"])
 def test_low_precision_errs_at_most_twice_what_plain_low_precision_does(dtype: torch.dtype, kind: str) -> None:
-    generator, tensors = draw(dict(batch=2, groups=2, kv_heads=2, queries=40, past=8, size=64, seed=3))
+    generator, tensors = draw({"batch": 2, "groups": 2, "kv_heads": 2, "queries": 40, "past": 8, "size": 64, "seed": 3})
     if kind in ("merge", "one"):
         tensors += [normal(generator, 4, 8, 64), normal(generator, 4, 8, 64)]
         f, plain, options = merge_attention, merge_attention_reference, {"alpha": "full" if kind == "merge" else "one"}
@@ -159,7 +161,7 @@ def test_low_precision_errs_at_most_twice_what_plain_low_precision_does(dtype: t
 
 
 def test_nothing_below_learns_then_the_flash_backward_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator, (q, k, v) = draw(dict(batch=1, groups=2, kv_heads=1, queries=4, past=0, size=8, seed=4))
+    generator, (q, k, v) = draw({"batch": 1, "groups": 2, "kv_heads": 1, "queries": 4, "past": 0, "size": 8, "seed": 4})
     keys, values = (normal(generator, 2, 3, 8).requires_grad_() for _ in range(2))
     calls = []
     original = kernels._BACKWARD["cpu"]
@@ -171,7 +173,7 @@ def test_nothing_below_learns_then_the_flash_backward_is_skipped(monkeypatch: py
 
 
 def test_autocast_does_not_narrow_the_virtual_side() -> None:
-    generator, tensors = draw(dict(batch=1, groups=1, kv_heads=2, queries=4, past=0, size=8, seed=5))
+    generator, tensors = draw({"batch": 1, "groups": 1, "kv_heads": 2, "queries": 4, "past": 0, "size": 8, "seed": 5})
     tensors = [x.float() for x in (*tensors, normal(generator, 2, 3, 8), normal(generator, 2, 3, 8))]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = merge_attention(*tensors)
@@ -179,9 +181,10 @@ def test_autocast_does_not_narrow_the_virtual_side() -> None:
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(k=(1, 3, 4, 8)), dict(v=(1, 2, 5, 8)), dict(k_learn=(3, 2, 8)), dict(v_learn=(2, 4, 2, 8)),
+    {"k": (1, 3, 4, 8)}, {"v": (1, 2, 5, 8)}, {"k_learn": (3, 2, 8)}, {"v_learn": (2, 4, 2, 8)},
 ])
 def test_shapes_that_do_not_fit_are_refused(wrong: dict[str, tuple[int, ...]]) -> None:
-    shapes = {"q": (1, 4, 4, 8), "k": (1, 2, 4, 8), "v": (1, 2, 4, 8), "k_learn": (4, 2, 8), "v_learn": (4, 2, 8), **wrong}
+    right = {"q": (1, 4, 4, 8), "k": (1, 2, 4, 8), "v": (1, 2, 4, 8), "k_learn": (4, 2, 8), "v_learn": (4, 2, 8)}
+    shapes = {**right, **wrong}
     with pytest.raises(InputError, match="fit"):
         merge_attention(*(torch.randn(shape) for shape in shapes.values()))

@@ -11,14 +11,14 @@ import transformers as tf
 from pipeline import adapters
 from pipeline.backbones.decoder import decoder_of
 
-VISION = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, patch_size=14)
+VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "patch_size": 14}
 
 
 def idefics2_8b() -> Any:
     return tf.Idefics2ForConditionalGeneration(tf.Idefics2Config(
         image_token_id=32001, vision_config={**VISION, "image_size": 980, "num_hidden_layers": 27},
-        perceiver_config=dict(hidden_size=4096, resampler_n_latents=64, resampler_depth=3, resampler_n_heads=16,
-                              resampler_head_dim=96, num_key_value_heads=4),
+        perceiver_config={"hidden_size": 4096, "resampler_n_latents": 64, "resampler_depth": 3, "resampler_n_heads": 16,
+                              "resampler_head_dim": 96, "num_key_value_heads": 4},
         text_config=tf.MistralConfig(vocab_size=32002, pad_token_id=0),
     ))
 

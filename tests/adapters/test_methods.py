@@ -94,7 +94,8 @@ def test_cached_decode_equals_full_forward(
     with adapters.attach(model, adapter), torch.no_grad():
         full = model(**batch).logits
         rest = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask")}
-        out = model(input_ids=batch["input_ids"][:, :8], attention_mask=batch["attention_mask"][:, :8], **rest, use_cache=True)
+        out = model(input_ids=batch["input_ids"][:, :8], attention_mask=batch["attention_mask"][:, :8], **rest,
+                    use_cache=True)
         for end in (9, 10, 12):
             start = out.past_key_values.get_seq_length()
             step = model(input_ids=batch["input_ids"][:, start:end], attention_mask=batch["attention_mask"][:, :end],

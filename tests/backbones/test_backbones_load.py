@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import yaml
+
 from pipeline import backbones
 from pipeline.backbones.weights import digest_of_file
 from pipeline.config import BackboneSource
@@ -180,7 +181,7 @@ def test_bad_weights_are_refused(harm, message, tiny, tmp_path):
 
 def test_unknown_names_suggest_the_nearest():
     with pytest.raises(InputError, match="Did you mean 'idefics2-8b-base'"):
-        backbones.load("idefics2-8b")
+        backbones.load("idefics2-8b-bse")
     with pytest.raises(InputError, match="Did you mean 'tiny'"):
         backbones.load("idefics2-8b-base", variant="tyny")
     with pytest.raises(InputError, match="bf16"):

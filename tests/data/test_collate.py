@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from pipeline import backbones
 from pipeline.data.collate import IGNORED, collate
 from pipeline.data.prompt import Encoded, encode_all, render

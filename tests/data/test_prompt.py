@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
 from pipeline import backbones
 from pipeline.data.prompt import draw_demos, encode, encode_all, render, stop_strings
 from pipeline.data.sample import ImageRef, Sample
@@ -43,6 +44,10 @@ def by_the_processor(loaded, text, images):
         for part in parts[1:]:
             prompt += [next(left), part]
         ids = loaded.processor(text=[[p for p in prompt if p != ""]], return_tensors="pt")["input_ids"]
+    elif loaded.family.model_type == "llava_onevision":
+        if len(images) == 1:
+            pytest.skip("by design an image that is alone is read as one of several is")
+        ids = loaded.processor(text=text, images=[images], return_tensors="pt")["input_ids"]
     else:
         ids = loaded.processor(text=text, images=images, return_tensors="pt")["input_ids"]
     return ids[0].tolist()
@@ -52,7 +57,7 @@ def by_the_processor(loaded, text, images):
 def test_plain_backbones_read_the_papers_lines(name):
     facts = backbones.get(name)
     demos = [sample(1, "Where?", "beach"), sample(2, "How many?", "2")]
-    shown = facts.image_token
+    shown = facts.image_text
     assert render(VQA, facts, sample(0), demos).text == (
         "Instruction: provide an answer to the question. Use the image to answer.\n"
         f"Image: {shown} Question: Where? Answer: beach\n"
@@ -69,7 +74,7 @@ def test_plain_backbones_read_the_papers_lines(name):
 @pytest.mark.parametrize("name", CHATML)
 def test_chat_backbones_read_the_same_words_in_turns(name):
     facts = backbones.get(name)
-    shown = facts.image_token
+    shown = facts.image_text
     assert render(VQA, facts, sample(0), [sample(1, "Where?", "beach")]).text == (
         "<|im_start|>user\nInstruction: provide an answer to the question. Use the image to answer.\n"
         f"Image: {shown} Question: Where?<|im_end|>\n<|im_start|>assistant\nAnswer: beach<|im_end|>\n"
@@ -85,11 +90,42 @@ def test_chat_backbones_read_the_same_words_in_turns(name):
 @pytest.mark.parametrize("images", [1, 2])
 def test_expanded_as_the_real_processor_expands(name, shots, images, tiny, pictures):
     loaded = tiny(name)
-    rendered = render(VQA, loaded.backbone, sample(0, images=images), [sample(1 + i) for i in range(shots)], answer=True)
+    demos = [sample(1 + i) for i in range(shots)]
+    rendered = render(VQA, loaded.backbone, sample(0, images=images), demos, answer=True)
     opened = [Image.open(pictures / image.path) for image in rendered.images]
     expected = by_the_processor(loaded, rendered.text, opened)
     sizes = [(image.height, image.width) for image in opened]
     assert list(encode(loaded, rendered, image_sizes=sizes).input_ids) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("idefics2-8b-base", {(480, 640): 64 + 2, (224, 224): 64 + 2}),
+        ("llava-interleave-7b", {(480, 640): 729, (224, 224): 729}),
+        ("idefics-9b", {(480, 640): 1 + 2}),
+        ("llava-v1.6-mistral-7b", {(224, 224): 1176, (384, 384): 2928, (480, 640): 2340, (1080, 1920): 1948}),
+        ("llava-onevision-qwen2-7b", {(224, 224): 730, (480, 640): 730}),
+        ("qwen3-vl-8b", {(224, 224): 64 + 2, (480, 640): 300 + 2, (672, 672): 441 + 2, (1080, 1920): 2040 + 2}),
+    ],
+)
+def test_an_image_takes_as_many_tokens_as_published(name, tokens, tiny):
+    """The published settings, around a small tokenizer; markers counted."""
+    loaded = tiny(name)
+    facts, family = loaded.backbone, loaded.family
+    processor = family.build_processor(family.train_tokenizer(["a b"], facts.special_tokens), facts.processor)
+    for size, number in tokens.items():
+        expanded = family.expand(facts.image_text, processor, [size])
+        assert len(processor.tokenizer(expanded, add_special_tokens=False).input_ids) == number, size
+
+
+def test_sizes_are_read_from_the_files_where_they_matter(tiny, pictures):
+    loaded = tiny("llava-v1.6-mistral-7b")
+    rendered = render(VQA, loaded.backbone, sample(3), [sample(4)])
+    sizes = [(30, 90), (40, 56)]
+    assert encode(loaded, rendered, root=pictures) == encode(loaded, rendered, image_sizes=sizes)
+    with pytest.raises(InputError, match=r"4\.png"):
+        encode(loaded, rendered, root=pictures / "elsewhere")
 
 
 @pytest.mark.parametrize("name", backbones.names())

@@ -69,7 +69,7 @@ def make_project(folder: Path) -> Project:
     from pipeline.workspace import create
 
     data = folder.parent / f"{folder.name}-data"
-    for subset, first, images in (("train2014", 1, 12), ("val2014", 1001, 6)):
+    for subset, first, images in (("train2014", 1, 24), ("val2014", 1001, 6)):
         write_vqav2(data, subset, SyntheticSize(num_questions=images, num_images=images), first_image=first)
         names = [f"images/{subset}/COCO_{subset}_{first + i:012d}.jpg" for i in range(images)]
         write_images(data, names, width=64, height=48)

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+
 from pipeline import backbones
 from pipeline.data.prompt import encode_all, render, stop_strings
 from pipeline.data.sample import ImageRef, Sample

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+
 from pipeline import backbones
 from pipeline.data.collate import collate
 from pipeline.data.prompt import encode_all, render
@@ -16,10 +17,9 @@ from pipeline.tasks.base import PromptTemplate
 from pipeline.train.visual_tokens import DiskStore, VisualTokens
 
 TEMPLATE = PromptTemplate("", False, "Image: {image} Question: {question} Answer:", " {answer}\n", ("Question",))
-REUSABLE = [name for name in backbones.names() if backbones.get(name).family.reusable]
 
 
-@pytest.fixture(params=REUSABLE)
+@pytest.fixture(params=backbones.names())
 def loaded(request, tiny):
     return tiny(request.param)
 

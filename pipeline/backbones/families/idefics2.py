@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from typing_extensions import override
 
 from pipeline.backbones.base import Family, Pixels
 from pipeline.backbones.families.tokenizers import llama_tokenizer
@@ -17,38 +18,21 @@ class Idefics2Family(Family):
     """Idefics2ForConditionalGeneration; an image is `<fake><image>...<image><fake>` in the text."""
 
     model_type = "idefics2"
+    config_name = "Idefics2Config"
+    model_name = "Idefics2ForConditionalGeneration"
+    processor_name = "Idefics2Processor"
+    image_processor_name = "Idefics2ImageProcessorPil"
 
-    @property
-    def config_class(self) -> Any:
-        from transformers import Idefics2Config
-
-        return Idefics2Config
-
-    @property
-    def model_class(self) -> Any:
-        from transformers import Idefics2ForConditionalGeneration
-
-        return Idefics2ForConditionalGeneration
-
-    @property
-    def processor_class(self) -> Any:
-        from transformers import Idefics2Processor
-
-        return Idefics2Processor
-
-    @property
-    def image_processor_class(self) -> Any:
-        from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
-
-        return Idefics2ImageProcessorPil
-
+    @override
     def train_tokenizer(self, lines: Sequence[str], special: Mapping[str, str]) -> Any:
         return llama_tokenizer(lines, special)
 
+    @override
     def build_processor(self, tokenizer: Any, settings: Mapping[str, Any]) -> Any:
         images = self.image_processor_class(**settings["image_processor"])
         return self.processor_class(images, tokenizer, image_seq_len=settings["image_seq_len"])
 
+    @override
     def expand(self, text: str, processor: Any, image_sizes: Sequence[tuple[int, int]] | None = None) -> str:
         fake, image = processor.fake_image_token, processor.image_token
         block = f"{fake}{image * processor.image_seq_len}{fake}"
@@ -58,11 +42,13 @@ class Idefics2Family(Family):
         # A word right after the closing fake token is set off by a space.
         return re.sub(rf"{re.escape(fake)}(?=[^\s<])", f"{fake} ", text)
 
+    @override
     def process(self, processor: Any, image: Image.Image) -> Pixels:
         out = processor.image_processor([[image]], return_tensors="pt")
         pixels = out["pixel_values"][0]  # [1 or 5 with splitting, 3, H, W]
         return {"pixel_values": pixels, "pixel_attention_mask": out["pixel_attention_mask"][0].bool()}
 
+    @override
     def stack(self, rows: Sequence[Sequence[Pixels]]) -> Pixels:
         parts = [[tile for image in row for tile in _tiles(image)] for row in rows]
         width = max(len(row) for row in parts)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
+from typing_extensions import override
 
 from pipeline.backbones.base import Family, Pixels
 from pipeline.backbones.families.tokenizers import qwen2_tokenizer
@@ -17,40 +18,23 @@ class LlavaFamily(Family):
     """LlavaForConditionalGeneration with a SigLIP tower; an image is as many `<image>` tokens as it has patches."""
 
     model_type = "llava"
-    image_token_key = "image_token_index"
+    token_keys: ClassVar = {"image_token_index": "image"}
+    config_name = "LlavaConfig"
+    model_name = "LlavaForConditionalGeneration"
+    processor_name = "LlavaProcessor"
+    image_processor_name = "SiglipImageProcessorPil"
 
-    @property
-    def config_class(self) -> Any:
-        from transformers import LlavaConfig
-
-        return LlavaConfig
-
-    @property
-    def model_class(self) -> Any:
-        from transformers import LlavaForConditionalGeneration
-
-        return LlavaForConditionalGeneration
-
-    @property
-    def processor_class(self) -> Any:
-        from transformers import LlavaProcessor
-
-        return LlavaProcessor
-
-    @property
-    def image_processor_class(self) -> Any:
-        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-        return SiglipImageProcessorPil
-
+    @override
     def train_tokenizer(self, lines: Sequence[str], special: Mapping[str, str]) -> Any:
         return qwen2_tokenizer(lines, special)
 
+    @override
     def build_processor(self, tokenizer: Any, settings: Mapping[str, Any]) -> Any:
         images = self.image_processor_class(**settings["image_processor"])
         own = {key: value for key, value in settings.items() if key != "image_processor"}
         return self.processor_class(images, tokenizer, **own)
 
+    @override
     def load_processor(self, folder: Path, settings: Mapping[str, Any]) -> Any:
         processor = super().load_processor(folder, settings)
         # Older published processor files lack these, and the class's own default is None.
@@ -60,6 +44,7 @@ class LlavaFamily(Family):
             processor.vision_feature_select_strategy = settings["vision_feature_select_strategy"]
         return processor
 
+    @override
     def expand(self, text: str, processor: Any, image_sizes: Sequence[tuple[int, int]] | None = None) -> str:
         size = processor.image_processor.size
         patch = processor.patch_size
@@ -68,8 +53,10 @@ class LlavaFamily(Family):
             tokens -= 1
         return text.replace(processor.image_token, processor.image_token * tokens)
 
+    @override
     def process(self, processor: Any, image: Image.Image) -> Pixels:
         return {"pixel_values": processor.image_processor(image, return_tensors="pt")["pixel_values"][0]}
 
+    @override
     def stack(self, rows: Sequence[Sequence[Pixels]]) -> Pixels:
         return {"pixel_values": torch.stack([image["pixel_values"] for row in rows for image in row])}

@@ -8,7 +8,9 @@ from typing import Any
 MERGES = 400  # beside the bytes: enough that common words are one token and rare ones several
 
 
-def _train(pre_tokenizer: Any, lines: Sequence[str], start: list[str], alphabet: list[str]) -> tuple[dict[str, int], list]:
+def _train(
+    pre_tokenizer: Any, lines: Sequence[str], start: list[str], alphabet: list[str]
+) -> tuple[dict[str, int], list[Any]]:
     import json
 
     import tokenizers
@@ -38,7 +40,8 @@ def llama_tokenizer(lines: Sequence[str], special: Mapping[str, str]) -> Any:
     start = [special["unk"], special["bos"], special["eos"], *(f"<0x{byte:02X}>" for byte in range(256))]
     space = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
     # No learnt token holds a letter and a punctuation mark, as in the published vocabularies.
-    words = pre_tokenizers.Sequence([space, pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)])
+    marks, digits = pre_tokenizers.Punctuation(), pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.Sequence([space, marks, digits])
     vocab, merges = _train(words, lines, start, [])
     tokenizer = LlamaTokenizer(
         vocab=vocab, merges=merges, unk_token=special["unk"], bos_token=special["bos"], eos_token=special["eos"],

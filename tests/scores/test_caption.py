@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.scores import caption, tokens
+
+QUICK = tuple(name for name in caption.METRICS if name != "METEOR")
+
+
+@pytest.fixture(scope="module")
+def pairs(golden):
+    expected = golden("captions")
+    return expected, expected["captions"], expected["references"]
+
+
+def test_tokens_are_those_of_pycocoevalcap(pairs):
+    expected, captions, references = pairs
+    raw = [text for texts in references.values() for text in texts] + list(captions.values())
+    wanted = [text for texts in expected["tokens"]["references"].values() for text in texts]
+    wanted += [texts[0] for texts in expected["tokens"]["captions"].values()]
+    found = tokens.tokenise(raw)
+    assert [found[text] for text in raw] == wanted
+
+
+def test_metrics_are_those_of_pycocoevalcap(pairs):
+    expected, captions, references = pairs
+    score = caption.caption_scores(captions, references, QUICK)
+    assert score.overall == pytest.approx({name: expected["overall"][name] for name in QUICK}, abs=1e-9)
+    for key, numbers in score.per_image.items():
+        assert numbers == pytest.approx({name: expected["per_image"][key][name] for name in QUICK}, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_meteor_is_that_of_pycocoevalcap(pairs):
+    expected, captions, references = pairs
+    score = caption.caption_scores(captions, references, ("METEOR",))
+    assert score.overall["METEOR"] == pytest.approx(expected["overall"]["METEOR"], abs=1e-9)
+
+
+def test_cider_only_is_the_same_number_and_starts_java_for_new_texts_only(pairs, monkeypatch):
+    _, captions, references = pairs
+    whole = caption.caption_scores(captions, references, ("CIDEr",)).overall["CIDEr"]
+    started = []
+    run = tokens.run_java
+    monkeypatch.setattr(tokens, "run_java", lambda arguments, text: started.append(text) or run(arguments, text))
+    assert caption.cider_only(captions, references) == whole
+    assert started == []
+    changed = {**captions, "1": "a dog never seen before"}
+    assert caption.cider_only(changed, references) != whole
+    assert started == ["a dog never seen before\n"]
+
+
+def test_line_breaks_and_odd_letters_stay_in_their_caption():
+    raw = ["one\u2028two", "three\rfour", "five\x0csix\x0bseven", "\ud800 dog", "", "  ", "eight"]
+    found = tokens.tokenise(raw)
+    assert [found[text] for text in raw] == ["one two", "three four", "five six seven", "dog", "", "", "eight"]
+
+
+def test_blank_captions_score_without_java(monkeypatch):
+    monkeypatch.setattr(tokens, "run_java", None)
+    monkeypatch.setattr(tokens, "_tokenised", {})
+    assert tokens.tokenise(["", " "]) == {"": "", " ": ""}
+
+
+@pytest.mark.parametrize(
+    ("captions", "references", "metrics", "says"),
+    [
+        ({}, {}, ("CIDEr",), "no caption to score"),
+        ({1: "a dog"}, {2: ["a dog"]}, ("CIDEr",), "without reference caption.*1: 1"),
+        ({1: "a dog"}, {1: ["a dog"]}, ("cider",), "unknown caption metric 'cider'.*CIDEr"),
+        ({1: "a dog"}, {1: ["", "."]}, ("CIDEr",), "no reference caption holds a word"),
+    ],
+)
+def test_bad_input(captions, references, metrics, says):
+    with pytest.raises(InputError, match=says):
+        caption.caption_scores(captions, references, metrics)
+
+
+@pytest.mark.skipif(caption.spice_missing() is None, reason="SPICE's models are at hand")
+def test_spice_without_its_models_says_so():
+    with pytest.raises(InputError, match=r"stanford-corenlp-3\.6\.0-models\.jar"):
+        caption.caption_scores({1: "a dog"}, {1: ["a dog"]}, ("SPICE",))
