@@ -128,7 +128,9 @@ def _params(commands: Any) -> None:
 
         return count(args.backbone, args.method, args.set)
 
-    sub = _add(commands, "params", func, "count a method's trainable parameters on a real configuration, without weights")
+    sub = _add(
+        commands, "params", func, "count a method's trainable parameters on a real configuration, without weights"
+    )
     sub.add_argument("--backbone", required=True)
     sub.add_argument("--method", required=True)
     _settable(sub)
@@ -160,6 +162,21 @@ def _miniature(commands: Any) -> None:
 
         with bar(f"pretrain {args.backbone}") as progress:
             pretrain(args.backbone, Path(args.out), seed=args.seed, progress=progress)
+
+    def world(args: argparse.Namespace) -> Any:
+        from pipeline.miniature.world import write_world
+
+        return write_world(
+            Path(args.folder), seed=args.seed, num_train_images=args.num_train_images,
+            num_val_images=args.num_val_images, difficulty=args.difficulty,
+        )  # fmt: skip
+
+    sub = _add(commands, "world", world, "write the miniature world's images and annotations in the official formats")
+    sub.add_argument("folder")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--num-train-images", type=int, default=2500)
+    sub.add_argument("--num-val-images", type=int, default=2500)
+    sub.add_argument("--difficulty", type=float, default=0.2)
 
     sub = _add(commands, "pretrain", pretrain, "make a miniature backbone from nothing")
     sub.add_argument("backbone")

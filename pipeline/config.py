@@ -174,8 +174,8 @@ class Study(Section):
         if isinstance(data, dict) and isinstance(data.get("methods"), dict):
             own = set(StudyMethod.model_fields)
             rows = {}
-            for name, row in data["methods"].items():
-                row = {"method": name} if row is None else dict(row)
+            for name, given in data["methods"].items():
+                row = {"method": name} if given is None else dict(given)
                 row.setdefault("method", name)
                 extra = {k: row.pop(k) for k in list(row) if k not in own}
                 row["set"] = {**row.get("set", {}), **extra}
@@ -305,7 +305,9 @@ def _fields_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
         field = getattr(current, "model_fields", {}).get(part)
         annotation = field.annotation if field else current
         arguments = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
-        current = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else (
-            arguments[0] if arguments else current
+        current = (
+            annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel)
+            else (arguments[0] if arguments else current)
         )
     return list(getattr(current, "model_fields", {}))

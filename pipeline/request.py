@@ -33,9 +33,6 @@ class TrialRequest:
         return self.config.key
 
 
-
-
-
 class Requests:
     """A table of requests by trial key: what a plan knows, without the modules that made it."""
 

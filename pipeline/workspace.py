@@ -33,7 +33,9 @@ def create(folder: Path, *, profile: str, data: Path | None = None) -> None:
         raise InputError(f"unknown profile '{profile}'", where=PARAMS, way_out=nearest(profile, params.profiles))
     text, count = RUN_LINE.subn(f"run: *{profile}", (root / PARAMS).read_text(encoding="utf-8"))
     if count != 1:
-        raise InputError("has no line `run: *PROFILE`", where=PARAMS, way_out="Write `run: *mini` for the default profile")
+        raise InputError(
+            "has no line `run: *PROFILE`", where=PARAMS, way_out="Write `run: *mini` for the default profile"
+        )
     if data is not None and not data.is_dir():
         raise InputError("no such folder", where=str(data), way_out="Give the folder of the official files as --data")
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ def test_the_shipped_params_are_valid_for_every_profile(tmp_path):
 
 def test_the_profile_lies_over_the_sections():
     params = load(ROOT / "params.yaml")
-    assert params.run.train["micro_batch_size"] == params.train.micro_batch_size == 4
+    assert params.run.train["micro_batch_size"] == params.train.micro_batch_size == 8
     assert params.train.weight_decay == 0.05  # untouched by the profile
 
 
@@ -52,7 +52,9 @@ def test_a_mistake_is_named_with_the_way_out(tmp_path, change, words):
 
 def test_a_mistake_in_the_profile_is_found(tmp_path):
     path = tmp_path / "params.yaml"
-    text = (ROOT / "params.yaml").read_text().replace("micro_batch_size: 4, accumulation", "micro_batch: 4, accumulation")
+    text = (
+        (ROOT / "params.yaml").read_text().replace("micro_batch_size: 8, accumulation", "micro_batch: 4, accumulation")
+    )
     path.write_text(text)
     with pytest.raises(InputError, match=r"unknown key 'micro_batch'.*micro_batch_size"):
         load(path)

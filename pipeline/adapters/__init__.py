@@ -20,8 +20,19 @@ from pipeline.backbones.decoder import decoder_of
 from pipeline.errors import InputError
 
 __all__ = [
-    "Adapter", "Facts", "Options", "Pack", "attach", "check_options", "create", "facts_of", "load", "names",
-    "options_of", "read_config", "teacher_of",
+    "Adapter",
+    "Facts",
+    "Options",
+    "Pack",
+    "attach",
+    "check_options",
+    "create",
+    "facts_of",
+    "load",
+    "names",
+    "options_of",
+    "read_config",
+    "teacher_of",
 ]
 
 

@@ -124,8 +124,10 @@ def _edited_attention(spec: DecoderSpec, edit: AttentionEdit) -> Iterator[None]:
 @contextmanager
 def _edited_hidden(spec: DecoderSpec, edit: HiddenEdit) -> Iterator[None]:
     if spec.decoder in _HIDDEN:
-        raise InputError("an adapter of hidden states is attached to this model already",
-                         way_out="Leave the first `attach`, or give both to one `attach` with rows")
+        raise InputError(
+            "an adapter of hidden states is attached to this model already",
+            way_out="Leave the first `attach`, or give both to one `attach` with rows",
+        )
     _HIDDEN[spec.decoder] = True
     try:
         with _hooks() as hooks:

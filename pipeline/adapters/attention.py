@@ -32,7 +32,11 @@ from pipeline.adapters.reference import merge_attention_reference, mimic_attenti
 from pipeline.errors import InputError
 
 __all__ = [
-    "PreparedMask", "merge_attention", "merge_attention_reference", "mimic_attention", "mimic_attention_reference",
+    "PreparedMask",
+    "merge_attention",
+    "merge_attention_reference",
+    "mimic_attention",
+    "mimic_attention_reference",
     "virtual_attention",
 ]
 
@@ -40,8 +44,16 @@ _INF = float("inf")
 
 
 def merge_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_learn: Tensor, v_learn: Tensor, *, mask: Tensor | PreparedMask | None = None,
-    scale: float | None = None, virtual_mask: Tensor | None = None, alpha: Literal["full", "one"] = "full",
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_learn: Tensor,
+    v_learn: Tensor,
+    *,
+    mask: Tensor | PreparedMask | None = None,
+    scale: float | None = None,
+    virtual_mask: Tensor | None = None,
+    alpha: Literal["full", "one"] = "full",
 ) -> Tensor:
     """Attend over virtual tokens and context: softmax over [K_learn ; K] applied to [V_learn ; V] (HiFICL Eq. 1).
 
@@ -77,8 +89,15 @@ def merge_attention(
 
 
 def mimic_attention(
-    q: Tensor, k: Tensor, v: Tensor, shift: Tensor, log_z1: Tensor, *, mask: Tensor | PreparedMask | None = None,
-    scale: float | None = None, form: Literal["vector", "blend"] = "vector",
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift: Tensor,
+    log_z1: Tensor,
+    *,
+    mask: Tensor | PreparedMask | None = None,
+    scale: float | None = None,
+    form: Literal["vector", "blend"] = "vector",
 ) -> Tensor:
     """Shift the attention's output by mu = Z1 / (Z1 + Z2) times a learned vector (MimIC Sec. 3.1).
 
@@ -102,15 +121,31 @@ def mimic_attention(
     """
     per_query = shift if shift.dim() == 4 else None
     return virtual_attention(
-        q, k, v, bias=log_z1.unsqueeze(-1), values=None if shift.dim() == 4 else shift.unsqueeze(-2),
-        per_query=per_query, mask=mask, scale=scale, replaces=form == "blend",
+        q,
+        k,
+        v,
+        bias=log_z1.unsqueeze(-1),
+        values=None if shift.dim() == 4 else shift.unsqueeze(-2),
+        per_query=per_query,
+        mask=mask,
+        scale=scale,
+        replaces=form == "blend",
     )
 
 
 def virtual_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, keys: Tensor | None = None, bias: Tensor | None = None,
-    values: Tensor | None = None, per_query: Tensor | None = None, mask: Tensor | PreparedMask | None = None,
-    scale: float | None = None, replaces: bool | Tensor = True, causal: bool = True,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    keys: Tensor | None = None,
+    bias: Tensor | None = None,
+    values: Tensor | None = None,
+    per_query: Tensor | None = None,
+    mask: Tensor | PreparedMask | None = None,
+    scale: float | None = None,
+    replaces: bool | Tensor = True,
+    causal: bool = True,
 ) -> Tensor:
     """Compute the sum at the top of this file, in its general form.
 
@@ -147,8 +182,17 @@ class _VirtualAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, bias: Tensor | None, values: Tensor | None,
-        per_query: Tensor | None, call: kernels.Call, groups: int, replaces: bool | Tensor,
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keys: Tensor | None,
+        bias: Tensor | None,
+        values: Tensor | None,
+        per_query: Tensor | None,
+        call: kernels.Call,
+        groups: int,
+        replaces: bool | Tensor,
     ) -> Tensor:
         with _no_autocast(q):
             context, lse, extra = _context(call, q, k, v, groups)
@@ -166,7 +210,14 @@ class _VirtualAttention(torch.autograd.Function):
             return out
         context_needed = any(needs[:3])
         ctx.save_for_backward(
-            q, k if context_needed else None, v if context_needed else None, keys, values, per_query, p, saved,
+            q,
+            k if context_needed else None,
+            v if context_needed else None,
+            keys,
+            values,
+            per_query,
+            p,
+            saved,
             saved_lse,
         )
         ctx.call, ctx.groups, ctx.extra, ctx.replaces = call, groups, extra, replaces

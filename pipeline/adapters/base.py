@@ -55,7 +55,8 @@ class Backbone:
             mine, its = getattr(self, field.name), getattr(other, field.name)
             if mine != its:
                 raise InputError(
-                    f"the adapter was made for a backbone with {field.name} {mine}, this model has {its}", where=where,
+                    f"the adapter was made for a backbone with {field.name} {mine}, this model has {its}",
+                    where=where,
                     way_out="Use the backbone that the adapter was trained on",
                 )
 

@@ -63,8 +63,11 @@ class Combined(Adapter):
 
     def modules_trainable(self) -> dict[str, int]:
         """Return both parts' counts, prefixed by the part."""
-        return {f"{name}.{key}": count for name, part in self.part.items()
-                for key, count in part.modules_trainable().items()}  # type: ignore[operator]
+        return {
+            f"{name}.{key}": count
+            for name, part in self.part.items()
+            for key, count in part.modules_trainable().items()  # type: ignore[operator]
+        }
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
         """Return both parts' groups; a part's rate keeps its own proportion to the first part's."""

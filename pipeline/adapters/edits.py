@@ -48,8 +48,10 @@ class Rows:
         """
         if self.index is None:
             if self.count > 1:
-                raise InputError(f"{self.count} adapters are attached and no row says which it uses",
-                                 way_out="Set pack.rows before the forward pass")
+                raise InputError(
+                    f"{self.count} adapters are attached and no row says which it uses",
+                    way_out="Set pack.rows before the forward pass",
+                )
             return None
         if self.count == 1:
             return None
@@ -78,9 +80,11 @@ class AttentionEdit:
         self._tokens: Any = None  # of every layer: name -> tensor
         self._mask: tuple[Tensor, torch.dtype, PreparedMask] | None = None
         kinds = {part.replaces for part in self.parts.values()}
-        self._replaces: bool | list[bool] = kinds.pop() if len(kinds) == 1 else [
-            index not in self.parts or self.parts[index].replaces for index in range(rows.count)
-        ]
+        self._replaces: bool | list[bool] = (
+            kinds.pop()
+            if len(kinds) == 1
+            else [index not in self.parts or self.parts[index].replaces for index in range(rows.count)]
+        )
 
     def refresh(self) -> None:
         """Compute the virtual tokens from the parameters as they are now."""
@@ -102,19 +106,31 @@ class AttentionEdit:
         replaces: bool | Tensor
         if rows is not None:
             tokens = {name: value.index_select(0, rows) for name, value in tokens.items()}
-            replaces = self._replaces if isinstance(self._replaces, bool) else (
-                torch.tensor(self._replaces, device=q.device)[rows]
+            replaces = (
+                self._replaces
+                if isinstance(self._replaces, bool)
+                else (torch.tensor(self._replaces, device=q.device)[rows])
             )
         else:
             replaces = self.parts[0].replaces
         bias, linear = tokens.get("bias"), tokens.get("linear")
         per_query = None
         if linear is not None:
-            per_query = torch.einsum("bhtd,hed->bhte" if linear.dim() == 3 else "bhtd,bhed->bhte",
-                                     q.to(linear.dtype), linear)
+            per_query = torch.einsum(
+                "bhtd,hed->bhte" if linear.dim() == 3 else "bhtd,bhed->bhte", q.to(linear.dtype), linear
+            )
         return virtual_attention(
-            q, k, v, keys=tokens["keys"], bias=None if bias is None else bias.unsqueeze(-2), values=tokens["values"],
-            per_query=per_query, mask=self._prepared(mask, q), scale=scale, replaces=replaces, causal=causal,
+            q,
+            k,
+            v,
+            keys=tokens["keys"],
+            bias=None if bias is None else bias.unsqueeze(-2),
+            values=tokens["values"],
+            per_query=per_query,
+            mask=self._prepared(mask, q),
+            scale=scale,
+            replaces=replaces,
+            causal=causal,
         )
 
     def _prepared(self, mask: Tensor | None, q: Tensor) -> PreparedMask | None:
@@ -132,9 +148,7 @@ def _stack(made: dict[int, dict[str, Tensor]], count: int, shape: tuple[int, int
     widest = max(tokens["keys"].shape[2] for tokens in made.values())
     layers, heads, size = shape
     names = {name for tokens in made.values() for name in tokens if name == "linear"}
-    ragged = len(made) < count or any(
-        "bias" in tokens or tokens["keys"].shape[2] < widest for tokens in made.values()
-    )
+    ragged = len(made) < count or any("bias" in tokens or tokens["keys"].shape[2] < widest for tokens in made.values())
     out: dict[str, list[Tensor]] = {name: [] for name in ("keys", "values", *names, *(["bias"] if ragged else []))}
     for index in range(count):
         tokens = made.get(index, {})

@@ -29,8 +29,15 @@ _EDITS: WeakKeyDictionary[nn.Module, LayerEdit] = WeakKeyDictionary()
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None, **kwargs: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend with the edit of `module`; the signature and the returned [B, T, H, d] are transformers'."""
     edit = _EDITS.get(module)
@@ -64,8 +71,10 @@ def edited_attention(spec: DecoderSpec, edits: list[LayerEdit]) -> Iterator[None
         InputError: the attention of this model is edited already.
     """
     if any(module in _EDITS for module in spec.attentions):
-        raise InputError("an adapter of attention is attached to this model already",
-                         way_out="Leave the first `attach`, or give both to one `attach` with rows")
+        raise InputError(
+            "an adapter of attention is attached to this model already",
+            way_out="Leave the first `attach`, or give both to one `attach` with rows",
+        )
     config, before = spec.text_config, spec.text_config._attn_implementation
     try:
         _set_implementation(config, NAME)

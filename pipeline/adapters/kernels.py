@@ -153,8 +153,21 @@ def _flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     cum_q, cum_k, max_q, max_k, seed, offset = extra
     return aten._scaled_dot_product_flash_attention_backward(
-        _rows(grad), _rows(q), _rows(k), _rows(v), out, lse.float().contiguous(), cum_q, cum_k, max_q, max_k, 0.0,
-        call.causal, seed, offset, scale=call.scale,
+        _rows(grad),
+        _rows(q),
+        _rows(k),
+        _rows(v),
+        out,
+        lse.float().contiguous(),
+        cum_q,
+        cum_k,
+        max_q,
+        max_k,
+        0.0,
+        call.causal,
+        seed,
+        offset,
+        scale=call.scale,
     )
 
 
@@ -194,8 +207,18 @@ def _efficient_backward(
     padded = torch.nn.functional.pad(lse.float(), (0, -lse.shape[-1] % _LSE_BLOCK), value=_INF).contiguous()
     bias = _efficient_bias(call, q, k)
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-        _rows(grad), _rows(q), _rows(k), _rows(v), bias, out, padded, *extra, 0.0, [True, True, True, False],
-        call.causal, scale=call.scale,
+        _rows(grad),
+        _rows(q),
+        _rows(k),
+        _rows(v),
+        bias,
+        out,
+        padded,
+        *extra,
+        0.0,
+        [True, True, True, False],
+        call.causal,
+        scale=call.scale,
     )
     return dq, dk, dv
 
@@ -238,8 +261,14 @@ def _plain_backward(
 _Forward = Callable[[Call, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Any]]
 _Backward = Callable[[Call, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor, Tensor]]
 _FORWARD: dict[str, _Forward] = {
-    "cpu": _cpu_forward, "flash": _flash_forward, "efficient": _efficient_forward, "plain": _plain_forward
+    "cpu": _cpu_forward,
+    "flash": _flash_forward,
+    "efficient": _efficient_forward,
+    "plain": _plain_forward,
 }
 _BACKWARD: dict[str, _Backward] = {
-    "cpu": _cpu_backward, "flash": _flash_backward, "efficient": _efficient_backward, "plain": _plain_backward
+    "cpu": _cpu_backward,
+    "flash": _flash_backward,
+    "efficient": _efficient_backward,
+    "plain": _plain_backward,
 }

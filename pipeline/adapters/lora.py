@@ -88,12 +88,18 @@ class LoRA(WeightsAdapter):
         for name in names:
             linear = modules.get(name)
             if not isinstance(linear, nn.Linear):
-                raise InputError(f"the model has no plain linear module {name}", where=f"method '{self.name}'",
-                                 way_out="Attach LoRA once, to the backbone that it was made for")
+                raise InputError(
+                    f"the model has no plain linear module {name}",
+                    where=f"method '{self.name}'",
+                    way_out="Attach LoRA once, to the backbone that it was made for",
+                )
         rank = self.options.rank
         config = LoraConfig(
-            r=rank, lora_alpha=self.options.alpha or 2 * rank, lora_dropout=self.options.dropout,  # type: ignore[arg-type]
-            target_modules=names, bias="none",
+            r=rank,
+            lora_alpha=self.options.alpha or 2 * rank,
+            lora_dropout=self.options.dropout,  # type: ignore[arg-type]
+            target_modules=names,
+            bias="none",
         )
         before, had = {name: modules[name] for name in names}, set(vars(model))
         try:
@@ -126,7 +132,8 @@ def _targets(model: nn.Module, spec: DecoderSpec, options: LoRAOptions) -> dict[
     return {
         name: (module.in_features, module.out_features)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in options.targets
+        if isinstance(module, nn.Linear)
+        and name.rpartition(".")[2] in options.targets
         and (options.scope == "all" or id(module) in inside)
     }
 

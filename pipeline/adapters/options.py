@@ -33,7 +33,6 @@ class Facts:
     trains_vision: bool = False
     packable: bool = True
 
-
     def aligned(self) -> Facts:
         """Return the same with MimIC's loss: alignment of hidden states + 0.5 cross-entropy (Sec. 3.2, lambda)."""
         return replace(self, teacher="hidden", alignment_weight=1.0, ground_truth_weight=0.5)

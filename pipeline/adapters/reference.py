@@ -11,8 +11,16 @@ _INF = float("inf")
 
 
 def merge_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, k_learn: Tensor, v_learn: Tensor, *, mask: Tensor | None = None,
-    scale: float | None = None, virtual_mask: Tensor | None = None, alpha: Literal["full", "one"] = "full",
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_learn: Tensor,
+    v_learn: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    virtual_mask: Tensor | None = None,
+    alpha: Literal["full", "one"] = "full",
 ) -> Tensor:
     """Compute HiFICL Eq. (1) over the concatenated keys and values; arguments as `merge_attention`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -27,8 +35,15 @@ def merge_attention_reference(
 
 
 def mimic_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, shift: Tensor, log_z1: Tensor, *, mask: Tensor | None = None,
-    scale: float | None = None, form: Literal["vector", "blend"] = "vector",
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift: Tensor,
+    log_z1: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    form: Literal["vector", "blend"] = "vector",
 ) -> Tensor:
     """Compute MimIC's SA + mu v, or (1 - mu) SA + mu h, with mu = Z1 / (Z1 + Z2); arguments as `mimic_attention`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale

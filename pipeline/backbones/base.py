@@ -260,7 +260,6 @@ def vocabulary_size(tokenizer: Any) -> int:
     return len(tokenizer.get_vocab().keys() - {"<end_of_utterance>"})
 
 
-
 def replace_in_order(text: str, token: str, counts: Sequence[int]) -> str:
     """Return `text` with the i-th `token` written `counts[i]` times; counts beyond the text's tokens are not used.
 

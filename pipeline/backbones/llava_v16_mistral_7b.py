@@ -95,8 +95,6 @@ BACKBONE = register(
         special_tokens={"unk": "<unk>", "bos": "<s>", "eos": "</s>", "image": "<image>", "pad": "<pad>"},
         modules=LLAVA_MODULES,
         parameters=7_566_747_648,
-        chat=ChatMarkers(
-            user_open="[INST] ", user_close=" [/INST]", assistant_open=" ", terminator="</s>", after=""
-        ),
+        chat=ChatMarkers(user_open="[INST] ", user_close=" [/INST]", assistant_open=" ", terminator="</s>", after=""),
     )
 )

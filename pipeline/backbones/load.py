@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from pipeline.backbones import REGISTRY
 from pipeline.backbones.base import Backbone, Family
 from pipeline.backbones.weights import check_folder, digest_of_folder, digest_of_settings, find_folder
+from pipeline.config import BackboneSource
 from pipeline.errors import InputError, nearest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -116,16 +117,7 @@ def load(
     return _published(backbone, folder, dtype=kind, device=device)
 
 
-class Source(Protocol):
-    """Where a backbone comes from, as params.yaml has it (`config.BackboneSource`)."""
-
-    variant: Any
-    weights: Any
-    revision: str | None
-    seed: int
-
-
-def digest_of(name: str, source: Source) -> str:
+def digest_of(name: str, source: BackboneSource) -> str:
     """Return the digest that `load` of this source would carry, without building the model.
 
     Raises:

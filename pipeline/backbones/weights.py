@@ -46,7 +46,8 @@ def find_folder(
             if (root / CHECKPOINTS / backbone.name).is_dir():
                 return root / CHECKPOINTS / backbone.name
         raise InputError(
-            f"the miniature {backbone.name} is not made yet", where=f"{CHECKPOINTS}/{backbone.name}",
+            f"the miniature {backbone.name} is not made yet",
+            where=f"{CHECKPOINTS}/{backbone.name}",
             way_out=_way_out(backbone),
         )
     from huggingface_hub import snapshot_download
@@ -57,7 +58,8 @@ def find_folder(
         )
     except Exception as error:  # noqa: BLE001 - the hub's client raises its own, its transport's and OS errors
         raise InputError(
-            f"the weights of {backbone.name} are not on this machine", where=f"backbones.{backbone.name}.weights",
+            f"the weights of {backbone.name} are not on this machine",
+            where=f"backbones.{backbone.name}.weights",
             way_out=_way_out(backbone),
         ) from error
     return Path(found)
@@ -84,7 +86,8 @@ def check_folder(backbone: Backbone, folder: Path) -> None:
     if found != backbone.family.model_type:
         raise InputError(
             f"model_type is {found!r}, but {backbone.name} is a '{backbone.family.model_type}'",
-            where=str(folder / "config.json"), way_out=_way_out(backbone),
+            where=str(folder / "config.json"),
+            way_out=_way_out(backbone),
         )
     if (folder / INDEX).is_file():
         index = _read_json(folder / INDEX, backbone)

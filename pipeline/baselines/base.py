@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from pipeline.adapters.options import Options
+from pipeline.adapters import options as _options
 from pipeline.data.sample import Sample
 from pipeline.registry import Registry
 
@@ -14,9 +14,9 @@ from pipeline.registry import Registry
 class Baseline(ABC):
     """One method without training."""
 
-    Options: ClassVar[type[Options]] = Options
+    Options: ClassVar[type[_options.Options]] = _options.Options
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: _options.Options) -> None:
         self.options = options
 
     @abstractmethod

@@ -27,4 +27,6 @@ class RandomDemonstrations(Baseline):
 
     def demonstrations(self, query: Sample, pool: Sequence[Sample], seed: int) -> list[Sample]:
         """Return `num_shots` samples of the pool, fixed by seed and query."""
-        return draw_demos(pool, query, self.options.num_shots, seed=seed)
+        by_id = {sample.sample_id: sample for sample in pool}
+        drawn = draw_demos(list(by_id), query.sample_id, self.options.num_shots, seed)
+        return [by_id[sample_id] for sample_id in drawn]

@@ -102,8 +102,11 @@ def generate(
         width = batch.input_ids.shape[1]
         stop = _StopAt(loaded.tokenizer, stop_strings, width)
         out = loaded.model.generate(
-            **batch.model_inputs(loaded), **settings, use_cache=True,
-            suppress_tokens=loaded.never_generated, stopping_criteria=[stop] if stop_strings else None,
+            **batch.model_inputs(loaded),
+            **settings,
+            use_cache=True,
+            suppress_tokens=loaded.never_generated,
+            stopping_criteria=[stop] if stop_strings else None,
         )
         written = loaded.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         for i, text in zip(chosen, written, strict=True):

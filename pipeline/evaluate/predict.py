@@ -46,7 +46,7 @@ def predict(
     shots = [demonstrations(sample) if demonstrations else [] for sample in samples]
     texts = generate(
         resident.loaded,
-        resident.prompts(task, samples, shots, answer=False),
+        resident.prompts(manifest, samples, shots, answer=False),
         max_new_tokens=max_new_tokens or task.max_new_tokens,
         visual_tokens=resident.visual,
         root=manifest.image_root,

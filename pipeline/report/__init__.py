@@ -67,9 +67,7 @@ def write_index(params: Params, evaluations: Path, out: Path) -> Path:
     return out / "index.html"
 
 
-def _render(
-    study: str, params: Params, evaluations: Path
-) -> tuple[tables.Table, dict[str, tuple[str, str]], str]:
+def _render(study: str, params: Params, evaluations: Path) -> tuple[tables.Table, dict[str, tuple[str, str]], str]:
     definition = params.studies.get(study)
     read = files_in.read_study(study, evaluations)
     asked = f"{definition!r} {params.backbones!r} {params.tracking!r}"

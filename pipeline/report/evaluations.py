@@ -102,8 +102,11 @@ def read_study(study: str, evaluations: Path) -> StudyFile:
     known = [file.stem for file in (evaluations / "studies").glob("*.json")]
     if study not in known:
         where = str(evaluations / "studies" / f"{study}.json")
-        raise InputError(f"study '{study}' has not been evaluated", where=where, way_out=f"{nearest(study, known)}. "
-                         "Run dvc repro evaluate")
+        raise InputError(
+            f"study '{study}' has not been evaluated",
+            where=where,
+            way_out=f"{nearest(study, known)}. Run dvc repro evaluate",
+        )
     return _read(StudyFile, evaluations / "studies" / f"{study}.json")
 
 
@@ -126,5 +129,6 @@ def _read(model: type[T], file: Path) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{field}: {first['msg']}, got {first.get('input')!r}", where=str(file),
-                         way_out=_RUN) from None
+        raise InputError(
+            f"{field}: {first['msg']}, got {first.get('input')!r}", where=str(file), way_out=_RUN
+        ) from None

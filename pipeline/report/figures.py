@@ -27,10 +27,22 @@ QUIET = "#9aa5b1"
 _INK = "#010203"  # a colour nobody chooses: replaced by currentColor
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "font.size": 10, "font.family": "DejaVu Sans", "text.color": _INK,
-    "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.titlesize": 10.5,
-    "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False, "xtick.major.size": 3,
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "font.family": "DejaVu Sans",
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "xtick.major.size": 3,
     "axes.axisbelow": True,
     "text.parse_math": False,  # a dollar sign in a name is no formula
 }
@@ -72,7 +84,8 @@ def hero(table: Table, out: Path, backbone: str | None = None) -> list[Path]:
         InputError: the study has no number to show.
     """
     groups = [
-        (name, lines) for name, lines in table.groups()
+        (name, lines)
+        for name, lines in table.groups()
         if backbone in (None, name) and any(entry.value is not None for line in lines for entry in table.row(line))
     ]
     if not groups:
@@ -82,8 +95,9 @@ def hero(table: Table, out: Path, backbone: str | None = None) -> list[Path]:
         figure = _bar_figure(table, groups[0][1], wide=True)
         svg, png = out.with_suffix(".svg"), out.with_suffix(".png")
         svg.write_text(standalone(_svg(figure)), encoding="utf-8")
-        figure.savefig(png, dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.15,
-                       metadata={"Software": None})
+        figure.savefig(
+            png, dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.15, metadata={"Software": None}
+        )
     return [svg, png]
 
 
@@ -98,8 +112,11 @@ def _bar_figure(table: Table, lines: Sequence[Line], wide: bool = False) -> Figu
     printed = any(table.entries[line, c].paper is not None for line in lines for c in columns)
     ways = 2 if printed else 1
     panel_height = 0.45 + 0.27 * len(lines)
-    size = (3.7 * len(columns) + 0.6, 0.3 + ways * (panel_height + 0.3)) if wide else (
-        7.6, 0.55 + len(columns) * panel_height)
+    size = (
+        (3.7 * len(columns) + 0.6, 0.3 + ways * (panel_height + 0.3))
+        if wide
+        else (7.6, 0.55 + len(columns) * panel_height)
+    )
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.06))
     grid = figure.subplots(*((ways, len(columns)) if wide else (len(columns), ways)), squeeze=False)
     for place, column in enumerate(columns):
@@ -124,8 +141,15 @@ def _name_panel(axes: Axes, task: str, entry: Entry, whose: str, backbone: str, 
     metric = papers.label("metrics", entry.metric) + (f" ({unit})" if unit else "")
     axes.set_title(f"{papers.label('tasks', task)}, {metric}", fontweight="normal")
     if first:
-        axes.annotate(f"{whose}: {papers.label('backbones', backbone)}", (0, 1), xytext=(0, 24),
-                      xycoords="axes fraction", textcoords="offset points", fontsize=11.5, fontweight="bold")
+        axes.annotate(
+            f"{whose}: {papers.label('backbones', backbone)}",
+            (0, 1),
+            xytext=(0, 24),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=11.5,
+            fontweight="bold",
+        )
 
 
 def _panel(
@@ -148,9 +172,16 @@ def _panel(
             _beside(axes, 0, place, "not printed" if hollow else "no number", fontsize=8.5, alpha=0.65)
             continue
         colour = ACCENT if line.row == reference else QUIET
-        axes.barh(place, value, height=0.66, color="none" if hollow else colour, edgecolor=colour,
-                  linewidth=1.1, xerr=std if std else None,
-                  error_kw={"ecolor": _INK, "elinewidth": 1, "capsize": 2})
+        axes.barh(
+            place,
+            value,
+            height=0.66,
+            color="none" if hollow else colour,
+            edgecolor=colour,
+            linewidth=1.1,
+            xerr=std if std else None,
+            error_kw={"ecolor": _INK, "elinewidth": 1, "capsize": 2},
+        )
         bold = "bold" if line.row == reference else "normal"
         _beside(axes, value + (std or 0.0), place, f"{value:.{digits}f}", fontsize=9, fontweight=bold)
     axes.set_yticks(list(places), [line.title for line in lines])
@@ -185,8 +216,10 @@ def _curve_panel(
 ) -> None:
     names = list(dict.fromkeys((line.row, _rest(line, axis)) for line in table.lines))
     others = iter(range(10**6))
-    colours = {name: ACCENT if name[0] == table.reference or len(names) == 1 else COLOURS[next(others) % len(COLOURS)]
-               for name in names}
+    colours = {
+        name: ACCENT if name[0] == table.reference or len(names) == 1 else COLOURS[next(others) % len(COLOURS)]
+        for name in names
+    }
     numeric = True
     points: dict[tuple[str, tuple[tuple[str, Any], ...]], list[tuple[Any, Entry]]] = {}
     for line in lines:

@@ -21,10 +21,19 @@ def to_csv(table: Table) -> str:
     writer.writerow(COLUMNS)
     for line in table.lines:
         for entry in table.row(line):
-            writer.writerow([
-                line.backbone, entry.column.task, line.method, entry.metric, number(entry.value), number(entry.std),
-                len(entry.done), number(entry.paper), ";".join(entry.run_ids),
-            ])
+            writer.writerow(
+                [
+                    line.backbone,
+                    entry.column.task,
+                    line.method,
+                    entry.metric,
+                    number(entry.value),
+                    number(entry.std),
+                    len(entry.done),
+                    number(entry.paper),
+                    ";".join(entry.run_ids),
+                ]
+            )
     return buffer.getvalue()
 
 
@@ -35,8 +44,10 @@ def to_markdown(table: Table, notes: list[str]) -> str:
         paper = lines[0].paper_backbone
         stands = f" (stands for {_md(papers.label('backbones', paper))})" if paper != backbone else ""
         out += [f"## {_md(papers.label('backbones', backbone))}{stands}", ""]
-        heads = [f"{_md(papers.label('tasks', e.column.task))} {_md(papers.label('metrics', e.metric))}"
-                 for e in table.row(lines[0])]
+        heads = [
+            f"{_md(papers.label('tasks', e.column.task))} {_md(papers.label('metrics', e.metric))}"
+            for e in table.row(lines[0])
+        ]
         out += ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
         for line in lines:
             out.append("| " + " | ".join([_md(line.title), *(_md_entry(e) for e in table.row(line))]) + " |")
@@ -44,8 +55,10 @@ def to_markdown(table: Table, notes: list[str]) -> str:
     out += [f"- {_md(note)}" for note in notes]
     open_cells = [(entry, cell) for entry in table.entries.values() for cell in entry.open if not entry.column.metric]
     for entry, cell in open_cells:
-        out.append(f"- {_md(entry.line.title)}, {_md(cell.task)}, seed {cell.seed}: **{cell.status}**"
-                   + (f": {_md(cell.error)}" if cell.error else ""))
+        out.append(
+            f"- {_md(entry.line.title)}, {_md(cell.task)}, seed {cell.seed}: **{cell.status}**"
+            + (f": {_md(cell.error)}" if cell.error else "")
+        )
     return "\n".join(out).rstrip() + "\n"
 
 
@@ -53,7 +66,9 @@ def to_metrics(table: Table) -> str:
     """Return the numbers by name, flat, for `dvc metrics`."""
     rows = {
         "/".join([line.backbone, entry.column.task, line.method, entry.metric]): _rounded(entry.value)
-        for line in table.lines for entry in table.row(line) if entry.value is not None
+        for line in table.lines
+        for entry in table.row(line)
+        if entry.value is not None
     }
     return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
 
@@ -62,11 +77,18 @@ def to_plot(table: Table) -> str:
     """Return a record a number, with the varied axes as fields, for `dvc plots`."""
     rows: list[dict[str, Any]] = [
         {
-            "backbone": line.backbone, "task": entry.column.task, "method": line.row, "metric": entry.metric,
-            **dict(line.vary), "value": _rounded(entry.value), "std": _rounded(entry.std),
+            "backbone": line.backbone,
+            "task": entry.column.task,
+            "method": line.row,
+            "metric": entry.metric,
+            **dict(line.vary),
+            "value": _rounded(entry.value),
+            "std": _rounded(entry.std),
             "paper": _rounded(entry.paper),
         }
-        for line in table.lines for entry in table.row(line) if entry.value is not None
+        for line in table.lines
+        for entry in table.row(line)
+        if entry.value is not None
     ]
     return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
 

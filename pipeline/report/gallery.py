@@ -59,16 +59,24 @@ def _samples(
         image = next((one.image for one in every if one.image), None)
         question = next((one.question for one in every if one.question), None)
         references = next((one.references for one in every if one.references), [])
-        out.append({
-            "id": f"{task} {sample}", "question": question, "references": "; ".join(dict.fromkeys(references)),
-            "image": _data_uri(evaluations.parent / image) if image else None,
-            "words": question or f"Image of sample {sample}",
-            "answers": [
-                {"text": by_line[line][sample].prediction, "right": (by_line[line][sample].score or 0.0) == best > 0}
-                if line in by_line else {"text": "", "right": False}
-                for line in lines
-            ],
-        })
+        out.append(
+            {
+                "id": f"{task} {sample}",
+                "question": question,
+                "references": "; ".join(dict.fromkeys(references)),
+                "image": _data_uri(evaluations.parent / image) if image else None,
+                "words": question or f"Image of sample {sample}",
+                "answers": [
+                    {
+                        "text": by_line[line][sample].prediction,
+                        "right": (by_line[line][sample].score or 0.0) == best > 0,
+                    }
+                    if line in by_line
+                    else {"text": "", "right": False}
+                    for line in lines
+                ],
+            }
+        )
     return out
 
 

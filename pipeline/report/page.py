@@ -35,9 +35,7 @@ def section(
     table: Table, source: papers.Source | None, figures: dict[str, tuple[str, str]], gallery: Any, ui: str
 ) -> str:
     """Return a study's part of the page."""
-    return _environment().get_template("study.html.j2").render(
-        study=_study(table, source, figures, gallery), ui=ui
-    )
+    return _environment().get_template("study.html.j2").render(study=_study(table, source, figures, gallery), ui=ui)
 
 
 def page(tables: list[Table], sections: list[str], params: Params) -> str:
@@ -49,18 +47,35 @@ def page(tables: list[Table], sections: list[str], params: Params) -> str:
         params: for the address of the MLflow UI.
     """
     studies = [
-        {"name": t.study.study, "title": t.study.title, "done": _done(t), "total": len(t.study.cells),
-         "html": Markup(html)}  # noqa: S704 - rendered by our own template with autoescape
+        {
+            "name": t.study.study,
+            "title": t.study.title,
+            "done": _done(t),
+            "total": len(t.study.cells),
+            "html": Markup(html),  # noqa: S704 - rendered by our own template with autoescape
+        }
         for t, html in zip(tables, sections, strict=True)
     ]
     pairs = _stand_ins(tables)
     words = "; ".join(f"{ours} stands for {theirs}" for ours, theirs in pairs)
-    stand_ins = f"{words}. The paper's numbers are of the large models on the full tasks: compare the order of the " \
-                "methods, not the heights. No difference is shown between unlike models." if pairs else ""
-    return _environment().get_template("page.html.j2").render(
-        studies=studies, origins=_origins(tables), ui=ui_address(params), stand_ins=stand_ins,
-        profile=", ".join(dict.fromkeys(t.study.profile for t in tables)) or params.profile,
-        done=sum(s["done"] for s in studies), total=sum(s["total"] for s in studies),
+    stand_ins = (
+        f"{words}. The paper's numbers are of the large models on the full tasks: compare the order of the "
+        "methods, not the heights. No difference is shown between unlike models."
+        if pairs
+        else ""
+    )
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            studies=studies,
+            origins=_origins(tables),
+            ui=ui_address(params),
+            stand_ins=stand_ins,
+            profile=", ".join(dict.fromkeys(t.study.profile for t in tables)) or params.profile,
+            done=sum(s["done"] for s in studies),
+            total=sum(s["total"] for s in studies),
+        )
     )
 
 
@@ -72,8 +87,11 @@ def ui_address(params: Params) -> str:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.globals.update(shown=shown, signed=_signed, label=papers.label)
     return environment
@@ -88,16 +106,23 @@ def _study(
     if source and source.note:
         every.append(f"{source.paper}, {source.place}: {source.note}.")
     return {
-        "name": study.study, "title": study.title, "source": source if source and source.place else None,
-        "done": _done(table), "total": len(study.cells), "gone": len(study.cells) - _done(table),
-        "code": _code(study.provenance), "notes": every,
+        "name": study.study,
+        "title": study.title,
+        "source": source if source and source.place else None,
+        "done": _done(table),
+        "total": len(study.cells),
+        "gone": len(study.cells) - _done(table),
+        "code": _code(study.provenance),
+        "notes": every,
         "problems": _problems(study.cells),
-        "sizes": sized, "heads": [_head(table, column) for column in table.columns],
+        "sizes": sized,
+        "heads": [_head(table, column) for column in table.columns],
         "groups": [
             {
                 "title": papers.label("backbones", backbone),
                 "below": f"stands for {papers.label('backbones', lines[0].paper_backbone)}"
-                if backbone != lines[0].paper_backbone else "",
+                if backbone != lines[0].paper_backbone
+                else "",
                 "rows": [_row(table, line, source) for line in lines],
             }
             for backbone, lines in table.groups()
@@ -106,18 +131,24 @@ def _study(
             {"svg": Markup(svg), "words": words, "caption": _caption(table, name)}  # noqa: S704 - our own SVG
             for name, (svg, words) in figures.items()
         ],
-        "figures_first": bool(table.axes), "gallery": gallery,
+        "figures_first": bool(table.axes),
+        "gallery": gallery,
         "reference": next((line.label for line in table.lines if line.row == table.reference), ""),
         "differences": [entry for entry in table.entries.values() if entry.difference],
         "runs": [
             {
-                "title": entry.line.title, "backbone": papers.label("backbones", entry.line.backbone),
-                "task": papers.label("tasks", entry.column.task), "cell": cell,
+                "title": entry.line.title,
+                "backbone": papers.label("backbones", entry.line.backbone),
+                "task": papers.label("tasks", entry.column.task),
+                "cell": cell,
                 "chosen": ", ".join(f"{key} = {_short(value)}" for key, value in cell.searched.items()),
-                "value": "" if cell.value is None else
-                shown(papers.convert(cell.value, cell.unit or entry.unit, entry.unit), entry.unit),
+                "value": ""
+                if cell.value is None
+                else shown(papers.convert(cell.value, cell.unit or entry.unit, entry.unit), entry.unit),
             }
-            for entry in table.entries.values() if entry.column.metric is None for cell in entry.cells
+            for entry in table.entries.values()
+            if entry.column.metric is None
+            for cell in entry.cells
         ],
     }
 
@@ -127,8 +158,12 @@ def _row(table: Table, line: Line, source: papers.Source | None) -> dict[str, An
     sizes = sorted({cell.trainable_parameters for cell in cells if cell.trainable_parameters})
     size = " - ".join(f"{one:,}" for one in dict.fromkeys((sizes[0], sizes[-1]))) if sizes else ""
     printed = papers.figure(source.path, line.paper_backbone, line.row, "params_m") if source else None
-    return {"title": line.title, "size": size, "entries": table.row(line),
-            "paper_size": f"{printed:g} M" if printed is not None else ""}
+    return {
+        "title": line.title,
+        "size": size,
+        "entries": table.row(line),
+        "paper_size": f"{printed:g} M" if printed is not None else "",
+    }
 
 
 def _head(table: Table, column: Column) -> dict[str, str]:
@@ -138,10 +173,14 @@ def _head(table: Table, column: Column) -> dict[str, str]:
     lower = papers.metric_facts(entry.metric).get("lower_is_better")
     own = papers.label("tasks", column.task)
     stands = f"{own} for {papers.label('tasks', column.paper_task)}" if column.task != column.paper_task else own
-    return {"title": metric if column.metric else own,
-            "below": f"{stands}{', lower is better' if lower else ''}" if column.metric else
-            (metric if column.task == column.paper_task else
-             f"{metric}; for {papers.label('tasks', column.paper_task)}")}
+    return {
+        "title": metric if column.metric else own,
+        "below": f"{stands}{', lower is better' if lower else ''}"
+        if column.metric
+        else (
+            metric if column.task == column.paper_task else f"{metric}; for {papers.label('tasks', column.paper_task)}"
+        ),
+    }
 
 
 def _caption(table: Table, name: str) -> str:
@@ -171,7 +210,8 @@ def _problems(cells: list[Cell]) -> list[str]:
 def _stand_ins(tables: list[Table]) -> list[tuple[str, str]]:
     pairs = {
         (papers.label("backbones", line.backbone), papers.label("backbones", line.paper_backbone)): None
-        for table in tables for line in table.lines
+        for table in tables
+        for line in table.lines
         if line.backbone != line.paper_backbone
     }
     return list(pairs)

@@ -152,9 +152,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float | str) else str(value)
 
 
-def _entry(
-    line: Line, column: Column, cells: list[Cell], study: StudyFile, path: str | None, params: Params
-) -> Entry:
+def _entry(line: Line, column: Column, cells: list[Cell], study: StudyFile, path: str | None, params: Params) -> Entry:
     own = column.metric is None
     done = [cell for cell in cells if _value(cell, column.metric) is not None]
     # cells that are not done have no metric of their own: take the name from another row of the same task
@@ -164,8 +162,11 @@ def _entry(
     ours = (named.unit if named and own else None) or papers.metric_facts(metric).get("ours") or "percent"
     unit = papers.unit(path, study.study, *where) or ours
     values = [
-        papers.convert(float(_value(cell, column.metric) or 0.0), cell.units.get(metric) or
-                       (cell.unit if own and cell.unit else ours), unit)
+        papers.convert(
+            float(_value(cell, column.metric) or 0.0),
+            cell.units.get(metric) or (cell.unit if own and cell.unit else ours),
+            unit,
+        )
         for cell in done
     ]
     value, std = mean_std(values) if values else (None, None)
@@ -216,7 +217,8 @@ def _compare(table: Table, scores: Any) -> None:
         if column.metric is not None or line.row == table.reference or entry.value is None:
             continue
         same = [
-            other for other in table.lines
+            other
+            for other in table.lines
             if (other.backbone, other.vary, other.row) == (line.backbone, line.vary, table.reference)
         ]
         if same:

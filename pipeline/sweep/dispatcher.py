@@ -1,8 +1,8 @@
 """The resident pool: slots of workers that outlive trials, and the queue in front of them.
 
-Ray Tune decides which trials live; its actors (`sweep.proxy`) hand their trial to this actor and wait for reports. A slot
-is `world_size` workers in one placement group. A worker that dies, hangs or is killed costs its slot a rebuild and its
-trial the time since the last epoch's checkpoint.
+Ray Tune decides which trials live; its actors (`sweep.proxy`) hand their trial to this actor and wait for reports. A
+slot is `world_size` workers in one placement group. A worker that dies, hangs or is killed costs its slot a rebuild and
+its trial the time since the last epoch's checkpoint.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pipeline.errors import HificlError
 from pipeline.request import TrialRequest
 from pipeline.sweep.store import FINAL, TrialStore
 from pipeline.sweep.worker import Worker
+
 Resolve = Callable[[dict[str, Any]], TrialRequest]
 Report = dict[str, Any]  # one epoch's metrics with "epoch", "trial_key" and "done"; or {"error": ...}
 
@@ -56,7 +57,7 @@ class _Slot:
     def __init__(self, sweep: Sweep, world_size: int) -> None:
         self.sweep, self.world_size = sweep, world_size
         self.workers: list[Any] = []
-        self.group = None
+        self.group: Any = None
         self.pids: list[int] = []
 
     async def build(self) -> None:
@@ -69,8 +70,9 @@ class _Slot:
         environment = {"OMP_NUM_THREADS": str(self.sweep.threads_per_worker)}
         if not self.sweep.gpus_per_worker:
             environment["DS_ACCELERATOR"] = "cpu"
+        make: Any = Worker  # ray.remote makes it an actor class, which type checkers do not see
         self.workers = [
-            Worker.options(
+            make.options(
                 num_cpus=cpus,
                 num_gpus=self.sweep.gpus_per_worker,
                 runtime_env={"env_vars": environment},

@@ -1,7 +1,7 @@
 """Stage `evaluate`: choose each cell's trial on the selection set, score it once, write one JSON a trial.
 
-    evaluations/<key>.json            one scored trial: configuration, score, predictions with ids
-    evaluations/studies/<study>.json  the cells of a study, each with its chosen trial and its candidates
+evaluations/<key>.json            one scored trial: configuration, score, predictions with ids
+evaluations/studies/<study>.json  the cells of a study, each with its chosen trial and its candidates
 """
 
 from __future__ import annotations
@@ -54,13 +54,15 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None) -> No
         mine = [_record(cell, chosen[cell.name], out, store, problems) for cell in cells if cell.study == study]
         record = {
             "schema": SCHEMA, "study": study, "title": params.studies[study].title, "profile": params.profile,
-            "selection": params.train.selection, "provenance": {k: v for k, v in tracker.provenance.items() if k != "diff"},
-            "cells": mine,
+            "selection": params.train.selection, "cells": mine,
+            "provenance": {k: v for k, v in tracker.provenance.items() if k != "diff"},
         }  # fmt: skip
         write_atomic(out / "studies" / f"{study}.json", json.dumps(record, indent=1, sort_keys=True))
     if problems:
         key, why = next(iter(problems.items()))
-        raise WorkError(f"{len(problems)} of {len(jobs)} trials could not be scored; the first, {key}: {why}", where="evaluate")
+        raise WorkError(
+            f"{len(problems)} of {len(jobs)} trials could not be scored; the first, {key}: {why}", where="evaluate"
+        )
 
 
 def candidates(params: Params, cell: Cell, store: TrialStore) -> list[tuple[Point, TrialConfig]]:
@@ -68,7 +70,7 @@ def candidates(params: Params, cell: Cell, store: TrialStore) -> list[tuple[Poin
     if params.sweep.search != "optuna" or not cell.search:
         return [(point, cell.trial(point)) for point in points(cell, params)]
     found = []
-    for key in store.keys():
+    for key in store.all_keys():
         config = store.config(key)
         values = {**config.model_dump(), **config.options}
         point = {name: values[name] for name in cell.search if name in values}
@@ -128,7 +130,9 @@ def _score(
                 tracker.log_evaluation(run_id, scores, path)
 
 
-def _record(cell: Cell, chosen: dict[str, Any], out: Path, store: TrialStore, problems: dict[str, str]) -> dict[str, Any]:
+def _record(
+    cell: Cell, chosen: dict[str, Any], out: Path, store: TrialStore, problems: dict[str, str]
+) -> dict[str, Any]:
     task = tasks.get(cell.task)
     record: dict[str, Any] = {
         "row": cell.row, "label": cell.label, "method": cell.method, "backbone": cell.backbone,

@@ -41,7 +41,8 @@ def score_all(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Any]]:
     attempts: dict[str, int] = {}
     with cluster(sweep):
         environment = {"OMP_NUM_THREADS": str(sweep.threads_per_worker)}
-        make = Evaluator.options(
+        actor: Any = Evaluator
+        make = actor.options(
             num_cpus=sweep.cpus_per_worker, num_gpus=sweep.gpus_per_worker, runtime_env={"env_vars": environment}
         )
         idle = [make.remote(params.evaluate.generation.batch_size) for _ in range(count_slots(sweep, 1, len(jobs)))]

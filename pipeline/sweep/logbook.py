@@ -81,9 +81,19 @@ class Logbook:
 
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the numeric entries of a report that MLflow should keep."""
-    skip = {"done", "training_iteration", "time_total_s", "pid", "timestamp", "time_since_restore", "iterations_since_restore",
-            "time_this_iter_s"}
-    return {k: float(v) for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool) and k not in skip}
+    skip = {
+        "done",
+        "training_iteration",
+        "time_total_s",
+        "pid",
+        "timestamp",
+        "time_since_restore",
+        "iterations_since_restore",
+        "time_this_iter_s",
+    }
+    return {
+        k: float(v) for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool) and k not in skip
+    }
 
 
 def flat(config: TrialConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.backbones.identity import digest_of
+from pipeline import backbones
 from pipeline.config import Params
 from pipeline.data.manifest import Manifest
 from pipeline.errors import InputError, WorkError
@@ -47,7 +47,7 @@ def digests_of(params: Params, where: Places) -> Digests:
             raise InputError("no manifest", where=str(path), way_out=f"Run `dvc repro subsample@{task}` first")
         manifests[task] = Manifest.load(path)
     return Digests(
-        backbones={name: digest_of(name, params.backbone_source(name)) for name in params.run.backbones},
+        backbones={name: backbones.digest_of(name, params.backbone_source(name)) for name in params.run.backbones},
         manifests={task: manifest.digest for task, manifest in manifests.items()},
         train_sizes={task: len(manifest.splits["train"]) for task, manifest in manifests.items()},
     )
@@ -148,7 +148,7 @@ def ended_with_parent() -> Iterator[None]:
 
     def watch() -> None:
         while not stop.wait(PARENT_SECONDS):
-            if not dvc.is_running():
+            if dvc is not None and not dvc.is_running():
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 

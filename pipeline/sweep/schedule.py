@@ -29,7 +29,9 @@ def make_scheduler(params: Params, plan: Plan) -> TrialScheduler:
             time_attr=TIME, metric=METRIC, mode="max", max_t=longest, grace_period=sweep.grace_epochs,
             reduction_factor=sweep.reduction_factor,
         ),
-        "median": lambda: MedianStoppingRule(time_attr=TIME, metric=METRIC, mode="max", grace_period=sweep.grace_epochs),
+        "median": lambda: MedianStoppingRule(
+            time_attr=TIME, metric=METRIC, mode="max", grace_period=sweep.grace_epochs
+        ),
     }  # fmt: skip
     return PerCell(makers[sweep.scheduler], lambda trial: _cell_of(plan, trial.config))
 
@@ -43,7 +45,8 @@ class PerCell(FIFOScheduler):
 
     def __init__(self, make: Callable[[], TrialScheduler], cell_of: Callable[[Any], str]) -> None:
         super().__init__()
-        self._make, self._cell_of, self._own = make, cell_of, {}
+        self._make, self._cell_of = make, cell_of
+        self._own: dict[str, TrialScheduler] = {}
 
     def _of(self, trial: Any) -> TrialScheduler:
         return self._own.setdefault(self._cell_of(trial), self._make())
@@ -75,8 +78,10 @@ class PerCellOptuna(Searcher):
     def __init__(self, params: Params, cells: list[Cell]) -> None:
         super().__init__(metric=METRIC, mode="max")
         self._left = {cell.name: params.sweep.num_samples for cell in cells}
-        self._own = {cell.name: OptunaSearch(space=_optuna_space(cell), metric=METRIC, mode="max", seed=params.sweep.seed)
-                     for cell in cells}
+        self._own = {
+            cell.name: OptunaSearch(space=_optuna_space(cell), metric=METRIC, mode="max", seed=params.sweep.seed)
+            for cell in cells
+        }
         self._cell: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import methods
-from pipeline import backbones
+from pipeline import backbones, methods
 from pipeline.config import Params, Study, StudyMethod, Train, validate
 from pipeline.errors import InputError, nearest
 from pipeline.tasks import tasks
@@ -58,7 +57,7 @@ class Cell:
     def trial(self, point: Point) -> TrialConfig:
         """Return the trial at `point`; fields that the method does not use stay neutral, so that keys are shared."""
         train, options = _apply(self.method, self.train, self.options, point, where=self.name)
-        shared = {
+        shared: dict[str, Any] = {
             "backbone": self.backbone,
             "backbone_digest": self.digests.backbones[self.backbone],
             "task": self.task,
@@ -109,7 +108,9 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
         InputError: unknown study, method, backbone, task, field or option.
     """
     if study_name not in params.studies:
-        raise InputError(f"unknown study '{study_name}'", where="run.studies", way_out=nearest(study_name, params.studies))
+        raise InputError(
+            f"unknown study '{study_name}'", where="run.studies", way_out=nearest(study_name, params.studies)
+        )
     study = params.studies[study_name]
     pairs = [
         (backbone, paper_backbone, task, paper_task)
@@ -120,7 +121,8 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
     ]
     if not pairs:
         raise InputError(
-            f"none of the profile's backbones {params.run.backbones} and tasks {params.run.tasks} stands for one of the study's",
+            f"none of the profile's backbones {params.run.backbones} and tasks {params.run.tasks} stands for one of "
+            "the study's",
             where=f"studies.{study_name}",
             way_out=f"The study asks for {study.backbones} and {study.tasks}",
         )
@@ -145,7 +147,8 @@ def _cell(
     where = f"studies.{study_name}.methods.{row_name}"
     known = TRAIN_FIELDS | set(methods.option_names(row.method))
     vary = {name: value for name, value in vary.items() if name in known}
-    train, options = params.train, {}
+    train: Train = params.train
+    options: dict[str, Any] = {}
     for layer, source in (
         (params.methods.get(row.method, {}), f"methods.{row.method}"),
         (study.train, f"studies.{study_name}.train"),
@@ -208,8 +211,10 @@ def points(cell: Cell, params: Params) -> list[Point]:
                 )
         return list(_grid(cell.search))
     generator = random.Random(f"{params.sweep.seed}:{cell.name}")
-    drawn = [{name: draw(domain, generator, name) for name, domain in cell.search.items()}
-             for _ in range(params.sweep.num_samples)]
+    drawn = [
+        {name: draw(domain, generator, name) for name, domain in cell.search.items()}
+        for _ in range(params.sweep.num_samples)
+    ]
     return [point for i, point in enumerate(drawn) if point not in drawn[:i]]
 
 
@@ -237,5 +242,7 @@ def parse_range(domain: Any, name: str) -> tuple[str, tuple[float, float]]:
                 raise InputError(f"loguniform bounds of '{name}' must be above 0, got {bounds}", where="search")
             return kind, (bounds[0], bounds[1])
     raise InputError(
-        f"search domain of '{name}' is {domain!r}", where="search", way_out=f"Give a list, or one of {kinds} with [low, high]"
+        f"search domain of '{name}' is {domain!r}",
+        where="search",
+        way_out=f"Give a list, or one of {kinds} with [low, high]",
     )

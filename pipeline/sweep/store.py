@@ -90,7 +90,7 @@ class TrialStore:
                 rows[row["epoch"]] = row  # an epoch run again after a crash replaces its first try
         return [rows[epoch] for epoch in sorted(rows)]
 
-    def keys(self) -> list[str]:
+    def all_keys(self) -> list[str]:
         """Return the keys of all trials, open and done."""
         return sorted(p.parent.name for p in self.root.glob("*/config.json"))
 

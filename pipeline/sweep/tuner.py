@@ -65,7 +65,9 @@ class _Events(tune.Callback):
         for watcher in self._watchers:
             watcher.on_start(self._key(trial))
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         for watcher in self._watchers:
             watcher.on_report(self._key(trial), result)
 
@@ -152,12 +154,11 @@ def _run(plan: Plan, keys: list[str], adaptive: list[Any], params: Params, watch
     slots = count_slots(params.sweep, world, len(keys) + len(adaptive) * params.sweep.num_samples)
     run_ahead = params.sweep.scheduler == "fifo"
     resolve = plan.request if adaptive else Requests({key: plan.request_of(plan.trials[key]) for key in keys})
-    dispatcher = Dispatcher.remote(resolve, params.sweep, str(plan.places.runs), slots, world, run_ahead)
+    actor: Any = Dispatcher
+    dispatcher = actor.remote(resolve, params.sweep, str(plan.places.runs), slots, world, run_ahead)
     try:
         ray.get(dispatcher.start.remote())
-        trainable = tune.with_resources(
-            tune.with_parameters(TrialProxy, dispatcher=dispatcher), {"CPU": PROXY_CPUS}
-        )
+        trainable = tune.with_resources(tune.with_parameters(TrialProxy, dispatcher=dispatcher), {"CPU": PROXY_CPUS})
         for space, search in ((keys, None), (adaptive, PerCellOptuna(params, adaptive) if adaptive else None)):
             if not space:
                 continue

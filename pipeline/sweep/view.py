@@ -21,7 +21,8 @@ class View:
 
     def __init__(self, plan: Plan, store: TrialStore, total: int) -> None:
         self.plan, self.store, self.total = plan, store, total
-        self.started, self.running, self.ended, self.failed = time.monotonic(), {}, 0, 0
+        self.started, self.ended, self.failed = time.monotonic(), 0, 0
+        self.running: dict[str, int] = {}
         self.epochs_seen = 0
         self.best: dict[str, float] = {}
         self.last_line = 0.0
@@ -67,13 +68,17 @@ class View:
         per_trial = planned / max(1, sum(c.trained for c in self.plan.trials.values()))
         if not self.epochs_seen:
             return "?"
-        seconds = (time.monotonic() - self.started) / self.epochs_seen * max(0, self.total * per_trial - self.epochs_seen)
+        seconds = (
+            (time.monotonic() - self.started) / self.epochs_seen * max(0, self.total * per_trial - self.epochs_seen)
+        )
         return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
     def _line(self) -> str:
         failed = f", {self.failed} failed" if self.failed else ""
         best = f", best so far {max(self.best.values()):.3g}" if self.best else ""
-        return f"trials: {self.ended} of {self.total} done{failed}, {len(self.running)} running{best}, {self._left()} left"
+        return (
+            f"trials: {self.ended} of {self.total} done{failed}, {len(self.running)} running{best}, {self._left()} left"
+        )
 
     def _show(self, force: bool = False) -> None:
         if self.live is None:

@@ -36,7 +36,11 @@ class Worker:
     def connect(self, host: str, port: int) -> None:
         """Join the slot's process group and load what every trial needs."""
         os.environ.update(
-            RANK=str(self.rank), LOCAL_RANK="0", WORLD_SIZE=str(self.world_size), MASTER_ADDR=host, MASTER_PORT=str(port)
+            RANK=str(self.rank),
+            LOCAL_RANK="0",
+            WORLD_SIZE=str(self.world_size),
+            MASTER_ADDR=host,
+            MASTER_PORT=str(port),
         )
         import torch
 

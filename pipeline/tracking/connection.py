@@ -98,8 +98,9 @@ class Connection:
             where, cause = store.shown(self.uri), str(error).strip().splitlines()[0]
             if "out-of-date database schema" in str(error):
                 way_out = f"Save a copy, then run: mlflow db upgrade {where}"
-                raise InputError("the store was written by another version of MLflow", where=where,
-                                 way_out=way_out) from None
+                raise InputError(
+                    "the store was written by another version of MLflow", where=where, way_out=way_out
+                ) from None
             raise kind(f"the MLflow store failed: {cause}", where=where) from error
 
 

@@ -75,9 +75,7 @@ class Tracker(Connection):
 
     # -- opening -------------------------------------------------------------------------------------------------
 
-    def open_sweep(
-        self, study: str, *, tags: Mapping[str, Any], description: str, system_metrics: bool = False
-    ) -> str:
+    def open_sweep(self, study: str, *, tags: Mapping[str, Any], description: str, system_metrics: bool = False) -> str:
         """Open the parent run of a sweep: the one with the same `tags["sweep_key"]` if there is one.
 
         Args:
@@ -186,7 +184,10 @@ class Tracker(Connection):
                 return
             name = run.info.run_name.partition(" ")[0] or "adapter"
             model = self._client.create_logged_model(
-                run.info.experiment_id, name=_model_name(name), source_run_id=run_id, model_type="adapter",
+                run.info.experiment_id,
+                name=_model_name(name),
+                source_run_id=run_id,
+                model_type="adapter",
                 tags={"trial_key": run.data.tags.get("trial_key", ""), "adapter_digest": digest},
             )
             self._client.log_model_artifacts(model.model_id, str(folder))
@@ -278,12 +279,18 @@ class Tracker(Connection):
             raise InputError(f"no run '{run_id}': {error.message}", where=store.shown(self.uri)) from None
         rows = run.inputs.dataset_inputs if run.inputs else []
         return {
-            "run_id": run_id, "experiment_id": run.info.experiment_id, "status": run.info.status,
-            "study": run.data.tags.get("study"), "params": dict(run.data.params), "tags": dict(run.data.tags),
+            "run_id": run_id,
+            "experiment_id": run.info.experiment_id,
+            "status": run.info.status,
+            "study": run.data.tags.get("study"),
+            "params": dict(run.data.params),
+            "tags": dict(run.data.tags),
             "metrics": dict(run.data.metrics),
             "datasets": [
                 {
-                    "name": row.dataset.name, "digest": row.dataset.digest, "source": row.dataset.source,
+                    "name": row.dataset.name,
+                    "digest": row.dataset.digest,
+                    "source": row.dataset.source,
                     "context": next((tag.value for tag in row.tags if tag.key == "mlflow.data.context"), ""),
                 }
                 for row in rows
@@ -292,9 +299,7 @@ class Tracker(Connection):
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _start(
-        self, study: str, found: Run | None, *, name: str, tags: Mapping[str, Any], parent: str | None
-    ) -> str:
+    def _start(self, study: str, found: Run | None, *, name: str, tags: Mapping[str, Any], parent: str | None) -> str:
         """Create or reopen a run as this process's own."""
         every = {name: _text(value) for name, value in {**self._code_tags(), **tags, **owner.tags()}.items()}
         with self._talking():
@@ -322,6 +327,7 @@ class Tracker(Connection):
             with self._talking():
                 return self._stored_steps(run_id)
         return self._open[run_id].steps
+
 
 def _earlier_commits(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
     """Return the tag that keeps the commits a resumed run was begun at, when the code has moved on since."""

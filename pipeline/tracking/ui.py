@@ -24,8 +24,6 @@ def serve(folder: Path, *, host: str, port: int) -> None:
     if host not in LOOPBACK:
         say(f"warning: {host} can be reached from other machines, and this server asks nobody for a password")
     say(f"MLflow on http://{host}:{port} (Ctrl-C ends it)")
-    subprocess.run(
-        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{store}", "--artifacts-destination",
-         str(folder / "mlartifacts"), "--host", host, "--port", str(port), "--workers", "1"],
-        check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", f"sqlite:///{store}", "--artifacts-destination", str(folder / "mlartifacts")]
+    subprocess.run([*command, *stores], check=False)

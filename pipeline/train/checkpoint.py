@@ -1,7 +1,7 @@
 """Epoch checkpoints of a trial: whole or absent, the one before kept, damage found by digest.
 
-    checkpoint/epoch-0003/state.json    epoch, best epoch, the metrics' history, digests of the other files
-    checkpoint/epoch-0003/...           the engine's own files (adapter, optimiser)
+checkpoint/epoch-0003/state.json    epoch, best epoch, the metrics' history, digests of the other files
+checkpoint/epoch-0003/...           the engine's own files (adapter, optimiser)
 """
 
 from __future__ import annotations

@@ -55,8 +55,12 @@ class Student(nn.Module):
     cast and broadcast eight billion frozen parameters at every trial's start.
     """
 
-    def __init__(self, adapter: nn.Module, loss: Callable[[Any], tuple[torch.Tensor, dict[str, float]]],
-                 backbone: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        adapter: nn.Module,
+        loss: Callable[[Any], tuple[torch.Tensor, dict[str, float]]],
+        backbone: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.adapter = adapter
         self.backbone = backbone
@@ -138,7 +142,11 @@ class TorchEngine:
         with torch.no_grad():
             for i, p in enumerate(self.parameters):
                 p.copy_(tensors[f"parameter.{i}"])
-                state = {n[: -len(f".{i}")]: t for n, t in tensors.items() if n.endswith(f".{i}") and not n.startswith("parameter.")}
+                state = {
+                    n[: -len(f".{i}")]: t
+                    for n, t in tensors.items()
+                    if n.endswith(f".{i}") and not n.startswith("parameter.")
+                }
                 if state:
                     self.optimizer.state[p] = {n: t if n == "step" else t.to(p.device) for n, t in state.items()}
 

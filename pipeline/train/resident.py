@@ -15,7 +15,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.prompt import Encoded, encode_all, render
 from pipeline.data.sample import Sample
 from pipeline.errors import InputError
-from pipeline.tasks import Task, tasks
+from pipeline.tasks import tasks
 from pipeline.train.visual_tokens import VisualTokens
 from pipeline.trial import TrialConfig
 
@@ -37,7 +37,7 @@ class Resident:
         )  # fmt: skip
         if self.loaded.digest != config.backbone_digest:
             raise InputError(
-                f"the weights are not those of the trial (digest {self.loaded.digest[:12]}, was {config.backbone_digest[:12]})",
+                f"the weights (digest {self.loaded.digest[:12]}) are not the trial's ({config.backbone_digest[:12]})",
                 where=config.backbone, way_out="Put the old weights back, or run the sweep again for the new ones",
             )  # fmt: skip
         self.device = device
@@ -71,21 +71,24 @@ class Resident:
         task = tasks.get(manifest.task)
         missing = [s for s in samples if (manifest.digest, "train", s.sample_id) not in self._encoded]
         rendered = [render(task.template, self.loaded.backbone, sample, answer=True) for sample in missing]
-        for sample, encoded in zip(missing, encode_all(self.loaded, rendered), strict=True):
+        for sample, encoded in zip(missing, encode_all(self.loaded, rendered, root=manifest.image_root), strict=True):
             self._encoded[manifest.digest, "train", sample.sample_id] = encoded
         return [self._encoded[manifest.digest, "train", s.sample_id] for s in samples]
 
     def prompts(
-        self, task: Task, queries: Sequence[Sample], demos: Sequence[Sequence[Sample]], *, answer: bool
+        self, manifest: Manifest, queries: Sequence[Sample], demos: Sequence[Sequence[Sample]], *, answer: bool
     ) -> list[Encoded]:
         """Return prompts with demonstrations."""
+        task = tasks.get(manifest.task)
         rendered = [
             render(task.template, self.loaded.backbone, query, shots, answer=answer)
             for query, shots in zip(queries, demos, strict=True)
         ]
-        return encode_all(self.loaded, rendered)
+        return encode_all(self.loaded, rendered, root=manifest.image_root)
 
-    def batch(self, encoded: Sequence[Encoded], manifest: Manifest, *, span: str = "answer", pixels: bool = False) -> Batch:
+    def batch(
+        self, encoded: Sequence[Encoded], manifest: Manifest, *, span: str = "answer", pixels: bool = False
+    ) -> Batch:
         """Return a right-padded batch on the device, with cached visual tokens or, where vision is trained, pixels."""
         images = [image for e in encoded for image in e.images]
         batch = collate(

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,18 @@ class TrialRun:
     def __init__(
         self, config: TrialConfig, folder: Path, resident: Resident, manifest: Manifest, on_step: Callable[[], None]
     ) -> None:
-        self.config, self.folder, self.resident, self.manifest, self.on_step = config, folder, resident, manifest, on_step
+        self.config, self.folder, self.resident, self.manifest, self.on_step = (
+            config,
+            folder,
+            resident,
+            manifest,
+            on_step,
+        )
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.world != config.world_size:
-            raise WorkError(f"the trial asks for {config.world_size} ranks, this slot has {self.world}", where=config.key)
+            raise WorkError(
+                f"the trial asks for {config.world_size} ranks, this slot has {self.world}", where=config.key
+            )
         self.task = tasks.get(config.task)
         self.samples = manifest.splits["train"][: config.num_train_samples]
         split = "evaluation" if config.selection == "test" else "selection"
@@ -219,7 +227,9 @@ class TrialRun:
             return torch.zeros((), device=self.resident.device), {}
         loaded = self.resident.loaded
         hidden_wanted = self.facts.teacher == "hidden"
-        context = recorded(self.spec, self.facts.alignment) if hidden_wanted else nullcontext([])
+        context: AbstractContextManager[list[Tensor]] = (
+            recorded(self.spec, self.facts.alignment) if hidden_wanted else nullcontext([])
+        )
         with context as states:
             hidden = loaded.model.model(**batch.model_inputs(loaded), use_cache=False).last_hidden_state
         rows, positions, targets = loss.shifted(batch.labels)
@@ -270,14 +280,17 @@ class TrialRun:
 
     @torch.no_grad()
     def _selection_losses(self, samples: Sequence[Sample]) -> dict[Any, float]:
-        loaded, found = self.resident.loaded, {}
+        loaded = self.resident.loaded
+        found: dict[Any, float] = {}
         encoded = self.resident.training_prompts(self.manifest, samples)
         for start in range(0, len(encoded), SELECTION_BATCH):
             rows_of = encoded[start : start + SELECTION_BATCH]
             batch = self.resident.batch(rows_of, self.manifest, span=self.config.loss_span, pixels=self.pixels)
             hidden = loaded.model.model(**batch.model_inputs(loaded), use_cache=False).last_hidden_state
             rows, positions, targets = loss.shifted(batch.labels)
-            values = loss.cross_entropy(loss.logits_at(loaded.model, hidden, rows, positions), targets, rows, len(batch))
+            values = loss.cross_entropy(
+                loss.logits_at(loaded.model, hidden, rows, positions), targets, rows, len(batch)
+            )
             found.update(zip(batch.sample_ids, values.tolist(), strict=True))
         return found
 
@@ -285,8 +298,11 @@ class TrialRun:
 
     def _save_adapter(self) -> None:
         if self.rank == 0:
-            extra = {"trial": self.config.key, "backbone": self.config.backbone, "manifest": self.config.manifest_digest,
-                     "backbone_digest": self.config.backbone_digest, "task": self.config.task}  # fmt: skip
+            config = self.config
+            extra = {
+                "trial": config.key, "task": config.task, "manifest": config.manifest_digest,
+                "backbone": config.backbone, "backbone_digest": config.backbone_digest,
+            }  # fmt: skip
             with folder_atomic(self.folder / "adapter") as temporary:
                 self.adapter.save_pretrained(temporary, extra=extra)
 

@@ -17,7 +17,6 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.prompt import Encoded, draw_demos
 from pipeline.data.sample import Sample
 from pipeline.errors import WorkError
-from pipeline.tasks import tasks
 from pipeline.train.loss import logits_at, shifted
 from pipeline.train.resident import Resident
 
@@ -78,7 +77,6 @@ class Teacher:
         self.resident, self.manifest, self.num_shots, self.seed, self.facts = resident, manifest, num_shots, seed, facts
         self.pool = {sample.sample_id: sample for sample in pool}
         self.ids = list(self.pool)
-        self.task = tasks.get(manifest.task)
         self.spec = decoder_of(resident.loaded.model)
 
     def demonstrations(self, sample: Sample, epoch: int) -> list[Sample]:
@@ -90,7 +88,7 @@ class Teacher:
     def targets(self, samples: Sequence[Sample], encoded: Sequence[Encoded], epoch: int) -> list[Target]:
         """Return the targets of samples whose own prompts are `encoded`."""
         shots = [self.demonstrations(sample, epoch) for sample in samples]
-        prompts = self.resident.prompts(self.task, samples, shots, answer=True)
+        prompts = self.resident.prompts(self.manifest, samples, shots, answer=True)
         batch = self.resident.batch(prompts, self.manifest)
         model = self.resident.loaded.model
         with recorded(self.spec, self.facts.alignment) as states:

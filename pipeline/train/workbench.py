@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,8 @@ class Workbench:
         manifest = resident.manifest(Path(request.manifest), config.manifest_digest)
         samples = manifest.splits[evaluation.split][: evaluation.num_samples]
         model = resident.loaded.model
-        demonstrations, context = None, nullcontext()
+        demonstrations = None
+        context: AbstractContextManager[object] = nullcontext()
         if methods.is_trained(config.method):
             context = adapters.attach(model, adapters.load(Path(request.folder) / "adapter", model))
         else:
@@ -97,7 +98,8 @@ class Workbench:
         task = tasks.get(config.task)
         score = task.score(samples, texts, normalise=evaluation.vqa_normalise)
         return {
-            "trial": config.key, "config": config.model_dump(mode="json"), "evaluation": evaluation.model_dump(mode="json"),
+            "trial": config.key, "config": config.model_dump(mode="json"),
+            "evaluation": evaluation.model_dump(mode="json"),
             "metric": score.metric, "unit": task.unit, "value": score.value, "metrics": {score.metric: score.value},
             "details": score.details, "num_samples": len(samples), "seconds": time.perf_counter() - started,
             "predictions": [

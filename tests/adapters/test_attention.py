@@ -21,12 +21,17 @@ from pipeline.adapters.attention import (
 from pipeline.errors import InputError
 
 TOLERANCE = 1e-12
-SHAPES = st.fixed_dictionaries({
-    "batch": st.integers(1, 3), "groups": st.integers(1, 4), "kv_heads": st.integers(1, 3),
-    "queries": st.sampled_from([1, 2, 5, 17]), "past": st.sampled_from([0, 0, 3, 40]),
-    "size": st.sampled_from([4, 8, 16]),
-    "seed": st.integers(0, 10_000),
-})
+SHAPES = st.fixed_dictionaries(
+    {
+        "batch": st.integers(1, 3),
+        "groups": st.integers(1, 4),
+        "kv_heads": st.integers(1, 3),
+        "queries": st.sampled_from([1, 2, 5, 17]),
+        "past": st.sampled_from([0, 0, 3, 40]),
+        "size": st.sampled_from([4, 8, 16]),
+        "seed": st.integers(0, 10_000),
+    }
+)
 MASKS = st.sampled_from([None, "bool", "additive", "per-head", "left-padding"])
 
 
@@ -74,8 +79,15 @@ def assert_same(ours: Any, reference: Any, tensors: list[Tensor], generator: tor
 
 
 @settings(max_examples=60, deadline=None)
-@given(shape=SHAPES, mask=MASKS, n=st.integers(1, 9), batched=st.booleans(), alpha=st.sampled_from(["full", "one"]),
-       hidden=st.booleans(), scale=st.sampled_from([None, 0.3]))
+@given(
+    shape=SHAPES,
+    mask=MASKS,
+    n=st.integers(1, 9),
+    batched=st.booleans(),
+    alpha=st.sampled_from(["full", "one"]),
+    hidden=st.booleans(),
+    scale=st.sampled_from([None, 0.3]),
+)
 def test_merge_equals_concatenation(
     shape: dict[str, int], mask: str | None, n: int, batched: bool, alpha: str, hidden: bool, scale: float | None
 ) -> None:
@@ -86,8 +98,16 @@ def test_merge_equals_concatenation(
     virtual_mask = None
     if hidden:
         virtual_mask = torch.arange(n) < torch.randint(0, n + 1, (shape["batch"], 1, 1), generator=generator)
-    assert_same(merge_attention, merge_attention_reference, tensors, generator, alpha=alpha, scale=scale,
-                mask=mask_of(mask, shape, generator), virtual_mask=virtual_mask)
+    assert_same(
+        merge_attention,
+        merge_attention_reference,
+        tensors,
+        generator,
+        alpha=alpha,
+        scale=scale,
+        mask=mask_of(mask, shape, generator),
+        virtual_mask=virtual_mask,
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,8 +117,9 @@ def test_mimic_equals_its_formula(shape: dict[str, int], mask: str | None, dims:
     batch, heads, queries, size = tensors[0].shape
     shift = {2: (heads, size), 3: (batch, heads, size), 4: (batch, heads, queries, size)}[dims]
     tensors += [normal(generator, *shift), normal(generator, batch, heads, queries)]
-    assert_same(mimic_attention, mimic_attention_reference, tensors, generator, form=form,
-                mask=mask_of(mask, shape, generator))
+    assert_same(
+        mimic_attention, mimic_attention_reference, tensors, generator, form=form, mask=mask_of(mask, shape, generator)
+    )
 
 
 @pytest.mark.parametrize("alpha", ["full", "one"])
@@ -108,8 +129,14 @@ def test_plain_backend_gives_what_flash_gives(alpha: Any, mask: str | None, monk
     generator, tensors = draw(shape)
     tensors += [normal(generator, 4, 3, 8), normal(generator, 4, 3, 8)]
     monkeypatch.setattr(kernels, "_backend", lambda *_: "plain")
-    assert_same(merge_attention, merge_attention_reference, tensors, generator, alpha=alpha,
-                mask=mask_of(mask, shape, generator))
+    assert_same(
+        merge_attention,
+        merge_attention_reference,
+        tensors,
+        generator,
+        alpha=alpha,
+        mask=mask_of(mask, shape, generator),
+    )
 
 
 def test_rows_of_both_forms_share_one_call() -> None:
@@ -120,10 +147,12 @@ def test_rows_of_both_forms_share_one_call() -> None:
         return virtual_attention(x[0], x[1], x[2], keys=x[3], values=x[4], replaces=torch.tensor([True, False]))
 
     def each(*x: Tensor) -> Tensor:
-        return torch.cat([
-            merge_attention_reference(*(t[i : i + 1] for t in x), alpha=alpha)
-            for i, alpha in enumerate(("full", "one"))
-        ])
+        return torch.cat(
+            [
+                merge_attention_reference(*(t[i : i + 1] for t in x), alpha=alpha)
+                for i, alpha in enumerate(("full", "one"))
+            ]
+        )
 
     assert_same(mixed, each, [q, k, v, keys, values], generator)
 
@@ -180,9 +209,15 @@ def test_autocast_does_not_narrow_the_virtual_side() -> None:
     assert torch.equal(out, merge_attention(*tensors))
 
 
-@pytest.mark.parametrize("wrong", [
-    {"k": (1, 3, 4, 8)}, {"v": (1, 2, 5, 8)}, {"k_learn": (3, 2, 8)}, {"v_learn": (2, 4, 2, 8)},
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"k": (1, 3, 4, 8)},
+        {"v": (1, 2, 5, 8)},
+        {"k_learn": (3, 2, 8)},
+        {"v_learn": (2, 4, 2, 8)},
+    ],
+)
 def test_shapes_that_do_not_fit_are_refused(wrong: dict[str, tuple[int, ...]]) -> None:
     right = {"q": (1, 4, 4, 8), "k": (1, 2, 4, 8), "v": (1, 2, 4, 8), "k_learn": (4, 2, 8), "v_learn": (4, 2, 8)}
     shapes = {**right, **wrong}

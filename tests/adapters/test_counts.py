@@ -15,20 +15,33 @@ VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads":
 
 
 def idefics2_8b() -> Any:
-    return tf.Idefics2ForConditionalGeneration(tf.Idefics2Config(
-        image_token_id=32001, vision_config={**VISION, "image_size": 980, "num_hidden_layers": 27},
-        perceiver_config={"hidden_size": 4096, "resampler_n_latents": 64, "resampler_depth": 3, "resampler_n_heads": 16,
-                              "resampler_head_dim": 96, "num_key_value_heads": 4},
-        text_config=tf.MistralConfig(vocab_size=32002, pad_token_id=0),
-    ))
+    return tf.Idefics2ForConditionalGeneration(
+        tf.Idefics2Config(
+            image_token_id=32001,
+            vision_config={**VISION, "image_size": 980, "num_hidden_layers": 27},
+            perceiver_config={
+                "hidden_size": 4096,
+                "resampler_n_latents": 64,
+                "resampler_depth": 3,
+                "resampler_n_heads": 16,
+                "resampler_head_dim": 96,
+                "num_key_value_heads": 4,
+            },
+            text_config=tf.MistralConfig(vocab_size=32002, pad_token_id=0),
+        )
+    )
 
 
 def llava_interleave_7b() -> Any:
-    return tf.LlavaForConditionalGeneration(tf.LlavaConfig(
-        image_token_index=151646, vision_feature_layer=-1, vision_feature_select_strategy="full",
-        vision_config=tf.SiglipVisionConfig(**VISION, image_size=384, num_hidden_layers=26, vision_use_head=False),
-        text_config=tf.Qwen2Config(vocab_size=152000, intermediate_size=11008),
-    ))
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(
+            image_token_index=151646,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            vision_config=tf.SiglipVisionConfig(**VISION, image_size=384, num_hidden_layers=26, vision_use_head=False),
+            text_config=tf.Qwen2Config(vocab_size=152000, intermediate_size=11008),
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +50,27 @@ def real() -> dict[str, Any]:
         return {"idefics2": idefics2_8b(), "llava": llava_interleave_7b()}
 
 
-@pytest.mark.parametrize(("backbone", "method", "options", "count"), [
-    ("idefics2", "hificl", {}, 2_228_224), ("llava", "hificl", {}, 2_228_224),
-    ("idefics2", "hificl", {"num_virtual_tokens": 16, "rank": 4}, 32 * 32 * 2 * 4 * (16 + 128)),
-    ("idefics2", "hificl", {"lowrank_k": False, "lowrank_v": False}, 32 * 32 * 2 * 8 * 128),
-    ("idefics2", "mimic", {}, 263_168), ("llava", "mimic", {"shift": "linear"}, 32 * 32 * (128**2 + 2 * 128 + 1)),
-    ("idefics2", "live", {}, 131_104), ("llava", "live", {}, 131_104),
-    ("idefics2", "lora", {}, 17_588_224), ("llava", "lora", {}, 19_652_608),
-    ("idefics2", "lora", {"rank": 8}, 8_794_112), ("llava", "lora", {"rank": 8}, 9_826_304),
-    ("idefics2", "lora", {"scope": "decoder"}, 13_631_488), ("llava", "lora", {"scope": "decoder"}, 16_777_216),
-    ("idefics2", "lora-mini", {}, 32 * (4096 + 4096)), ("idefics2", "mimic+lora", {}, 263_168 + 17_588_224),
-])
+@pytest.mark.parametrize(
+    ("backbone", "method", "options", "count"),
+    [
+        ("idefics2", "hificl", {}, 2_228_224),
+        ("llava", "hificl", {}, 2_228_224),
+        ("idefics2", "hificl", {"num_virtual_tokens": 16, "rank": 4}, 32 * 32 * 2 * 4 * (16 + 128)),
+        ("idefics2", "hificl", {"lowrank_k": False, "lowrank_v": False}, 32 * 32 * 2 * 8 * 128),
+        ("idefics2", "mimic", {}, 263_168),
+        ("llava", "mimic", {"shift": "linear"}, 32 * 32 * (128**2 + 2 * 128 + 1)),
+        ("idefics2", "live", {}, 131_104),
+        ("llava", "live", {}, 131_104),
+        ("idefics2", "lora", {}, 17_588_224),
+        ("llava", "lora", {}, 19_652_608),
+        ("idefics2", "lora", {"rank": 8}, 8_794_112),
+        ("llava", "lora", {"rank": 8}, 9_826_304),
+        ("idefics2", "lora", {"scope": "decoder"}, 13_631_488),
+        ("llava", "lora", {"scope": "decoder"}, 16_777_216),
+        ("idefics2", "lora-mini", {}, 32 * (4096 + 4096)),
+        ("idefics2", "mimic+lora", {}, 263_168 + 17_588_224),
+    ],
+)
 def test_trainable_parameters(
     real: dict[str, Any], backbone: str, method: str, options: dict[str, Any], count: int
 ) -> None:

@@ -19,9 +19,13 @@ MODELS = ["idefics2", "llava"]
 OTHERS = ["mistral", "qwen2", "llama", "llava_next", "llava_onevision", "qwen3_vl", "idefics"]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in adapters.names()),
-    ("hificl", {"num_virtual_tokens": 3, "rank": 2, "lowrank_k": False}), ("hificl", {"lowrank_v": False}),
-    ("hificl", {"alpha": "one"}), ("hificl", {"alpha_init": "identity"}), ("hificl", {"teacher": True}),
-    ("mimic", {"shift": "blend"}), ("mimic", {"shift": "linear"}),
+    ("hificl", {"num_virtual_tokens": 3, "rank": 2, "lowrank_k": False}),
+    ("hificl", {"lowrank_v": False}),
+    ("hificl", {"alpha": "one"}),
+    ("hificl", {"alpha_init": "identity"}),
+    ("hificl", {"teacher": True}),
+    ("mimic", {"shift": "blend"}),
+    ("mimic", {"shift": "linear"}),
     ("lora", {"scope": "decoder", "rank": 2}),
 ]
 each_variant = pytest.mark.parametrize(
@@ -94,12 +98,17 @@ def test_cached_decode_equals_full_forward(
     with adapters.attach(model, adapter), torch.no_grad():
         full = model(**batch).logits
         rest = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask")}
-        out = model(input_ids=batch["input_ids"][:, :8], attention_mask=batch["attention_mask"][:, :8], **rest,
-                    use_cache=True)
+        out = model(
+            input_ids=batch["input_ids"][:, :8], attention_mask=batch["attention_mask"][:, :8], **rest, use_cache=True
+        )
         for end in (9, 10, 12):
             start = out.past_key_values.get_seq_length()
-            step = model(input_ids=batch["input_ids"][:, start:end], attention_mask=batch["attention_mask"][:, :end],
-                         past_key_values=out.past_key_values, use_cache=True)
+            step = model(
+                input_ids=batch["input_ids"][:, start:end],
+                attention_mask=batch["attention_mask"][:, :end],
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
             torch.testing.assert_close(step.logits, full[:, start:end], rtol=0, atol=1e-10)
 
 
@@ -129,8 +138,9 @@ def test_left_padding_changes_no_real_position(method: str, options: dict[str, A
     mask = (torch.arange(16) >= 4).long().expand(2, -1)
     with adapters.attach(model, adapter):
         expected = logits(model, {"input_ids": ids})
-        found = logits(model, {"input_ids": padded, "attention_mask": mask,
-                               "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)})
+        found = logits(
+            model, {"input_ids": padded, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        )
     assert torch.isfinite(found).all()
     torch.testing.assert_close(found[:, 4:], expected, rtol=0, atol=1e-10)
 
@@ -206,9 +216,16 @@ def test_other_families(family: str, method: str, tiny: Any, inputs: Any) -> Non
 
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("method", ["hificl", "mimic", "live", "lora"])
-@pytest.mark.parametrize("generation", [
-    {}, {"num_beams": 3, "length_penalty": 0.0}, {"cache_implementation": "static"}, {"use_cache": False},
-], ids=str)
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {},
+        {"num_beams": 3, "length_penalty": 0.0},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
 def test_generate_agrees_with_and_without_a_cache(
     family: str, method: str, generation: dict[str, Any], tiny: Any, inputs: Any
 ) -> None:

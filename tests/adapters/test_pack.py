@@ -11,8 +11,11 @@ from pipeline import adapters
 from pipeline.errors import InputError
 
 PACKS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "ragged": [("hificl", {"num_virtual_tokens": 2, "rank": 1}), ("hificl", {"num_virtual_tokens": 8}),
-               ("hificl", {"num_virtual_tokens": 5, "lowrank_k": False, "lowrank_v": False})],
+    "ragged": [
+        ("hificl", {"num_virtual_tokens": 2, "rank": 1}),
+        ("hificl", {"num_virtual_tokens": 8}),
+        ("hificl", {"num_virtual_tokens": 5, "lowrank_k": False, "lowrank_v": False}),
+    ],
     "equal": [("hificl", {}), ("hificl", {}), ("hificl", {})],
     "variants": [("hificl", {"alpha": "one"}), ("hificl", {}), ("hificl", {"alpha_init": "identity"})],
     "mimic": [("mimic", {}), ("mimic", {"shift": "blend"}), ("mimic", {"shift": "linear"})],

@@ -52,7 +52,7 @@ class Project:
         return done
 
     def start(self, *args: str) -> subprocess.Popen:
-        log = open(self.folder / "started.log", "w")
+        log = (self.folder / "started.log").open("w")  # noqa: SIM115 - the child writes to it
         return subprocess.Popen(
             [sys.executable, *args], cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -70,7 +70,9 @@ def test_mlflow_is_clean_and_complete(project):
     assert sorted(n for _, n in steps) == [2, 2, 2]
     commits = query(project, "select count(*) from tags where key='mlflow.source.git.commit'")
     assert commits[0][0] == 6  # five children and their parent
-    assert query(project, "select count(distinct key) from params where key in ('rank','learning_rate','seed')") == [(3,)]
+    assert query(project, "select count(distinct key) from params where key in ('rank','learning_rate','seed')") == [
+        (3,)
+    ]
     assert query(project, "select count(*) from inputs")[0][0] >= 5
 
 
@@ -137,4 +139,7 @@ def test_an_interrupted_sweep_goes_on_without_training_twice(tmp_path, how):
     assert query(project, "select count(*) from runs where status='RUNNING'") == [(0,)]
     twice = "select count(*) from (select 1 from metrics group by run_uuid,key,step having count(*)>1)"
     assert query(project, twice) == [(0,)]
-    assert sorted(n for (n,) in query(project, "select count(*) from metrics where key='train_loss' group by run_uuid")) == [2] * 5
+    assert (
+        sorted(n for (n,) in query(project, "select count(*) from metrics where key='train_loss' group by run_uuid"))
+        == [2] * 5
+    )

@@ -118,7 +118,11 @@ def test_generation_stops_where_the_answer_ends(written, text, most, told, pictu
 
     loaded.model.generate = spy
     got = generate(
-        loaded, requests_for(loaded, 2), max_new_tokens=20, visual_tokens=VisualTokens(loaded), root=pictures,
+        loaded,
+        requests_for(loaded, 2),
+        max_new_tokens=20,
+        visual_tokens=VisualTokens(loaded),
+        root=pictures,
         stop_strings=stop_strings(TEMPLATE),
     )
     assert all(answer.startswith(text) for answer in got)

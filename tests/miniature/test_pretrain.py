@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from pipeline import backbones
+from pipeline.data.prompt import render as render_prompt
+from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.miniature.documents import CAPTION_PREFIX, VQA_PREFIX, Curriculum, DocumentSource
 from pipeline.miniature.lexicon import QUESTIONS, draw_convention
@@ -83,23 +86,26 @@ def test_answers_come_back_from_the_tokenizer(name: str) -> None:
         assert "\n" in tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_lines_are_those_of_the_tasks_templates() -> None:
-    """Pre-training's prompts and the tasks' templates must not drift apart."""
-    drawn = source("mini-idefics2")
-    image = drawn.renderer.spec.image_text
-    convention = draw_convention(np.random.default_rng(0))
-    values = drawn.attributes[0]
-    for task, topic in (("mini-vqa", 2), ("mini-okvqa", 9), ("mini-coco", None)):
-        template = tasks.get(task).template
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("task", ["mini-vqa", "mini-okvqa", "mini-coco"])
+def test_documents_are_what_the_pipeline_will_ask(name: str, task: str) -> None:
+    """Pre-training's own rendering and `data.prompt` must give the same text, for lines and for chats."""
+    drawn = source(name)
+    renderer, template, convention = drawn.renderer, tasks.get(task).template, draw_convention(np.random.default_rng(0))
+    topic = {"mini-vqa": 2, "mini-okvqa": 9, "mini-coco": None}[task]
+    ours, samples = "", []
+    for nth, values in enumerate(drawn.attributes[:3]):
+        prefix = template.prefix if nth == 0 else ""
         if topic is None:
-            pieces = drawn.renderer.caption(values, convention, CAPTION_PREFIX)
-            query, answer = template.query.format(image=image), convention.caption(values)
+            pieces, target = renderer.caption(values, convention, prefix), convention.caption(values)
         else:
-            pieces = drawn.renderer.vqa(values, topic, convention, VQA_PREFIX)
-            query = template.query.format(image=image, question=QUESTIONS[topic])
-            answer = convention.answer(values, topic)
-        expected = template.prefix + query + template.answer.format(answer=answer)
-        assert "".join(text for text, _ in pieces) == expected
+            pieces, target = renderer.vqa(values, topic, convention, prefix), convention.answer(values, topic)
+        ours += "".join(text for text, _ in pieces)
+        question = None if topic is None else QUESTIONS[topic]
+        samples.append(Sample(task, nth, (ImageRef(f"{nth}.png"),), question, target, (target,)))
+    theirs = render_prompt(template, backbones.get(name), samples[-1], samples[:-1], answer=True).text
+    # The last pair's closing newline is what would separate it from a next one.
+    assert ours.rstrip("\n") == theirs.replace("<image>", renderer.spec.image_text).rstrip("\n")
 
 
 def test_weights_are_on_answers_and_their_ends() -> None:

@@ -11,13 +11,26 @@ import pytest
 
 from pipeline.config import Params
 
-TASKS = {"mini-vqa": ("vqav2", "accuracy", "percent"), "mini-okvqa": ("okvqa", "accuracy", "percent"),
-         "mini-coco": ("coco", "CIDEr", "fraction")}
-ROWS = {"zero-shot": ("Zero-shot", 0.26, 0), "icl-8": ("8-shot ICL", 0.53, 0), "lora-r16": ("LoRA", 0.79, 57_344),
-        "live": ("LIVE", 0.70, 516), "mimic": ("MimIC", 0.74, 1_040), "hificl": ("HiFICL", 0.81, 10_240)}
-PROVENANCE = {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False,
-              "versions": {"python": "3.11.7", "torch": "2.13.0"}, "machine": {"cpu": "a cpu", "cores": 2, "gpus": []},
-              "data": {"params": "0" * 32, "outs": {}}}
+TASKS = {
+    "mini-vqa": ("vqav2", "accuracy", "percent"),
+    "mini-okvqa": ("okvqa", "accuracy", "percent"),
+    "mini-coco": ("coco", "CIDEr", "fraction"),
+}
+ROWS = {
+    "zero-shot": ("Zero-shot", 0.26, 0),
+    "icl-8": ("8-shot ICL", 0.53, 0),
+    "lora-r16": ("LoRA", 0.79, 57_344),
+    "live": ("LIVE", 0.70, 516),
+    "mimic": ("MimIC", 0.74, 1_040),
+    "hificl": ("HiFICL", 0.81, 10_240),
+}
+PROVENANCE = {
+    "commit": "0123456789abcdef0123456789abcdef01234567",
+    "dirty": False,
+    "versions": {"python": "3.11.7", "torch": "2.13.0"},
+    "machine": {"cpu": "a cpu", "cores": 2, "gpus": []},
+    "data": {"params": "0" * 32, "outs": {}},
+}
 
 
 class Maker:
@@ -32,16 +45,22 @@ class Maker:
 
     @staticmethod
     def definition(**more: Any) -> dict[str, Any]:
-        return {"title": "Table 1: the main comparison", "paper": "hificl.table1_main",
-                "backbones": ["idefics2-8b-base"], "tasks": ["vqav2", "okvqa", "coco"],
-                "methods": {row: {"method": row} for row in ROWS}, **more}
+        return {
+            "title": "Table 1: the main comparison",
+            "paper": "hificl.table1_main",
+            "backbones": ["idefics2-8b-base"],
+            "tasks": ["vqav2", "okvqa", "coco"],
+            "methods": {row: {"method": row} for row in ROWS},
+            **more,
+        }
 
     def __init__(self, folder: Path, num_samples: int = 60) -> None:
         self.folder, self.num_samples = folder, num_samples
         (folder / "studies").mkdir(parents=True, exist_ok=True)
 
-    def cell(self, row: str, task: str, seed: int, *, vary: dict[str, Any] | None = None, lift: float = 0.0,
-             **more: Any) -> dict[str, Any]:
+    def cell(
+        self, row: str, task: str, seed: int, *, vary: dict[str, Any] | None = None, lift: float = 0.0, **more: Any
+    ) -> dict[str, Any]:
         paper_task, metric, unit = TASKS[task]
         label, chance, size = ROWS.get(row, (row, 0.5, 0))
         name = f"{row}-{task}-{seed}-{sorted((vary or {}).items())}-{lift}"
@@ -51,22 +70,66 @@ class Maker:
         value = sum(scores) / len(scores)
         evaluation = f"e{abs(hash_of(name)):016x}"[:16]
         predictions = [{"sample_id": i, "prediction": f"word{i % 7}", "score": score} for i, score in enumerate(scores)]
-        (self.folder / f"{evaluation}.json").write_text(json.dumps(
-            {"schema": 1, "trial": f"t{evaluation}", "config": {}, "evaluation": {}, "metric": metric, "unit": unit,
-             "value": value, "metrics": {metric: value}, "num_samples": len(scores), "predictions": predictions}))
-        return {"row": row, "label": label, "method": row, "backbone": "mini-idefics2",
-                "paper_backbone": "idefics2-8b-base", "task": task, "paper_task": paper_task, "vary": vary or {},
-                "seed": seed, "searched": {"learning_rate": 0.005} if size else {},
-                "candidates": [{"trial": "a", "searched": {"learning_rate": 0.005}, "selection_score": 80.0}],
-                "trial": f"t{evaluation}", "evaluation": evaluation, "metric": metric, "unit": unit, "value": value,
-                "metrics": {metric: value}, "run_id": f"{hash_of(name):032x}", "status": "done", "error": None,
-                "trainable_parameters": size, "train_seconds": 12.1 if size else 0.0,
-                "chosen_epoch": 4 if size else None, "num_samples": len(scores), **more}
+        (self.folder / f"{evaluation}.json").write_text(
+            json.dumps(
+                {
+                    "schema": 1,
+                    "trial": f"t{evaluation}",
+                    "config": {},
+                    "evaluation": {},
+                    "metric": metric,
+                    "unit": unit,
+                    "value": value,
+                    "metrics": {metric: value},
+                    "num_samples": len(scores),
+                    "predictions": predictions,
+                }
+            )
+        )
+        return {
+            "row": row,
+            "label": label,
+            "method": row,
+            "backbone": "mini-idefics2",
+            "paper_backbone": "idefics2-8b-base",
+            "task": task,
+            "paper_task": paper_task,
+            "vary": vary or {},
+            "seed": seed,
+            "searched": {"learning_rate": 0.005} if size else {},
+            "candidates": [{"trial": "a", "searched": {"learning_rate": 0.005}, "selection_score": 80.0}],
+            "trial": f"t{evaluation}",
+            "evaluation": evaluation,
+            "metric": metric,
+            "unit": unit,
+            "value": value,
+            "metrics": {metric: value},
+            "run_id": f"{hash_of(name):032x}",
+            "status": "done",
+            "error": None,
+            "trainable_parameters": size,
+            "train_seconds": 12.1 if size else 0.0,
+            "chosen_epoch": 4 if size else None,
+            "num_samples": len(scores),
+            **more,
+        }
 
     def study(self, name: str, cells: list[dict[str, Any]], **more: Any) -> Path:
         file = self.folder / "studies" / f"{name}.json"
-        file.write_text(json.dumps({"schema": 1, "study": name, "title": f"{name}: the comparison", "profile": "mini",
-                                    "selection": "selection", "provenance": PROVENANCE, "cells": cells, **more}))
+        file.write_text(
+            json.dumps(
+                {
+                    "schema": 1,
+                    "study": name,
+                    "title": f"{name}: the comparison",
+                    "profile": "mini",
+                    "selection": "selection",
+                    "provenance": PROVENANCE,
+                    "cells": cells,
+                    **more,
+                }
+            )
+        )
         return file
 
     def table(self, name: str = "hificl-table1", seeds: int = 3) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.report import figures, forget, load_table, write_index, write_study
 
-HOSTILE = '<script>alert(1)</script>|"\'&`$x_1$ [a](javascript:b)'
+HOSTILE = "<script>alert(1)</script>|\"'&`$x_1$ [a](javascript:b)"
 COLUMNS = ["backbone", "task", "method", "metric", "value", "std", "seeds", "paper", "run_ids"]
 
 
@@ -104,8 +104,10 @@ def test_varied_axes_and_further_metrics_are_rows(maker: Any) -> None:
     write_study("hificl-figure7", known, maker.folder, maker.folder.parent)
     rows = rows_of(maker.folder.parent / "hificl-figure7.csv")
     assert [(row["method"], row["metric"]) for row in rows] == [
-        ("hificl rank=1", "CIDEr"), ("hificl rank=1", "chair_s"),
-        ("hificl rank=8", "CIDEr"), ("hificl rank=8", "chair_s"),
+        ("hificl rank=1", "CIDEr"),
+        ("hificl rank=1", "chair_s"),
+        ("hificl rank=8", "CIDEr"),
+        ("hificl rank=8", "chair_s"),
     ]
     assert [row["value"] for row in rows if row["metric"] == "chair_s"] == ["4", "4"]
     folder = maker.folder.parent / "hificl-figure7"
@@ -114,16 +116,20 @@ def test_varied_axes_and_further_metrics_are_rows(maker: Any) -> None:
 
 
 def test_best_and_second_share_a_mark_when_they_print_alike(maker: Any) -> None:
-    cells = [maker.cell(row, "mini-vqa", 0) | {"value": value}
-             for row, value in {"a": 80.001, "b": 79.999, "c": 70.0, "hificl": 60.0}.items()]
+    cells = [
+        maker.cell(row, "mini-vqa", 0) | {"value": value}
+        for row, value in {"a": 80.001, "b": 79.999, "c": 70.0, "hificl": 60.0}.items()
+    ]
     maker.study("hificl-table1", cells)
     table = load_table("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
     assert [entry.mark for entry in table.entries.values()] == ["best", "best", "second", ""]
 
 
 def test_a_lower_distance_is_better(maker: Any) -> None:
-    cells = [maker.cell(row, "mini-vqa", 0) | {"metrics": {"latent_distance": value}}
-             for row, value in {"zero-shot": 43.0, "mimic": 30.0}.items()]
+    cells = [
+        maker.cell(row, "mini-vqa", 0) | {"metrics": {"latent_distance": value}}
+        for row, value in {"zero-shot": 43.0, "mimic": 30.0}.items()
+    ]
     maker.study("mimic-table11", cells)
     study = maker.definition(paper="mimic.table11_latent_distance", metrics=["latent_distance"])
     known = maker.params(**{"mimic-table11": study})
@@ -144,8 +150,10 @@ def test_a_difference_from_the_paper_is_shown_on_the_papers_own_backbone_only(ma
         write_study("hificl-table1", here, maker.folder, maker.folder.parent)
         pages[name] = (maker.folder.parent / "hificl-table1" / "section.html").read_text()
     assert "paper 72.08 (+0.50)" in pages["own"]
-    assert all("paper 72.08" in page and "(+" not in page and "(−" not in page.split("<details>")[0]
-               for page in (pages["mini"], pages["tiny"]))
+    assert all(
+        "paper 72.08" in page and "(+" not in page and "(−" not in page.split("<details>")[0]
+        for page in (pages["mini"], pages["tiny"])
+    )
 
 
 def test_differences_are_paired_and_left_out_where_the_score_is_no_mean(maker: Any) -> None:
@@ -178,7 +186,8 @@ def test_the_page_stands_alone(main: dict[str, Any]) -> None:
     assert "@import" not in text
     assert "url(http" not in text
     assert {link for link in page.links if "://" in link} <= {
-        *(f"http://127.0.0.1:5000/#/runs/{cell['run_id']}" for cell in main["cells"]), "http://127.0.0.1:5000"
+        *(f"http://127.0.0.1:5000/#/runs/{cell['run_id']}" for cell in main["cells"]),
+        "http://127.0.0.1:5000",
     }
     assert f"http://127.0.0.1:5000/#/runs/{main['cells'][0]['run_id']}" in page.links
     assert {"hificl-table1.md", "hificl-table1.csv"} <= set(page.links)
@@ -189,9 +198,17 @@ def test_the_page_stands_alone(main: dict[str, Any]) -> None:
 def test_the_page_says_what_has_to_be_known(main: dict[str, Any]) -> None:
     text = (main["out"] / "index.html").read_text()
     for words in (
-        "50 of 54 numbers", "the loss became NaN at step 3", "seeds 0, 1, 2: missing", "held out of the training pool",
-        "mini-Idefics2 stands for Idefics2-8B-base", "0123456789abcdef0123456789abcdef01234567", "torch 2.13.0",
-        "prefers-color-scheme: dark", "10,240", "paper 2.2 M", "17.0 M",
+        "50 of 54 numbers",
+        "the loss became NaN at step 3",
+        "seeds 0, 1, 2: missing",
+        "held out of the training pool",
+        "mini-Idefics2 stands for Idefics2-8B-base",
+        "0123456789abcdef0123456789abcdef01234567",
+        "torch 2.13.0",
+        "prefers-color-scheme: dark",
+        "10,240",
+        "paper 2.2 M",
+        "17.0 M",
     ):
         assert words in text, words
 
@@ -199,8 +216,15 @@ def test_the_page_says_what_has_to_be_known(main: dict[str, Any]) -> None:
 def test_hostile_text_is_shown_not_run(maker: Any) -> None:
     cells = [
         maker.cell("hificl", "mini-vqa", 0) | {"label": HOSTILE, "task": HOSTILE, "run_id": '"><script>x</script>'},
-        maker.cell("icl-8", "mini-vqa", 0) | {"label": HOSTILE, "task": HOSTILE, "status": "failed", "value": None,
-                                              "error": HOSTILE, "searched": {HOSTILE: HOSTILE}},
+        maker.cell("icl-8", "mini-vqa", 0)
+        | {
+            "label": HOSTILE,
+            "task": HOSTILE,
+            "status": "failed",
+            "value": None,
+            "error": HOSTILE,
+            "searched": {HOSTILE: HOSTILE},
+        },
     ]
     maker.study("hificl-table1", cells, title=HOSTILE, provenance={"commit": HOSTILE, "machine": {"cpu": HOSTILE}})
     known = maker.params(**{"hificl-table1": maker.definition(layout="gallery")})

@@ -7,17 +7,21 @@ from pipeline.errors import InputError, WorkError
 from pipeline.sweep.store import TrialStore
 from pipeline.trial import TrialConfig
 
-CONFIG = TrialConfig(backbone="b", backbone_digest="0", task="t", manifest_digest="1", method="hificl", options={"rank": 2})
+CONFIG = TrialConfig(
+    backbone="b", backbone_digest="0", task="t", manifest_digest="1", method="hificl", options={"rank": 2}
+)
 
 
 def test_a_trial_is_found_again_by_its_content(tmp_path):
     store = TrialStore(tmp_path)
     store.open(CONFIG, {"commit": "abc"})
     assert store.config(CONFIG.key) == CONFIG and store.provenance(CONFIG.key) == {"commit": "abc"}
-    assert store.keys() == [CONFIG.key] and not store.finished(CONFIG.key)
+    assert store.all_keys() == [CONFIG.key] and not store.finished(CONFIG.key)
 
 
-@pytest.mark.parametrize(("status", "final"), [("finished", True), ("diverged", True), ("stopped", False), ("failed", False)])
+@pytest.mark.parametrize(
+    ("status", "final"), [("finished", True), ("diverged", True), ("stopped", False), ("failed", False)]
+)
 def test_only_ends_that_would_repeat_are_final(tmp_path, status, final):
     store = TrialStore(tmp_path)
     store.open(CONFIG, {})

@@ -39,8 +39,9 @@ def root(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     (tmp_path / ".gitignore").write_text("ml*\n")
     subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
-    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "first"], cwd=tmp_path,
-                   check=True)
+    subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "first"], cwd=tmp_path, check=True
+    )
     return tmp_path
 
 
@@ -54,8 +55,15 @@ def tracker(root: Path) -> Iterator[Tracker]:
 
 def open_both(tracker: Tracker, key: str = "abc", **params: Any) -> tuple[str, str]:
     parent = tracker.open_sweep("study", tags={"sweep_key": "s1", "profile": "mini"}, description="a sweep")
-    child = tracker.open_trial("study", parent, key=key, name="hificl vqa", params={"rank": 8, **params},
-                               datasets=DATA, tags={"profile": "mini"})
+    child = tracker.open_trial(
+        "study",
+        parent,
+        key=key,
+        name="hificl vqa",
+        params={"rank": 8, **params},
+        datasets=DATA,
+        tags={"profile": "mini"},
+    )
     return parent, child
 
 
@@ -81,8 +89,17 @@ def test_a_trial_is_a_child_with_commit_inputs_and_parameters(tracker: Tracker, 
     assert record["params"] == {"rank": "8", "options": '{"alpha": 1}', "weight": "null"}
     assert record["tags"]["mlflow.source.git.commit"] == commit.stdout.strip()
     assert record["tags"]["mlflow.parentRunId"] == parent
-    assert record["tags"] | {"git.dirty": "false", "profile": "mini", "study": "study", "trial_key": "abc",
-                             "mlflow.runName": "hificl vqa"} == record["tags"]
+    assert (
+        record["tags"]
+        | {
+            "git.dirty": "false",
+            "profile": "mini",
+            "study": "study",
+            "trial_key": "abc",
+            "mlflow.runName": "hificl vqa",
+        }
+        == record["tags"]
+    )
     assert record["metrics"] == {"loss": 1.0, "score": 50.0}
     (dataset,) = record["datasets"]
     assert dataset["digest"] == "d" * 36
@@ -120,7 +137,8 @@ def test_another_tracker_asks_the_store_which_steps_there_are(tracker: Tracker, 
 def test_sweeps_of_other_keys_and_studies_are_other_runs(tracker: Tracker) -> None:
     parents = {
         tracker.open_sweep(study, tags={"sweep_key": key}, description="")
-        for study in ("study", "other") for key in ("s1", "s2", "")
+        for study in ("study", "other")
+        for key in ("s1", "s2", "")
     }
     children = {
         tracker.open_trial("study", parent, key="abc", name="n", params={}, datasets=[], tags={}) for parent in parents
@@ -234,8 +252,13 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 
 
 def start(code: str, *arguments: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
-                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.mark.slow

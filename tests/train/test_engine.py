@@ -36,7 +36,9 @@ def make(kind: str, cfg: TrialConfig):
     return ENGINES[kind](student, groups, cfg)
 
 
-def losses(kind: str, cfg: TrialConfig, rank: int = 0, world: int = 1, resume_at: int | None = None, folder=None) -> list[float]:
+def losses(
+    kind: str, cfg: TrialConfig, rank: int = 0, world: int = 1, resume_at: int | None = None, folder=None
+) -> list[float]:
     engine = make(kind, cfg)
     data = torch.randn(STEPS, 2, 4, 16, generator=torch.Generator().manual_seed(1))  # step, micro-batch, sample
     out = []
@@ -88,7 +90,9 @@ def test_the_fixed_loss_scale_of_fp16_changes_nothing(oracle):
 
 def _rank(rank: int, world: int, port: int, kind: str, stage: int, queue) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     dist.init_process_group("gloo", rank=rank, world_size=world)
     queue.put((rank, losses(kind, config(zero_stage=stage, world_size=world), rank, world)))
     dist.barrier()

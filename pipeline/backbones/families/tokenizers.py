@@ -17,8 +17,11 @@ def _train(
     from tokenizers import models, trainers
 
     trainer = trainers.BpeTrainer(
-        vocab_size=len(start) + len(alphabet) + 64 + MERGES, special_tokens=start, initial_alphabet=alphabet,
-        min_frequency=2, show_progress=False,
+        vocab_size=len(start) + len(alphabet) + 64 + MERGES,
+        special_tokens=start,
+        initial_alphabet=alphabet,
+        min_frequency=2,
+        show_progress=False,
     )
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer
@@ -44,7 +47,11 @@ def llama_tokenizer(lines: Sequence[str], special: Mapping[str, str]) -> Any:
     words = pre_tokenizers.Sequence([space, marks, digits])
     vocab, merges = _train(words, lines, start, [])
     tokenizer = LlamaTokenizer(
-        vocab=vocab, merges=merges, unk_token=special["unk"], bos_token=special["bos"], eos_token=special["eos"],
+        vocab=vocab,
+        merges=merges,
+        unk_token=special["unk"],
+        bos_token=special["bos"],
+        eos_token=special["eos"],
         add_bos_token=True,
     )
     rest = [text for text in special.values() if text not in tokenizer.get_vocab()]
@@ -70,7 +77,11 @@ def qwen2_tokenizer(lines: Sequence[str], special: Mapping[str, str]) -> Any:
     for text in dict.fromkeys(special.values()):
         vocab[text] = len(vocab)
     tokenizer = Qwen2Tokenizer(
-        vocab=vocab, merges=merges, unk_token=special["pad"], eos_token=special["eos"], pad_token=special["pad"],
+        vocab=vocab,
+        merges=merges,
+        unk_token=special["pad"],
+        eos_token=special["eos"],
+        pad_token=special["pad"],
     )
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=True) for t in dict.fromkeys(special.values())])
     return tokenizer
