@@ -31,7 +31,7 @@ def test_parameters_are_counted_on_the_real_configuration():
             ["unknown backbone 'idefics2'", "idefics2-8b-base"],
         ),
         (["params", "--backbone", "idefics2-8b-base", "--method", "hificl", "--set", "rnak=4"], ["rnak", "rank"]),
-        (["bench", "atention"], ["unknown benchmark", "Known"]),
+        (["bench", "subsampel"], ["unknown benchmark", "Known"]),
         (["sweep", "--set", "train.epoch=2"], ["train", "epoch", "epochs"]),
         (["no-such-command"], ["no-such-command"]),
     ],
