@@ -53,7 +53,7 @@ def test_a_mistake_is_named_with_the_way_out(tmp_path, change, words):
 def test_a_mistake_in_the_profile_is_found(tmp_path):
     path = tmp_path / "params.yaml"
     text = (
-        (ROOT / "params.yaml").read_text().replace("micro_batch_size: 8, accumulation", "micro_batch: 4, accumulation")
+        (ROOT / "params.yaml").read_text().replace("micro_batch_size: 8, accumulation", "micro_batch: 8, accumulation")
     )
     path.write_text(text)
     with pytest.raises(InputError, match=r"unknown key 'micro_batch'.*micro_batch_size"):

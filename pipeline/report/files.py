@@ -77,6 +77,7 @@ def to_plot(table: Table) -> str:
     """Return a record a number, with the varied axes as fields, for `dvc plots`."""
     rows: list[dict[str, Any]] = [
         {
+            "cell": f"{entry.column.task} {line.method}",
             "backbone": line.backbone,
             "task": entry.column.task,
             "method": line.row,

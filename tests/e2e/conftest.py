@@ -19,6 +19,8 @@ TINY = {
     "studies": ["small"],
     "data_root": "data/real",
     "sources": {"idefics2-8b-base": {"variant": "tiny"}},
+    "methods": {},
+    "sweep": {},
     "subsample": {"num_train": 8, "num_selection": 2, "num_evaluation": 4},
     "train": {"num_train_samples": 8, "num_selection_samples": 2, "epochs_below_1000": 2, "num_shots": 2},
     "evaluate": {"generation": {"max_new_tokens": 3}},
