@@ -238,7 +238,8 @@ class Dispatcher:
                 trial.ended = True
                 return
             for report in await slot.advance():
-                if report["epoch"] > len(trial.reports):
+                # a trial whose last epoch was checkpointed but not closed repeats that epoch's report to say it is done
+                if report["epoch"] > len(trial.reports) or report["done"]:
                     trial.deliver(report)
 
     def _again(self, trial: _Trial, why: str, *, retry: bool) -> None:
