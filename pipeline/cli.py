@@ -159,9 +159,13 @@ def _miniature(commands: Any) -> None:
     def pretrain(args: argparse.Namespace) -> None:
         from pipeline.miniature.pretrain import pretrain
         from pipeline.progress import bar
+        from pipeline.tracking.provenance import head_commit
 
         with bar(f"pretrain {args.backbone}") as progress:
-            pretrain(args.backbone, Path(args.out), seed=args.seed, progress=progress)
+            pretrain(
+                args.backbone, Path(args.out), seed=args.seed, num_threads=args.threads, commit=head_commit(),
+                progress=progress,
+            )  # fmt: skip
 
     def world(args: argparse.Namespace) -> Any:
         from pipeline.miniature.world import write_world
@@ -182,6 +186,7 @@ def _miniature(commands: Any) -> None:
     sub.add_argument("backbone")
     sub.add_argument("--out", required=True)
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--threads", type=int, default=1, help="another number rounds sums otherwise")
 
 
 def _bench(commands: Any) -> None:

@@ -8,13 +8,17 @@ from pathlib import Path
 from pipeline.config import Params
 from pipeline.miniature.pretrain import pretrain
 from pipeline.progress import bar
+from pipeline.tracking.provenance import head_commit
 from stages.common import run
 
 
 def main(params: Params) -> None:
     name = sys.argv[1]
     with bar(f"pretrain {name}") as progress:
-        pretrain(name, Path("checkpoints") / name, seed=params.miniature.seed, progress=progress)
+        pretrain(
+            name, Path("checkpoints") / name, seed=params.miniature.seed, num_threads=1, commit=head_commit(),
+            progress=progress,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

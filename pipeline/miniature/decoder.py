@@ -22,7 +22,7 @@ from pipeline.miniature.vision import Progress, cosine
 class DecoderPhase:
     """How the decoder phase runs; the vision tower stays as it is, its tokens are computed once."""
 
-    steps: int = 2400
+    steps: int = 3000
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     warmup_steps: int = 100
@@ -96,10 +96,12 @@ def train_decoder(
             curve.append(record)
             losses.clear()
             progress(
-                f"decoder {step + 1}/{phase.steps}: loss "
+                step + 1,
+                phase.steps,
+                "decoder: loss "
                 + ", ".join(f"{kind} {value:.3f}" for kind, value in means.items())
                 + f"; right value {record['right_value']:.2f}, right word unseen {record['unseen']:.2f}"
-                f" -> seen {record['seen']:.2f}"
+                f" -> seen {record['seen']:.2f}",
             )
     return curve
 

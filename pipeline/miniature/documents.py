@@ -117,7 +117,7 @@ class Curriculum:
 
     warm_up_share: float = 0.15
     warm_up_rest: float = 0.1
-    kinds: tuple[float, float, float] = (0.5, 0.25, 0.25)
+    kinds: tuple[float, float, float] = (0.45, 0.2, 0.35)
     num_pairs: int = 9
     warm_up_pairs: int = 8
     redraw: float = 0.15

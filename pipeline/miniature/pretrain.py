@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from pipeline.miniature.decoder import DecoderPhase, train_decoder
 from pipeline.miniature.documents import Curriculum
 from pipeline.miniature.model import Miniature, miniature
 from pipeline.miniature.processor import save_processor
-from pipeline.miniature.vision import Pool, VisionPhase, cache_visual_tokens, train_vision
+from pipeline.miniature.vision import Pool, Progress, VisionPhase, cache_visual_tokens, train_vision
 
 RECORD = "pretraining.json"
 
@@ -58,7 +57,7 @@ def pretrain(
     budget: Budget | None = None,
     commit: str | None = None,
     num_threads: int | None = None,
-    progress: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda done, total, note: None,
 ) -> dict[str, Any]:
     """Pre-train `backbone` and write it to `out`.
 
@@ -73,7 +72,7 @@ def pretrain(
         commit: the code's commit, for the record.
         num_threads: threads of torch while this runs; None leaves them. Sums are rounded differently with
             another number, so it is recorded.
-        progress: gets a line now and then.
+        progress: gets (steps done, steps of this phase, a line) now and then.
 
     Returns:
         what `pretraining.json` holds.
@@ -105,14 +104,12 @@ def pretrain(
     return record
 
 
-def _train(
-    spec: Miniature, seed: int, budget: Budget, progress: Callable[[str], None]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _train(spec: Miniature, seed: int, budget: Budget, progress: Progress) -> tuple[PreTrainedModel, dict[str, Any]]:
     start = time.monotonic()
     rng = np.random.default_rng(seed)
     model = spec.build(seed)
     pool, held_out = Pool.draw(budget.num_images, rng), Pool.draw(budget.num_held_out, rng)
-    progress(f"drew {budget.num_images:,} images")
+    progress(0, budget.vision.steps, f"drew {budget.num_images:,} images")
     drawn = time.monotonic()
     vision = train_vision(spec, model, pool, held_out, budget.vision, rng, progress)
     visual = cache_visual_tokens(spec, model, pool.images)

@@ -23,7 +23,7 @@ from pipeline.miniature.lexicon import ATTRIBUTES, NUM_VALUES
 from pipeline.miniature.model import Miniature, encode_images, normalise
 from pipeline.miniature.render import draw_attributes, render
 
-Progress = Callable[[str], None]
+Progress = Callable[[int, int, str], None]  # steps done, of how many, what is to say
 _CHUNK = 2000
 
 
@@ -115,8 +115,9 @@ def train_vision(
             curve.append(record)
             losses.clear()
             progress(
-                f"vision {step + 1}/{phase.steps}: loss {record['loss']:.3f}, accuracy {record['accuracy']:.3f}"
-                f" (worst {min(accuracy):.3f})"
+                step + 1,
+                phase.steps,
+                f"vision: loss {record['loss']:.3f}, accuracy {record['accuracy']:.3f} (worst {min(accuracy):.3f})",
             )
     return curve
 

@@ -40,6 +40,12 @@ def provenance(root: Path | str) -> dict[str, Any]:
     }
 
 
+def head_commit(root: Path | str = ".") -> str | None:
+    """Return the commit of the checkout whose code runs in `root`, marked `-dirty` where it was changed since."""
+    version = code_version(code_root(Path(root)))
+    return version["commit"] and version["commit"] + ("-dirty" if version["dirty"] else "")
+
+
 def code_root(root: Path) -> Path:
     """Return the checkout whose code runs in `root`: a workspace's `pipeline` is a link into it."""
     package = root / "pipeline"
