@@ -1,4 +1,4 @@
-"""The typed schema of params.yaml, and its only reader.
+"""The only reader of params.yaml; its sections are in `pipeline.schema`.
 
 `load()` returns `Params`; `Params.train` and the other sections are resolved against the profile that
 `run:` points to. Unknown keys are refused with the nearest known one. What a number depends on is
@@ -9,204 +9,55 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import InputError, nearest
+from pipeline.schema import (
+    BackboneSource,
+    Evaluate,
+    Generation,
+    Miniature,
+    Params,
+    Profile,
+    Protocol,
+    Retry,
+    Scalar,
+    Section,
+    Study,
+    StudyMethod,
+    Subsample,
+    Sweep,
+    Tracking,
+    Train,
+)
+
+__all__ = [
+    "BackboneSource",
+    "Evaluate",
+    "Generation",
+    "Miniature",
+    "PARAMS",
+    "Params",
+    "Profile",
+    "Protocol",
+    "Retry",
+    "Scalar",
+    "Section",
+    "Study",
+    "StudyMethod",
+    "Subsample",
+    "Sweep",
+    "Tracking",
+    "Train",
+    "data_root",
+    "load",
+    "validate",
+]
 
 PARAMS = "params.yaml"
-Scalar = bool | int | float | str | None
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Subsample(Section):
-    """Stage `subsample`: how many samples are drawn, and by which seed."""
-
-    seed: int = 0
-    num_train: int = Field(1000, ge=1)
-    num_selection: int = Field(500, ge=1)
-    num_evaluation: int | None = Field(None, ge=1)  # None: the whole official split
-
-
-class Train(Section):
-    """Stage `train`: the papers' shared set-up (HiFICL Table 5, MimIC Table 7); methods may override."""
-
-    num_train_samples: int = Field(1000, ge=1)
-    num_selection_samples: int = Field(500, ge=1)
-    num_shots: int = Field(8, ge=1)  # demonstrations in a teacher's prompt
-    epochs: int = Field(5, ge=1)
-    epochs_below_1000: int = Field(10, ge=1)
-    learning_rate: float = Field(5e-3, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    warmup_ratio: float = Field(0.1, ge=0, lt=1)
-    gradient_clip: float = Field(1.0, gt=0)
-    micro_batch_size: int = Field(2, ge=1)  # samples a rank sees at once
-    accumulation: int = Field(2, ge=1)
-    loss_span: Literal["answer", "sequence"] = "answer"
-    alignment_weight: float | None = Field(None, ge=0)  # of the teacher's loss; None: the method's own
-    ground_truth_weight: float | None = Field(None, ge=0)  # of the cross-entropy; None: the method's own
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    engine: Literal["deepspeed", "torch"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    offload: Literal["none", "cpu"] = "none"
-    world_size: int = Field(1, ge=1)
-    selection: Literal["selection", "test"] = "selection"
-    selection_metric: Literal["score", "loss"] = "score"
-
-
-class Generation(Section):
-    """How text is generated for a score."""
-
-    num_beams: int = Field(1, ge=1)
-    length_penalty: float = 1.0
-    max_new_tokens: int | None = Field(None, ge=1)  # None: the task's own
-    batch_size: int = Field(16, ge=1)
-
-
-class Evaluate(Section):
-    """Stage `evaluate`."""
-
-    num_evaluation_samples: int | None = Field(None, ge=1)
-    generation: Generation = Generation()
-    vqa_normalise: Literal["always", "official"] = "always"
-
-
-class Retry(Section):
-    """What is done with a trial whose worker dies."""
-
-    max_attempts: int = Field(3, ge=1)
-    hang_seconds: float = Field(1800, gt=0)  # no sign of life for so long: the worker is replaced
-
-
-class Sweep(Section):
-    """How Ray Tune runs the trials."""
-
-    search: Literal["grid", "random", "optuna"] = "grid"
-    num_samples: int = Field(16, ge=1)  # trials a cell under random and optuna
-    seed: int = 0
-    scheduler: Literal["fifo", "asha", "median"] = "fifo"
-    grace_epochs: int = Field(1, ge=1)
-    reduction_factor: int = Field(3, ge=2)
-    slots: int | Literal["auto"] = "auto"  # pools of workers that train at the same time
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
-    threads_per_worker: int = Field(1, ge=1)
-    address: str | None = None  # None: a private cluster on this machine; "auto": the one that runs here
-    retry: Retry = Retry()
-
-
-class BackboneSource(Section):
-    """Where a backbone's weights come from."""
-
-    variant: Literal["published", "tiny"] = "published"
-    weights: str | None = None  # a local folder; None: the hub's cache
-    revision: str | None = None
-    seed: int = 0  # of a tiny variant's random weights
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-
-
-class Miniature(Section):
-    """Stages `backbone` and `world`: the backbones made here and the world they see."""
-
-    seed: int = 0
-    world_seed: int = 0
-    num_train_images: int = Field(2500, ge=10)
-    num_val_images: int = Field(2500, ge=10)
-    difficulty: float = Field(0.2, ge=0, le=1)
-
-
-class Tracking(Section):
-    """MLflow."""
-
-    uri: str | None = None  # None: mlflow.db beside params.yaml, or MLFLOW_TRACKING_URI
-    system_metrics: bool = True
-
-
-class Profile(Section):
-    """What one `dvc repro` runs, and what it overrides in the sections of the same names."""
-
-    backbones: list[str] = Field(min_length=1)
-    tasks: list[str] = Field(min_length=1)
-    studies: list[str] = Field(min_length=1)
-    data_root: str
-    sources: dict[str, dict[str, Any]] = {}  # over `backbones`: where weights come from
-    subsample: dict[str, Any] = {}
-    train: dict[str, Any] = {}
-    methods: dict[str, dict[str, Any]] = {}
-    sweep: dict[str, Any] = {}
-    evaluate: dict[str, Any] = {}
-
-
-class StudyMethod(Section):
-    """One row of a study: a method, its fixed settings, and what is searched for it."""
-
-    method: str
-    label: str | None = None
-    set: dict[str, Any] = {}
-    search: dict[str, Any] = {}
-
-
-class Study(Section):
-    """A table or a figure of the papers: which trials, how they are laid out, what was printed."""
-
-    title: str
-    paper: str | None = None  # dotted path into the papers' figures, such as hificl.table1_main
-    layout: Literal["table", "curve", "bars", "gallery"] = "table"
-    backbones: list[str] = Field(min_length=1)  # the papers' names; the profile says what stands for them
-    tasks: list[str] = Field(min_length=1)
-    methods: dict[str, StudyMethod] = Field(min_length=1)
-    vary: dict[str, list[Any]] = {}  # every value is a point of the report
-    seeds: list[int] = Field([0], min_length=1)
-    train: dict[str, Any] = {}
-    metrics: list[str] = []  # further metrics of a cell beside its task's own
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_rows(cls, data: Any) -> Any:
-        # `lora-r16: {method: lora, rank: 16}` is the short form of `{method: lora, set: {rank: 16}}`
-        if isinstance(data, dict) and isinstance(data.get("methods"), dict):
-            own = set(StudyMethod.model_fields)
-            rows = {}
-            for name, given in data["methods"].items():
-                row = {"method": name} if given is None else dict(given)
-                row.setdefault("method", name)
-                extra = {k: row.pop(k) for k in list(row) if k not in own}
-                row["set"] = {**row.get("set", {}), **extra}
-                rows[name] = row
-            data = {**data, "methods": rows}
-        return data
-
-
-class Params(Section):
-    """The whole file."""
-
-    profiles: dict[str, Profile]
-    run: Profile
-    miniature: Miniature = Miniature()
-    backbones: dict[str, BackboneSource] = {}
-    subsample: Subsample = Subsample()
-    train: Train = Train()
-    methods: dict[str, dict[str, Any]] = {}
-    sweep: Sweep = Sweep()
-    evaluate: Evaluate = Evaluate()
-    tracking: Tracking = Tracking()
-    studies: dict[str, Study]
-
-    @property
-    def profile(self) -> str:
-        """Name of the profile that `run:` points to ('custom' when it equals none)."""
-        return next((name for name, profile in self.profiles.items() if profile == self.run), "custom")
-
-    def backbone_source(self, name: str) -> BackboneSource:
-        """Return where the weights of `name` come from."""
-        return self.backbones.get(name, BackboneSource())
 
 
 def load(path: Path | str = PARAMS, overrides: list[str] | None = None) -> Params:
@@ -231,9 +82,11 @@ def load(path: Path | str = PARAMS, overrides: list[str] | None = None) -> Param
     for item in overrides or []:
         _override(raw, item)
     params = validate(Params, raw, str(path))
-    laid = {}
+    laid: dict[str, Any] = {}
+    protocol = _protocol(params, str(path))
     for name in ("subsample", "train", "sweep", "evaluate"):
-        merged = _merge(getattr(params, name).model_dump(), getattr(params.run, name))
+        merged = _merge(getattr(params, name).model_dump(), getattr(protocol, name, {}))
+        merged = _merge(merged, getattr(params.run, name))
         laid[name] = validate(type(getattr(params, name)), merged, f"{path}: run.{name}")
     sources = {name: source.model_dump() for name, source in params.backbones.items()}
     for name, row in params.run.sources.items():
@@ -241,10 +94,26 @@ def load(path: Path | str = PARAMS, overrides: list[str] | None = None) -> Param
     laid["backbones"] = {
         name: validate(BackboneSource, row, f"{path}: run.sources.{name}") for name, row in sources.items()
     }
+    studies = {name: study.model_dump() for name, study in params.studies.items()}
+    for name, row in params.run.study_changes.items():
+        if name not in studies:
+            raise InputError(f"unknown study '{name}'", where="study_changes", way_out=nearest(name, studies))
+        studies[name] = _merge(studies[name], row)
+        laid["studies"] = {**params.studies, **laid.get("studies", {})}
+        laid["studies"][name] = validate(Study, studies[name], f"{path}: run.study_changes.{name}")
     methods = {name: dict(row) for name, row in params.methods.items()}
     for name, row in params.run.methods.items():
         methods[name] = {**methods.get(name, {}), **row}
     return params.model_copy(update={**laid, "methods": methods})
+
+
+def _protocol(params: Params, where: str) -> Protocol:
+    if params.protocol is None:
+        return Protocol()
+    if params.protocol not in params.protocols:
+        known = nearest(params.protocol, params.protocols)
+        raise InputError(f"unknown protocol '{params.protocol}'", where=where, way_out=known)
+    return params.protocols[params.protocol]
 
 
 def data_root(params: Params) -> Path:

@@ -19,6 +19,7 @@ class TrialRequest:
         manifest: path of the task's manifest, absolute.
         source: where the backbone's weights lie.
         cache: folder of the visual-token cache, absolute; None: memory only.
+        pack_key: trials with the same key can share one forward pass; None: this one trains alone.
     """
 
     config: TrialConfig
@@ -26,6 +27,7 @@ class TrialRequest:
     manifest: str
     source: BackboneSource
     cache: str | None = None
+    pack_key: str | None = None
 
     @property
     def key(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -23,11 +23,14 @@ def digest(value: Any) -> str:
 
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+    # Fields that came later are no part of the key while they have their defaults: keys given before stay valid.
+    later: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def key(self) -> str:
         """Content key: equal configurations have equal keys on every machine."""
-        return digest(self.model_dump(mode="json"))[:KEY_LENGTH]
+        unused = {name for name in self.later if getattr(self, name) == type(self).model_fields[name].default}
+        return digest(self.model_dump(mode="json", exclude=unused))[:KEY_LENGTH]
 
 
 class TrialConfig(_Config):
@@ -64,6 +67,9 @@ class TrialConfig(_Config):
     selection: Literal["selection", "test"] = "selection"
     selection_metric: Literal["score", "loss"] = "score"
     num_selection_samples: int = 0
+    demonstration_draw: Literal["without-replacement", "with-replacement"] = "without-replacement"
+
+    later: ClassVar[frozenset[str]] = frozenset({"demonstration_draw"})
 
     @property
     def trained(self) -> bool:
@@ -87,3 +93,15 @@ class EvaluationConfig(_Config):
     length_penalty: float = 1.0
     max_new_tokens: int | None = None
     vqa_normalise: Literal["always", "official"] = "always"
+    drop_incomplete_batch: int | None = None
+
+    later: ClassVar[frozenset[str]] = frozenset({"drop_incomplete_batch"})
+
+
+def engine_packs(config: TrialConfig) -> bool:
+    """Whether several trials with this engine can share one backward pass.
+
+    DeepSpeed's stage 0 has no hooks at the parameters; stage 3 and offload gather and move them around each forward
+    pass.
+    """
+    return config.engine == "torch" or (config.zero_stage in (1, 2) and config.offload == "none")

@@ -87,7 +87,7 @@ def create(name: str, model: nn.Module, *, seed: int = 0, **options: Any) -> Ada
         options: the method's own.
 
     Returns:
-        The adapter: fp32 parameters on the device of the decoder's first layer.
+        The adapter: fp32 parameters on the device of the decoder's first layer. Call its `train()` for dropout.
 
     Raises:
         InputError: unknown method or option, or a model without a decoder.
@@ -96,7 +96,7 @@ def create(name: str, model: nn.Module, *, seed: int = 0, **options: Any) -> Ada
     checked = method.Options.checked(options, name)
     spec = decoder_of(model)
     device = next(spec.attentions[0].parameters()).device
-    return method.build(model, spec, checked, seed, device)
+    return method.build(model, spec, checked, seed, device).eval()
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:

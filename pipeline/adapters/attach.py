@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from pipeline.adapters.base import Adapter, AttentionAdapter, HiddenAdapter, WeightsAdapter, parts_of
 from pipeline.adapters.edits import AttentionEdit, HiddenEdit, Rows
 from pipeline.adapters.interface import edited_attention
+from pipeline.adapters.weights import WeightsEdit, edited_weights
 from pipeline.backbones.decoder import DecoderSpec, decoder_of
 from pipeline.errors import InputError
 
@@ -48,6 +50,28 @@ class Pack:
     def rows(self, rows: Tensor | Sequence[int] | None) -> None:
         self._rows.set(rows)
 
+    def seed(self, seeds: Mapping[int, int]) -> None:
+        """Start each adapter's stream of dropout masks anew; `seeds` by the adapter's number."""
+        self._rows.seed(seeds)
+
+    @property
+    def widths(self) -> dict[int, int]:
+        """The length that an adapter's own rows are padded to where it is alone: its dropout masks have that shape."""
+        return self._rows.widths
+
+    @widths.setter
+    def widths(self, widths: dict[int, int]) -> None:
+        self._rows.widths = widths
+
+    @property
+    def images(self) -> tuple[int, ...]:
+        """How many images each row of the batch has, for adapters of a vision tower; () says one each."""
+        return self._rows.images
+
+    @images.setter
+    def images(self, images: tuple[int, ...]) -> None:
+        self._rows.images = images
+
 
 @contextmanager
 def attach(
@@ -80,10 +104,14 @@ def attach(
         one.backbone.check(spec, f"method '{one.name}'")
     attention = dict(parts_of(pack.adapters, AttentionAdapter))
     hidden = dict(parts_of(pack.adapters, HiddenAdapter))
+    weights = dict(parts_of(pack.adapters, WeightsAdapter))
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
-        for _, part in parts_of(pack.adapters, WeightsAdapter):
-            stack.enter_context(part.injected(model))
+        if len(pack.adapters) == 1:  # PEFT's own layers
+            for part in weights.values():
+                stack.enter_context(part.injected(model))
+        elif weights:
+            stack.enter_context(edited_weights(model, WeightsEdit(weights, pack._rows, spec)))
         if attention:
             stack.enter_context(_edited_attention(spec, AttentionEdit(attention, pack._rows, spec)))
         if hidden:
@@ -115,10 +143,20 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _edited_attention(spec: DecoderSpec, edit: AttentionEdit) -> Iterator[None]:
-    # Parameters change between steps, so the virtual tokens are computed anew at the start of every forward pass.
+    # Parameters change between steps, so the virtual tokens are computed anew at the start of every forward pass; not
+    # for every decoded token.
+    def refresh(module: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        edit.refresh(continues=_continues(kwargs))
+
     with edited_attention(spec, edit.layers), _hooks() as hooks:
-        hooks.append(spec.decoder.register_forward_pre_hook(lambda module, args: edit.refresh()))
+        hooks.append(spec.decoder.register_forward_pre_hook(refresh, with_kwargs=True))
         yield
+
+
+def _continues(kwargs: dict[str, Any]) -> bool:
+    """Whether a forward pass goes on behind a cache and learns nothing."""
+    cache = kwargs.get("past_key_values")
+    return cache is not None and not torch.is_grad_enabled() and int(cache.get_seq_length()) > 0
 
 
 @contextmanager

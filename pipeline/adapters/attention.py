@@ -18,18 +18,16 @@ Shapes: B batch, H query heads, H_kv key heads, T queries, S keys, n virtual tok
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.adapters import kernels
+from pipeline.adapters import kernels, merging
 from pipeline.adapters.kernels import PreparedMask
-from pipeline.adapters.products import outer, product, repeat, sum_groups, weighted
+from pipeline.adapters.products import no_autocast, outer, product, repeat, sum_groups, weighted
 from pipeline.adapters.reference import merge_attention_reference, mimic_attention_reference
-from pipeline.errors import InputError
 
 __all__ = [
     "PreparedMask",
@@ -168,13 +166,47 @@ def virtual_attention(
     Raises:
         InputError: shapes do not fit.
     """
-    _check(q, k, v, keys, values, per_query)
+    merging.check(q, k, v, keys, values, per_query)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     groups = q.shape[1] // k.shape[1]
     call = kernels.plan(q, k, v, mask, causal, scale)
     if isinstance(replaces, Tensor):
         replaces = replaces.view(-1, 1, 1)
-    return _VirtualAttention.apply(q, k, v, keys, bias, values, per_query, call, groups, replaces)
+    inputs = (q, k, v, keys, bias, values, per_query)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return _VirtualAttention.apply(*inputs, call, groups, replaces)
+    with no_autocast(q):
+        return _without_gradient(*inputs, call, groups, replaces)
+
+
+def _without_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor | None,
+    bias: Tensor | None,
+    values: Tensor | None,
+    per_query: Tensor | None,
+    call: kernels.Call,
+    groups: int,
+    replaces: bool | Tensor,
+) -> Tensor:
+    """Attend without keeping anything: a decoded token is too small to hide many operators.
+
+    The context takes part as one more column of a softmax, with lse as its logit: its weight there is alpha.
+    """
+    context, lse, _ = merging.context(call, q, k, v, groups)
+    logits = merging.logits(q, keys, bias, call.scale, lse.dtype)
+    weights = torch.cat([logits, lse.unsqueeze(-1)], -1).softmax(-1)
+    if call.mask is not None and bias is not None:
+        weights = weights.nan_to_num_(0.0)  # a row may see no token at all
+    shift = weighted(weights[..., :-1], values, per_query, lse.dtype)
+    alpha = weights[..., -1:]
+    if isinstance(replaces, Tensor):
+        alpha = torch.where(replaces.unsqueeze(-1), alpha, 1.0)
+    elif not replaces:
+        return (context + shift).to(context.dtype)
+    return torch.addcmul(shift, context.to(shift.dtype), alpha).to(context.dtype)
 
 
 class _VirtualAttention(torch.autograd.Function):
@@ -194,21 +226,18 @@ class _VirtualAttention(torch.autograd.Function):
         groups: int,
         replaces: bool | Tensor,
     ) -> Tensor:
-        with _no_autocast(q):
-            context, lse, extra = _context(call, q, k, v, groups)
+        with no_autocast(q):
+            context, lse, extra = merging.context(call, q, k, v, groups)
             wide = lse.dtype
-            logits = _logits(q, keys, bias, call.scale, wide)
+            logits = merging.logits(q, keys, bias, call.scale, wide)
             total = torch.logaddexp(torch.logsumexp(logits, -1), lse)
             if call.mask is not None:  # a row may see no token at all: its weights are zero
                 total = total.masked_fill_(total == -_INF, 0.0)
             p = (logits - total.unsqueeze(-1)).exp_()
             alpha = (lse - total).exp_().unsqueeze(-1)
             shift = weighted(p, values, per_query, wide)
-            needs = ctx.needs_input_grad
-            out, saved, saved_lse = _combine(context, alpha, shift, lse, total, replaces, any(needs))
-        if not any(needs):
-            return out
-        context_needed = any(needs[:3])
+            out, saved, saved_lse = merging.combine(context, alpha, shift, lse, total, replaces)
+        context_needed = any(ctx.needs_input_grad[:3])
         ctx.save_for_backward(
             q,
             k if context_needed else None,
@@ -231,7 +260,7 @@ class _VirtualAttention(torch.autograd.Function):
         call, needs, wide = ctx.call, ctx.needs_input_grad, p.dtype
         dq: Any = None
         dk = dv = d_keys = d_bias = d_values = d_per_query = None
-        with _no_autocast(q):
+        with no_autocast(q):
             if any(needs[:3]):  # in the lowest layer nothing below learns: its flash backward is skipped
                 full_k, full_v = repeat(k, ctx.groups), repeat(v, ctx.groups)
                 dq, dk, dv = kernels.backward(call, grad, q, full_k, full_v, saved, saved_lse, ctx.extra)
@@ -240,12 +269,13 @@ class _VirtualAttention(torch.autograd.Function):
             d_p = torch.zeros_like(p) if values is None else product(g, values.to(wide))
             if per_query is not None:
                 d_p[..., 0] += (g * per_query).sum(-1)
-            d_logits = d_p.sub_(_delta(g, d_p, p, saved, ctx.replaces)).mul_(p)
+            d_logits = d_p.sub_(merging.delta(g, d_p, p, saved, ctx.replaces)).mul_(p)
             if keys is not None:
+                scaled = d_logits * call.scale  # n columns, where the products have d
                 if needs[0]:
-                    dq += weighted(d_logits, keys, None, wide).mul_(call.scale).to(q.dtype)
+                    dq += weighted(scaled, keys, None, wide).to(q.dtype)
                 if needs[3]:
-                    d_keys = outer(d_logits, q.to(wide), keys).mul_(call.scale)
+                    d_keys = outer(scaled, q.to(wide), keys)
             if needs[4]:
                 shape, dtype = ctx.bias
                 d_bias = d_logits.sum_to_size(shape).to(dtype)
@@ -254,81 +284,3 @@ class _VirtualAttention(torch.autograd.Function):
             if needs[6]:
                 d_per_query = (p[..., :1] * g).to(per_query.dtype)
         return dq, dk, dv, d_keys, d_bias, d_values, d_per_query, None, None, None
-
-
-def _context(call: kernels.Call, q: Tensor, k: Tensor, v: Tensor, groups: int) -> tuple[Tensor, Tensor, Any]:
-    """Attend over the context; one query with grouped keys runs without repeating the cache."""
-    batch, heads, queries, size = q.shape
-    if groups == 1:
-        return kernels.forward(call, q, k, v)
-    if queries > 1:
-        return kernels.forward(call, q, repeat(k, groups), repeat(v, groups))
-    mask = call.mask
-    if mask is not None and mask.bias.shape[1] > 1:
-        bias = mask.bias.expand(mask.bias.shape[0], heads, 1, -1)
-        shape = (bias.shape[0], heads // groups, groups)
-        mask = PreparedMask(bias.reshape(*shape, -1), mask.dead.expand(bias.shape[0], heads, 1).reshape(shape))
-    folded = kernels.Call(call.backend, mask, call.causal, call.scale)
-    out, lse, extra = kernels.forward(folded, q.reshape(batch, heads // groups, groups, size), k, v)
-    # the random state that comes back is not used: there is no dropout
-    return out.reshape(batch, heads, 1, size), lse.reshape(batch, heads, 1), extra
-
-
-def _combine(
-    context: Tensor, alpha: Tensor, shift: Tensor, lse: Tensor, total: Tensor, replaces: bool | Tensor, learns: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the output, and the output and log-sum-exp that the context's backward is called with."""
-    dtype = context.dtype
-    if replaces is True:
-        merged = (context * alpha).add_(shift).to(dtype)
-        return merged, merged, total
-    if replaces is False and not learns:
-        return (context + shift).to(dtype), None, None
-    own = lse.masked_fill(lse == -_INF, 0.0)
-    if isinstance(replaces, Tensor):
-        takes = replaces.unsqueeze(-1)
-        merged = (context * alpha + shift).to(dtype)
-        added = (context + shift).to(dtype)
-        saved = torch.where(takes, merged, (context + alpha * shift).to(dtype))
-        return torch.where(takes, merged, added), saved, torch.where(replaces, total, own)
-    return (context + shift).to(dtype), torch.addcmul(context.to(shift.dtype), alpha, shift).to(dtype), own
-
-
-def _delta(g: Tensor, d_p: Tensor, p: Tensor, saved: Tensor, replaces: bool | Tensor) -> Tensor:
-    """Return what every virtual token's gradient is measured against, [B, H, T, 1]."""
-    if replaces is False:
-        return (d_p * p).sum(-1, keepdim=True)
-    merged = (g * saved).sum(-1, keepdim=True)
-    if replaces is True:
-        return merged
-    return torch.where(replaces.unsqueeze(-1), merged, (d_p * p).sum(-1, keepdim=True))  # type: ignore[union-attr]
-
-
-def _logits(q: Tensor, keys: Tensor | None, bias: Tensor | None, scale: float, wide: torch.dtype) -> Tensor:
-    """Return the virtual logits [B, H, T, n] in at least fp32, so that bf16 queries lose nothing more here."""
-    shape = (*q.shape[:3], -1)
-    if keys is None:
-        if bias is None:
-            raise InputError("virtual tokens need keys or logits")
-        return bias.to(wide).expand(shape)
-    logits = product(q.to(wide), keys.to(wide)).mul_(scale)
-    return logits if bias is None else logits.add_(bias)
-
-
-def _no_autocast(x: Tensor) -> Any:
-    """Autocast would narrow the fp32 virtual side, which is what keeps low precision exact enough."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None, per_query: Tensor | None
-) -> None:
-    batch, heads, queries, size = q.shape
-    if k.shape[:3] != v.shape[:3] or k.shape[0] != batch or k.shape[3] != size or heads % k.shape[1]:
-        raise InputError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
-    for name, x in (("virtual keys", keys), ("virtual values", values)):
-        if x is not None and (x.shape[-3] != heads or (x.dim() == 4 and x.shape[0] not in (1, batch))):
-            raise InputError(f"{name} {tuple(x.shape)} do not fit q {tuple(q.shape)}")
-    if per_query is not None and per_query.shape[:3] != q.shape[:3]:
-        raise InputError(f"a shift per position {tuple(per_query.shape)} does not fit q {tuple(q.shape)}")

@@ -24,7 +24,7 @@ class MimICLoRAOptions(Options):
 
     def facts(self) -> Facts:
         """MimIC's training, LoRA's reach."""
-        return replace(self.mimic.facts(), trains_vision=self.lora.facts().trains_vision, packable=False)
+        return replace(self.mimic.facts(), trains_vision=self.lora.facts().trains_vision)
 
 
 class HiFICLLoRAOptions(Options):
@@ -35,7 +35,7 @@ class HiFICLLoRAOptions(Options):
 
     def facts(self) -> Facts:
         """HiFICL's training, LoRA's reach."""
-        return replace(self.hificl.facts(), trains_vision=self.lora.facts().trains_vision, packable=False)
+        return replace(self.hificl.facts(), trains_vision=self.lora.facts().trains_vision)
 
 
 class Combined(Adapter):

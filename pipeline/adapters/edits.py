@@ -21,7 +21,11 @@ class Rows:
 
     def __init__(self, count: int) -> None:
         self.count, self.index = count, None
+        self.widths: dict[int, int] = {}  # padded length that an adapter's own rows have without the others'
+        self.images: tuple[int, ...] = ()  # how many each row has; () says one each
         self._placed: dict[tuple[int, torch.device], Tensor] = {}
+        self._seeds: dict[int, int] = {}
+        self._generators: dict[int, torch.Generator] = {}
 
     index: Tensor | None
 
@@ -39,6 +43,34 @@ class Rows:
         if index.dim() != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= self.count:
             raise InputError(f"rows must be adapter numbers from 0 to {self.count - 1}, one for each row of the batch")
         self.index = index
+
+    def seed(self, seeds: Mapping[int, int]) -> None:
+        """Start each adapter's stream of dropout masks anew."""
+        self._seeds, self._generators = dict(seeds), {}
+
+    def generator(self, index: int, device: torch.device) -> torch.Generator:
+        """Return one adapter's stream of dropout masks."""
+        if index not in self._generators:
+            seed = self._seeds.get(index, torch.initial_seed())
+            self._generators[index] = torch.Generator(device).manual_seed(seed)
+        return self._generators[index]
+
+    def of_images(self, count: int, device: torch.device) -> Tensor:
+        """Return the adapter of each image of a batch of `count`.
+
+        Raises:
+            InputError: the vision tower sees another number: one that cuts images into tiles does not pack.
+        """
+        batch = len(self.images) or (0 if self.index is None else len(self.index))
+        rows = self.of(batch, device)
+        if rows is not None and self.images:
+            rows = rows.repeat_interleave(torch.tensor(self.images, device=device))
+        if rows is None or len(rows) != count:
+            raise InputError(
+                f"the vision tower sees {count} pictures and the rows have {0 if rows is None else len(rows)}",
+                way_out="Train adapters of this backbone's vision tower alone (sweep.pack: 1)",
+            )
+        return rows
 
     def of(self, batch: int, device: torch.device) -> Tensor | None:
         """Return the rows of a batch of `batch`; in `generate`, a row's beams follow it.
@@ -86,9 +118,15 @@ class AttentionEdit:
             else [index not in self.parts or self.parts[index].replaces for index in range(rows.count)]
         )
 
-    def refresh(self) -> None:
-        """Compute the virtual tokens from the parameters as they are now."""
+    def refresh(self, *, continues: bool = False) -> None:
+        """Compute the virtual tokens from the parameters as they are now.
+
+        Args:
+            continues: this pass goes on behind a cache, without a gradient: the tokens of the passes before still hold.
+        """
         self._mask = None
+        if continues and self._tokens is not None:
+            return
         made = {index: part() for index, part in self.parts.items()}
         stacked = made[0] if self.rows.count == 1 else _stack(made, self.rows.count, self.shape)
         # unbind once: its backward is one stack, where indexing layer by layer would write all layers each time

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.adapters.base import METHODS, AttentionAdapter, Init
 from pipeline.adapters.options import Facts, Options
+from pipeline.adapters.products import no_autocast
 from pipeline.backbones.decoder import DecoderSpec
 
 _KEY_STD = 0.01
@@ -66,7 +66,7 @@ class HiFICL(AttentionAdapter):
 
     def forward(self) -> dict[str, Tensor]:
         """Return all layers' virtual keys and values, one product each."""
-        with torch.autocast(self._first().device.type, enabled=False):
+        with no_autocast(self._first()):
             tokens = {
                 "keys": self.k_a @ self.k_b if self.options.lowrank_k else self.k,
                 "values": self.v_a @ self.v_b if self.options.lowrank_v else self.v,

@@ -32,7 +32,7 @@ class LoRAOptions(Options):
 
     def facts(self) -> Facts:
         """Cross-entropy alone; with a teacher, MimIC's alignment and half of it (MimIC Table 11)."""
-        facts = Facts(learning_rate=_LEARNING_RATE, trains_vision=self.scope == "all", packable=False)
+        facts = Facts(learning_rate=_LEARNING_RATE, trains_vision=self.scope == "all")
         return facts.aligned() if self.teacher else facts
 
 
@@ -78,12 +78,26 @@ class LoRA(WeightsAdapter):
         """Return the number of trainable values by module."""
         return {key.replace("/", "."): self.a[key].numel() + self.b[key].numel() for key in self.a}
 
+    @property
+    def scaling(self) -> float:
+        """The factor alpha / r on the update."""
+        return (self.options.alpha or 2 * self.options.rank) / self.options.rank
+
+    def module_names(self) -> list[str]:
+        """Return the names of the modules that are updated."""
+        return [key.replace("/", ".") for key in self.a]
+
+    def matrices(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A [r, in] and B [out, r] of one module."""
+        key = module.replace(".", "/")
+        return self.a[key], self.b[key]
+
     @contextmanager
     def injected(self, model: nn.Module) -> Iterator[None]:
         """Let PEFT put its layers in, lend them our parameters, and put the model's own modules back on leaving."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        names = [key.replace("/", ".") for key in self.a]
+        names = self.module_names()
         modules = dict(model.named_modules())
         for name in names:
             linear = modules.get(name)
@@ -104,11 +118,11 @@ class LoRA(WeightsAdapter):
         before, had = {name: modules[name] for name in names}, set(vars(model))
         try:
             inject_adapter_in_model(config, model, _NAME, low_cpu_mem_usage=True)
-            for name, linear in before.items():
+            for name in before:
                 layer: Any = model.get_submodule(name)
                 layer.lora_A[_NAME].weight = self.a[name.replace(".", "/")]
                 layer.lora_B[_NAME].weight = self.b[name.replace(".", "/")]
-                layer.train(linear.training)  # PEFT's new layers train, and drop out, whatever the model does
+                layer.train(self.training)  # the backbone never trains, so whether to drop out is the adapter's to say
             yield
         finally:
             for name, linear in before.items():

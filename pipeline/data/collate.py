@@ -21,6 +21,7 @@ from pipeline.data.sample import ImageRef
 if TYPE_CHECKING:
     from pipeline.backbones.load import Loaded
 
+Span = Literal["answer", "sequence"]
 IGNORED = -100  # the label that cross-entropy leaves out
 
 
@@ -92,7 +93,7 @@ def collate(
     encoded: Sequence[Encoded],
     loaded: Loaded,
     *,
-    span: Literal["answer", "sequence"] = "answer",
+    span: Span | Sequence[Span] = "answer",
     side: Literal["right", "left"] = "right",
     trial: Sequence[int] | None = None,
     visual: Sequence[Tensor] | None = None,
@@ -104,7 +105,7 @@ def collate(
         encoded: the rows.
         loaded: the backbone in use; its pad token fills rows up.
         span: which tokens are trained: the answer (HiFICL Eq. 4), or all of the query's turn and answer but the
-            image tokens, as the published code does.
+            image tokens, as the published code does; one for all rows, or one a row.
         side: `right` for training, `left` for generation.
         trial: for each row the trial it belongs to; None: all to trial 0.
         visual: visual tokens [V, D] of all rows' images, in order.
@@ -118,12 +119,13 @@ def collate(
     lengths = torch.tensor([len(e) for e in encoded])
     shifts = [width - len(e) if side == "left" else 0 for e in encoded]
     spans = []
+    spans_of = [span] * rows if isinstance(span, str) else list(span)
     for row, (e, shift) in enumerate(zip(encoded, shifts, strict=True)):
         ids = torch.tensor(e.input_ids)
         input_ids[row, shift : shift + len(e)] = ids
         start, end = e.answer_span or (len(e), len(e))
         spans.append((start + shift, end + shift))
-        first = start if span == "answer" else e.query_start
+        first = start if spans_of[row] == "answer" else e.query_start
         labels[row, shift + first : shift + end] = ids[first:end]
     labels[torch.isin(input_ids, torch.tensor(loaded.never_generated))] = IGNORED
     shift_column = torch.tensor(shifts)[:, None]

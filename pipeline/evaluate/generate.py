@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from pipeline.data.collate import collate
 from pipeline.data.prompt import Encoded
 
 if TYPE_CHECKING:
+    from pipeline.adapters.attach import Pack
     from pipeline.backbones.load import Loaded
     from pipeline.train.visual_tokens import VisualTokens
 
@@ -64,6 +65,9 @@ def generate(
     stop_strings: Sequence[str] = ("\n",),
     batch_size: int = 64,
     from_pixels: bool = False,
+    pack: Pack | None = None,
+    members: Sequence[int] = (),
+    on_batch: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Return what the model writes after each prompt, greedily or by beam search.
 
@@ -80,6 +84,9 @@ def generate(
         stop_strings: the text is cut where the first of them begins (`prompt.stop_strings`).
         batch_size: prompts at once.
         from_pixels: run the vision tower on the pixels, for methods that train it.
+        pack: the adapters that are attached, where there are several.
+        members: the adapter of every request in that pack.
+        on_batch: called after every batch: the sign of life.
 
     Returns:
         One text a request, in order, stop string and surrounding white space removed.
@@ -99,6 +106,8 @@ def generate(
         else:
             images = {"visual": visual_tokens.get([image for row in rows for image in row.images], root)}
         batch = collate(rows, loaded, side="left", **images).to(device)
+        if pack is not None:
+            pack.rows, pack.images = [members[i] for i in chosen], batch.image_counts  # type: ignore[assignment]
         width = batch.input_ids.shape[1]
         stop = _StopAt(loaded.tokenizer, stop_strings, width)
         out = loaded.model.generate(
@@ -111,4 +120,5 @@ def generate(
         written = loaded.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         for i, text in zip(chosen, written, strict=True):
             texts[i] = cut(text, stop_strings)
+        on_batch()
     return texts

@@ -12,6 +12,7 @@ from pipeline.evaluate.generate import generate
 from pipeline.tasks import tasks
 
 if TYPE_CHECKING:
+    from pipeline.adapters.attach import Pack
     from pipeline.train.resident import Resident
 
 Demonstrations = Callable[[Sample], list[Sample]]
@@ -57,3 +58,44 @@ def predict(
         from_pixels=from_pixels,
     )
     return {sample.sample_id: task.postprocess(text) for sample, text in zip(samples, texts, strict=True)}
+
+
+def predict_each(
+    resident: Resident, manifest: Manifest, samples: Sequence[Sample], pack: Pack, members: Sequence[int],
+    *, batch_size: int = 64, from_pixels: bool = False, on_batch: Callable[[], None] = lambda: None,
+) -> list[dict[Any, str]]:  # fmt: skip
+    """Return the answers of several adapters of a pack to the same samples, decoded in shared batches.
+
+    Args:
+        resident: backbone, tokenizer and visual tokens.
+        manifest: of the samples.
+        samples: the queries, without demonstrations.
+        pack: the adapters that are attached.
+        members: which of them answer.
+        batch_size: prompts at once.
+        from_pixels: run the vision tower, for methods that train it.
+        on_batch: called after every batch.
+
+    Returns:
+        one mapping of id to answer for every entry of `members`.
+    """
+    task = tasks.get(manifest.task)
+    prompts = resident.prompts(manifest, samples, [[]] * len(samples), answer=False)
+    texts = generate(
+        resident.loaded,
+        prompts * len(members),
+        max_new_tokens=task.max_new_tokens,
+        visual_tokens=resident.visual,
+        root=manifest.image_root,
+        stop_strings=stop_strings(task.template),
+        batch_size=batch_size,
+        from_pixels=from_pixels,
+        pack=pack,
+        members=[member for member in members for _ in samples],
+        on_batch=on_batch,
+    )
+    ids = [sample.sample_id for sample in samples]
+    return [
+        {i: task.postprocess(text) for i, text in zip(ids, texts[at : at + len(ids)], strict=True)}
+        for at in range(0, len(texts), len(ids))
+    ]

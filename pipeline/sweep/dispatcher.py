@@ -1,38 +1,27 @@
-"""The resident pool: slots of workers that outlive trials, and the queue in front of them.
+"""The queue in front of the resident pool: which slot trains which trials, and what becomes of their reports.
 
 Ray Tune decides which trials live; its actors (`sweep.proxy`) hand their trial to this actor and wait for reports. A
-slot is `world_size` workers in one placement group. A worker that dies, hangs or is killed costs its slot a rebuild and
-its trial the time since the last epoch's checkpoint.
+slot (`sweep.slot`) trains one trial, or several that share forward passes. A worker that dies, hangs or is killed costs
+its slot a rebuild and its trials the time since the last epoch's checkpoint.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.config import Sweep
 from pipeline.errors import HificlError
 from pipeline.request import TrialRequest
+from pipeline.sweep.slot import Slot, SlotLost
 from pipeline.sweep.store import FINAL, TrialStore
-from pipeline.sweep.worker import Worker
 
 Resolve = Callable[[dict[str, Any]], TrialRequest]
 Report = dict[str, Any]  # one epoch's metrics with "epoch", "trial_key" and "done"; or {"error": ...}
-
-LIFE_SECONDS = 5.0  # between two looks at a working slot's step counter
-ROOM = 0.98  # of the processors asked for: Tune's waiting actors take a hair, and must fit beside the last slot
-BUILD_SECONDS = 300.0  # a slot that takes longer to start is given up
-
-
-class SlotLost(Exception):
-    """A slot's worker died or hangs; the slot is rebuilt and the trial is tried again."""
 
 
 @dataclass
@@ -44,84 +33,17 @@ class _Trial:
     attempts: int = 0
     stopped: bool = False
     ended: bool = False
+    alone: bool = False  # after a pack of it failed: whose fault it was shows when each trains alone
+
+    @property
+    def packable(self) -> bool:
+        """Whether it may share a slot with others."""
+        return self.request.pack_key is not None and not self.alone
 
     def deliver(self, report: Report) -> None:
         self.reports.append(report)
         self.ended = self.ended or bool(report.get("done") or "error" in report)
         self.news.set()
-
-
-class _Slot:
-    """`world_size` workers, connected."""
-
-    def __init__(self, sweep: Sweep, world_size: int) -> None:
-        self.sweep, self.world_size = sweep, world_size
-        self.workers: list[Any] = []
-        self.group: Any = None
-        self.pids: list[int] = []
-
-    async def build(self) -> None:
-        cpus = self.sweep.cpus_per_worker * ROOM
-        bundle = {"CPU": cpus}
-        if self.sweep.gpus_per_worker:
-            bundle["GPU"] = self.sweep.gpus_per_worker
-        self.group = placement_group([bundle] * self.world_size, strategy="PACK")
-        await asyncio.wait_for(self.group.ready(), BUILD_SECONDS)
-        environment = {"OMP_NUM_THREADS": str(self.sweep.threads_per_worker)}
-        if not self.sweep.gpus_per_worker:
-            environment["DS_ACCELERATOR"] = "cpu"
-        make: Any = Worker  # ray.remote makes it an actor class, which type checkers do not see
-        self.workers = [
-            make.options(
-                num_cpus=cpus,
-                num_gpus=self.sweep.gpus_per_worker,
-                runtime_env={"env_vars": environment},
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=i),
-            ).remote(i, self.world_size)
-            for i in range(self.world_size)
-        ]
-        addresses = await self._all("address", limit=BUILD_SECONDS)
-        self.pids = [pid for *_, pid in addresses]
-        host, port, _ = addresses[0]
-        await self._all("connect", host, port, limit=BUILD_SECONDS)
-
-    def drop(self) -> None:
-        for worker in self.workers:
-            ray.kill(worker)
-        self.workers = []
-        if self.group is not None:
-            remove_placement_group(self.group)
-            self.group = None
-
-    async def admit(self, request: TrialRequest) -> int:
-        return (await self._all("admit", request, limit=self.sweep.retry.hang_seconds))[0]
-
-    async def evict(self, key: str) -> None:
-        await self._all("evict", key, limit=self.sweep.retry.hang_seconds)
-
-    async def advance(self) -> list[Report]:
-        """Run one round; give up when the step counter stands still for `hang_seconds`."""
-        work = asyncio.ensure_future(self._all("advance"))
-        last, since = -1, time.monotonic()
-        while True:
-            finished, _ = await asyncio.wait({work}, timeout=LIFE_SECONDS)
-            if finished:
-                return work.result()[0]
-            steps = (await self._all("steps"))[0]
-            if steps != last:
-                last, since = steps, time.monotonic()
-            elif time.monotonic() - since > self.sweep.retry.hang_seconds:
-                work.cancel()
-                raise SlotLost(f"no step for {self.sweep.retry.hang_seconds:.0f} s")
-
-    async def _all(self, method: str, *args: Any, limit: float | None = None) -> list[Any]:
-        calls = asyncio.gather(*(getattr(w, method).remote(*args) for w in self.workers))
-        try:
-            return await asyncio.wait_for(calls, limit)
-        except ray.exceptions.RayActorError as error:
-            raise SlotLost(f"a worker died: {str(error).splitlines()[0]}") from None
-        except TimeoutError:
-            raise SlotLost(f"'{method}' did not answer within {limit:.0f} s") from None
 
 
 @ray.remote(num_cpus=0, max_concurrency=10000)
@@ -144,8 +66,9 @@ class Dispatcher:
         self.resolve, self.sweep, self.run_ahead = resolve, sweep, run_ahead
         self.store = TrialStore(store_root)
         self.trials: dict[str, _Trial] = {}
-        self.queue: asyncio.Queue[str] = asyncio.Queue()
-        self.slots = [_Slot(sweep, world_size) for _ in range(slots)]
+        self.queue: list[_Trial] = []
+        self.queued = asyncio.Event()
+        self.slots = [Slot(sweep, world_size) for _ in range(slots)]
         self.loops: list[asyncio.Task] = []
         self.failure: str | None = None
 
@@ -170,7 +93,7 @@ class Dispatcher:
                 trial.deliver({"epoch": 0, "trial_key": request.key, "done": True})
             return request.key
         self.store.reopen(request.key)
-        self.queue.put_nowait(request.key)
+        self._enqueue(trial)
         return request.key
 
     async def next(self, key: str, seen: int) -> Report:
@@ -201,51 +124,101 @@ class Dispatcher:
         for slot in self.slots:
             slot.drop()
 
-    async def _serve(self, slot: _Slot) -> None:
+    def _enqueue(self, trial: _Trial) -> None:
+        self.queue.append(trial)
+        self.queued.set()
+
+    async def _serve(self, slot: Slot) -> None:
+        mine: list[_Trial] = []
         while True:
-            key = await self.queue.get()
-            trial = self.trials[key]
-            if trial.stopped:
-                continue
             try:
+                if not mine:
+                    mine = [await self._first()]
                 if not slot.workers:
                     await slot.build()
-                await self._train(slot, trial)
+                await self._round(slot, mine)
             except SlotLost as lost:
-                slot.drop()
-                self._again(trial, f"{lost}", retry=True)
-            except HificlError as error:
-                self._again(trial, str(error), retry=False)
+                self._lost(slot, mine, f"{lost}", retry=True)
             except ray.exceptions.RayTaskError as error:
-                slot.drop()  # an exception may have left ranks at different collectives
+                # an exception may have left ranks at different collectives, so the slot is built anew
                 cause = error.cause
-                self._again(trial, str(cause), retry=not isinstance(cause, HificlError))
+                self._lost(slot, mine, str(cause), retry=not isinstance(cause, HificlError))
             except Exception as error:
-                slot.drop()
-                self._again(trial, f"{type(error).__name__}: {error}", retry=True)
+                self._lost(slot, mine, f"{type(error).__name__}: {error}", retry=True)
 
-    async def _train(self, slot: _Slot, trial: _Trial) -> None:
-        start = await slot.admit(trial.request)
-        if len(trial.reports) < start:  # a trial resumed from its checkpoint reports the epochs behind it
-            for row in self.store.epochs(trial.request.key)[len(trial.reports) : start]:
-                trial.deliver({**row, "trial_key": trial.request.key, "done": False})
-        while not trial.ended:
-            while not self.run_ahead and not trial.stopped and len(trial.reports) >= trial.allowed:
-                await asyncio.sleep(0.01)
-            if trial.stopped:
-                await slot.evict(trial.request.key)
-                self.store.finish(trial.request.key, {"status": "stopped", "epochs": len(trial.reports)})
-                trial.ended = True
-                return
-            for report in await slot.advance():
-                # a trial whose last epoch was checkpointed but not closed repeats that epoch's report to say it is done
-                if report["epoch"] > len(trial.reports) or report["done"]:
-                    trial.deliver(report)
+    async def _first(self) -> _Trial:
+        while True:
+            while self.queue:
+                trial = self.queue.pop(0)
+                if not trial.stopped:
+                    return trial
+            self.queued.clear()
+            await self.queued.wait()
+
+    async def _round(self, slot: Slot, mine: list[_Trial]) -> None:
+        """Let the slot's trials train until one of them completes an epoch."""
+        for trial in list(mine):
+            await self._admit(slot, mine, trial)
+        room = await slot.room() if mine and mine[0].packable else 0
+        for trial in self._more(mine, room):
+            mine.append(trial)
+            await self._admit(slot, mine, trial)
+        while not self.run_ahead and any(not t.stopped and len(t.reports) >= t.allowed for t in mine):
+            await asyncio.sleep(0.01)
+        for trial in [trial for trial in mine if trial.stopped]:
+            await slot.evict(trial.request.key)
+            self.store.finish(trial.request.key, {"status": "stopped", "epochs": len(trial.reports)})
+            trial.ended = True
+            mine.remove(trial)
+        if not mine:
+            return
+        for report in await slot.advance():
+            trial = self.trials[report["trial_key"]]
+            # a trial whose last epoch was checkpointed but not closed repeats that epoch's report to say it is done
+            if report["epoch"] > len(trial.reports) or report["done"]:
+                trial.deliver(report)
+        for trial in [trial for trial in mine if trial.ended]:
+            slot.keys.discard(trial.request.key)
+            mine.remove(trial)
+
+    def _more(self, mine: list[_Trial], room: int) -> list[_Trial]:
+        """Take from the queue what may join the slot's trials, and leave the other slots their share."""
+        if not mine:
+            return []
+        waiting = [t for t in self.queue if t.packable and t.request.pack_key == mine[0].request.pack_key]
+        share = -(-(len(waiting) + len(mine)) // len(self.slots)) - len(mine)
+        taken = waiting[: max(0, min(room, share))]
+        self.queue = [trial for trial in self.queue if trial not in taken]
+        return [trial for trial in taken if not trial.stopped]
+
+    async def _admit(self, slot: Slot, mine: list[_Trial], trial: _Trial) -> None:
+        if trial.request.key in slot.keys:
+            return
+        try:
+            start = await slot.admit(trial.request)
+        except ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, HificlError) or len(self.slots[0].workers) > 1:
+                raise
+            mine.remove(trial)  # its own fault; the others go on
+            self._again(trial, str(error.cause), retry=False)
+            return
+        # a trial resumed from its checkpoint reports the epochs behind it
+        for row in self.store.epochs(trial.request.key)[len(trial.reports) : start]:
+            trial.deliver({**row, "trial_key": trial.request.key, "done": False})
+
+    def _lost(self, slot: Slot, mine: list[_Trial], why: str, *, retry: bool) -> None:
+        """Give up a slot; its trials are tried again, each alone where it is not clear which one failed."""
+        slot.drop()
+        several = len(mine) > 1
+        for trial in mine:
+            trial.alone = trial.alone or several
+            self._again(trial, why, retry=retry or several)
+        mine.clear()
 
     def _again(self, trial: _Trial, why: str, *, retry: bool) -> None:
         trial.attempts += 1
         if retry and trial.attempts < self.sweep.retry.max_attempts:
-            self.queue.put_nowait(trial.request.key)
+            self._enqueue(trial)
             return
         self.store.finish(trial.request.key, {"status": "failed", "error": why, "attempts": trial.attempts})
         trial.deliver({"error": why, "trial_key": trial.request.key, "epoch": len(trial.reports)})

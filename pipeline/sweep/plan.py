@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline import methods
 from pipeline.config import Params
 from pipeline.request import TrialRequest
 from pipeline.sweep.space import Cell, points
 from pipeline.sweep.store import TrialStore
-from pipeline.trial import TrialConfig
+from pipeline.trial import TrialConfig, canonical, engine_packs
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,27 @@ class Plan:
             manifest=str(self.places.manifest(config.task)),
             source=self.params.backbone_source(config.backbone),
             cache=str(self.places.cache) if self.places.cache else None,
+            pack_key=pack_key(config),
         )
 
     def open_keys(self, store: TrialStore) -> list[str]:
         """Return the keys of trained trials that are not done, those of one backbone together."""
         todo = [key for key, config in self.trials.items() if config.trained and not store.finished(key)]
         return sorted(todo, key=lambda key: (self.trials[key].backbone, self.trials[key].task))
+
+
+def pack_key(config: TrialConfig) -> str | None:
+    """Return what is equal for trials that can share one forward pass; None for one that cannot share any.
+
+    They share the resident backbone, what its vision tower is fed with, and the kind of engine.
+    """
+    if not config.trained or not engine_packs(config):
+        return None
+    facts = methods.facts_of(config.method, config.options)
+    if not facts.packable:
+        return None
+    shared = [config.backbone, config.backbone_digest, config.precision, config.engine, config.zero_stage]
+    return canonical([*shared, config.world_size, facts.trains_vision])
 
 
 def make_plan(params: Params, cells: Iterable[Cell], places: Places) -> Plan:

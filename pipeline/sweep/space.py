@@ -74,25 +74,42 @@ class Cell:
                 way_out="Raise subsample.num_train or lower train.num_train_samples",
             )
         if not methods.is_trained(self.method):
-            return TrialConfig(**shared, num_train_samples=train.num_train_samples)
+            chosen_on = ("selection", "num_selection_samples") if methods.selects(self.method, options) else ()
+            looked_at = {name: getattr(train, name) for name in chosen_on}
+            kept = {"num_train_samples": train.num_train_samples, "precision": train.precision}
+            return TrialConfig(**shared, **kept, **looked_at)
         facts = methods.facts_of(self.method, options)
         full = train.num_train_samples >= PAPERS_FULL_SIZE
         return TrialConfig(
             **shared,
             num_train_samples=train.num_train_samples,
             num_shots=train.num_shots if facts.teacher else 0,
+            **({"demonstration_draw": train.demonstration_draw} if facts.teacher else {}),
             epochs=train.epochs if full else train.epochs_below_1000,
             alignment_weight=_given(train.alignment_weight, facts.alignment_weight) if facts.teacher else 0.0,
             ground_truth_weight=_given(train.ground_truth_weight, facts.ground_truth_weight),
+            engine=_engine(train, self.name),
             **{name: getattr(train, name) for name in _SHARED},
         )
 
 
 _SHARED = (
     "learning_rate", "weight_decay", "warmup_ratio", "gradient_clip", "micro_batch_size", "accumulation", "loss_span",
-    "precision", "engine", "zero_stage", "offload", "world_size", "selection",
+    "precision", "zero_stage", "offload", "world_size", "selection",
     "selection_metric", "num_selection_samples",
 )  # fmt: skip
+
+
+def _engine(train: Train, where: str) -> str:
+    sharded = train.zero_stage > 0 or train.offload != "none"
+    if train.engine == "torch" and sharded:
+        raise InputError(
+            "engine torch knows neither ZeRO nor offload", where=where,
+            way_out="Set train.engine to auto, or train.zero_stage to 0 and train.offload to none",
+        )  # fmt: skip
+    if train.engine != "auto":
+        return train.engine
+    return "deepspeed" if sharded else "torch"
 
 
 def _given(value: float | None, default: float) -> float:
@@ -115,9 +132,9 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
     pairs = [
         (backbone, paper_backbone, task, paper_task)
         for backbone in params.run.backbones
-        if (paper_backbone := backbones.get(backbone).stands_for or backbone) in study.backbones
+        if (paper_backbone := _part(params, backbone, backbones.get(backbone).stands_for or backbone, study.backbones))
         for task in params.run.tasks
-        if (paper_task := tasks.get(task).stands_for) in study.tasks
+        if (paper_task := _part(params, task, tasks.get(task).stands_for, study.tasks))
     ]
     if not pairs:
         raise InputError(
@@ -130,6 +147,7 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
         _cell(params, study_name, study, row_name, row, pair, vary, seed, digests)
         for pair in pairs
         for row_name, row in study.methods.items()
+        if pair[1] in (row.backbones or study.backbones) and pair[3] in (row.tasks or study.tasks)
         for vary in _grid(study.vary)
         for seed in study.seeds
     ]
@@ -138,6 +156,11 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
     for cell in found:
         unique.setdefault((cell.row, cell.backbone, cell.task, cell.seed, str(sorted(cell.vary.items()))), cell)
     return list(unique.values())
+
+
+def _part(params: Params, name: str, own: str, asked: list[str]) -> str | None:
+    """Return which of a study's backbones or tasks `name` plays: its own part, or one that the profile gives it."""
+    return next((part for part in (own, *params.run.stand_ins.get(name, [])) if part in asked), None)
 
 
 def _cell(

@@ -63,6 +63,10 @@ class Worker:
         """Drop a trial."""
         self.bench.evict(key)
 
+    def room(self) -> int:
+        """Return how many more trials fit and pay beside those that are admitted."""
+        return self.bench.room()
+
     def steps(self) -> int:
-        """Return how many steps this process has taken: the sign of life."""
+        """Return how many steps and scored batches this process has behind it: the sign of life."""
         return self.bench.steps if self.bench else 0

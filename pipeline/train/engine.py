@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import WorkError
 from pipeline.trial import TrialConfig
@@ -22,13 +22,22 @@ ADAM_EPSILON = 1e-8
 # fp16 gradients of activations underflow below 6e-8. AdamW is invariant to a scale of the gradients if its epsilon and
 # the clip threshold are scaled too, so a fixed scale is exact and needs no unscaling inside ZeRO's partitions.
 FP16_LOSS_SCALE = 1024.0
+Work = Callable[[], Tensor]
 
 
 class Engine(Protocol):
     """What a training step needs of an engine."""
 
-    def backward(self, batch: Any, *, last: bool) -> dict[str, float]:
-        """Run forward and backward of one micro-batch; `last` marks the last one before `step`."""
+    def forward(self, work: Work) -> Tensor:
+        """Run `work` as the student's forward pass; return the micro-batch's share of the loss."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Run the backward pass of one micro-batch; `last` marks the last one before `step`."""
+        ...
+
+    def tied(self, loss: Tensor, *, last: bool) -> Tensor:
+        """Return what is added to the other engines' parts of a pack, and run backward once for all of them."""
         ...
 
     def step(self, factor: float) -> float:
@@ -43,34 +52,34 @@ class Engine(Protocol):
         """Restore what `save` wrote."""
         ...
 
+    def forget(self) -> None:
+        """Drop the gradients of a step that did not come to its end.
+
+        Raises:
+            WorkError: they are partly reduced already; the trial must go back to its checkpoint.
+        """
+        ...
+
     def close(self) -> None:
         """Free what the engine holds; the backbone stays."""
         ...
 
 
 class Student(nn.Module):
-    """The module that an engine trains: the adapter's parameters, and the loss as its forward.
+    """The module that an engine trains: the adapter's parameters; its forward runs the work that it is given.
 
     The frozen backbone is registered as a sub-module only where ZeRO-3 must shard it. Otherwise the engine would move,
     cast and broadcast eight billion frozen parameters at every trial's start.
     """
 
-    def __init__(
-        self,
-        adapter: nn.Module,
-        loss: Callable[[Any], tuple[torch.Tensor, dict[str, float]]],
-        backbone: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, adapter: nn.Module, backbone: nn.Module | None = None) -> None:
         super().__init__()
         self.adapter = adapter
         self.backbone = backbone
-        self._loss = loss
-        self.last: dict[str, float] = {}
 
-    def forward(self, batch: Any) -> torch.Tensor:
-        """Return the micro-batch's share of the loss; its parts are kept in `last`."""
-        loss, self.last = self._loss(batch)
-        return loss
+    def forward(self, work: Work) -> Tensor:
+        """Return the micro-batch's share of the loss."""
+        return work()
 
 
 def loss_scale(config: TrialConfig) -> float:
@@ -101,12 +110,17 @@ class TorchEngine:
         self.optimizer = make_optimizer(groups, config)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def backward(self, batch: Any, *, last: bool) -> dict[str, float]:
+    def forward(self, work: Work) -> Tensor:
+        """See `Engine.forward`."""
+        return self.student(work)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         """See `Engine.backward`."""
-        loss = self.student(batch)
-        if loss.requires_grad:  # a rank's share of a short batch can be empty
-            (loss * self.scale).backward()
-        return self.student.last
+        self.tied(loss, last=last).backward()
+
+    def tied(self, loss: Tensor, *, last: bool) -> Tensor:
+        """See `Engine.tied`."""
+        return loss * self.scale
 
     def step(self, factor: float) -> float:
         """See `Engine.step`."""
@@ -150,6 +164,10 @@ class TorchEngine:
                 if state:
                     self.optimizer.state[p] = {n: t if n == "step" else t.to(p.device) for n, t in state.items()}
 
+    def forget(self) -> None:
+        """See `Engine.forget`."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def close(self) -> None:
         """See `Engine.close`."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -165,20 +183,30 @@ class DeepSpeedEngine:
         self.scale = loss_scale(config)
         if not torch.distributed.is_initialized():
             raise WorkError("torch.distributed is not initialised", way_out="Start workers through sweep.pool")
+        # An all-reduce in C++ for several ranks on one CPU, compiled when first used: minutes, and a compiler to have.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.optimizer = make_optimizer(groups, config)
         self.engine, *_ = deepspeed.initialize(
             model=student, optimizer=self.optimizer, config=deepspeed_config(config), dist_init_required=False
         )
 
-    def backward(self, batch: Any, *, last: bool) -> dict[str, float]:
+    def forward(self, work: Work) -> Tensor:
+        """See `Engine.forward`."""
+        return self.engine(work)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         """See `Engine.backward`."""
         self.engine.set_gradient_accumulation_boundary(last)
-        loss = self.engine(batch)
-        if not loss.requires_grad:  # keep the collectives of all ranks in step
-            loss = loss + sum(p.sum() for g in self.optimizer.param_groups for p in g["params"]) * 0.0
+        self.engine.backward(self._scaled(loss))
+
+    def tied(self, loss: Tensor, *, last: bool) -> Tensor:
+        """See `Engine.tied`; the hooks that ZeRO leaves at the loss and at the parameters do the engine's part."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        return self.engine.scale(self.engine(lambda: self._scaled(loss)))
+
+    def _scaled(self, loss: Tensor) -> Tensor:
         # DeepSpeed averages over ranks where the interface asks for a sum
-        self.engine.backward(loss * (self.scale * self.config.world_size))
-        return self.student.last
+        return loss * (self.scale * self.config.world_size)
 
     def step(self, factor: float) -> float:
         """See `Engine.step`."""
@@ -197,6 +225,10 @@ class DeepSpeedEngine:
         path, _ = self.engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
         if path is None:
             raise WorkError("no DeepSpeed checkpoint in it", where=str(folder))
+
+    def forget(self) -> None:
+        """See `Engine.forget`."""
+        raise WorkError("DeepSpeed cannot take a half-done step back", where=self.config.key)
 
     def close(self) -> None:
         """See `Engine.close`."""

@@ -24,7 +24,7 @@ def shifted(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def logits_at(model: Any, hidden: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """Return the logits [N, V] at given positions alone, in fp32; 8 % of a LLaVA step is saved by this.
+    """Return the logits [N, V] at given positions alone, in fp32 or wider; 8 % of a LLaVA step is saved by this.
 
     Args:
         model: a transformers model with an output embedding.
@@ -32,7 +32,12 @@ def logits_at(model: Any, hidden: Tensor, rows: Tensor, positions: Tensor) -> Te
         rows: [N].
         positions: [N].
     """
-    return model.get_output_embeddings()(hidden[rows, positions]).float()
+    return wide(model.get_output_embeddings()(hidden[rows, positions]))
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return `x` in fp32, or as it is where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def mean_by_row(values: Tensor, rows: Tensor, batch: int) -> Tensor:
@@ -54,24 +59,25 @@ def cross_entropy(logits: Tensor, targets: Tensor, rows: Tensor, batch: int) -> 
     return mean_by_row(F.cross_entropy(logits, targets, reduction="none"), rows, batch)
 
 
-def alignment(
-    student: Sequence[Tensor], teacher: Sequence[Sequence[Tensor]], spans: Sequence[tuple[int, int]]
-) -> Tensor:
-    """MimIC's L_align: mean over layers of the MSE of hidden states at the query and answer positions, [B].
+def alignment(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Sequence[int], ends: Sequence[int]) -> Tensor:
+    """MimIC's L_align: mean over layers of the MSE of hidden states at the query and answer positions, [S].
 
     Args:
         student: hidden states by layer, L tensors [B, T, D], of the query alone.
-        teacher: by sample, hidden states by layer [m, D] of the same tokens behind the demonstrations.
-        spans: (start, end) of the query and answer tokens in each row of the student.
+        teacher: S tensors [L, m, D]: the same tokens behind the demonstrations, m of them.
+        rows: the student's row of each of the S samples.
+        ends: where the sample ends in its row; the m tokens before it are compared.
     """
-    per_sample = []
-    for row, (start, end) in enumerate(spans):
-        layers = [
-            F.mse_loss(hidden[row, start:end].float(), target.float())
-            for hidden, target in zip(student, teacher[row], strict=True)
-        ]
-        per_sample.append(torch.stack(layers).mean())
-    return torch.stack(per_sample)
+    counts = [target.shape[1] for target in teacher]
+    device = student[0].device
+    row = torch.tensor([r for r, m in zip(rows, counts, strict=True) for _ in range(m)], device=device)
+    position = [p for end, m in zip(ends, counts, strict=True) for p in range(end - m, end)]
+    place = torch.tensor(position, device=device)
+    sample = torch.tensor([s for s, m in enumerate(counts) for _ in range(m)], device=device)
+    # one gather a layer and one difference for all: a product a row and layer would be all overhead
+    mine = torch.stack([wide(hidden[row, place]) for hidden in student])
+    gaps = (mine - wide(torch.cat(list(teacher), 1))).square().mean((0, 2))
+    return mean_by_row(gaps, sample, len(counts))
 
 
 def divergence(student: Tensor, teacher: Tensor, rows: Tensor, batch: int) -> Tensor:

@@ -4,20 +4,43 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline import backbones
 from pipeline.config import BackboneSource
-from pipeline.data.collate import Batch, collate
+from pipeline.data.collate import Batch, Span, collate
 from pipeline.data.manifest import Manifest
 from pipeline.data.prompt import Encoded, encode_all, render
 from pipeline.data.sample import Sample
 from pipeline.errors import InputError
 from pipeline.tasks import tasks
+from pipeline.train.recent import Recent
 from pipeline.train.visual_tokens import VisualTokens
 from pipeline.trial import TrialConfig
+
+TEACHER_BYTES = 1 << 29  # of a teacher's targets, kept for the trials that have the same demonstrations
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one sample's student is compared with.
+
+    Attributes:
+        hidden: hidden states of the last m tokens (query and answer) by layer, [L, m, D]; None for logits.
+        logits: of the answer tokens, [n, V]; None for hidden states.
+    """
+
+    hidden: Tensor | None
+    logits: Tensor | None
+
+    @property
+    def bytes(self) -> int:
+        """Memory held."""
+        return sum(t.numel() * t.element_size() for t in (self.hidden, self.logits) if t is not None)
 
 
 class Resident:
@@ -42,6 +65,7 @@ class Resident:
             )  # fmt: skip
         self.device = device
         self.visual = VisualTokens(self.loaded, cache)
+        self.targets: Recent[tuple, Target] = Recent(TEACHER_BYTES, lambda target: target.bytes)
         self._manifests: dict[Path, Manifest] = {}
         self._encoded: dict[tuple[str, str, int | str], Encoded] = {}
 
@@ -87,16 +111,31 @@ class Resident:
         return encode_all(self.loaded, rendered, root=manifest.image_root)
 
     def batch(
-        self, encoded: Sequence[Encoded], manifest: Manifest, *, span: str = "answer", pixels: bool = False
-    ) -> Batch:
-        """Return a right-padded batch on the device, with cached visual tokens or, where vision is trained, pixels."""
-        images = [image for e in encoded for image in e.images]
+        self, encoded: Sequence[Encoded], manifest: Manifest | Sequence[Manifest], *,
+        span: Span | Sequence[Span] = "answer", pixels: bool = False,
+    ) -> Batch:  # fmt: skip
+        """Return a right-padded batch on the device, with cached visual tokens or, where vision is trained, pixels.
+
+        Args:
+            encoded: the rows.
+            manifest: of all rows, or one a row.
+            span: which tokens are trained, for all rows or one a row.
+            pixels: give the vision tower pixels.
+        """
+        if isinstance(manifest, Manifest):
+            root, images = str(manifest.image_root), [e.images for e in encoded]
+        else:  # images of several roots: name them in full
+            root = ""
+            images = [
+                tuple(replace(image, path=str(Path(m.image_root, image.path))) for image in e.images)
+                for e, m in zip(encoded, manifest, strict=True)
+            ]
         batch = collate(
             encoded,
             self.loaded,
-            span=span,  # type: ignore[arg-type]
-            visual=None if pixels else self.visual.get(images, manifest.image_root),
-            pixels=self.visual.pixels([e.images for e in encoded], manifest.image_root) if pixels else None,
+            span=span,
+            visual=None if pixels else self.visual.get([image for row in images for image in row], root),
+            pixels=self.visual.pixels(images, root) if pixels else None,
         )
         return batch.to(self.device)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,28 +17,9 @@ from pipeline.data.prompt import Encoded, draw_demos
 from pipeline.data.sample import Sample
 from pipeline.errors import WorkError
 from pipeline.train.loss import logits_at, shifted
-from pipeline.train.resident import Resident
+from pipeline.train.resident import Resident, Target
 
 Point = Literal["ffn", "attention"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What one sample's student is compared with.
-
-    Attributes:
-        hidden: hidden states of the last m tokens (query and answer) by layer, [m, D] each; empty for logits.
-        logits: of the answer tokens, [n, V]; None for hidden states.
-    """
-
-    hidden: tuple[Tensor, ...]
-    logits: Tensor | None
-
-    @property
-    def bytes(self) -> int:
-        """Memory held."""
-        tensors = [*self.hidden, *([self.logits] if self.logits is not None else [])]
-        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @contextmanager
@@ -69,24 +49,44 @@ class Teacher:
         num_shots: how many.
         seed: of the draw.
         facts: whether hidden states or logits are compared, and where.
+        replacement: draw with replacement, the query included; see `draw_demos`.
     """
 
     def __init__(
-        self, resident: Resident, manifest: Manifest, pool: Sequence[Sample], num_shots: int, seed: int, facts: Facts
-    ) -> None:
+        self, resident: Resident, manifest: Manifest, pool: Sequence[Sample], num_shots: int, seed: int, facts: Facts,
+        *, replacement: bool = False,
+    ) -> None:  # fmt: skip
         self.resident, self.manifest, self.num_shots, self.seed, self.facts = resident, manifest, num_shots, seed, facts
         self.pool = {sample.sample_id: sample for sample in pool}
         self.ids = list(self.pool)
+        self.replacement = replacement
         self.spec = decoder_of(resident.loaded.model)
+        # what decides a target besides epoch and sample
+        self.draws = (manifest.digest, len(self.ids), num_shots, seed, facts.teacher, facts.alignment, replacement)
 
     def demonstrations(self, sample: Sample, epoch: int) -> list[Sample]:
-        """Return the demonstrations of one sample in one epoch: drawn anew each time, never the sample itself."""
-        drawn = draw_demos(self.ids, sample.sample_id, self.num_shots, self.seed, draw=epoch)
+        """Return the demonstrations of one sample in one epoch, drawn anew each time."""
+        drawn = draw_demos(
+            self.ids, sample.sample_id, self.num_shots, self.seed, draw=epoch, replacement=self.replacement
+        )
         return [self.pool[i] for i in drawn]
 
-    @torch.no_grad()
     def targets(self, samples: Sequence[Sample], encoded: Sequence[Encoded], epoch: int) -> list[Target]:
-        """Return the targets of samples whose own prompts are `encoded`."""
+        """Return the targets of samples whose own prompts are `encoded`.
+
+        Trials with the same demonstrations share them: whoever comes first computes.
+        """
+        known = self.resident.targets
+        keys = [(*self.draws, epoch, sample.sample_id) for sample in samples]
+        found = {i: target for i, key in enumerate(keys) if (target := known.get(key)) is not None}
+        missing = [i for i in range(len(keys)) if i not in found]
+        if missing:
+            made = self._compute([samples[i] for i in missing], [encoded[i] for i in missing], epoch)
+            found |= {i: known.put(keys[i], target) for i, target in zip(missing, made, strict=True)}
+        return [found[i] for i in range(len(keys))]
+
+    @torch.no_grad()
+    def _compute(self, samples: Sequence[Sample], encoded: Sequence[Encoded], epoch: int) -> list[Target]:
         shots = [self.demonstrations(sample, epoch) for sample in samples]
         prompts = self.resident.prompts(self.manifest, samples, shots, answer=True)
         batch = self.resident.batch(prompts, self.manifest)
@@ -98,9 +98,9 @@ class Teacher:
             count = query_length(mine, behind, self.resident.loaded.image_token_id)
             end = len(behind)
             if self.facts.teacher == "hidden":
-                found.append(Target(tuple(h[row, end - count : end].clone() for h in states), None))
+                found.append(Target(torch.stack([h[row, end - count : end] for h in states]), None))
             else:
-                found.append(Target((), self._logits(batch, hidden, row)))
+                found.append(Target(None, self._logits(batch, hidden, row)))
         return found
 
     def _logits(self, batch: Batch, hidden: Tensor, row: int) -> Tensor:

@@ -9,11 +9,10 @@ import hashlib
 import json
 import os
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,13 +23,13 @@ from pipeline.backbones.base import IMAGE_BACKEND, Pixels
 from pipeline.data.images import decode_image, read_image_bytes
 from pipeline.data.sample import ImageRef
 from pipeline.errors import InputError
+from pipeline.train.recent import Recent
 
 if TYPE_CHECKING:
     from pipeline.backbones.load import Loaded
 
 Image = ImageRef | Path | str
 GIB = 1 << 30
-V = TypeVar("V")
 
 
 class VisualTokens:
@@ -60,8 +59,8 @@ class VisualTokens:
         self.settings = _settings_digest(loaded)
         self.disk = None if cache_dir is None else DiskStore(Path(cache_dir) / self.settings[:16], disk_bytes)
         self.computed = 0  # images that went through the vision tower
-        self._memory: _Recent[Tensor] = _Recent(memory_bytes, lambda tokens: tokens.nbytes)
-        self._pixels: _Recent[Pixels] = _Recent(
+        self._memory: Recent[str, Tensor] = Recent(memory_bytes, lambda tokens: tokens.nbytes)
+        self._pixels: Recent[str, Pixels] = Recent(
             memory_bytes, lambda pixels: sum(part.nbytes for part in pixels.values())
         )
         self._digests: dict[str, str] = {}
@@ -243,30 +242,6 @@ class DiskStore:
                 path.unlink()  # whoever has it mapped keeps it
             size -= length
         self._size = size
-
-
-class _Recent(Generic[V]):
-    """The most recently used values, up to a number of bytes."""
-
-    def __init__(self, limit: int, size: Callable[[V], int]) -> None:
-        self._limit, self._measure = limit, size
-        self._values: OrderedDict[str, V] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, key: str) -> V | None:
-        value = self._values.get(key)
-        if value is not None:
-            self._values.move_to_end(key)
-        return value
-
-    def put(self, key: str, value: V) -> V:
-        if key not in self._values:
-            self._values[key] = value
-            self._bytes += self._measure(value)
-            while self._bytes > self._limit and len(self._values) > 1:
-                _, old = self._values.popitem(last=False)
-                self._bytes -= self._measure(old)
-        return value
 
 
 def _settings_digest(loaded: Loaded) -> str:

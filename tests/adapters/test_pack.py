@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from pipeline import adapters
+from pipeline.adapters.base import Init
+from pipeline.adapters.hificl import HiFICL, HiFICLOptions
+from pipeline.backbones.decoder import decoder_of
 from pipeline.errors import InputError
 
 PACKS: dict[str, list[tuple[str, dict[str, Any]]]] = {
@@ -114,6 +117,13 @@ def test_rows_are_checked(tiny: Any, inputs: Any) -> None:
         pack.rows = [0, 1]
         with pytest.raises(InputError, match="3 rows"):
             model(**batch)
+
+
+def test_a_method_that_does_not_pack_is_refused(tiny: Any) -> None:
+    class Alone(HiFICL):
+        packable = False  # type: ignore[assignment]
+
+    model = tiny("llava")
+    alone = Alone(HiFICLOptions(), decoder_of(model), Init(0, torch.device("cpu")))
     with pytest.raises(InputError, match="does not pack"):
-        adapters.Pack([together[0], adapters.create("lora", model)])
-    assert not adapters.create("mimic+lora", model).packable
+        adapters.Pack([adapters.create("hificl", model), alone])

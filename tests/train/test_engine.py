@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pipeline.train.engine import ENGINES, Student
-from pipeline.trial import TrialConfig
+from pipeline.trial import TrialConfig, engine_packs
 from tests.free_port import free_port
 
 STEPS = 6
@@ -28,31 +28,32 @@ def make(kind: str, cfg: TrialConfig):
 
     def loss(share):
         x, weight = share
-        value = ((backbone(adapter(x)) - x) ** 2).mean(1).sum() * weight
-        return value, {"train_loss": value.item()}
+        return ((backbone(adapter(x)) - x) ** 2).mean(1).sum() * weight
 
-    student = Student(adapter, loss, backbone if cfg.zero_stage == 3 else None)
+    student = Student(adapter, backbone if cfg.zero_stage == 3 else None)
     groups = [{"params": list(adapter.parameters()), "lr": cfg.learning_rate, "weight_decay": 0.05}]
-    return ENGINES[kind](student, groups, cfg)
+    return ENGINES[kind](student, groups, cfg), loss
 
 
 def losses(
     kind: str, cfg: TrialConfig, rank: int = 0, world: int = 1, resume_at: int | None = None, folder=None
 ) -> list[float]:
-    engine = make(kind, cfg)
+    engine, loss = make(kind, cfg)
     data = torch.randn(STEPS, 2, 4, 16, generator=torch.Generator().manual_seed(1))  # step, micro-batch, sample
     out = []
     for step in range(STEPS):
         total = 0.0
         for index in range(2):
             share = data[step, index][rank::world]
-            total += engine.backward((share, 1 / 8), last=index == 1)["train_loss"]
+            value = engine.forward(lambda share=share, loss=loss: loss((share, 1 / 8)))
+            total += value.item()
+            engine.backward(value, last=index == 1)
         engine.step(1.0)
         out.append(total)
         if step == resume_at:
             engine.save(folder)
             engine.close()
-            engine = make(kind, cfg)
+            engine, loss = make(kind, cfg)
             engine.load(folder)
     engine.close()
     return out
@@ -82,6 +83,28 @@ def test_deepspeed_gives_the_losses_of_plain_torch(oracle, stage):
 def test_a_resumed_engine_goes_on_bit_for_bit(oracle, tmp_path, kind, stage):
     cfg = config(zero_stage=stage)
     assert losses(kind, cfg, resume_at=2, folder=tmp_path) == losses(kind, cfg)
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), ("deepspeed", 1), ("deepspeed", 2)])
+def test_engines_that_share_a_backward_pass_step_as_they_do_alone(oracle, kind, stage):
+    cfg = config(zero_stage=stage)
+    assert engine_packs(cfg.model_copy(update={"engine": kind}))
+    made = [make(kind, cfg) for _ in range(2)]
+    data = torch.randn(STEPS, 2, 4, 16, generator=torch.Generator().manual_seed(1))
+    found = []
+    for step in range(STEPS):
+        total = 0.0
+        for index in range(2):
+            values = [loss((data[step, index], 1 / 8)) for _, loss in made]
+            total += values[1].item()
+            tied = [engine.tied(value, last=index == 1) for (engine, _), value in zip(made, values, strict=True)]
+            torch.stack(tied).sum().backward()
+        for engine, _ in made:
+            engine.step(1.0)
+        found.append(total)
+    for engine, _ in made:
+        engine.close()
+    assert found == pytest.approx(oracle, abs=1e-6)
 
 
 def test_the_fixed_loss_scale_of_fp16_changes_nothing(oracle):

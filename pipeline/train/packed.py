@@ -1,0 +1,91 @@
+"""The losses of one micro-batch that several trials share: one forward pass, every row with its own trial's adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from pipeline.adapters.attach import Pack
+from pipeline.backbones.decoder import decoder_of
+from pipeline.data.collate import Batch
+from pipeline.train import loss
+from pipeline.train.resident import Resident, Target
+from pipeline.train.run import Part, TrialRun
+from pipeline.train.teacher import recorded
+
+Losses = dict[str, Tensor]  # "train_loss" and its parts, scalars
+Work = Sequence[tuple[int, TrialRun, Part]]  # each with its number in the pack
+
+
+def losses(resident: Resident, pack: Pack, work: Work) -> list[Losses]:
+    """Return each trial's share of its global batch's mean loss, and the parts of it.
+
+    Args:
+        resident: the backbone; `pack` is attached to it.
+        pack: adapters; its rows are set here.
+        work: for every trial that takes part its number in the pack, itself, and its samples.
+    """
+    pack.widths = {number: max(len(run.prompts[i]) for i in part.ids) for number, run, part in work}
+    pack.rows = [number for number, _, part in work for _ in part.ids]  # type: ignore[assignment]
+    roots = {run.manifest.image_root for _, run, _ in work}
+    batch = resident.batch(
+        [run.prompts[i] for _, run, part in work for i in part.ids],
+        work[0][1].manifest if len(roots) == 1 else [run.manifest for _, run, part in work for _ in part.ids],
+        span=[run.config.loss_span for _, run, part in work for _ in part.ids],
+        pixels=work[0][1].facts.trains_vision,
+    )
+    pack.images = batch.image_counts
+    model = resident.loaded.model
+    points = {run.facts.alignment for _, run, _ in work if run.facts.teacher == "hidden"}
+    with ExitStack() as stack:
+        states: dict[str, list[Tensor]] = {
+            point: stack.enter_context(recorded(decoder_of(model), point)) for point in sorted(points)
+        }
+        hidden = model.model(**batch.model_inputs(resident.loaded), use_cache=False).last_hidden_state
+    rows, positions, targets = loss.shifted(batch.labels)
+    logits = loss.logits_at(model, hidden, rows, positions)
+    truth = loss.cross_entropy(logits, targets, rows, len(batch))
+    imitated = _imitation(work, batch, states, logits, rows)
+    ends = list(accumulate(len(part.ids) for _, _, part in work))
+    found = []
+    for (number, run, part), end in zip(work, ends, strict=True):
+        mine = truth[end - len(part.ids) : end].sum() * part.weight
+        total, parts = run.config.ground_truth_weight * mine, {"ground_truth_loss": mine.detach()}
+        if run.facts.teacher is not None:
+            imitation = imitated[number] * part.weight
+            total = total + run.config.alignment_weight * imitation
+            parts["alignment_loss"] = imitation.detach()
+        found.append({"train_loss": total, **parts})
+    return found
+
+
+def _imitation(
+    work: Work, batch: Batch, states: dict[str, list[Tensor]], logits: Tensor, rows: Tensor
+) -> dict[int, Tensor]:
+    """Return the summed distance to the teacher of every trial that has one, by its number in the pack."""
+    lengths = batch.lengths.tolist()
+    found: dict[int, Tensor] = {}
+    aligned: dict[str, list[tuple[int, int, Target]]] = {}
+    start = 0
+    for number, run, part in work:
+        end = start + len(part.ids)
+        if run.facts.teacher == "hidden":
+            mine = zip([number] * len(part.ids), range(start, end), part.targets, strict=True)
+            aligned.setdefault(run.facts.alignment, []).extend(mine)
+        elif run.facts.teacher == "logits":
+            of_mine = (rows >= start) & (rows < end)
+            taught = torch.cat([t.logits for t in part.targets if t.logits is not None])
+            found[number] = loss.divergence(logits[of_mine], taught, rows[of_mine] - start, end - start).sum()
+        start = end
+    for point, samples in aligned.items():  # all trials that are compared at one point, at once
+        teacher = [target.hidden for *_, target in samples if target.hidden is not None]
+        places = [row for _, row, _ in samples]
+        apart = loss.alignment(states[point], teacher, places, [lengths[row] for row in places])
+        owners = [number for number, *_ in samples]
+        for number in set(owners):
+            found[number] = apart[torch.tensor([owner == number for owner in owners], device=apart.device)].sum()
+    return found

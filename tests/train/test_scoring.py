@@ -1,0 +1,94 @@
+"""What the record of a final evaluation holds beside the score."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline import tasks
+from pipeline.data.manifest import Manifest
+from pipeline.miniature.world import object_synonyms
+from pipeline.scores import chair, objects
+from pipeline.scores.__main__ import main
+from pipeline.train.workbench import Workbench
+from pipeline.trial import EvaluationConfig
+
+
+@pytest.fixture(scope="module")
+def captions(small_world):
+    """Evaluation samples of mini-coco, and a caption each: right, right and wrong, wrong twice, nothing named."""
+    samples = Manifest.load(small_world / "mini-coco" / "manifest.json").splits["evaluation"]
+    words = objects.categories_of([small_world / "data" / "annotations" / "instances_val2014.json"])
+    named, dialects = chair.synonyms(objects.MINIATURE_WORDS), object_synonyms()
+    there = [words[str(sample.sample_id)] for sample in samples]
+    shown = [dialects[names[0]][0] for names in there]
+    absent = []
+    for sample, names in zip(samples, there, strict=True):
+        known = chair.ground_truth({0: names}, {0: sample.references}, named)[0]
+        absent.append(next(synonyms[0] for name, synonyms in dialects.items() if name not in known))
+    texts = (shown[0], f"{shown[1]} and {absent[1]}", f"{absent[2]} {absent[2]}", "nothing")
+    return samples, {sample.sample_id: text for sample, text in zip(samples, texts, strict=True)}, absent
+
+
+def test_a_caption_evaluation_has_chair(small_world, captions):
+    samples, predictions, absent = captions
+    task = tasks.get("mini-coco")
+    plain = task.score(samples, predictions)
+    score = task.complete(plain, samples, predictions, small_world / "data", "evaluation")
+    assert (plain.metrics, plain.hallucinated, score.value) == ({}, {}, plain.value)
+    assert score.metrics["CHAIRs"] == 2 / 4
+    assert score.metrics["CHAIRi"] == 3 / 5
+    assert 0 < score.metrics["recall"] < 1
+    assert list(score.hallucinated.values()) == [[], [absent[1]], [absent[2]] * 2, []]
+    assert score.details["chair"]["variant"] == chair.VARIANT
+    assert list(score.details["chair"]["objects"]) == ["annotations/instances_val2014.json"]
+
+
+def test_without_annotated_objects_chair_is_left_out_and_named(captions, tmp_path):
+    samples, predictions, _ = captions
+    task = tasks.get("mini-coco")
+    score = task.score(samples, predictions)
+    absent = task.complete(score, samples, predictions, tmp_path, "evaluation")
+    assert absent.metrics == {} and absent.value == score.value
+    assert "mini-coco: no CHAIR: 'instances_val2014.json' was not found" in absent.details["left_out"][0]
+    (tmp_path / "annotations").mkdir()
+    file = tmp_path / "annotations" / "instances_val2014.json"
+    for content, says in (("{", "not valid JSON"), ('{"categories": []}', "has no 'images'")):
+        file.write_text(content)
+        (line,) = task.complete(score, samples, predictions, tmp_path, "evaluation").details["left_out"]
+        assert says in line
+    file.write_text(json.dumps({"categories": [], "images": [{"id": samples[0].sample_id}], "annotations": []}))
+    (line,) = task.complete(score, samples, predictions, tmp_path, "evaluation").details["left_out"]
+    assert f"3 of 4 images are not in the file: image id {samples[1].sample_id}" in line
+
+
+def test_the_evaluation_record_carries_chair(small_world, trial, tmp_path):
+    request = trial("zero-shot", tmp_path, task="mini-coco")
+    evaluation = EvaluationConfig(trial=request.config.key, max_new_tokens=8)
+    record = Workbench(device="cpu").score(request, evaluation)
+    assert list(record["metrics"]) == ["CIDEr", "CHAIRs", "CHAIRi", "recall"]
+    assert record["metrics"]["CIDEr"] == record["value"]
+    assert all(0 <= record["metrics"][name] <= 1 for name in ("CHAIRs", "CHAIRi", "recall"))
+    assert all(set(row["hallucinated"]) <= set(row["prediction"].lower().split()) for row in record["predictions"])
+    assert "left_out" not in record["details"]
+    json.dumps(record)
+
+
+def test_the_miniatures_objects_are_named_as_its_lexicon_names_them():
+    expected = {word: root for root, words in object_synonyms().items() for word in (root, *words)}
+    assert chair.synonyms(objects.MINIATURE_WORDS) == expected
+    found = chair.caption_objects("A circak, two BARUN and a dog", expected)
+    assert found.nodes == ["circ", "bar"]
+
+
+def test_a_replaced_instances_file_is_read_again(tmp_path, capsys):
+    path = tmp_path / "instances.json"
+    content = {"images": [{"id": 1}, {"id": 2}], "categories": [{"id": 5, "name": "dog"}], "annotations": []}
+    path.write_text(json.dumps(content))
+    assert objects.categories_of([path]) == {"1": [], "2": []}
+    content["annotations"] = [{"image_id": 1, "category_id": 5}] * 2
+    path.write_text(json.dumps(content))
+    assert objects.categories_of([path, path]) == {"1": ["dog", "dog"], "2": []}
+    assert main(["chair", "--results", str(path), "--objects", str(tmp_path / "none.json")]) == 2
+    assert "error" in capsys.readouterr().err
