@@ -47,5 +47,10 @@ def facts_of(method: str, options: dict[str, Any]) -> Facts:
     return _schema(method).checked(options, method).facts()
 
 
+def selects(method: str, options: dict[str, Any]) -> bool:
+    """Whether the method looks at the selection split: to choose its epoch, or what it needs without training."""
+    return is_trained(method) or baselines.get(method).Options.checked(options, method).selects()
+
+
 def _schema(method: str) -> type[Options]:
     return adapters.options_of(method) if is_trained(method) else baselines.get(method).Options

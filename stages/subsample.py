@@ -17,7 +17,8 @@ def main(params: Params) -> None:
     with bar(f"subsample {task}") as progress:
         manifest = draw(
             tasks.get(task), data_root(params), seed=sizes.seed, num_train=sizes.num_train,
-            num_selection=sizes.num_selection, num_evaluation=sizes.num_evaluation, progress=progress,
+            num_selection=sizes.num_selection, num_evaluation=sizes.num_evaluation,
+            training_answer=sizes.training_answer, progress=progress,
         )  # fmt: skip
     manifest.save(Path("data/manifests") / task / "manifest.json")
 

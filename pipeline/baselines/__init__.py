@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pipeline.baselines.base import Baseline, baselines
+from pipeline.baselines.base import Baseline, BaselineOptions, Setting, baselines
 
-__all__ = ["Baseline", "baselines"]
+__all__ = ["Baseline", "BaselineOptions", "Setting", "baselines"]

@@ -81,16 +81,17 @@ def render(
     """
     prefix = "" if template.prefix_needs_demos and not demos else template.prefix
     open_turns = [_open_turn(template, backbone, sample) for sample in (*demos, query)]
+    answers = [*(demo.shown for demo in demos), query.target]
     if backbone.chat is None:
         head = prefix
-        closings = [template.answer.format(answer=_answer(sample, backbone)) for sample in (*demos, query)]
+        closings = [template.answer.format(answer=_answer(text, backbone)) for text in answers]
         between = ""
     else:
         head = ""
         open_turns[0] = backbone.chat.user_open + prefix + open_turns[0].removeprefix(backbone.chat.user_open)
         closings = [
-            template.answer.format(answer=_answer(sample, backbone)).rstrip("\n") + backbone.chat.terminator
-            for sample in (*demos, query)
+            template.answer.format(answer=_answer(text, backbone)).rstrip("\n") + backbone.chat.terminator
+            for text in answers
         ]
         between = backbone.chat.after
     shown = zip(open_turns[:-1], closings[:-1], strict=True)
@@ -117,9 +118,9 @@ def _open_turn(template: PromptTemplate, backbone: Backbone, sample: Sample) -> 
     return backbone.chat.user_open + asked + backbone.chat.user_close + backbone.chat.assistant_open + cue
 
 
-def _answer(sample: Sample, backbone: Backbone) -> str:
+def _answer(text: str, backbone: Backbone) -> str:
     # One line: a line break inside an answer would end it
-    return " ".join(neutral(sample.target, backbone).split())
+    return " ".join(neutral(text, backbone).split())
 
 
 def neutral(text: str, backbone: Backbone) -> str:
@@ -219,8 +220,9 @@ def _first_token(places: Sequence[Span], start: int) -> int:
 
 
 def draw_demos(
-    pool_ids: Sequence[int | str], query_id: int | str, k: int, seed: int, *, draw: int | str = 0
-) -> list[int | str]:
+    pool_ids: Sequence[int | str], query_id: int | str, k: int, seed: int, *, draw: int | str = 0,
+    replacement: bool = False,
+) -> list[int | str]:  # fmt: skip
     """Return `k` ids from the pool, never the query's, none twice; the same on every machine.
 
     Args:
@@ -229,20 +231,25 @@ def draw_demos(
         k: how many.
         seed: the trial's seed.
         draw: tells apart repeated draws for one query (an epoch, a step).
+        replacement: draw with replacement from the whole pool, as the published code does for a teacher's prompts: an
+            id can come twice, and it can be the query's own.
 
     Raises:
         InputError: the pool is too small.
     """
     if k == 0:
         return []
+    key = hashlib.sha256(f"{seed}/{draw}/{type(query_id).__name__}:{query_id}".encode()).digest()
+    generator = random.Random(int.from_bytes(key, "big"))
+    if replacement and pool_ids:
+        return generator.choices(pool_ids, k=k)
     others = len(pool_ids) - (query_id in pool_ids)
     if not 0 <= k <= others:
         raise InputError(
             f"{k} demonstrations are asked for, the pool has {others} beside the query",
-            where="num_shots", way_out="Use fewer demonstrations or a larger pool (num_train_samples)",
+            where="num_shots",
+            way_out="Use fewer demonstrations or a larger pool (num_train_samples)",
         )
-    key = hashlib.sha256(f"{seed}/{draw}/{type(query_id).__name__}:{query_id}".encode()).digest()
-    generator = random.Random(int.from_bytes(key, "big"))
     # One more than asked, so that the query can be dropped where it was drawn.
     drawn = generator.sample(range(len(pool_ids)), min(k + 1, len(pool_ids)))
     return [pool_ids[i] for i in drawn if pool_ids[i] != query_id][:k]

@@ -29,10 +29,11 @@ class Sample:
         sample_id: the official id, in its official type (VQA integers, MME strings).
         images: at least one image.
         question: None for captioning.
-        target: the text a training step should produce (methods.md: the most frequent answer, ties to
-            the first; the first caption).
+        target: the text a training step should produce (the most frequent answer, ties to the first; the
+            first caption).
         references: what the scorer compares with: ten answers, five or more captions, one letter.
         meta: JSON-able extras that a prompt or a scorer reads (answer_type, choices, category, ...).
+        demonstration: the answer shown in a demonstration, where it is not the target.
     """
 
     task: str
@@ -42,10 +43,19 @@ class Sample:
     target: str
     references: tuple[str, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
+    demonstration: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The answer that a prompt shows where this sample is a demonstration."""
+        return self.target if self.demonstration is None else self.demonstration
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest's record of this sample."""
-        return asdict(self)
+        record = asdict(self)
+        if self.demonstration is None:  # left out, so that manifests drawn before the field have the same digest
+            del record["demonstration"]
+        return record
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Sample:
@@ -58,4 +68,5 @@ class Sample:
             target=record["target"],
             references=tuple(record["references"]),
             meta=record["meta"],
+            demonstration=record.get("demonstration"),
         )

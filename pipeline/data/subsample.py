@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from pipeline.data.files import file_digest
 from pipeline.data.images import CheckedImage, check_images, problems_error
@@ -56,6 +57,7 @@ def draw(
     num_train: int,
     num_selection: int,
     num_evaluation: int | None = None,
+    training_answer: Literal["most-frequent", "first"] = "most-frequent",
     progress: Progress | None = None,
 ) -> Manifest:
     """Draw the three splits of `task` from the official files under `root`.
@@ -69,6 +71,8 @@ def draw(
         num_train: samples to train on.
         num_selection: samples to choose epoch and hyperparameters on.
         num_evaluation: samples to report on; None for all of the official split.
+        training_answer: what a training step should produce: the most frequent of the references, or the first (the
+            published code's choice); demonstrations show the most frequent either way.
         progress: called as `progress(what, done, total or None)`, on the calling thread.
 
     Returns:
@@ -95,11 +99,18 @@ def draw(
         )
         chosen, images, replaced = _take(task, root, candidates, report)
         splits = _read(task, root, chosen, images, report)
+        if training_answer == "first":
+            splits = {name: tuple(map(_first_answer, samples)) for name, samples in splits.items()}
         sources = tuple(
             Source(path.relative_to(root).as_posix(), digest, path.stat().st_size)
             for path, digest in zip(paths, digests, strict=True)
         )
     return Manifest(task.name, seed, sources, splits, root, tuple(replaced))
+
+
+def _first_answer(sample: Sample) -> Sample:
+    first = sample.references[0]
+    return sample if first == sample.target else replace(sample, target=first, demonstration=sample.target)
 
 
 def sample_key(seed: int, task: str, sample_id: SampleId) -> bytes:

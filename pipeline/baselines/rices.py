@@ -1,0 +1,80 @@
+"""RICES: the demonstrations whose images look most like the query's (Yang et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.baselines.base import Baseline, BaselineOptions, Setting, baselines
+from pipeline.data.sample import Sample
+from pipeline.errors import InputError
+
+
+class RicesOptions(BaselineOptions):
+    """How many demonstrations."""
+
+    num_shots: int = Field(8, ge=1)
+
+
+@baselines.register("rices-k")
+class SimilarImages(Baseline):
+    """The k training images nearest to the query's by cosine distance, the nearest last, right before the query.
+
+    Features are the vision tower's last hidden state, averaged over its positions (and over a sample's images). Two
+    questions about one image are one entry of the index, the earlier in the pool, so that k demonstrations show k
+    images. An image that the query itself shows is never among them.
+    """
+
+    Options: ClassVar[type[BaselineOptions]] = RicesOptions
+    shows_demonstrations = True
+    options: RicesOptions
+
+    def fit(self, setting: Setting) -> None:
+        """Build the exact index over the pool's images."""
+        from sklearn.neighbors import NearestNeighbors  # a second of import that the other methods need not pay
+
+        super().fit(setting)
+        entries: dict[tuple[str, ...], Sample] = {}
+        for sample in setting.pool:
+            entries.setdefault(_images(sample), sample)
+        self.entries = list(entries.values())
+        self.index = NearestNeighbors(algorithm="brute", metric="cosine").fit(self._features(self.entries))
+
+    def demonstrations(self, queries: Sequence[Sample]) -> list[list[Sample]]:
+        """Return `num_shots` samples of the pool for every query, by falling distance.
+
+        Raises:
+            InputError: the pool has too few images beside a query's own.
+        """
+        if not queries:
+            return []
+        found = self.index.kneighbors(self._features(queries), n_neighbors=len(self.entries))
+        return [self._nearest(*row) for row in zip(queries, *found, strict=True)]
+
+    def _nearest(self, query: Sample, distances: Any, indices: Any) -> list[Sample]:
+        own = set(_images(query))
+        # of two images at one distance the earlier in the pool is the nearer, on every machine
+        order = indices[np.lexsort((indices, distances))]
+        free = [self.entries[i] for i in order if own.isdisjoint(_images(self.entries[i]))]
+        free = [sample for sample in free if sample.sample_id != query.sample_id]
+        if len(free) < self.options.num_shots:
+            raise InputError(
+                f"{self.options.num_shots} demonstrations are asked for, the pool has {len(free)} images beside the "
+                "query's",
+                where="num_shots", way_out="Use fewer demonstrations or a larger pool (num_train_samples)",
+            )  # fmt: skip
+        return free[: self.options.num_shots][::-1]
+
+    def _features(self, samples: Sequence[Sample]) -> Any:
+        features: Tensor = self.setting.features([image for sample in samples for image in sample.images])
+        parts = features.double().split([len(sample.images) for sample in samples])
+        return np.stack([part.mean(0).numpy() for part in parts])
+
+
+def _images(sample: Sample) -> tuple[str, ...]:
+    """Return what tells a sample's images apart: the digest of their bytes where it is known."""
+    return tuple(image.sha256 or image.path for image in sample.images)

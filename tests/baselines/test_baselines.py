@@ -1,0 +1,126 @@
+"""Every method without training: seeded, honest about the query, and without a trace in the model afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline import backbones
+from pipeline.baselines import baselines
+from pipeline.config import BackboneSource
+from pipeline.errors import InputError
+from pipeline.evaluate.predict import predict
+from pipeline.request import TrialRequest
+from pipeline.train import image_features
+from pipeline.train.image_features import ImageFeatures
+from pipeline.train.scoring import score_trial
+from pipeline.trial import EvaluationConfig
+
+BACKBONES = ["idefics2-8b-base", "idefics-9b", "llava-interleave-7b", "llava-v1.6-mistral-7b", "qwen3-vl-8b"]
+SMALL = {
+    "num_shots": 2, "num_prompts": 2, "num_effect_prompts": 1, "num_heads": 3,
+}  # fmt: skip
+
+
+def small(method: str) -> dict[str, int]:
+    return {name: value for name, value in SMALL.items() if name in baselines.get(method).Options.model_fields}
+
+
+def answers(method, resident, manifest, **options):
+    samples = manifest.splits["evaluation"]
+    shots = dict(zip([s.sample_id for s in samples], method.demonstrations(samples), strict=True))
+    with method.edited():
+        return predict(
+            resident, manifest, samples, demonstrations=lambda s: shots[s.sample_id], max_new_tokens=4, **options
+        )
+
+
+@pytest.mark.parametrize("method", baselines.names())
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_battery(backbone, method, fit, resident, manifest):
+    """Answers do not depend on batches, two fits agree, the model is untouched afterwards."""
+    held = resident(backbone)
+    untouched = answers(fit(backbone, "zero-shot"), held, manifest)
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in held.loaded.model.modules())
+    first, second = (fit(backbone, method, **small(method)) for _ in range(2))
+    assert first.found == second.found
+    together = answers(first, held, manifest)
+    assert together == answers(second, held, manifest, batch_size=1)
+    samples = manifest.splits["evaluation"] + manifest.splits["train"][:2]
+    shown = first.demonstrations(samples)
+    assert shown == second.demonstrations(samples)
+    assert {len(demos) for demos in shown} == ({2} if first.shows_demonstrations else {0})
+    for query, demos in zip(samples, shown, strict=True):
+        ids = [demo.sample_id for demo in demos]
+        assert query.sample_id not in ids and len(set(ids)) == len(ids)
+        assert set(ids) <= {sample.sample_id for sample in manifest.splits["train"]}
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in held.loaded.model.modules()) == hooks
+    assert answers(fit(backbone, "zero-shot"), held, manifest) == untouched
+
+
+def test_random_demonstrations_follow_the_seed(fit, manifest):
+    queries = manifest.splits["evaluation"]
+    by_seed = [fit("idefics2-8b-base", "icl-k", seed, num_shots=4).demonstrations(queries) for seed in (0, 0, 1)]
+    assert by_seed[0] == by_seed[1] != by_seed[2]
+
+
+@pytest.mark.parametrize("backbone", backbones.names())
+def test_features_do_not_depend_on_their_batch(backbone, resident, manifest):
+    """One vector an image from the tower's own last states, whatever the other images are."""
+    held = resident(backbone)
+    images = [sample.images[0] for sample in manifest.splits["train"]]
+    together = torch.stack(ImageFeatures(held.loaded, None).get(images, manifest.image_root))
+    alone = torch.stack([ImageFeatures(held.loaded, None).get([i], manifest.image_root)[0] for i in images])
+    torch.testing.assert_close(together, alone)
+    assert together.dim() == 2 and len(torch.unique(together, dim=0)) == len({i.sha256 for i in images})
+
+
+def test_features_are_kept_beside_the_visual_tokens(resident, manifest, tmp_path):
+    loaded = resident("idefics2-8b-base").loaded
+    visual = image_features.VisualTokens(loaded, tmp_path)
+    image = manifest.splits["train"][0].images[0]
+    store = image_features.beside(visual)
+    assert store is image_features.beside(visual)
+    first = store.get([image], manifest.image_root)[0]
+    tokens = visual.get([image], manifest.image_root)[0]
+    again = image_features.beside(image_features.VisualTokens(loaded, tmp_path))
+    assert torch.equal(again.get([image], manifest.image_root)[0], first) and again.computed == 0
+    assert first.dim() == 1 and tokens.dim() == 2
+
+
+def test_rices_is_exact(fit, manifest):
+    """The k nearest by cosine, against the plainest computation; nearest last, the query's own image left out."""
+    method = fit("idefics2-8b-base", "rices-k", num_shots=3)
+    pool = manifest.splits["train"]
+    queries = manifest.splits["evaluation"] + pool
+    features = method.setting.features
+    for query, shown in zip(queries, method.demonstrations(queries), strict=True):
+        mine = features(query.images)[0].double()
+        by_image = {}
+        for sample in pool:
+            by_image.setdefault(sample.images[0].sha256, sample)
+        distance = {
+            image: 1 - torch.cosine_similarity(mine, features(sample.images)[0].double(), dim=0).item()
+            for image, sample in by_image.items()
+            if image != query.images[0].sha256
+        }
+        nearest = sorted(distance, key=distance.__getitem__)[:3]
+        assert [demo.images[0].sha256 for demo in shown] == nearest[::-1]
+
+
+def test_rices_says_when_the_pool_is_too_small(fit, manifest):
+    method = fit("idefics2-8b-base", "rices-k", num_shots=8)
+    with pytest.raises(InputError, match="8 demonstrations are asked for, the pool has"):
+        method.demonstrations(manifest.splits["train"][:1])
+
+
+@pytest.mark.parametrize(("method", "options", "scored"), [("icl-k", {"num_shots": 2}, 4), ("zero-shot", {}, 5)])
+def test_an_incomplete_few_shot_batch_is_left_out_on_request(method, options, scored, config, resident, manifest):
+    manifest.save(manifest.image_root / "manifest.json")
+    trial = config("idefics2-8b-base", method, **options)
+    request = TrialRequest(trial, "", str(manifest.image_root / "manifest.json"), BackboneSource(variant="tiny"))
+    asked = EvaluationConfig(trial=trial.key, drop_incomplete_batch=2, max_new_tokens=2)
+    record = score_trial(resident("idefics2-8b-base"), request, asked)
+    assert record["num_samples"] == len(record["predictions"]) == scored
+    whole = score_trial(resident("idefics2-8b-base"), request, asked.model_copy(update={"drop_incomplete_batch": None}))
+    assert whole["num_samples"] == 5
