@@ -42,7 +42,10 @@ check: setup     ## what CI runs beside the tests
 	$(BIN)/codespell
 
 bench: setup     ## the benchmarks, into benchmarks/
-	$(BIN)/hificl bench subsample --save
+	@set -e; for verb in $$($(BIN)/hificl bench --list); do \
+		echo "bench $$verb" >&2; $(BIN)/hificl bench $$verb --save > /dev/null; \
+	done
+	$(BIN)/hificl bench --table --into docs/performance.md
 
 pins: setup      ## newer versions into requirements.txt
 	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --all-extras \

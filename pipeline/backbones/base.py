@@ -7,10 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Facts from the published checkpoints use these names for the processor's pixel path. PIL is named explicitly: the
 # torchvision processors resize with other rounding, and the papers' numbers were made with PIL.

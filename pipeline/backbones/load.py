@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -12,8 +12,10 @@ from torch import nn
 from pipeline.backbones import REGISTRY
 from pipeline.backbones.base import Backbone, Family
 from pipeline.backbones.weights import check_folder, digest_of_folder, digest_of_settings, find_folder
-from pipeline.config import BackboneSource
 from pipeline.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from pipeline.config import BackboneSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VARIANTS = ("published", "tiny", "meta")

@@ -30,3 +30,20 @@ def run(verb: str, *, device: str = "cpu", save: bool = False) -> dict[str, Any]
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(result, indent=1, sort_keys=True, default=str) + "\n", encoding="utf-8")
     return result
+
+
+def table(folder: Path | str = "benchmarks", *, into: Path | str | None = None) -> str:
+    """Return the saved results as Markdown.
+
+    Args:
+        folder: of the results.
+        into: a document that is also brought up to date, between its two marks.
+
+    Raises:
+        InputError: there are none, or the document has no marks.
+    """
+    from pipeline.bench._table import render, write_into
+
+    if into is not None:
+        write_into(Path(into), Path(folder))
+    return render(Path(folder))

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
 from pipeline.backbones.base import Family, Pixels, merged, vocabulary_size
 from pipeline.backbones.families.tokenizers import llama_tokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FAKE, IMAGE = "<fake_token_around_image>", "<image>"
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from typing_extensions import override
 
 from pipeline.backbones.base import Family, Pixels
 from pipeline.backbones.families.tokenizers import llama_tokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Idefics2Family(Family):

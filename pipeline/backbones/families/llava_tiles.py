@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from PIL import Image
 from typing_extensions import override
 
 from pipeline.backbones.base import Family, Pixels, replace_in_order
 from pipeline.backbones.families.tokenizers import llama_tokenizer, qwen2_tokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class _Tiled(Family):

@@ -7,15 +7,17 @@ Positions are three-dimensional (M-RoPE): an image's visual tokens keep their gr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
 from pipeline.backbones.base import Family, Pixels, replace_in_order
 from pipeline.backbones.families.tokenizers import qwen2_tokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Qwen3VLFamily(Family):

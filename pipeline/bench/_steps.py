@@ -1,0 +1,124 @@
+"""One training step of each method on a workload: what the training loop does, without data and bookkeeping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import adapters
+from pipeline.adapters.base import Adapter
+from pipeline.bench._shapes import Bench
+from pipeline.train import loss
+
+Step = Callable[..., None]
+
+
+class Trained:
+    """Forward, cross-entropy of the answer, backward, clip and AdamW; the adapter is attached by the caller.
+
+    Args:
+        bench: model and batches.
+        parameters: what is trained.
+        whole_logits: logits at every position, as transformers' own loss computes them, in place of the answer's alone.
+    """
+
+    def __init__(self, bench: Bench, parameters: Sequence[nn.Parameter], *, whole_logits: bool = False) -> None:
+        self.bench, self.parameters, self.whole_logits = bench, list(parameters), whole_logits
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, foreach=True)
+
+    def __call__(self, ids: Tensor, *, pixels: bool = False) -> None:
+        """Run one step on token ids [B, T]."""
+        self.finish(self.truth(self.bench.hidden(self.bench.inputs(ids, pixels=pixels)), ids))
+
+    def truth(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Return the mean cross-entropy of the answers."""
+        labels = torch.full_like(ids, -100)
+        answer = self.bench.workload.answer_tokens
+        labels[:, -answer:] = ids[:, -answer:]
+        rows, positions, targets = loss.shifted(labels)
+        if self.whole_logits:
+            logits = self.bench.model.get_output_embeddings()(hidden).float()[rows, positions]
+        else:
+            logits = loss.logits_at(self.bench.model, hidden, rows, positions)
+        return loss.cross_entropy(logits, targets, rows, len(ids)).mean()
+
+    def finish(self, value: Tensor) -> None:
+        """Backward, clip, update."""
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Aligned(Trained):
+    """MimIC's student: hidden states compared with given targets, plus half the cross-entropy."""
+
+    def __call__(self, ids: Tensor, *, pixels: bool = False, targets: Sequence[Tensor] | None = None) -> None:
+        """Run one step; `targets` are the teacher's states by sample, [L, T, D] (None: random ones, made once)."""
+        with recorded(self.bench) as states:
+            hidden = self.bench.hidden(self.bench.inputs(ids, pixels=pixels))
+        targets = targets or self._targets(states)
+        imitation = loss.alignment(states, targets, range(len(ids)), [ids.shape[1]] * len(ids)).mean()
+        self.finish(imitation + 0.5 * self.truth(hidden, ids))
+
+    def _targets(self, states: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not hasattr(self, "_made"):
+            self._made = list(torch.randn_like(torch.stack(list(states), 1)))
+        return self._made
+
+
+@contextmanager
+def recorded(bench: Bench) -> Any:
+    """Collect every layer's hidden state, bottom first, inside the block."""
+    seen: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        for layer in bench.spec.layers
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def teach(bench: Bench, ids: Tensor, length: int, *, pixels: bool = False) -> list[Tensor]:
+    """Return the frozen model's states of the last `length` tokens behind demonstrations, by sample, [L, length, D]."""
+    with torch.no_grad(), recorded(bench) as states:
+        bench.hidden(bench.inputs(ids, pixels=pixels))
+    return list(torch.stack([state[:, -length:] for state in states], 1))
+
+
+def floor_step(bench: Bench) -> Step:
+    """Return the floor: the frozen decoder forward, and backward to its input embeddings."""
+    with torch.no_grad():
+        embeddings = bench.model.get_input_embeddings()(bench.ids())
+    gradient = torch.randn_like(embeddings)
+
+    def step() -> None:
+        inputs = embeddings.detach().requires_grad_(True)
+        bench.spec.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state.backward(gradient)
+
+    return step
+
+
+def hificl_step(bench: Bench, **options: Any) -> tuple[Trained, Adapter]:
+    """Return HiFICL's step, and the adapter to be attached around it."""
+    adapter = adapters.create("hificl", bench.model, **options)
+    return Trained(bench, list(adapter.parameters())), adapter
+
+
+def mimic_step(bench: Bench, **options: Any) -> tuple[Aligned, Adapter]:
+    """Return the step of MimIC's student, and the adapter to be attached around it."""
+    adapter = adapters.create("mimic", bench.model, **options)
+    return Aligned(bench, list(adapter.parameters())), adapter
+
+
+def lora_step(bench: Bench, **options: Any) -> tuple[Trained, Adapter]:
+    """Return LoRA's step, and the adapter to be attached around it; it starts from pixels."""
+    adapter = adapters.create("lora", bench.model, **options)
+    return Trained(bench, list(adapter.parameters())), adapter

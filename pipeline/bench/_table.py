@@ -1,0 +1,76 @@
+"""benchmarks/*.json as Markdown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+
+OPEN, CLOSE = "<!-- measured: written by `make bench` -->", "<!-- end of what was measured -->"
+
+
+def render(folder: Path) -> str:
+    """Return one Markdown section a file, in order of the names: its ratios, growth, machine and method.
+
+    Raises:
+        InputError: there is nothing to show, or a file that no verb wrote.
+    """
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise InputError("no results", where=str(folder), way_out="Run hificl bench VERB --save, or make bench")
+    return "\n\n".join(_section(path) for path in paths)
+
+
+def write_into(path: Path, folder: Path) -> None:
+    """Replace what stands between the two marks of a document by `render(folder)`.
+
+    Raises:
+        InputError: the document is missing or has no marks, or as `render`.
+    """
+    try:
+        head, _, rest = path.read_text(encoding="utf-8").partition(OPEN)
+    except OSError as error:
+        raise InputError(f"not readable: {error.strerror}", where=str(path)) from None
+    _, closing, tail = rest.partition(CLOSE)
+    if not closing:
+        raise InputError(f"has no lines {OPEN} and {CLOSE}", where=str(path), way_out="Add both, one below the other")
+    path.write_text(f"{head}{OPEN}\n{render(folder)}\n{CLOSE}{tail}", encoding="utf-8")
+
+
+def _section(path: Path) -> str:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        ratios, spread = result["ratios"], result["spread"]
+    except (OSError, ValueError, KeyError, TypeError):
+        way_out = "Remove it, or measure again"
+        raise InputError("not a result of hificl bench", where=str(path), way_out=way_out) from None
+    lines = [f"### {path.stem}", "", "| what | value | quartiles |", "|---|---|---|"]
+    lines += [f"| {name} | {_number(value)} | {_spread(spread.get(name))} |" for name, value in sorted(ratios.items())]
+    for name, row in sorted((result.get("growth") or {}).items()):
+        lines += ["", f"{name}: " + ", ".join(f"{key}: {_number(value)}" for key, value in row.items())]
+    lines += ["", f"*{result.get('method', '')}*", "", _machine(result)]
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
+
+
+def _spread(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(_number(one) for one in value)
+    return "" if value is None else f"range {_number(value)} of the median"
+
+
+def _machine(result: dict[str, Any]) -> str:
+    machine, versions = result.get("machine", {}), result.get("versions", {})
+    parts = [
+        machine.get("gpu") or f"{machine.get('cpu_count')} CPU cores",
+        f"{machine['threads']} thread(s)" if "threads" in machine else "",
+        ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+        f"commit {result['commit']}" if result.get("commit") else "",
+        f"load average at the end {machine['load_average'][0]:.1f}" if machine.get("load_average") else "",
+    ]
+    return "Measured with " + "; ".join(part for part in parts if part) + "."

@@ -1,0 +1,78 @@
+"""Short real trials on the miniature, for the verbs that measure whole training runs."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline import backbones, methods
+from pipeline.config import BackboneSource
+from pipeline.data.subsample import draw
+from pipeline.miniature.world import write_world
+from pipeline.request import TrialRequest
+from pipeline.tasks import tasks
+from pipeline.train.workbench import Workbench
+from pipeline.trial import TrialConfig
+
+BACKBONE, TASK = "mini-idefics2", "mini-vqa"
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
+
+
+class Trials:
+    """Requests of trials on a small world below `folder`."""
+
+    def __init__(self, folder: Path, num_samples: int) -> None:
+        self.folder, self.num_samples = folder, num_samples
+        self.source = BackboneSource(weights=str(CHECKPOINTS / BACKBONE))
+        write_world(folder / "data", num_train_images=2 * num_samples + 40, num_val_images=10)
+        self.manifest = draw(
+            tasks.get(TASK), folder / "data", seed=0, num_train=num_samples, num_selection=8, num_evaluation=4
+        )
+        self.manifest.save(folder / "manifest.json")
+        self.digest = backbones.digest_of(BACKBONE, self.source)
+
+    def request(self, method: str, place: str, options: dict[str, Any], **fields: Any) -> TrialRequest:
+        """Return the request of one epoch on all samples, in the miniature's own step unless told otherwise."""
+        facts = methods.facts_of(method, options)
+        base: dict[str, Any] = {
+            "num_train_samples": self.num_samples, "epochs": 1, "learning_rate": facts.learning_rate,
+            "weight_decay": 0.05, "warmup_ratio": 0.1, "gradient_clip": 1.0, "micro_batch_size": 8, "accumulation": 1,
+            "engine": "torch", "num_selection_samples": 2, "num_shots": 8 if facts.teacher else 0,
+            "alignment_weight": facts.alignment_weight, "ground_truth_weight": facts.ground_truth_weight,
+        }  # fmt: skip
+        config = TrialConfig(
+            backbone=BACKBONE, backbone_digest=self.digest, task=TASK, manifest_digest=self.manifest.digest,
+            method=method, options=methods.validate_options(method, options), **{**base, **fields},
+        )  # fmt: skip
+        return TrialRequest(
+            config=config, folder=str(self.folder / place / config.key), manifest=str(self.folder / "manifest.json"),
+            source=self.source,
+        )  # fmt: skip
+
+
+@contextmanager
+def trials(num_samples: int) -> Iterator[Trials]:
+    """Give `Trials` in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Trials(Path(folder), num_samples)
+
+
+def train(bench: Workbench, requests: list[TrialRequest]) -> list[dict[str, Any]]:
+    """Train requests from nothing, together; return the last report of each."""
+    for request in requests:
+        shutil.rmtree(request.folder, ignore_errors=True)
+        bench.admit(request)
+    last: dict[str, dict[str, Any]] = {}
+    while bench.together is not None and bench.together.runs:
+        last |= {report["trial_key"]: report for report in bench.advance()}
+    return [last[request.key] for request in requests]
+
+
+def forget_teacher(bench: Workbench) -> None:
+    """Drop the teacher's targets, so that what comes next computes its own."""
+    if bench.together is not None:
+        bench.together.resident.targets.clear()

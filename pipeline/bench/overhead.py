@@ -1,0 +1,113 @@
+"""A whole sweep against its training loops alone: `hificl bench overhead`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline import workspace
+from pipeline.bench._timing import Findings, quartiles, report
+from pipeline.errors import WorkError
+
+STUDY = "overhead"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(
+    device: str = "cpu",
+    *,
+    ranks: Sequence[int] = (1, 2, 4, 8),
+    num_virtual_tokens: Sequence[int] = (4, 8),
+    learning_rates: Sequence[float] = (0.0025, 0.005, 0.01),
+    num_train_samples: int = 1000,
+    pack: int | str = "auto",
+    noop_repeats: int = 3,
+) -> dict[str, Any]:
+    """Time `dvc repro` of a sweep of 24 HiFICL trials on the miniature, and the same trials' training loops alone.
+
+    The sweep includes everything: DVC, Ray's start and end, the pool, Ray Tune, MLflow, checkpoints, the ledger. The
+    loops run one after another in one process on one thread, with the backbone loaded once. `noop_repro_seconds` is
+    `dvc repro` of that sweep with nothing to do. One round: it takes many minutes.
+
+    Args:
+        device: cpu alone.
+        ranks: of the grid.
+        num_virtual_tokens: of the grid.
+        learning_rates: of the grid.
+        num_train_samples: of each trial.
+        pack: `sweep.pack`.
+        noop_repeats: rounds of the no-op.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        place = _prepare(Path(folder) / "work", ranks, num_virtual_tokens, learning_rates, num_train_samples, pack)
+        bare = _timed(place, "-m", "pipeline.bench._bare", str(Path(folder) / "bare"))
+        sweep = _timed(place, "-m", "dvc", "repro", "-s", "train")
+        noop = [_timed(place, "-m", "dvc", "repro", "-s", "train") for _ in range(noop_repeats)]
+    trials = len(ranks) * len(num_virtual_tokens) * len(learning_rates)
+    found = Findings()
+    found.ratios["sweep_over_bare_loops"] = sweep / bare
+    found.spread["sweep_over_bare_loops"] = quartiles([sweep / bare])
+    found.ratios["noop_repro_seconds"] = sorted(noop)[len(noop) // 2]
+    found.spread["noop_repro_seconds"] = quartiles(noop)
+    sizes = {"trials": trials, "num_train_samples": num_train_samples, "pack": pack, "cpu_count": os.cpu_count()}
+    seconds = {"sweep": sweep, "bare_loops": bare, "beyond_loops_per_trial": (sweep - bare / _slots()) / trials}
+    return report(found, device=device, method=run.__doc__, sizes=sizes, seconds=seconds)
+
+
+def _slots() -> int:
+    return os.cpu_count() or 1
+
+
+def _prepare(
+    folder: Path, ranks: Sequence[int], tokens: Sequence[int], rates: Sequence[float], samples: int, pack: int | str
+) -> Path:
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        workspace.create(folder, profile="mini")
+    finally:
+        os.chdir(before)
+    params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+    params["studies"] = {
+        STUDY: {
+            "title": "The sweep that is timed", "backbones": ["idefics2-8b-base"], "tasks": ["vqav2"],
+            "methods": {"hificl": {"search": {
+                "rank": list(ranks), "num_virtual_tokens": list(tokens), "learning_rate": list(rates),
+            }}},
+        }
+    }  # fmt: skip
+    for section in (params, params["run"]):  # of studies that are gone
+        section.pop("study_changes", None)
+    params["run"].update(studies=[STUDY], tasks=["mini-vqa"], backbones=["mini-idefics2"])
+    params["run"]["sweep"] = {"pack": pack}
+    params["run"]["train"]["num_train_samples"] = samples
+    params["miniature"].update(num_train_images=2 * samples + 800, num_val_images=40)
+    params["run"]["subsample"].update(num_train=samples, num_evaluation=20)
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    for words in (["-m", "stages.world"], ["-m", "stages.subsample", "mini-vqa"]):
+        _timed(folder, *words)
+    return folder
+
+
+def _timed(folder: Path, *words: str) -> float:
+    """Run Python with `words` in `folder`; return the seconds.
+
+    Raises:
+        WorkError: it failed.
+    """
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        raise WorkError(f"{' '.join(words)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+    return time.perf_counter() - start

@@ -1,0 +1,90 @@
+"""Trials in one forward pass against one after another: `hificl bench pack`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pipeline.bench._main import main
+from pipeline.bench._timing import Findings, Rounds, one_thread, report
+from pipeline.bench._trials import BACKBONE, Trials, train, trials
+from pipeline.train.workbench import Workbench
+
+RANKS = (8, 4, 2, 1)
+
+
+def run(
+    device: str = "cpu", *, num_trials: Sequence[int] = (2, 4, 8), num_samples: int = 64, repeats: int = 3
+) -> dict[str, Any]:
+    """Train K HiFICL trials (of different ranks, rates and seeds) together, and the same ones one after another.
+
+    Both on the miniature, resident in one process, by the same loop, from data to optimiser; scoring and checkpoints
+    are left out (`train_seconds` of the trials' own records). `packed_over_sequential_K` is in samples per second, for
+    the miniature's own step of 8 samples; `_papers_step` for the papers' step of 2 x 2. `loss_difference` is the
+    largest difference of the epochs' mean losses. On a CPU everything runs on one thread.
+
+    Args:
+        device: cpu or cuda.
+        num_trials: K.
+        num_samples: of each trial.
+        repeats: rounds.
+    """
+    found = Findings()
+    with one_thread(device), trials(num_samples) as made:
+        bench = Workbench(device=device)
+        train(bench, [_request(made, 0, "warm-up")])
+        for name, step in {"": {}, "_papers_step": {"micro_batch_size": 2, "accumulation": 2}}.items():
+            for k in num_trials:
+                _measure(bench, made, k, step, repeats, found, f"packed_over_sequential_K{k}{name}")
+        found.ratios["loss_difference_fp32"] = _difference(bench, made, max(num_trials))
+        bench = Workbench(device=device)
+        bench.resident(_request(made, 0, "double")).loaded.model.double()
+        found.ratios["loss_difference_fp64"] = _difference(bench, made, max(num_trials), double=True)
+    for name in ("loss_difference_fp32", "loss_difference_fp64"):
+        found.spread[name] = [found.ratios[name]] * 2
+    sizes = {"num_trials": list(num_trials), "num_samples": num_samples, "repeats": repeats, "backbone": BACKBONE}
+    return report(found, device=device, method=run.__doc__, sizes=sizes)
+
+
+def _request(made: Trials, number: int, place: str, **step: Any) -> Any:
+    options = {"rank": RANKS[number % len(RANKS)]}
+    return made.request("hificl", place, options, learning_rate=0.005 * (1 + number / 10), seed=number, **step)
+
+
+def _measure(
+    bench: Workbench, made: Trials, k: int, step: dict[str, int], repeats: int, found: Findings, label: str
+) -> None:
+    seconds: dict[str, list[float]] = {"sequential": [], "packed": []}
+    for _ in range(repeats):
+        alone = [train(bench, [_request(made, i, "alone", **step)])[0] for i in range(k)]
+        together = train(bench, [_request(made, i, "together", **step) for i in range(k)])
+        for name, reports in (("sequential", alone), ("packed", together)):
+            seconds[name].append(sum(report["train_seconds"] for report in reports))
+    found.add(label, Rounds(seconds), "sequential", "packed")
+
+
+def _difference(bench: Workbench, made: Trials, k: int, *, double: bool = False) -> float:
+    def losses(groups: list[list[int]], place: str) -> list[float]:
+        out = []
+        for numbers in groups:
+            requests = [_request(made, i, place) for i in numbers]
+            for request in requests:
+                bench.admit(request)
+            for one in bench.together.runs if bench.together is not None else []:
+                one.adapter.to(torch.float64 if double else torch.float32)
+            found: dict[str, float] = {}
+            while bench.together is not None and bench.together.runs:
+                found |= {report["trial_key"]: report["train_loss"] for report in bench.advance()}
+            out += [found[request.key] for request in requests]
+        return out
+
+    place = "fp64" if double else "fp32"
+    alone = losses([[i] for i in range(k)], f"alone-{place}")
+    together = losses([list(range(k))], f"together-{place}")
+    return max(abs(a - b) for a, b in zip(alone, together, strict=True))
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,86 @@
+"""`hificl plan`: what a study takes on the real backbones, before anything is downloaded."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import PARAMS, Params, load
+from pipeline.cost.hours import Rates, forecast
+from pipeline.cost.steps import Prompt
+from pipeline.errors import InputError, nearest
+from pipeline.sweep.space import Digests, cells, points
+from pipeline.trial import TrialConfig
+from pipeline.workspace import RUN_LINE
+
+REAL = "real"
+WHOLE_SPLIT = 10_000  # stands for a split that is evaluated whole, whose size only its files tell
+_AS_GIVEN = "not read: a forecast needs no weights and no data"
+
+
+def plan(
+    study: str, *, gpus: int, rates: Rates, profile: str = REAL, overrides: list[str] | None = None
+) -> dict[str, Any]:
+    """Return the GPU-hours of a study on the real backbones.
+
+    Args:
+        study: of params.yaml.
+        gpus: over which trials are spread.
+        rates: of a GPU.
+        profile: whose settings count.
+        overrides: as `--set` takes them.
+
+    Raises:
+        InputError: unknown study or profile, or fewer than one GPU.
+    """
+    if gpus < 1:
+        raise InputError(f"at least one GPU is needed, got {gpus}", where="--gpus")
+    if not 0 < rates.utilisation <= 1:
+        raise InputError(f"a share between 0 and 1 is needed, got {rates.utilisation}", where="--utilisation")
+    params = _under(profile, overrides)
+    found = trials(params, study)
+    evaluated = params.evaluate.num_evaluation_samples or params.subsample.num_evaluation or WHOLE_SPLIT
+    images = params.subsample.num_train + params.subsample.num_selection + evaluated
+    prompt = Prompt()
+    result = forecast(found, evaluated=evaluated, images=images, rates=rates, prompt=prompt)
+    total = result.total
+    return {
+        "study": study, "profile": profile, "gpus": gpus, "gpu_hours": total, "wall_hours": total / gpus,
+        "gpu_hours_with_shared_teacher": total - result.teacher_saved, "trials": result.trials,
+        "gpu_hours_by_part": result.hours, "gpu_hours_by_method": result.by_method,
+        "not_counted": result.not_counted,
+        "assumed": {
+            **asdict(rates), **asdict(prompt), "evaluation_samples": evaluated, "images_a_task": images,
+            "picture": "480 x 640 pixels where a backbone keeps a picture's size",
+        },
+        "method": "FLOPs counted by the formulas of pipeline/cost from the real configurations; "
+        "hours = FLOPs / (peak x utilisation), decoding = weights read / (bandwidth x utilisation). No GPU was asked.",
+    }  # fmt: skip
+
+
+def trials(params: Params, study: str) -> list[TrialConfig]:
+    """Return the trials of a study, each once, with nothing read from disk."""
+    digests = Digests(
+        backbones=dict.fromkeys(params.run.backbones, _AS_GIVEN),
+        manifests=dict.fromkeys(params.run.tasks, _AS_GIVEN),
+        train_sizes=dict.fromkeys(params.run.tasks, params.subsample.num_train),
+    )
+    found = (cell.trial(point) for cell in cells(params, study, digests) for point in points(cell, params))
+    return list({trial.key: trial for trial in found}.values())
+
+
+def _under(profile: str, overrides: list[str] | None) -> Params:
+    """Read params.yaml as it were with `run: *profile`."""
+    params = load(overrides=overrides)
+    if profile not in params.profiles:
+        raise InputError(f"unknown profile '{profile}'", where=PARAMS, way_out=nearest(profile, params.profiles))
+    text = RUN_LINE.sub(f"run: *{profile}", Path(PARAMS).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / PARAMS
+        path.write_text(text, encoding="utf-8")
+        return load(path, overrides)
+
+
+__all__ = ["plan", "trials"]

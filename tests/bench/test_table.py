@@ -1,0 +1,67 @@
+"""Saved results as Markdown, and the list of verbs that `make bench` goes through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import bench
+from pipeline.bench._table import CLOSE, OPEN
+from pipeline.errors import InputError
+
+RESULT = {
+    "ratios": {"a_over_b": 1.23456, "seconds": 2.0},
+    "spread": {"a_over_b": [1.2, 1.3], "seconds": 0.5},
+    "growth": {"by_n": {"8": 1.0, "32": 1.5}},
+    "machine": {"cpu_count": 2, "threads": 1, "load_average": [0.5, 0.4, 0.3]},
+    "versions": {"torch": "2.0"},
+    "method": "How it was done.",
+}
+
+
+def test_a_result_becomes_a_section(tmp_path: Path) -> None:
+    (tmp_path / "attention-cpu.json").write_text(json.dumps(RESULT), encoding="utf-8")
+    text = bench.table(tmp_path)
+    for part in (
+        "### attention-cpu", "| a_over_b | 1.235 | 1.2 to 1.3 |", "| seconds | 2 | range 0.5 of the median |",
+        "by_n: 8: 1, 32: 1.5", "*How it was done.*", "1 thread(s); torch 2.0; load average at the end 0.5",
+    ):  # fmt: skip
+        assert part in text
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"ratios": {}}'])
+def test_a_file_that_is_no_result_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=r"x\.json"):
+        bench.table(tmp_path)
+
+
+def test_a_document_is_brought_up_to_date_between_its_marks(tmp_path: Path) -> None:
+    (tmp_path / "attention-cpu.json").write_text(json.dumps(RESULT), encoding="utf-8")
+    document = tmp_path / "performance.md"
+    document.write_text(f"before\n{OPEN}\nold\n{CLOSE}\nafter\n", encoding="utf-8")
+    for _ in range(2):
+        bench.table(tmp_path, into=document)
+    text = document.read_text(encoding="utf-8")
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    assert text.count("### attention-cpu") == 1
+    document.write_text("no marks", encoding="utf-8")
+    with pytest.raises(InputError, match="has no lines"):
+        bench.table(tmp_path, into=document)
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no results"):
+        bench.table(tmp_path)
+
+
+def test_every_verb_of_the_list_is_a_module_with_run() -> None:
+    assert {"attention", "decode", "evaluate", "reuse", "step", "subsample"} <= set(bench.verbs())
+    assert not [verb for verb in bench.verbs() if verb.startswith("_")]
+
+
+def test_an_unknown_verb_is_refused_with_the_nearest() -> None:
+    with pytest.raises(InputError, match="attention"):
+        bench.run("atention")

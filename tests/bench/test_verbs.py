@@ -1,0 +1,198 @@
+"""Every verb runs in a tiny size and gives the contract's names; no assertion is about time."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.adapters.attention import merge_attention
+from pipeline.backbones.decoder import decoder_of
+from pipeline.bench import attention, decode, evaluate, overhead, pack, reuse, step
+from pipeline.bench._published import Published, published_attention
+from pipeline.bench._shapes import CPU, DecoderShape, Workload, decoder
+from pipeline.bench._steps import Trained
+from pipeline.bench._timing import Rounds, alternate, report, saved_bytes
+
+TINY = DecoderShape(32, 48, 2, 4, 2, 64)
+
+
+def tiny(name: str) -> Workload:
+    """A workload of the same architecture whose picture has sixteen patches."""
+    work = CPU[name]
+    changes = {
+        **work.changes,
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1,
+            "image_size": 56,
+        },
+        "text_config": {
+            **work.changes["text_config"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+        },
+    }  # fmt: skip
+    visual = 16
+    if "perceiver_config" in changes:
+        visual = 4
+        changes["perceiver_config"] = {
+            **work.changes["perceiver_config"], "hidden_size": 64, "resampler_n_latents": visual,
+        }  # fmt: skip
+    pixels = {label: (*shape[:-2], 56, 56) for label, shape in work.pixels.items()}
+    return replace(work, changes=changes, pixels=pixels, visual_tokens=visual, text_tokens=8, answer_tokens=2, shots=1)
+
+
+def check(result: dict[str, Any], names: list[str]) -> None:
+    assert {"ratios", "spread", "sizes", "machine", "versions", "method"} <= result.keys()
+    assert result["machine"]["threads"] >= 1
+    assert set(names) <= result["ratios"].keys()
+    assert result["ratios"].keys() == result["spread"].keys()
+    for name, value in result["ratios"].items():
+        assert value > 0 and math.isfinite(value), name
+        low, high = result["spread"][name]
+        assert low <= high
+    json.dumps(result, default=str)
+
+
+def test_attention() -> None:
+    sizes = attention.Sizes(TINY, lengths=(8, 16), tokens=16, virtual_tokens=(2,), head_sizes=(8,), repeats=2)
+    names = [
+        f"{label}_T{length}"
+        for length in (8, 16)
+        for label in (
+            "step_over_floor", "mimic_step_over_floor", "published_over_ours_time", "published_over_ours_saved",
+        )
+    ]  # fmt: skip
+    check(attention.run(sizes=sizes), names)
+
+
+def test_the_lengths_of_the_contract_are_measured() -> None:
+    assert all(set(sizes.lengths) == {128, 512, 1024} for sizes in attention.SIZES.values())
+    assert {(sizes.cache, sizes.batch) for sizes in decode.SIZES.values()} == {(1024, 8)}
+
+
+@pytest.mark.parametrize("name", sorted(CPU))
+def test_step(name: str) -> None:
+    result = step.run(workloads={name: tiny(name)}, repeats=1)
+    labels = ("step_over_floor", "mimic_step_over_floor", "mimic_over_hificl", "lora_over_hificl")
+    check(result, [f"{label}_{name}" for label in labels])
+    assert result["left_out"] == []
+    assert result["counted"][name]["flops_a_second"]["floor"] > 0
+
+
+def test_decode() -> None:
+    sizes = decode.Sizes(
+        TINY, cache=16, batch=2, attention_repeats=1, other_repeats=1, new_tokens=2, generate_repeats=1, shots=(1,)
+    )
+    names = ["decode_over_sdpa_S16_B2", "generate_over_zero_shot", "icl_1_over_adapter"]
+    check(decode.run(sizes=sizes, workloads={"idefics2": tiny("idefics2")}), names)
+
+
+def test_reuse() -> None:
+    workloads = {name: tiny(name) for name in CPU}
+    result = reuse.run(workloads=workloads, repeats=1, teacher={"num_trials": 2, "num_samples": 12, "repeats": 1})
+    check(result, ["with_over_without_idefics2", "with_over_without_llava"])
+
+
+def test_evaluate() -> None:
+    sizes = evaluate.Sizes(answers=20, captions=12, prompts=4, batch_size=2, new_tokens=2, repeats=1)
+    names = ["vqa_seconds_20", "cider_seconds_12", "chair_seconds_12", "batched_over_single_seconds"]
+    check(evaluate.run(sizes=sizes), names)
+
+
+def test_the_published_formulation_is_equation_1_where_it_is_masked() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 7, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    learned = [torch.randn(4, 3, 8, dtype=torch.float64) for _ in range(2)]
+    published = published_attention(q, k, v, *learned, scale=8**-0.5, causal=True)
+    torch.testing.assert_close(published, merge_attention(q, k, v, *learned), rtol=1e-12, atol=1e-12)
+
+
+def test_the_published_formulation_leaves_the_model_as_it_was() -> None:
+    model: Any = decoder(TINY, device="cpu", dtype=torch.float32)
+    ids = torch.randint(1, 60, (1, 6))
+    before = model(ids).logits
+    with Published(decoder_of(model)):
+        changed = model(ids).logits
+    assert not torch.allclose(before, changed)
+    torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_weights() -> None:
+    layer = torch.nn.Linear(4, 4, bias=False)
+    x = torch.randn(8, 4, requires_grad=True)
+    hidden = layer(x)
+    assert saved_bytes(lambda: layer(x), layer) == x.nbytes
+    assert saved_bytes(lambda: hidden * hidden, layer) == hidden.nbytes
+
+
+def test_alternation_turns_the_order_and_pairs_the_rounds() -> None:
+    order: list[str] = []
+    rounds = alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, warmup=0)
+    assert order == ["a", "b", "b", "a"]
+    assert [len(seconds) for seconds in rounds.seconds.values()] == [2, 2]
+    paired = Rounds({"a": [1.0, 9.0, 4.0], "b": [1.0, 3.0, 1.0]})
+    assert paired.ratio("a", "b") == 3.0
+    assert paired.spread("a", "b") == [2.0, 3.5]
+
+
+def test_a_step_of_all_logits_is_the_same_loss() -> None:
+    from pipeline.bench._shapes import Bench
+
+    bench = Bench(tiny("idefics2"), "cpu")
+    ids = bench.ids()
+    weight = [torch.nn.Parameter(torch.zeros(1))]
+    hidden = bench.hidden(bench.inputs(ids))
+    values = [Trained(bench, weight, whole_logits=whole).truth(hidden, ids) for whole in (False, True)]
+    torch.testing.assert_close(*values)
+
+
+def test_visual_tokens_at_hand_and_pixels_give_the_same_hidden_states() -> None:
+    from pipeline.bench._shapes import Bench
+
+    for name in CPU:
+        bench = Bench(tiny(name), "cpu")
+        ids = bench.ids()
+        with torch.no_grad():
+            kept, seen = (bench.hidden(bench.inputs(ids, pixels=pixels)) for pixels in (False, True))
+        torch.testing.assert_close(kept, seen)
+
+
+def test_report_names_method_and_threads() -> None:
+    from pipeline.bench._timing import Findings
+
+    result = report(
+        Findings({"x": 1.0}, {"x": [1.0, 1.0]}), device="cpu", method="One line.\n\nArgs:\n  a: b", sizes={}
+    )
+    assert result["method"] == "One line."
+
+
+def test_the_verbs_for_a_gpu_box_import_torch_and_transformers_alone() -> None:
+    """Whatever else may be installed is hidden: beside torch and transformers they need pydantic alone."""
+    code = (
+        "import sys, torch, transformers, transformers.models.mistral.modeling_mistral, safetensors.torch\n"
+        "for name in ('PIL', 'peft', 'deepspeed', 'ray', 'mlflow', 'dvc', 'nltk', 'pycocoevalcap'):\n"
+        "    sys.modules[name] = None\n"
+        "from pipeline.bench import attention, decode, reuse, step\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_pack() -> None:
+    result = pack.run(num_trials=(2,), num_samples=8, repeats=1)
+    assert {"packed_over_sequential_K2", "packed_over_sequential_K2_papers_step"} <= result["ratios"].keys()
+    assert result["ratios"]["loss_difference_fp32"] <= 1e-5 and result["ratios"]["loss_difference_fp64"] <= 1e-8
+
+
+@pytest.mark.e2e
+def test_overhead() -> None:
+    result = overhead.run(
+        ranks=(1, 2), num_virtual_tokens=(2,), learning_rates=(0.005,), num_train_samples=16, noop_repeats=1
+    )
+    assert result["ratios"]["sweep_over_bare_loops"] > 0 and result["ratios"]["noop_repro_seconds"] > 0
