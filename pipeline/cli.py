@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import HificlError, InputError
+from pipeline.lineage import commands as lineage
 
 Command = Callable[[argparse.Namespace], Any]
 INTERRUPTED = 130
@@ -79,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     _workspace(commands)
     _miniature(commands)
     _bench(commands)
+    _plan(commands)
     _ui(commands)
+    lineage.register(commands, _add)
     return parser
 
 
@@ -191,14 +194,40 @@ def _miniature(commands: Any) -> None:
 
 def _bench(commands: Any) -> None:
     def func(args: argparse.Namespace) -> Any:
-        from pipeline.bench import run
+        from pipeline import bench
 
-        return run(args.verb, device=args.device, save=args.save)
+        if args.list or args.table:
+            print("\n".join(bench.verbs()) if args.list else bench.table(into=args.into))
+            return None
+        if args.verb is None:
+            raise InputError("which benchmark?", way_out=f"One of {', '.join(bench.verbs())}, or --list")
+        return bench.run(args.verb, device=args.device, save=args.save)
 
     sub = _add(commands, "bench", func, "measure ratios in alternation in one run")
-    sub.add_argument("verb")
+    sub.add_argument("verb", nargs="?")
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     sub.add_argument("--save", action="store_true", help="also write benchmarks/<verb>-<device>.json")
+    sub.add_argument("--list", action="store_true", help="print the verbs, one a line")
+    sub.add_argument("--table", action="store_true", help="print benchmarks/*.json as Markdown")
+    sub.add_argument("--into", metavar="FILE", help="with --table: also write it between the marks of a document")
+
+
+def _plan(commands: Any) -> None:
+    def func(args: argparse.Namespace) -> Any:
+        from pipeline.cost.hours import Rates
+        from pipeline.sweep.forecast import plan
+
+        rates = Rates(args.peak_tflops, args.bandwidth_tb, args.utilisation)
+        return plan(args.study, gpus=args.gpus, rates=rates, profile=args.profile, overrides=args.set)
+
+    sub = _add(commands, "plan", func, "the GPU-hours of a study on the real backbones, from counted FLOPs")
+    sub.add_argument("--study", required=True)
+    sub.add_argument("--gpus", type=int, default=1)
+    sub.add_argument("--utilisation", type=float, default=0.4, help="share of peak that is reached (default: 0.4)")
+    sub.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16 (default: an H100's 989)")
+    sub.add_argument("--bandwidth-tb", type=float, default=3.35, help="memory, TB/s (default: an H100's 3.35)")
+    sub.add_argument("--profile", default="real")
+    _settable(sub)
 
 
 def _ui(commands: Any) -> None:

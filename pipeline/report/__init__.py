@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pipeline.atomic import write_atomic
 from pipeline.config import Params
+from pipeline.report import curves, figures, files, findings, page, papers, tables
 from pipeline.report import evaluations as files_in
-from pipeline.report import figures, files, page, papers, tables
 from pipeline.report.gallery import gallery
 
 __all__ = ["forget", "load_table", "write_index", "write_study"]
@@ -54,7 +54,7 @@ def write_study(study: str, params: Params, evaluations: Path, out: Path) -> Non
 
 
 def write_index(params: Params, evaluations: Path, out: Path) -> Path:
-    """Write `index.html`, one page over all studies that have been evaluated; return its path.
+    """Write `index.html`, one page over all studies that have been evaluated, and `findings.md`; return the page.
 
     Studies stand in the order of params.yaml, further ones after them by name.
     """
@@ -62,7 +62,10 @@ def write_index(params: Params, evaluations: Path, out: Path) -> Path:
     order = [name for name in params.studies if name in present]
     order += [name for name in present if name not in params.studies]
     rendered = [_render(name, params, evaluations) for name in order]
-    html = page.page([table for table, _, _ in rendered], [section for _, _, section in rendered], params)
+    tables_in = [table for table, _, _ in rendered]
+    found = findings.findings(tables_in, evaluations)
+    html = page.page(tables_in, [section for _, _, section in rendered], params, found)
+    write_atomic(out / "findings.md", findings.to_markdown(found))
     write_atomic(out / "index.html", html)
     return out / "index.html"
 
@@ -75,7 +78,7 @@ def _render(study: str, params: Params, evaluations: Path) -> tuple[tables.Table
     if key not in _rendered:
         table = tables.build(read, params, evaluations)
         layout = definition.layout if definition else "table"
-        drawn = figures.draw(table, layout)
+        drawn = {**figures.draw(table, layout), **curves.losses(table)}
         shown = gallery(table, evaluations) if layout == "gallery" else None
         source = papers.source(definition.paper if definition else None)
         _rendered[key] = (table, drawn, page.section(table, source, drawn, shown, page.ui_address(params)))

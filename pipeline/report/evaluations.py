@@ -43,6 +43,10 @@ class Cell(_File):
     candidates: list[Candidate] = []
     trial: str | None = None
     evaluation: str | None = None
+    evaluation_digest: str | None = None
+    measure: str | None = None
+    measurement: str | None = None
+    measurement_digest: str | None = None
     metric: str | None = None
     unit: str | None = None
     value: float | None = None
@@ -55,6 +59,7 @@ class Cell(_File):
     trainable_parameters: int | None = None
     train_seconds: float | None = None
     chosen_epoch: int | None = None
+    epochs: list[dict[str, float | None]] = []
     num_samples: int | None = None
 
 

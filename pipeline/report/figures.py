@@ -26,7 +26,7 @@ COLOURS = ("#d9792b", "#2fa36b", "#a566c9", "#c94f6d", "#8a8f98", "#b59b1e", "#2
 QUIET = "#9aa5b1"
 _INK = "#010203"  # a colour nobody chooses: replaced by currentColor
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
     "font.family": "DejaVu Sans",
@@ -56,9 +56,9 @@ def draw(table: Table, layout: str) -> dict[str, tuple[str, str]]:
     """Return a study's figures: name -> (SVG text, what it shows in words)."""
     if table.axes and layout != "table":
         axis = max(table.axes, key=lambda name: len({dict(line.vary).get(name) for line in table.lines}))
-        return {f"over-{_safe(axis)}": (_curves(table, axis), _curve_words(table, axis))}
+        return {f"over-{safe(axis)}": (_curves(table, axis), _curve_words(table, axis))}
     return {
-        f"bars-{_safe(backbone)}": (_bars(table, lines), _bar_words(table, lines))
+        f"bars-{safe(backbone)}": (_bars(table, lines), _bar_words(table, lines))
         for backbone, lines in table.groups()
         if any(entry.value is not None for line in lines for entry in table.row(line))
     }
@@ -91,10 +91,10 @@ def hero(table: Table, out: Path, backbone: str | None = None) -> list[Path]:
     if not groups:
         raise InputError("no cell with a number", where=table.study.study, way_out="Run dvc repro first")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": out.name}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": out.name}):
         figure = _bar_figure(table, groups[0][1], wide=True)
         svg, png = out.with_suffix(".svg"), out.with_suffix(".png")
-        svg.write_text(standalone(_svg(figure)), encoding="utf-8")
+        svg.write_text(standalone(to_svg(figure)), encoding="utf-8")
         figure.savefig(
             png, dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.15, metadata={"Software": None}
         )
@@ -102,8 +102,8 @@ def hero(table: Table, out: Path, backbone: str | None = None) -> list[Path]:
 
 
 def _bars(table: Table, lines: Sequence[Line]) -> str:
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": f"{table.study.study} {lines[0].backbone}"}):
-        return _svg(_bar_figure(table, lines))
+    with mpl.rc_context({**STYLE, "svg.hashsalt": f"{table.study.study} {lines[0].backbone}"}):
+        return to_svg(_bar_figure(table, lines))
 
 
 def _bar_figure(table: Table, lines: Sequence[Line], wide: bool = False) -> Figure:
@@ -196,7 +196,7 @@ def _curves(table: Table, axis: str) -> str:
     groups = table.groups()
     columns = [c for c in table.columns if any(table.entries[line, c].value is not None for line in table.lines)]
     wide = max(1, len(columns))
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": f"{table.study.study} {axis}"}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": f"{table.study.study} {axis}"}):
         size = (max(4.2, min(8.4, 3.4 * wide)), 0.4 + 2.9 * len(groups))
         figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12))
         grid = figure.subplots(len(groups), wide, squeeze=False)
@@ -208,7 +208,7 @@ def _curves(table: Table, axis: str) -> str:
                 panel.set_title(f"{name}\n{papers.label('backbones', backbone)}")
         if len(handles) > 1:
             figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)))
-        return _svg(figure)
+        return to_svg(figure)
 
 
 def _curve_panel(
@@ -274,7 +274,8 @@ def _curve_words(table: Table, axis: str) -> str:
     return f"Score over {over} for {', '.join(rows)} on {', '.join(tasks)}, with the spread over seeds."
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
+    """Return a figure as SVG text without a size of its own, its ink the page's."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -285,5 +286,6 @@ def _svg(figure: Figure) -> str:
     return re.sub(r"<svg\b[^>]*>", lambda head: re.sub(r' (width|height)="[^"]*"', "", head.group()), text, count=1)
 
 
-def _safe(name: str) -> str:
+def safe(name: str) -> str:
+    """Return `name` as part of a file's name."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", name)

@@ -12,6 +12,7 @@ from pipeline.config import Params
 from pipeline.report import papers
 from pipeline.report.evaluations import Cell
 from pipeline.report.files import shown
+from pipeline.report.findings import OPEN, Finding
 from pipeline.report.tables import Column, Entry, Line, Table
 
 UI = "http://127.0.0.1:5000"  # where `hificl ui` listens
@@ -25,7 +26,8 @@ _PROTOCOL = {
 
 def notes(table: Table) -> list[str]:
     """Return what has to be known to read a study's numbers."""
-    out = [_PROTOCOL.get(table.study.selection, f"Selection: {table.study.selection}.")]
+    out = [table.note] if table.note else []
+    out += [_PROTOCOL.get(table.study.selection, f"Selection: {table.study.selection}.")]
     for stand_in, paper in _stand_ins([table]):
         out.append(f"{stand_in} stands for {paper}: the paper's numbers are of that model, so no difference is shown.")
     return out
@@ -38,13 +40,14 @@ def section(
     return _environment().get_template("study.html.j2").render(study=_study(table, source, figures, gallery), ui=ui)
 
 
-def page(tables: list[Table], sections: list[str], params: Params) -> str:
+def page(tables: list[Table], sections: list[str], params: Params, found: list[Finding]) -> str:
     """Return the whole page.
 
     Args:
         tables: every study, laid out.
         sections: the studies' parts, in the same order.
         params: for the address of the MLflow UI.
+        found: the papers' findings and what became of them.
     """
     studies = [
         {
@@ -72,6 +75,8 @@ def page(tables: list[Table], sections: list[str], params: Params) -> str:
             origins=_origins(tables),
             ui=ui_address(params),
             stand_ins=stand_ins,
+            findings=[one for one in found if one.verdict != OPEN],
+            num_findings=len(found),
             profile=", ".join(dict.fromkeys(t.study.profile for t in tables)) or params.profile,
             done=sum(s["done"] for s in studies),
             total=sum(s["total"] for s in studies),
@@ -116,6 +121,7 @@ def _study(
         "notes": every,
         "problems": _problems(study.cells),
         "sizes": sized,
+        "times": any(cell.train_seconds for cell in table.study.cells),
         "heads": [_head(table, column) for column in table.columns],
         "groups": [
             {
@@ -131,6 +137,7 @@ def _study(
             {"svg": Markup(svg), "words": words, "caption": _caption(table, name)}  # noqa: S704 - our own SVG
             for name, (svg, words) in figures.items()
         ],
+        "shape": len(table.columns) + 1 + sized + any(cell.train_seconds for cell in study.cells),
         "figures_first": bool(table.axes),
         "gallery": gallery,
         "reference": next((line.label for line in table.lines if line.row == table.reference), ""),
@@ -161,9 +168,16 @@ def _row(table: Table, line: Line, source: papers.Source | None) -> dict[str, An
     return {
         "title": line.title,
         "size": size,
+        "seconds": _seconds(cells),
         "entries": table.row(line),
         "paper_size": f"{printed:g} M" if printed is not None else "",
     }
+
+
+def _seconds(cells: list[Cell]) -> str:
+    """Return what training took, the mean over the row's cells."""
+    known = [cell.train_seconds for cell in cells if cell.train_seconds]
+    return f"{sum(known) / len(known):,.1f} s" if known else ""
 
 
 def _head(table: Table, column: Column) -> dict[str, str]:

@@ -66,7 +66,8 @@ def figure(path: str | None, backbone: str, row: str, task: str, metric: str | N
     columns = table.get("columns")
     if columns is None:
         by_metric = table.get("by_metric")
-        if by_metric not in (None, row):
+        held = table.get("metric")
+        if by_metric not in (None, row) or (held and metric and _match(metric, [held]) is None):
             return None
         found = rows.get(_match(metric or "", rows) or "") if by_metric else rows.get(row)
         return found[0] if found else None

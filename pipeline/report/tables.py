@@ -101,6 +101,7 @@ class Table:
     entries: dict[tuple[Line, Column], Entry]
     reference: str | None
     axes: list[str] = field(default_factory=list)
+    note: str | None = None
 
     def groups(self) -> list[tuple[str, list[Line]]]:
         """Return the lines by backbone, in the study's order."""
@@ -135,11 +136,12 @@ def build(study: StudyFile, params: Params, evaluations: Path) -> Table:
             )
             entries[line, column] = _entry(line, column, cells, study, path, params)
     axes = list(dict.fromkeys(axis for line in lines for axis, _ in line.vary))
-    table = Table(study, columns, lines, entries, _reference(study, lines), axes)
+    reference = (definition.reference if definition else None) or _reference(study, lines)
+    table = Table(study, columns, lines, entries, reference, axes, definition.note if definition else None)
     for column in columns:
         for _, group in table.groups():
             _mark([entries[line, column] for line in group])
-    _compare(table, functools.cache(lambda key: _scores(key, evaluations)))
+    _compare(table, functools.cache(lambda key: sample_scores(key, evaluations)))
     return table
 
 
@@ -158,7 +160,8 @@ def _entry(line: Line, column: Column, cells: list[Cell], study: StudyFile, path
     # cells that are not done have no metric of their own: take the name from another row of the same task
     named = next((cell for cell in [*done, *study.cells] if cell.task == column.task and cell.metric), None)
     metric = column.metric or (named.metric if named and named.metric else "score")
-    where = (line.paper_backbone, column.paper_task, None if own else metric)
+    measured = named is not None and named.measurement is not None  # its number is no score of the task
+    where = (line.paper_backbone, column.paper_task, None if own and not measured else metric)
     ours = (named.unit if named and own else None) or papers.metric_facts(metric).get("ours") or "percent"
     unit = papers.unit(path, study.study, *where) or ours
     values = [
@@ -172,9 +175,11 @@ def _entry(line: Line, column: Column, cells: list[Cell], study: StudyFile, path
     value, std = mean_std(values) if values else (None, None)
     published = params.backbone_source(line.backbone).variant == "published"
     same = line.backbone == line.paper_backbone and column.task == column.paper_task and published
-    figure = papers.figure(path, line.paper_backbone, line.row, *where[1:])
+    definition = params.studies.get(study.study)
+    row = (definition.methods[line.row].paper if definition and line.row in definition.methods else None) or line.row
+    figure = papers.figure(path, line.paper_backbone, row, *where[1:])
     if figure is None and own:  # a table may be of the task's own metric by its name
-        figure = papers.figure(path, line.paper_backbone, line.row, column.paper_task, metric)
+        figure = papers.figure(path, line.paper_backbone, row, column.paper_task, metric)
     return Entry(line, column, cells, metric, unit, value, std, figure, comparable=same)
 
 
@@ -222,12 +227,17 @@ def _compare(table: Table, scores: Any) -> None:
             if (other.backbone, other.vary, other.row) == (line.backbone, line.vary, table.reference)
         ]
         if same:
-            ours, theirs = _by_sample(entry, scores), _by_sample(table.entries[same[0], column], scores)
+            ours, theirs = by_sample(entry, scores), by_sample(table.entries[same[0], column], scores)
             entry.difference = paired_bootstrap(ours, theirs)
 
 
-def _by_sample(entry: Entry, scores: Any) -> dict[str, float]:
-    """Return the score of each sample, averaged over the seeds that scored it, in the entry's unit."""
+def by_sample(entry: Entry, scores: Any) -> dict[str, float]:
+    """Return the score of each sample, averaged over the seeds that scored it, in the entry's unit.
+
+    Args:
+        entry: the number.
+        scores: `sample_scores` of an evaluation's key, remembered by the caller.
+    """
     seen: dict[str, list[float]] = {}
     for cell in entry.done:
         unit, found = scores(cell.evaluation) if cell.evaluation else ("", {})
@@ -236,7 +246,7 @@ def _by_sample(entry: Entry, scores: Any) -> dict[str, float]:
     return {sample: sum(values) / len(values) for sample, values in seen.items()}
 
 
-def _scores(key: str, evaluations: Path) -> tuple[str, dict[str, float]]:
+def sample_scores(key: str, evaluations: Path) -> tuple[str, dict[str, float]]:
     """Return unit and score by sample; nothing where the score is no mean over samples (CHAIR, MME)."""
     evaluation = read_evaluation(key, evaluations)
     if evaluation is None or evaluation.value is None:

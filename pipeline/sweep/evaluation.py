@@ -13,8 +13,10 @@ from typing import Any
 
 from pipeline.atomic import write_atomic
 from pipeline.config import Params
+from pipeline.digests import file_digest, folder_digest
 from pipeline.errors import HificlError, WorkError
 from pipeline.progress import bar, say
+from pipeline.sweep.measures import measured
 from pipeline.sweep.plan import Plan, make_plan
 from pipeline.sweep.run import all_cells, places
 from pipeline.sweep.space import Cell, Point, points
@@ -24,6 +26,7 @@ from pipeline.tracking.runs import Tracker
 from pipeline.trial import EvaluationConfig, TrialConfig
 
 SCHEMA = 1
+CURVES = ("epoch", "train_loss", "ground_truth_loss", "alignment_loss", "selection_score")  # of a trial, for figures
 
 
 def evaluate(params: Params, studies: list[str], root: Path | None = None) -> None:
@@ -51,7 +54,15 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None) -> No
     tracker.prepare(studies)
     problems = dict(_score(params, plan, todo, out, tracker)) if todo else {}
     for study in studies:
-        mine = [_record(cell, chosen[cell.name], out, store, problems) for cell in cells if cell.study == study]
+        of_study = [cell for cell in cells if cell.study == study]
+        mine = [_record(cell, chosen[cell.name], out, store, problems) for cell in of_study]
+        scored = [
+            (cell, plan.request_of(jobs[row["evaluation"]][0]), jobs[row["evaluation"]][1])
+            for cell, row in zip(of_study, mine, strict=True)
+            if row["status"] == "done"
+        ]
+        numbers = measured(params, study, scored, out, tracker)
+        mine = [_overlaid(row, numbers.get(cell.name)) for cell, row in zip(of_study, mine, strict=True)]
         record = {
             "schema": SCHEMA, "study": study, "title": params.studies[study].title, "profile": params.profile,
             "selection": params.train.selection, "cells": mine,
@@ -104,7 +115,7 @@ def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
         trial=trial, num_samples=params.evaluate.num_evaluation_samples, num_beams=generation.num_beams,
         length_penalty=generation.length_penalty,
         max_new_tokens=generation.max_new_tokens or tasks.get(cell.task).max_new_tokens,
-        vqa_normalise=params.evaluate.vqa_normalise,
+        vqa_normalise=params.evaluate.vqa_normalise, drop_incomplete_batch=params.evaluate.drop_incomplete_batch,
     )  # fmt: skip
 
 
@@ -114,6 +125,7 @@ def _score(
     """Score trials on the cluster; yield (evaluation key, error) of those that fail."""
     from pipeline.sweep.evaluators import score_all  # starts Ray
 
+    left_out: dict[str, None] = {}  # in order, and each once: every trial of a task lacks the same file
     with bar("evaluate") as progress:
         progress(0, len(todo))
         jobs = [(plan.request_of(config), evaluation) for config, evaluation in todo]
@@ -124,10 +136,29 @@ def _score(
                 continue
             run_id = tracker.find_run(result["trial"])
             path = out / f"{key}.json"
-            write_atomic(path, json.dumps({"schema": SCHEMA, **result, "run_id": run_id}, indent=0, sort_keys=True))
+            record = {"schema": SCHEMA, **result, "run_id": run_id, **_origin(plan, result["trial"], tracker)}
+            write_atomic(path, json.dumps(record, indent=0, sort_keys=True))
             if run_id is not None:
                 scores = {f"test_{name}": value for name, value in result["metrics"].items()}
                 tracker.log_evaluation(run_id, scores, path)
+            left_out.update(dict.fromkeys(result["details"].get("left_out", ())))
+    for line in left_out:
+        say(f"left out: {line}")
+
+
+def _overlaid(record: dict[str, Any], numbers: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a cell whose number is what was measured, where the study measures something."""
+    if numbers is None:
+        return record
+    if "error" in numbers:
+        return {**record, **numbers, "status": "failed", "value": None, "metrics": {}}
+    return {**record, **numbers, "metrics": {**record["metrics"], **numbers["metrics"]}}
+
+
+def _origin(plan: Plan, trial: str, tracker: Tracker) -> dict[str, Any]:
+    """Return what the score was made from: the adapter's digest and the code that scored it."""
+    code = {name: tracker.provenance[name] for name in ("commit", "dirty")}
+    return {"adapter_digest": folder_digest(plan.places.runs / trial / "adapter"), "scored_by": code}
 
 
 def _record(
@@ -151,5 +182,6 @@ def _record(
         **record, "status": "done", "error": None, "value": scored["value"], "metrics": scored["metrics"],
         "run_id": scored["run_id"], "num_samples": scored["num_samples"], "chosen_epoch": done.get("chosen_epoch"),
         "trainable_parameters": done.get("trainable_parameters"), "train_seconds": done.get("train_seconds"),
-        "evaluate_seconds": scored.get("seconds"),
+        "evaluate_seconds": scored.get("seconds"), "evaluation_digest": file_digest(path),
+        "epochs": [{name: row.get(name) for name in CURVES} for row in store.epochs(chosen["trial"])],
     }  # fmt: skip

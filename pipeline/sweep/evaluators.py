@@ -8,6 +8,8 @@ from typing import Any
 import ray
 
 from pipeline.config import Params
+from pipeline.measure.base import Job as Measured
+from pipeline.measure.base import Measure
 from pipeline.request import TrialRequest
 from pipeline.sweep.tuner import cluster, count_slots
 from pipeline.trial import EvaluationConfig
@@ -29,6 +31,29 @@ class Evaluator:
         """Return the record of a scored trial (without schema and run id)."""
         request, evaluation = job
         return self.bench.score(request, evaluation)
+
+    def measure(self, kind: Measure, jobs: list[Measured]) -> list[dict[str, float]]:
+        """Return what the jobs were measured as."""
+        return kind.run(self.bench, jobs)
+
+
+def measure_all(params: Params, kind: Measure, jobs: list[Measured]) -> list[dict[str, float]]:
+    """Measure jobs in one process that has its slot for itself.
+
+    Raises:
+        HificlError: what the measure says.
+    """
+    sweep = params.sweep
+    with cluster(sweep):
+        environment = {"OMP_NUM_THREADS": str(sweep.threads_per_worker)}
+        actor: Any = Evaluator
+        alone = actor.options(
+            num_cpus=sweep.cpus_per_worker, num_gpus=sweep.gpus_per_worker, runtime_env={"env_vars": environment}
+        ).remote(params.evaluate.generation.batch_size)
+        try:
+            return ray.get(alone.measure.remote(kind, jobs))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
 
 
 def score_all(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Any]]:

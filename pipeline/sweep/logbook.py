@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import FAILED, FINISHED, KILLED, Tracker
-from pipeline.trial import TrialConfig
+from pipeline.trial import TrialConfig, canonical
 
 ENDS = {"finished": FINISHED, "diverged": FAILED, "failed": FAILED, "stopped": KILLED}
 
@@ -56,6 +56,8 @@ class Logbook:
             adapter = self.store.folder(key) / "adapter"
             if adapter.is_dir():
                 self.tracker.log_adapter(run_id, adapter)
+            if "packed" in done:
+                self.tracker.tag(run_id, {"packed": done["packed"]})
             self.tracker.close(run_id, ENDS[done["status"]])
         return run_id
 
@@ -71,7 +73,13 @@ class Logbook:
                 name=config.name,
                 params=flat(config),
                 datasets=self.datasets.get(config.task, []),
-                tags={"profile": self.plan.params.profile},
+                tags={
+                    "profile": self.plan.params.profile,
+                    "trial_config": canonical(config.model_dump(mode="json")),
+                    "threads_per_worker": self.plan.params.sweep.threads_per_worker,
+                    "pack": self.plan.params.sweep.pack,
+                },
+                made_by=self.store.provenance(key) if self.store.done(key) else None,
             )
         return self._runs[key]
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.atomic import write_atomic
+from pipeline.digests import folder_digest
 from pipeline.errors import InputError, WorkError
 from pipeline.trial import TrialConfig
 
@@ -42,18 +43,34 @@ class TrialStore:
         return self.root / key
 
     def open(self, config: TrialConfig, provenance: Mapping[str, Any]) -> Path:
-        """Create the folder of a trial and its config.json, unless it is there."""
+        """Create the folder of a trial and its config.json.
+
+        One that is there is kept; where the code has moved on since, it names both versions.
+        """
         folder = self.folder(config.key)
         path = folder / "config.json"
-        if not path.exists():
-            record = {"config": config.model_dump(mode="json"), "provenance": dict(provenance)}
-            write_atomic(path, json.dumps(record, indent=1, sort_keys=True))
+        record: dict[str, Any] = {"config": config.model_dump(mode="json"), "provenance": dict(provenance)}
+        if path.exists():
+            before = self._read(path)
+            old = before.get("provenance", {}).get("commit")
+            if not provenance or old == provenance.get("commit"):
+                return folder  # a slot that takes the trial up knows no provenance
+            record = {**before, **record, "earlier_commits": [*before.get("earlier_commits", []), old]}
+        write_atomic(path, json.dumps(record, indent=1, sort_keys=True))
         return folder
 
     def config(self, key: str) -> TrialConfig:
         """Return the configuration that the trial was started with."""
         record = self._read(self.folder(key) / "config.json")
         return TrialConfig.model_validate(record["config"])
+
+    def raw_config(self, key: str) -> dict[str, Any]:
+        """Return the configuration as it was written, whose hash is the key also under newer code."""
+        return self._read(self.folder(key) / "config.json")["config"]
+
+    def earlier_commits(self, key: str) -> list[str]:
+        """Return the commits that began the trial, where the code had moved on when it was resumed."""
+        return self._read(self.folder(key) / "config.json").get("earlier_commits", [])
 
     def provenance(self, key: str) -> dict[str, Any]:
         """Return the code version and machine that the trial was started with."""
@@ -71,7 +88,9 @@ class TrialStore:
 
     def finish(self, key: str, record: Mapping[str, Any]) -> None:
         """Close a trial; the last thing that is written."""
-        write_atomic(self.folder(key) / "done.json", json.dumps(dict(record), indent=1, sort_keys=True))
+        adapter = folder_digest(self.folder(key) / "adapter")
+        full = {**record, **({"adapter_digest": adapter} if adapter else {})}
+        write_atomic(self.folder(key) / "done.json", json.dumps(full, indent=1, sort_keys=True))
 
     def reopen(self, key: str) -> None:
         """Take back the end of a trial that was stopped or failed, so that it is continued."""

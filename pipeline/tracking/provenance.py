@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
+import tempfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import yaml
 LOCK = "dvc.lock"
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "mlflow", "dvc")
 MAX_DIFF = 2_000_000  # characters: a diff beyond this is no edit of source any more
+MAX_SOURCE = 250_000  # bytes of a changed file that is still kept in a diff
 _GIT_SECONDS = 20
 
 
@@ -53,7 +57,9 @@ def code_root(root: Path) -> Path:
 
 
 def code_version(root: Path | str, generated: Any = ()) -> dict[str, Any]:
-    """Return `commit`, `dirty`, `changed`, `diff` and `note` of the checkout at `root`.
+    """Return `commit`, `dirty`, `changed`, `left_out`, `diff` and `note` of the checkout at `root`.
+
+    `left_out` are the changed files that the diff does not hold, because they are too big to be source.
 
     A changed dvc.lock does not make a checkout dirty, nor does a tracked file that a stage writes: `dvc repro`
     rewrites both while it runs, so every run of a clean checkout would call itself dirty.
@@ -67,16 +73,44 @@ def code_version(root: Path | str, generated: Any = ()) -> dict[str, Any]:
     if commit is None:
         inside = _git(root, "rev-parse", "--is-inside-work-tree")
         note = "the git checkout has no commit yet" if inside else "not a git checkout, or git is not installed"
-        return {"commit": None, "dirty": None, "changed": [], "diff": "", "note": note}
+        return {"commit": None, "dirty": None, "changed": [], "diff": "", "note": note, "left_out": []}
     status = _git(root, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all", "--", ".") or ""
     prefix = (_git(root, "rev-parse", "--show-prefix") or "").strip()
     paths = sorted({entry[3:].removeprefix(prefix) for entry in status.split("\0") if len(entry) > 3})
     ignored = [LOCK, *generated]
     changed = [path for path in paths if not any(path == own or path.startswith(f"{own}/") for own in ignored)]
-    diff = _git(root, "diff", "--no-color", "--no-ext-diff", "HEAD", "--", *changed) or "" if changed else ""
+    left_out = [path for path in changed if _is_big(root / path)]
+    diff = _diff(root, [path for path in changed if path not in left_out])
     if len(diff) > MAX_DIFF:
         diff = f"{diff[:MAX_DIFF]}\n(cut off: {len(diff)} characters)\n"
-    return {"commit": commit.strip(), "dirty": bool(changed), "changed": changed, "diff": diff, "note": None}
+    return {
+        "commit": commit.strip(),
+        "dirty": bool(changed),
+        "changed": changed,
+        "diff": diff,
+        "note": None,
+        "left_out": left_out,
+    }
+
+
+def _is_big(path: Path) -> bool:
+    """Whether a file is too big to be source: weights or results, which are known by their own digests."""
+    return path.is_file() and path.stat().st_size > MAX_SOURCE
+
+
+def _diff(root: Path, changed: list[str]) -> str:
+    """Return the diff of `changed` against the commit, files that git does not know yet included."""
+    if not changed:
+        return ""
+    # an index of our own: new files are entered into it, the user's index is not touched
+    index = Path((_git(root, "rev-parse", "--path-format=absolute", "--git-path", "index") or "").strip())
+    with tempfile.TemporaryDirectory() as folder:
+        copy = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        if index.is_file():
+            shutil.copy(index, copy["GIT_INDEX_FILE"])
+        _git(root, "add", "--intent-to-add", "--ignore-removal", "--", *changed, environment=copy)
+        wanted = ("diff", "--no-color", "--no-ext-diff", "--binary", "--no-renames", "HEAD", "--", *changed)
+        return _git(root, *wanted, environment=copy) or ""
 
 
 def versions() -> dict[str, str | None]:
@@ -118,6 +152,11 @@ def data_digests(root: Path | str) -> dict[str, Any]:
     return {"params": params, "outs": dict(sorted(outs.items()))}
 
 
+def has_commit(root: Path | str, commit: str) -> bool:
+    """Return whether the checkout at `root` knows a commit."""
+    return _git(Path(root), "cat-file", "-e", f"{commit}^{{commit}}") is not None
+
+
 def main_checkout(root: Path | str) -> Path:
     """Return the checkout that owns `root`: `dvc exp run --queue` works in copies under .dvc/tmp/exps.
 
@@ -131,10 +170,10 @@ def main_checkout(root: Path | str) -> Path:
     return root
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def _git(root: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str | None:
     """Return git's output, or None where git fails or is missing."""
     # without optional locks: a reading command must not disturb a commit that somebody makes meanwhile
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
+    own = {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C", **(environment or {})}
     try:
         done = subprocess.run(  # noqa: S603
             ["git", "-C", str(root), *arguments],  # noqa: S607
@@ -142,7 +181,7 @@ def _git(root: Path, *arguments: str) -> str | None:
             text=True,
             errors="replace",
             timeout=_GIT_SECONDS,
-            env=environment,
+            env={**os.environ, **own},
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):

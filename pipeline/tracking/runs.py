@@ -1,4 +1,4 @@
-"""`Tracker`: a sweep as one MLflow run with a child per trial. Here and in `connection` alone is MLflow known.
+"""`Tracker`: a sweep as one MLflow run with a child per trial. In this package alone is MLflow known.
 
 Runs are found again by tag, so a resumed sweep goes on in the runs it began. Every call names its run; nothing
 here touches MLflow's process-wide "active run".
@@ -6,39 +6,24 @@ here touches MLflow's process-wide "active run".
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, Run, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.entities import Param, Run, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from pipeline.errors import InputError, WorkError
 from pipeline.tracking import owner, store
-from pipeline.tracking.connection import Connection, plain
+from pipeline.tracking.reading import FAILED, FINISHED, KILLED
+from pipeline.tracking.writing import MAX_PARAMS, Opened, Writer, chunks, dataset_input, text_of
+
+__all__ = ["FAILED", "FINISHED", "KILLED", "Tracker", "code_tags"]
 
 logger = logging.getLogger(__name__)
-FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 _END_STATES = (FINISHED, FAILED, KILLED)
-_MAX_METRICS, _MAX_PARAMS, _MAX_DIGEST = 1000, 100, 36  # MLflow's limits of one call, and of a digest's length
 
 
-@dataclass
-class _Open:
-    """What is remembered of a run that this tracker has opened and not closed."""
-
-    parent: str | None = None
-    steps: set[tuple[str, int]] = field(default_factory=set)
-    monitor: SystemMetricsMonitor | None = None
-
-
-class Tracker(Connection):
+class Tracker(Writer):
     """Keeps sweeps, trials and evaluations in one MLflow store.
 
     Args:
@@ -48,10 +33,6 @@ class Tracker(Connection):
     Raises:
         InputError: `uri` is of no kind that MLflow can keep runs in.
     """
-
-    def __init__(self, uri: str | None, root: Path | str) -> None:
-        super().__init__(uri, root)
-        self._open: dict[str, _Open] = {}
 
     # -- before anything runs ------------------------------------------------------------------------------------
 
@@ -92,11 +73,7 @@ class Tracker(Connection):
         own = {"kind": "sweep", "sweep_key": key, "study": study, "mlflow.note.content": description}
         name = f"{study} {key[:6]}".strip()
         run_id = self._start(study, found, name=name, tags={**tags, **own}, parent=None)
-        with self._talking():
-            record = {k: v for k, v in self.provenance.items() if k != "diff"}
-            self._client.log_dict(run_id, record, "provenance/provenance.json")
-            if self.provenance["diff"]:
-                self._client.log_text(run_id, self.provenance["diff"], "provenance/uncommitted.diff")
+        self.log_provenance(run_id, self.provenance)
         if system_metrics:
             monitor = SystemMetricsMonitor(run_id, resume_logging=found is not None, tracking_uri=self.uri)
             monitor.start()
@@ -113,6 +90,7 @@ class Tracker(Connection):
         params: Mapping[str, Any],
         datasets: Sequence[Mapping[str, str]],
         tags: Mapping[str, Any],
+        made_by: Mapping[str, Any] | None = None,
     ) -> str:
         """Open the child run of a trial: the one of the same key under the same parent if there is one.
 
@@ -124,101 +102,26 @@ class Tracker(Connection):
             params: what the number depends on; logged once, since MLflow lets no parameter change.
             datasets: the run's inputs, each with `name`, `source`, `digest` (DVC's) and `context`.
             tags: further tags.
+            made_by: provenance of the process that started the trial; None: of this one. A sweep that only finds
+                a trial done must not put its own commit on it.
 
         Returns:
             The run's id.
         """
+        code = made_by or self.provenance
         found = self._find(study, {"trial_key": key, "mlflow.parentRunId": parent})
         own = {"kind": "trial", "study": study, "trial_key": key, "mlflow.parentRunId": parent}
-        run_id = self._start(study, found, name=name, tags={**tags, **own}, parent=parent)
+        run_id = self._start(study, found, name=name, tags={**code_tags(code), **tags, **own}, parent=parent)
+        if found is None:
+            self.log_provenance(run_id, code)
         known = found.data.params if found else {}
-        new = [Param(name, _text(value)) for name, value in params.items() if name not in known]
+        new = [Param(name, text_of(value)) for name, value in params.items() if name not in known]
         with self._talking():
-            for chunk in _chunks(new, _MAX_PARAMS):
+            for chunk in chunks(new, MAX_PARAMS):
                 self._client.log_batch(run_id, params=chunk)
             if datasets and not (found and found.inputs and found.inputs.dataset_inputs):
-                self._client.log_inputs(run_id, [_dataset(row) for row in datasets])
+                self._client.log_inputs(run_id, [dataset_input(row) for row in datasets])
         return run_id
-
-    # -- what is logged ------------------------------------------------------------------------------------------
-
-    def log_epochs(self, run_id: str, rows: Sequence[Mapping[str, float]]) -> None:
-        """Log metrics by epoch in one call; what the run already has at an epoch is not logged again.
-
-        Args:
-            run_id: the trial's run.
-            rows: one mapping per epoch, with `epoch` (the step) beside the metrics; None values are left out.
-        """
-        steps, now, new = self._steps(run_id), _now(), {}
-        for row in rows:
-            step = int(row["epoch"])
-            for name, value in row.items():
-                if name != "epoch" and value is not None and (name, step) not in steps:
-                    new[name, step] = Metric(name, float(value), now, step)
-        with self._talking():
-            for chunk in _chunks(list(new.values()), _MAX_METRICS):
-                self._client.log_batch(run_id, metrics=chunk)
-                steps.update((metric.key, metric.step) for metric in chunk)
-
-    def log_adapter(self, run_id: str, folder: Path | str) -> None:
-        """Keep a trained adapter as the run's logged model; the same files are not kept twice.
-
-        Args:
-            run_id: the trial's run.
-            folder: the adapter's folder (adapter_model.safetensors, adapter_config.json).
-
-        Raises:
-            WorkError: the folder is missing or empty.
-        """
-        folder = Path(folder)
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        if not files:
-            raise WorkError("no adapter files", where=str(folder))
-        content = hashlib.sha256()
-        for file in files:
-            content.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
-        digest = content.hexdigest()
-        with self._talking():
-            run = self._client.get_run(run_id)
-            if run.data.tags.get("adapter_digest") == digest:
-                return
-            name = run.info.run_name.partition(" ")[0] or "adapter"
-            model = self._client.create_logged_model(
-                run.info.experiment_id,
-                name=_model_name(name),
-                source_run_id=run_id,
-                model_type="adapter",
-                tags={"trial_key": run.data.tags.get("trial_key", ""), "adapter_digest": digest},
-            )
-            self._client.log_model_artifacts(model.model_id, str(folder))
-            self._client.finalize_logged_model(model.model_id, "READY")
-            self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
-            entries = {"adapter_digest": digest, "adapter_model_id": model.model_id}
-            self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in entries.items()])
-
-    def log_evaluation(self, run_id: str, metrics: Mapping[str, float], file: Path | str | None) -> None:
-        """Log the scores of an evaluation and keep its file.
-
-        A score that is already there is not logged again; a different one (another way of scoring) becomes the
-        metric's next step, so that both stay and the newest is the one shown.
-
-        Args:
-            run_id: the trial's run; it may be closed.
-            metrics: scores by name; None values are left out.
-            file: the evaluation's file with the predictions, or None.
-        """
-        now, new = _now(), []
-        with self._talking():
-            last = {metric.key: metric for metric in self._client.get_run(run_id).data._metric_objs}
-            for name, value in metrics.items():
-                before = last.get(name)
-                if value is None or (before is not None and before.value == float(value)):
-                    continue
-                new.append(Metric(name, float(value), now, before.step + 1 if before else 0))
-            for chunk in _chunks(new, _MAX_METRICS):
-                self._client.log_batch(run_id, metrics=chunk)
-            if file is not None:
-                self._client.log_artifact(run_id, str(file), "evaluation")
 
     # -- closing -------------------------------------------------------------------------------------------------
 
@@ -258,75 +161,37 @@ class Tracker(Connection):
             except Exception as error:  # the broad catch is meant: the others must be ended too
                 logger.warning("MLflow run %s could not be ended: %s", run_id, error)
 
-    # -- finding -------------------------------------------------------------------------------------------------
-
-    def find_run(self, key: str) -> str | None:
-        """Return the id of a trial's run by its key: a finished one before any other, the newest first."""
-        runs = self._search(f"tags.trial_key = '{plain(key)}'")
-        runs.sort(key=lambda run: (run.info.status == FINISHED, run.info.start_time, run.info.run_id))
-        return runs[-1].info.run_id if runs else None
-
-    def read_run(self, run_id: str) -> dict[str, Any]:
-        """Return a run's own record: `params`, `tags`, `metrics` (last values), `datasets`, `status`, `study`.
-
-        Raises:
-            InputError: there is no such run in this store.
-        """
-        client = self._client
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            raise InputError(f"no run '{run_id}': {error.message}", where=store.shown(self.uri)) from None
-        rows = run.inputs.dataset_inputs if run.inputs else []
-        return {
-            "run_id": run_id,
-            "experiment_id": run.info.experiment_id,
-            "status": run.info.status,
-            "study": run.data.tags.get("study"),
-            "params": dict(run.data.params),
-            "tags": dict(run.data.tags),
-            "metrics": dict(run.data.metrics),
-            "datasets": [
-                {
-                    "name": row.dataset.name,
-                    "digest": row.dataset.digest,
-                    "source": row.dataset.source,
-                    "context": next((tag.value for tag in row.tags if tag.key == "mlflow.data.context"), ""),
-                }
-                for row in rows
-            ],
-        }
+    def delete_runs(self, run_ids: Sequence[str]) -> None:
+        """Put runs into MLflow's bin, from where they can be restored until `mlflow gc` empties it."""
+        with self._talking():
+            for run_id in run_ids:
+                self._client.delete_run(run_id)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _start(self, study: str, found: Run | None, *, name: str, tags: Mapping[str, Any], parent: str | None) -> str:
         """Create or reopen a run as this process's own."""
-        every = {name: _text(value) for name, value in {**self._code_tags(), **tags, **owner.tags()}.items()}
+        every = {name: text_of(value) for name, value in {**code_tags(self.provenance), **tags, **owner.tags()}.items()}
         with self._talking():
             if found is None:
                 run_id = self._client.create_run(self.experiment(study), tags=every, run_name=name).info.run_id
-                self._open[run_id] = _Open(parent)
+                self._open[run_id] = Opened(parent)
             else:
                 run_id = found.info.run_id
                 if run_id not in self._open:
-                    self._open[run_id] = _Open(parent, self._stored_steps(run_id))
+                    self._open[run_id] = Opened(parent, self._stored_steps(run_id))
                 every.update(_earlier_commits(found.data.tags, every))
                 self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in every.items()])
                 self._client.update_run(run_id, status="RUNNING", name=name)
         return run_id
 
-    def _code_tags(self) -> dict[str, Any]:
-        code = self.provenance
-        commit = {"mlflow.source.git.commit": code["commit"]} if code["commit"] else {}
-        dirty = "unknown" if code["dirty"] is None else code["dirty"]
-        note = {"git.note": code["note"]} if code["note"] else {}
-        return {**commit, **note, "git.dirty": dirty, "mlflow.source.name": "hificl", "mlflow.source.type": "LOCAL"}
 
-    def _steps(self, run_id: str) -> set[tuple[str, int]]:
-        if run_id not in self._open:  # opened by another process: nothing is remembered, so ask
-            with self._talking():
-                return self._stored_steps(run_id)
-        return self._open[run_id].steps
+def code_tags(code: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tags that name a code version, given its provenance."""
+    commit = {"mlflow.source.git.commit": code["commit"]} if code.get("commit") else {}
+    dirty = "unknown" if code.get("dirty") is None else code["dirty"]
+    note = {"git.note": code["note"]} if code.get("note") else {}
+    return {**commit, **note, "git.dirty": dirty, "mlflow.source.name": "hificl", "mlflow.source.type": "LOCAL"}
 
 
 def _earlier_commits(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
@@ -335,27 +200,3 @@ def _earlier_commits(before: Mapping[str, str], now: Mapping[str, str]) -> dict[
     if not old or old == now.get("mlflow.source.git.commit"):
         return {}
     return {"git.earlier_commits": " ".join(dict.fromkeys([*before.get("git.earlier_commits", "").split(), old]))}
-
-
-def _dataset(row: Mapping[str, str]) -> DatasetInput:
-    # MLflow cuts off at 36 characters (an md5 has 32); the whole digest stands in the source
-    source = json.dumps({"uri": row["source"], "digest": row["digest"]})
-    dataset = Dataset(row["name"], row["digest"][:_MAX_DIGEST], "local", source)
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", row["context"])])
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def _model_name(name: str) -> str:
-    return "".join("-" if char in "/:.%\"'" else char for char in name)
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,8 +58,6 @@ class Project:
         return subprocess.Popen(
             [sys.executable, *args], cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            # a suite that runs as a shell's background job (CI) has SIGINT ignored, and its children inherit that
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def change(self, edit) -> None:

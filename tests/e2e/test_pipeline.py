@@ -103,6 +103,19 @@ def test_one_more_value_trains_only_the_new_trial(project):
     assert "small" in metrics.stdout
 
 
+def test_a_trial_that_lacks_only_its_end_is_ended_and_not_trained(project):
+    """What a crash between the last checkpoint and done.json leaves behind."""
+    ends = trials(project)
+    key = next(key for key, end in sorted(ends.items()) if end["epochs"])
+    folder = project.folder / "runs" / key
+    checkpoints = {p: p.stat().st_mtime_ns for p in folder.glob("checkpoint/*/state.json")}
+    (folder / "done.json").unlink()
+    project.python("-m", "stages.train")
+    assert trials(project) == ends
+    assert {p: p.stat().st_mtime_ns for p in folder.glob("checkpoint/*/state.json")} == checkpoints
+    assert query(project, "select count(*) from runs where status='RUNNING'") == [(0,)]
+
+
 def test_a_field_that_does_not_exist_is_named(project):
     project.change(lambda raw: raw["studies"]["small"]["methods"]["hificl"]["search"].update(rnak=[1]))
     try:

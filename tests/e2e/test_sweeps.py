@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -47,6 +48,34 @@ def test_two_ranks_with_zero_2_give_the_losses_of_one(project):
     for a, b in zip(one, two, strict=True):
         assert b["train_loss"] == pytest.approx(a["train_loss"], abs=1e-4)
         assert b["selection_score"] == pytest.approx(a["selection_score"], abs=1e-9)
+
+
+def test_trials_that_share_forward_passes_lose_what_they_lose_alone(project):
+    only(project, search={"rank": [4, 5, 6]}, set={"micro_batch_size": 2, "accumulation": 1, "zero_stage": 0})
+    found = []
+    for pack in (3, 1):
+        project.python("-m", "pipeline", "sweep", "--set", f"sweep.pack={pack}", "--set", "sweep.slots=1")
+        mine = {key: epochs for rank in (4, 5, 6) for key, epochs in rows(project, rank=rank).items()}
+        shared = {trials(project)[key]["packed"] for key in mine}
+        assert max(shared) > 1 if pack > 1 else shared == {1}
+        found.append([mine[key] for key in sorted(mine)])
+        if pack > 1:
+            for key in mine:
+                shutil.rmtree(project.folder / "runs" / key)
+    for together, alone in zip(*found, strict=True):
+        assert [e["train_loss"] for e in together] == pytest.approx([e["train_loss"] for e in alone], abs=1e-5)
+
+
+def test_random_search_median_stopping_loss_selection_and_offload(project):
+    only(
+        project, search={"learning_rate": {"loguniform": [0.001, 0.01]}},
+        set={"rank": 7, "offload": "cpu", "zero_stage": 1, "selection_metric": "loss", "selection": "test"},
+    )  # fmt: skip
+    settings = ["sweep.search=random", "sweep.num_samples=3", "sweep.scheduler=median"]
+    project.python("-m", "pipeline", "sweep", *(part for s in settings for part in ("--set", s)))
+    found = rows(project, rank=7)
+    assert len(found) == 3 and {trials(project)[key]["status"] for key in found} <= {"finished", "stopped"}
+    assert all(epoch["objective"] == -epoch["selection_loss"] for epochs in found.values() for epoch in epochs)
 
 
 def test_a_loss_that_is_not_finite_ends_its_trial_and_names_the_step(project):

@@ -250,7 +250,7 @@ def test_the_same_inputs_give_the_same_bytes(main: dict[str, Any], tmp_path: Pat
     write_study("hificl-table1", main["params"], main["maker"].folder, again)
     write_index(main["params"], main["maker"].folder, again)
     files = {file.relative_to(again): file.read_bytes() for file in again.rglob("*") if file.is_file()}
-    assert len(files) == 7
+    assert len(files) == 8
     before = {file.relative_to(main["out"]): file.read_bytes() for file in main["out"].rglob("*") if file.is_file()}
     assert files == before
 

@@ -199,12 +199,22 @@ def test_an_unknown_run_is_an_input_error(tracker: Tracker) -> None:
 
 def test_uncommitted_changes_are_kept_with_the_sweep(root: Path) -> None:
     (root / ".gitignore").write_text("ml*\nedited\n")
+    (root / "new.py").write_text("a new file\n")
     tracker = Tracker(None, root)
+    for run_id in open_both(tracker):
+        tracker.close(run_id, FINISHED)
+        assert tracker.read_run(run_id)["tags"]["git.dirty"] == "true"
+        diff = tracker.provenance_of(run_id)["diff"]
+        assert "+edited" in diff
+        assert "+a new file" in diff
+
+
+def test_a_trial_that_is_found_done_keeps_the_commit_that_made_it(tracker: Tracker, root: Path) -> None:
     parent, _ = open_both(tracker)
-    tracker.close_all(FINISHED)
-    assert tracker.read_run(parent)["tags"]["git.dirty"] == "true"
-    (diff,) = (root / "mlartifacts").rglob("uncommitted.diff")
-    assert "+edited" in diff.read_text()
+    made_by = {"commit": "c" * 40, "dirty": True, "note": None, "diff": "a diff", "versions": {}}
+    child = tracker.open_trial("study", parent, key="old", name="n", params={}, datasets=[], tags={}, made_by=made_by)
+    assert tracker.read_run(child)["tags"]["mlflow.source.git.commit"] == "c" * 40
+    assert tracker.provenance_of(child) == made_by | {"note": None}
 
 
 def test_system_metrics_stop_with_the_run(tracker: Tracker, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,176 @@
+"""`hificl doctor`: what a profile needs, whether it is here, and how to get what is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline import backbones
+from pipeline.config import PARAMS, Params, data_root, load
+from pipeline.errors import HificlError, InputError, nearest
+from pipeline.tasks import tasks
+from pipeline.tracking import store
+from pipeline.tracking.provenance import main_checkout, versions
+
+OK, MISSING, NOTE = "ok", "missing", "note"
+_DISK_GIB = {"tiny": 1.0, "published": 5.0}  # run state, caches and MLflow; weights are looked at by themselves
+_SHARED_MEMORY_GIB = 0.5  # below, Ray writes its objects to the disk
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: `state` is ok, missing (the profile cannot run without it) or note."""
+
+    name: str
+    state: str
+    detail: str
+    way_out: str | None = None
+
+
+def examine(params: Params, root: Path, profile: str | None = None) -> dict[str, Any]:
+    """Return `profile`, `checks` and `ok` for a profile of params.yaml.
+
+    Raises:
+        InputError: no such profile.
+    """
+    if profile is not None:
+        params = _under(params, profile)
+    checks: list[Finding] = []
+    for group in (_python, _data, _weights, _java, _gpus, _ray, _mlflow, _disk):
+        checks += group(params, root)
+    return {
+        "profile": profile or params.profile,
+        "ok": not any(check.state == MISSING for check in checks),
+        "checks": [asdict(check) for check in checks],
+    }
+
+
+def _under(params: Params, profile: str) -> Params:
+    """Return the parameters as they would be with `run:` on another profile."""
+    if profile not in params.profiles:
+        raise InputError(
+            f"unknown profile '{profile}'", where="--profile", way_out=nearest(profile, list(params.profiles))
+        )
+    value = params.profiles[profile].model_dump(mode="json")
+    return load(PARAMS, overrides=[f"run={yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()}"])
+
+
+def _tried(name: str, work: Callable[[], str], way_out: str | None = None) -> Finding:
+    try:
+        return Finding(name, OK, work())
+    except HificlError as error:
+        where = f"{error.where}: " if error.where else ""
+        return Finding(name, MISSING, where + error.what, ". ".join(filter(None, (error.way_out, way_out))) or None)
+
+
+def _python(params: Params, root: Path) -> Iterator[Finding]:
+    yield Finding("python", OK, f"{platform.python_version()} at {sys.executable}")
+    gone = [name for name, version in versions().items() if version is None]
+    yield Finding("packages", MISSING if gone else OK, ", ".join(gone) or "all there", "make setup" if gone else None)
+
+
+def _data(params: Params, root: Path) -> Iterator[Finding]:
+    folder = data_root(params)
+    for name in params.run.tasks:
+        task = tasks.get(name)
+
+        def official(task: Any = task) -> str:
+            files = [file for split in ("train", "evaluation") for file in task.files(folder, split)]
+            return f"{len(set(files))} official files below {folder}"
+
+        made_here = task.stands_for != task.name
+        way_out = "dvc repro world" if made_here else "docs/data.md says where to get it and where to put it"
+        found = _tried(f"data of {name}", official, way_out)
+        if made_here and found.state == MISSING:
+            found = Finding(found.name, NOTE, "not made yet; dvc repro makes it", "dvc repro world")
+        yield found
+
+
+def _weights(params: Params, root: Path) -> Iterator[Finding]:
+    for name in params.run.backbones:
+        source = params.backbone_source(name)
+        yield _tried(
+            f"weights of {name}",
+            lambda name=name, source=source: f"{source.variant}, digest {backbones.digest_of(name, source)[:12]}",  # type: ignore[misc]
+        )
+
+
+def _java(params: Params, root: Path) -> Iterator[Finding]:
+    from pipeline.scores.java import find_java
+
+    captions = [name for name in params.run.tasks if tasks.get(name).metric == "CIDEr"]
+
+    def runs() -> str:
+        java = find_java()
+        done = subprocess.run([str(java), "-version"], capture_output=True, text=True, check=False)
+        return f"{(done.stderr or done.stdout).splitlines()[0]} at {java}"
+
+    found = _tried("java", runs)
+    if found.state == MISSING and not captions:
+        found = Finding(found.name, NOTE, f"{found.detail} (no caption task needs it)", found.way_out)
+    yield found
+
+
+def _gpus(params: Params, root: Path) -> Iterator[Finding]:
+    import torch
+
+    count, wanted = torch.cuda.device_count(), params.sweep.gpus_per_worker
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "none"
+    if wanted and not count and params.sweep.address is None:
+        yield Finding("gpus", MISSING, f"none here, sweep.gpus_per_worker is {wanted:g}",
+                      "Run on a machine with a GPU (docs/sweep.md), or set sweep.gpus_per_worker to 0")  # fmt: skip
+    else:
+        yield Finding("gpus", OK, f"{names}; {wanted:g} a worker are asked for")
+
+
+def _ray(params: Params, root: Path) -> Iterator[Finding]:
+    try:
+        version = importlib.metadata.version("ray")
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("ray", MISSING, "not installed", "make setup")
+        return
+    place = params.sweep.address or "a private cluster on this machine"
+    yield Finding("ray", OK, f"{version}, {place}")
+    memory = Path("/dev/shm")  # noqa: S108 - looked at, not written to
+    if memory.is_dir():
+        free = shutil.disk_usage(memory).free / 2**30
+        if free < _SHARED_MEMORY_GIB:
+            yield Finding("shared memory", NOTE, f"{free:.2f} GiB free in /dev/shm: Ray falls back to the disk",
+                          "In a container: --shm-size=2g")  # fmt: skip
+
+
+def _mlflow(params: Params, root: Path) -> Iterator[Finding]:
+    import os
+
+    def reached() -> str:
+        uri = store.resolve(params.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None, main_checkout(root))
+        file = store.sqlite_file(uri)
+        if file is not None and not file.exists():  # looking must not make it
+            if not os.access(file.parent, os.W_OK):
+                raise InputError("the folder cannot be written", where=str(file.parent))
+            return f"{store.shown(uri)} (made at the first run)"
+        store.probe(uri)
+        return store.shown(uri)
+
+    yield _tried("mlflow", reached)
+
+
+def _disk(params: Params, root: Path) -> Iterator[Finding]:
+    free = shutil.disk_usage(root).free / 2**30
+    published = any(
+        params.backbone_source(name).variant == "published" and backbones.get(name).hub_id
+        for name in params.run.backbones
+    )
+    wanted = _DISK_GIB["published" if published else "tiny"]
+    enough = free >= wanted
+    yield Finding("disk", OK if enough else MISSING, f"{free:.1f} GiB free at {root}, {wanted:g} are needed",
+                  None if enough else "Free some space; `hificl gc` shows what no report refers to")  # fmt: skip

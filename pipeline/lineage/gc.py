@@ -1,0 +1,83 @@
+"""`hificl gc`: what no report refers to, shown first, removed only with --yes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Params
+from pipeline.errors import HificlError, InputError
+from pipeline.sweep.plan import make_plan
+from pipeline.sweep.run import all_cells, places
+from pipeline.sweep.store import TrialStore
+from pipeline.tracking.runs import Tracker
+
+
+def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
+    """Return the trials, evaluations and MLflow runs that no study's evaluation refers to; remove them if asked.
+
+    What the profile's studies plan is kept also where it is not evaluated yet, as are the candidates of a search.
+
+    Args:
+        params: the project's.
+        root: the project's folder.
+        remove: whether to remove what was found. MLflow runs go to MLflow's own bin (`mlflow gc` empties it).
+
+    Raises:
+        InputError: nothing was evaluated, so that nothing is referred to; or a sweep holds the store.
+    """
+    studies = sorted((root / "evaluations/studies").glob("*.json"))
+    if not studies:
+        raise InputError(
+            "no study was evaluated, so nothing says what is referred to",
+            where=str(root / "evaluations/studies"), way_out="Run dvc repro first",
+        )  # fmt: skip
+    store = TrialStore(root / "runs")
+    with store.lock("hificl gc"):
+        trials, evaluations = _referred(studies)
+        trials |= _planned(params, root)
+        old_trials = [store.folder(key) for key in store.all_keys() if key not in trials]
+        every = sorted([*(root / "evaluations").glob("*.json"), *(root / "evaluations/measures").glob("*.json")])
+        old_files = [file for file in every if str(file.relative_to(root)) not in evaluations]
+        tracker = Tracker(params.tracking.uri, root)
+        runs = tracker.trial_runs({folder.name for folder in old_trials})
+        found = {
+            "trials": [str(folder.relative_to(root)) for folder in old_trials],
+            "evaluations": [str(file.relative_to(root)) for file in old_files],
+            "mlflow_runs": runs,
+            "bytes": sum(_size(path) for path in (*old_trials, *old_files)),
+            "kept_trials": len(trials), "removed": remove,
+        }  # fmt: skip
+        if remove:
+            tracker.delete_runs(runs)
+            for folder in old_trials:
+                shutil.rmtree(folder)
+            for file in old_files:
+                file.unlink()
+    return found
+
+
+def _referred(studies: list[Path]) -> tuple[set[str], set[str]]:
+    trials: set[str] = set()
+    evaluations: set[str] = set()
+    for file in studies:
+        for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+            trials |= {cell["trial"], *(one["trial"] for one in cell["candidates"])} - {None}
+            evaluations |= {f"evaluations/{cell['evaluation']}.json", cell.get("measurement")} - {None}
+    return trials, evaluations
+
+
+def _planned(params: Params, root: Path) -> set[str]:
+    where = places(root)
+    try:
+        return set(make_plan(params, all_cells(params, params.run.studies, where), where).trials)
+    except HificlError as error:
+        # what is planned cannot be told, so nothing may be taken away
+        raise InputError(f"the profile's studies cannot be laid out: {error}", where="hificl gc") from error
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,99 @@
+"""What an MLflow run says of itself, read back: configuration, scores, code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import methods
+from pipeline.errors import InputError
+from pipeline.lineage.keys import key_of
+from pipeline.tracking.runs import FINISHED, Tracker
+from pipeline.trial import TrialConfig
+
+_SCORED = "evaluation"  # the artifact folder of scores
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A finished trial by its run's own record.
+
+    Attributes:
+        run_id: of the run.
+        config: the trial's configuration, as its code version wrote it.
+        evaluation: the newest score's record (configuration, value, predictions); None where it was never scored.
+        metrics: last values by name.
+        provenance: `commit`, `dirty`, `diff`, `versions`, `machine`; empty where nothing was recorded.
+        tags: the run's tags.
+    """
+
+    run_id: str
+    config: dict[str, Any]
+    evaluation: dict[str, Any] | None
+    metrics: dict[str, float]
+    provenance: dict[str, Any]
+    tags: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        """The trial's key."""
+        return self.tags["trial_key"]
+
+
+def read_record(tracker: Tracker, run_id: str) -> RunRecord:
+    """Read a trial's run.
+
+    Raises:
+        InputError: no such run, a run that is no trial or did not finish, or a record that does not give its key.
+    """
+    run = tracker.read_run(run_id)
+    tags = run["tags"]
+    if tags.get("kind") != "trial":
+        raise InputError(
+            f"the run is a {tags.get('kind') or 'run of something else'}, not a trial",
+            where=run_id, way_out="Give a child run: the report's CSV and `hificl trace` name them",
+        )  # fmt: skip
+    if run["status"] != FINISHED:
+        why = tags.get("error")
+        raise InputError(f"the run ended as {run['status']}{f' ({why})' if why else ''}", where=run_id)
+    text = tags.get("trial_config")
+    config = json.loads(text) if text else _from_params(run["params"])
+    if key_of(TrialConfig, config, tags["trial_key"]) != tags["trial_key"]:
+        raise InputError(
+            "the run's params do not give its key: they were changed, or another version of the code wrote them",
+            where=run_id,
+        )
+    return RunRecord(
+        run_id, config, _newest_score(tracker, run_id, run["metrics"]), run["metrics"],
+        tracker.provenance_of(run_id), tags,
+    )  # fmt: skip
+
+
+def _newest_score(tracker: Tracker, run_id: str, metrics: dict[str, float]) -> dict[str, Any] | None:
+    found = None
+    for path in tracker.artifacts_of(run_id, _SCORED):
+        record = json.loads(tracker.read_artifact(run_id, path) or "{}")
+        if "measure" in record or "evaluation" not in record:
+            continue  # a measurement of something else than a score
+        found = record
+        if metrics.get(f"test_{record['metric']}") == record["value"]:
+            return record
+    return found
+
+
+def _from_params(params: dict[str, str]) -> dict[str, Any]:
+    """Rebuild the configuration of a run of before runs kept it whole."""
+    own = set(methods.option_names(params["method"]))
+    fields = TrialConfig.model_fields
+    options = {name: _parsed(value) for name, value in params.items() if name in own or name not in fields}
+    plain = {name: value for name, value in params.items() if name not in options}
+    typed = {name: value if fields[name].annotation is str else _parsed(value) for name, value in plain.items()}
+    return TrialConfig(**typed, options=options).model_dump(mode="json")
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

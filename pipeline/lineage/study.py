@@ -1,0 +1,34 @@
+"""`hificl study`: one study of params.yaml from its trials to its report, beside the profile's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline import report
+from pipeline.config import Params
+from pipeline.errors import InputError, nearest
+from pipeline.sweep.evaluation import evaluate
+from pipeline.sweep.run import sweep
+
+
+def run(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
+    """Train, evaluate and report studies; what is done already is not done again.
+
+    Returns:
+        The report's files by study, and the page.
+
+    Raises:
+        InputError: unknown study, or inputs that are not in order.
+        WorkError: some trials failed; the others are done.
+    """
+    for name in studies:
+        if name not in params.studies:
+            raise InputError(f"unknown study '{name}'", way_out=nearest(name, params.studies))
+    sweep(params, studies, root)
+    evaluate(params, studies, root)
+    evaluations, out = root / "evaluations", root / "reports"
+    for name in studies:
+        report.write_study(name, params, evaluations, out)
+    page = report.write_index(params, evaluations, out)
+    return {"page": str(page), "studies": {name: [f"{out / name}.{end}" for end in ("md", "csv")] for name in studies}}

@@ -1,0 +1,220 @@
+"""`hificl trace`: from a number in a report to its run, adapter, manifest, source files and commit."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline import backbones
+from pipeline.config import Params
+from pipeline.data.manifest import Manifest
+from pipeline.digests import file_digest, folder_digest
+from pipeline.errors import HificlError, InputError
+from pipeline.lineage import place as places
+from pipeline.lineage.checks import DIFFERS, MISSING, SAME, UNRECORDED, Check, Checks
+from pipeline.lineage.keys import key_of
+from pipeline.lineage.place import Place
+from pipeline.report.evaluations import Cell
+from pipeline.sweep.store import TrialStore
+from pipeline.tracking.provenance import code_root, has_commit
+from pipeline.tracking.runs import Tracker
+from pipeline.trial import EvaluationConfig, TrialConfig, digest
+
+
+def trace(place: Place, params: Params, root: Path) -> dict[str, Any]:
+    """Walk from a number to everything it was made from, checking each digest on the way.
+
+    Args:
+        place: the number.
+        params: the project's.
+        root: the project's folder.
+
+    Returns:
+        `cell`, one entry of `chain` a seed, `checks`, `wrong` (sentences) and `intact`.
+
+    Raises:
+        InputError: no trial stands behind the number.
+    """
+    entry = place.entry
+    done = entry.done
+    if not done:
+        why = "; ".join(cell.error or cell.status for cell in entry.cells)
+        raise InputError(f"no number stands there: {why}", where=f"{place.study} {entry.line.method}")
+    checks = Checks()
+    if place.printed is not None:
+        checks.compare("report", place.file or place.study, places.expected(entry), place.printed)
+    walk = _Walk(params, root, checks)
+    chain = [walk.chain(cell) for cell in done]
+    return {
+        "cell": {
+            "study": place.study, "file": str(place.file) if place.file else None, "backbone": entry.line.backbone,
+            "task": entry.column.task, "method": entry.line.method, "metric": entry.metric, "value": entry.value,
+            "std": entry.std, "unit": entry.unit, "seeds": [cell.seed for cell in done],
+        },
+        "chain": chain,
+        "checks": checks.records(),
+        "wrong": [check.sentence() for check in checks.wrong],
+        "intact": not checks.wrong,
+    }  # fmt: skip
+
+
+class _Walk:
+    """One walk over the seeds of a number; what they share is read once."""
+
+    def __init__(self, params: Params, root: Path, checks: Checks) -> None:
+        self.params, self.root, self.checks = params, root, checks
+        self.store = TrialStore(root / "runs")
+        self.tracker = Tracker(params.tracking.uri, root)
+        self.manifest = functools.cache(self._manifest)
+
+    def chain(self, cell: Cell) -> dict[str, Any]:
+        """Return the way of one seed's number."""
+        evaluation = self._evaluation(cell)
+        run = self._run(cell)
+        config = self._trial(cell, evaluation)
+        record: dict[str, Any] = {
+            "seed": cell.seed, "value": cell.value, "run": run, "trial": cell.trial,
+            "evaluation": f"evaluations/{cell.evaluation}.json", "scored_by": evaluation.get("scored_by"),
+        }  # fmt: skip
+        if config is None:
+            return record
+        record["config"] = config
+        if config["epochs"]:
+            record["adapter"] = self._adapter(cell, evaluation, run)
+        record["data"] = self.manifest(config["task"], config["manifest_digest"])
+        record["backbone"] = self._backbone(config)
+        record["code"] = self._code(cell)
+        return record
+
+    def _evaluation(self, cell: Cell) -> dict[str, Any]:
+        path = self.root / "evaluations" / f"{cell.evaluation}.json"
+        where = path.relative_to(self.root)
+        try:
+            text = path.read_text(encoding="utf-8")
+            record = json.loads(text)
+        except (OSError, ValueError) as error:
+            self.checks.add(Check("evaluation", str(where), cell.evaluation, str(error), MISSING))
+            return {}
+        if cell.evaluation_digest:
+            self.checks.compare("evaluation", where, cell.evaluation_digest, file_digest(path))
+        key = str(cell.evaluation)
+        self.checks.compare("evaluation's key", where, key, key_of(EvaluationConfig, record["evaluation"], key))
+        if cell.measurement:
+            measured = self.root / cell.measurement
+            self.checks.compare("measurement", cell.measurement, cell.measurement_digest, _digest_of(measured))
+        else:
+            self.checks.compare("evaluation's value", where, cell.value, record.get("value"))
+        self.checks.compare("evaluation's trial", where, cell.trial, record.get("trial"))
+        return record
+
+    def _run(self, cell: Cell) -> dict[str, Any]:
+        if cell.run_id is None:
+            self.checks.add(Check("run", cell.trial or "", None, None, MISSING))
+            return {}
+        try:
+            run = self.tracker.read_run(cell.run_id)
+        except InputError as error:
+            self.checks.add(Check("run", cell.run_id, cell.run_id, error.what, MISSING))
+            return {"run_id": cell.run_id}
+        self.checks.compare("run's trial", cell.run_id, cell.trial, run["tags"].get("trial_key"))
+        if not cell.measurement:
+            self.checks.compare("run's metric", cell.run_id, cell.value, run["metrics"].get(f"test_{cell.metric}"))
+        return {
+            "run_id": cell.run_id, "name": run["tags"].get("mlflow.runName"), "study": run["study"],
+            "status": run["status"], "parent": run["tags"].get("mlflow.parentRunId"),
+            "adapter_digest": run["tags"].get("adapter_digest"), "store": self.tracker.address,
+        }  # fmt: skip
+
+    def _trial(self, cell: Cell, evaluation: dict[str, Any]) -> dict[str, Any] | None:
+        key = str(cell.trial)
+        where = f"runs/{key}/config.json"
+        try:
+            config = self.store.raw_config(key)
+        except HificlError as error:
+            self.checks.add(Check("trial", where, key, error.what, MISSING))
+            return None
+        self.checks.compare("trial's key", where, key, key_of(TrialConfig, config, key))
+        if evaluation:
+            self.checks.compare("trial's configuration", where, digest(evaluation["config"]), digest(config))
+        return config
+
+    def _adapter(self, cell: Cell, evaluation: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+        folder = self.store.folder(str(cell.trial)) / "adapter"
+        where = folder.relative_to(self.root)
+        done = self.store.done(str(cell.trial)) or {}
+        found = functools.cache(lambda: folder_digest(folder))
+        recorded = {
+            "at the end of training": done.get("adapter_digest"),
+            "when it was scored": evaluation.get("adapter_digest"),
+            "in MLflow": run.get("adapter_digest"),
+        }
+        for when, known in recorded.items():
+            if known:
+                self.checks.compare(f"adapter (recorded {when})", where, known, found)
+        if not any(recorded.values()):
+            self.checks.compare("adapter", where, None, found)
+        return {"folder": str(where), "digest": found(), "epoch": done.get("chosen_epoch")}
+
+    def _manifest(self, task: str, wanted: str) -> dict[str, Any]:
+        path = self.root / "data/manifests" / task / "manifest.json"
+        where = str(path.relative_to(self.root))
+        try:
+            manifest = Manifest.load(path)
+        except InputError as error:
+            state = DIFFERS if path.exists() else MISSING
+            self.checks.add(Check("manifest", where, wanted, error.what, state))
+            return {"manifest": where, "digest": None}
+        self.checks.compare("manifest", where, wanted, manifest.digest)
+        base = self.root / manifest.image_root
+        files = {source.path: source.sha256 for source in manifest.sources}
+        images = {i.path: i.sha256 for rows in manifest.splits.values() for sample in rows for i in sample.images}
+        for name, known in files.items():
+            self.checks.compare("source file", base / name, known, functools.partial(_digest_of, base / name))
+        self._images(base, images)
+        return {
+            "manifest": where, "digest": manifest.digest, "seed": manifest.seed, "root": str(manifest.image_root),
+            "sources": files, "images": len(images),
+        }  # fmt: skip
+
+    def _images(self, base: Path, images: dict[str, str]) -> None:
+        wrong = 0
+        for name, known in sorted(images.items()):
+            found = _digest_of(base / name)
+            if found != known:
+                wrong += 1
+                self.checks.compare("image", base / name, known, found)
+        if not wrong:
+            self.checks.add(Check("images", str(base), f"{len(images)} files", f"{len(images)} files", SAME))
+
+    def _backbone(self, config: dict[str, Any]) -> dict[str, Any]:
+        name, wanted = config["backbone"], config["backbone_digest"]
+        try:
+            self.checks.compare(
+                "backbone", name, wanted, lambda: backbones.digest_of(name, self.params.backbone_source(name))
+            )
+        except InputError as error:
+            self.checks.add(Check("backbone", name, wanted, error.what, MISSING))
+        return {"name": name, "digest": wanted}
+
+    def _code(self, cell: Cell) -> dict[str, Any]:
+        record = self.store.provenance(str(cell.trial))
+        commit, dirty = record.get("commit"), record.get("dirty")
+        checkout = code_root(self.root)
+        if commit is None:
+            self.checks.add(Check("commit", str(checkout), None, record.get("note"), UNRECORDED))
+        else:
+            self.checks.compare("commit", checkout, commit, commit if has_commit(checkout, commit) else None)
+        diff = record.get("diff") or ""
+        return {
+            "commit": commit, "dirty": dirty, "changed": record.get("changed", []), "diff_lines": diff.count("\n"),
+            "earlier_commits": self.store.earlier_commits(str(cell.trial)), "versions": record.get("versions", {}),
+        }  # fmt: skip
+
+
+def _digest_of(path: Path) -> str | None:
+    try:
+        return file_digest(path)
+    except OSError:
+        return None

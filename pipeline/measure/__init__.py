@@ -1,0 +1,7 @@
+"""What a cell's number can be besides a score: costs, distances, hallucination; one file a measure."""
+
+from __future__ import annotations
+
+from pipeline.measure.base import Job, Measure, measures
+
+__all__ = ["Job", "Measure", "measures"]

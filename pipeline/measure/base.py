@@ -1,0 +1,92 @@
+"""The seam of the measures: what one is given, and what it gives back."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import InputError, nearest
+from pipeline.registry import Registry
+from pipeline.request import TrialRequest
+from pipeline.train.workbench import Workbench
+from pipeline.trial import EvaluationConfig
+
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One scored trial to measure.
+
+    Attributes:
+        row: the study's row.
+        request: the trial.
+        evaluation: how it was scored.
+        scored: the score's record, predictions included.
+        data_root: folder of the official files.
+    """
+
+    row: str
+    request: TrialRequest
+    evaluation: EvaluationConfig
+    scored: Mapping[str, Any]
+    data_root: str
+
+
+class Measure(BaseModel):
+    """One measure; its fields are its settings (`measured` of a study).
+
+    Attributes:
+        metric: name of the cell's number; None: the score itself.
+        units: of every number that it gives.
+        ratios: numbers that become a ratio to the reference row's, by the name of what they are made from.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    metric: ClassVar[str | None] = None
+    units: ClassVar[Mapping[str, str]] = {}
+    ratios: ClassVar[Mapping[str, str]] = {}
+
+    def run(self, bench: Workbench, jobs: Sequence[Job]) -> list[Numbers]:
+        """Measure jobs of one backbone and task side by side; return numbers by name, one mapping a job."""
+        return [{} for _ in jobs]
+
+    def relate(self, numbers: Numbers, reference: Numbers | None) -> Numbers:
+        """Add the ratios to the reference row's numbers."""
+        found = dict(numbers)
+        for name, source in self.ratios.items():
+            base = (reference or {}).get(source)
+            if base and source in numbers:
+                found[name] = self.ratio(numbers[source], base)
+        return found
+
+    def ratio(self, value: float, reference: float) -> float:
+        """Return how a value stands to the reference row's."""
+        return value / reference
+
+
+measures: Registry[type[Measure]] = Registry("measure", "pipeline.measure")
+
+
+def create(name: str, settings: Mapping[str, Any], where: str) -> Measure:
+    """Return a measure with its settings.
+
+    Raises:
+        InputError: no such measure, or a setting that it does not have.
+    """
+    kind = measures.get(name)
+    try:
+        return kind.model_validate(dict(settings))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{name}: {first['msg']}", where=where, way_out=nearest(name, kind.model_fields)) from None
+
+
+def middle(values: Sequence[float]) -> float:
+    """Return the median: one disturbed round does not move it."""
+    return statistics.median(values)

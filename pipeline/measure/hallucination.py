@@ -1,0 +1,39 @@
+"""CHAIR of the captions that were scored (HiFICL Table 3); no model is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from pipeline.errors import InputError
+from pipeline.measure.base import Job, Measure, Numbers, measures
+from pipeline.tasks import tasks
+from pipeline.tasks.caption_files import CaptionTask
+from pipeline.train.workbench import Workbench
+
+
+@measures.register("hallucination")
+class Hallucination(Measure):
+    """CHAIR_s, CHAIR_i and the recall of objects, by the official instances and the reference captions."""
+
+    metric: ClassVar[str | None] = "chair_s"
+    units: ClassVar[dict[str, str]] = {"chair_s": "fraction", "chair_i": "fraction", "recall": "fraction"}
+
+    def run(self, bench: Workbench, jobs: Sequence[Job]) -> list[Numbers]:
+        """Return the scores of each job's captions.
+
+        Raises:
+            InputError: the task has no annotated objects, or objects that CHAIR does not know.
+        """
+        return [self._scores(job) for job in jobs]
+
+    def _scores(self, job: Job) -> Numbers:
+        task = tasks.get(job.request.config.task)
+        if not isinstance(task, CaptionTask):
+            raise InputError("has no annotated objects", where=task.name, way_out="Use a task of COCO captions")
+        rows = {str(row["sample_id"]): row for row in job.scored["predictions"]}
+        captions = {key: row["prediction"] for key, row in rows.items()}
+        references = {key: row["references"] for key, row in rows.items()}
+        score = task.chair(Path(job.data_root), "evaluation", captions, references)
+        return {"chair_s": score.CHAIRs, "chair_i": score.CHAIRi, "recall": score.recall}

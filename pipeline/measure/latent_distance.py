@@ -1,0 +1,99 @@
+"""How far a method's latent states are from those of in-context learning (MimIC Table 11)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline import adapters, methods
+from pipeline.backbones.decoder import decoder_of
+from pipeline.data.collate import collate
+from pipeline.data.manifest import Manifest
+from pipeline.data.prompt import draw_demos
+from pipeline.data.sample import Sample
+from pipeline.measure.base import Job, Measure, Numbers, measures
+from pipeline.train.resident import Resident
+from pipeline.train.scoring import fitted
+from pipeline.train.teacher import recorded
+from pipeline.train.workbench import Workbench
+
+_BATCH = 16
+
+
+@measures.register("latent_distance")
+class LatentDistance(Measure):
+    """mean over samples x and layers l of || h_l(x) - h_l([k demonstrations ; x]) ||_2.
+
+    h_l is the hidden state after layer l's FFN at the position that the first answer token is generated from. The
+    demonstrations are drawn for each query by the trial's seed, the same for all rows.
+    """
+
+    num_shots: int = Field(32, ge=1)
+    num_samples: int = Field(200, ge=1)
+    metric: ClassVar[str | None] = "latent_distance"
+    units: ClassVar[dict[str, str]] = {"latent_distance": "l2"}
+
+    def run(self, bench: Workbench, jobs: Sequence[Job]) -> list[Numbers]:
+        """Return each job's distance to the same in-context states."""
+        targets: dict[tuple[Any, ...], Tensor] = {}
+        found = []
+        for job in jobs:
+            config = job.request.config
+            resident = bench.resident(job.request)
+            manifest = resident.manifest(Path(job.request.manifest), config.manifest_digest)
+            samples = manifest.splits[job.evaluation.split][: self.num_samples]
+            key = (config.backbone_digest, config.manifest_digest, config.num_train_samples, config.seed)
+            if key not in targets:
+                targets[key] = _states(resident, manifest, samples, self._demonstrations(job, manifest, samples))
+            with _in_place(job, resident, manifest, samples) as shown:
+                mine = _states(resident, manifest, samples, shown)
+            found.append({"latent_distance": (mine - targets[key]).norm(dim=-1).mean().item()})
+        return found
+
+    def _demonstrations(self, job: Job, manifest: Manifest, samples: Sequence[Sample]) -> list[list[Sample]]:
+        config = job.request.config
+        pool = {sample.sample_id: sample for sample in manifest.splits["train"][: config.num_train_samples]}
+        ids = list(pool)
+        drawn = (draw_demos(ids, sample.sample_id, self.num_shots, config.seed) for sample in samples)
+        return [[pool[one] for one in row] for row in drawn]
+
+
+@contextmanager
+def _in_place(
+    job: Job, resident: Resident, manifest: Manifest, samples: Sequence[Sample]
+) -> Iterator[list[list[Sample]]]:
+    """Put the method into the model, and give the demonstrations that it shows."""
+    config, model = job.request.config, resident.loaded.model
+    if methods.is_trained(config.method):
+        with adapters.attach(model, adapters.load(Path(job.request.folder) / "adapter", model)):
+            yield [[] for _ in samples]
+        return
+    method = fitted(config, resident, manifest)
+    shown = method.demonstrations(samples)
+    with method.edited():
+        yield shown
+
+
+@torch.no_grad()
+def _states(
+    resident: Resident, manifest: Manifest, samples: Sequence[Sample], shots: Sequence[Sequence[Sample]]
+) -> Tensor:
+    """Return the states at the last prompt token, [N, L, D], in fp32."""
+    loaded, root = resident.loaded, manifest.image_root
+    encoded = resident.prompts(manifest, samples, shots, answer=False)
+    layers = decoder_of(loaded.model)
+    parts = []
+    for start in range(0, len(encoded), _BATCH):
+        rows = encoded[start : start + _BATCH]
+        visual = resident.visual.get([image for row in rows for image in row.images], root)
+        batch = collate(rows, loaded, side="left", visual=visual).to(loaded.device)
+        with recorded(layers, "ffn") as states:
+            loaded.model.model(**batch.model_inputs(loaded), use_cache=False)
+        parts.append(torch.stack([state[:, -1].float().cpu() for state in states], dim=1))
+    return torch.cat(parts)

@@ -1,0 +1,74 @@
+"""Losses by epoch, one panel a task, one line a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from pipeline.report import papers
+from pipeline.report.evaluations import Cell
+from pipeline.report.figures import ACCENT, COLOURS, QUIET, STYLE, safe, to_svg
+from pipeline.report.tables import Column, Entry, Line, Table
+
+_LOSS = "ground_truth_loss"  # the answers' cross-entropy: the one loss that all methods share
+
+
+def losses(table: Table) -> dict[str, tuple[str, str]]:
+    """Return the figures of a study without varied axes: name -> (SVG text, what it shows in words)."""
+    if table.axes:
+        return {}
+    found = {}
+    for backbone, lines in table.groups():
+        columns = [c for c in table.columns if c.metric is None and any(_curve(table.entries[i, c]) for i in lines)]
+        if columns:
+            rows = [line for line in lines if any(_curve(table.entries[line, column]) for column in columns)]
+            found[f"loss-{safe(backbone)}"] = (_draw(table, rows, columns), _words(rows, columns))
+    return found
+
+
+def _curve(entry: Entry) -> list[tuple[float, float]]:
+    """Return (epoch, loss averaged over the seeds that have it)."""
+    by_epoch: dict[float, list[float]] = {}
+    for cell in entry.done:
+        for epoch, loss in _points(cell):
+            by_epoch.setdefault(epoch, []).append(loss)
+    return [(epoch, sum(values) / len(values)) for epoch, values in sorted(by_epoch.items())]
+
+
+def _points(cell: Cell) -> list[tuple[float, float]]:
+    rows = [(row.get("epoch"), row.get(_LOSS)) for row in cell.epochs]
+    return [(epoch, loss) for epoch, loss in rows if epoch is not None and loss is not None]
+
+
+def _draw(table: Table, lines: Sequence[Line], columns: Sequence[Column]) -> str:
+    with mpl.rc_context({**STYLE, "svg.hashsalt": f"{table.study.study} losses {lines[0].backbone}"}):
+        figure = Figure(figsize=(max(4.2, min(8.4, 3.0 * len(columns))), 2.9), layout=ConstrainedLayoutEngine())
+        panels = figure.subplots(1, len(columns), squeeze=False)[0]
+        handles: dict[str, Any] = {}
+        others = iter(range(10**6))
+        colours = {
+            line: ACCENT if line.row == table.reference else COLOURS[next(others) % len(COLOURS)] for line in lines
+        }
+        for panel, column in zip(panels, columns, strict=True):
+            for line in lines:
+                curve = _curve(table.entries[line, column])
+                if curve:
+                    epochs, values = zip(*curve, strict=True)
+                    (drawn,) = panel.plot(epochs, values, color=colours[line], marker="o", markersize=3.5)
+                    handles.setdefault(line.title, drawn)
+            panel.set_title(papers.label("tasks", column.task))
+            panel.set_xlabel("epoch")
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.7)
+        panels[0].set_ylabel("loss of the answers (nats)")
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)))
+        return to_svg(figure)
+
+
+def _words(lines: Sequence[Line], columns: Sequence[Column]) -> str:
+    tasks = ", ".join(papers.label("tasks", column.task) for column in columns)
+    return f"Training loss of the answers by epoch for {', '.join(line.title for line in lines)} on {tasks}."

@@ -1,0 +1,163 @@
+"""Which of the papers' findings hold in the numbers at hand: a plain list, computed from the studies' tables."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.report import papers
+from pipeline.report.files import shown
+from pipeline.report.statistics import paired_bootstrap
+from pipeline.report.tables import Column, Entry, Line, Table, by_sample, sample_scores
+
+HOLDS, PARTLY, FAILS, OPEN = "holds", "holds in part", "does not hold", "not measured"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One finding of a paper as a comparison of rows; see findings.yaml."""
+
+    paper: str
+    study: str
+    claim: str
+    above: tuple[str, ...] = ()
+    below: tuple[str, ...] = ()
+    metric: str | None = None
+    at: Mapping[str, Any] = field(default_factory=dict)
+    best_over: str | None = None
+    row: str | None = None
+    printed: str | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a claim.
+
+    Attributes:
+        claim: the claim.
+        verdict: holds, holds in part, does not hold, or not measured.
+        details: the numbers behind it, one sentence a backbone and task.
+    """
+
+    claim: Claim
+    verdict: str
+    details: list[str]
+
+
+@functools.cache
+def claims() -> tuple[Claim, ...]:
+    """Return the papers' findings."""
+    rows = yaml.safe_load(Path(__file__).with_name("findings.yaml").read_text(encoding="utf-8"))
+    return tuple(_claim(row) for row in rows)
+
+
+def _claim(row: dict[str, Any]) -> Claim:
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    return Claim(**values)
+
+
+def findings(tables: Iterable[Table], evaluations: Path) -> list[Finding]:
+    """Return every claim with its verdict under the given studies.
+
+    A claim holds where the upper row's mean over seeds is the better one on each backbone and task; whether a
+    difference is clear of chance over samples is said beside it.
+    """
+    by_name = {table.study.study: table for table in tables}
+    scores = functools.cache(lambda key: sample_scores(key, evaluations))
+    return [_judge(claim, by_name.get(claim.study), scores) for claim in claims()]
+
+
+def _judge(claim: Claim, table: Table | None, scores: Any) -> Finding:
+    if table is None:
+        return Finding(claim, OPEN, [])
+    if claim.best_over:
+        return _best_over(claim, table)
+    outcomes: list[bool] = []
+    details: list[str] = []
+    for _, lines in table.groups():
+        for column in table.columns:
+            if column.metric != claim.metric:
+                continue
+            upper = _best(table, lines, column, claim.above, claim.at)
+            lower = _best(table, lines, column, claim.below, claim.at)
+            if upper is None or lower is None:
+                continue
+            outcomes.append(_better(upper, lower))
+            details.append(_sentence(upper, lower, scores))
+    return Finding(claim, _verdict(outcomes), details)
+
+
+def _verdict(outcomes: Sequence[bool]) -> str:
+    if not outcomes:
+        return OPEN
+    return HOLDS if all(outcomes) else PARTLY if any(outcomes) else FAILS
+
+
+def _best(
+    table: Table, lines: Sequence[Line], column: Column, rows: Sequence[str], at: Mapping[str, Any]
+) -> Entry | None:
+    found = [
+        table.entries[line, column]
+        for line in lines
+        if line.row in rows and all(dict(line.vary).get(axis, value) == value for axis, value in at.items())
+    ]
+    known = [entry for entry in found if entry.value is not None]
+    if not known:
+        return None
+    return min(known, key=_rank)
+
+
+def _rank(entry: Entry) -> float:
+    lower = papers.metric_facts(entry.metric).get("lower_is_better")
+    return (entry.value or 0.0) * (1 if lower else -1)
+
+
+def _better(upper: Entry, lower: Entry) -> bool:
+    return _rank(upper) < _rank(lower)
+
+
+def _sentence(upper: Entry, lower: Entry, scores: Any) -> str:
+    where = f"{papers.label('tasks', upper.column.task)} on {papers.label('backbones', upper.line.backbone)}"
+    pair = " against ".join(f"{entry.line.title} {_number(entry)}" for entry in (upper, lower))
+    gap = None
+    if upper.column.metric is None:
+        gap = paired_bootstrap(by_sample(upper, scores), by_sample(lower, scores))
+    clear = "" if gap is None else " (clear)" if gap.clear else " (within chance over samples)"
+    return f"{where}: {pair}{clear}"
+
+
+def _number(entry: Entry) -> str:
+    spread = f" ± {shown(entry.std, entry.unit)}" if entry.std is not None else ""
+    return shown(entry.value or 0.0, entry.unit) + spread
+
+
+def _best_over(claim: Claim, table: Table) -> Finding:
+    details, places = [], set()
+    for backbone, lines in table.groups():
+        for column in table.columns:
+            mine = [table.entries[line, column] for line in lines if line.row == claim.row and column.metric is None]
+            known = [entry for entry in mine if entry.value is not None]
+            if len(known) < 2:
+                continue
+            best = min(known, key=_rank)
+            value = dict(best.line.vary).get(str(claim.best_over))
+            places.add(value)
+            printed = papers.figure(claim.printed, best.line.paper_backbone, str(claim.row), column.paper_task)
+            beside = f" (paper {printed:g})" if printed is not None else ""
+            where = f"{papers.label('tasks', column.task)} on {papers.label('backbones', backbone)}"
+            details.append(f"{where}: best at {claim.best_over} {value}{beside}")
+    return Finding(claim, OPEN if not details else HOLDS if len(places) > 1 else FAILS, details)
+
+
+def to_markdown(found: Sequence[Finding]) -> str:
+    """Return the list as Markdown."""
+    out = ["# Which of the papers' findings hold here", ""]
+    for one in found:
+        out.append(f"- **{one.verdict}**: {one.claim.claim} ({one.claim.paper}, `{one.claim.study}`)")
+        out += [f"    - {detail}" for detail in one.details]
+    return "\n".join(out) + "\n"

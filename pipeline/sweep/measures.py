@@ -1,0 +1,119 @@
+"""Measures what a study asks for besides scores, one job after another in one process with nothing beside it.
+
+evaluations/measures/<key>.json    one measured trial: configuration, measure and its settings, numbers
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.atomic import write_atomic
+from pipeline.config import Params, data_root
+from pipeline.digests import file_digest
+from pipeline.errors import HificlError
+from pipeline.measure.base import Job, Measure, create
+from pipeline.progress import bar
+from pipeline.request import TrialRequest
+from pipeline.sweep.space import Cell
+from pipeline.tracking.runs import Tracker
+from pipeline.trial import KEY_LENGTH, EvaluationConfig, digest
+
+Chosen = Mapping[str, Any]
+Scored = tuple[Cell, TrialRequest, EvaluationConfig]
+FOLDER = "measures"
+
+
+def measured(params: Params, study: str, scored: Sequence[Scored], out: Path, tracker: Tracker) -> dict[str, Any]:
+    """Return, by cell name, what a study's cells were measured as; measure what is not measured yet.
+
+    Args:
+        params: the parameters.
+        study: its name.
+        scored: its scored cells.
+        out: folder of the evaluations.
+        tracker: where numbers are logged.
+
+    Returns:
+        For each cell `measure`, `measurement` (file), `measurement_digest`, and either `metric`, `unit`, `value`,
+        `metrics`, `units` or `error`. Nothing for a study of plain scores.
+    """
+    definition = params.studies[study]
+    kind = create(definition.measure, definition.measured, f"studies.{study}.measured")
+    if not kind.units:
+        return {}
+    files = {cell.name: out / FOLDER / f"{_key(definition.measure, kind, one)}.json" for cell, _, one in scored}
+    problems: dict[str, str] = {}
+    groups: dict[tuple[Any, ...], list[Scored]] = {}
+    for row in scored:
+        groups.setdefault(_group(row[0]), []).append(row)
+    # rows are measured in alternation, so one that is new is measured together with those it is compared with
+    open_groups = [rows for rows in groups.values() if not all(files[cell.name].exists() for cell, _, _ in rows)]
+    with bar(definition.measure) as progress:
+        for number, rows in enumerate(open_groups):
+            progress(number, len(open_groups))
+            try:
+                _measure(params, definition.measure, kind, rows, files, out, tracker)
+            except (HificlError, OSError) as error:
+                problems.update({cell.name: str(error) for cell, _, _ in rows})
+    return _related(kind, definition.measure, definition.reference, groups, files, problems, out)
+
+
+def _group(cell: Cell) -> tuple[Any, ...]:
+    return cell.backbone, cell.task, cell.seed, tuple(sorted(cell.vary.items()))
+
+
+def _key(name: str, kind: Measure, evaluation: EvaluationConfig) -> str:
+    return digest({"measure": name, "settings": kind.model_dump(mode="json"), "evaluation": evaluation.key})[
+        :KEY_LENGTH
+    ]
+
+
+def _measure(
+    params: Params, name: str, kind: Measure, rows: Sequence[Scored], files: Mapping[str, Path], out: Path,
+    tracker: Tracker,
+) -> None:  # fmt: skip
+    from pipeline.sweep.evaluators import measure_all  # starts Ray
+
+    jobs = []
+    for cell, request, evaluation in rows:
+        record = json.loads((out / f"{evaluation.key}.json").read_text(encoding="utf-8"))
+        jobs.append(Job(cell.row, request, evaluation, record, str(data_root(params).resolve())))
+    for (cell, request, evaluation), job, numbers in zip(rows, jobs, measure_all(params, kind, jobs), strict=True):
+        record = {
+            "trial": request.key, "measure": name, "settings": kind.model_dump(mode="json"),
+            "evaluation": evaluation.model_dump(mode="json"), "run_id": job.scored.get("run_id"), "numbers": numbers,
+            "machine": tracker.provenance["machine"],
+        }  # fmt: skip
+        write_atomic(files[cell.name], json.dumps(record, indent=1, sort_keys=True))
+        if record["run_id"]:
+            tracker.log_evaluation(record["run_id"], numbers, files[cell.name])
+
+
+def _related(
+    kind: Measure, name: str, reference: str | None, groups: Mapping[Any, Sequence[Scored]],
+    files: Mapping[str, Path], problems: Mapping[str, str], out: Path,
+) -> dict[str, Any]:  # fmt: skip
+    found: dict[str, Any] = {}
+    for rows in groups.values():
+        numbers: dict[str, dict[str, float]] = {}
+        for cell, _, _ in rows:
+            file = files[cell.name]
+            if file.exists() and cell.name not in problems:
+                numbers[cell.name] = json.loads(file.read_text(encoding="utf-8"))["numbers"]
+        base_row = reference or rows[0][0].row
+        base = next((numbers.get(cell.name) for cell, _, _ in rows if cell.row == base_row), None)
+        for cell, _, _ in rows:
+            if cell.name not in numbers:
+                found[cell.name] = {"measure": name, "error": problems.get(cell.name, "not measured")}
+                continue
+            related = kind.relate(numbers[cell.name], base)
+            main = str(kind.metric)
+            found[cell.name] = {
+                "measure": name, "measurement": str(files[cell.name].relative_to(out.parent)),
+                "measurement_digest": file_digest(files[cell.name]), "metric": main,
+                "unit": kind.units[main], "value": related.get(main), "metrics": related, "units": dict(kind.units),
+            }  # fmt: skip
+    return found

@@ -1,0 +1,108 @@
+"""The papers' findings, judged on made-up numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import load
+from pipeline.report import load_table, papers, write_index
+from pipeline.report.findings import FAILS, HOLDS, OPEN, PARTLY, claims, findings
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_claim_names_rows_of_its_study() -> None:
+    studies = load(ROOT / "params.yaml").studies
+    for claim in claims():
+        study = studies[claim.study]
+        assert {*claim.above, *claim.below} <= set(study.methods), claim
+        assert claim.metric is None or claim.metric in study.metrics
+        assert all(value in study.vary[axis] for axis, value in claim.at.items())
+        assert claim.best_over is None or (claim.row in study.methods and claim.best_over in study.vary)
+
+
+def test_every_study_of_the_papers_is_there_and_every_printed_row_has_one() -> None:
+    studies = load(ROOT / "params.yaml").studies
+    tables = {"hificl": "table1 table2 table3 table7 table8 figure4 figure5 figure6 figure7 figure8 figure10",
+              "mimic": "main table8 table9 table10 table11 table12 figure4 figure5 figure7"}  # fmt: skip
+    assert {f"{paper}-{name}" for paper, names in tables.items() for name in names.split()} <= set(studies)
+    printed = papers._papers()
+    for name, study in studies.items():
+        paper, _, table = (study.paper or "").partition(".")
+        rows = printed.get(paper, {}).get("tables", {}).get(table, {})
+        if not rows or rows.get("by_metric") or rows.get("metric") == "speed_up":
+            continue
+        for backbone, printed_rows in rows["rows"].items():
+            mine = {method.paper or row for row, method in study.methods.items()
+                    if backbone in (method.backbones or study.backbones)}  # fmt: skip
+            assert set(printed_rows) <= mine, (name, backbone)
+
+
+@pytest.fixture
+def judged(maker: Any):
+    def judge(study: str, definition: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
+        maker.study(study, cells)
+        known = maker.params(**{study: maker.definition(**definition)})
+        table = load_table(study, known, maker.folder)
+        write_index(known, maker.folder, maker.folder.parent)
+        return {one.claim.claim: one for one in findings([table], maker.folder)}
+
+    return judge
+
+
+def test_a_claim_holds_on_every_task_on_some_or_on_none(maker: Any, judged: Any) -> None:
+    values = {"zero-shot": (20, 20), "icl-8": (50, 50), "lora-r16": (70, 70), "mimic": (80, 60), "hificl": (60, 65)}
+    cells = [
+        maker.cell(row, task, 0) | {"value": value}
+        for row, pair in values.items()
+        for task, value in zip(("mini-vqa", "mini-okvqa"), pair, strict=True)
+    ]
+    found = judged("hificl-table1", {}, cells)
+    assert found["In-context learning is above zero-shot"].verdict == HOLDS
+    assert found["HiFICL is above MimIC"].verdict == PARTLY
+    assert found["HiFICL is above LoRA at rank 16"].verdict == FAILS
+    assert found["A teacher lowers HiFICL"].verdict == OPEN
+    details = found["HiFICL is above MimIC"].details
+    assert len(details) == 2 and "60.00 against MimIC 80.00" in details[0]
+    page = (maker.folder.parent / "index.html").read_text()
+    assert "Which of the papers" in page and "does not hold" in page
+    assert "**holds in part**: HiFICL is above MimIC" in (maker.folder.parent / "findings.md").read_text()
+
+
+def test_costs_are_better_where_they_are_lower_and_the_best_rank_is_named(maker: Any, judged: Any) -> None:
+    costs = {
+        "hificl": {"time": 1.0, "flops": 1.0, "gpu_memory": 1.0},
+        "mimic": {"time": 3.0, "flops": 0.5, "gpu_memory": 1.5},
+    }
+    cells = [
+        maker.cell(row, "mini-vqa", 0)
+        | {"metric": "time", "unit": "times", "value": numbers["time"], "metrics": numbers, "measurement": "m.json"}
+        for row, numbers in costs.items()
+    ]
+    definition = {"paper": "hificl.figure5_training_cost", "metrics": ["flops", "gpu_memory"]}
+    found = judged("hificl-figure5", definition, cells)
+    assert found["Training costs MimIC more time than HiFICL"].verdict == HOLDS
+    assert found["Training costs MimIC more FLOPs"].verdict == FAILS
+    ranks = [
+        maker.cell("hificl", task, 0, vary={"rank": rank}) | {"value": value}
+        for task, row in (("mini-vqa", (70, 80)), ("mini-coco", (1.3, 1.2)))
+        for rank, value in zip((4, 8), row, strict=True)
+    ]
+    found = judged("hificl-figure7", {"paper": "hificl.figure7", "layout": "curve", "vary": {"rank": [4, 8]}}, ranks)
+    (vqa, coco) = found["The best rank depends on the task"].details
+    assert "rank 8 (paper 8)" in vqa and "rank 4 (paper 4)" in coco
+
+
+def test_losses_are_drawn_where_epochs_are_known(maker: Any) -> None:
+    from pipeline.report import curves
+
+    epochs = [{"epoch": e, "ground_truth_loss": 3.0 / e, "train_loss": 3.0 / e} for e in (1, 2, 3)]
+    cells = [maker.cell(row, "mini-vqa", seed) | {"epochs": epochs} for row in ("mimic", "hificl") for seed in (0, 1)]
+    maker.study("hificl-table1", [*cells, maker.cell("zero-shot", "mini-vqa", 0)])
+    table = load_table("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
+    ((name, (svg, words)),) = curves.losses(table).items()
+    assert name == "loss-mini-idefics2" and "currentColor" in svg
+    assert "MimIC" in words and "Zero-shot" not in words
