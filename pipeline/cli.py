@@ -162,6 +162,7 @@ def _miniature(commands: Any) -> None:
     def pretrain(args: argparse.Namespace) -> None:
         from pipeline.miniature.pretrain import pretrain
         from pipeline.progress import bar
+        from pipeline.report.emergence import draw
         from pipeline.tracking.provenance import head_commit
 
         with bar(f"pretrain {args.backbone}") as progress:
@@ -169,14 +170,20 @@ def _miniature(commands: Any) -> None:
                 args.backbone, Path(args.out), seed=args.seed, num_threads=args.threads, commit=head_commit(),
                 progress=progress,
             )  # fmt: skip
+        draw(Path(args.out), Path(args.out) / "pretraining.svg")
 
     def world(args: argparse.Namespace) -> Any:
         from pipeline.miniature.world import write_world
 
-        return write_world(
+        written = write_world(
             Path(args.folder), seed=args.seed, num_train_images=args.num_train_images,
             num_val_images=args.num_val_images, difficulty=args.difficulty,
         )  # fmt: skip
+        if args.picture:
+            from pipeline.report.world import draw
+
+            draw(Path(args.folder), Path(args.picture))
+        return written
 
     sub = _add(commands, "world", world, "write the miniature world's images and annotations in the official formats")
     sub.add_argument("folder")
@@ -184,6 +191,7 @@ def _miniature(commands: Any) -> None:
     sub.add_argument("--num-train-images", type=int, default=2500)
     sub.add_argument("--num-val-images", type=int, default=2500)
     sub.add_argument("--difficulty", type=float, default=0.2)
+    sub.add_argument("--picture", metavar="FILE", help="also draw the first pictures with their texts, as PNG")
 
     sub = _add(commands, "pretrain", pretrain, "make a miniature backbone from nothing")
     sub.add_argument("backbone")

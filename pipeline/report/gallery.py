@@ -18,7 +18,8 @@ _TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 def gallery(table: Table, evaluations: Path) -> dict[str, Any] | None:
     """Return the rows' names and the samples with each row's answer; None where there is nothing to show.
 
-    The samples are the first ones, in order of their ids, on which the rows' scores differ most.
+    Half of the samples are those on which the study's reference row is furthest above the others' mean, half those on
+    which it is furthest below: its best and its worst. Ties go by the order of the ids.
     """
     groups = table.groups()
     if not groups:
@@ -29,7 +30,7 @@ def gallery(table: Table, evaluations: Path) -> dict[str, Any] | None:
         if column.metric is None:
             answers = [(line, _answers(table, line, column, evaluations)) for line in lines]
             known = [(line, found) for line, found in answers if found]
-            samples += _samples(known, lines, evaluations, papers.label("tasks", column.task))
+            samples += _samples(known, lines, evaluations, papers.label("tasks", column.task), table.reference)
     return {"rows": [line.title for line in lines], "samples": samples} if samples else None
 
 
@@ -40,20 +41,28 @@ def _answers(table: Table, line: Line, column: Any, evaluations: Path) -> dict[s
 
 
 def _samples(
-    answers: list[tuple[Line, dict[str, Prediction]]], lines: list[Line], evaluations: Path, task: str
+    answers: list[tuple[Line, dict[str, Prediction]]],
+    lines: list[Line],
+    evaluations: Path,
+    task: str,
+    reference: str | None,
 ) -> list[dict[str, Any]]:
     if not answers:
         return []
     by_line = dict(answers)
     shared = set.intersection(*(set(found) for found in by_line.values()))
 
-    def gap(sample: str) -> float:
-        scores = [found[sample].score or 0.0 for found in by_line.values()]
-        return max(scores) - min(scores)
+    def lead(sample: str) -> float:
+        own = [found[sample].score or 0.0 for line, found in by_line.items() if line.row == reference]
+        others = [found[sample].score or 0.0 for line, found in by_line.items() if line.row != reference]
+        return sum(own) / len(own) - sum(others) / len(others) if own and others else 0.0
 
-    chosen = sorted(shared, key=lambda sample: (-gap(sample), len(sample), sample))[:SAMPLES]
+    best_first = sorted(shared, key=lambda sample: (-lead(sample), len(sample), sample))
+    worst_first = sorted(shared, key=lambda sample: (lead(sample), len(sample), sample))
+    half = SAMPLES // 2
+    worst = [sample for sample in worst_first if sample not in best_first[:half]][:half]
     out = []
-    for sample in chosen:
+    for sample in best_first[:half] + worst:
         every = [found[sample] for found in by_line.values()]
         best = max((one.score or 0.0 for one in every), default=0.0)
         image = next((one.image for one in every if one.image), None)

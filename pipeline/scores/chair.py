@@ -7,9 +7,9 @@ object counts as present if it is annotated as an instance or named in a referen
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,14 +91,17 @@ class ChairScore:
 
 
 @cache
-def synonyms() -> dict[str, str]:
-    """Return {word: COCO category} for the 80 categories and their synonyms.
+def synonyms(file: Path = _SYNONYMS_FILE) -> Mapping[str, str]:
+    """Return {word: category}, by default for COCO's 80 categories and their synonyms.
 
     Source: synonyms.txt, published with the paper (LisaAnne/Hallucination, 6e4d33c4), its stray spaces
     kept: " motor bike" never matches, and no published number counts it.
+
+    Args:
+        file: a category a line, its name first, then its synonyms, between ", ".
     """
     nodes: dict[str, str] = {}
-    for line in _SYNONYMS_FILE.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         names = line.strip().split(", ")
         nodes.update((name, names[0]) for name in names)
     return nodes
@@ -111,18 +114,30 @@ def _tokenisers() -> tuple[PunktSentenceTokenizer, NLTKWordTokenizer]:
     return PunktSentenceTokenizer(parameters), NLTKWordTokenizer()
 
 
-def caption_objects(caption: str) -> CaptionObjects:
+def caption_objects(caption: str, words: Mapping[str, str] | None = None) -> CaptionObjects:
     """Return the objects that a caption names.
 
     Args:
         caption: raw text; case does not count.
+        words: {word: category}; None for COCO's, as in `synonyms`.
     """
+    return _objects(_singulars(caption), words)
+
+
+def _singulars(caption: str) -> tuple[str, ...]:
     sentences, words_of = _tokenisers()
-    singulars = [
+    return tuple(
         singular(word) for sentence in sentences.tokenize(caption.lower()) for word in words_of.tokenize(sentence)
-    ]
+    )
+
+
+# Every trial of a task is scored against the same references, five for each generated caption.
+_singulars_of_reference = lru_cache(maxsize=1 << 18)(_singulars)
+
+
+def _objects(singulars: Sequence[str], words: Mapping[str, str] | None) -> CaptionObjects:
     tokens, starts = _join(singulars)
-    nodes = synonyms()
+    nodes = synonyms() if words is None else words
     # A toilet's seat is no chair.
     skipped = "seat" if "toilet" in tokens else None
     named = [(token, start) for token, start in zip(tokens, starts, strict=True) if token in nodes and token != skipped]
@@ -134,7 +149,7 @@ def caption_objects(caption: str) -> CaptionObjects:
     )
 
 
-def _join(words: list[str]) -> tuple[list[str], list[int]]:
+def _join(words: Sequence[str]) -> tuple[list[str], list[int]]:
     joined, starts, at = [], [], 0
     while at < len(words):
         pair = " ".join(words[at : at + 2])
@@ -144,39 +159,45 @@ def _join(words: list[str]) -> tuple[list[str], list[int]]:
     return joined, starts
 
 
-def category(name: str, where: str) -> str:
-    """Return the COCO category that `name` stands for.
+def category(name: str, where: str, words: Mapping[str, str] | None = None) -> str:
+    """Return the category that `name` stands for; `words` as in `caption_objects`.
 
     Raises:
         InputError: the name is none of the known categories and synonyms; `where` says where it stood.
     """
+    known = synonyms() if words is None else words
     try:
-        return synonyms()[name]
+        return known[name]
     except KeyError:
-        raise InputError(
-            f"unknown object '{name}'", where=where, way_out=nearest(name, set(synonyms().values()))
-        ) from None
+        raise InputError(f"unknown object '{name}'", where=where, way_out=nearest(name, set(known.values()))) from None
 
 
 def ground_truth(
-    categories: Mapping[_Key, Iterable[str]], captions: Mapping[_Key, Iterable[str]]
+    categories: Mapping[_Key, Iterable[str]],
+    captions: Mapping[_Key, Iterable[str]],
+    words: Mapping[str, str] | None = None,
 ) -> dict[_Key, set[str]]:
     """Return {image id: objects present}: the annotated categories and the objects named in reference captions.
 
     Args:
         categories: {image id: names of its instances' categories}.
         captions: {image id: its reference captions}.
+        words: {word: category}; None for COCO's, as in `synonyms`.
 
     Raises:
         InputError: a category that CHAIR does not know.
     """
-    present = {key: {category(name, f"image {key}") for name in names} for key, names in categories.items()}
+    present = {key: {category(name, f"image {key}", words) for name in names} for key, names in categories.items()}
     for key, texts in captions.items():
-        present.setdefault(key, set()).update(node for text in texts for node in caption_objects(text).nodes)
+        present.setdefault(key, set()).update(
+            node for text in texts for node in _objects(_singulars_of_reference(text), words).nodes
+        )
     return present
 
 
-def chair_scores(captions: Mapping[_Key, str], objects: Mapping[_Key, Collection[str]]) -> ChairScore:
+def chair_scores(
+    captions: Mapping[_Key, str], objects: Mapping[_Key, Collection[str]], words: Mapping[str, str] | None = None
+) -> ChairScore:
     """Return CHAIR_s, CHAIR_i and the recall of objects.
 
     CHAIR_i = hallucinated object mentions / all object mentions, CHAIR_s = captions with a hallucinated
@@ -186,6 +207,7 @@ def chair_scores(captions: Mapping[_Key, str], objects: Mapping[_Key, Collection
     Args:
         captions: {image id: generated caption}.
         objects: {image id: COCO categories present}, as `ground_truth` returns them; may hold more images.
+        words: {word: category}; None for COCO's, as in `synonyms`.
 
     Returns:
         Fractions; a ratio over nothing (no object mentioned, none present) is 0.
@@ -203,7 +225,7 @@ def chair_scores(captions: Mapping[_Key, str], objects: Mapping[_Key, Collection
         )
     sentences, found, present = [], 0, 0
     for key, caption in captions.items():
-        named, truth = caption_objects(caption), set(objects[key])
+        named, truth = caption_objects(caption, words), set(objects[key])
         wrong = [[word, node] for word, node in zip(named.words, named.nodes, strict=True) if node not in truth]
         found += len(truth & set(named.nodes))
         present += len(truth)

@@ -19,6 +19,7 @@ from pipeline.scores.files import (
     some,
     text_field,
 )
+from pipeline.scores.objects import categories_of
 
 # Any subparsers object of argparse; its class has no public name.
 SubParsers = Any
@@ -208,7 +209,7 @@ def score_chair(args: argparse.Namespace) -> dict[str, Any]:
         objects = _objects(args.objects)
         _need(predictions, objects, args.results, f"objects in {args.objects}")
     else:
-        categories = _categories(args.instances)
+        categories = categories_of(args.instances)
         captions: dict[str, list[str]] = {}
         for path in args.captions:
             for key, texts in _captions(path).items():
@@ -234,28 +235,6 @@ def _objects(path: str) -> dict[str, set[str]]:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InputError("an array of object names is expected", where=where, way_out='{"image_id": ["object"]}')
         found[key] = {chair.category(name, where) for name in names}
-    return found
-
-
-def _categories(paths: Sequence[str]) -> dict[str, list[str]]:
-    """Return {image id: names of its instances' categories}; an image without instance has an empty list."""
-    found: dict[str, list[str]] = {}
-    for path in paths:
-        content = read_json(path)
-        names = {
-            id_field(row, "id", f"{path}, category {number}"): text_field(row, "name", f"{path}, category {number}")
-            for number, row in enumerate(section(content, "categories", path))
-        }
-        for key in _ids(section(content, "images", path), "id", path):
-            found.setdefault(key, [])
-        for number, row in enumerate(section(content, "annotations", path)):
-            where = f"{path}, annotation {number}"
-            category = id_field(row, "category_id", where)
-            if category not in names:
-                raise InputError(
-                    f"category_id {category} is not among the categories", where=where, way_out="Correct it"
-                )
-            found.setdefault(id_field(row, "image_id", where), []).append(names[category])
     return found
 
 

@@ -99,15 +99,29 @@ def mme_scores(rows: Mapping[str, Sequence[MmeRow]]) -> MmeScore:
     unknown = sorted(set(rows) - set(_TASKS))
     if unknown:
         raise InputError(f"unknown subtask '{unknown[0]}'", way_out=f"Known subtasks: {', '.join(_TASKS)}")
-    return MmeScore({task: _task(task, rows[task]) for task in _TASKS if task in rows})
+    return MmeScore({task: subtask_score(_pairs(task, rows[task])) for task in _TASKS if task in rows})
 
 
-def _task(name: str, rows: Sequence[MmeRow]) -> MmeTask:
+def subtask_score(images: Sequence[Sequence[MmeRow]]) -> MmeTask:
+    """Return accuracy and accuracy+ of one subtask.
+
+    Args:
+        images: the questions of each image. One with a single question (a draw may be cut between the two) counts in
+            accuracy alone; where all are so, accuracy+ is 0.
+
+    Raises:
+        InputError: a ground truth that is not yes or no.
+    """
+    right = [[is_right(row) for row in rows] for rows in images]
+    replies = [one for rows in right for one in rows]
+    both = [all(rows) for rows in right if len(rows) == _QUESTIONS_OF_AN_IMAGE]
+    return MmeTask(100 * sum(replies) / len(replies), 100 * sum(both) / len(both) if both else 0.0, len(replies))
+
+
+def _pairs(name: str, rows: Sequence[MmeRow]) -> list[Sequence[MmeRow]]:
     if not rows:
         raise InputError("holds no question", where=name, way_out="Give the responses of this subtask")
-    right = [_is_right(row) for row in rows]
-    pairs = 0
-    both = 0
+    pairs = []
     for at in range(0, len(rows), _QUESTIONS_OF_AN_IMAGE):
         pair = rows[at : at + _QUESTIONS_OF_AN_IMAGE]
         if len(pair) < _QUESTIONS_OF_AN_IMAGE or len({row.image for row in pair}) > 1:
@@ -116,12 +130,16 @@ def _task(name: str, rows: Sequence[MmeRow]) -> MmeTask:
                 where=pair[0].where or name,
                 way_out="accuracy+ needs both questions of every image, on adjacent lines",
             )
-        pairs += 1
-        both += all(right[at : at + _QUESTIONS_OF_AN_IMAGE])
-    return MmeTask(100 * sum(right) / len(right), 100 * both / pairs, len(right))
+        pairs.append(pair)
+    return pairs
 
 
-def _is_right(row: MmeRow) -> bool:
+def is_right(row: MmeRow) -> bool:
+    """Tell whether the response says what the ground truth says.
+
+    Raises:
+        InputError: a ground truth that is not yes or no.
+    """
     truth = row.truth.strip().lower()
     if truth not in ("yes", "no"):
         raise InputError(

@@ -48,12 +48,16 @@ class Score:
         metric: such as `accuracy` or `CIDEr`.
         per_sample: the same metric by sample id, in the same unit.
         details: further figures (accuracy by answer type, ...).
+        metrics: figures that stand beside `value` in the record of an evaluation and in its run.
+        hallucinated: words of a prediction that name what its image does not show, by sample id.
     """
 
     value: float
     metric: str
     per_sample: dict[SampleId, float]
     details: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    hallucinated: dict[SampleId, list[str]] = field(default_factory=dict)
 
 
 class Entry(NamedTuple):
@@ -132,6 +136,24 @@ class Task(ABC):
         Raises:
             InputError: there is no sample, or a sample has no prediction.
         """
+
+    def complete(
+        self, score: Score, samples: Sequence[Sample], predictions: Mapping[SampleId, str], root: Path, split: Split
+    ) -> Score:
+        """Return `score` with the figures that need more files than the samples came from; here none.
+
+        For the final evaluation alone: the scores that choose an epoch do without. What cannot be had is named in
+        `details["left_out"]`.
+
+        Args:
+            score: what `score` returned.
+            samples: what was asked.
+            predictions: the answers, by id.
+            root: the data root.
+            split: the official split that the samples are of.
+        """
+        del samples, predictions, root, split
+        return score
 
     def postprocess(self, text: str) -> str:
         """Return the answer in a generated `text`: up to the first newline or stop word, stripped."""

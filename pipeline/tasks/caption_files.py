@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pipeline.data.files import RecordFile, field, find
+from pipeline.data.files import RecordFile, field, file_digest, find
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.tasks.base import Entry, Normalise, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
 from pipeline.tasks.vqa_files import SUBSETS
+
+if TYPE_CHECKING:
+    from pipeline.scores.chair import ChairScore
 
 CAPTION_TEMPLATE = PromptTemplate(
     prefix="Instruction: provide a short caption of the input image.\n",
@@ -53,6 +56,7 @@ class CaptionTask(Task):
         folders: where the file is looked for, relative to the data root, in order.
         captions: file name, with `{subset}` for `train2014` or `val2014`.
         instances: likewise; only CHAIR reads it.
+        object_words: file of the words that name its categories; None for COCO's.
     """
 
     name: str
@@ -60,6 +64,7 @@ class CaptionTask(Task):
     folders: tuple[str, ...]
     captions: str = "captions_{subset}.json"
     instances: str = "instances_{subset}.json"
+    object_words: Path | None = None
     template: PromptTemplate = CAPTION_TEMPLATE
     max_new_tokens: int = 20
     metric: str = "CIDEr"
@@ -69,10 +74,69 @@ class CaptionTask(Task):
         """Return the files of `split`; see `Task.files`."""
         return (find(root, self.folders, self.captions.format(subset=SUBSETS[split])),)
 
-    def object_files(self, root: Path, split: Split) -> tuple[Path, Path]:
-        """Return the instances and the captions file, CHAIR's ground truth of which objects an image shows."""
-        instances = find(root, self.folders, self.instances.format(subset=SUBSETS[split]))
-        return instances, self.files(root, split)[0]
+    def object_file(self, root: Path, split: Split) -> Path:
+        """Return the instances file: with the reference captions, CHAIR's ground truth of what an image shows.
+
+        Raises:
+            InputError: it is not there; every place looked at is listed.
+        """
+        return find(root, self.folders, self.instances.format(subset=SUBSETS[split]))
+
+    def chair(
+        self, root: Path, split: Split, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+    ) -> ChairScore:
+        """Return CHAIR of predicted captions.
+
+        Args:
+            root: the data root.
+            split: the official split that the images are of.
+            predictions: a caption by image id, as text.
+            references: the reference captions of the same images.
+
+        Raises:
+            InputError: there is no instances file, it is damaged, or it does not hold these images.
+        """
+        from pipeline.scores import chair, objects  # needs NLTK; reading and training do not
+
+        path = self.object_file(root, split)
+        categories = objects.categories_of([path])
+        missing = [key for key in predictions if key not in categories]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of {len(predictions)} images are not in the file: image id {shown_ids(missing)}",
+                where=str(path),
+                way_out="Get the instances of the same split",
+            )
+        words = None if self.object_words is None else chair.synonyms(self.object_words)
+        truth = chair.ground_truth({key: categories[key] for key in predictions}, references, words)
+        return chair.chair_scores(predictions, truth, words)
+
+    def complete(
+        self, score: Score, samples: Sequence[Sample], predictions: Mapping[SampleId, str], root: Path, split: Split
+    ) -> Score:
+        """Add CHAIRs, CHAIRi and recall, fractions, where the objects of the images are annotated."""
+        keys = {str(sample.sample_id): sample for sample in samples}
+        try:
+            found = self.chair(
+                root,
+                split,
+                {key: predictions[sample.sample_id] for key, sample in keys.items()},
+                {key: sample.references for key, sample in keys.items()},
+            )
+        except InputError as error:
+            # The captions were generated and have their score; only this figure lacks its file.
+            return replace(score, details={**score.details, "left_out": [f"{self.name}: no CHAIR: {error}"]})
+        path = self.object_file(root, split)
+        made_from = {path.relative_to(root).as_posix(): file_digest(path)}
+        return replace(
+            score,
+            metrics={**score.metrics, "CHAIRs": found.CHAIRs, "CHAIRi": found.CHAIRi, "recall": found.recall},
+            details={**score.details, "chair": {"variant": found.variant, "objects": made_from}},
+            hallucinated={
+                keys[one.image_id].sample_id: [word for word, _ in one.mscoco_hallucinated_words]
+                for one in found.sentences
+            },
+        )
 
     def index(self, root: Path, split: Split) -> Iterator[Entry]:
         """Yield id and image of every sample; see `Task.index`."""

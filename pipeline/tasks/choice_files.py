@@ -1,13 +1,17 @@
-"""Multiple choice answered with a letter: what SEED-Bench and MMMU-Pro share."""
+"""Questions with a closed set of answers: what MME, SEED-Bench and MMMU-Pro share."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from string import ascii_uppercase
+from typing import Literal
 
 from pipeline.data.sample import Sample
-from pipeline.tasks.base import PromptTemplate, SampleId, Score, Task
+from pipeline.tasks.base import Entry, PromptTemplate, SampleId, Score, Split, Task
 
 CHOICE_TEMPLATE = PromptTemplate(
     prefix="",
@@ -17,6 +21,49 @@ CHOICE_TEMPLATE = PromptTemplate(
     stop_words=("Question", "Answer", "Image"),
 )
 _LETTER = re.compile(r"[\s(\[\"']*([A-Z])(?![A-Za-z])", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ChoiceTask(Task):
+    """A published test set that every split is drawn from, scored by accuracy."""
+
+    name: str
+    stands_for: str
+    template: PromptTemplate = CHOICE_TEMPLATE
+    max_new_tokens: int = 10
+    metric: str = "accuracy"
+    unit: Literal["percent", "fraction"] = "percent"
+    one_pool: bool = True
+
+    @abstractmethod
+    def samples(self, root: Path) -> Iterator[Sample]:
+        """Yield every sample, in the order of the official files; see `Task.read`."""
+
+    def group(self, sample: Sample) -> str | None:
+        """Return what the sample shares with those that must stay beside it; see `Entry`."""
+        del sample
+        return None
+
+    def index(self, root: Path, split: Split) -> Iterator[Entry]:
+        """Yield id and images of every sample; see `Task.index`."""
+        del split
+        for sample in self.samples(root):
+            images = tuple(dict.fromkeys(image.path for image in sample.images))
+            yield Entry(sample.sample_id, images, self.group(sample))
+
+    def read(self, root: Path, split: Split, only: Collection[SampleId] | None = None) -> Iterator[Sample]:
+        """Yield the samples; see `Task.read`."""
+        del split
+        wanted = None if only is None else set(only)
+        for sample in self.samples(root):
+            if wanted is None or sample.sample_id in wanted:
+                yield sample
+
+
+def shards_in(root: Path, folders: Sequence[str]) -> tuple[Path, ...]:
+    """Return the Parquet shards of the split `test` in the first of the folders that has any; none where none has."""
+    found = (tuple(sorted((root / folder).glob("test-*.parquet"))) for folder in folders)
+    return next((shards for shards in found if shards), ())
 
 
 def with_choices(question: str, choices: Sequence[str]) -> str:
@@ -31,25 +78,9 @@ def letter_of(answer: str) -> str:
     return found[1].upper() if found else ""
 
 
-def letter_score(task: Task, samples: Sequence[Sample], predictions: Mapping[SampleId, str], by: str) -> Score:
-    """Score by accuracy in percent: the letter read from the answer is the right one; none counts as wrong.
-
-    Args:
-        task: named in messages.
-        samples: their one reference is the right letter.
-        predictions: answers by sample id.
-        by: key of `Sample.meta`; the accuracy of each of its values is in `details`.
-    """
-    answers = task.predictions_for(samples, predictions)
-    per_sample = {
-        sample.sample_id: 100.0 * (letter_of(answer) == sample.references[0])
-        for sample, answer in zip(samples, answers, strict=True)
-    }
-    return accuracy(task, samples, per_sample, by)
-
-
-def accuracy(task: Task, samples: Sequence[Sample], per_sample: dict[SampleId, float], by: str) -> Score:
-    """Return the mean of `per_sample`, over all and (in `details`) over the samples of each `meta[by]`."""
+def accuracy(task: Task, samples: Sequence[Sample], right: Mapping[SampleId, bool], by: str) -> Score:
+    """Return the share of right answers in percent, over all and (in `details`) over the samples of each `meta[by]`."""
+    per_sample = {key: 100.0 * one for key, one in right.items()}
     groups: dict[str, list[float]] = {}
     for sample in samples:
         groups.setdefault(str(sample.meta[by]), []).append(per_sample[sample.sample_id])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pipeline.scores.objects import MINIATURE_WORDS
 from pipeline.tasks import tasks
 from pipeline.tasks.coco import COCO
 
-tasks.add("mini-coco", replace(COCO, name="mini-coco"))
+tasks.add("mini-coco", replace(COCO, name="mini-coco", object_words=MINIATURE_WORDS))

@@ -6,23 +6,20 @@ Read from the release's folders (both layouts: pictures beside the questions, or
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pipeline.data.files import field, find
 from pipeline.data.parquet import cell_name, rows
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
+from pipeline.scores.mme import GROUPS, MmeRow, MmeScore, is_right, subtask_score
 from pipeline.tasks import tasks
-from pipeline.tasks.base import Entry, Normalise, PromptTemplate, SampleId, Score, Split, Task
-from pipeline.tasks.choice_files import accuracy
+from pipeline.tasks.base import Normalise, PromptTemplate, SampleId, Score, Split
+from pipeline.tasks.choice_files import ChoiceTask, accuracy, shards_in
 
-PERCEPTION = (
-    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
-)  # fmt: skip
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+PERCEPTION, COGNITION = GROUPS["Perception"], GROUPS["Cognition"]
 FOLDERS = tuple(
     f"{parent}{release}"
     for parent in ("mme/", "MME/", "")
@@ -45,78 +42,59 @@ MME_TEMPLATE = PromptTemplate(
 )
 
 
-def yes_or_no(answer: str) -> str:
-    """Return "yes", "no" or "other" as MME's own tool reads an answer: by its first four characters."""
-    start = answer.strip().lower()[:4]
-    return next((word for word in ("yes", "no") if word in start), "other")
-
-
 @dataclass(frozen=True)
-class Mme(Task):
+class Mme(ChoiceTask):
     """Yes-or-no questions; every split comes from the one test set, an image's two questions together."""
 
     name: str = "mme"
     stands_for: str = "mme"
     template: PromptTemplate = MME_TEMPLATE
-    max_new_tokens: int = 10
-    metric: str = "accuracy"
-    unit: Literal["percent", "fraction"] = "percent"
-    one_pool: bool = True
 
     def files(self, root: Path, split: Split) -> tuple[Path, ...]:
         """Return the shards, or else every text file of questions."""
         del split
-        shards = self._shards(root)
-        return shards or tuple(text for _, _, text in self._texts(root))
+        return shards_in(root, SHARD_FOLDERS) or tuple(text for _, _, text in self._texts(root))
 
-    def index(self, root: Path, split: Split) -> Iterator[Entry]:
-        """Yield id and image of every sample; see `Task.index`."""
-        for sample in self.read(root, split):
-            yield Entry(sample.sample_id, (sample.images[0].path,), f"{sample.meta['category']}/{sample.meta['image']}")
+    def samples(self, root: Path) -> Iterator[Sample]:
+        """Yield every sample. An id is `<subtask>/<image>#<0 or 1>`."""
+        return self._from_shards(root) if shards_in(root, SHARD_FOLDERS) else self._from_folders(root)
 
-    def read(self, root: Path, split: Split, only: Collection[SampleId] | None = None) -> Iterator[Sample]:
-        """Yield the samples; see `Task.read`. An id is `<subtask>/<image>#<0 or 1>`."""
-        del split
-        wanted = None if only is None else set(only)
-        for sample in self._from_shards(root) if self._shards(root) else self._from_folders(root):
-            if wanted is None or sample.sample_id in wanted:
-                yield sample
+    def group(self, sample: Sample) -> str:
+        """Keep an image's two questions together: accuracy+ needs both."""
+        return f"{sample.meta['category']}/{sample.meta['image']}"
 
     def score(
         self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
     ) -> Score:
-        """Score by accuracy; `details` has MME's accuracy+ (both questions of an image right) and subtask scores.
+        """Score by accuracy; `metrics` has accuracy+ (both questions of an image right), perception and cognition.
 
-        A subtask's score is 100 accuracy + 100 accuracy+ (at most 200); perception and cognition are sums.
+        A subtask's score is 100 accuracy + 100 accuracy+ (at most 200); perception and cognition are sums of those.
+        An image of which only one question was asked is left out of accuracy+.
         """
         answers = self.predictions_for(samples, predictions)
-        per_sample: dict[SampleId, float] = {}
-        pairs: dict[str, dict[str, list[float]]] = {}
+        right: dict[SampleId, bool] = {}
+        asked: dict[str, dict[str, list[MmeRow]]] = {}
         for sample, answer in zip(samples, answers, strict=True):
-            per_sample[sample.sample_id] = 100.0 * (yes_or_no(answer) == sample.references[0].lower())
-            images = pairs.setdefault(str(sample.meta["category"]), {})
-            images.setdefault(str(sample.meta["image"]), []).append(per_sample[sample.sample_id])
-        score = accuracy(self, samples, per_sample, "category")
-        plus = {name: sum(100.0 * (min(got) > 0) for got in images.values()) / len(images)
-                for name, images in sorted(pairs.items())}  # fmt: skip
-        subtasks = {name: score.details["per_category"][name] + plus[name] for name in plus}
+            row = MmeRow(self.group(sample), sample.references[0], answer, str(sample.sample_id))
+            right[sample.sample_id] = is_right(row)
+            asked.setdefault(str(sample.meta["category"]), {}).setdefault(row.image, []).append(row)
+        found = MmeScore({name: subtask_score(list(images.values())) for name, images in sorted(asked.items())})
+        score = accuracy(self, samples, right, "category")
         score.details.update(
-            accuracy_plus=sum(100.0 * (min(got) > 0) for images in pairs.values() for got in images.values())
-            / sum(len(images) for images in pairs.values()),
-            accuracy_plus_per_category=plus,
-            score_per_category=subtasks,
-            perception=sum(subtasks.get(name, 0.0) for name in PERCEPTION),
-            cognition=sum(subtasks.get(name, 0.0) for name in COGNITION),
+            accuracy_plus_per_category={name: one.accuracy_plus for name, one in found.tasks.items()},
+            score_per_category={name: one.score for name, one in found.tasks.items()},
+        )
+        everything = subtask_score([rows for images in asked.values() for rows in images.values()])
+        score.metrics.update(
+            accuracy_plus=everything.accuracy_plus,
+            perception=found.group("Perception")["total"],
+            cognition=found.group("Cognition")["total"],
         )
         return score
 
-    def _shards(self, root: Path) -> tuple[Path, ...]:
-        found = (sorted((root / folder).glob("test-*.parquet")) for folder in SHARD_FOLDERS)
-        return tuple(next((shards for shards in found if shards), []))
-
     def _from_shards(self, root: Path) -> Iterator[Sample]:
         asked: dict[str, int] = {}
-        for shard in self._shards(root):
+        for shard in shards_in(root, SHARD_FOLDERS):
             for row, record in rows(shard, ["question_id", "question", "answer", "category"]):
                 where = f"{shard}: row {row}"
                 key = field(record, "question_id", str, where)

@@ -6,49 +6,39 @@ in the papers, and not counted as missing images.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.data.files import RecordFile, field, find
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
+from pipeline.scores.seed_bench import seed_bench_scores
 from pipeline.tasks import tasks
-from pipeline.tasks.base import Entry, Normalise, PromptTemplate, SampleId, Score, Split, Task
+from pipeline.tasks.base import Normalise, SampleId, Score, Split
 from pipeline.tasks.caption_files import plain_file_name
-from pipeline.tasks.choice_files import CHOICE_TEMPLATE, letter_score, with_choices
+from pipeline.tasks.choice_files import ChoiceTask, accuracy, letter_of, with_choices
 
 FOLDERS = ("seed_bench", "seed-bench", "SEED-Bench", ".")
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 
 
 @dataclass(frozen=True)
-class SeedBench(Task):
+class SeedBench(ChoiceTask):
     """Four-choice questions on one image; the target is the letter."""
 
     name: str = "seed-bench"
     stands_for: str = "seed-bench"
-    template: PromptTemplate = CHOICE_TEMPLATE
-    max_new_tokens: int = 10
-    metric: str = "accuracy"
-    unit: Literal["percent", "fraction"] = "percent"
-    one_pool: bool = True
 
     def files(self, root: Path, split: Split) -> tuple[Path, ...]:
         """Return the one file of questions."""
         del split
         return (find(root, FOLDERS, "SEED-Bench.json"),)
 
-    def index(self, root: Path, split: Split) -> Iterator[Entry]:
-        """Yield id and image of every sample; see `Task.index`."""
-        for sample in self.read(root, split):
-            yield Entry(sample.sample_id, (sample.images[0].path,))
-
-    def read(self, root: Path, split: Split, only: Collection[SampleId] | None = None) -> Iterator[Sample]:
-        """Yield the samples; see `Task.read`."""
-        wanted = None if only is None else set(only)
-        (path,) = self.files(root, split)
+    def samples(self, root: Path) -> Iterator[Sample]:
+        """Yield every question on an image; the videos' are left out."""
+        (path,) = self.files(root, "evaluation")
         folder = find(root, FOLDERS, "SEED-Bench-image").relative_to(root).as_posix()
         seen: set[str] = set()
         file = RecordFile(path, ["questions"])
@@ -60,8 +50,7 @@ class SeedBench(Task):
             if sample_id in seen:
                 raise InputError(f"question_id {sample_id} stands twice in the file", where=file.where())
             seen.add(sample_id)
-            if wanted is None or sample_id in wanted:
-                found.append(self._sample(record, file.where(), sample_id, folder))
+            found.append(self._sample(record, file.where(), sample_id, folder))
         # Dimensions 3 and 4 changed names between releases: the file's own table, after the questions, is right.
         table = field(file.header, "question_type", dict, str(path))
         names = {number: name for name, number in table.items()}
@@ -71,8 +60,15 @@ class SeedBench(Task):
     def score(
         self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
     ) -> Score:
-        """Score by accuracy of the letters, over all and by dimension; see `letter_score`."""
-        return letter_score(self, samples, predictions, "dimension")
+        """Score by accuracy of the letters that the answers begin with, over all and by dimension."""
+        answers = self.predictions_for(samples, predictions)
+        results = [
+            {"question_id": sample.sample_id, "prediction": letter_of(answer), "gt_answer": sample.references[0]}
+            for sample, answer in zip(samples, answers, strict=True)
+        ]
+        rows = seed_bench_scores(results, where=self.name).rows
+        right: dict[SampleId, bool] = {row["question_id"]: row["if_right"] for row in rows}
+        return accuracy(self, samples, right, "dimension")
 
     def _sample(self, record: Mapping[str, Any], where: str, sample_id: str, folder: str) -> tuple[Sample, int]:
         choices = [str(field(record, name, (str, int, float), where)) for name in CHOICES]

@@ -259,6 +259,7 @@ class TrialRun:
             checkpoint.save(folder, number, state, self.engine.save)
         else:
             shared = folder / f".writing-{number}"
+            shared.mkdir(parents=True, exist_ok=True)
             self.engine.save(shared)  # every rank writes its part
             dist.barrier()
             if self.rank == 0:

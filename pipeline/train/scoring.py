@@ -68,7 +68,8 @@ def score_trial(
     return {
         "trial": config.key, "config": config.model_dump(mode="json"), "evaluation": evaluation.model_dump(mode="json"),
         "metric": score.metric, "unit": task.unit, "value": score.value,
-        "metrics": {score.metric: score.value, **score.metrics}, "details": score.details, "num_samples": len(samples), "seconds": seconds, "found": found,
+        "metrics": {score.metric: score.value, **score.metrics}, "details": score.details,
+        "num_samples": len(samples), "seconds": seconds, "found": found,
         "predictions": [
             {
                 "sample_id": s.sample_id, "prediction": texts[s.sample_id],

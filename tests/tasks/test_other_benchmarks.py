@@ -16,9 +16,10 @@ from pipeline.data.images import check_image, open_image
 from pipeline.data.manifest import Manifest
 from pipeline.data.subsample import draw
 from pipeline.errors import InputError
+from pipeline.scores.__main__ import main
+from pipeline.scores.mmmu_pro import read_options
 from pipeline.tasks.choice_files import letter_of
-from pipeline.tasks.mme import COGNITION, PERCEPTION, yes_or_no
-from pipeline.tasks.mmmu_pro import parse_options
+from pipeline.tasks.mme import COGNITION, PERCEPTION
 
 
 def png(number: int) -> bytes:
@@ -120,14 +121,33 @@ def test_mme_is_scored_by_accuracy_and_by_pairs(mme):
     samples = list(task.read(mme, "evaluation"))
     right = {sample.sample_id: f"{sample.target.lower()}, it is" for sample in samples}
     perfect = task.score(samples, right)
-    assert (perfect.value, perfect.details["accuracy_plus"]) == (100, 100)
-    assert (perfect.details["perception"], perfect.details["cognition"]) == (2000, 800)
+    assert perfect.value == 100
+    assert perfect.metrics == {"accuracy_plus": 100, "perception": 2000, "cognition": 800}
     always_yes = task.score(samples, dict.fromkeys(right, "Yes"))
-    assert (always_yes.value, always_yes.details["accuracy_plus"]) == (50, 0)
-    assert always_yes.details["perception"] == 500
-    assert [yes_or_no(text) for text in ("Yes.", "NO", "a no", "unknown", "  yes it", "")] == [
-        "yes", "no", "no", "other", "yes", "other",
-    ]  # fmt: skip
+    assert always_yes.value == 50
+    assert always_yes.metrics == {"accuracy_plus": 0, "perception": 500, "cognition": 200}
+    cut = task.score(samples[:3], right)  # the second image lost its second question
+    assert (cut.value, cut.metrics["accuracy_plus"]) == (100, 100)
+
+
+def test_mme_equals_the_command_on_its_result_files(mme, tmp_path, capsys):
+    task = tasks.get("mme")
+    samples = list(task.read(mme, "evaluation"))
+    answers = ("Yes", "no", "No, it is not", "perhaps", "yes\tand", "not sure", "Yes.")
+    predictions = {sample.sample_id: answers[number % 7] for number, sample in enumerate(samples)}
+    lines: dict[str, list[str]] = {}
+    for sample in samples:
+        columns = (sample.meta["image"], sample.question, sample.target, predictions[sample.sample_id])
+        lines.setdefault(sample.meta["category"], []).append("\t".join(map(str, columns)))
+    (tmp_path / "results").mkdir()
+    for subtask, rows in lines.items():
+        (tmp_path / "results" / f"{subtask}.txt").write_text("\n".join(rows), encoding="utf-8")
+    assert main(["mme", "--results", str(tmp_path / "results")]) == 0
+    official, score = json.loads(capsys.readouterr().out), task.score(samples, predictions)
+    assert score.details["per_category"] == official["accuracy"]
+    assert score.details["accuracy_plus_per_category"] == official["accuracy_plus"]
+    assert score.metrics["perception"] == official["Perception"]["total"]
+    assert score.metrics["cognition"] == official["Cognition"]["total"]
 
 
 def test_mme_from_shards_equals_mme_from_folders(mme, tmp_path_factory):
@@ -195,7 +215,8 @@ def seed_bench(tmp_path: Path) -> Path:
                 "question_type_id": 5 if number % 2 else 3,
             }
         )
-    questions.append({"data_id": "94328.webm", "data_type": "video", "question_id": "v1738", "question_type_id": 10})
+    video = {"data_id": "94328.webm", "data_type": "video", "question_id": "v1738", "question_type_id": 10}
+    questions.append({**video, "answer": "C"})
     names = {"Instance Attributes": 3, "Instances Counting": 5}
     (images.parent / "SEED-Bench.json").write_text(json.dumps({"questions": questions, "question_type": names}))
     return tmp_path
@@ -213,6 +234,21 @@ def test_seed_bench_reads_images_and_leaves_out_videos(seed_bench):
     score = task.score(samples, {sample.sample_id: "b. because" for sample in samples})
     assert score.value == 50
     assert score.details["per_dimension"] == {"Instance Attributes": 0, "Instances Counting": 100}
+
+
+def test_seed_bench_equals_the_command_on_its_result_file(seed_bench, tmp_path, capsys):
+    task = tasks.get("seed-bench")
+    samples = list(task.read(seed_bench, "evaluation"))
+    predictions = {sample.sample_id: "ABC"[number % 3] for number, sample in enumerate(samples)}
+    rows = [json.dumps({"question_id": key, "prediction": letter}) for key, letter in predictions.items()]
+    (tmp_path / "results.jsonl").write_text("\n".join(rows))
+    questions = str(seed_bench / "seed_bench" / "SEED-Bench.json")
+    assert main(["seed-bench", "--results", str(tmp_path / "results.jsonl"), "--questions", questions]) == 0
+    official, score = json.loads(capsys.readouterr().out), task.score(samples, predictions)
+    assert score.value == pytest.approx(100 * official["accuracy"])
+    assert score.details["per_dimension"] == pytest.approx(
+        {name: 100 * share for name, share in official["per_dimension"].items()}
+    )
 
 
 def test_letters_are_read_from_the_beginning():
@@ -271,12 +307,32 @@ def test_mmmu_pro_reads_images_in_the_order_of_their_markers(mmmu, tmp_path):
     assert len({sample.images[0].sha256 for samples in manifest.splits.values() for sample in samples}) == 12
 
 
+def test_mmmu_pro_equals_the_command_on_its_result_file(mmmu, tmp_path, capsys):
+    task = tasks.get("mmmu-pro")
+    samples = list(task.read(mmmu, "evaluation"))
+    answers = ("C", "(A) or (C)", "no idea", "C.", "")
+    predictions = {sample.sample_id: answers[number % 5] for number, sample in enumerate(samples)}
+    rows = [
+        {"id": s.sample_id, "options": str(s.meta["choices"]), "answer": s.target, "response": predictions[s.sample_id]}
+        for s in samples
+    ]
+    (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["mmmu-pro", "--results", str(tmp_path / "results.jsonl")]) == 0
+    official, score = json.loads(capsys.readouterr().out), task.score(samples, predictions)
+    assert [bool(one) for one in score.per_sample.values()] == [row["if_right"] for row in official["rows"]]
+    assert score.value == pytest.approx(100 * official["overall"]["accuracy"])
+    assert score.metrics == {"accuracy_of_readable": 100 * official["overall"]["accuracy_deterministic"]}
+    assert score.details["n_random_fallback"] == official["overall"]["n_random_fallback"] == 4
+    unreadable = task.score(samples, dict.fromkeys(predictions, "?"))
+    assert unreadable.metrics == {} and unreadable.details["n_random_fallback"] == 12
+
+
 def test_options_are_literals_and_never_run(tmp_path):
-    assert parse_options("[['A', 'B'], 'c']", "here") == ["['A', 'B']", "c"]
+    assert read_options("[['A', 'B'], 'c']", "here") == ["['A', 'B']", "c"]
     mark = tmp_path / "ran"
     for text in (f"[open({str(mark)!r}, 'w')]", "'a'", "[]", "[", "{}"):
-        with pytest.raises(InputError, match="here: 'options' is no list"):
-            parse_options(text, "here")
+        with pytest.raises(InputError, match="here: field 'options' is not a list"):
+            read_options(text, "here")
     assert not mark.exists()
 
 

@@ -1,0 +1,72 @@
+"""Two ranks train every method as one process does."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pipeline import adapters, methods
+from pipeline.request import TrialRequest
+from pipeline.train.workbench import Workbench
+from tests.free_port import free_port
+
+SHORT = {"epochs": 1, "num_train_samples": 7, "num_selection_samples": 3}  # the last batch leaves one rank without
+
+
+def without_dropout(method: str) -> dict:
+    """Ranks draw masks of their own, so only training without dropout can be compared."""
+    names = methods.option_names(method)
+    return {"dropout": 0.0} if "dropout" in names else {"lora": {"dropout": 0.0}} if "lora" in names else {}
+
+
+def train(bench: Workbench, request: TrialRequest) -> tuple[float, float]:
+    bench.admit(request)
+    (report,) = bench.advance()
+    return report["train_loss"], report["selection_score"]
+
+
+def _rank(rank: int, port: int, requests: list[TrialRequest], queue) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        bench = Workbench(device="cpu")
+        found = [train(bench, request) for request in requests]
+        if rank == 0:
+            queue.put(found)
+        dist.barrier()
+    except Exception as error:
+        queue.put(error)
+        raise
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_every_method_as_one_process_does(trial, tmp_path: Path):
+    def requests(world: int) -> list[TrialRequest]:
+        step = {"micro_batch_size": 2 // world, "accumulation": 1, "world_size": world}
+        made = [
+            trial(method, tmp_path / f"{world}", **SHORT, **step, **without_dropout(method))
+            for method in adapters.names()
+        ]
+        return [replace(request, pack_key=None) for request in made]
+
+    bench = Workbench(device="cpu")
+    alone = [train(bench, request) for request in requests(1)]
+    context = mp.get_context("spawn")
+    queue, port = context.Queue(), free_port()
+    ranks = [context.Process(target=_rank, args=(rank, port, requests(2), queue)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    together = queue.get(timeout=200)
+    for process in ranks:
+        process.join(60)
+    assert not isinstance(together, Exception), together
+    for method, one, two in zip(adapters.names(), alone, together, strict=True):
+        assert two == pytest.approx(one, abs=1e-5), method
