@@ -24,7 +24,7 @@ Resolve = Callable[[dict[str, Any]], TrialRequest]
 Report = dict[str, Any]  # one epoch's metrics with "epoch", "trial_key" and "done"; or {"error": ...}
 
 
-@dataclass
+@dataclass(eq=False)
 class _Trial:
     request: TrialRequest
     reports: list[Report] = field(default_factory=list)
@@ -199,6 +199,7 @@ class Dispatcher:
         except ray.exceptions.RayTaskError as error:
             if not isinstance(error.cause, HificlError) or len(self.slots[0].workers) > 1:
                 raise
+            slot.keys.discard(trial.request.key)
             mine.remove(trial)  # its own fault; the others go on
             self._again(trial, str(error.cause), retry=False)
             return
