@@ -83,6 +83,7 @@ class Prediction(_File):
     question: str | None = None
     references: list[str] = []
     image: str | None = None
+    hallucinated: list[str] = []  # words of a caption that name what its image does not show (CHAIR)
 
 
 class Evaluation(_File):

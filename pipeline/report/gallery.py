@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,30 @@ def _samples(
                 "words": question or f"Image of sample {sample}",
                 "answers": [
                     {
-                        "text": by_line[line][sample].prediction,
+                        "parts": marked(by_line[line][sample]),
                         "right": (by_line[line][sample].score or 0.0) == best > 0,
                     }
                     if line in by_line
-                    else {"text": "", "right": False}
+                    else {"parts": [], "right": False}
                     for line in lines
                 ],
             }
         )
     return out
+
+
+def marked(prediction: Prediction) -> list[tuple[str, bool]]:
+    """Return an answer's text in pieces, each with whether it names what its image does not show (CHAIR).
+
+    CHAIR reports words in lower case and in the singular or plural in which they stand.
+    """
+    wrong = "|".join(
+        re.escape(word) for word in sorted(set(prediction.hallucinated), key=lambda word: (-len(word), word))
+    )
+    if not wrong:
+        return [(prediction.prediction, False)]
+    pieces = re.split(rf"\b({wrong})\b", prediction.prediction, flags=re.IGNORECASE)
+    return [(piece, number % 2 == 1) for number, piece in enumerate(pieces) if piece]
 
 
 def _data_uri(file: Path) -> str | None:

@@ -3,8 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.report import load_table
-from pipeline.report.evaluations import read_evaluation
-from pipeline.report.gallery import SAMPLES, gallery
+from pipeline.report.evaluations import Prediction, read_evaluation
+from pipeline.report.gallery import SAMPLES, gallery, marked
 
 
 def test_the_gallery_shows_where_the_reference_row_is_best_and_worst(maker: Any) -> None:
@@ -26,3 +26,9 @@ def test_the_gallery_shows_where_the_reference_row_is_best_and_worst(maker: Any)
     assert leads[:half] == every[::-1][:half]
     assert leads[half:] == every[:half]
     assert len({sample["id"] for sample in shown["samples"]}) == SAMPLES
+
+
+def test_words_that_name_what_is_not_there_are_marked() -> None:
+    caption = Prediction(sample_id=1, prediction="A Dog and a hot dog", hallucinated=["dog", "hot dog"])
+    assert marked(caption) == [("A ", False), ("Dog", True), (" and a ", False), ("hot dog", True)]
+    assert marked(Prediction(sample_id=1, prediction="a dog")) == [("a dog", False)]
