@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,11 @@ def here(project, monkeypatch):
 def copy(project, tmp_path, monkeypatch) -> Project:
     """A copy that a test may spoil; its MLflow artifacts are the project's own."""
     folder = tmp_path / "copy"
-    shutil.copytree(project.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("cache", ".tune"))
+    # In a process of its own: this one may hold mlflow.db open, and closing a file drops all locks that its process has
+    # on it, which is how an SQLite database gets damaged.
+    subprocess.run(["cp", "-a", str(project.folder), str(folder)], check=True)
+    for left_out in (folder / "cache", folder / "runs/.tune"):
+        shutil.rmtree(left_out, ignore_errors=True)
     for link in [*folder.iterdir(), *(folder / "data").iterdir()]:
         if link.is_symlink():  # they were relative to where the project lies
             target = (project.folder / link.relative_to(folder)).resolve()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 
@@ -50,20 +49,13 @@ def test_two_ranks_with_zero_2_give_the_losses_of_one(project):
         assert b["selection_score"] == pytest.approx(a["selection_score"], abs=1e-9)
 
 
-def test_trials_that_share_forward_passes_lose_what_they_lose_alone(project):
+def test_trials_share_forward_passes(project):
+    """That they lose what they lose alone is in tests/train/test_together.py; here the pool and Tune let them meet."""
     only(project, search={"rank": [4, 5, 6]}, set={"micro_batch_size": 2, "accumulation": 1, "zero_stage": 0})
-    found = []
-    for pack in (3, 1):
-        project.python("-m", "pipeline", "sweep", "--set", f"sweep.pack={pack}", "--set", "sweep.slots=1")
-        mine = {key: epochs for rank in (4, 5, 6) for key, epochs in rows(project, rank=rank).items()}
-        shared = {trials(project)[key]["packed"] for key in mine}
-        assert max(shared) > 1 if pack > 1 else shared == {1}
-        found.append([mine[key] for key in sorted(mine)])
-        if pack > 1:
-            for key in mine:
-                shutil.rmtree(project.folder / "runs" / key)
-    for together, alone in zip(*found, strict=True):
-        assert [e["train_loss"] for e in together] == pytest.approx([e["train_loss"] for e in alone], abs=1e-5)
+    project.python("-m", "pipeline", "sweep", "--set", "sweep.pack=3", "--set", "sweep.slots=1")
+    ends = [trials(project)[key] for rank in (4, 5, 6) for key in rows(project, rank=rank)]
+    assert len(ends) == 3 and {end["status"] for end in ends} == {"finished"}
+    assert max(end["packed"] for end in ends) > 1
 
 
 def test_random_search_median_stopping_loss_selection_and_offload(project):
