@@ -13,9 +13,6 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nltk.tokenize.destructive import NLTKWordTokenizer
-from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
-
 from pipeline.errors import InputError, nearest
 from pipeline.scores.files import some
 from pipeline.scores.singular import singular
@@ -108,7 +105,10 @@ def synonyms(file: Path = _SYNONYMS_FILE) -> Mapping[str, str]:
 
 
 @cache
-def _tokenisers() -> tuple[PunktSentenceTokenizer, NLTKWordTokenizer]:
+def _tokenisers() -> tuple[Any, Any]:
+    from nltk.tokenize.destructive import NLTKWordTokenizer  # seconds to import, and the command line needs none
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+
     parameters = PunktParameters()
     parameters.abbrev_types = set(_ABBREVIATIONS)
     return PunktSentenceTokenizer(parameters), NLTKWordTokenizer()
