@@ -6,7 +6,6 @@ checkpoint/epoch-0003/...           the engine's own files (adapter, optimiser)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -15,14 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.atomic import folder_atomic
+from pipeline.digests import file_digest
 
 KEPT = 2  # the newest, and one generation back in case the newest is damaged
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 (hex) of a file's bytes."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def save(folder: Path, epoch: int, state: dict[str, Any], write: Callable[[Path], None]) -> None:

@@ -22,7 +22,7 @@ from pipeline.train.recent import Recent
 from pipeline.train.visual_tokens import VisualTokens
 from pipeline.trial import TrialConfig
 
-TEACHER_BYTES = 1 << 29  # of a teacher's targets, kept for the trials that have the same demonstrations
+TEACHER_BYTES = 1 << 29  # of a teacher's targets: computed ahead, and kept for trials with the same demonstrations
 
 
 @dataclass(frozen=True)

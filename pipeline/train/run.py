@@ -277,14 +277,14 @@ class TrialRun:
         self.rows, self.best, self.packed = state["rows"], state["best"], state.get("packed", 1)
 
     def _end(self, report: Report, status: str, error: str | None = None) -> Report:
-        record = {
-            "status": status, "error": error, "epochs": self.epochs_done, "chosen_epoch": self.best.get("epoch"),
-            "objective": self.best.get("objective"), "trainable_parameters": self.adapter.num_trainable(),
-            "train_seconds": sum(row["train_seconds"] for row in self.rows),
-            "seconds": sum(row["seconds"] for row in self.rows), "packed": self.packed,
-            "adapter_digest": folder_digest(self.folder / "adapter"),
-        }  # fmt: skip
         if self.rank == 0:
+            record = {
+                "status": status, "error": error, "epochs": self.epochs_done, "chosen_epoch": self.best.get("epoch"),
+                "objective": self.best.get("objective"), "trainable_parameters": self.adapter.num_trainable(),
+                "train_seconds": sum(row["train_seconds"] for row in self.rows),
+                "seconds": sum(row["seconds"] for row in self.rows), "packed": self.packed,
+                "adapter_digest": folder_digest(self.folder / "adapter"),
+            }  # fmt: skip
             write_atomic(self.folder / "done.json", json.dumps(record, indent=1, sort_keys=True))
         return {**report, "trial_key": self.config.key, "status": status}
 

@@ -17,11 +17,10 @@ from pipeline.errors import WorkError
 from pipeline.progress import say
 from pipeline.train.capacity import Capacity
 from pipeline.train.packed import Losses, losses
-from pipeline.train.resident import Resident
+from pipeline.train.resident import TEACHER_BYTES, Resident
 from pipeline.train.run import Part, Report, TrialRun
 from pipeline.train.selection import select
 
-TEACHER_BYTES = 1 << 29  # targets are computed ahead for as many steps as fit in this
 Work = list[tuple[TrialRun, list[Part]]]  # one step's micro-batches by trial
 
 
@@ -109,7 +108,7 @@ class Together:
             try:
                 sums = self._gradients(pack, work)
                 break
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
             self._halve(work)
@@ -179,7 +178,7 @@ class Together:
                 "one sample alone does not fit the memory",
                 where=work[0][0].config.key,
                 way_out="Use a larger device, a lower precision, or train.offload: cpu with train.zero_stage: 3",
-            ) from None
+            )
         for run, _ in work:
             run.engine.forget()
         self.max_rows = -(-rows // 2)
