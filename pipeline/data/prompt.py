@@ -35,6 +35,7 @@ class Rendered:
         query_start: character where the query's own turn begins.
         answer_span: characters of the answer with its leading space and its terminator; None for an open query.
         sample_id: of the query.
+        query_image: the first of `images` that is the query's own.
     """
 
     text: str
@@ -42,6 +43,7 @@ class Rendered:
     query_start: int
     answer_span: Span | None
     sample_id: int | str
+    query_image: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class Encoded:
             token after a demonstration can differ from the first of a text.
         answer_span: tokens of the answer, terminator included; None for an open query.
         sample_id: of the query.
+        query_image: the first of `images` that is the query's own.
     """
 
     input_ids: tuple[int, ...]
@@ -62,6 +65,7 @@ class Encoded:
     query_start: int
     answer_span: Span | None
     sample_id: int | str
+    query_image: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -104,7 +108,7 @@ def render(
         span = (len(text), len(text) + len(closings[-1]))
         text += closings[-1]
     images = tuple(image for sample in (*demos, query) for image in sample.images)
-    return Rendered(text, images, query_start, span, query.sample_id)
+    return Rendered(text, images, query_start, span, query.sample_id, len(images) - len(query.images))
 
 
 def _open_turn(template: PromptTemplate, backbone: Backbone, sample: Sample) -> str:
@@ -192,7 +196,8 @@ def encode_all(
             start = len(text) - (len(r.text) - r.answer_span[0])
             span = _tokens_between(places, start, len(text) - tail, r.sample_id)
         head = family.expand(r.text[: r.query_start], processor, size)
-        out.append(Encoded(tuple(tokens), r.images, _first_token(places, len(head)), span, r.sample_id))
+        start = _first_token(places, len(head))
+        out.append(Encoded(tuple(tokens), r.images, start, span, r.sample_id, r.query_image))
     return out
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.data.collate import collate
 from pipeline.data.prompt import Encoded
+from pipeline.evaluate.prefix import Prefix, common_head, without_head
 
 if TYPE_CHECKING:
     from pipeline.adapters.attach import Pack
@@ -71,7 +72,8 @@ def generate(
 ) -> list[str]:
     """Return what the model writes after each prompt, greedily or by beam search.
 
-    Whatever is attached to the model takes part; the result does not depend on how prompts share batches.
+    Whatever is attached to the model takes part; the result does not depend on how prompts share batches. Where all
+    requests begin with the same demonstrations, these are computed once.
 
     Args:
         loaded: the backbone.
@@ -95,12 +97,16 @@ def generate(
     # Longest first: a batch that does not fit the memory shows at once, and like lengths waste no padding.
     order = sorted(range(len(requests)), key=lambda i: (-len(requests[i]), i))
     device = loaded.device
+    # beams are split by the images that stand in a row, the head's included; a pack has a head for every adapter
+    shares = loaded.family.shares_prefix and num_beams == 1 and pack is None and not from_pixels
+    head = common_head(requests) if shares else None
+    prefix = Prefix.of(head, loaded, visual_tokens, root) if head else None
     settings: dict[str, Any] = {"do_sample": False, "num_beams": num_beams, "max_new_tokens": max_new_tokens}
     if num_beams > 1:
         settings["length_penalty"] = length_penalty
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        rows = [requests[i] for i in chosen]
+        rows = [without_head(requests[i]) if prefix else requests[i] for i in chosen]
         if from_pixels:
             images: dict[str, Any] = {"pixels": visual_tokens.pixels([row.images for row in rows], root)}
         else:
@@ -108,10 +114,11 @@ def generate(
         batch = collate(rows, loaded, side="left", **images).to(device)
         if pack is not None:
             pack.rows, pack.images = [members[i] for i in chosen], batch.image_counts  # type: ignore[assignment]
-        width = batch.input_ids.shape[1]
+        inputs = prefix.before(batch, loaded) if prefix else batch.model_inputs(loaded)
+        width = inputs["input_ids"].shape[1]
         stop = _StopAt(loaded.tokenizer, stop_strings, width)
         out = loaded.model.generate(
-            **batch.model_inputs(loaded),
+            **inputs,
             **settings,
             use_cache=True,
             suppress_tokens=loaded.never_generated,

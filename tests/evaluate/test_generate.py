@@ -52,6 +52,31 @@ def test_batches_give_what_single_prompts_give(beams, loaded, pictures):
     assert together == generate(loaded, requests, **options, from_pixels=True)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_shared_demonstrations_are_computed_once(beams, loaded, pictures, monkeypatch):
+    """The answers behind one common head are those of the whole prompts."""
+    from pipeline.evaluate import prefix
+
+    samples = [
+        Sample("vqav2", i, (ImageRef(f"{i % 2}.png"),), "What color is the " + "big " * i + "dog?", "red", ())
+        for i in range(6)
+    ]
+    rendered = [render(TEMPLATE, loaded.backbone, query, samples[:2]) for query in samples[2:]]
+    requests = encode_all(loaded, rendered, image_sizes=[[(56, 56)] * len(r.images) for r in rendered])
+    options = {
+        "max_new_tokens": 6, "visual_tokens": VisualTokens(loaded), "root": pictures, "num_beams": beams,
+        "stop_strings": (), "batch_size": 3,
+    }  # fmt: skip
+    heads = []
+    original = prefix.Prefix.of
+    monkeypatch.setattr(prefix.Prefix, "of", lambda head, *rest: heads.append(head) or original(head, *rest))
+    shared = generate(loaded, requests, **options)
+    once = [2] if loaded.family.shares_prefix and beams == 1 else []
+    assert [len(head.images) for head in heads] == once
+    assert shared == [generate(loaded, [one], **options)[0] for one in requests]
+    assert len(heads) == len(once)  # a prompt alone shares nothing
+
+
 def test_greedy_is_the_arg_max_of_full_forwards(loaded, pictures):
     """An own decoding loop without a cache, one prompt, no padding: the plainest reference."""
     from pipeline.data.collate import collate

@@ -26,6 +26,7 @@ class IdeficsFamily(Family):
     """IdeficsForVisionText2Text; an image is `<fake><image><fake>` in the text."""
 
     model_type = "idefics"
+    shares_prefix = False  # every token attends to the images through a mask over the whole prompt
     config_name = "IdeficsConfig"
     model_name = "IdeficsForVisionText2Text"
     processor_name = "IdeficsProcessor"

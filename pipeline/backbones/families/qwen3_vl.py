@@ -24,6 +24,7 @@ class Qwen3VLFamily(Family):
     """Qwen3VLForConditionalGeneration; an image is `<|vision_start|><|image_pad|>...<|vision_end|>`."""
 
     model_type = "qwen3_vl"
+    shares_prefix = False  # positions are counted from the sizes of all images
     sized = True
     token_keys: ClassVar = {
         "image_token_id": "image",
