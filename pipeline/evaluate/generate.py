@@ -53,6 +53,21 @@ class _StopAt:
         return self._may_end[token]
 
 
+def longest_first(requests: Sequence[Encoded]) -> list[int]:
+    """Return the order of generation: what does not fit the memory shows at once, and like lengths waste no padding."""
+    return sorted(range(len(requests)), key=lambda i: (-len(requests[i]), i))
+
+
+def of_part(requests: Sequence[Encoded], batch_size: int, part: tuple[int, int]) -> list[int]:
+    """Return the requests in every n-th batch from the i-th on, for `part` (i, n), in their own order.
+
+    Their batches are those of the whole, however many parts there are, so the parts together are the whole to the bit.
+    """
+    order = longest_first(requests)
+    starts = range(part[0] * batch_size, len(order), part[1] * batch_size)
+    return sorted(i for start in starts for i in order[start : start + batch_size])
+
+
 @torch.no_grad()
 def generate(
     loaded: Loaded,
@@ -94,8 +109,7 @@ def generate(
         One text a request, in order, stop string and surrounding white space removed.
     """
     texts = [""] * len(requests)
-    # Longest first: a batch that does not fit the memory shows at once, and like lengths waste no padding.
-    order = sorted(range(len(requests)), key=lambda i: (-len(requests[i]), i))
+    order = longest_first(requests)
     device = loaded.device
     # beams are split by the images that stand in a row, the head's included; a pack has a head for every adapter
     shares = loaded.family.shares_prefix and num_beams == 1 and pack is None and not from_pixels

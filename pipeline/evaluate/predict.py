@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.data.manifest import Manifest
 from pipeline.data.prompt import stop_strings
 from pipeline.data.sample import Sample
-from pipeline.evaluate.generate import generate
+from pipeline.evaluate.generate import generate, of_part
 from pipeline.tasks import tasks
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ def predict(
     length_penalty: float = 1.0,
     batch_size: int = 64,
     from_pixels: bool = False,
+    part: tuple[int, int] = (0, 1),
 ) -> dict[Any, str]:
-    """Return the post-processed answer of every sample, by id.
+    """Return the post-processed answer of every sample (of those in `part`), by id.
 
     Args:
         resident: backbone, tokenizer and visual tokens.
@@ -42,12 +43,15 @@ def predict(
         length_penalty: of beam search.
         batch_size: prompts at once.
         from_pixels: run the vision tower, for methods that train it.
+        part: (i, n): every n-th batch from the i-th on.
     """
     task = tasks.get(manifest.task)
     shots = [demonstrations(sample) if demonstrations else [] for sample in samples]
+    prompts = resident.prompts(manifest, samples, shots, answer=False)
+    mine = of_part(prompts, batch_size, part)
     texts = generate(
         resident.loaded,
-        resident.prompts(manifest, samples, shots, answer=False),
+        [prompts[i] for i in mine],
         max_new_tokens=max_new_tokens or task.max_new_tokens,
         visual_tokens=resident.visual,
         root=manifest.image_root,
@@ -57,12 +61,13 @@ def predict(
         batch_size=batch_size,
         from_pixels=from_pixels,
     )
-    return {sample.sample_id: task.postprocess(text) for sample, text in zip(samples, texts, strict=True)}
+    return {samples[i].sample_id: task.postprocess(text) for i, text in zip(mine, texts, strict=True)}
 
 
 def predict_each(
     resident: Resident, manifest: Manifest, samples: Sequence[Sample], pack: Pack, members: Sequence[int],
-    *, batch_size: int = 64, from_pixels: bool = False, on_batch: Callable[[], None] = lambda: None,
+    *, max_new_tokens: int | None = None, num_beams: int = 1, length_penalty: float = 1.0, batch_size: int = 64,
+    from_pixels: bool = False, part: tuple[int, int] = (0, 1), on_batch: Callable[[], None] = lambda: None,
 ) -> list[dict[Any, str]]:  # fmt: skip
     """Return the answers of several adapters of a pack to the same samples, decoded in shared batches.
 
@@ -72,30 +77,36 @@ def predict_each(
         samples: the queries, without demonstrations.
         pack: the adapters that are attached.
         members: which of them answer.
+        max_new_tokens: None: the task's own.
+        num_beams: 1 is greedy.
+        length_penalty: of beam search.
         batch_size: prompts at once.
         from_pixels: run the vision tower, for methods that train it.
+        part: (i, n): every n-th batch from the i-th on.
         on_batch: called after every batch.
 
     Returns:
         one mapping of id to answer for every entry of `members`.
     """
     task = tasks.get(manifest.task)
-    prompts = resident.prompts(manifest, samples, [[]] * len(samples), answer=False)
+    prompts = resident.prompts(manifest, samples, [[]] * len(samples), answer=False) * len(members)
+    mine = of_part(prompts, batch_size, part)
     texts = generate(
         resident.loaded,
-        prompts * len(members),
-        max_new_tokens=task.max_new_tokens,
+        [prompts[i] for i in mine],
+        max_new_tokens=max_new_tokens or task.max_new_tokens,
         visual_tokens=resident.visual,
         root=manifest.image_root,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
         stop_strings=stop_strings(task.template),
         batch_size=batch_size,
         from_pixels=from_pixels,
         pack=pack,
-        members=[member for member in members for _ in samples],
+        members=[members[i // len(samples)] for i in mine],
         on_batch=on_batch,
     )
-    ids = [sample.sample_id for sample in samples]
-    return [
-        {i: task.postprocess(text) for i, text in zip(ids, texts[at : at + len(ids)], strict=True)}
-        for at in range(0, len(texts), len(ids))
-    ]
+    found: list[dict[Any, str]] = [{} for _ in members]
+    for i, text in zip(mine, texts, strict=True):
+        found[i // len(samples)][samples[i % len(samples)].sample_id] = task.postprocess(text)
+    return found

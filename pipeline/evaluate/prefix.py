@@ -78,10 +78,9 @@ class Prefix:
         inputs = batch.model_inputs(loaded)
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(rows)
-        assert batch.attention_mask is not None
         inputs["past_key_values"] = cache
         inputs["input_ids"] = torch.cat([head, batch.input_ids], dim=1)
-        inputs["attention_mask"] = torch.cat([torch.ones_like(head), batch.attention_mask], dim=1)
+        inputs["attention_mask"] = torch.cat([torch.ones_like(head), inputs["attention_mask"]], dim=1)
         counted = torch.arange(length, device=head.device).expand(rows, length)
-        inputs["position_ids"] = torch.cat([counted, batch.position_ids + length], dim=1)
+        inputs["position_ids"] = torch.cat([counted, inputs["position_ids"] + length], dim=1)
         return inputs

@@ -1,7 +1,12 @@
-"""Scores trials side by side on the cluster: one Ray actor a slot, each with the backbone resident."""
+"""Scores trials side by side on the cluster: one Ray actor a slot, each with the backbone resident.
+
+What is answered where is planned in `units`; a score is made where all parts of an evaluation have come together.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,14 +17,14 @@ from pipeline.measure.base import Job as Measured
 from pipeline.measure.base import Measure
 from pipeline.request import TrialRequest
 from pipeline.sweep.tuner import cluster, count_slots
+from pipeline.sweep.units import Job, Ledger, Unit, split, units
+from pipeline.train.scoring import Answers, Part
 from pipeline.trial import EvaluationConfig
-
-Job = tuple[TrialRequest, EvaluationConfig]
 
 
 @ray.remote(max_restarts=0)
 class Evaluator:
-    """A resident process that scores one trial after another."""
+    """A resident process that answers and scores for one trial after another."""
 
     def __init__(self, batch_size: int) -> None:
         from pipeline.train.workbench import Workbench, use_threads
@@ -27,10 +32,13 @@ class Evaluator:
         use_threads()
         self.bench = Workbench(batch_size=batch_size)
 
-    def score(self, job: Job) -> dict[str, Any]:
-        """Return the record of a scored trial (without schema and run id)."""
-        request, evaluation = job
-        return self.bench.score(request, evaluation)
+    def answer(self, requests: list[TrialRequest], evaluation: EvaluationConfig, part: Part) -> list[Answers]:
+        """Return trials' answers to one part of their split."""
+        return self.bench.answer(requests, evaluation, part)
+
+    def score(self, request: TrialRequest, evaluation: EvaluationConfig, parts: list[Answers]) -> dict[str, Any]:
+        """Return the record of a trial that has answered (without schema and run id)."""
+        return self.bench.finish(request, evaluation, parts)
 
     def measure(self, kind: Measure, jobs: list[Measured]) -> list[dict[str, float]]:
         """Return what the jobs were measured as."""
@@ -59,36 +67,74 @@ def measure_all(params: Params, kind: Measure, jobs: list[Measured]) -> list[dic
 def score_all(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Any]]:
     """Yield (evaluation key, record or exception) in the order of completion.
 
-    A job whose process dies is tried again up to `sweep.retry.max_attempts` times.
+    A call whose process dies is made again up to `sweep.retry.max_attempts` times. Where one of several trials that
+    answer together is in the way, they answer one by one.
     """
-    sweep = params.sweep
-    waiting = sorted(jobs, key=lambda job: (job[0].config.backbone, job[0].config.task), reverse=True)
-    attempts: dict[str, int] = {}
-    with cluster(sweep):
-        environment = {"OMP_NUM_THREADS": str(sweep.threads_per_worker)}
-        actor: Any = Evaluator
-        make = actor.options(
-            num_cpus=sweep.cpus_per_worker, num_gpus=sweep.gpus_per_worker, runtime_env={"env_vars": environment}
-        )
-        idle = [make.remote(params.evaluate.generation.batch_size) for _ in range(count_slots(sweep, 1, len(jobs)))]
-        working: dict[Any, tuple[Any, Job]] = {}
-        while waiting or working:
-            while idle and waiting:
-                actor, job = idle.pop(), waiting.pop()
-                working[actor.score.remote(job)] = (actor, job)
-            (ready,), _ = ray.wait(list(working))
-            actor, job = working.pop(ready)
-            key = job[1].key
+    with cluster(params.sweep):
+        yield from _Scoring(params, jobs).run()
+
+
+class _Scoring:
+    """The evaluators of one stage, and what is left for them to do."""
+
+    def __init__(self, params: Params, jobs: list[Job]) -> None:
+        self.params, sweep = params, params.sweep
+        slots = count_slots(sweep, 1, sys.maxsize)
+        waiting = units(jobs, slots, sweep.pack)
+        self.ledger = Ledger()
+        self.ledger.expect(waiting)
+        self.waiting: list[Unit | tuple[Job, list[Answers]]] = list(reversed(waiting))
+        self.attempts: Counter[str] = Counter()
+        self.idle = [self._evaluator() for _ in range(min(slots, len(waiting)))]
+        self.working: dict[Any, tuple[Any, Any]] = {}
+
+    def run(self) -> Iterator[tuple[str, Any]]:
+        """Yield what comes to an end."""
+        while self.waiting or self.working:
+            while self.idle and self.waiting:
+                self._give(self.idle.pop(), self.waiting.pop())
+            (ready,), _ = ray.wait(list(self.working))
+            actor, work = self.working.pop(ready)
             try:
-                yield key, ray.get(ready)
-                idle.append(actor)
+                result = ray.get(ready)
+                self.idle.append(actor)
             except ray.exceptions.RayTaskError as error:
-                idle.append(actor)
-                yield key, error.cause
+                self.idle.append(actor)
+                yield from self._failed(work, error.cause, again=isinstance(work, Unit) and len(work.jobs) > 1)
+                continue
             except ray.exceptions.RayActorError as error:
-                idle.append(make.remote(params.evaluate.generation.batch_size))
-                attempts[key] = attempts.get(key, 0) + 1
-                if attempts[key] < sweep.retry.max_attempts:
-                    waiting.append(job)
-                else:
-                    yield key, error
+                self.idle.append(self._evaluator())
+                self.attempts[str(work)] += 1
+                yield from self._failed(
+                    work, error, again=self.attempts[str(work)] < self.params.sweep.retry.max_attempts
+                )
+                continue
+            if isinstance(work, Unit):
+                self.waiting.extend(self.ledger.put(work, result))
+            else:
+                yield work[0][1].key, result
+
+    def _evaluator(self) -> Any:
+        sweep, actor = self.params.sweep, Evaluator
+        environment = {"OMP_NUM_THREADS": str(sweep.threads_per_worker)}
+        return actor.options(  # type: ignore[attr-defined]
+            num_cpus=sweep.cpus_per_worker, num_gpus=sweep.gpus_per_worker, runtime_env={"env_vars": environment}
+        ).remote(self.params.evaluate.generation.batch_size)
+
+    def _give(self, actor: Any, work: Any) -> None:
+        if isinstance(work, Unit):
+            requests = [request for request, _ in work.jobs]
+            call = actor.answer.remote(requests, work.jobs[0][1], work.part)
+        else:
+            (request, evaluation), parts = work
+            call = actor.score.remote(request, evaluation, parts)
+        self.working[call] = (actor, work)
+
+    def _failed(self, work: Any, error: Any, *, again: bool) -> Iterator[tuple[str, Any]]:
+        """Put work back, in smaller pieces where it has any; or yield the error of its evaluations."""
+        if again:
+            self.waiting.extend(split(work) if isinstance(work, Unit) else [work])
+            return
+        for _, evaluation in work.jobs if isinstance(work, Unit) else [work[0]]:
+            if not isinstance(work, Unit) or self.ledger.give_up(evaluation.key):
+                yield evaluation.key, error

@@ -1,10 +1,15 @@
-"""A trial's score on a split: with its adapter, or as the method without training that it is."""
+"""A trial's score on a split, in two steps that can lie on different machines.
+
+`answer` lets one trial, or several that share the passes, answer a part of the split; `score` puts all parts together
+and asks the task, because a corpus score such as CIDEr needs every caption at once.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ from pipeline import adapters, methods
 from pipeline.baselines import Baseline, Setting, baselines
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.evaluate.predict import predict
+from pipeline.evaluate.predict import predict, predict_each
 from pipeline.request import TrialRequest
 from pipeline.tasks import tasks
 from pipeline.tasks.base import Split
@@ -22,64 +27,130 @@ from pipeline.train import image_features
 from pipeline.train.resident import Resident
 from pipeline.trial import EvaluationConfig, TrialConfig
 
+Part = tuple[int, int]  # (i, n): every n-th batch from the i-th on
+WHOLE: Part = (0, 1)
 
-def score_trial(
-    resident: Resident, request: TrialRequest, evaluation: EvaluationConfig, *, batch_size: int = 64
+
+@dataclass(frozen=True)
+class Answers:
+    """What a trial answered in one part of a split.
+
+    Attributes:
+        texts: post-processed answer by sample id.
+        seconds: the trial's share of what the part took.
+        found: what a method without training found out first.
+    """
+
+    texts: dict[Any, str]
+    seconds: float
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def answer(
+    resident: Resident, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, *, part: Part = WHOLE,
+    batch_size: int = 64,
+) -> list[Answers]:  # fmt: skip
+    """Return each trial's answers to one part of a split.
+
+    Args:
+        resident: the trials' backbone.
+        requests: one trial, or several with one `pack_key` and one manifest, which are decoded in shared batches.
+        evaluation: the split, and how text is generated for it; the trial that it names is not read.
+        part: which batches.
+        batch_size: prompts generated at once.
+
+    Raises:
+        InputError: an adapter or the data are not the trial's, or a method's options do not fit them.
+    """
+    started = time.perf_counter()
+    first = requests[0].config
+    manifest = resident.manifest(Path(requests[0].manifest), first.manifest_digest)
+    options: dict[str, Any] = {
+        "max_new_tokens": evaluation.max_new_tokens, "num_beams": evaluation.num_beams,
+        "length_penalty": evaluation.length_penalty, "batch_size": batch_size, "part": part,
+        "from_pixels": methods.facts_of(first.method, first.options).trains_vision,
+    }  # fmt: skip
+    model = resident.loaded.model
+    found: dict[str, Any] = {}
+    samples = _samples(manifest, evaluation)
+    if methods.is_trained(first.method):
+        trained = [adapters.load(Path(request.folder) / "adapter", model) for request in requests]
+        with adapters.attach(model, trained) as pack:
+            if len(trained) == 1:
+                texts = [predict(resident, manifest, samples, **options)]
+            else:
+                texts = predict_each(resident, manifest, samples, pack, range(len(trained)), **options)
+    else:
+        method = fitted(first, resident, manifest, batch_size=batch_size)
+        samples = asked(first, evaluation, manifest)
+        shown = method.demonstrations(samples)
+        shots = {sample.sample_id: demos for sample, demos in zip(samples, shown, strict=True)}
+        context: AbstractContextManager[object] = method.edited()
+        with context:
+            texts = [predict(resident, manifest, samples, demonstrations=lambda s: shots[s.sample_id], **options)]
+        found = method.found
+    seconds = (time.perf_counter() - started) / len(requests)
+    return [Answers(mine, seconds, found) for mine in texts]
+
+
+def score(
+    manifest: Manifest, request: TrialRequest, evaluation: EvaluationConfig, parts: Sequence[Answers]
 ) -> dict[str, Any]:
     """Return the record of a scored trial: configuration, score, predictions; without schema and run id.
 
     Args:
-        resident: the trial's backbone.
+        manifest: the trial's.
         request: the trial.
-        evaluation: the split, and how text is generated for it.
-        batch_size: prompts generated at once.
-
-    Raises:
-        InputError: the adapter or the data are not the trial's, or a method's options do not fit them.
+        evaluation: what was asked of it.
+        parts: its answers to all parts of the split.
     """
     started = time.perf_counter()
     config = request.config
-    manifest = resident.manifest(Path(request.manifest), config.manifest_digest)
-    samples: Sequence[Sample] = manifest.splits[evaluation.split][: evaluation.num_samples]
-    model = resident.loaded.model
-    shots: dict[Any, list[Sample]] = {}
-    found: dict[str, Any] = {}
-    context: AbstractContextManager[object]
-    if methods.is_trained(config.method):
-        context = adapters.attach(model, adapters.load(Path(request.folder) / "adapter", model))
-    else:
-        method = fitted(config, resident, manifest, batch_size=batch_size)
-        samples = _whole_batches(samples, evaluation, method)
-        shown = method.demonstrations(samples)
-        shots = {sample.sample_id: demos for sample, demos in zip(samples, shown, strict=True)}
-        context, found = method.edited(), method.found
-    with context:
-        texts = predict(
-            resident, manifest, samples, demonstrations=lambda sample: shots.get(sample.sample_id, []),
-            max_new_tokens=evaluation.max_new_tokens, num_beams=evaluation.num_beams,
-            length_penalty=evaluation.length_penalty, batch_size=batch_size,
-            from_pixels=methods.facts_of(config.method, config.options).trains_vision,
-        )  # fmt: skip
+    samples = asked(config, evaluation, manifest)
+    texts = {sample_id: text for part in parts for sample_id, text in part.texts.items()}
     task = tasks.get(config.task)
-    score = task.score(samples, texts, normalise=evaluation.vqa_normalise)
-    seconds = time.perf_counter() - started  # of what an answer costs; reading further annotations is no part of it
+    found = task.score(samples, texts, normalise=evaluation.vqa_normalise)
+    # of what an answer costs; reading further annotations is no part of it
+    seconds = sum(part.seconds for part in parts) + time.perf_counter() - started
     official: Split = "evaluation" if evaluation.split == "evaluation" else "train"  # the selection is drawn from it
-    score = task.complete(score, samples, texts, manifest.image_root, official)
+    found = task.complete(found, samples, texts, manifest.image_root, official)
     return {
         "trial": config.key, "config": config.model_dump(mode="json"), "evaluation": evaluation.model_dump(mode="json"),
-        "metric": score.metric, "unit": task.unit, "value": score.value,
-        "metrics": {score.metric: score.value, **score.metrics}, "details": score.details,
-        "num_samples": len(samples), "seconds": seconds, "found": found,
+        "metric": found.metric, "unit": task.unit, "value": found.value,
+        "metrics": {found.metric: found.value, **found.metrics}, "details": found.details,
+        "num_samples": len(samples), "seconds": seconds, "found": parts[0].found,
         "predictions": [
             {
                 "sample_id": s.sample_id, "prediction": texts[s.sample_id],
-                "score": score.per_sample.get(s.sample_id), "question": s.question,
+                "score": found.per_sample.get(s.sample_id), "question": s.question,
                 "references": list(s.references), "image": str(manifest.image_root / s.images[0].path),
-                "hallucinated": score.hallucinated.get(s.sample_id, []),
+                "hallucinated": found.hallucinated.get(s.sample_id, []),
             }
             for s in samples
         ],
     }  # fmt: skip
+
+
+def score_trial(
+    resident: Resident, request: TrialRequest, evaluation: EvaluationConfig, *, batch_size: int = 64
+) -> dict[str, Any]:
+    """Return the record of a trial that answers and is scored here; see `answer` and `score`."""
+    answers = answer(resident, [request], evaluation, batch_size=batch_size)
+    manifest = resident.manifest(Path(request.manifest), request.config.manifest_digest)
+    return score(manifest, request, evaluation, answers)
+
+
+def asked(config: TrialConfig, evaluation: EvaluationConfig, manifest: Manifest) -> Sequence[Sample]:
+    """Return the samples that a trial answers; a last batch that is not full is left out where the protocol says so."""
+    samples = _samples(manifest, evaluation)
+    size = evaluation.drop_incomplete_batch
+    if size is None or methods.is_trained(config.method) or not baselines.get(config.method).shows_demonstrations:
+        return samples
+    return samples[: len(samples) // size * size]
+
+
+def _samples(manifest: Manifest, evaluation: EvaluationConfig) -> Sequence[Sample]:
+    return manifest.splits[evaluation.split][: evaluation.num_samples]
 
 
 def fitted(config: TrialConfig, resident: Resident, manifest: Manifest, *, batch_size: int = 64) -> Baseline:
@@ -126,11 +197,3 @@ def _scorer(resident: Resident, manifest: Manifest, batch_size: int) -> Callable
         return task.score(samples, predict(resident, manifest, samples, batch_size=batch_size)).value
 
     return score
-
-
-def _whole_batches(samples: Sequence[Sample], evaluation: EvaluationConfig, method: Baseline) -> Sequence[Sample]:
-    """Leave out a last batch that is not full, where the evaluation asks for it and prompts have demonstrations."""
-    size = evaluation.drop_incomplete_batch
-    if size is None or not method.shows_demonstrations:
-        return samples
-    return samples[: len(samples) // size * size]

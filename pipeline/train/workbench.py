@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipeline.errors import WorkError
 from pipeline.request import TrialRequest
 from pipeline.train.resident import Resident, Residents
 from pipeline.train.run import Report, TrialRun
-from pipeline.train.scoring import score_trial
+from pipeline.train.scoring import WHOLE, Answers, Part, answer, score, score_trial
 from pipeline.train.together import Together
 from pipeline.trial import EvaluationConfig
 
@@ -78,3 +79,14 @@ class Workbench:
     def score(self, request: TrialRequest, evaluation: EvaluationConfig) -> dict[str, Any]:
         """Score a trial on a split; see `scoring.score_trial`."""
         return score_trial(self.resident(request), request, evaluation, batch_size=self.batch_size)
+
+    def answer(
+        self, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, part: Part = WHOLE
+    ) -> list[Answers]:
+        """Let trials answer a part of a split; see `scoring.answer`."""
+        return answer(self.resident(requests[0]), requests, evaluation, part=part, batch_size=self.batch_size)
+
+    def finish(self, request: TrialRequest, evaluation: EvaluationConfig, parts: Sequence[Answers]) -> dict[str, Any]:
+        """Score a trial that has answered all parts; see `scoring.score`."""
+        manifest = self.resident(request).manifest(Path(request.manifest), request.config.manifest_digest)
+        return score(manifest, request, evaluation, parts)

@@ -1,0 +1,87 @@
+"""How a cluster shares out an evaluation: trials that answer together, splits that are answered in parts.
+
+Few trials on many slots: each split is cut into parts. Many trials: those that can share their passes are decoded in
+the same batches, `sweep.pack` at most. Both at once where there is both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipeline.request import TrialRequest
+from pipeline.train.scoring import Answers, Part
+from pipeline.trial import EvaluationConfig
+
+Job = tuple[TrialRequest, EvaluationConfig]
+TOGETHER = 8  # adapters in one batch where `sweep.pack` is auto; a batch has as many rows as without them
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One call of an evaluator: some trials' answers to one part of their split."""
+
+    jobs: tuple[Job, ...]
+    part: Part
+
+    @property
+    def resident(self) -> tuple[str, str]:
+        """What an evaluator keeps from one unit to the next."""
+        config = self.jobs[0][0].config
+        return config.backbone, config.task
+
+
+@dataclass
+class Ledger:
+    """The answers that have come in, by evaluation key."""
+
+    needed: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, list[Answers]] = field(default_factory=dict)
+
+    def expect(self, units: Sequence[Unit]) -> None:
+        """Note how many parts each evaluation has."""
+        for unit in units:
+            for _, evaluation in unit.jobs:
+                self.needed[evaluation.key] = self.needed.get(evaluation.key, 0) + 1
+
+    def put(self, unit: Unit, answers: Sequence[Answers]) -> list[tuple[Job, list[Answers]]]:
+        """Take a unit's answers; return the jobs that are complete now, with all their parts."""
+        complete = []
+        for job, mine in zip(unit.jobs, answers, strict=True):
+            key = job[1].key
+            if key not in self.needed:
+                continue  # given up: another part of it failed
+            self.parts.setdefault(key, []).append(mine)
+            if len(self.parts[key]) == self.needed[key]:
+                del self.needed[key]
+                complete.append((job, self.parts.pop(key)))
+        return complete
+
+    def give_up(self, key: str) -> bool:
+        """Forget an evaluation; return whether it was still expected."""
+        self.parts.pop(key, None)
+        return self.needed.pop(key, None) is not None
+
+
+def units(jobs: Sequence[Job], slots: int, pack: int | Literal["auto"]) -> list[Unit]:
+    """Return the calls that answer all jobs, those of one backbone and task side by side."""
+    most = TOGETHER if pack == "auto" else pack
+    groups: dict[Any, list[list[Job]]] = {}
+    for job in jobs:
+        request, evaluation = job
+        alone: Any = evaluation.key
+        alike = (request.pack_key, request.config.manifest_digest, evaluation.model_copy(update={"trial": ""}).key)
+        rows = groups.setdefault(alone if request.pack_key is None else alike, [[]])
+        if len(rows[-1]) == most:
+            rows.append([])
+        rows[-1].append(job)
+    packs = [tuple(pack) for rows in groups.values() for pack in rows]
+    parts = max(1, -(-slots // len(packs))) if packs else 1
+    found = [Unit(pack, (i, parts)) for pack in packs for i in range(parts)]
+    return sorted(found, key=lambda unit: unit.resident)
+
+
+def split(unit: Unit) -> list[Unit]:
+    """Return a unit's trials one by one: what is done when one of them fails, so that the others do not."""
+    return [Unit((job,), unit.part) for job in unit.jobs]

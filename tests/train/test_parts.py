@@ -1,0 +1,32 @@
+"""An evaluation in parts, and several adapters in one batch, give what one trial in one piece gives."""
+
+from __future__ import annotations
+
+from pipeline.train.scoring import score_trial
+from pipeline.train.workbench import Workbench
+from pipeline.trial import EvaluationConfig
+
+
+def test_parts_are_the_whole_to_the_bit_and_a_pack_answers_as_its_trials_do(trial, tmp_path):
+    bench = Workbench(device="cpu", batch_size=2)
+    requests = [
+        trial(method, tmp_path, epochs=1, learning_rate=rate)
+        for method, rate in (("hificl", 0.05), ("mimic", 0.05), ("live", 0.02), ("lora-mini", 0.05))
+    ]
+    for request in requests:
+        bench.admit(request)
+        while bench.together.runs:
+            bench.advance()
+    evaluation = EvaluationConfig(trial="-", split="selection", max_new_tokens=4)
+    resident = bench.resident(requests[0])
+    whole = []
+    for request in requests:
+        record = score_trial(resident, request, evaluation, batch_size=2)
+        parts = [bench.answer([request], evaluation, (i, 3))[0] for i in range(3)]
+        assert [len(part.texts) for part in parts] == [2, 2, 2]
+        again = bench.finish(request, evaluation, parts)
+        assert {**again, "seconds": 0} == {**record, "seconds": 0}
+        whole.append({row["sample_id"]: row["prediction"] for row in record["predictions"]})
+    assert any(texts != whole[0] for texts in whole)
+    halves = [bench.answer(requests, evaluation, (i, 2)) for i in range(2)]
+    assert [{**first.texts, **second.texts} for first, second in zip(*halves, strict=True)] == whole
