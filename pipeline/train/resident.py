@@ -22,6 +22,7 @@ from pipeline.train.recent import Recent
 from pipeline.train.visual_tokens import VisualTokens
 from pipeline.trial import TrialConfig
 
+Kind = tuple[str, str]  # of a teacher's target: "hidden" and the point where states are taken, or "logits" and ""
 TEACHER_BYTES = 1 << 29  # of a teacher's targets: computed ahead, and kept for trials with the same demonstrations
 
 
@@ -66,6 +67,7 @@ class Resident:
         self.device = device
         self.visual = VisualTokens(self.loaded, cache)
         self.targets: Recent[tuple, Target] = Recent(TEACHER_BYTES, lambda target: target.bytes)
+        self.kinds: set[Kind] = set()  # of target that the trials in training now are compared with
         self._manifests: dict[Path, Manifest] = {}
         self._encoded: dict[tuple[str, str, int | str], Encoded] = {}
 

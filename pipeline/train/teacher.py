@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +16,11 @@ from pipeline.data.prompt import Encoded, draw_demos
 from pipeline.data.sample import Sample
 from pipeline.errors import WorkError
 from pipeline.train.loss import logits_at, shifted
-from pipeline.train.resident import Resident, Target
-
-Point = Literal["ffn", "attention"]
+from pipeline.train.resident import Kind, Resident, Target
 
 
 @contextmanager
-def recorded(spec: DecoderSpec, point: Point) -> Iterator[list[Tensor]]:
+def recorded(spec: DecoderSpec, point: str) -> Iterator[list[Tensor]]:
     """Collect each layer's hidden state after its FFN, or its self-attention's output, in order of the layers."""
     seen: list[Tensor] = []
 
@@ -61,8 +58,9 @@ class Teacher:
         self.ids = list(self.pool)
         self.replacement = replacement
         self.spec = decoder_of(resident.loaded.model)
-        # what decides a target besides epoch and sample
-        self.draws = (manifest.digest, len(self.ids), num_shots, seed, facts.teacher, facts.alignment, replacement)
+        self.kind: Kind = (facts.teacher or "", facts.alignment if facts.teacher == "hidden" else "")
+        # what decides a target besides its kind, epoch and sample
+        self.draws = (manifest.digest, len(self.ids), num_shots, seed, replacement)
 
     def demonstrations(self, sample: Sample, epoch: int) -> list[Sample]:
         """Return the demonstrations of one sample in one epoch, drawn anew each time."""
@@ -74,33 +72,46 @@ class Teacher:
     def targets(self, samples: Sequence[Sample], encoded: Sequence[Encoded], epoch: int) -> list[Target]:
         """Return the targets of samples whose own prompts are `encoded`.
 
-        Trials with the same demonstrations share them: whoever comes first computes.
+        Trials with the same demonstrations share them: whoever comes first computes, for all kinds of target that the
+        trials training together are compared with (`Resident.kinds`).
         """
         known = self.resident.targets
         keys = [(*self.draws, epoch, sample.sample_id) for sample in samples]
-        found = {i: target for i, key in enumerate(keys) if (target := known.get(key)) is not None}
+        found = {i: target for i, key in enumerate(keys) if (target := known.get((key, self.kind))) is not None}
         missing = [i for i in range(len(keys)) if i not in found]
         if missing:
-            made = self._compute([samples[i] for i in missing], [encoded[i] for i in missing], epoch)
-            found |= {i: known.put(keys[i], target) for i, target in zip(missing, made, strict=True)}
+            kinds = {self.kind, *self.resident.kinds}
+            made = self._compute([samples[i] for i in missing], [encoded[i] for i in missing], epoch, kinds)
+            for kind in kinds:
+                for i, target in zip(missing, made[kind], strict=True):
+                    kept = known.put((keys[i], kind), target)
+                    if kind == self.kind:
+                        found[i] = kept
         return [found[i] for i in range(len(keys))]
 
     @torch.no_grad()
-    def _compute(self, samples: Sequence[Sample], encoded: Sequence[Encoded], epoch: int) -> list[Target]:
+    def _compute(
+        self, samples: Sequence[Sample], encoded: Sequence[Encoded], epoch: int, kinds: set[Kind]
+    ) -> dict[Kind, list[Target]]:
+        """Return the samples' targets of each kind, from one pass."""
         shots = [self.demonstrations(sample, epoch) for sample in samples]
         prompts = self.resident.prompts(self.manifest, samples, shots, answer=True)
         batch = self.resident.batch(prompts, self.manifest)
         model = self.resident.loaded.model
-        with recorded(self.spec, self.facts.alignment) as states:
+        points = sorted({point for teacher, point in kinds if teacher == "hidden"})
+        with ExitStack() as stack:
+            states = {point: stack.enter_context(recorded(self.spec, point)) for point in points}
             hidden = model.model(**batch.model_inputs(self.resident.loaded), use_cache=False).last_hidden_state
-        found = []
+        found: dict[Kind, list[Target]] = {kind: [] for kind in kinds}
         for row, (mine, behind) in enumerate(zip(encoded, prompts, strict=True)):
             count = query_length(mine, behind, self.resident.loaded.image_token_id)
             end = len(behind)
-            if self.facts.teacher == "hidden":
-                found.append(Target(torch.stack([h[row, end - count : end] for h in states]), None))
-            else:
-                found.append(Target(None, self._logits(batch, hidden, row)))
+            for teacher, point in kinds:
+                if teacher == "hidden":
+                    target = Target(torch.stack([h[row, end - count : end] for h in states[point]]), None)
+                else:
+                    target = Target(None, self._logits(batch, hidden, row))
+                found[teacher, point].append(target)
         return found
 
     def _logits(self, batch: Batch, hidden: Tensor, row: int) -> Tensor:

@@ -106,21 +106,22 @@ def test_trials_share_one_teacher_pass(bench, trial, tmp_path):
         nonlocal seen
         seen += 1
 
-    def passes(folder, names):
+    def passes(folder, *chosen):
         nonlocal seen
         bench.together.resident.targets.clear()
-        requests = [trial("mimic", folder, shift=shift, epochs=1) for shift in names]
+        requests = [trial(method, folder, epochs=1, **given) for method, given in chosen]
         seen = 0
         train(bench, requests)
         return seen
 
     train(bench, [trial("mimic", tmp_path / "first", epochs=1)])
     hook = bench.together.resident.loaded.model.model.register_forward_hook(count)
-    one = passes(tmp_path / "one", ["vector"])
-    three = passes(tmp_path / "three", ["vector", "linear", "blend"])
+    one = passes(tmp_path / "one", ("mimic", {}))
+    all_kinds = [("mimic", {}), ("mimic", {"shift": "linear"}), ("mimic", {"alignment": "attention"}), ("live", {})]
+    four = passes(tmp_path / "four", *all_kinds)
     hook.remove()
     # 5 steps of two micro-batches: ten teacher's and ten student's passes; the students of a pack share theirs too
-    assert one == three
+    assert one == four
 
 
 def test_a_step_cut_in_pieces_is_the_same_step(bench, trial, tmp_path):
