@@ -31,8 +31,8 @@ repro-real: setup  ## every stage on official files: make repro-real DATA=folder
 	$(BIN)/hificl workspace work/real-check --profile real-check --data $(DATA)
 	cd work/real-check && .venv/bin/dvc repro && .venv/bin/hificl where
 
-test: setup      ## the test suite
-	$(BIN)/python -m pytest
+test: setup      ## the test suite, two workers side by side
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: setup     ## what CI runs beside the tests
 	$(BIN)/ruff check .

@@ -21,6 +21,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Under `pytest -n`, a file's tests stay with one worker, and so do all that use the project that has run once.
+
+    These take longest, so they begin.
+    """
+    for item in items:
+        group = "project" if "project" in item.fixturenames else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: "project" not in item.fixturenames)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     import torch
