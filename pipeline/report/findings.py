@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ HOLDS, PARTLY, FAILS, OPEN = "holds", "holds in part", "does not hold", "not mea
 
 @dataclass(frozen=True)
 class Claim:
-    """One finding of a paper as a comparison of rows; see findings.yaml."""
+    """One finding as a comparison of rows, or as the course of one `row` over a varied axis; see findings.yaml."""
 
     paper: str
     study: str
@@ -29,7 +30,14 @@ class Claim:
     below: tuple[str, ...] = ()
     metric: str | None = None
     at: Mapping[str, Any] = field(default_factory=dict)
+    by: float = 0.0
+    times: float | None = None
+    at_most: float | None = None
+    tasks: tuple[str, ...] = ()
     best_over: str | None = None
+    rising: str | None = None
+    passes: str | None = None
+    spread: float | None = None
     row: str | None = None
     printed: str | None = None
 
@@ -75,21 +83,29 @@ def findings(tables: Iterable[Table], evaluations: Path) -> list[Finding]:
 def _judge(claim: Claim, table: Table | None, scores: Any) -> Finding:
     if table is None:
         return Finding(claim, OPEN, [])
-    if claim.best_over:
-        return _best_over(claim, table)
+    if claim.row is not None:
+        return Finding(claim, *_along_its_axis(claim, table))
     outcomes: list[bool] = []
     details: list[str] = []
     for _, lines in table.groups():
         for column in table.columns:
-            if column.metric != claim.metric:
+            if not _is_of(claim, column):
                 continue
             upper = _best(table, lines, column, claim.above, claim.at)
             lower = _best(table, lines, column, claim.below, claim.at)
-            if upper is None or lower is None:
+            if upper is None or (lower is None and claim.at_most is None):
                 continue
-            outcomes.append(_better(upper, lower))
+            if lower is None:
+                outcomes.append((upper.value or 0.0) < (claim.at_most or 0.0))
+                details.append(f"{_where(upper)}: {upper.line.title} {_number(upper)}")
+                continue
+            outcomes.append(_better(upper, lower, claim))
             details.append(_sentence(upper, lower, scores))
     return Finding(claim, _verdict(outcomes), details)
+
+
+def _is_of(claim: Claim, column: Column) -> bool:
+    return column.metric == claim.metric and (not claim.tasks or column.paper_task in claim.tasks)
 
 
 def _verdict(outcomes: Sequence[bool]) -> str:
@@ -117,18 +133,23 @@ def _rank(entry: Entry) -> float:
     return (entry.value or 0.0) * (1 if lower else -1)
 
 
-def _better(upper: Entry, lower: Entry) -> bool:
-    return _rank(upper) < _rank(lower)
+def _better(upper: Entry, lower: Entry, claim: Claim) -> bool:
+    if claim.times is not None:
+        return (upper.value or 0.0) >= claim.times * (lower.value or 0.0)
+    return _rank(lower) - _rank(upper) >= claim.by and _rank(upper) < _rank(lower)
+
+
+def _where(entry: Entry) -> str:
+    return f"{papers.label('tasks', entry.column.task)} on {papers.label('backbones', entry.line.backbone)}"
 
 
 def _sentence(upper: Entry, lower: Entry, scores: Any) -> str:
-    where = f"{papers.label('tasks', upper.column.task)} on {papers.label('backbones', upper.line.backbone)}"
     pair = " against ".join(f"{entry.line.title} {_number(entry)}" for entry in (upper, lower))
     gap = None
     if upper.column.metric is None:
         gap = paired_bootstrap(by_sample(upper, scores), by_sample(lower, scores))
     clear = "" if gap is None else " (clear)" if gap.clear else " (within chance over samples)"
-    return f"{where}: {pair}{clear}"
+    return f"{_where(upper)}: {pair}{clear}"
 
 
 def _number(entry: Entry) -> str:
@@ -136,22 +157,52 @@ def _number(entry: Entry) -> str:
     return shown(entry.value or 0.0, entry.unit) + spread
 
 
-def _best_over(claim: Claim, table: Table) -> Finding:
-    details, places = [], set()
-    for backbone, lines in table.groups():
+def _along_its_axis(claim: Claim, table: Table) -> tuple[str, list[str]]:
+    """Judge a claim about one row over a varied axis: where it is best, whether it rises, how far it goes apart."""
+    outcomes: list[bool] = []
+    details: list[str] = []
+    places = set()
+    for _, lines in table.groups():
         for column in table.columns:
-            mine = [table.entries[line, column] for line in lines if line.row == claim.row and column.metric is None]
+            if not _is_of(claim, column):
+                continue
+            mine = [table.entries[line, column] for line in lines if line.row == claim.row]
             known = [entry for entry in mine if entry.value is not None]
             if len(known) < 2:
                 continue
-            best = min(known, key=_rank)
-            value = dict(best.line.vary).get(str(claim.best_over))
-            places.add(value)
-            printed = papers.figure(claim.printed, best.line.paper_backbone, str(claim.row), column.paper_task)
-            beside = f" (paper {printed:g})" if printed is not None else ""
-            where = f"{papers.label('tasks', column.task)} on {papers.label('backbones', backbone)}"
-            details.append(f"{where}: best at {claim.best_over} {value}{beside}")
-    return Finding(claim, OPEN if not details else HOLDS if len(places) > 1 else FAILS, details)
+            if claim.best_over:
+                best = min(known, key=_rank)
+                places.add(dict(best.line.vary).get(claim.best_over))
+                details.append(_best_at(best, claim))
+            elif claim.spread is not None:
+                values = [entry.value or 0.0 for entry in known]
+                outcomes.append(max(values) - min(values) >= claim.spread)
+                ends = (min(known, key=_rank), max(known, key=_rank))
+                details.append(f"{_where(known[0])}: " + " down to ".join(f"{_at(e)} {_number(e)}" for e in ends))
+            elif claim.rising:
+                outcomes.append(all(_rank(after) < _rank(before) for before, after in pairwise(known)))
+                details.append(f"{_where(known[0])}: " + ", ".join(f"{_at(e)} {_number(e)}" for e in known))
+            elif claim.passes:
+                bar = _best(table, lines, column, claim.below, {})
+                if bar is not None:
+                    first = next((entry for entry in known if _rank(entry) < _rank(bar)), None)
+                    outcomes.append(first is not None)
+                    said = f"from {_at(first)} on ({_number(first)})" if first else "at no size"
+                    details.append(f"{_where(known[0])}: {said}, {bar.line.title} {_number(bar)}")
+    if claim.best_over:
+        return (OPEN if not details else HOLDS if len(places) > 1 else FAILS), details
+    return _verdict(outcomes), details
+
+
+def _at(entry: Entry) -> str:
+    return " ".join(f"{axis} {value}" for axis, value in entry.line.vary)
+
+
+def _best_at(best: Entry, claim: Claim) -> str:
+    value = dict(best.line.vary).get(str(claim.best_over))
+    printed = papers.figure(claim.printed, best.line.paper_backbone, str(claim.row), best.column.paper_task)
+    beside = f" (paper {printed:g})" if printed is not None else ""
+    return f"{_where(best)}: best at {claim.best_over} {value}{beside}"
 
 
 def to_markdown(found: Sequence[Finding]) -> str:

@@ -22,7 +22,9 @@ def test_every_claim_names_rows_of_its_study() -> None:
         assert {*claim.above, *claim.below} <= set(study.methods), claim
         assert claim.metric is None or claim.metric in study.metrics
         assert all(value in study.vary[axis] for axis, value in claim.at.items())
-        assert claim.best_over is None or (claim.row in study.methods and claim.best_over in study.vary)
+        axes = {claim.best_over, claim.rising, claim.passes} - {None}
+        assert axes <= set(study.vary) and (claim.row in study.methods) == bool(axes or claim.spread)
+        assert set(claim.tasks) <= set(study.tasks)
 
 
 def test_every_study_of_the_papers_is_there_and_every_printed_row_has_one(tmp_path: Path) -> None:
@@ -72,6 +74,39 @@ def test_a_claim_holds_on_every_task_on_some_or_on_none(maker: Any, judged: Any)
     page = (maker.folder.parent / "index.html").read_text()
     assert "Which of the papers" in page and "does not hold" in page
     assert "**holds in part**: HiFICL is above MimIC" in (maker.folder.parent / "findings.md").read_text()
+
+
+def test_margins_ratios_and_bounds(maker: Any, judged: Any) -> None:
+    values = {"zero-shot": (20, 30, 1.0), "icl-8": (50, 50, 1.9), "hificl": (66, 97.5, 3.0), "lora-r16": (60, 97, 3.0)}
+    tasks = (("mini-vqa", "vqav2"), ("mini-okvqa", "okvqa"), ("mini-coco", "coco"))
+    cells = [
+        maker.cell(row, task, 0) | {"value": value, "paper_task": paper}
+        for row, triple in values.items()
+        for (task, paper), value in zip(tasks, triple, strict=True)
+    ]
+    definition = {"tasks": ["vqav2", "okvqa", "coco"]}
+    found = judged("miniature-comparison", definition, cells)
+    verdicts = {claim: one.verdict for claim, one in found.items()}
+    assert verdicts["8 demonstrations bring at least 25 points"] == PARTLY
+    assert verdicts["8 demonstrations at least double CIDEr-D"] == FAILS
+    assert verdicts["HiFICL is at least 15 points above 8-shot"] == HOLDS
+    assert verdicts["There is head room, the best method stays below 97 %"] == PARTLY
+    assert len(found["HiFICL is at least 15 points above 8-shot"].details) == 2
+
+
+def test_a_row_is_judged_along_its_axis(maker: Any, judged: Any) -> None:
+    curves = {"hificl": (40, 55, 54), "lora-r16": (30, 40, 60), "icl-8": (50, 50, 50)}
+    cells = [
+        maker.cell(row, "mini-vqa", 0) | {"value": value, "vary": {"num_train_samples": size}}
+        for row, values in curves.items()
+        for size, value in zip((100, 300, 1000), values, strict=True)
+    ]
+    definition = {"tasks": ["vqav2"], "vary": {"num_train_samples": [100, 300, 1000]}}
+    found = judged("miniature-sizes", definition, cells)
+    assert found["LoRA rises with every size"].verdict == HOLDS
+    assert found["HiFICL rises with every size"].verdict == FAILS
+    assert found["HiFICL passes 8-shot"].verdict == HOLDS
+    assert "from num_train_samples 300 on (55.00)" in found["HiFICL passes 8-shot"].details[0]
 
 
 def test_costs_are_better_where_they_are_lower_and_the_best_rank_is_named(maker: Any, judged: Any) -> None:
