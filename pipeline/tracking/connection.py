@@ -82,8 +82,8 @@ class Connection:
         client = self._client
         with self._talking():
             if experiments is None:
-                experiments = [one.experiment_id for one in _pages(client.search_experiments)]
-            return list(_pages(client.search_runs, experiments, query, ViewType.ACTIVE_ONLY))
+                experiments = [one.experiment_id for one in pages(client.search_experiments)]
+            return list(pages(client.search_runs, experiments, query, ViewType.ACTIVE_ONLY))
 
     def _stored_steps(self, run_id: str) -> set[tuple[str, int]]:
         names = [name for name in self._client.get_run(run_id).data.metrics if not name.startswith("system/")]
@@ -104,7 +104,8 @@ class Connection:
             raise kind(f"the MLflow store failed: {cause}", where=where) from error
 
 
-def _pages(call: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+def pages(call: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+    """Yield the entries of all pages that a search answers with."""
     token = None
     while True:
         page = call(*arguments, page_token=token)

@@ -14,8 +14,9 @@ from mlflow.entities import Param, Run, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from pipeline.tracking import owner, store
+from pipeline.tracking.models import Models
 from pipeline.tracking.reading import FAILED, FINISHED, KILLED
-from pipeline.tracking.writing import MAX_PARAMS, Opened, Writer, chunks, dataset_input, text_of
+from pipeline.tracking.writing import MAX_PARAMS, Opened, chunks, dataset_input, text_of
 
 __all__ = ["FAILED", "FINISHED", "KILLED", "Tracker", "code_tags"]
 
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 _END_STATES = (FINISHED, FAILED, KILLED)
 
 
-class Tracker(Writer):
+class Tracker(Models):
     """Keeps sweeps, trials and evaluations in one MLflow store.
 
     Args:
