@@ -240,9 +240,11 @@ def _plan(commands: Any) -> None:
 
 def _ui(commands: Any) -> None:
     def func(args: argparse.Namespace) -> None:
+        from pipeline.config import PARAMS, load
         from pipeline.tracking.ui import serve
 
-        serve(Path.cwd(), host=args.host, port=args.port)
+        uri = load().tracking.uri if Path(PARAMS).is_file() else None
+        serve(Path.cwd(), uri, host=args.host, port=args.port)
 
     sub = _add(commands, "ui", func, "the MLflow UI over this folder's store, on loopback")
     sub.add_argument("--host", default="127.0.0.1")

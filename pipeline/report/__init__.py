@@ -10,7 +10,7 @@ from pipeline.report import curves, figures, files, findings, page, papers, tabl
 from pipeline.report import evaluations as files_in
 from pipeline.report.gallery import gallery
 
-__all__ = ["forget", "load_table", "write_index", "write_study"]
+__all__ = ["forget", "load_table", "study_page", "write_index", "write_study"]
 
 # what a study came out as, by the content of its file: the index shows what was written just before
 _rendered: dict[tuple[str, str, str], tuple[tables.Table, dict[str, tuple[str, str]], str]] = {}
@@ -68,6 +68,12 @@ def write_index(params: Params, evaluations: Path, out: Path) -> Path:
     write_atomic(out / "findings.md", findings.to_markdown(found))
     write_atomic(out / "index.html", html)
     return out / "index.html"
+
+
+def study_page(study: str, params: Params, evaluations: Path) -> tuple[tables.Table, str]:
+    """Return one study, laid out, and its page, which needs no other file."""
+    table, _, section = _render(study, params, evaluations)
+    return table, page.page([table], [section], params, [])
 
 
 def _render(study: str, params: Params, evaluations: Path) -> tuple[tables.Table, dict[str, tuple[str, str]], str]:

@@ -51,7 +51,7 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None) -> No
             jobs[config.key] = (store.config(trial), config)
     todo = [job for key, job in jobs.items() if not (out / f"{key}.json").exists()]
     say(f"{len(jobs)} trials to score, {len(jobs) - len(todo)} are scored")
-    tracker = Tracker(params.tracking.uri, root or Path.cwd())
+    tracker = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
     tracker.prepare(studies)
     problems = dict(_score(params, plan, todo, out, tracker)) if todo else {}
     for study in studies:

@@ -29,16 +29,20 @@ class Connection:
     Args:
         uri: address of the store; None: MLFLOW_TRACKING_URI, else mlflow.db beside params.yaml of the main checkout.
         root: the project's root.
+        artifacts: where new experiments keep their files (a folder, or s3://bucket/path); None: mlartifacts beside
+            params.yaml, or what a tracking server chooses.
 
     Raises:
         InputError: `uri` is of no kind that MLflow can keep runs in.
     """
 
-    def __init__(self, uri: str | None, root: Path | str) -> None:
+    def __init__(self, uri: str | None, root: Path | str, artifacts: str | None = None) -> None:
         self.root = Path(root).resolve()
         home = main_checkout(self.root)
         self.uri = store.resolve(uri or os.environ.get("MLFLOW_TRACKING_URI") or None, home)
-        self.artifacts = home / "mlartifacts"
+        if artifacts is None and store.is_database(self.uri):
+            artifacts = str(home / "mlartifacts")
+        self.artifacts = artifacts and (artifacts if "://" in artifacts else (home / artifacts).resolve().as_uri())
         self._experiments: dict[str, str] = {}
 
     @cached_property
@@ -63,8 +67,7 @@ class Connection:
             with self._talking(), store.creation_lock(self.uri):
                 found = client.get_experiment_by_name(study)
                 if found is None:
-                    local = store.is_database(self.uri)
-                    place = (self.artifacts / study).as_uri() if local else None
+                    place = f"{self.artifacts.rstrip('/')}/{study}" if self.artifacts else None
                     self._experiments[study] = client.create_experiment(study, artifact_location=place)
                 else:
                     if found.lifecycle_stage != "active":

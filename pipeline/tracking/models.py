@@ -60,7 +60,9 @@ class Models(Writer):
         for one in chosen:
             by_name.setdefault(one.name, {})[one.trial] = one
         known = {name: self._versions(name) for name in by_name}
-        missing = {one.trial for name, group in by_name.items() for one in group.values() if one.trial not in known[name]}
+        missing = {
+            one.trial for name, group in by_name.items() for one in group.values() if one.trial not in known[name]
+        }
         runs = self._adapter_runs(missing)
         for name, group in by_name.items():
             new = [one for one in group.values() if one.trial in runs and one.trial not in known[name]]

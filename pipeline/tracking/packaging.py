@@ -1,4 +1,4 @@
-"""What makes an adapter's files a model that MLflow loads, serves and registers: signature, example, code; no pickle."""
+"""What makes an adapter's files a model that MLflow loads, serves and registers: signature, example, code."""
 
 from __future__ import annotations
 

@@ -52,7 +52,9 @@ class Answerer:
             )  # fmt: skip
         self.task = tasks.get(task_name or self.origin["task"])
 
-    def answer(self, image: str | Path, question: str | None = None, max_new_tokens: int | None = None) -> dict[str, Any]:
+    def answer(
+        self, image: str | Path, question: str | None = None, max_new_tokens: int | None = None
+    ) -> dict[str, Any]:
         """Return what the backbone says to an image.
 
         Args:
