@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,23 +88,22 @@ def browser(profile: Path, *, width: int = 1280, height: int = 900) -> Iterator[
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     loop = asyncio.new_event_loop()
     try:
-        yield from loop_through(loop, lambda: _page(profile, process, loop))
+        session, socket = loop.run_until_complete(_connect(profile, process))
+        page = Page(socket, loop)
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        page.call("Emulation.setDeviceMetricsOverride", **size)
+        try:
+            yield page
+        finally:
+            loop.run_until_complete(socket.close())
+            loop.run_until_complete(session.close())
     finally:
         loop.close()
         process.terminate()
         process.wait(20)
 
 
-def loop_through(loop: asyncio.AbstractEventLoop, connect: Callable[[], Awaitable[Any]]) -> Iterator[Page]:
-    session, socket = loop.run_until_complete(connect())
-    try:
-        yield Page(socket, loop)
-    finally:
-        loop.run_until_complete(socket.close())
-        loop.run_until_complete(session.close())
-
-
-async def _page(profile: Path, process: subprocess.Popen, loop: asyncio.AbstractEventLoop) -> Any:
+async def _connect(profile: Path, process: subprocess.Popen) -> Any:
     port_file = profile / "DevToolsActivePort"
     deadline = time.monotonic() + SECONDS
     while not (port_file.exists() and port_file.read_text().strip()):
@@ -113,5 +112,5 @@ async def _page(profile: Path, process: subprocess.Popen, loop: asyncio.Abstract
     port = port_file.read_text().split()[0]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=SECONDS) as answer:
         target = next(one for one in json.load(answer) if one["type"] == "page")
-    session = aiohttp.ClientSession()
+    session = aiohttp.ClientSession()  # one socket for the whole visit
     return session, await session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.report import forget
 from tests.conftest import ROOT
-from tests.e2e.conftest import Project
+from tests.e2e.conftest import Project, copied
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -29,19 +27,9 @@ def here(project, monkeypatch):
 @pytest.fixture
 def copy(project, tmp_path, monkeypatch) -> Project:
     """A copy that a test may spoil; its MLflow artifacts are the project's own."""
-    folder = tmp_path / "copy"
-    # In a process of its own: this one may hold mlflow.db open, and closing a file drops all locks that its process has
-    # on it, which is how an SQLite database gets damaged.
-    subprocess.run(["cp", "-a", str(project.folder), str(folder)], check=True)
-    for left_out in (folder / "cache", folder / "runs/.tune"):
-        shutil.rmtree(left_out, ignore_errors=True)
-    for link in [*folder.iterdir(), *(folder / "data").iterdir()]:
-        if link.is_symlink():  # they were relative to where the project lies
-            target = (project.folder / link.relative_to(folder)).resolve()
-            link.unlink()
-            link.symlink_to(target, target_is_directory=True)
-    monkeypatch.chdir(folder)
-    return Project(folder)
+    made = copied(project, tmp_path / "copy")
+    monkeypatch.chdir(made.folder)
+    return made
 
 
 def hificl(capfd, *arguments: str) -> tuple[int, dict, str]:
@@ -274,21 +262,3 @@ def test_costs_and_distances_are_measured_and_traced(copy, capfd):
     assert status == 0 and "measurement" in {check["what"] for check in found["checks"]}, line
     spoil(copy.folder / cells["latent", "mimic"]["measurement"])
     assert hificl(capfd, "trace", "--study", "latent", "--cell", "mimic:vqav2")[0] == 1
-
-
-COMMAND = re.compile(r"^(?:\.venv/bin/)?hificl (.+?)(?:\s+#.*)?$", re.MULTILINE)
-
-
-@pytest.mark.parametrize("page", ["lineage.md", "studies.md"])
-def test_every_command_of_the_documentation_is_one(page):
-    """Each is parsed; those that this file does not run under other names are run here or above."""
-    from pipeline.cli import _parser
-
-    text = (ROOT / "docs" / page).read_text()
-    commands = [
-        found for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL) for found in COMMAND.findall(block)
-    ]
-    assert commands
-    for command in commands:
-        words = command.split(" --question ")[0].split()
-        assert hasattr(_parser().parse_args(words), "func"), command
