@@ -26,7 +26,7 @@ def load_table(study: str, params: Params, evaluations: Path) -> tables.Table:
 
 
 def write_study(study: str, params: Params, evaluations: Path, out: Path) -> None:
-    """Write a study's report: `<study>.md`, `<study>.csv`, and a folder with figures, metrics and plots.
+    """Write a study's report: `<study>.md`, `<study>.csv`, and a folder with `figures`, metrics and plots.
 
     Equal inputs give equal bytes.
 
@@ -42,15 +42,17 @@ def write_study(study: str, params: Params, evaluations: Path, out: Path) -> Non
     table, drawn, section = _render(study, params, evaluations)
     folder = out / study
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.svg"):
+    pictures = folder / "figures"
+    for stale in [*folder.glob("*.svg"), *pictures.glob("*.svg")]:
         stale.unlink()
+    pictures.mkdir(exist_ok=True)
     write_atomic(out / f"{study}.csv", files.to_csv(table))
     write_atomic(out / f"{study}.md", files.to_markdown(table, page.notes(table)))
     write_atomic(folder / "metrics.json", files.to_metrics(table))
     write_atomic(folder / "plot.json", files.to_plot(table))
     write_atomic(folder / "section.html", section)
     for name, (svg, _) in drawn.items():
-        write_atomic(folder / f"{name}.svg", figures.standalone(svg))
+        write_atomic(pictures / f"{name}.svg", figures.standalone(svg))
 
 
 def write_index(params: Params, evaluations: Path, out: Path) -> Path:

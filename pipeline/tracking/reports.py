@@ -10,6 +10,7 @@ from pathlib import Path
 from mlflow.entities import Run, RunTag
 
 from pipeline.digests import folder_digest
+from pipeline.tracking.connection import plain
 from pipeline.tracking.models import Models
 from pipeline.tracking.writing import text_of
 
@@ -52,7 +53,7 @@ class Reports(Models):
         Returns:
             Whether anything was logged: False where the study has no parent run, or its report is there already.
         """
-        parents = self._search(f"tags.kind = 'sweep' and tags.study = '{study}'", [self.experiment(study)])
+        parents = self._search(f"tags.kind = 'sweep' and tags.study = '{plain(study)}'")
         if not parents:
             return False
         parent = max(parents, key=lambda run: (run.info.start_time, run.info.run_id))
@@ -63,7 +64,8 @@ class Reports(Models):
             self._client.log_artifacts(parent.info.run_id, str(folder), REPORT)
         values = {f"{REPORT}/{_METRIC.sub('-', name)}": value for name, value in means.items()}
         self.log_evaluation(parent.info.run_id, values, None)
-        children = {run.info.run_id: run for run in self._search("tags.kind = 'trial'", [self.experiment(study)])}
+        trials = self._search("tags.kind = 'trial'", [parent.info.experiment_id])
+        children = {run.info.run_id: run for run in trials}
         for one in {one.run_id: one for one in reversed(shown)}.values():  # a run in two rows: the first
             if one.run_id in children:
                 self._place(children[one.run_id], one)

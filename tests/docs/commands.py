@@ -11,7 +11,9 @@ from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 INLINE = re.compile(r"`((?:hificl|make) [^`\n]+)`")
-BLOCK = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SHELLS = ("bash", "sh", "console")
+PROGRAMS = re.compile(r"(?:\.venv/bin/)?(?:hificl|make|python -m|dvc) ")  # what is a command in a block of no language
 PROMPT = "$ "
 
 # What is not run, and why. `hificl` commands are parsed all the same, `make` targets resolved, modules found.
@@ -57,8 +59,10 @@ class Command:
 def commands_of(page: Path) -> list[Command]:
     """Return the commands of a page's blocks; `console` blocks mark theirs with a prompt."""
     found = []
-    for block in BLOCK.findall(page.read_text(encoding="utf-8")):
+    for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
         lines = block.replace("\\\n", " ").splitlines()
+        if language not in SHELLS:
+            lines = [] if language else [line for line in lines if PROGRAMS.match(line)]
         if any(line.startswith(PROMPT) for line in lines):
             lines = [line.removeprefix(PROMPT) for line in lines if line.startswith(PROMPT)]
         found += [Command(page.name, line.strip()) for line in lines if line.split("#")[0].strip()]
