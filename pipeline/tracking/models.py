@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,20 @@ class Models(Writer):
                 known[name][one.trial] = self._register(one, runs[one.trial], first=not known[name])
             self._point_at_best(name, next(iter(group.values())).protocol, known[name])
         return len(runs)
+
+    def models_of(self, trials: Collection[str]) -> list[tuple[str, str]]:
+        """Return (name, version) of the registered adapters of trials."""
+        if not trials:
+            return []
+        with self._talking():
+            found = list(pages(self._client.search_model_versions))
+        return sorted((one.name, str(one.version)) for one in found if one.tags.get("trial_key") in trials)
+
+    def delete_models(self, versions: Iterable[tuple[str, str]]) -> None:
+        """Take versions out of the registry; an alias on one goes with it."""
+        with self._talking():
+            for name, version in versions:
+                self._client.delete_model_version(name, version)
 
     def _adapter_runs(self, trials: set[str]) -> dict[str, Run]:
         """Return the run that keeps the adapter, by trial."""

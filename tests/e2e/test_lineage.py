@@ -65,6 +65,9 @@ def test_every_cell_traces_to_an_existing_run_and_intact_digests(here, capfd):
     by_name = hificl(capfd, "trace", "--study", "small", "--cell", "hificl:vqav2")[1]
     assert by_name["cell"]["method"] == "hificl" and by_name["chain"][0]["code"]["versions"]["torch"]
     assert hificl(capfd, "trace", "reports/small.md:hificl:accuracy")[1]["chain"] == by_name["chain"]
+    status, every, _ = hificl(capfd, "trace", "--all")
+    assert status == 0 and every["studies"]["small"] == {"numbers": 4, "without_a_number": 0, "seeds": 4}
+    assert every["runs"] == 4 and every["checks"] > 20
 
 
 def spoil(file: Path, before: bytes = b"") -> None:
@@ -118,6 +121,8 @@ def test_a_number_that_was_edited_in_the_report_is_seen(copy, capfd):
         csv.writer(out).writerows(content)
     status, found, line = hificl(capfd, "trace", "reports/small.csv:1:value")
     assert status == 1 and "reports/small.csv" in line and "99" in line
+    status, every, line = hificl(capfd, "trace", "--all", "--study", "small")
+    assert status == 1 and len(every["wrong"]) == 1 and "99" in line
     assert found["checks"][0]["found"] == "99"
 
 

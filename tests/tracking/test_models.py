@@ -16,6 +16,7 @@ from pipeline.sweep.models import register_chosen
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import Tracker
 from pipeline.train.answering import Answerer
+from tests.e2e.conftest import copied
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 NAMES = {"idefics2-8b-base_vqav2_hificl", "idefics2-8b-base_vqav2_mimic"}
@@ -59,6 +60,18 @@ def test_registering_again_changes_nothing(project, client):
     assert [(one.name, one.version) for one in again] == [(one.name, one.version) for one in registered]
 
 
+def test_a_model_goes_with_its_trial(project, tmp_path):
+    made = copied(project, tmp_path / "copy")
+    tracker = Tracker(f"sqlite:///{made.folder / 'mlflow.db'}", made.folder)
+    client = MlflowClient(tracker.uri)
+    best = client.get_model_version_by_alias("idefics2-8b-base_vqav2_mimic", "best")
+    found = tracker.models_of({best.tags["trial_key"]})
+    assert found == [("idefics2-8b-base_vqav2_mimic", str(best.version))]
+    tracker.delete_models(found)
+    assert tracker.models_of({best.tags["trial_key"]}) == []
+    assert "best" not in client.get_registered_model("idefics2-8b-base_vqav2_mimic").aliases
+
+
 def test_it_answers_in_a_fresh_process_as_predict_does(project, client, tmp_path):
     image = sorted((project.folder / "data/real/images").rglob("*.jpg"))[0]
     encoded = base64.b64encode(image.read_bytes()).decode()
@@ -75,7 +88,7 @@ def test_it_answers_in_a_fresh_process_as_predict_does(project, client, tmp_path
 
 def test_nothing_in_it_is_pickled(client):
     version = client.get_model_version_by_alias("idefics2-8b-base_vqav2_hificl", "best")
-    model = client.get_logged_model(version.model_id)
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
     files = {path.name for path in Path(model.artifact_location.removeprefix("file://")).rglob("*") if path.is_file()}
     assert {"MLmodel", "served.py", "adapter_model.safetensors", "adapter_config.json", "input_example.json"} <= files
     assert not {name for name in files if Path(name).suffix in (".pkl", ".pickle", ".pt", ".bin")}
