@@ -34,4 +34,4 @@ def register_chosen(tracker: Tracker, store: TrialStore, trials: Iterable[str | 
         say(f"warning: adapters are not registered as models: {error}")
         return
     if number:
-        say(f"{number} adapters are registered as models")
+        say(f"registered as models: {number} adapters")

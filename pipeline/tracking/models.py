@@ -11,6 +11,7 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from pipeline.tracking import store
 from pipeline.tracking.connection import pages
 from pipeline.tracking.packaging import write_flavor
 from pipeline.tracking.writing import Writer
@@ -109,8 +110,11 @@ class Models(Writer):
             write_flavor(flavor, model_id=model_id, task=one.task, project=self.root, about=about)
             self._client.log_model_artifacts(model_id, str(flavor))
             objective = "" if one.objective is None else repr(one.objective)
+            # by its place: the store of a database looks `models:/ID` up under the process-wide address, not its own
+            local = store.is_database(self.uri)
+            place = self._client.get_logged_model(model_id).artifact_location if local else f"models:/{model_id}"
             return self._client.create_model_version(
-                one.name, f"models:/{model_id}", run.info.run_id, model_id=model_id,
+                one.name, place, run.info.run_id, model_id=model_id,
                 tags={"trial_key": one.trial, "objective": objective, "protocol": one.protocol},
                 description=f"{run.info.run_name}, `hificl predict --adapter runs/{one.trial}/adapter`",
             )  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 import mlflow.pyfunc
 import pandas as pd
 from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 from PIL import Image
 
 from pipeline.tasks import tasks
@@ -36,7 +36,9 @@ def write_flavor(out: Path, *, model_id: str, task: str, project: Path, about: d
         about: kept as the model's metadata.
     """
     asks = tasks.get(task).template.asks
-    columns = [ColSpec(DataType.string, "image"), *([ColSpec(DataType.string, "question")] if asks else [])]
+    columns: list[ColSpec | TensorSpec] = [ColSpec(DataType.string, "image")]
+    if asks:
+        columns.append(ColSpec(DataType.string, "question"))
     known = versions()
     model = Model(model_id=model_id)
     mlflow.pyfunc.save_model(
