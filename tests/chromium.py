@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ import aiohttp
 
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SECONDS = 60  # the longest wait for a page
+
+
+class ProtocolError(Exception):
+    """The browser refused a call."""
 
 
 class Page:
@@ -36,7 +40,8 @@ class Page:
         while True:
             answer = json.loads((await self._socket.receive(timeout=SECONDS)).data)
             if answer.get("id") == self._number:
-                assert "error" not in answer, answer
+                if "error" in answer:
+                    raise ProtocolError(answer["error"])
                 return answer["result"]
 
     def run(self, script: str) -> Any:
@@ -50,8 +55,10 @@ class Page:
         self.call("Page.navigate", url=address)
 
     def text(self) -> str:
-        """Return what a reader sees."""
-        return str(self.run("document.body ? document.body.innerText : ''"))
+        """Return what a reader sees; nothing while one page gives way to the next."""
+        with suppress(ProtocolError):
+            return str(self.run("document.body ? document.body.innerText : ''"))
+        return ""
 
     def wait(self, *words: str) -> str:
         """Wait until all words are on the page; return its text."""
