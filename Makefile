@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup repro repro-real test check bench clean pins
+.PHONY: help setup repro repro-real test check bench clean pictures pins
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -46,6 +46,10 @@ bench: setup     ## the benchmarks, into benchmarks/
 		echo "bench $$verb" >&2; $(BIN)/hificl bench $$verb --save > /dev/null; \
 	done
 	$(BIN)/hificl bench --table --into docs/performance.md
+
+pictures: setup  ## the pictures of the documentation, after make repro: the gallery, the report and MLflow in a browser
+	$(BIN)/hificl gallery
+	$(BIN)/python -m tests.views . docs/images
 
 pins: setup      ## newer versions into requirements.txt
 	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --all-extras \

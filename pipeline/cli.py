@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _bench(commands)
     _plan(commands)
     _ui(commands)
+    _gallery(commands)
     lineage.register(commands, _add)
     return parser
 
@@ -240,13 +241,26 @@ def _plan(commands: Any) -> None:
 
 def _ui(commands: Any) -> None:
     def func(args: argparse.Namespace) -> None:
+        from pipeline.config import PARAMS, load
         from pipeline.tracking.ui import serve
 
-        serve(Path.cwd(), host=args.host, port=args.port)
+        uri = load().tracking.uri if Path(PARAMS).is_file() else None
+        serve(Path.cwd(), uri, host=args.host, port=args.port)
 
     sub = _add(commands, "ui", func, "the MLflow UI over this folder's store, on loopback")
     sub.add_argument("--host", default="127.0.0.1")
     sub.add_argument("--port", type=int, default=5000)
+
+
+def _gallery(commands: Any) -> None:
+    def func(args: argparse.Namespace) -> Any:
+        from pipeline.config import load
+        from pipeline.report.pictures import write_gallery
+
+        return {"page": args.out, "studies": write_gallery(load(), Path("evaluations"), Path(args.out))}
+
+    sub = _add(commands, "gallery", func, "a Markdown page of the report's figures")
+    sub.add_argument("--out", default="docs/gallery.md", metavar="FILE")
 
 
 __all__ = ["guarded", "main", "InputError"]

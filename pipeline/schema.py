@@ -119,6 +119,7 @@ class Tracking(Section):
     """MLflow."""
 
     uri: str | None = None  # None: mlflow.db beside params.yaml, or MLFLOW_TRACKING_URI
+    artifacts: str | None = None  # None: mlartifacts beside params.yaml, or where a tracking server keeps them
     system_metrics: bool = True
 
 

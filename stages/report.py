@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline import report
 from pipeline.config import Params
+from pipeline.report import tracked
 from stages.common import run
 
 EVALUATIONS, REPORTS = Path("evaluations"), Path("reports")
@@ -17,6 +18,7 @@ def main(params: Params) -> None:
         report.write_study(sys.argv[1], params, EVALUATIONS, REPORTS)
     else:
         report.write_index(params, EVALUATIONS, REPORTS)
+        tracked.log(params, EVALUATIONS, Path.cwd())
 
 
 if __name__ == "__main__":

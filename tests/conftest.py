@@ -82,3 +82,13 @@ def pictures(tmp_path_factory) -> Path:
         Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     Image.fromarray(random.integers(0, 256, (50, 50), dtype=np.uint8)).save(folder / "7.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory):
+    """A small project whose whole pipeline has run once; tests that change its trials work on a copy (`copied`)."""
+    from tests.e2e.conftest import make_project
+
+    made = make_project(tmp_path_factory.mktemp("e2e") / "project")
+    made.python("-m", "dvc", "repro")
+    return made

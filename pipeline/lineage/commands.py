@@ -50,8 +50,14 @@ def _trace(commands: Any, add: Add) -> None:
     def func(args: argparse.Namespace) -> None:
         from pipeline.config import load
         from pipeline.lineage.place import locate, locate_cell
-        from pipeline.lineage.trace import trace
+        from pipeline.lineage.trace import trace, trace_all
 
+        if args.all:
+            if args.number is not None or args.cell is not None:
+                raise InputError("--all takes a --study at most", where="trace")
+            every = trace_all([args.study] if args.study else [], load(), Path.cwd())
+            _say_and_fail(every, _wrong(every))
+            return
         if (args.number is None) == (args.study is None) or (args.study is None) != (args.cell is None):
             raise InputError("give FILE:ROW:COLUMN, or --study S with --cell ROW:COLUMN", where="trace")
         params, evaluations = load(), Path("evaluations")
@@ -61,13 +67,18 @@ def _trace(commands: Any, add: Add) -> None:
             else locate(args.number, params, evaluations)
         )
         found = trace(place, params, Path.cwd())
-        wrong = found["wrong"]
-        _say_and_fail(found, f"{len(wrong)} not as recorded: {'; '.join(wrong[:5])}" if wrong else None)
+        _say_and_fail(found, _wrong(found))
 
     sub = add(commands, "trace", func, "from a number in a report to its run, adapter, data and commit")
     sub.add_argument("number", nargs="?", metavar="FILE:ROW:COLUMN", help="such as reports/hificl-table1.csv:1:value")
     sub.add_argument("--study", metavar="S")
     sub.add_argument("--cell", metavar="ROW:COLUMN", help="such as hificl:coco")
+    sub.add_argument("--all", action="store_true", help="every number of every report, or of the --study's")
+
+
+def _wrong(found: dict[str, Any]) -> str | None:
+    wrong = found["wrong"]
+    return f"{len(wrong)} not as recorded: {'; '.join(wrong[:5])}" if wrong else None
 
 
 def _reproduce(commands: Any, add: Add) -> None:

@@ -23,7 +23,8 @@ def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
     Args:
         params: the project's.
         root: the project's folder.
-        remove: whether to remove what was found. MLflow runs go to MLflow's own bin (`mlflow gc` empties it).
+        remove: whether to remove what was found. MLflow runs go to MLflow's own bin (`mlflow gc` empties it);
+            registered models of trials that go are taken out of the registry.
 
     Raises:
         InputError: nothing was evaluated, so that nothing is referred to; or a sweep holds the store.
@@ -42,15 +43,17 @@ def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
         every = sorted([*(root / "evaluations").glob("*.json"), *(root / "evaluations/measures").glob("*.json")])
         old_files = [file for file in every if str(file.relative_to(root)) not in evaluations]
         tracker = Tracker(params.tracking.uri, root)
-        runs = tracker.trial_runs({folder.name for folder in old_trials})
+        gone = {folder.name for folder in old_trials}
+        runs, models = tracker.trial_runs(gone), tracker.models_of(gone)
         found = {
             "trials": [str(folder.relative_to(root)) for folder in old_trials],
             "evaluations": [str(file.relative_to(root)) for file in old_files],
-            "mlflow_runs": runs,
+            "mlflow_runs": runs, "models": [f"{name}/{version}" for name, version in models],
             "bytes": sum(_size(path) for path in (*old_trials, *old_files)),
             "kept_trials": len(trials), "removed": remove,
         }  # fmt: skip
         if remove:
+            tracker.delete_models(models)
             tracker.delete_runs(runs)
             for folder in old_trials:
                 shutil.rmtree(folder)

@@ -79,6 +79,20 @@ def locate_cell(study: str, cell: str, params: Params, evaluations: Path) -> Pla
     return Place(study, table, entry, file if file.is_file() else None, _printed(_csv_rows(file), entry))
 
 
+def every(study: str, params: Params, evaluations: Path) -> list[Place]:
+    """Return all numbers of a study's report, those that are missing too.
+
+    Raises:
+        InputError: the study has not been evaluated.
+    """
+    table = report.load_table(study, params, evaluations)
+    file = evaluations.parent / "reports" / f"{study}.csv"
+    rows = _csv_rows(file)
+    return [
+        Place(study, table, entry, file if rows else None, _printed(rows, entry)) for entry in table.entries.values()
+    ]
+
+
 def _csv_rows(file: Path) -> list[dict[str, str]]:
     if not file.is_file():
         return []

@@ -85,7 +85,7 @@ def _params(record: RunRecord, params: Params) -> dict[str, Any]:
         "evaluate": _evaluate(record.evaluation, params), "tracking": {"uri": None, "system_metrics": False},
         "studies": {
             STUDY: {
-                "title": f"Run {record.run_id} again", "backbones": [config["backbone"]],
+                "title": f"Run {record.run_id} again", "backbones": _paper_backbones(config["backbone"]),
                 "tasks": _paper_tasks(config["task"]), "seeds": [config["seed"]],
                 "methods": {"again": {"method": config["method"], "set": {**row, **config["options"]}}},
             }
@@ -106,6 +106,12 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 def _defaults(kind: type[TrialConfig] | type[EvaluationConfig], names: Iterable[str]) -> list[tuple[str, Any]]:
     """Return the fields at their defaults: older code does not know them all, and they change nothing."""
     return [(name, kind.model_fields[name].default) for name in names]
+
+
+def _paper_backbones(backbone: str) -> list[str]:
+    from pipeline import backbones
+
+    return [backbones.get(backbone).stands_for or backbone]
 
 
 def _paper_tasks(task: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline import report
 from pipeline.config import Params
 from pipeline.errors import InputError, nearest
+from pipeline.report import tracked
 from pipeline.sweep.evaluation import evaluate
 from pipeline.sweep.run import sweep
 
@@ -31,4 +32,5 @@ def run(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
     for name in studies:
         report.write_study(name, params, evaluations, out)
     page = report.write_index(params, evaluations, out)
+    tracked.log(params, evaluations, root)
     return {"page": str(page), "studies": {name: [f"{out / name}.{end}" for end in ("md", "csv")] for name in studies}}

@@ -16,7 +16,7 @@ from pipeline.lineage import place as places
 from pipeline.lineage.checks import DIFFERS, MISSING, SAME, UNRECORDED, Check, Checks
 from pipeline.lineage.keys import key_of
 from pipeline.lineage.place import Place
-from pipeline.report.evaluations import Cell
+from pipeline.report.evaluations import Cell, study_names
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.provenance import code_root, has_commit
 from pipeline.tracking.runs import Tracker
@@ -42,11 +42,8 @@ def trace(place: Place, params: Params, root: Path) -> dict[str, Any]:
     if not done:
         why = "; ".join(cell.error or cell.status for cell in entry.cells)
         raise InputError(f"no number stands there: {why}", where=f"{place.study} {entry.line.method}")
-    checks = Checks()
-    if place.printed is not None:
-        checks.compare("report", place.file or place.study, places.expected(entry), place.printed)
-    walk = _Walk(params, root, checks)
-    chain = [walk.chain(cell) for cell in done]
+    walk = _Walk(params, root, Checks())
+    checks, chain = walk.checks, walk.chains(place)
     return {
         "cell": {
             "study": place.study, "file": str(place.file) if place.file else None, "backbone": entry.line.backbone,
@@ -60,6 +57,36 @@ def trace(place: Place, params: Params, root: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def trace_all(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
+    """Walk from every number of the studies' reports to what it was made from; what they share is read once.
+
+    Args:
+        studies: names; none: every study that has been evaluated.
+        params: the project's.
+        root: the project's folder.
+
+    Returns:
+        `studies` (numbers that are traced and cells without one, by study), `runs` and `checks` (how many), `wrong`
+        (sentences) and `intact`.
+
+    Raises:
+        InputError: a study has not been evaluated.
+    """
+    evaluations = root / "evaluations"
+    walk = _Walk(params, root, Checks())
+    found, runs = {}, set()
+    for study in studies or study_names(evaluations):
+        numbers = places.every(study, params, evaluations)
+        chains = [chain for place in numbers for chain in walk.chains(place)]
+        runs |= {chain["run"].get("run_id") for chain in chains}
+        empty = sum(not place.entry.done for place in numbers)
+        found[study] = {"numbers": len(numbers) - empty, "without_a_number": empty, "seeds": len(chains)}
+    return {
+        "studies": found, "runs": len(runs - {None}), "checks": len(walk.checks.records()),
+        "wrong": [check.sentence() for check in walk.checks.wrong], "intact": not walk.checks.wrong,
+    }  # fmt: skip
+
+
 class _Walk:
     """One walk over the seeds of a number; what they share is read once."""
 
@@ -68,6 +95,13 @@ class _Walk:
         self.store = TrialStore(root / "runs")
         self.tracker = Tracker(params.tracking.uri, root)
         self.manifest = functools.cache(self._manifest)
+
+    def chains(self, place: Place) -> list[dict[str, Any]]:
+        """Return the way of each seed of a number, after comparing it with what its file prints."""
+        if place.printed is not None:
+            where = f"{place.file or place.study} {place.entry.line.method}:{place.entry.column.task}"
+            self.checks.compare("report", where, places.expected(place.entry), place.printed)
+        return [self.chain(cell) for cell in place.entry.done]
 
     def chain(self, cell: Cell) -> dict[str, Any]:
         """Return the way of one seed's number."""

@@ -10,7 +10,7 @@ from pipeline.report import curves, figures, files, findings, page, papers, tabl
 from pipeline.report import evaluations as files_in
 from pipeline.report.gallery import gallery
 
-__all__ = ["forget", "load_table", "write_index", "write_study"]
+__all__ = ["forget", "load_table", "study_page", "write_index", "write_study"]
 
 # what a study came out as, by the content of its file: the index shows what was written just before
 _rendered: dict[tuple[str, str, str], tuple[tables.Table, dict[str, tuple[str, str]], str]] = {}
@@ -26,7 +26,7 @@ def load_table(study: str, params: Params, evaluations: Path) -> tables.Table:
 
 
 def write_study(study: str, params: Params, evaluations: Path, out: Path) -> None:
-    """Write a study's report: `<study>.md`, `<study>.csv`, and a folder with figures, metrics and plots.
+    """Write a study's report: `<study>.md`, `<study>.csv`, and a folder with `figures`, metrics and plots.
 
     Equal inputs give equal bytes.
 
@@ -42,15 +42,17 @@ def write_study(study: str, params: Params, evaluations: Path, out: Path) -> Non
     table, drawn, section = _render(study, params, evaluations)
     folder = out / study
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.svg"):
+    pictures = folder / "figures"
+    for stale in [*folder.glob("*.svg"), *pictures.glob("*.svg")]:
         stale.unlink()
+    pictures.mkdir(exist_ok=True)
     write_atomic(out / f"{study}.csv", files.to_csv(table))
     write_atomic(out / f"{study}.md", files.to_markdown(table, page.notes(table)))
     write_atomic(folder / "metrics.json", files.to_metrics(table))
     write_atomic(folder / "plot.json", files.to_plot(table))
     write_atomic(folder / "section.html", section)
     for name, (svg, _) in drawn.items():
-        write_atomic(folder / f"{name}.svg", figures.standalone(svg))
+        write_atomic(pictures / f"{name}.svg", figures.standalone(svg))
 
 
 def write_index(params: Params, evaluations: Path, out: Path) -> Path:
@@ -68,6 +70,12 @@ def write_index(params: Params, evaluations: Path, out: Path) -> Path:
     write_atomic(out / "findings.md", findings.to_markdown(found))
     write_atomic(out / "index.html", html)
     return out / "index.html"
+
+
+def study_page(study: str, params: Params, evaluations: Path) -> tuple[tables.Table, str]:
+    """Return one study, laid out, and its page, which needs no other file."""
+    table, _, section = _render(study, params, evaluations)
+    return table, page.page([table], [section], params, [])
 
 
 def _render(study: str, params: Params, evaluations: Path) -> tuple[tables.Table, dict[str, tuple[str, str]], str]:

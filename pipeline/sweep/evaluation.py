@@ -17,6 +17,7 @@ from pipeline.digests import file_digest, folder_digest
 from pipeline.errors import HificlError, WorkError
 from pipeline.progress import bar, say
 from pipeline.sweep.measures import measured
+from pipeline.sweep.models import register_chosen
 from pipeline.sweep.plan import Plan, make_plan
 from pipeline.sweep.run import all_cells, places
 from pipeline.sweep.space import Cell, Point, points
@@ -50,7 +51,7 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None) -> No
             jobs[config.key] = (store.config(trial), config)
     todo = [job for key, job in jobs.items() if not (out / f"{key}.json").exists()]
     say(f"{len(jobs)} trials to score, {len(jobs) - len(todo)} are scored")
-    tracker = Tracker(params.tracking.uri, root or Path.cwd())
+    tracker = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
     tracker.prepare(studies)
     problems = dict(_score(params, plan, todo, out, tracker)) if todo else {}
     for study in studies:
@@ -69,6 +70,7 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None) -> No
             "provenance": {k: v for k, v in tracker.provenance.items() if k != "diff"},
         }  # fmt: skip
         write_atomic(out / "studies" / f"{study}.json", json.dumps(record, indent=1, sort_keys=True))
+    register_chosen(tracker, store, (row["trial"] for row in chosen.values()))
     if problems:
         key, why = next(iter(problems.items()))
         raise WorkError(

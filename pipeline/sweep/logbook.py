@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.sweep.naming import run_name
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import FAILED, FINISHED, KILLED, Tracker
@@ -31,6 +32,7 @@ class Logbook:
     ) -> None:  # fmt: skip
         self.tracker, self.store, self.plan = tracker, store, plan
         self.parents, self.datasets = parents, datasets
+        self._several = len({one.backbone for one in plan.cells.values()}) > 1
         self._runs: dict[str, str] = {}
 
     def on_start(self, key: str) -> None:
@@ -70,7 +72,7 @@ class Logbook:
                 study,
                 self.parents[study],
                 key=key,
-                name=config.name,
+                name=run_name(cell, config, with_backbone=self._several) if cell else config.name,
                 params=flat(config),
                 datasets=self.datasets.get(config.task, []),
                 tags={

@@ -18,6 +18,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.errors import InputError, WorkError
 from pipeline.progress import say
 from pipeline.sweep.logbook import Logbook, datasets_of
+from pipeline.sweep.naming import description
 from pipeline.sweep.plan import Places, Plan, make_plan
 from pipeline.sweep.space import Cell, Digests, cells
 from pipeline.sweep.store import TrialStore
@@ -72,7 +73,7 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
     plan = make_plan(params, all_cells(params, studies, where), where)
     store = TrialStore(where.runs)
     with store.lock("a sweep"), ended_with_parent(), terminated_as_interrupt():
-        tracker = Tracker(params.tracking.uri, root or Path.cwd())
+        tracker = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
         tracker.prepare(studies)
         tracker.sweep_leftovers()
         try:
@@ -124,11 +125,10 @@ def _sweep(params: Params, studies: list[str], plan: Plan, store: TrialStore, tr
 
 def _open_parent(tracker: Tracker, params: Params, study: str, plan: Plan) -> str:
     mine = sorted(key for key, cell in plan.cell_of.items() if plan.cells[cell].study == study)
-    title = params.studies[study].title
     return tracker.open_sweep(
         study,
         tags={"sweep_key": digest(canonical(mine))[:16], "profile": params.profile},
-        description=f"{title}. {len(mine)} trials, profile `{params.profile}`.",
+        description=description(params, study, len(mine)),
         system_metrics=params.tracking.system_metrics,
     )
 

@@ -38,6 +38,11 @@ class PromptTemplate:
     answer: str
     stop_words: tuple[str, ...]
 
+    @property
+    def asks(self) -> bool:
+        """Whether a sample comes with a question."""
+        return "{question}" in self.query
+
 
 @dataclass(frozen=True)
 class Score:

@@ -29,16 +29,20 @@ class Connection:
     Args:
         uri: address of the store; None: MLFLOW_TRACKING_URI, else mlflow.db beside params.yaml of the main checkout.
         root: the project's root.
+        artifacts: where new experiments keep their files (a folder, or s3://bucket/path); None: mlartifacts beside
+            params.yaml, or what a tracking server chooses.
 
     Raises:
         InputError: `uri` is of no kind that MLflow can keep runs in.
     """
 
-    def __init__(self, uri: str | None, root: Path | str) -> None:
+    def __init__(self, uri: str | None, root: Path | str, artifacts: str | None = None) -> None:
         self.root = Path(root).resolve()
         home = main_checkout(self.root)
         self.uri = store.resolve(uri or os.environ.get("MLFLOW_TRACKING_URI") or None, home)
-        self.artifacts = home / "mlartifacts"
+        if artifacts is None and store.is_database(self.uri):
+            artifacts = str(home / "mlartifacts")
+        self.artifacts = artifacts and (artifacts if "://" in artifacts else (home / artifacts).resolve().as_uri())
         self._experiments: dict[str, str] = {}
 
     @cached_property
@@ -63,8 +67,7 @@ class Connection:
             with self._talking(), store.creation_lock(self.uri):
                 found = client.get_experiment_by_name(study)
                 if found is None:
-                    local = store.is_database(self.uri)
-                    place = (self.artifacts / study).as_uri() if local else None
+                    place = f"{self.artifacts.rstrip('/')}/{study}" if self.artifacts else None
                     self._experiments[study] = client.create_experiment(study, artifact_location=place)
                 else:
                     if found.lifecycle_stage != "active":
@@ -82,8 +85,8 @@ class Connection:
         client = self._client
         with self._talking():
             if experiments is None:
-                experiments = [one.experiment_id for one in _pages(client.search_experiments)]
-            return list(_pages(client.search_runs, experiments, query, ViewType.ACTIVE_ONLY))
+                experiments = [one.experiment_id for one in pages(client.search_experiments)]
+            return list(pages(client.search_runs, experiments, query, ViewType.ACTIVE_ONLY))
 
     def _stored_steps(self, run_id: str) -> set[tuple[str, int]]:
         names = [name for name in self._client.get_run(run_id).data.metrics if not name.startswith("system/")]
@@ -104,7 +107,8 @@ class Connection:
             raise kind(f"the MLflow store failed: {cause}", where=where) from error
 
 
-def _pages(call: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+def pages(call: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+    """Yield the entries of all pages that a search answers with."""
     token = None
     while True:
         page = call(*arguments, page_token=token)

@@ -15,7 +15,8 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from pipeline.tracking import owner, store
 from pipeline.tracking.reading import FAILED, FINISHED, KILLED
-from pipeline.tracking.writing import MAX_PARAMS, Opened, Writer, chunks, dataset_input, text_of
+from pipeline.tracking.reports import REPORT, Reports
+from pipeline.tracking.writing import MAX_PARAMS, Opened, chunks, dataset_input, text_of
 
 __all__ = ["FAILED", "FINISHED", "KILLED", "Tracker", "code_tags"]
 
@@ -23,12 +24,13 @@ logger = logging.getLogger(__name__)
 _END_STATES = (FINISHED, FAILED, KILLED)
 
 
-class Tracker(Writer):
+class Tracker(Reports):
     """Keeps sweeps, trials and evaluations in one MLflow store.
 
     Args:
         uri: address of the store; None: MLFLOW_TRACKING_URI, else mlflow.db beside params.yaml of the main checkout.
         root: the project's root.
+        artifacts: where new experiments keep their files; None: mlartifacts beside params.yaml, or the server's place.
 
     Raises:
         InputError: `uri` is of no kind that MLflow can keep runs in.
@@ -62,7 +64,7 @@ class Tracker(Writer):
         Args:
             study: name of the study, which is the experiment.
             tags: further tags (`profile`, ...); `sweep_key` tells two sweeps of one study apart.
-            description: what the run's page says (markdown).
+            description: what the run's page says (markdown); a link to the study's report follows it.
             system_metrics: also log the machine's load while the run is open.
 
         Returns:
@@ -70,9 +72,11 @@ class Tracker(Writer):
         """
         key = str(tags.get("sweep_key", ""))
         found = self._find(study, {"kind": "sweep", "sweep_key": key})
-        own = {"kind": "sweep", "sweep_key": key, "study": study, "mlflow.note.content": description}
+        own = {"kind": "sweep", "sweep_key": key, "study": study}
         name = f"{study} {key[:6]}".strip()
         run_id = self._start(study, found, name=name, tags={**tags, **own}, parent=None)
+        page = f"#/experiments/{self.experiment(study)}/runs/{run_id}/artifacts/{REPORT}/{study}.html"
+        self.tag(run_id, {"mlflow.note.content": f"{description}\n\n[Tables and figures]({page})"})
         self.log_provenance(run_id, self.provenance)
         if system_metrics:
             monitor = SystemMetricsMonitor(run_id, resume_logging=found is not None, tracking_uri=self.uri)

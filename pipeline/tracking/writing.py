@@ -31,8 +31,8 @@ class Opened:
 class Writer(Reader):
     """Logs to runs; see `Connection` for the arguments."""
 
-    def __init__(self, uri: str | None, root: Path | str) -> None:
-        super().__init__(uri, root)
+    def __init__(self, uri: str | None, root: Path | str, artifacts: str | None = None) -> None:
+        super().__init__(uri, root, artifacts)
         self._open: dict[str, Opened] = {}
 
     def log_provenance(self, run_id: str, record: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,9 +94,16 @@ def make_project(folder: Path) -> Project:
     return project
 
 
-@pytest.fixture(scope="session")
-def project(tmp_path_factory) -> Project:
-    """A project whose whole pipeline has run once."""
-    made = make_project(tmp_path_factory.mktemp("e2e") / "project")
-    made.python("-m", "dvc", "repro")
-    return made
+def copied(project: Project, folder: Path) -> Project:
+    """Copy a project to where a test may spoil it; its MLflow artifacts are the original's."""
+    # In a process of its own: this one may hold mlflow.db open, and closing a file drops all locks that its process has
+    # on it, which is how an SQLite database gets damaged.
+    subprocess.run(["cp", "-a", str(project.folder), str(folder)], check=True)
+    for left_out in (folder / "cache", folder / "runs/.tune"):
+        shutil.rmtree(left_out, ignore_errors=True)
+    for link in [*folder.iterdir(), *(folder / "data").iterdir()]:
+        if link.is_symlink():  # they were relative to where the project lies
+            target = (project.folder / link.relative_to(folder)).resolve()
+            link.unlink()
+            link.symlink_to(target, target_is_directory=True)
+    return Project(folder)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import pytest
 from pipeline.cli import main
 from pipeline.report import forget
 from tests.conftest import ROOT
-from tests.e2e.conftest import Project
+from tests.e2e.conftest import Project, copied
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -29,19 +27,9 @@ def here(project, monkeypatch):
 @pytest.fixture
 def copy(project, tmp_path, monkeypatch) -> Project:
     """A copy that a test may spoil; its MLflow artifacts are the project's own."""
-    folder = tmp_path / "copy"
-    # In a process of its own: this one may hold mlflow.db open, and closing a file drops all locks that its process has
-    # on it, which is how an SQLite database gets damaged.
-    subprocess.run(["cp", "-a", str(project.folder), str(folder)], check=True)
-    for left_out in (folder / "cache", folder / "runs/.tune"):
-        shutil.rmtree(left_out, ignore_errors=True)
-    for link in [*folder.iterdir(), *(folder / "data").iterdir()]:
-        if link.is_symlink():  # they were relative to where the project lies
-            target = (project.folder / link.relative_to(folder)).resolve()
-            link.unlink()
-            link.symlink_to(target, target_is_directory=True)
-    monkeypatch.chdir(folder)
-    return Project(folder)
+    made = copied(project, tmp_path / "copy")
+    monkeypatch.chdir(made.folder)
+    return made
 
 
 def hificl(capfd, *arguments: str) -> tuple[int, dict, str]:
@@ -77,6 +65,9 @@ def test_every_cell_traces_to_an_existing_run_and_intact_digests(here, capfd):
     by_name = hificl(capfd, "trace", "--study", "small", "--cell", "hificl:vqav2")[1]
     assert by_name["cell"]["method"] == "hificl" and by_name["chain"][0]["code"]["versions"]["torch"]
     assert hificl(capfd, "trace", "reports/small.md:hificl:accuracy")[1]["chain"] == by_name["chain"]
+    status, every, _ = hificl(capfd, "trace", "--all")
+    assert status == 0 and every["studies"]["small"] == {"numbers": 4, "without_a_number": 0, "seeds": 4}
+    assert every["runs"] == 4 and every["checks"] > 20
 
 
 def spoil(file: Path, before: bytes = b"") -> None:
@@ -130,6 +121,8 @@ def test_a_number_that_was_edited_in_the_report_is_seen(copy, capfd):
         csv.writer(out).writerows(content)
     status, found, line = hificl(capfd, "trace", "reports/small.csv:1:value")
     assert status == 1 and "reports/small.csv" in line and "99" in line
+    status, every, line = hificl(capfd, "trace", "--all", "--study", "small")
+    assert status == 1 and len(every["wrong"]) == 1 and "99" in line
     assert found["checks"][0]["found"] == "99"
 
 
@@ -274,21 +267,3 @@ def test_costs_and_distances_are_measured_and_traced(copy, capfd):
     assert status == 0 and "measurement" in {check["what"] for check in found["checks"]}, line
     spoil(copy.folder / cells["latent", "mimic"]["measurement"])
     assert hificl(capfd, "trace", "--study", "latent", "--cell", "mimic:vqav2")[0] == 1
-
-
-COMMAND = re.compile(r"^(?:\.venv/bin/)?hificl (.+?)(?:\s+#.*)?$", re.MULTILINE)
-
-
-@pytest.mark.parametrize("page", ["lineage.md", "studies.md"])
-def test_every_command_of_the_documentation_is_one(page):
-    """Each is parsed; those that this file does not run under other names are run here or above."""
-    from pipeline.cli import _parser
-
-    text = (ROOT / "docs" / page).read_text()
-    commands = [
-        found for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL) for found in COMMAND.findall(block)
-    ]
-    assert commands
-    for command in commands:
-        words = command.split(" --question ")[0].split()
-        assert hasattr(_parser().parse_args(words), "func"), command

@@ -54,6 +54,7 @@ def seen(page: Path, profile: Path, width: int, *, dark: bool) -> dict[str, Any]
 def test_it_fits_opens_at_once_and_follows_the_scheme(page: Path, tmp_path: Path, width: int, dark: bool) -> None:
     found = seen(page, tmp_path, width, dark=dark)
     assert found["overflow"] <= 0
+    print(f"opened in {found['open']:.0f} ms, {page.stat().st_size / 1000:.0f} kB")
     assert found["open"] < 1000
     assert found["figures"] >= 1 and found["silent"] == 0
     red = int(re.findall(r"\d+", found["ground"])[0])

@@ -111,7 +111,7 @@ def test_varied_axes_and_further_metrics_are_rows(maker: Any) -> None:
     ]
     assert [row["value"] for row in rows if row["metric"] == "chair_s"] == ["4", "4"]
     folder = maker.folder.parent / "hificl-figure7"
-    assert [file.name for file in folder.glob("*.svg")] == ["over-rank.svg"]
+    assert [file.name for file in folder.glob("figures/*.svg")] == ["over-rank.svg"]
     assert [record["rank"] for record in json.loads((folder / "plot.json").read_text())] == [1, 1, 8, 8]
 
 
@@ -239,7 +239,7 @@ def test_hostile_text_is_shown_not_run(maker: Any) -> None:
     assert "<script" not in markdown
     (head,) = (line for line in markdown.splitlines() if line.startswith("| method"))
     assert head.replace("\\|", "").count("|") == 3
-    for svg in (out / "hificl-table1").glob("*.svg"):
+    for svg in (out / "hificl-table1").glob("figures/*.svg"):
         assert not [node for node in ElementTree.parse(svg).iter() if node.tag.endswith("script")]  # noqa: S314
     assert rows_of(out / "hificl-table1.csv")[0]["task"] == HOSTILE
 
@@ -263,7 +263,7 @@ def test_metrics_are_flat(main: dict[str, Any]) -> None:
 
 
 def test_figures_follow_the_scheme_and_the_hero_is_written(main: dict[str, Any], tmp_path: Path) -> None:
-    svg = (main["out"] / "hificl-table1" / "bars-mini-idefics2.svg").read_text()
+    svg = (main["out"] / "hificl-table1/figures/bars-mini-idefics2.svg").read_text()
     assert "currentColor" in svg
     assert "prefers-color-scheme:dark" in svg
     assert ElementTree.fromstring(svg).get("viewBox")  # noqa: S314

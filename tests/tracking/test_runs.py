@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import InputError, WorkError
+from pipeline.tracking.reports import Shown
 from pipeline.tracking.runs import FAILED, FINISHED, KILLED, Tracker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -332,3 +333,33 @@ def test_a_password_is_in_no_message(tmp_path: Path) -> None:
         Tracker(uri, tmp_path).prepare(["study"])
     assert "hunter2" not in str(caught.value)
     assert "127.0.0.1:1" in str(caught.value)
+
+
+def test_files_go_where_the_setting_says(root: Path) -> None:
+    Tracker(None, root, "elsewhere/files").prepare(["placed"])
+    Tracker(None, root, "s3://bucket/path/").prepare(["in-s3"])
+    places = dict(ask(root, "select name, artifact_location from experiments"))
+    assert places["placed"] == (root / "elsewhere/files").as_uri() + "/placed"
+    assert places["in-s3"] == "s3://bucket/path/in-s3"
+
+
+def test_a_report_is_kept_once_and_its_runs_know_their_places(tracker: Tracker, root: Path, tmp_path: Path) -> None:
+    parent, child = open_both(tracker)
+    tracker.log_evaluation(child, {"test_accuracy": 50.0}, None)
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "study.html").write_text("<p>a table")
+    shown = [Shown(child, "01 HiFICL", "1 vqa", 50.0), Shown(child, "02 the same trial", "1 vqa", 50.0)]
+    assert tracker.log_report("study", folder, shown, {"hificl rank=8/vqa": 50.0})
+    assert not tracker.log_report("study", folder, shown, {"hificl rank=8/vqa": 50.0})
+    assert tracker.artifacts_of(parent, "report") == ["report/study.html"]
+    tags = tracker.read_run(child)["tags"]
+    assert (tags["table.row"], tags["table.column"]) == ("01 HiFICL", "1 vqa")
+    assert tracker.read_run(child)["metrics"]["table_value"] == 50.0
+    assert tracker.read_run(parent)["metrics"] == {"report/hificl rank-8/vqa": 50.0}
+    note = tracker.read_run(parent)["tags"]["mlflow.note.content"]
+    assert note.startswith("a sweep") and f"runs/{parent}/artifacts/report/study.html" in note
+    (folder / "study.html").write_text("<p>another table")
+    assert tracker.log_report("study", folder, [Shown(child, "01 HiFICL", "1 vqa", 60.0)], {"hificl rank=8/vqa": 60.0})
+    assert tracker.read_run(child)["metrics"]["table_value"] == 60.0
+    assert not tracker.log_report("nothing-of-it", folder, [], {})

@@ -1,0 +1,45 @@
+"""The model that `mlflow.pyfunc.load_model` gives: MLflow copies this file into every logged adapter and runs it.
+
+It holds no pickle: the adapter's own files lie beside it, and the code that answers is that of `hificl predict`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+
+class AdapterModel(PythonModel):
+    """An adapter on its frozen backbone: images and questions in, answers out.
+
+    The backbone's weights are those that the params.yaml of `model_config["project"]` names, or, where that folder is
+    not on this machine, the params.yaml of the current folder.
+    """
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Read what the adapter is; weights are loaded at the first answer."""
+        from pipeline.train.answering import Answerer
+
+        recorded = Path(context.model_config.get("project") or "")
+        project = recorded if (recorded / "params.yaml").is_file() else Path()
+        self._answerer = Answerer(Path(context.artifacts["adapter"]), project=project)
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[str]:
+        """Return one answer a row.
+
+        Args:
+            context: what MLflow loaded the model from.
+            model_input: `image` (a file's path, or base64) and, for tasks that ask one, `question`.
+            params: not used.
+        """
+        rows = model_input.astype(object).where(model_input.notna(), None).to_dict("records")
+        return [self._answerer.answer(row["image"], row.get("question"))["answer"] for row in rows]
+
+
+set_model(AdapterModel())

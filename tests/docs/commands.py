@@ -1,0 +1,81 @@
+"""The commands that the documentation shows, and those of them that are not run here, each with its reason."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+INLINE = re.compile(r"`((?:hificl|make) [^`\n]+)`")
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SHELLS = ("bash", "sh", "console")
+PROGRAMS = re.compile(r"(?:\.venv/bin/)?(?:hificl|make|python -m|dvc) ")  # what is a command in a block of no language
+PROMPT = "$ "
+
+# What is not run, and why. `hificl` commands are parsed all the same, `make` targets resolved, modules found.
+NOT_RUN: dict[str, str] = {
+    r"make (repro|test|setup|check|bench|clean|test-\w+|repro-real|pictures)\b.*": "runs for minutes, in CI of its own",
+    r"source .*": "a shell's own",
+    r"dvc repro( .*)?": "run by tests/e2e/test_pipeline.py; the new task's by test_extending.py",
+    r"dvc (plots|metrics) .*": "run by tests/e2e/test_pipeline.py",
+    r"hificl ui.*": "a server: run by tests/tracking/test_ui.py",
+    r"hificl reproduce .*": "trains: run by tests/e2e/test_lineage.py",
+    r"hificl study (prefix-beside-hificl)": "run by tests/docs/test_extending.py",
+    r"hificl params .*--method prefix .*": "run by tests/docs/test_extending.py",
+    r"hificl predict .*Which colour.*": "the same as the one with a shape",
+    r"hificl score .*": "run with their numbers by tests/docs/test_score_commands.py",
+    r"hificl bench (?!--).*": "run by tests/bench/test_verbs.py at small sizes",
+    r"hificl pretrain .*": "takes an hour",
+    r"hificl (world|workspace) .*": "run by tests/miniature/test_world.py and tests/e2e",
+    r"hificl sweep --study (?!hificl|mimic).*": "a study of the miniature",
+    r"python -m pipeline\.bench\..*": "needs a GPU",
+    r"python -m tests\..*": "measures or takes pictures for minutes",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a page."""
+
+    page: str
+    text: str
+
+    @property
+    def words(self) -> list[str]:
+        """Its words, without a comment and without the environment's folder."""
+        return [word.removeprefix(".venv/bin/") for word in shlex.split(self.text, comments=True)]
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is not run; None: it is."""
+        plain = " ".join(self.words)
+        return next((why for form, why in NOT_RUN.items() if re.fullmatch(form, plain)), None)
+
+
+def commands_of(page: Path) -> list[Command]:
+    """Return the commands of a page's blocks; `console` blocks mark theirs with a prompt."""
+    found = []
+    for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        lines = block.replace("\\\n", " ").splitlines()
+        if language not in SHELLS:
+            lines = [] if language else [line for line in lines if PROGRAMS.match(line)]
+        if any(line.startswith(PROMPT) for line in lines):
+            lines = [line.removeprefix(PROMPT) for line in lines if line.startswith(PROMPT)]
+        found += [Command(page.name, line.strip()) for line in lines if line.split("#")[0].strip()]
+    return found
+
+
+def inline() -> list[Command]:
+    """Return what stands in running text as a command, each once."""
+    found = [Command(page.name, text) for page in PAGES for text in INLINE.findall(page.read_text(encoding="utf-8"))]
+    return list({one.text: one for one in found}.values())
+
+
+def every() -> list[Command]:
+    """Return the commands of all pages, each once; those of faq.md have a test of their own."""
+    once = {" ".join(one.words): one for page in PAGES if page.name != "faq.md" for one in commands_of(page)}
+    return list(once.values())

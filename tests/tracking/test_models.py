@@ -1,0 +1,105 @@
+"""Adapters in MLflow's registry: what `mlflow.pyfunc` loads in a fresh process answers as `hificl predict` does."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from pipeline.errors import InputError
+from pipeline.sweep.models import register_chosen
+from pipeline.sweep.store import TrialStore
+from pipeline.tracking.runs import Tracker
+from pipeline.train.answering import Answerer
+from tests.e2e.conftest import copied
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+NAMES = {"idefics2-8b-base_vqav2_hificl", "idefics2-8b-base_vqav2_mimic"}
+QUESTION = "What is this?"
+LOAD = """
+import json, sys
+import mlflow, pandas as pd
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[2])
+rows = pd.DataFrame(json.loads(sys.argv[3]))
+answers = model.predict(rows)
+example = model.predict(model.input_example)
+print(json.dumps({"answers": answers, "example": example, "trial": model.metadata.metadata["trial"],
+                  "columns": model.metadata.signature.inputs.input_names()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def client(project) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
+
+
+def test_a_model_is_registered_by_backbone_task_and_method_and_the_best_has_its_alias(project, client):
+    models = {model.name: model for model in client.search_registered_models()}
+    assert set(models) >= NAMES
+    store = TrialStore(project.folder / "runs")
+    for name in NAMES:
+        versions = client.search_model_versions(f"name = '{name}'")
+        objectives = {one.version: (store.done(one.tags["trial_key"]) or {})["objective"] for one in versions}
+        assert all(float(one.tags["objective"]) == objectives[one.version] for one in versions)
+        best = client.get_model_version_by_alias(name, "best")
+        assert objectives[best.version] == max(objectives.values())
+
+
+def test_registering_again_changes_nothing(project, client):
+    store = TrialStore(project.folder / "runs")
+    tracker = Tracker(f"sqlite:///{project.folder / 'mlflow.db'}", project.folder)
+    registered = client.search_model_versions()
+    register_chosen(tracker, store, [one.tags["trial_key"] for one in registered])
+    again = client.search_model_versions()
+    assert [(one.name, one.version) for one in again] == [(one.name, one.version) for one in registered]
+
+
+def test_a_model_goes_with_its_trial_and_comes_again_with_it(project, tmp_path, monkeypatch):
+    made = copied(project, tmp_path / "copy")
+    tracker = Tracker(f"sqlite:///{made.folder / 'mlflow.db'}", made.folder)
+    client = MlflowClient(tracker.uri)
+    best = client.get_model_version_by_alias("idefics2-8b-base_vqav2_mimic", "best")
+    found = tracker.models_of({best.tags["trial_key"]})
+    assert found == [("idefics2-8b-base_vqav2_mimic", str(best.version))]
+    tracker.delete_models(found)
+    assert tracker.models_of({best.tags["trial_key"]}) == []
+    assert "best" not in client.get_registered_model("idefics2-8b-base_vqav2_mimic").aliases
+    monkeypatch.chdir(tmp_path)  # no store lies here
+    register_chosen(tracker, TrialStore(made.folder / "runs"), [best.tags["trial_key"]])
+    assert client.get_model_version_by_alias("idefics2-8b-base_vqav2_mimic", "best").run_id == best.run_id
+
+
+def test_it_answers_in_a_fresh_process_as_predict_does(project, client, tmp_path):
+    image = sorted((project.folder / "data/real/images").rglob("*.jpg"))[0]
+    encoded = base64.b64encode(image.read_bytes()).decode()
+    rows = [{"image": str(image), "question": QUESTION}, {"image": encoded, "question": QUESTION}]
+    uri = f"sqlite:///{project.folder / 'mlflow.db'}"
+    asked = [sys.executable, "-c", LOAD, uri, "models:/idefics2-8b-base_vqav2_hificl@best", json.dumps(rows)]
+    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    own = Answerer(project.folder / "runs" / found["trial"] / "adapter", project=project.folder)
+    assert found["answers"] == [own.answer(image, QUESTION)["answer"]] * 2
+    assert found["columns"] == ["image", "question"] and len(found["example"]) == 1
+
+
+def test_nothing_in_it_is_pickled(client):
+    version = client.get_model_version_by_alias("idefics2-8b-base_vqav2_hificl", "best")
+    place = Path(version.source.removeprefix("file://"))
+    files = {path.name for path in place.rglob("*") if path.is_file()}
+    assert {"MLmodel", "served.py", "adapter_model.safetensors", "adapter_config.json", "input_example.json"} <= files
+    assert not {name for name in files if Path(name).suffix in (".pkl", ".pickle", ".pt", ".bin")}
+
+
+def test_an_image_is_a_file_or_base64(project):
+    folder = next(path.parent for path in project.folder.glob("runs/*/adapter/adapter_config.json"))
+    own = Answerer(folder, project=project.folder)
+    for wrong in ("no-such-file.png", "not base64!", "aGVsbG8="):
+        with pytest.raises(InputError):
+            own.answer(wrong, QUESTION)

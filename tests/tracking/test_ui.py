@@ -1,0 +1,31 @@
+"""`hificl ui` over a project that has run: its list, compare, artifact and model views in a real browser."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chromium import PROGRAM, browser
+from tests.views import find, mlflow_views, served
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(PROGRAM is None, reason="no Chromium on this machine"),
+]
+MAX_PICTURE = 200_000  # bytes
+
+
+def test_a_study_can_be_read_in_mlflow(project, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    ids = find(project.folder, "small")
+    with served(project.folder) as address, browser(tmp_path / "profile") as page:
+        seen = mlflow_views(page, address, ids, tmp_path)
+    # sorted by row: the table's order
+    rows = [seen["list"].index(row) for row in ("01 zero-shot", "02 icl-2", "03 hificl", "04 mimic")]
+    assert rows == sorted(rows)
+    assert "A small study" in seen["run"] and "hificl study small" in seen["run"]
+    assert "learning_rate" in seen["compare"] and all(name in seen["compare"] for name in ids.names)
+    assert "small.csv" in seen["artifact"]
+    assert "trial_key" in seen["model"]
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert len(pictures) == 5 and all(5_000 < one.stat().st_size < MAX_PICTURE for one in pictures)
