@@ -123,6 +123,15 @@ class Tracker(Writer):
                 self._client.log_inputs(run_id, [dataset_input(row) for row in datasets])
         return run_id
 
+    def adopt(self, run_id: str) -> None:
+        """Take on a run that another process opened, or of which it is not known what it has: ask the store."""
+        with self._talking():
+            steps = self._stored_steps(run_id)
+            if run_id not in self._open:
+                parent = self._client.get_run(run_id).data.tags.get("mlflow.parentRunId")
+                self._open[run_id] = Opened(parent)
+            self._open[run_id].steps = steps
+
     # -- closing -------------------------------------------------------------------------------------------------
 
     def close(self, run_id: str, status: str, error: str | None = None) -> None:

@@ -1,0 +1,162 @@
+"""Runs the sweep's driver process, starts another when it or its cluster is lost, and leaves no process behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+from pipeline.config import Params
+from pipeline.errors import HificlError, InputError, WorkError
+from pipeline.sweep.driver import STOP
+from pipeline.sweep.journal import Journal
+from pipeline.sweep.plan import Plan
+from pipeline.sweep.store import TrialStore
+
+POLL_SECONDS = 0.5
+SILENT_SECONDS = 120.0  # a driver that gives no sign of life for so long is replaced
+ENDING_SECONDS = 6.0
+MARK = "HIFICL_SWEEP"  # in the environment of all processes of one driver
+
+
+class Lost(Exception):
+    """The driver or its cluster is gone."""
+
+
+class Driver:
+    """One driver process; it imports Ray while its supervisor opens MLflow."""
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        self.pipe, theirs = multiprocessing.Pipe()
+        with theirs:
+            # in a session of its own: Ctrl-C reaches the supervisor alone, which ends it in order
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.sweep.driver", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                env={**os.environ, MARK: self.mark}, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def run(self, plan: Plan, keys: list[str], params: Params, watchers: list[Any], journal: Journal) -> None:
+        """Train the trials `keys`; see `tuner.run_trials`.
+
+        Raises:
+            Lost: the driver died, its cluster died, or neither gives a sign of life.
+            HificlError: what it says.
+        """
+        try:
+            self.pipe.send((plan, keys, params))
+        except OSError:
+            raise Lost("the driver died at its start") from None
+        heard = None
+        while True:
+            try:
+                news = self.pipe.poll(POLL_SECONDS)
+                message = self.pipe.recv() if news else None
+            except (EOFError, OSError):
+                raise Lost(f"the driver died (status {self.process.wait()})") from None
+            for row in journal.news():
+                for watcher in watchers:
+                    if hasattr(watcher, "on_event"):
+                        watcher.on_event(row)
+            if message is None:
+                if heard is not None and time.monotonic() - heard > SILENT_SECONDS:
+                    raise Lost(f"the driver gave no sign of life for {SILENT_SECONDS:.0f} s")
+                continue
+            heard = time.monotonic()
+            what, *facts = message
+            if what == "ended":
+                return
+            if what == "error":
+                raise facts[0]
+            if what == "lost":
+                raise Lost(facts[0])
+            if what != "alive":
+                for watcher in watchers:
+                    getattr(watcher, what)(*facts)
+
+    def end(self) -> None:
+        """End the driver and every process of its private cluster."""
+        with suppress(OSError):
+            self.pipe.send(STOP)
+        self.pipe.close()
+        try:
+            self.process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for process in marked(self.mark):
+            with suppress(psutil.Error):
+                process.kill()
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Return the processes whose environment has the mark."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def train(
+    plan: Plan, todo: list[str], params: Params, watchers: list[Any], first: Driver | None, *, adaptive: bool
+) -> None:
+    """Train the trials `todo` until each has an end, with as many drivers as that takes.
+
+    Args:
+        plan: of the sweep.
+        todo: keys of the trials.
+        params: the project's.
+        watchers: who hears what happens; see `tuner.Watcher`.
+        first: a driver that was started beforehand.
+        adaptive: whether a searcher asks for further trials.
+
+    Raises:
+        InputError: as the driver's.
+        WorkError: the driver was lost `sweep.retry.max_attempts` times, with no epoch in between.
+    """
+    store, journal = TrialStore(plan.places.runs), Journal(plan.places.runs)
+    most, attempts = params.sweep.retry.max_attempts, 0
+    for key in todo:
+        store.reopen(key)  # from here on an end is this sweep's
+    behind = _progress(store)
+    while todo or adaptive:
+        driver, first = first or Driver(), None
+        why = "its process died"
+        try:
+            driver.run(plan, todo, params, watchers, journal)
+            adaptive = False
+        except InputError:
+            raise
+        except (Lost, HificlError) as error:
+            why = str(error)
+        finally:
+            driver.end()
+        # a trial that failed has its end too; one without lost its way, not its state
+        todo = [key for key in todo if store.done(key) is None]
+        if not todo and not adaptive:
+            return
+        now = _progress(store)
+        attempts = 1 if now > behind else attempts + 1
+        behind = now
+        journal.note("the sweep's driver is lost", why=why, attempt=attempts)
+        if attempts >= most:
+            raise WorkError(
+                f"gave up after {attempts} attempts: {why}", where="train",
+                way_out="Finished trials and epochs are kept; mend the cause and run the same command again",
+            )  # fmt: skip
+
+
+def _progress(store: TrialStore) -> int:
+    """Return the epochs and ends that the store holds."""
+    return sum(len(store.epochs(key)) + (store.done(key) is not None) for key in store.all_keys())
