@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipeline.config import Params
 from pipeline.data.manifest import Manifest
 from pipeline.errors import InputError, WorkError
 from pipeline.progress import say
+from pipeline.sweep.journal import Journal
 from pipeline.sweep.logbook import Logbook, datasets_of
 from pipeline.sweep.plan import Places, Plan, make_plan
 from pipeline.sweep.space import Cell, Digests, cells
@@ -123,8 +125,11 @@ def _sweep(
         if key not in todo:
             logbook.record(key)
     if todo or adaptive:
+        started = time.monotonic()
         with View(plan, store, len(todo)) as view:
             train(plan, todo, params, [logbook, view], driver, adaptive=adaptive)
+        seconds = {"seconds": time.monotonic() - started, "spool_seconds": spooled.seconds}
+        Journal(store.root).note("sweep ended", trials=len(todo), **seconds)
     for key, config in plan.trials.items():
         if not config.trained:
             _record_untrained(store, plan, key, tracker)

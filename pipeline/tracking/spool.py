@@ -102,7 +102,7 @@ class SpooledTracker:
     def __init__(self, tracker: Tracker, folder: Path) -> None:
         self.tracker = tracker
         self.file = SpoolFile(folder / f"{digest(tracker.uri)[:12]}.jsonl", tracker.uri)
-        self.seconds = 0.0  # spent on tracking: a part of what surviving costs
+        self.seconds = 0.0  # spent on the spool, MLflow's own time left out: a part of what surviving costs
         self._wait, self._next_try, self._cause = FIRST_WAIT, 0.0, ""
 
     @property
@@ -185,23 +185,25 @@ class SpooledTracker:
             time.sleep(min(FIRST_WAIT, patience))
 
     def _do(self, name: str, run: str, /, **arguments: Any) -> Any:
-        started = time.perf_counter()
         entry = {"do": name, "run": run, "with": arguments}
+        if self.waiting:
+            self._queue(entry)
+            return None
         try:
-            if self.waiting:
-                self._queue(entry)
-                return None
             return self._call(entry)
         except StoreAway as error:
             say(f"the MLflow store is away, metrics wait in {self.file.path}: {error.what}")
             self._away(error)
-            self.file.add(entry)
+            self._keep(entry)
             return None
-        finally:
-            self.seconds += time.perf_counter() - started
+
+    def _keep(self, entry: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        self.file.add(entry)
+        self.seconds += time.perf_counter() - started
 
     def _queue(self, entry: dict[str, Any]) -> None:
-        self.file.add(entry)
+        self._keep(entry)
         if time.monotonic() >= self._next_try:
             self.deliver()
 
