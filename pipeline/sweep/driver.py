@@ -25,6 +25,7 @@ LIFE_SECONDS = 2.0  # between two signs of life
 SILENT_SECONDS = 30.0  # a cluster that does not answer for so long is lost
 ENDING_SECONDS = 4.0  # after which an ordered end is given up
 STOP = "stop"
+PROXY_DIED = "the process that waits for it died"  # the trial itself may be well
 CLUSTER = ("gcs_server", "raylet")
 
 

@@ -124,10 +124,11 @@ def _sweep(
     for key in known:
         if key not in todo:
             logbook.record(key)
+    errors: dict[str, str] = {}
     if todo or adaptive:
         started = time.monotonic()
         with View(plan, store, len(todo)) as view:
-            train(plan, todo, params, [logbook, view], driver, adaptive=adaptive)
+            errors = train(plan, todo, params, [logbook, view], driver, adaptive=adaptive)
         seconds = {"seconds": time.monotonic() - started, "spool_seconds": spooled.seconds}
         Journal(store.root).note("sweep ended", trials=len(todo), **seconds)
     for key, config in plan.trials.items():
@@ -138,7 +139,7 @@ def _sweep(
     for key in known:
         done = store.done(key)
         if done is None or done["status"] == "failed":
-            failed[key] = (done or {}).get("error", "it did not end")
+            failed[key] = (done or {}).get("error") or errors.get(key, "it did not end")
     for parent in parents.values():
         spooled.close(parent, FAILED if failed else FINISHED)
     return failed

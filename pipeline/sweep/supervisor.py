@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 
 from pipeline.config import Params
-from pipeline.errors import HificlError, InputError, WorkError
-from pipeline.sweep.driver import STOP
+from pipeline.errors import InputError, WorkError
+from pipeline.sweep.driver import PROXY_DIED, STOP
 from pipeline.sweep.journal import Journal
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
@@ -35,6 +35,7 @@ class Driver:
 
     def __init__(self) -> None:
         self.mark = uuid.uuid4().hex
+        self.errors: dict[str, str] = {}  # of trials that failed for good
         self.pipe, theirs = multiprocessing.Pipe()
         with theirs:
             # in a session of its own: Ctrl-C reaches the supervisor alone, which ends it in order
@@ -47,8 +48,8 @@ class Driver:
         """Train the trials `keys`; see `tuner.run_trials`.
 
         Raises:
-            Lost: the driver died, its cluster died, or neither gives a sign of life.
-            HificlError: what it says.
+            Lost: the driver or its cluster died, gave up, or gives no sign of life.
+            InputError: what it says.
         """
         try:
             self.pipe.send((plan, keys, params))
@@ -73,10 +74,12 @@ class Driver:
             what, *facts = message
             if what == "ended":
                 return
-            if what == "error":
+            if what == "error" and isinstance(facts[0], InputError):
                 raise facts[0]
-            if what == "lost":
-                raise Lost(facts[0])
+            if what in ("error", "lost"):
+                raise Lost(str(facts[0]))
+            if what == "on_end" and facts[1] not in (None, PROXY_DIED):
+                self.errors[facts[0]] = facts[1]
             if what != "alive":
                 for watcher in watchers:
                     getattr(watcher, what)(*facts)
@@ -110,7 +113,7 @@ def marked(mark: str) -> list[psutil.Process]:
 
 def train(
     plan: Plan, todo: list[str], params: Params, watchers: list[Any], first: Driver | None, *, adaptive: bool
-) -> None:
+) -> dict[str, str]:
     """Train the trials `todo` until each has an end, with as many drivers as that takes.
 
     Args:
@@ -121,6 +124,9 @@ def train(
         first: a driver that was started beforehand.
         adaptive: whether a searcher asks for further trials.
 
+    Returns:
+        The errors of trials that failed, by key; most stand in the trial store too.
+
     Raises:
         InputError: as the driver's.
         WorkError: the driver was lost `sweep.retry.max_attempts` times, with no epoch in between.
@@ -129,23 +135,22 @@ def train(
     most, attempts = params.sweep.retry.max_attempts, 0
     for key in todo:
         store.reopen(key)  # from here on an end is this sweep's
-    behind = _progress(store)
+    behind, errors = _progress(store), dict[str, str]()
     while todo or adaptive:
         driver, first = first or Driver(), None
         why = "its process died"
         try:
             driver.run(plan, todo, params, watchers, journal)
             adaptive = False
-        except InputError:
-            raise
-        except (Lost, HificlError) as error:
-            why = str(error)
+        except Lost as lost:
+            why = str(lost)
         finally:
             driver.end()
-        # a trial that failed has its end too; one without lost its way, not its state
-        todo = [key for key in todo if store.done(key) is None]
+        errors |= driver.errors
+        # a trial that failed has its end too, unless the disk is full; one without lost its way, not its state
+        todo = [key for key in todo if store.done(key) is None and key not in errors]
         if not todo and not adaptive:
-            return
+            break
         now = _progress(store)
         attempts = 1 if now > behind else attempts + 1
         behind = now
@@ -155,6 +160,7 @@ def train(
                 f"gave up after {attempts} attempts: {why}", where="train",
                 way_out="Finished trials and epochs are kept; mend the cause and run the same command again",
             )  # fmt: skip
+    return errors
 
 
 def _progress(store: TrialStore) -> int:

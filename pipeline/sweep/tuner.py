@@ -29,6 +29,7 @@ from pipeline.config import Params, Sweep
 from pipeline.errors import InputError, WorkError
 from pipeline.request import Requests
 from pipeline.sweep.dispatcher import Dispatcher
+from pipeline.sweep.driver import PROXY_DIED
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.proxy import TrialProxy
 from pipeline.sweep.schedule import PerCellOptuna, make_scheduler
@@ -81,7 +82,7 @@ class _Events(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # its proxy died more often than is normal; the trial's state is in the store, for the next driver
         for watcher in self._watchers:
-            watcher.on_end(self._key(trial), "the process that waits for it died")
+            watcher.on_end(self._key(trial), PROXY_DIED)
 
 
 @contextmanager

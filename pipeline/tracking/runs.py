@@ -14,6 +14,7 @@ from mlflow.entities import Param, Run, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from pipeline.tracking import owner, store
+from pipeline.tracking.connection import StoreAway
 from pipeline.tracking.reading import FAILED, FINISHED, KILLED
 from pipeline.tracking.writing import MAX_PARAMS, Opened, Writer, chunks, dataset_input, text_of
 
@@ -167,6 +168,9 @@ class Tracker(Writer):
         for run_id in sorted(self._open, key=lambda one: self._open[one].parent is None):
             try:
                 self.close(run_id, status)
+            except StoreAway as error:
+                logger.warning("MLflow runs could not be ended, which the next start will do: %s", error)
+                return
             except Exception as error:  # the broad catch is meant: the others must be ended too
                 logger.warning("MLflow run %s could not be ended: %s", run_id, error)
 

@@ -76,9 +76,10 @@ class SpoolFile:
     def _append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" * torn + "".join(json.dumps(row) + "\n" for row in rows))
+            with self.path.open("ab+") as file:
+                file.seek(max(0, file.tell() - 1))
+                torn = file.read() not in (b"", b"\n")
+                file.write(("\n" * torn + "".join(json.dumps(row) + "\n" for row in rows)).encode())
                 file.flush()
                 os.fsync(file.fileno())
             sync_folder(self.path.parent)

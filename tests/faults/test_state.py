@@ -40,9 +40,9 @@ def test_a_damaged_checkpoint(resumed, reference, fault, harm, kind):
 
 
 def test_a_full_disk(sweep, reference, fault):
-    """`runs/` is a file system of its own with room for about one trial: ENOSPC from the kernel."""
+    """`runs/` is a file system of its own with room for some of the trials: ENOSPC from the kernel."""
     sweep.runs.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(sweep.runs)], check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=450k", "tmpfs", str(sweep.runs)], check=False)
     if mounted.returncode:
         pytest.skip("needs the right to mount a file system")
     try:
