@@ -88,6 +88,7 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
             try:
                 failed = _sweep(params, studies, plan, store, tracker, driver)
                 tracker.settle(params.tracking.patience_seconds)
+                tracker.close_all(KILLED)  # of trials whose end could not be written
             except BaseException:
                 tracker.close_all(KILLED)
                 raise

@@ -110,8 +110,8 @@ class Connection:
                     "the store was written by another version of MLflow", where=where, way_out=way_out
                 ) from None
             away = not isinstance(error, MlflowException) or error.error_code in _AWAY
-            error_kind = StoreAway if away and kind is WorkError else kind
-            raise error_kind(f"the MLflow store failed: {cause}", where=where) from error
+            away_kind = StoreAway if kind is WorkError else store.Unreachable
+            raise (away_kind if away else kind)(f"the MLflow store failed: {cause}", where=where) from error
 
 
 def _pages(call: Callable[..., Any], *arguments: Any) -> Iterator[Any]:

@@ -26,6 +26,7 @@ from pipeline.tracking.connection import StoreAway
 from pipeline.tracking.runs import Tracker
 from pipeline.trial import digest
 
+AWAY = (StoreAway, store.Unreachable)
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between two tries to reach a store that is away
 PENDING = "pending:"  # begins the id of a run that the store has not given an id yet
 
@@ -192,7 +193,7 @@ class SpooledTracker:
             return None
         try:
             return self._call(entry)
-        except StoreAway as error:
+        except AWAY as error:
             say(f"the MLflow store is away, metrics wait in {self.file.path}: {error.what}")
             self._away(error)
             self._keep(entry)
@@ -219,7 +220,7 @@ class SpooledTracker:
             if not run.startswith(PENDING):
                 self.tracker.adopt(run)  # what an interrupted call has logged is asked for, so that it is not repeated
             made = self._call(entry)
-        except StoreAway:
+        except AWAY:
             raise
         except (HificlError, OSError) as error:
             say(f"not delivered to MLflow: {entry['do']} of {run}: {error}")
