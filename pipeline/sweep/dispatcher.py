@@ -149,8 +149,8 @@ class Dispatcher:
                 self._lost(slot, mine, f"{type(error).__name__}: {error}", retry=True)
 
     async def _wanted(self) -> None:
-        """Wait until the queue holds a trial."""
-        while not any(not trial.stopped for trial in self.queue):
+        """Wait until the queue holds a trial, if only one that was stopped while it waited."""
+        while not self.queue:
             self.queued.clear()
             await self.queued.wait()
 
@@ -160,7 +160,12 @@ class Dispatcher:
             trial = self.queue.pop(0)
             if not trial.stopped:
                 return [trial]
+            self._stopped(trial)
         return []
+
+    def _stopped(self, trial: _Trial) -> None:
+        self._finish(trial, {"status": "stopped", "epochs": len(trial.reports)})
+        trial.ended = True
 
     async def _built(self, slot: Slot) -> bool:
         """Build a slot; trials fail only where no slot at all can be built any more."""
@@ -194,8 +199,7 @@ class Dispatcher:
             await asyncio.sleep(0.01)
         for trial in [trial for trial in mine if trial.stopped]:
             await slot.evict(trial.request.key)
-            self._finish(trial, {"status": "stopped", "epochs": len(trial.reports)})
-            trial.ended = True
+            self._stopped(trial)
             mine.remove(trial)
         if not mine:
             return

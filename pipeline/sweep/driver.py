@@ -22,7 +22,7 @@ import psutil
 from pipeline.errors import HificlError
 
 LIFE_SECONDS = 2.0  # between two signs of life
-SILENT_SECONDS = 30.0  # a cluster that does not answer for so long is lost
+SILENT_SECONDS = 60.0  # a cluster that does not answer for so long is lost
 ENDING_SECONDS = 4.0  # after which an ordered end is given up
 STOP = "stop"
 PROXY_DIED = "the process that waits for it died"  # the trial itself may be well
@@ -78,7 +78,8 @@ def main(pipe: Connection) -> None:
     except BaseException as error:
         traceback.print_exc()
         relay.send("lost", f"{type(error).__name__}: {error}")
-    _kill_children()
+    with suppress(KeyboardInterrupt):
+        _kill_children()
     os._exit(0)  # nothing is left to do, and Python's own way out takes a second
 
 

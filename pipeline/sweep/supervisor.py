@@ -22,6 +22,7 @@ from pipeline.sweep.store import TrialStore
 
 POLL_SECONDS = 0.5
 SILENT_SECONDS = 120.0  # a driver that gives no sign of life for so long is replaced
+STARTING_SECONDS = 600.0  # until the first one: a cluster starts, on a busy machine
 ENDING_SECONDS = 6.0
 MARK = "HIFICL_SWEEP"  # in the environment of all processes of one driver
 
@@ -35,6 +36,7 @@ class Driver:
 
     def __init__(self) -> None:
         self.mark = uuid.uuid4().hex
+        self.works = False
         self.errors: dict[str, str] = {}  # of trials that failed for good
         self.pipe, theirs = multiprocessing.Pipe()
         with theirs:
@@ -55,7 +57,8 @@ class Driver:
             self.pipe.send((plan, keys, params))
         except OSError:
             raise Lost("the driver died at its start") from None
-        heard = None
+        self.works = True
+        silent_at = time.monotonic() + STARTING_SECONDS
         while True:
             try:
                 news = self.pipe.poll(POLL_SECONDS)
@@ -67,10 +70,10 @@ class Driver:
                     if hasattr(watcher, "on_event"):
                         watcher.on_event(row)
             if message is None:
-                if heard is not None and time.monotonic() - heard > SILENT_SECONDS:
-                    raise Lost(f"the driver gave no sign of life for {SILENT_SECONDS:.0f} s")
+                if time.monotonic() > silent_at:
+                    raise Lost("the driver gives no sign of life")
                 continue
-            heard = time.monotonic()
+            silent_at = time.monotonic() + SILENT_SECONDS
             what, *facts = message
             if what == "ended":
                 return
@@ -86,6 +89,8 @@ class Driver:
 
     def end(self) -> None:
         """End the driver and every process of its private cluster."""
+        if not self.works:
+            self.process.kill()  # it has only imported so far
         with suppress(OSError):
             self.pipe.send(STOP)
         self.pipe.close()
