@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup repro repro-real test check bench clean pictures pins
+.PHONY: help setup repro repro-real test test-faults check bench clean pictures pins
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -33,6 +33,10 @@ repro-real: setup  ## every stage on official files: make repro-real DATA=folder
 
 test: setup      ## the test suite, two workers side by side
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+TABLE ?=
+test-faults: setup  ## every kind of fault, injected into a real sweep; TABLE=docs/faults.md keeps what was seen
+	HIFICL_FAULTS_TABLE=$(TABLE) $(BIN)/python -m pytest -m faults tests/faults
 
 check: setup     ## what CI runs beside the tests
 	$(BIN)/ruff check .

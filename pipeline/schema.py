@@ -121,6 +121,7 @@ class Tracking(Section):
     uri: str | None = None  # None: mlflow.db beside params.yaml, or MLFLOW_TRACKING_URI
     artifacts: str | None = None  # None: mlartifacts beside params.yaml, or where a tracking server keeps them
     system_metrics: bool = True
+    patience_seconds: float = Field(60, ge=0)  # how long the end of a sweep waits for a store that is away
 
 
 class Protocol(Section):

@@ -2,12 +2,13 @@
 
 Ray Tune decides which trials live; its actors (`sweep.proxy`) hand their trial to this actor and wait for reports. A
 slot (`sweep.slot`) trains one trial, or several that share forward passes. A worker that dies, hangs or is killed costs
-its slot a rebuild and its trials the time since the last epoch's checkpoint.
+its slot a rebuild and its trials the time since the last epoch's checkpoint; they are the next that a free slot takes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import ray
 
 from pipeline.config import Sweep
-from pipeline.errors import HificlError
+from pipeline.errors import HificlError, InputError, WorkError
 from pipeline.request import TrialRequest
+from pipeline.sweep.journal import Journal
 from pipeline.sweep.slot import Slot, SlotLost
 from pipeline.sweep.store import FINAL, TrialStore
 
@@ -30,7 +32,8 @@ class _Trial:
     reports: list[Report] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     allowed: int = 1  # epochs the scheduler has asked for so far
-    attempts: int = 0
+    attempts: int = 0  # failures since its last epoch
+    lost_at: float | None = None  # when its last slot was lost
     stopped: bool = False
     ended: bool = False
     alone: bool = False  # after a pack of it failed: whose fault it was shows when each trains alone
@@ -42,6 +45,7 @@ class _Trial:
 
     def deliver(self, report: Report) -> None:
         self.reports.append(report)
+        self.attempts = 0
         self.ended = self.ended or bool(report.get("done") or "error" in report)
         self.news.set()
 
@@ -64,7 +68,7 @@ class Dispatcher:
         self, resolve: Resolve, sweep: Sweep, store_root: str, slots: int, world_size: int, run_ahead: bool
     ) -> None:
         self.resolve, self.sweep, self.run_ahead = resolve, sweep, run_ahead
-        self.store = TrialStore(store_root)
+        self.store, self.journal = TrialStore(store_root), Journal(store_root)
         self.trials: dict[str, _Trial] = {}
         self.queue: list[_Trial] = []
         self.queued = asyncio.Event()
@@ -121,39 +125,67 @@ class Dispatcher:
         """End all workers."""
         for loop in self.loops:
             loop.cancel()
+        await asyncio.gather(*self.loops, return_exceptions=True)
         for slot in self.slots:
             slot.drop()
-
-    def _enqueue(self, trial: _Trial) -> None:
-        self.queue.append(trial)
-        self.queued.set()
 
     async def _serve(self, slot: Slot) -> None:
         mine: list[_Trial] = []
         while True:
             try:
-                if not mine:
-                    mine = [await self._first()]
-                if not slot.workers:
-                    await slot.build()
-                await self._round(slot, mine)
+                await self._wanted()
+                if not slot.workers and not await self._built(slot):
+                    continue
+                mine = self._first()
+                while mine:
+                    await self._round(slot, mine)
             except SlotLost as lost:
                 self._lost(slot, mine, f"{lost}", retry=True)
             except ray.exceptions.RayTaskError as error:
-                # an exception may have left ranks at different collectives, so the slot is built anew
-                cause = error.cause
-                self._lost(slot, mine, str(cause), retry=not isinstance(cause, HificlError))
+                # an exception may have left ranks at different collectives, so the slot is built anew; memory and disk
+                # may be free again in a new process, an input is as wrong as before
+                self._lost(slot, mine, str(error.cause), retry=not isinstance(error.cause, InputError))
             except Exception as error:
                 self._lost(slot, mine, f"{type(error).__name__}: {error}", retry=True)
 
-    async def _first(self) -> _Trial:
-        while True:
-            while self.queue:
-                trial = self.queue.pop(0)
-                if not trial.stopped:
-                    return trial
+    async def _wanted(self) -> None:
+        """Wait until the queue holds a trial, if only one that was stopped while it waited."""
+        while not self.queue:
             self.queued.clear()
             await self.queued.wait()
+
+    def _first(self) -> list[_Trial]:
+        """Take the next trial from the queue; nothing if another slot was quicker."""
+        while self.queue:
+            trial = self.queue.pop(0)
+            if not trial.stopped:
+                return [trial]
+            self._stopped(trial)
+        return []
+
+    def _stopped(self, trial: _Trial) -> None:
+        self._finish(trial, {"status": "stopped", "epochs": len(trial.reports)})
+        trial.ended = True
+
+    async def _built(self, slot: Slot) -> bool:
+        """Build a slot; trials fail only where no slot at all can be built any more."""
+        started = time.monotonic()
+        try:
+            await slot.build()
+        except Exception as error:
+            slot.drop()
+            slot.failures += 1
+            why = f"no slot can be built: {type(error).__name__}: {error}"
+            self.journal.note("slot not built", why=why, attempt=slot.failures)
+            if all(not one.workers and one.failures >= self.sweep.retry.max_attempts for one in self.slots):
+                for trial in self.queue:
+                    self._fail(trial, why)
+                self.queue.clear()
+            await asyncio.sleep(1)
+            return False
+        slot.failures = 0
+        self.journal.note("slot built", seconds=round(time.monotonic() - started, 2), pids=slot.pids)
+        return True
 
     async def _round(self, slot: Slot, mine: list[_Trial]) -> None:
         """Let the slot's trials train until one of them completes an epoch."""
@@ -167,8 +199,7 @@ class Dispatcher:
             await asyncio.sleep(0.01)
         for trial in [trial for trial in mine if trial.stopped]:
             await slot.evict(trial.request.key)
-            self.store.finish(trial.request.key, {"status": "stopped", "epochs": len(trial.reports)})
-            trial.ended = True
+            self._stopped(trial)
             mine.remove(trial)
         if not mine:
             return
@@ -197,29 +228,51 @@ class Dispatcher:
         try:
             start = await slot.admit(trial.request)
         except ray.exceptions.RayTaskError as error:
-            if not isinstance(error.cause, HificlError) or len(self.slots[0].workers) > 1:
+            if not isinstance(error.cause, HificlError) or len(slot.workers) > 1:
                 raise
             slot.keys.discard(trial.request.key)
             mine.remove(trial)  # its own fault; the others go on
-            self._again(trial, str(error.cause), retry=False)
+            self._again(trial, str(error.cause), retry=not isinstance(error.cause, InputError))
             return
+        if trial.lost_at is not None:
+            seconds = round(time.monotonic() - trial.lost_at, 2)
+            self.journal.note("trial trains again", trial=trial.request.key, after_epoch=start, seconds=seconds)
+            trial.lost_at = None
         # a trial resumed from its checkpoint reports the epochs behind it
         for row in self.store.epochs(trial.request.key)[len(trial.reports) : start]:
             trial.deliver({**row, "trial_key": trial.request.key, "done": False})
 
     def _lost(self, slot: Slot, mine: list[_Trial], why: str, *, retry: bool) -> None:
         """Give up a slot; its trials are tried again, each alone where it is not clear which one failed."""
+        self.journal.note("slot lost", why=why, trials=[trial.request.key for trial in mine], pids=slot.pids)
         slot.drop()
         several = len(mine) > 1
         for trial in mine:
             trial.alone = trial.alone or several
+            trial.lost_at = time.monotonic()
             self._again(trial, why, retry=retry or several)
         mine.clear()
 
     def _again(self, trial: _Trial, why: str, *, retry: bool) -> None:
+        """Put a trial at the head of the queue, or let it fail where its attempts are used up."""
         trial.attempts += 1
         if retry and trial.attempts < self.sweep.retry.max_attempts:
-            self._enqueue(trial)
-            return
-        self.store.finish(trial.request.key, {"status": "failed", "error": why, "attempts": trial.attempts})
+            self._enqueue(trial, first=True)
+        else:
+            self._fail(trial, why)
+
+    def _fail(self, trial: _Trial, why: str) -> None:
+        attempts = trial.attempts
+        self.journal.note("trial failed", trial=trial.request.key, why=why, attempts=attempts)
+        self._finish(trial, {"status": "failed", "error": why, "attempts": attempts})
         trial.deliver({"error": why, "trial_key": trial.request.key, "epoch": len(trial.reports)})
+
+    def _finish(self, trial: _Trial, record: dict[str, Any]) -> None:
+        try:
+            self.store.finish(trial.request.key, record)
+        except WorkError as error:  # the disk is full: the trial stays open, which is as true
+            self.journal.note("end not written", trial=trial.request.key, why=str(error))
+
+    def _enqueue(self, trial: _Trial, *, first: bool = False) -> None:
+        self.queue.insert(0 if first else len(self.queue), trial)
+        self.queued.set()

@@ -19,11 +19,12 @@ from pipeline.progress import bar, say
 from pipeline.sweep.measures import measured
 from pipeline.sweep.models import register_chosen
 from pipeline.sweep.plan import Plan, make_plan
-from pipeline.sweep.run import all_cells, places
+from pipeline.sweep.run import SPOOL, all_cells, places
 from pipeline.sweep.space import Cell, Point, points
 from pipeline.sweep.store import TrialStore
 from pipeline.tasks import tasks
 from pipeline.tracking.runs import Tracker
+from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import EvaluationConfig, TrialConfig
 
 SCHEMA = 1
@@ -53,7 +54,9 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None) -> No
     say(f"{len(jobs)} trials to score, {len(jobs) - len(todo)} are scored")
     tracker = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
     tracker.prepare(studies)
-    problems = dict(_score(params, plan, todo, out, tracker)) if todo else {}
+    spooled = SpooledTracker(tracker, where.runs / SPOOL)
+    spooled.deliver()
+    problems = dict(_score(params, plan, todo, out, spooled)) if todo else {}
     for study in studies:
         of_study = [cell for cell in cells if cell.study == study]
         mine = [_record(cell, chosen[cell.name], out, store, problems) for cell in of_study]
@@ -70,6 +73,7 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None) -> No
             "provenance": {k: v for k, v in tracker.provenance.items() if k != "diff"},
         }  # fmt: skip
         write_atomic(out / "studies" / f"{study}.json", json.dumps(record, indent=1, sort_keys=True))
+    spooled.settle(params.tracking.patience_seconds)
     register_chosen(tracker, store, (row["trial"] for row in chosen.values()))
     if problems:
         key, why = next(iter(problems.items()))
@@ -122,11 +126,12 @@ def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
 
 
 def _score(
-    params: Params, plan: Plan, todo: list[tuple[TrialConfig, EvaluationConfig]], out: Path, tracker: Tracker
+    params: Params, plan: Plan, todo: list[tuple[TrialConfig, EvaluationConfig]], out: Path, spooled: SpooledTracker
 ) -> Iterator[tuple[str, str]]:
     """Score trials on the cluster; yield (evaluation key, error) of those that fail."""
     from pipeline.sweep.evaluators import score_all  # starts Ray
 
+    tracker = spooled.tracker
     left_out: dict[str, None] = {}  # in order, and each once: every trial of a task lacks the same file
     with bar("evaluate") as progress:
         progress(0, len(todo))
@@ -142,7 +147,7 @@ def _score(
             write_atomic(path, json.dumps(record, indent=0, sort_keys=True))
             if run_id is not None:
                 scores = {f"test_{name}": value for name, value in result["metrics"].items()}
-                tracker.log_evaluation(run_id, scores, path)
+                spooled.log_evaluation(run_id, scores, path)
             left_out.update(dict.fromkeys(result["details"].get("left_out", ())))
     for line in left_out:
         say(f"left out: {line}")

@@ -9,7 +9,8 @@ from typing import Any
 from pipeline.sweep.naming import run_name
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
-from pipeline.tracking.runs import FAILED, FINISHED, KILLED, Tracker
+from pipeline.tracking.runs import FAILED, FINISHED, KILLED
+from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import TrialConfig, canonical
 
 ENDS = {"finished": FINISHED, "diverged": FAILED, "failed": FAILED, "stopped": KILLED}
@@ -19,7 +20,7 @@ class Logbook:
     """One MLflow child run a trial, below the parent of the study that asked for it first.
 
     Args:
-        tracker: the MLflow store.
+        tracker: the MLflow store, which may be away.
         store: the trial store.
         plan: which trial belongs to which cell.
         parents: parent run by study.
@@ -27,7 +28,7 @@ class Logbook:
     """
 
     def __init__(
-        self, tracker: Tracker, store: TrialStore, plan: Plan, parents: Mapping[str, str],
+        self, tracker: SpooledTracker, store: TrialStore, plan: Plan, parents: Mapping[str, str],
         datasets: Mapping[str, list[dict[str, Any]]],
     ) -> None:  # fmt: skip
         self.tracker, self.store, self.plan = tracker, store, plan
@@ -41,7 +42,8 @@ class Logbook:
 
     def on_report(self, key: str, report: dict[str, Any]) -> None:
         """Log one epoch."""
-        self.tracker.log_epochs(self._open(key), [numbers(report)])
+        if not report.get("error"):
+            self.tracker.log_epochs(self._open(key), [numbers(report)])
 
     def on_end(self, key: str, error: str | None) -> None:
         """Log what is missing and end the run."""
@@ -60,7 +62,7 @@ class Logbook:
                 self.tracker.log_adapter(run_id, adapter)
             if "packed" in done:
                 self.tracker.tag(run_id, {"packed": done["packed"]})
-            self.tracker.close(run_id, ENDS[done["status"]])
+            self.tracker.close(run_id, ENDS[done["status"]], done.get("error"))
         return run_id
 
     def _open(self, key: str) -> str:

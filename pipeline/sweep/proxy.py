@@ -7,8 +7,6 @@ from typing import Any
 import ray
 from ray import tune
 
-from pipeline.errors import WorkError
-
 
 class TrialProxy(tune.Trainable):
     """One trial for Tune's schedulers and searchers; the work is done in a slot of the dispatcher."""
@@ -24,8 +22,8 @@ class TrialProxy(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Return the next epoch's report."""
         report = ray.get(self._dispatcher.next.remote(self._key, self._seen))
-        if "error" in report:
-            raise WorkError(report["error"], where=f"trial {self._key}")
+        if report.get("error"):  # an exception would make Tune try again what the dispatcher has given up
+            return {**report, "done": True}
         self._seen += 1
         return dict(report)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +18,20 @@ from pipeline.config import Params
 from pipeline.data.manifest import Manifest
 from pipeline.errors import InputError, WorkError
 from pipeline.progress import say
+from pipeline.sweep.journal import Journal
 from pipeline.sweep.logbook import Logbook, datasets_of
 from pipeline.sweep.naming import description
 from pipeline.sweep.plan import Places, Plan, make_plan
 from pipeline.sweep.space import Cell, Digests, cells
 from pipeline.sweep.store import TrialStore
+from pipeline.sweep.supervisor import Driver, train
 from pipeline.sweep.view import View
 from pipeline.tracking.runs import FAILED, FINISHED, KILLED, Tracker
+from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import canonical, digest
 
-PARENT_SECONDS = 2.0
+PARENT_SECONDS = 1.0
+SPOOL = ".spool"  # below runs/
 
 
 def places(root: Path | None = None) -> Places:
@@ -73,14 +78,24 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
     plan = make_plan(params, all_cells(params, studies, where), where)
     store = TrialStore(where.runs)
     with store.lock("a sweep"), ended_with_parent(), terminated_as_interrupt():
-        tracker = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
-        tracker.prepare(studies)
-        tracker.sweep_leftovers()
+        # its imports take as long as opening MLflow does
+        driver = Driver() if plan.open_keys(store) or _adaptive(params, plan) else None
         try:
-            failed = _sweep(params, studies, plan, store, tracker)
-        except BaseException:
-            tracker.close_all(KILLED)
-            raise
+            direct = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
+            direct.prepare(studies)
+            tracker = SpooledTracker(direct, where.runs / SPOOL)
+            tracker.deliver()  # what an earlier sweep could not
+            direct.sweep_leftovers()
+            try:
+                failed = _sweep(params, studies, plan, store, tracker, driver)
+                tracker.settle(params.tracking.patience_seconds)
+                tracker.close_all(KILLED)  # of trials whose end could not be written
+            except BaseException:
+                tracker.close_all(KILLED)
+                raise
+        finally:
+            if driver is not None:
+                driver.end()
     if failed:
         key, why = next(iter(failed.items()))
         raise WorkError(
@@ -90,25 +105,34 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
         )
 
 
-def _sweep(params: Params, studies: list[str], plan: Plan, store: TrialStore, tracker: Tracker) -> dict[str, str]:
+def _adaptive(params: Params, plan: Plan) -> bool:
+    """Whether a searcher asks for points one after another."""
+    return params.sweep.search == "optuna" and any(cell.search for cell in plan.cells.values())
+
+
+def _sweep(
+    params: Params, studies: list[str], plan: Plan, store: TrialStore, spooled: SpooledTracker, driver: Driver | None
+) -> dict[str, str]:
+    tracker, adaptive = spooled.tracker, _adaptive(params, plan)
     known = {key: config for key, config in plan.trials.items() if config.trained}
-    adaptive = params.sweep.search == "optuna" and any(cell.search for cell in plan.cells.values())
     todo = plan.open_keys(store)
     say(f"{len(known)} trials in {len(plan.cells)} cells of {len(studies)} studies; {len(known) - len(todo)} are done")
     parents = {study: _open_parent(tracker, params, study, plan) for study in studies}
     digests = {c.task: c.manifest_digest for c in plan.trials.values()}
     datasets = {task: datasets_of(plan.places.manifest(task), task, value) for task, value in digests.items()}
-    logbook = Logbook(tracker, store, plan, parents, datasets)
+    logbook = Logbook(spooled, store, plan, parents, datasets)
     for key in todo:
         store.open(plan.trials[key], tracker.provenance)
     for key in known:
         if key not in todo:
             logbook.record(key)
+    errors: dict[str, str] = {}
     if todo or adaptive:
-        from pipeline.sweep.tuner import cluster, run_trials  # Ray takes seconds to start; a full store needs none
-
-        with View(plan, store, len(todo)) as view, cluster(params.sweep):
-            run_trials(plan, todo, params, [logbook, view])
+        started = time.monotonic()
+        with View(plan, store, len(todo)) as view:
+            errors = train(plan, todo, params, [logbook, view], driver, adaptive=adaptive)
+        seconds = {"seconds": time.monotonic() - started, "spool_seconds": spooled.seconds}
+        Journal(store.root).note("sweep ended", trials=len(todo), **seconds)
     for key, config in plan.trials.items():
         if not config.trained:
             _record_untrained(store, plan, key, tracker)
@@ -117,9 +141,9 @@ def _sweep(params: Params, studies: list[str], plan: Plan, store: TrialStore, tr
     for key in known:
         done = store.done(key)
         if done is None or done["status"] == "failed":
-            failed[key] = (done or {}).get("error", "it did not end")
+            failed[key] = (done or {}).get("error") or errors.get(key, "it did not end")
     for parent in parents.values():
-        tracker.close(parent, FAILED if failed else FINISHED)
+        spooled.close(parent, FAILED if failed else FINISHED)
     return failed
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -32,7 +35,9 @@ class Slot:
         self.workers: list[Any] = []
         self.group: Any = None
         self.pids: list[int] = []
+        self.near: list[int] = []  # those of this machine
         self.keys: set[str] = set()  # of the trials that its workers hold
+        self.failures = 0  # to build it, one after another
 
     async def build(self) -> None:
         """Start the workers, connect them, load what every trial needs."""
@@ -57,6 +62,7 @@ class Slot:
         ]
         addresses = await self._all("address", limit=BUILD_SECONDS)
         self.pids = [pid for *_, pid in addresses]
+        self.near = [pid for host, _, pid in addresses if host == ray.util.get_node_ip_address()]
         host, port, _ = addresses[0]
         await self._all("connect", host, port, limit=BUILD_SECONDS)
 
@@ -71,7 +77,10 @@ class Slot:
         self.keys.clear()
         for worker in self.workers:
             ray.kill(worker)
-        self.workers = []
+        for pid in self.near:  # a stopped process hears nothing of what Ray asks of it
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.workers, self.near = [], []
         if self.group is not None:
             remove_placement_group(self.group)
             self.group = None
@@ -88,18 +97,23 @@ class Slot:
 
     async def advance(self) -> list[Report]:
         """Run one round; give up when the step counter stands still for `hang_seconds`."""
+        hang = self.sweep.retry.hang_seconds
         work = asyncio.ensure_future(self._all("advance"))
         last, since = -1, time.monotonic()
         while True:
-            finished, _ = await asyncio.wait({work}, timeout=LIFE_SECONDS)
+            finished, _ = await asyncio.wait({work}, timeout=min(LIFE_SECONDS, hang))
             if finished:
                 return work.result()[0]
-            steps = (await self._all("steps"))[0]
+            try:
+                steps = (await self._all("steps", limit=hang))[0]  # a process that is stopped never answers
+            except SlotLost:
+                work.cancel()
+                raise
             if steps != last:
                 last, since = steps, time.monotonic()
-            elif time.monotonic() - since > self.sweep.retry.hang_seconds:
+            elif time.monotonic() - since > hang:
                 work.cancel()
-                raise SlotLost(f"no step for {self.sweep.retry.hang_seconds:.0f} s")
+                raise SlotLost(f"no step for {hang:.0f} s")
 
     async def _all(self, method: str, *args: Any, limit: float | None = None) -> list[Any]:
         calls = asyncio.gather(*(getattr(w, method).remote(*args) for w in self.workers))

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 # before ray is imported: no call home, plain output of our own, our own handling of Ctrl-C
@@ -15,6 +15,7 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that diverged or failed has no score
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: other work on the machine would starve a sweep
@@ -22,15 +23,16 @@ os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy laptop
 
 import ray
 from ray import tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import Params, Sweep
 from pipeline.errors import InputError, WorkError
 from pipeline.request import Requests
 from pipeline.sweep.dispatcher import Dispatcher
+from pipeline.sweep.driver import PROXY_DIED
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.proxy import TrialProxy
 from pipeline.sweep.schedule import PerCellOptuna, make_scheduler
-from pipeline.sweep.store import TrialStore
 
 PROXY_CPUS = 0.001  # a proxy only waits; the slots hold the processors
 
@@ -75,13 +77,12 @@ class _Events(tune.Callback):
         key = self._key(trial)
         ray.get(self._dispatcher.stop.remote(key))
         for watcher in self._watchers:
-            watcher.on_end(key, None)
+            watcher.on_end(key, (trial.last_result or {}).get("error"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        key = self._key(trial)
-        done = TrialStore(self._plan.places.runs).done(key) or {}
+        # its proxy died more often than is normal; the trial's state is in the store, for the next driver
         for watcher in self._watchers:
-            watcher.on_end(key, done.get("error") or "the trial's process died")
+            watcher.on_end(self._key(trial), PROXY_DIED)
 
 
 @contextmanager
@@ -155,7 +156,10 @@ def _run(plan: Plan, keys: list[str], adaptive: list[Any], params: Params, watch
     run_ahead = params.sweep.scheduler == "fifo"
     resolve = plan.request if adaptive else Requests({key: plan.request_of(plan.trials[key]) for key in keys})
     actor: Any = Dispatcher
-    dispatcher = actor.remote(resolve, params.sweep, str(plan.places.runs), slots, world, run_ahead)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # other nodes may leave
+    dispatcher = actor.options(scheduling_strategy=here).remote(
+        resolve, params.sweep, str(plan.places.runs), slots, world, run_ahead
+    )
     try:
         ray.get(dispatcher.start.remote())
         trainable = tune.with_resources(tune.with_parameters(TrialProxy, dispatcher=dispatcher), {"CPU": PROXY_CPUS})
@@ -174,7 +178,8 @@ def _run(plan: Plan, keys: list[str], adaptive: list[Any], params: Params, watch
                 run_config=tune.RunConfig(
                     name="sweep", storage_path=str(plan.places.runs / ".tune"), verbose=0,
                     callbacks=[_Events(plan, watchers, dispatcher)],
-                    failure_config=tune.FailureConfig(max_failures=0),
+                    # a proxy that dies asks again for what it has seen; what fails for good is no failure to Tune
+                    failure_config=tune.FailureConfig(max_failures=params.sweep.retry.max_attempts),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                 ),
             )  # fmt: skip
@@ -182,5 +187,6 @@ def _run(plan: Plan, keys: list[str], adaptive: list[Any], params: Params, watch
     except tune.TuneError as error:
         raise WorkError(f"Ray Tune gave up: {error}") from error
     finally:
-        ray.get(dispatcher.close.remote(), timeout=30)
-        ray.kill(dispatcher)
+        with suppress(ray.exceptions.RayError):  # it may be what was lost
+            ray.get(dispatcher.close.remote(), timeout=30)
+            ray.kill(dispatcher)

@@ -9,7 +9,8 @@ from typing import Any
 from rich.live import Live
 from rich.table import Table
 
-from pipeline.progress import console
+from pipeline.progress import console, say
+from pipeline.sweep.journal import sentence
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
 
@@ -43,6 +44,11 @@ class View:
         """See `tuner.Watcher`."""
         self.running[key] = 0
         self._show()
+
+    def on_event(self, row: dict[str, Any]) -> None:
+        """Say what went wrong, and how it goes on."""
+        if row["event"] != "slot built":
+            say(sentence(row))
 
     def on_report(self, key: str, report: dict[str, Any]) -> None:
         """See `tuner.Watcher`."""

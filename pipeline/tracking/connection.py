@@ -21,6 +21,12 @@ from pipeline.tracking.provenance import main_checkout, provenance
 
 for _name in ("alembic", "mlflow.system_metrics", "mlflow.store.db"):
     logging.getLogger(_name).setLevel(logging.WARNING)
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a retry is no news: what comes of it is said
+_AWAY = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}  # as codes of MLflow's
+
+
+class StoreAway(WorkError):
+    """The store does not answer or cannot write; the same call may succeed later."""
 
 
 class Connection:
@@ -97,14 +103,18 @@ class Connection:
         """Turn what the store can answer with into the project's own error."""
         try:
             yield
-        except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
+        except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise  # a file of ours, not the store
             where, cause = store.shown(self.uri), str(error).strip().splitlines()[0]
             if "out-of-date database schema" in str(error):
                 way_out = f"Save a copy, then run: mlflow db upgrade {where}"
                 raise InputError(
                     "the store was written by another version of MLflow", where=where, way_out=way_out
                 ) from None
-            raise kind(f"the MLflow store failed: {cause}", where=where) from error
+            away = not isinstance(error, MlflowException) or error.error_code in _AWAY
+            away_kind = StoreAway if kind is WorkError else store.Unreachable
+            raise (away_kind if away else kind)(f"the MLflow store failed: {cause}", where=where) from error
 
 
 def pages(call: Callable[..., Any], *arguments: Any) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from mlflow.entities import Param, Run, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from pipeline.tracking import owner, store
+from pipeline.tracking.connection import StoreAway
 from pipeline.tracking.reading import FAILED, FINISHED, KILLED
 from pipeline.tracking.reports import REPORT, Reports
 from pipeline.tracking.writing import MAX_PARAMS, Opened, chunks, dataset_input, text_of
@@ -127,6 +128,15 @@ class Tracker(Reports):
                 self._client.log_inputs(run_id, [dataset_input(row) for row in datasets])
         return run_id
 
+    def adopt(self, run_id: str) -> None:
+        """Take on a run that another process opened, or of which it is not known what it has: ask the store."""
+        with self._talking():
+            steps = self._stored_steps(run_id)
+            if run_id not in self._open:
+                parent = self._client.get_run(run_id).data.tags.get("mlflow.parentRunId")
+                self._open[run_id] = Opened(parent)
+            self._open[run_id].steps = steps
+
     # -- closing -------------------------------------------------------------------------------------------------
 
     def close(self, run_id: str, status: str, error: str | None = None) -> None:
@@ -162,6 +172,9 @@ class Tracker(Reports):
         for run_id in sorted(self._open, key=lambda one: self._open[one].parent is None):
             try:
                 self.close(run_id, status)
+            except StoreAway as error:
+                logger.warning("MLflow runs could not be ended, which the next start will do: %s", error)
+                return
             except Exception as error:  # the broad catch is meant: the others must be ended too
                 logger.warning("MLflow run %s could not be ended: %s", run_id, error)
 

@@ -17,6 +17,11 @@ from sqlalchemy.engine import URL, make_url
 
 from pipeline.errors import InputError
 
+
+class Unreachable(InputError):
+    """Nothing answers at the address."""
+
+
 SECONDS = 4  # how long an answer may take
 _DEFAULT = "Set MLFLOW_TRACKING_URI or params.yaml's tracking.uri, or leave both out for the embedded mlflow.db"
 _CONNECT_TIMEOUT = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}
@@ -157,8 +162,8 @@ def _probe_database(url: URL) -> None:
         raise _unreachable(url.render_as_string(hide_password=True), cause, way_out) from None
 
 
-def _unreachable(uri: str, cause: object, way_out: str) -> InputError:
-    return InputError(f"the MLflow store cannot be reached: {cause}", where=shown(uri), way_out=way_out)
+def _unreachable(uri: str, cause: object, way_out: str) -> Unreachable:
+    return Unreachable(f"the MLflow store cannot be reached: {cause}", where=shown(uri), way_out=way_out)
 
 
 def _url(uri: str) -> URL:

@@ -47,14 +47,15 @@ class Writer(Reader):
         with self._talking():
             self._client.log_batch(run_id, tags=[RunTag(key, text_of(value)) for key, value in tags.items()])
 
-    def log_epochs(self, run_id: str, rows: Sequence[Mapping[str, float]]) -> None:
+    def log_epochs(self, run_id: str, rows: Sequence[Mapping[str, float]], at: int | None = None) -> None:
         """Log metrics by epoch in one call; what the run already has at an epoch is not logged again.
 
         Args:
             run_id: the trial's run.
             rows: one mapping per epoch, with `epoch` (the step) beside the metrics; None values are left out.
+            at: when that was, in ms since 1970; None: now.
         """
-        steps, now, new = self._steps(run_id), _now(), {}
+        steps, now, new = self._steps(run_id), at or _now(), {}
         for row in rows:
             step = int(row["epoch"])
             for name, value in row.items():

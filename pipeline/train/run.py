@@ -101,6 +101,7 @@ class TrialRun:
         self.rows: list[Report] = []
         self.best: dict[str, Any] = {}
         self.error: str | None = None  # why the trial diverged
+        self.keeping = 0.0  # seconds spent on checkpoints and the ledger
         self.packed = 1  # most trials, this one included, that it has shared a forward pass with
         self._resume()
         self._epoch = self._next_epoch()
@@ -253,8 +254,9 @@ class TrialRun:
                 self.adapter.save_pretrained(temporary, extra=extra)
 
     def _save_checkpoint(self) -> None:
+        started = time.perf_counter()
         folder, number = self.folder / "checkpoint", self.epochs_done
-        state = {"rows": self.rows, "best": self.best, "packed": self.packed}
+        state = {"rows": self.rows, "best": self.best, "packed": self.packed, "keeping": self.keeping}
         if self.world == 1:
             checkpoint.save(folder, number, state, self.engine.save)
         else:
@@ -267,6 +269,7 @@ class TrialRun:
             dist.barrier()
         if self.rank == 0:
             write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.keeping += time.perf_counter() - started
 
     def _resume(self) -> None:
         found = checkpoint.newest(self.folder / "checkpoint")
@@ -275,6 +278,7 @@ class TrialRun:
         path, state = found
         self.engine.load(path)
         self.rows, self.best, self.packed = state["rows"], state["best"], state.get("packed", 1)
+        self.keeping = state.get("keeping", 0.0)
 
     def _end(self, report: Report, status: str, error: str | None = None) -> Report:
         if self.rank == 0:
@@ -283,6 +287,7 @@ class TrialRun:
                 "objective": self.best.get("objective"), "trainable_parameters": self.adapter.num_trainable(),
                 "train_seconds": sum(row["train_seconds"] for row in self.rows),
                 "seconds": sum(row["seconds"] for row in self.rows), "packed": self.packed,
+                "keeping_seconds": self.keeping,
                 "adapter_digest": folder_digest(self.folder / "adapter"),
             }  # fmt: skip
             write_atomic(self.folder / "done.json", json.dumps(record, indent=1, sort_keys=True))

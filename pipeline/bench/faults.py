@@ -1,0 +1,49 @@
+"""What surviving costs a sweep that nothing disturbs: `hificl bench faults`."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipeline.bench._timing import Findings, quartiles, report
+from pipeline.bench.overhead import _prepare, _timed
+
+
+def run(
+    device: str = "cpu", *, ranks: tuple[int, ...] = (2, 8), num_train_samples: int = 1000, rounds: int = 1
+) -> dict[str, Any]:
+    """Run a sweep of HiFICL trials on the miniature and add up what its own clocks say of checkpoints, ledger, spool.
+
+    `keeping_over_training` is the time that the workers spend on epoch checkpoints (written, synced to the disk, read
+    back for their digests) and the ledger, over the time of training and scoring; `spool_over_sweep` the time that the
+    tracker's spool takes of the sweep's wall time. Their sum is `fault_machinery_share`.
+
+    Args:
+        device: cpu alone.
+        ranks: of the trials, at two learning rates each.
+        num_train_samples: of each trial.
+        rounds: sweeps.
+    """
+    found = Findings()
+    shares: dict[str, list[float]] = {"keeping_over_training": [], "spool_over_sweep": [], "fault_machinery_share": []}
+    seconds: dict[str, float] = {}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            place = _prepare(Path(folder) / "work", ranks, (8,), (0.0025, 0.005), num_train_samples, 1)
+            _timed(place, "-m", "stages.train")
+            ends = [json.loads(path.read_text(encoding="utf-8")) for path in (place / "runs").glob("*/done.json")]
+            rows = (place / "runs/journal.jsonl").read_text(encoding="utf-8").splitlines()
+        ended = next(row for row in map(json.loads, reversed(rows)) if row["event"] == "sweep ended")
+        kept, trained = sum(end["keeping_seconds"] for end in ends), sum(end["seconds"] for end in ends)
+        shares["keeping_over_training"].append(kept / (kept + trained))
+        shares["spool_over_sweep"].append(ended["spool_seconds"] / ended["seconds"])
+        shares["fault_machinery_share"].append(kept / (kept + trained) + ended["spool_seconds"] / ended["seconds"])
+        seconds = {"keeping": kept, "training": trained, "sweep": ended["seconds"], "spool": ended["spool_seconds"]}
+    for name, values in shares.items():
+        found.ratios[name] = sorted(values)[len(values) // 2]
+        found.spread[name] = quartiles(values)
+    sizes = {"trials": len(ends), "num_train_samples": num_train_samples, "cpu_count": os.cpu_count()}
+    return report(found, device=device, method=run.__doc__, sizes=sizes, seconds=seconds)

@@ -1,0 +1,149 @@
+"""The process that drives Ray for a sweep: `python -m pipeline.sweep.driver FD`, started by `sweep.supervisor`.
+
+Ray ends or blocks a process whose cluster is gone, and cannot be started again in it. So the process that holds the
+trial store's lock and MLflow never imports Ray, and this one may die at any moment: another takes its place.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+
+from pipeline.errors import HificlError
+
+LIFE_SECONDS = 2.0  # between two signs of life
+SILENT_SECONDS = 60.0  # a cluster that does not answer for so long is lost
+ENDING_SECONDS = 4.0  # after which an ordered end is given up
+STOP = "stop"
+PROXY_DIED = "the process that waits for it died"  # the trial itself may be well
+CLUSTER = ("gcs_server", "raylet")
+
+
+class Relay:
+    """A `tuner.Watcher` that passes on what it hears."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe, self._lock = pipe, threading.Lock()
+
+    def send(self, *message: Any) -> None:
+        """Send one message; whole ones from several threads."""
+        with self._lock, suppress(OSError):  # without a supervisor this process ends by itself
+            self.pipe.send(message)
+
+    def on_start(self, key: str) -> None:
+        """See `tuner.Watcher`."""
+        self.send("on_start", key)
+
+    def on_report(self, key: str, report: dict[str, Any]) -> None:
+        """See `tuner.Watcher`."""
+        self.send("on_report", key, {k: v for k, v in report.items() if isinstance(v, int | float | str | None)})
+
+    def on_end(self, key: str, error: str | None) -> None:
+        """See `tuner.Watcher`."""
+        self.send("on_end", key, error)
+
+
+def main(pipe: Connection) -> None:
+    """Take plan, keys and params from the pipe, run the trials, and say how it ended."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+    relay = Relay(pipe)
+    from pipeline.sweep.tuner import cluster, run_trials  # while the supervisor opens MLflow
+
+    try:
+        work = pipe.recv()
+    except EOFError:
+        return
+    if work == STOP:  # before there was work
+        return
+    plan, keys, params = work
+    threading.Thread(target=_end_with_supervisor, args=(pipe,), daemon=True, name="supervisor").start()
+    try:
+        with cluster(params.sweep), _watched(relay):
+            run_trials(plan, keys, params, [relay])
+        relay.send("ended")
+    except HificlError as error:
+        relay.send("error", error)
+    except KeyboardInterrupt:
+        pass
+    except BaseException as error:
+        traceback.print_exc()
+        relay.send("lost", f"{type(error).__name__}: {error}")
+    with suppress(KeyboardInterrupt):
+        _kill_children()
+    os._exit(0)  # nothing is left to do, and Python's own way out takes a second
+
+
+def _end_with_supervisor(pipe: Connection) -> None:
+    """Wait for the supervisor's word, or for its death, and end in order, or without it."""
+    with suppress(EOFError, OSError):
+        pipe.recv()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(ENDING_SECONDS)
+    _kill_children()
+    os._exit(1)
+
+
+@contextmanager
+def _watched(relay: Relay) -> Iterator[None]:
+    """End this process when its cluster is gone: Ray's own calls would wait for it without end."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    own = {one.name(): one for one in psutil.Process().children() if one.name() in CLUSTER}  # of a private cluster
+    stop = threading.Event()
+    heard = time.monotonic()
+
+    def ask() -> None:
+        nonlocal heard
+        while not stop.wait(LIFE_SECONDS):
+            try:
+                if any(node["NodeID"] == here and node["Alive"] for node in ray.nodes()):
+                    heard = time.monotonic()
+            except Exception:  # noqa: S112 - no answer is an answer, and the watch below counts the seconds
+                continue
+
+    def watch() -> None:
+        while not stop.wait(LIFE_SECONDS / 2):
+            dead = [name for name, one in own.items() if not _alive(one)]
+            if dead or time.monotonic() - heard > SILENT_SECONDS:
+                why = f"Ray's {dead[0]} died" if dead else f"Ray did not answer for {SILENT_SECONDS:.0f} s"
+                relay.send("lost", why)
+                _kill_children()
+                os._exit(1)
+            relay.send("alive")
+
+    for work in (ask, watch):
+        threading.Thread(target=work, daemon=True, name=f"cluster-{work.__name__}").start()
+    try:
+        yield
+    finally:
+        stop.set()
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _kill_children() -> None:
+    for child in psutil.Process().children(recursive=True):
+        try:
+            child.kill()
+        except psutil.Error:
+            continue
+
+
+if __name__ == "__main__":
+    main(Connection(int(sys.argv[1])))

@@ -1,0 +1,173 @@
+"""Runs the sweep's driver process, starts another when it or its cluster is lost, and leaves no process behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import uuid
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+from pipeline.config import Params
+from pipeline.errors import InputError, WorkError
+from pipeline.sweep.driver import PROXY_DIED, STOP
+from pipeline.sweep.journal import Journal
+from pipeline.sweep.plan import Plan
+from pipeline.sweep.store import TrialStore
+
+POLL_SECONDS = 0.5
+SILENT_SECONDS = 120.0  # a driver that gives no sign of life for so long is replaced
+STARTING_SECONDS = 600.0  # until the first one: a cluster starts, on a busy machine
+ENDING_SECONDS = 6.0
+MARK = "HIFICL_SWEEP"  # in the environment of all processes of one driver
+
+
+class Lost(Exception):
+    """The driver or its cluster is gone."""
+
+
+class Driver:
+    """One driver process; it imports Ray while its supervisor opens MLflow."""
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        self.works = False
+        self.errors: dict[str, str] = {}  # of trials that failed for good
+        self.pipe, theirs = multiprocessing.Pipe()
+        with theirs:
+            # in a session of its own: Ctrl-C reaches the supervisor alone, which ends it in order
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.sweep.driver", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                env={**os.environ, MARK: self.mark}, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def run(self, plan: Plan, keys: list[str], params: Params, watchers: list[Any], journal: Journal) -> None:
+        """Train the trials `keys`; see `tuner.run_trials`.
+
+        Raises:
+            Lost: the driver or its cluster died, gave up, or gives no sign of life.
+            InputError: what it says.
+        """
+        try:
+            self.pipe.send((plan, keys, params))
+        except OSError:
+            raise Lost("the driver died at its start") from None
+        self.works = True
+        silent_at = time.monotonic() + STARTING_SECONDS
+        while True:
+            try:
+                news = self.pipe.poll(POLL_SECONDS)
+                message = self.pipe.recv() if news else None
+            except (EOFError, OSError):
+                raise Lost(f"the driver died (status {self.process.wait()})") from None
+            for row in journal.news():
+                for watcher in watchers:
+                    if hasattr(watcher, "on_event"):
+                        watcher.on_event(row)
+            if message is None:
+                if time.monotonic() > silent_at:
+                    raise Lost("the driver gives no sign of life")
+                continue
+            silent_at = time.monotonic() + SILENT_SECONDS
+            what, *facts = message
+            if what == "ended":
+                return
+            if what == "error" and isinstance(facts[0], InputError):
+                raise facts[0]
+            if what in ("error", "lost"):
+                raise Lost(str(facts[0]))
+            if what == "on_end" and facts[1] not in (None, PROXY_DIED):
+                self.errors[facts[0]] = facts[1]
+            if what != "alive":
+                for watcher in watchers:
+                    getattr(watcher, what)(*facts)
+
+    def end(self) -> None:
+        """End the driver and every process of its private cluster."""
+        if not self.works:
+            self.process.kill()  # it has only imported so far
+        with suppress(OSError):
+            self.pipe.send(STOP)
+        self.pipe.close()
+        try:
+            self.process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for process in marked(self.mark):
+            with suppress(psutil.Error):
+                process.kill()
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Return the processes whose environment has the mark."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def train(
+    plan: Plan, todo: list[str], params: Params, watchers: list[Any], first: Driver | None, *, adaptive: bool
+) -> dict[str, str]:
+    """Train the trials `todo` until each has an end, with as many drivers as that takes.
+
+    Args:
+        plan: of the sweep.
+        todo: keys of the trials.
+        params: the project's.
+        watchers: who hears what happens; see `tuner.Watcher`.
+        first: a driver that was started beforehand.
+        adaptive: whether a searcher asks for further trials.
+
+    Returns:
+        The errors of trials that failed, by key; most stand in the trial store too.
+
+    Raises:
+        InputError: as the driver's.
+        WorkError: the driver was lost `sweep.retry.max_attempts` times, with no epoch in between.
+    """
+    store, journal = TrialStore(plan.places.runs), Journal(plan.places.runs)
+    most, attempts = params.sweep.retry.max_attempts, 0
+    for key in todo:
+        store.reopen(key)  # from here on an end is this sweep's
+    behind, errors = _progress(store), dict[str, str]()
+    while todo or adaptive:
+        driver, first = first or Driver(), None
+        why = "its process died"
+        try:
+            driver.run(plan, todo, params, watchers, journal)
+            adaptive = False
+        except Lost as lost:
+            why = str(lost)
+        finally:
+            driver.end()
+        errors |= driver.errors
+        # a trial that failed has its end too, unless the disk is full; one without lost its way, not its state
+        todo = [key for key in todo if store.done(key) is None and key not in errors]
+        if not todo and not adaptive:
+            break
+        now = _progress(store)
+        attempts = 1 if now > behind else attempts + 1
+        behind = now
+        journal.note("the sweep's driver is lost", why=why, attempt=attempts)
+        if attempts >= most:
+            raise WorkError(
+                f"gave up after {attempts} attempts: {why}", where="train",
+                way_out="Finished trials and epochs are kept; mend the cause and run the same command again",
+            )  # fmt: skip
+    return errors
+
+
+def _progress(store: TrialStore) -> int:
+    """Return the epochs and ends that the store holds."""
+    return sum(len(store.epochs(key)) + (store.done(key) is not None) for key in store.all_keys())

@@ -1,0 +1,124 @@
+"""The battery's fixtures, and the table that it leaves in `docs/faults.md`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.faults.sweeps import Sweep, make_sweep, report, results
+from tests.faults.table import KINDS
+
+OUT = "HIFICL_FAULTS_TABLE"  # the document that the table goes into
+OPEN, CLOSE = (
+    "<!-- injected: written by `make test-faults TABLE=docs/faults.md` -->",
+    "<!-- end of what was injected -->",
+)
+_rows: dict[str, dict[str, Any]] = {}
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory) -> Sweep:
+    """A workspace before its sweep."""
+    return make_sweep(tmp_path_factory.mktemp("faults") / "template")
+
+
+@pytest.fixture(scope="session")
+def reference(template: Sweep, tmp_path_factory) -> dict[str, Any]:
+    """What the undisturbed sweep gives."""
+    made = template.copy(tmp_path_factory.mktemp("faults") / "reference")
+    made.again()
+    found = {"results": results(made), "report": report(made)}
+    assert len(found["results"]) == 4 and {row["status"] for row in found["results"].values()} == {"finished"}
+    return found
+
+
+@pytest.fixture
+def sweep(template: Sweep, tmp_path: Path, reference):
+    """A fresh workspace of the same four trials."""
+    made = template.copy(tmp_path / "sweep")
+    yield made
+    made.clean_up()
+
+
+@pytest.fixture(scope="session")
+def interrupted(template: Sweep, reference, tmp_path_factory) -> Sweep:
+    """A sweep that SIGKILL ended midway; take copies."""
+    made = template.copy(tmp_path_factory.mktemp("faults") / "interrupted")
+    made.begin()
+    made.midway()
+    assert made.stage is not None
+    made.stage.kill()
+    killed = time.monotonic()
+    made.stage.wait()
+    while made.processes():
+        assert time.monotonic() - killed < 10, "an orphan lives"
+        time.sleep(0.1)
+    made.remember()
+    return made
+
+
+@pytest.fixture
+def resumed(interrupted: Sweep, tmp_path: Path):
+    """A copy of the interrupted sweep."""
+    made = interrupted.copy(tmp_path / "sweep")
+    made.remember()
+    yield made
+    made.clean_up()
+
+
+@pytest.fixture
+def fault(request):
+    """`fault(kind, again=seconds, gone=seconds)` adds a row of `table.KINDS` to the table if the test passes."""
+    rows: dict[str, dict[str, Any]] = {}
+    started = time.monotonic()
+
+    def note(kind: str, *, again: float | None = None, gone: float | None = None) -> None:
+        injected, happens = KINDS[kind]
+        rows[kind] = {"injected": injected, "happens": happens, "trains_again_seconds": again, "gone_seconds": gone}
+
+    yield note
+    if request.node.outcome.passed:
+        for row in rows.values():
+            row["test_seconds"] = round(time.monotonic() - started, 1)
+        _rows.update(rows)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    if call.when == "call":
+        item.outcome = outcome
+    return outcome
+
+
+def pytest_sessionfinish(session):
+    """Write the table between its marks in the document that OUT names, and as JSON below benchmarks/."""
+    if not _rows or not os.environ.get(OUT):
+        return
+    from pipeline.bench._timing import commit, machine, versions
+
+    document = ROOT / os.environ[OUT]
+    head, _, rest = document.read_text(encoding="utf-8").partition(OPEN)
+    _, _, tail = rest.partition(CLOSE)
+    lines = ["| injected | what happens | trains again after | no process left after |", "|---|---|---|---|"]
+    for kind in KINDS:
+        if kind in _rows:
+            row = _rows[kind]
+            figures = (_seconds(row[name]) for name in ("trains_again_seconds", "gone_seconds"))
+            lines.append(f"| {row['injected']} | {row['happens']} | {' | '.join(figures)} |")
+    lines += ["", f"{len(_rows)} kinds, {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the end."]
+    document.write_text(f"{head}{OPEN}\n" + "\n".join(lines) + f"\n{CLOSE}{tail}", encoding="utf-8")
+    path = ROOT / "benchmarks/faults/battery-cpu.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"faults": _rows, "machine": machine(), "versions": versions(), "commit": commit()}
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} s"

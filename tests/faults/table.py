@@ -1,0 +1,39 @@
+"""The table's words: what is injected, by a short name, and what happens."""
+
+from __future__ import annotations
+
+KINDS = {
+    "worker": ("SIGKILL of a worker", "its slot is rebuilt; the trial goes on at its last epoch"),
+    "actor": ("SIGKILL of the trials' actors (Ray Tune's)", "Tune starts them anew; the worker trains on"),
+    "raylet": ("SIGKILL of the raylet", "a new driver with a new cluster goes on, in the same command"),
+    "head": ("SIGKILL of Ray's head (GCS)", "as for the raylet"),
+    "driver": ("SIGKILL of the driver", "as for the raylet"),
+    "stage": ("SIGKILL of the stage", "nothing outlives it; the next `dvc repro` goes on"),
+    "dvc": ("SIGKILL of dvc", "the stage below it ends by itself; the next `dvc repro` goes on"),
+    "SIGINT": ("SIGINT", "the sweep ends in order, open runs KILLED; the next `dvc repro` goes on"),
+    "SIGTERM": ("SIGTERM", "as for SIGINT"),
+    "two": ("two `dvc repro` at once", "the second ends at once and says which process holds the lock"),
+    "node": ("a node leaves and comes back", "the slot waits for a place and is rebuilt; the trial goes on"),
+    "torn": ("a torn checkpoint", "its digest gives it away; the trial goes on at the generation before"),
+    "flipped": ("a checkpoint with a flipped bit", "as for a torn one"),
+    "disk": (
+        "a full disk (a small tmpfs, ENOSPC)",
+        "the stage ends and names the file; with room again, `dvc repro` goes on",
+    ),
+    "clock": ("the wall clock jumps a day ahead, two back", "nothing: limits are counted on the monotonic clock"),
+    "away": (
+        "the MLflow server is away for a while",
+        "training goes on; metrics wait in the spool and are delivered in order",
+    ),
+    "gone": (
+        "the MLflow server is away for good",
+        "all is trained; the stage fails and names server and spool; the next `dvc repro` delivers",
+    ),
+    "memory": ("a worker without memory (RLIMIT_AS)", "the trial is tried again in a new worker"),
+    "hang": ("a worker that hangs (SIGSTOP, `hang_seconds: 20`)", "the watchdog replaces it"),
+    "diverged": ("a loss that is not finite", "the trial ends as diverged and names the step; the others train on"),
+    "failing": (
+        "a trial whose workers die again and again",
+        "it ends as failed with its last error, the rest goes on, the stage fails; `dvc repro` resumes it",
+    ),
+}
