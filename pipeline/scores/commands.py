@@ -165,6 +165,8 @@ def score_caption(args: argparse.Namespace) -> dict[str, Any]:
     predictions = results_by_id(args.results, "image_id", "caption")
     references = _captions(args.annotations)
     _need(predictions, references, args.results, f"a reference caption in {args.annotations}")
+    # The published program goes through the images of the annotations file, and the tokenizer minds the order.
+    predictions = {key: predictions[key] for key in references if key in predictions}
     metrics = caption.METRICS if args.metrics is None else tuple(args.metrics)
     numbers = caption.caption_scores(predictions, references, metrics).as_dict()
     lacking = caption.spice_missing()
@@ -174,11 +176,16 @@ def score_caption(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _captions(path: str) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for number, row in enumerate(section(read_json(path), "annotations", path)):
+    """Return {image id: captions}, in the order of the file's images where it lists them."""
+    content = as_object(read_json(path), path)
+    images = section(content, "images", path) if "images" in content else []
+    found: dict[str, list[str]] = {
+        id_field(row, "id", f"{path}, image {number}"): [] for number, row in enumerate(images)
+    }
+    for number, row in enumerate(section(content, "annotations", path)):
         where = f"{path}, annotation {number}"
         found.setdefault(id_field(row, "image_id", where), []).append(text_field(row, "caption", where))
-    return found
+    return {key: texts for key, texts in found.items() if texts}
 
 
 def _need(predictions: Mapping[str, str], known: Mapping[str, Any], results: str, what: str) -> None:
