@@ -23,6 +23,7 @@ class Subsample(Section):
     num_selection: int = Field(500, ge=1)
     num_evaluation: int | None = Field(None, ge=1)  # None: the whole official split
     training_answer: Literal["most-frequent", "first"] = "most-frequent"  # of a question's ten
+    splits: dict[str, str] = {}  # how a task's data set is divided, where not as it was published: {coco: karpathy}
 
 
 class Train(Section):

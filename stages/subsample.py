@@ -16,7 +16,7 @@ def main(params: Params) -> None:
     task, sizes = sys.argv[1], params.subsample
     with bar(f"subsample {task}") as progress:
         manifest = draw(
-            tasks.get(task), data_root(params), seed=sizes.seed, num_train=sizes.num_train,
+            tasks.get(task).with_splits(sizes.splits.get(task, "official")), data_root(params), seed=sizes.seed, num_train=sizes.num_train,
             num_selection=sizes.num_selection, num_evaluation=sizes.num_evaluation,
             training_answer=sizes.training_answer, progress=progress,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from pipeline.data.files import find
 from pipeline.data.sample import Sample
-from pipeline.errors import InputError
+from pipeline.errors import InputError, nearest
 
 Split = Literal["train", "evaluation"]
 Normalise = Literal["always", "official"]
@@ -96,6 +96,21 @@ class Task(ABC):
     template: PromptTemplate
     max_new_tokens: int
     one_pool: bool = False
+
+    def with_splits(self, name: str) -> Task:
+        """Return the task with its samples divided as `name` says; here only `official` is known.
+
+        Raises:
+            InputError: the data set is not divided so.
+        """
+        if name != "official":
+            raise self._unknown_splits(name, ())
+        return self
+
+    def _unknown_splits(self, name: str, known: Sequence[str]) -> InputError:
+        return InputError(
+            f"unknown splits '{name}' of {self.name}", where="subsample.splits", way_out=nearest(name, ["official", *known])
+        )
 
     @abstractmethod
     def files(self, root: Path, split: Split) -> tuple[Path, ...]:

@@ -213,6 +213,6 @@ def _file_name(name: str, subset: str, where: Callable[[], str]) -> str:
 
 def plain_file_name(name: str, where: str) -> str:
     """Return `name`, checked not to lead out of the folder of images."""
-    if "/" in name or "\\" in name or name in {"", ".", ".."}:
-        raise InputError(f"file name '{name}' is no plain file name", where=where, way_out="Get the file again")
+    if any(one in name for one in "/\\\0") or name in {"", ".", ".."}:
+        raise InputError(f"file name {name!r} is no plain file name", where=where, way_out="Get the file again")
     return name

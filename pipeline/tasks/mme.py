@@ -121,7 +121,8 @@ class Mme(ChoiceTask):
             # A missing picture keeps its likely name, so that the draw lists it with all the others.
             picture = next((path for path in candidates if path.exists()), candidates[0])
             try:
-                lines = [line for line in text.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+                # only "\n" ends a line here: splitlines would also cut inside a question, at U+2028 and its kin
+                lines = [line for line in text.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(f"cannot be read ({error})", where=str(text), way_out="Get the file again") from error
             if len(lines) != 2 or any(line.count("\t") != 1 for line in lines):

@@ -106,7 +106,7 @@ class MmmuPro(ChoiceTask):
                 "question": question,
                 "choices": options,
                 "subject": field(record, "subject", str, where),
-                "difficulty": record["topic_difficulty"],
+                "difficulty": field(record, "topic_difficulty", str, where),
             },
         )
 
