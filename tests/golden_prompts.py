@@ -70,7 +70,7 @@ def records(loaded: Any) -> dict[str, Any]:
     """Return a backbone's golden file."""
     return {
         task: {
-            "stop": list(stop_strings(tasks.get(task).template)),
+            "stop": list(stop_strings(tasks.get(task).template, loaded.backbone)),
             "shots": {str(shots): record(loaded, task, shots) for shots in SHOTS},
         }
         for task in TASKS

@@ -14,8 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.backbones.base import Backbone
-from pipeline.data.sample import ImageRef, Sample
+from pipeline.backbones.base import Backbone, RoleLines
+from pipeline.data.sample import ImageRef, PromptStyle, Sample
 from pipeline.errors import InputError, WorkError
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ class Encoded:
 
 
 def render(
-    template: PromptTemplate, backbone: Backbone, query: Sample, demos: Sequence[Sample] = (), *, answer: bool = False
-) -> Rendered:
+    template: PromptTemplate, backbone: Backbone, query: Sample, demos: Sequence[Sample] = (), *, answer: bool = False,
+    style: PromptStyle = "papers",
+) -> Rendered:  # fmt: skip
     """Return the prompt of `query` after `demos`.
 
     Args:
@@ -78,11 +79,18 @@ def render(
         query: its target is written only with `answer`.
         demos: demonstrations, in order.
         answer: whether the query's target closes the text (training), or the text ends where it should begin.
+        style: the papers' wording, or the published code's roles (where that code knows the backbone).
     """
     prefix = "" if template.prefix_needs_demos and not demos else template.prefix
     open_turns = [_open_turn(template, backbone, sample) for sample in (*demos, query)]
     answers = [*(demo.shown for demo in demos), query.target]
-    if backbone.chat is None:
+    roles = roles_of(backbone, style)
+    if roles is not None:
+        head = roles.instruction.format(text=template.instruction) if prefix else ""
+        open_turns = [_open_roles(roles, template, backbone, sample) for sample in (*demos, query)]
+        closings = [roles.answer.format(answer=_answer(text, backbone)) for text in answers]
+        between = roles.after
+    elif backbone.chat is None:
         head = prefix
         closings = [template.answer.format(answer=_answer(text, backbone)) for text in answers]
         between = ""
@@ -118,6 +126,18 @@ def _open_turn(template: PromptTemplate, backbone: Backbone, sample: Sample) -> 
     return backbone.chat.user_open + asked + backbone.chat.user_close + backbone.chat.assistant_open + cue
 
 
+def roles_of(backbone: Backbone, style: PromptStyle) -> RoleLines | None:
+    """Return how the published code writes roles for the backbone, where that is the style and the code knows it."""
+    return backbone.published_roles if style == "published" else None
+
+
+def _open_roles(roles: RoleLines, template: PromptTemplate, backbone: Backbone, sample: Sample) -> str:
+    text = roles.image.format(image=backbone.image_text * len(sample.images))
+    if sample.question is not None:
+        text += roles.question.format(text=neutral(sample.question, backbone).strip())
+    return text + roles.cue.format(role=template.cue, small_role=template.cue.lower())
+
+
 def _answer(text: str, backbone: Backbone) -> str:
     # One line: a line break inside an answer would end it
     return " ".join(neutral(text, backbone).split())
@@ -133,9 +153,10 @@ def neutral(text: str, backbone: Backbone) -> str:
     return text
 
 
-def stop_strings(template: PromptTemplate) -> tuple[str, ...]:
-    """Return where generation is cut: the end of the line, and the task's stop words."""
-    return ("\n", *template.stop_words)
+def stop_strings(template: PromptTemplate, backbone: Backbone, style: PromptStyle = "papers") -> tuple[str, ...]:
+    """Return where generation is cut: the end of the line, the task's stop words, the end marker of the style."""
+    roles = roles_of(backbone, style)
+    return ("\n", *template.stop_words, *(roles.stop if roles else ()))
 
 
 def encode(

@@ -53,7 +53,7 @@ def predict(
         root=manifest.image_root,
         num_beams=num_beams,
         length_penalty=length_penalty,
-        stop_strings=stop_strings(task.template),
+        stop_strings=stop_strings(task.template, resident.loaded.backbone, manifest.prompt),
         batch_size=batch_size,
         from_pixels=from_pixels,
     )
@@ -87,7 +87,7 @@ def predict_each(
         max_new_tokens=task.max_new_tokens,
         visual_tokens=resident.visual,
         root=manifest.image_root,
-        stop_strings=stop_strings(task.template),
+        stop_strings=stop_strings(task.template, resident.loaded.backbone, manifest.prompt),
         batch_size=batch_size,
         from_pixels=from_pixels,
         pack=pack,

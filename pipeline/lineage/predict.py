@@ -67,11 +67,12 @@ def answer(
         task=task.name, sample_id=0, images=(ImageRef(str(image.resolve())),), question=question, target="",
         references=(),
     )  # fmt: skip
-    prompts = encode_all(loaded, [render(task.template, loaded.backbone, sample, answer=False)], root="")
+    style = extra.get("prompt", "papers")
+    prompts = encode_all(loaded, [render(task.template, loaded.backbone, sample, style=style)], root="")
     with adapters.attach(loaded.model, adapter):
         (text,) = generate(
             loaded, prompts, max_new_tokens=max_new_tokens or task.max_new_tokens,
-            visual_tokens=VisualTokens(loaded, None), stop_strings=stop_strings(task.template),
+            visual_tokens=VisualTokens(loaded, None), stop_strings=stop_strings(task.template, loaded.backbone, style),
             from_pixels=adapter.trains_vision,
         )  # fmt: skip
     return {

@@ -20,6 +20,7 @@ from pipeline.scores.files import (
     text_field,
 )
 from pipeline.scores.objects import categories_of
+from pipeline.scores.stems import stem_answer
 
 # Any subparsers object of argparse; its class has no public name.
 SubParsers = Any
@@ -44,6 +45,9 @@ def register(subparsers: SubParsers) -> None:
         help="always (default, MimIC's scorer and the papers' figures) or official (not where all annotators agree)",
     )
     parser.add_argument("--subset", action="store_true", help="accept results for a part of the questions")
+    parser.add_argument(
+        "--stem", action="store_true", help="compare the stems of the results: for OK-VQA, whose answers are stems"
+    )
 
     parser = _add(subparsers, "caption", score_caption, "CIDEr-D, BLEU, METEOR, ROUGE-L, fractions")
     _results(parser, '[{"image_id": .., "caption": ".."}]')
@@ -118,6 +122,8 @@ def score_vqa(args: argparse.Namespace) -> dict[str, Any]:
             where=str(args.results),
             way_out="Answer every question, or pass --subset to score those that are answered",
         )
+    if args.stem:
+        predictions = {key: stem_answer(answer) for key, answer in predictions.items()}
     return vqa.vqa_accuracy(
         predictions,
         {key: annotations[key]["answers"] for key in predictions},

@@ -22,6 +22,8 @@ CAPTION_TEMPLATE = PromptTemplate(
     query="Image: {image} Caption:",
     answer=" {answer}\n",
     stop_words=("Caption", "Image"),
+    instruction="provide a short caption of the input image.",
+    cue="Caption",
 )
 
 
@@ -163,8 +165,9 @@ class CaptionTask(Task):
             )
 
     def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
-    ) -> Score:
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
+        stem: bool = False,
+    ) -> Score:  # fmt: skip
         """Score by CIDEr-D over the samples together; see `cider_score`."""
         return cider_score(self, samples, predictions)
 

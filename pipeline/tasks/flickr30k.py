@@ -66,8 +66,9 @@ class Flickr30k(Task):
                 yield sample
 
     def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
-    ) -> Score:
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
+        stem: bool = False,
+    ) -> Score:  # fmt: skip
         """Score by CIDEr-D over the samples together; see `cider_score`."""
         return cider_score(self, samples, predictions)
 

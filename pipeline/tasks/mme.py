@@ -39,6 +39,7 @@ MME_TEMPLATE = PromptTemplate(
     query="Image: {image} Question: {question} Answer:",
     answer=" {answer}\n",
     stop_words=("Question", "Answer", "Image"),
+    instruction='Provide an answer in "Yes" or "No" to the question. Use the image to answer.',
 )
 
 
@@ -64,8 +65,9 @@ class Mme(ChoiceTask):
         return f"{sample.meta['category']}/{sample.meta['image']}"
 
     def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
-    ) -> Score:
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
+        stem: bool = False,
+    ) -> Score:  # fmt: skip
         """Score by accuracy; `metrics` has accuracy+ (both questions of an image right), perception and cognition.
 
         A subtask's score is 100 accuracy + 100 accuracy+ (at most 200); perception and cognition are sums of those.

@@ -59,8 +59,9 @@ class MmmuPro(ChoiceTask):
                 yield self._sample(record, f"{where} ('{sample_id}')", name, row)
 
     def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
-    ) -> Score:
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
+        stem: bool = False,
+    ) -> Score:  # fmt: skip
         """Score by the official rules, over all and by subject: what `hificl score mmmu-pro` gives for these answers.
 
         An answer whose letter cannot be read draws a random one, from the seed 0 and in the order of the samples;

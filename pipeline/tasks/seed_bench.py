@@ -79,8 +79,9 @@ class SeedBench(ChoiceTask):
             yield replace(sample, meta={**sample.meta, "dimension": names.get(number, str(number))}), where
 
     def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
-    ) -> Score:
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
+        stem: bool = False,
+    ) -> Score:  # fmt: skip
         """Score by accuracy of the letters that the answers begin with, over all and by dimension."""
         answers = self.predictions_for(samples, predictions)
         results = [

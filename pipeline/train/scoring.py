@@ -61,7 +61,7 @@ def score_trial(
             from_pixels=methods.facts_of(config.method, config.options).trains_vision,
         )  # fmt: skip
     task = tasks.get(config.task)
-    score = task.score(samples, texts, normalise=evaluation.vqa_normalise)
+    score = task.score(samples, texts, normalise=evaluation.vqa_normalise, stem=evaluation.stem_predictions)
     seconds = time.perf_counter() - started  # of what an answer costs; reading further annotations is no part of it
     official: Split = "evaluation" if evaluation.split == "evaluation" else "train"  # the selection is drawn from it
     score = task.complete(score, samples, texts, manifest.image_root, official)
@@ -129,8 +129,11 @@ def _scorer(resident: Resident, manifest: Manifest, batch_size: int) -> Callable
 
 
 def _whole_batches(samples: Sequence[Sample], evaluation: EvaluationConfig, method: Baseline) -> Sequence[Sample]:
-    """Leave out a last batch that is not full, where the evaluation asks for it and prompts have demonstrations."""
+    """Leave out a last batch that is not full, where the evaluation asks for it and prompts have demonstrations.
+
+    Of fewer samples than one batch none is left out.
+    """
     size = evaluation.drop_incomplete_batch
     if size is None or not method.shows_demonstrations:
         return samples
-    return samples[: len(samples) // size * size]
+    return samples[: len(samples) // size * size] or samples

@@ -57,8 +57,9 @@ def test_line_breaks_and_odd_letters_stay_in_their_caption():
     assert tokens.tokenise(raw) == ["one two", "three four", "five six seven", "dog", "", "", "eight"]
 
 
-ODD = ["a vitamin C.", "A dog", "a vitamin C.", "a dog", "no.", "5 dogs", "no.", "", "the u.s.", "He runs", "it's 5 p.m.",
-       'say "hi"', "café (two) 50% $3", "don't; can't: won't", "1,000 ... 3/4", "???", "a  b", "end J."]  # fmt: skip
+ODD = ["a vitamin C.", "A dog", "a vitamin C.", "a dog", "no.", "5 dogs", "no.", "", "the u.s.", "He runs",
+       "it's 5 p.m.", 'say "hi"', "café (two) 50% $3", "don't; can't: won't", "1,000 ... 3/4", "???", "a  b",
+       "end J."]  # fmt: skip
 
 
 def test_the_next_caption_counts_as_in_pycocoevalcap():
