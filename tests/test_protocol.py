@@ -151,6 +151,19 @@ def test_prompts_of_the_published_code(name, tiny):
     assert "nstruction" not in alone and "aption" in alone and "uestion" not in alone
 
 
+def test_choices_and_instructions_of_the_published_code():
+    idefics = backbones.get("idefics-9b")
+    meta = {"question": "How many?", "choices": ["one", "two"]}
+    asks = replace(asked(1), question="How many?\nA. one\nB. two\nAnswer", meta=meta)
+    shown = render(tasks.get("seed-bench").template, idefics, asks, style="published").text
+    assert shown == "Image:<image> Question: How many? Choices: A. one B. two Answer with the letter. Answer:"
+    shown = render(tasks.get("mme").template, idefics, asked(1), style="published").text
+    assert shown.startswith(
+        'Instruction: Provide an answer in "Yes" or "No" to the question. Use the image to answer.\n'
+    )
+    assert render(tasks.get("mme").template, idefics, asked(1)).text == "Image: <image> Question: Q1 Answer:"
+
+
 def test_other_backbones_keep_the_papers_lines():
     known = {name for name in backbones.names() if backbones.get(name).published_roles is not None}
     assert known == set(PUBLISHED)

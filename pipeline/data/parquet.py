@@ -85,8 +85,10 @@ def _opened(path: Path) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
+        file = pyarrow.parquet.ParquetFile(path)
+        _ = file.schema_arrow.names  # damaged names are found here, not by the first who asks for them
+        return file
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise _damaged(path, "is no whole Parquet file", error) from error
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from string import ascii_uppercase
 from typing import TYPE_CHECKING
 
 from pipeline.backbones.base import Backbone, RoleLines
@@ -81,12 +82,14 @@ def render(
         answer: whether the query's target closes the text (training), or the text ends where it should begin.
         style: the papers' wording, or the published code's roles (where that code knows the backbone).
     """
-    prefix = "" if template.prefix_needs_demos and not demos else template.prefix
+    instructed = bool(demos) or not template.prefix_needs_demos
+    prefix = template.prefix if instructed else ""
     open_turns = [_open_turn(template, backbone, sample) for sample in (*demos, query)]
     answers = [*(demo.shown for demo in demos), query.target]
     roles = roles_of(backbone, style)
     if roles is not None:
-        head = roles.instruction.format(text=template.instruction) if prefix else ""
+        words = template.instruction if instructed else ""
+        head = roles.instruction.format(text=words) if words else ""
         open_turns = [_open_roles(roles, template, backbone, sample) for sample in (*demos, query)]
         closings = [roles.answer.format(answer=_answer(text, backbone)) for text in answers]
         between = roles.after
@@ -133,9 +136,19 @@ def roles_of(backbone: Backbone, style: PromptStyle) -> RoleLines | None:
 
 def _open_roles(roles: RoleLines, template: PromptTemplate, backbone: Backbone, sample: Sample) -> str:
     text = roles.image.format(image=backbone.image_text * len(sample.images))
-    if sample.question is not None:
-        text += roles.question.format(text=neutral(sample.question, backbone).strip())
+    question = _in_one_line(sample)
+    if question is not None:
+        text += roles.question.format(text=neutral(question, backbone).strip())
     return text + roles.cue.format(role=template.cue, small_role=template.cue.lower())
+
+
+def _in_one_line(sample: Sample) -> str | None:
+    """Return the question as MimIC's code words it, choices behind it."""
+    if "choices" not in sample.meta:
+        return sample.question
+    lettered = zip(ascii_uppercase, sample.meta["choices"], strict=False)
+    choices = " ".join(f"{letter}. {choice}" for letter, choice in lettered)
+    return f"{sample.meta['question']} Choices: {choices} Answer with the letter."
 
 
 def _answer(text: str, backbone: Backbone) -> str:

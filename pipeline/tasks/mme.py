@@ -34,7 +34,7 @@ SHARD_FOLDERS = ("mme/data", "mme", "MME/data", "MME")
 _PICTURES = (".jpg", ".png", ".jpeg")
 
 MME_TEMPLATE = PromptTemplate(
-    prefix='Instruction: provide an answer in "Yes" or "No" to the question. Use the image to answer.\n',
+    prefix="",  # the stored question says what to answer with
     prefix_needs_demos=False,
     query="Image: {image} Question: {question} Answer:",
     answer=" {answer}\n",

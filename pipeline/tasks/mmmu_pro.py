@@ -25,6 +25,7 @@ from pipeline.tasks.choice_files import ChoiceTask, accuracy, shards_in, with_ch
 CONFIGURATION = "standard (10 options)"
 FOLDERS = ("mmmu_pro", "mmmu-pro", "MMMU_Pro", ".")
 COLUMNS = ("id", "question", "options", "answer", "subject", "topic_difficulty")
+CLOSING = "Answer with the option letter from the given choices directly."  # prompts.yaml, standard, direct
 _MARKER = re.compile(r"<image\s+(\d+)>")
 
 
@@ -100,7 +101,7 @@ class MmmuPro(ChoiceTask):
             task=self.name,
             sample_id=record["id"],
             images=tuple(ImageRef(cell_name(shard, row, f"image_{number}")) for number in markers),
-            question=with_choices(question, options),
+            question=with_choices(question, options, CLOSING),
             target=answer,
             references=(answer,),
             meta={

@@ -25,6 +25,8 @@ from pipeline.tasks.choice_files import ChoiceTask, accuracy, letter_of, shards_
 FOLDERS = ("seed_bench", "seed-bench", "SEED-Bench", ".")
 SHARD_FOLDERS = tuple(f"{folder}{data}" for folder in FOLDERS[:-1] for data in ("/data", ""))
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
+# The benchmark itself ranks the choices by likelihood; these are the words with which models are asked for a letter.
+CLOSING = "Answer with the option's letter from the given choices directly."
 COLUMNS = (*CHOICES, "answer", "data_type", "question", "question_id", "question_type_id")
 
 
@@ -102,7 +104,7 @@ class SeedBench(ChoiceTask):
             task=self.name,
             sample_id=str(field(record, "question_id", (str, int), where)),
             images=(ImageRef(image),),
-            question=with_choices(question, choices),
+            question=with_choices(question, choices, CLOSING),
             target=answer,
             references=(answer,),
             meta={"question": question, "choices": choices},

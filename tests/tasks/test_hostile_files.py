@@ -16,6 +16,7 @@ from pipeline import tasks
 from pipeline.data.subsample import draw
 from pipeline.data.synthetic import SyntheticSize, write_images, write_vqav2
 from pipeline.errors import InputError
+from pipeline.tasks.seed_bench import CLOSING
 from tests.tasks.test_other_benchmarks import flickr, png, seed_bench  # noqa: F401 - fixtures
 
 ODD = [None, True, -1, 2**70, 1.5, float("nan"), "", "x", "../x", "\0", "\ud800", "é\n", [], {}, [None], [{}], {"a": 1},
@@ -148,7 +149,7 @@ def test_seed_bench_from_shards_leaves_out_videos(tmp_path):
     task = tasks.get("seed-bench")
     samples = list(task.read(tmp_path, "evaluation"))
     assert [sample.sample_id for sample in samples] == [str(n) for n in range(10)]
-    assert samples[0].question == "How many? Choices: A. a B. b C. c D. d Answer with the letter."
+    assert samples[0].question == "How many?\nA. a\nB. b\nC. c\nD. d\n" + CLOSING
     assert (samples[0].target, samples[0].meta["dimension"]) == ("B", "5")
     manifest = draw(task, tmp_path, seed=0, num_train=4, num_selection=2)
     assert manifest.sizes == {"train": 4, "selection": 2, "evaluation": 4}
