@@ -36,6 +36,7 @@ class Rendered:
         query_start: character where the query's own turn begins.
         answer_span: characters of the answer with its leading space and its terminator; None for an open query.
         sample_id: of the query.
+        num_shots: demonstrations before the query.
     """
 
     text: str
@@ -43,6 +44,7 @@ class Rendered:
     query_start: int
     answer_span: Span | None
     sample_id: int | str
+    num_shots: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ def render(
         span = (len(text), len(text) + len(closings[-1]))
         text += closings[-1]
     images = tuple(image for sample in (*demos, query) for image in sample.images)
-    return Rendered(text, images, query_start, span, query.sample_id)
+    return Rendered(text, images, query_start, span, query.sample_id, len(demos))
 
 
 def _open_turn(template: PromptTemplate, backbone: Backbone, sample: Sample) -> str:
@@ -217,7 +219,7 @@ def encode_all(
         if longest is not None and len(tokens) > longest:
             raise InputError(
                 f"the prompt of sample {r.sample_id} has {len(tokens)} tokens, {loaded.backbone.name} reads {longest}",
-                way_out="Use fewer demonstrations (num_shots)",
+                way_out=_shots_that_fit(r, len(tokens), longest),
             )
         span = None
         if r.answer_span is not None:
@@ -228,6 +230,13 @@ def encode_all(
         head = family.expand(r.text[: r.query_start], processor, size)
         out.append(Encoded(tuple(tokens), r.images, _first_token(places, len(head)), span, r.sample_id))
     return out
+
+
+def _shots_that_fit(rendered: Rendered, num_tokens: int, longest: int) -> str:
+    # a turn of the query's is about as long as a demonstration
+    turn = -(-num_tokens // (rendered.num_shots + 1))  # rounded up: the instruction takes a little, too
+    fit = longest // turn - 1
+    return f"About {max(fit, 0)} of {rendered.num_shots} demonstrations fit: lower num_shots"
 
 
 @lru_cache(maxsize=1 << 20)
