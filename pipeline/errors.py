@@ -18,7 +18,9 @@ class HificlError(Exception):
     def __init__(self, what: str, *, where: str | None = None, way_out: str | None = None) -> None:
         self.what, self.where, self.way_out = what, where, way_out
         text = f"{where}: {what}" if where else what
-        super().__init__(f"{text}. {way_out}" if way_out else text)
+        text = f"{text}. {way_out}" if way_out else text
+        # A file can hold half of a surrogate pair, which no terminal or log takes.
+        super().__init__(text.encode("utf-8", "backslashreplace").decode())
 
     def __reduce__(self):
         # Errors cross process borders (Ray); the keyword-only arguments must survive pickling.

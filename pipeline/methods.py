@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline import adapters
-from pipeline.adapters.options import Facts, Options
+from pipeline.adapters.options import Decoding, Facts, Options
 from pipeline.baselines import baselines
 from pipeline.errors import InputError, nearest
 
@@ -45,6 +45,11 @@ def validate_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
 def facts_of(method: str, options: dict[str, Any]) -> Facts:
     """Return how the method is trained with these options: teacher, loss weights, what it edits."""
     return _schema(method).checked(options, method).facts()
+
+
+def published_decoding(method: str) -> Decoding:
+    """Return how the method's published code decodes."""
+    return _schema(method).published_decoding
 
 
 def selects(method: str, options: dict[str, Any]) -> bool:

@@ -23,6 +23,10 @@ class Subsample(Section):
     num_selection: int = Field(500, ge=1)
     num_evaluation: int | None = Field(None, ge=1)  # None: the whole official split
     training_answer: Literal["most-frequent", "first"] = "most-frequent"  # of a question's ten
+    prompt: Literal["papers", "published"] = (
+        "papers"  # whose wording; published: MimIC's code, where it knows the backbone
+    )
+    splits: dict[str, str] = {}  # how a task's data set is divided, where not as it was published: {coco: karpathy}
 
 
 class Train(Section):
@@ -55,9 +59,10 @@ class Train(Section):
 class Generation(Section):
     """How text is generated for a score."""
 
-    num_beams: int = Field(1, ge=1)
-    length_penalty: float = 1.0
-    max_new_tokens: int | None = Field(None, ge=1)  # None: the task's own
+    # published: as the published code of each method has it
+    num_beams: Annotated[int, Field(ge=1)] | Literal["published"] = 1
+    length_penalty: float | Literal["published"] = 1.0
+    max_new_tokens: Annotated[int, Field(ge=1)] | Literal["published"] | None = None  # None: the task's own
     batch_size: int = Field(16, ge=1)
 
 
@@ -67,6 +72,7 @@ class Evaluate(Section):
     num_evaluation_samples: int | None = Field(None, ge=1)
     generation: Generation = Generation()
     vqa_normalise: Literal["always", "official"] = "always"
+    stem_predictions: bool = False  # where the task's references are stemmed (OK-VQA)
     drop_incomplete_batch: int | None = Field(None, ge=1)  # of a few-shot evaluation in batches of so many samples
 
 

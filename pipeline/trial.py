@@ -94,8 +94,9 @@ class EvaluationConfig(_Config):
     max_new_tokens: int | None = None
     vqa_normalise: Literal["always", "official"] = "always"
     drop_incomplete_batch: int | None = None
+    stem_predictions: bool = False
 
-    later: ClassVar[frozenset[str]] = frozenset({"drop_incomplete_batch"})
+    later: ClassVar[frozenset[str]] = frozenset({"drop_incomplete_batch", "stem_predictions"})
 
 
 def engine_packs(config: TrialConfig) -> bool:

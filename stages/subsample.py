@@ -15,10 +15,11 @@ from stages.common import run
 def main(params: Params) -> None:
     task, sizes = sys.argv[1], params.subsample
     with bar(f"subsample {task}") as progress:
+        divided = tasks.get(task).with_splits(sizes.splits.get(task, "official"))
         manifest = draw(
-            tasks.get(task), data_root(params), seed=sizes.seed, num_train=sizes.num_train,
+            divided, data_root(params), seed=sizes.seed, num_train=sizes.num_train,
             num_selection=sizes.num_selection, num_evaluation=sizes.num_evaluation,
-            training_answer=sizes.training_answer, progress=progress,
+            training_answer=sizes.training_answer, prompt=sizes.prompt, progress=progress,
         )  # fmt: skip
     manifest.save(Path("data/manifests") / task / "manifest.json")
 

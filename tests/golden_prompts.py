@@ -13,7 +13,7 @@ from typing import Any
 from pipeline import backbones
 from pipeline.data.prompt import Encoded, Rendered, encode, render, stop_strings
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.tasks import tasks
+from pipeline.tasks import mmmu_pro, seed_bench, tasks
 from pipeline.tasks.choice_files import with_choices
 
 FOLDER = Path(__file__).with_name("golden") / "prompts"
@@ -30,8 +30,16 @@ FORMS: dict[str, tuple[tuple[str | None, ...], tuple[str, ...], int]] = {
     "coco": ((None,), CAPTIONS, 1),
     "flickr30k": ((None,), CAPTIONS, 1),
     "mme": (("Is there a dog in this image?",), ("Yes", "No"), 1),
-    "seed-bench": (tuple(with_choices(q, ["one", "two", "three", "four"]) for q in QUESTIONS), LETTERS, 1),
-    "mmmu-pro": (tuple(with_choices(q, [f"option {i}" for i in range(10)]) for q in QUESTIONS), LETTERS, 2),
+    "seed-bench": (
+        tuple(with_choices(q, ["one", "two", "three", "four"], seed_bench.CLOSING) for q in QUESTIONS),
+        LETTERS,
+        1,
+    ),
+    "mmmu-pro": (
+        tuple(with_choices(q, [f"option {i}" for i in range(10)], mmmu_pro.CLOSING) for q in QUESTIONS),
+        LETTERS,
+        2,
+    ),
 }
 TASKS = sorted(FORMS)
 
@@ -70,7 +78,7 @@ def records(loaded: Any) -> dict[str, Any]:
     """Return a backbone's golden file."""
     return {
         task: {
-            "stop": list(stop_strings(tasks.get(task).template)),
+            "stop": list(stop_strings(tasks.get(task).template, loaded.backbone)),
             "shots": {str(shots): record(loaded, task, shots) for shots in SHOTS},
         }
         for task in TASKS

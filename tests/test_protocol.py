@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 
-from pipeline import backbones
+from pipeline import backbones, methods
 from pipeline.config import load
 from pipeline.data.manifest import Manifest
-from pipeline.data.prompt import draw_demos, render
+from pipeline.data.prompt import draw_demos, encode, render, stop_strings
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.data.subsample import draw
 from pipeline.data.synthetic import SyntheticSize, write_images, write_vqav2
 from pipeline.errors import InputError
+from pipeline.evaluate.generate import cut
 from pipeline.sweep.space import Digests, cells
 from pipeline.tasks import tasks
+from pipeline.tasks.caption_files import CAPTION_TEMPLATE
 from pipeline.tasks.vqa_files import VQA_TEMPLATE
 from pipeline.trial import EvaluationConfig, TrialConfig
 from tests.conftest import ROOT
@@ -35,8 +38,11 @@ def test_the_protocol_turns_every_choice_on_and_its_absence_none():
     assert (off.train.loss_span, off.train.selection) == ("answer", "selection")
     assert (on.train.loss_span, on.train.selection) == ("sequence", "test")
     assert off.evaluate.drop_incomplete_batch is None and on.evaluate.drop_incomplete_batch == 16
+    assert (off.subsample.prompt, off.subsample.splits, off.evaluate.stem_predictions) == ("papers", {}, False)
+    assert (on.subsample.prompt, on.evaluate.stem_predictions) == ("published", True)
+    assert on.subsample.splits == {"coco": "karpathy-val", "flickr30k": "karpathy-val"}
     generation = on.evaluate.generation
-    assert (generation.num_beams, generation.length_penalty) == (3, 0.0)
+    assert {generation.num_beams, generation.length_penalty, generation.max_new_tokens} == {"published"}
     assert generation.batch_size == off.evaluate.generation.batch_size  # the profile's own
     assert params("protocol=published", "train.selection=selection").train.selection == "selection"
     with pytest.raises(InputError, match=r"unknown protocol 'publishd'.*Did you mean 'published'"):
@@ -48,7 +54,17 @@ def test_choices_that_are_off_leave_the_keys_as_they_were():
     assert TrialConfig(**BASE).key == "ba339abfe9bdc086"
     assert EvaluationConfig(trial="t").key == "4690cd6343357d16"
     assert TrialConfig(**BASE, demonstration_draw="with-replacement").key != TrialConfig(**BASE).key
+    assert EvaluationConfig(trial="t", stem_predictions=True).key != EvaluationConfig(trial="t").key
     assert EvaluationConfig(trial="t", drop_incomplete_batch=16).key != EvaluationConfig(trial="t").key
+
+
+def test_each_method_decodes_as_its_own_published_code():
+    found = {name: methods.published_decoding(name) for name in methods.names()}
+    greedy = {name for name, one in found.items() if one.num_beams == 1}
+    assert greedy == {"hificl", "hificl+lora"} and {found[name].max_new_tokens for name in greedy} == {20}
+    others = {astuple(one) for name, one in found.items() if name not in greedy}
+    assert others == {(3, 0.0, None)}  # MimIC's code; None: the task's own, 10, for captions 20
+    assert tasks.get("vqav2").max_new_tokens == 10
 
 
 def test_only_trials_with_a_teacher_have_its_draw():
@@ -102,3 +118,63 @@ def test_a_demonstration_shows_its_own_answer():
     )
     text = render(VQA_TEMPLATE, backbones.get("idefics2-8b-base"), sample, [sample], answer=True).text
     assert text.endswith("Question: Where? Answer: often\nImage: <image> Question: Where? Answer: first\n")
+
+
+PUBLISHED = {
+    "idefics-9b": "Instruction: INSTR\nImage:<image> Question: Q1 Answer: A1\nImage:<image> Question: Q2 Answer:",
+    "idefics2-8b-base": "Instruction: INSTR<E>\nImage:<image><E>\nQuestion: Q1<E>\nAnswer: A1<E>\n"
+    "Image:<image><E>\nQuestion: Q2<E>\nAnswer:",
+    "llava-interleave-7b": "<|im_start|>instruction\nINSTR<|im_end|>\n<|im_start|>image\n<image><|im_end|>\n"
+    "<|im_start|>question\n\nQ1<|im_end|>\n<|im_start|>answer\n\nA1<|im_end|>\n<|im_start|>image\n<image><|im_end|>\n"
+    "<|im_start|>question\n\nQ2<|im_end|>\n<|im_start|>answer\n\n",
+}
+
+
+def asked(number):
+    return Sample("vqav2", number, (ImageRef("0.png"),), f"Q{number}", f"A{number}", (f"A{number}",) * 10)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_prompts_of_the_published_code(name, tiny):
+    loaded = tiny(name)
+    instruction = "Provide an answer to the question. Use the image to answer."
+    text = PUBLISHED[name].replace("INSTR", instruction).replace("<E>", "<end_of_outterance>")
+    opened = render(VQA_TEMPLATE, loaded.backbone, asked(2), [asked(1)], style="published")
+    assert opened.text == text.replace("<image>", loaded.backbone.image_text)
+    closed = render(VQA_TEMPLATE, loaded.backbone, asked(2), [asked(1)], answer=True, style="published")
+    sizes = [(56, 56)] * 2
+    ids, whole = encode(loaded, opened, image_sizes=sizes).input_ids, encode(loaded, closed, image_sizes=sizes)
+    start, end = whole.answer_span
+    assert whole.input_ids[:start] == ids and end == len(whole)
+    stops = stop_strings(VQA_TEMPLATE, loaded.backbone, "published")
+    assert cut(loaded.tokenizer.decode(whole.input_ids[start:end]), stops) == "A2"
+    alone = render(CAPTION_TEMPLATE, loaded.backbone, replace(asked(1), question=None), style="published").text
+    assert "caption" in alone.lower() and not {"instruction", "question"} & set(re.findall("[a-z]+", alone.lower()))
+
+
+def test_choices_and_instructions_of_the_published_code():
+    idefics = backbones.get("idefics-9b")
+    meta = {"question": "How many?", "choices": ["one", "two"]}
+    asks = replace(asked(1), question="How many?\nA. one\nB. two\nAnswer", meta=meta)
+    shown = render(tasks.get("seed-bench").template, idefics, asks, style="published").text
+    assert shown == "Image:<image> Question: How many? Choices: A. one B. two Answer with the letter. Answer:"
+    shown = render(tasks.get("mme").template, idefics, asked(1), style="published").text
+    assert shown.startswith(
+        'Instruction: Provide an answer in "Yes" or "No" to the question. Use the image to answer.\n'
+    )
+    assert render(tasks.get("mme").template, idefics, asked(1)).text == "Image: <image> Question: Q1 Answer:"
+
+
+def test_other_backbones_keep_the_papers_lines():
+    known = {name for name in backbones.names() if backbones.get(name).published_roles is not None}
+    assert known == set(PUBLISHED)
+    mini = backbones.get("mini-idefics2")
+    assert render(VQA_TEMPLATE, mini, asked(1), style="published") == render(VQA_TEMPLATE, mini, asked(1))
+
+
+def test_predictions_are_stemmed_where_the_references_are():
+    assert {name for name in tasks.names() if tasks.get(name).stemmed_references} == {"okvqa"}
+    sample = Sample("okvqa", 1, (ImageRef("0.png"),), "What sport?", "race", ("race",) * 10)
+    okvqa = tasks.get("okvqa")
+    assert okvqa.score([sample], {1: "racing"}).value == 0
+    assert okvqa.score([sample], {1: "Racing"}, stem=True).value == 100

@@ -12,7 +12,7 @@ from pipeline.adapters.base import METHODS, Adapter, Init
 from pipeline.adapters.hificl import HiFICL, HiFICLOptions
 from pipeline.adapters.lora import LoRA, LoRAOptions
 from pipeline.adapters.mimic import MimIC, MimICOptions
-from pipeline.adapters.options import Facts, Options
+from pipeline.adapters.options import Decoding, Facts, Options
 from pipeline.backbones.decoder import DecoderSpec
 
 
@@ -30,6 +30,7 @@ class MimICLoRAOptions(Options):
 class HiFICLLoRAOptions(Options):
     """The options of both parts."""
 
+    published_decoding: ClassVar[Decoding] = HiFICLOptions.published_decoding
     hificl: HiFICLOptions = HiFICLOptions()
     lora: LoRAOptions = LoRAOptions()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -38,10 +38,26 @@ class Facts:
         return replace(self, teacher="hidden", alignment_weight=1.0, ground_truth_weight=0.5)
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How a method's published code writes answers; the defaults are MimIC's, which runs the baselines too.
+
+    Attributes:
+        num_beams: 1 is greedy.
+        length_penalty: exponent of the length that a beam's log-probability is divided by.
+        max_new_tokens: None: the task's own (10, captions 20), as MimIC has them.
+    """
+
+    num_beams: int = 3
+    length_penalty: float = 0.0
+    max_new_tokens: int | None = None
+
+
 class Options(BaseModel):
     """Base of a method's options: frozen, unknown keys refused with the nearest known one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    published_decoding: ClassVar[Decoding] = Decoding()
 
     def facts(self) -> Facts:
         """Return how the method is trained with these options."""

@@ -39,6 +39,29 @@ class ChatMarkers:
     after: str
 
 
+@dataclass(frozen=True, slots=True)
+class RoleLines:
+    """How MimIC's code writes a prompt for a backbone: a piece of text for every role, one after the other.
+
+    Attributes:
+        instruction: with {text}; once, at the very beginning.
+        image: with {image}.
+        question: with {text}.
+        cue: with {role} (`Answer` or `Caption`, or in small letters {small_role}); what an open query ends with.
+        answer: with {answer}; closes a demonstration, and is the span that is trained.
+        after: what separates a demonstration from what follows.
+        stop: where an answer ends, beside the task's stop words.
+    """
+
+    instruction: str
+    image: str
+    question: str
+    cue: str
+    answer: str
+    after: str = ""
+    stop: tuple[str, ...] = ()
+
+
 CHATML = ChatMarkers(
     user_open="<|im_start|>user\n",
     user_close="<|im_end|>\n",
@@ -74,6 +97,8 @@ class Backbone:
         special_tokens: text of the special tokens by role (bos, eos, pad, unk, image, ...).
         modules: where vision, connector and decoder live.
         chat: None for a base model that is prompted with plain text.
+        published_roles: how MimIC's code prompts it (`subsample.prompt: published`); None where that code does not
+            know it.
         parameters: number of parameters of the real configuration, as published or counted.
         never_generated: roles of special tokens that stand for images and are kept out of generated text.
         placeholder: the text of one image in an unexpanded prompt; None: the image token alone.
@@ -91,6 +116,7 @@ class Backbone:
     parameters: int
     stands_for: str | None = None
     chat: ChatMarkers | None = None
+    published_roles: RoleLines | None = None
     never_generated: tuple[str, ...] = ("image",)
     placeholder: str | None = None
 

@@ -7,7 +7,7 @@ the embedding: no instruct template here. Mistral's sliding window of 4,096 stay
 from __future__ import annotations
 
 from pipeline.backbones import register
-from pipeline.backbones.base import Backbone, Modules
+from pipeline.backbones.base import Backbone, Modules, RoleLines
 from pipeline.backbones.families.idefics2 import Idefics2Family
 
 IDEFICS2_MODULES = Modules(
@@ -21,6 +21,17 @@ IDEFICS2_SPECIAL_TOKENS = {
     "fake_image": "<fake_token_around_image>",
     "image": "<image>",
 }
+
+# MimIC's code misspells the instruct model's end marker, which makes it plain text to the tokenizer.
+_END = "<end_of_outterance>"
+PUBLISHED_ROLES = RoleLines(
+    instruction=f"Instruction: {{text}}{_END}\n",
+    image=f"Image:{{image}}{_END}\n",
+    question=f"Question: {{text}}{_END}\n",
+    cue="{role}:",
+    answer=f" {{answer}}{_END}\n",
+    stop=(_END,),
+)
 
 BACKBONE = register(
     Backbone(
@@ -108,5 +119,6 @@ BACKBONE = register(
         modules=IDEFICS2_MODULES,
         parameters=8_402_759_920,
         never_generated=("fake_image", "image"),
+        published_roles=PUBLISHED_ROLES,
     )
 )

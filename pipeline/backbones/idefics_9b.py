@@ -7,12 +7,20 @@ vocabulary rows); the freeze flags set `requires_grad` at construction; 2,048 po
 from __future__ import annotations
 
 from pipeline.backbones import register
-from pipeline.backbones.base import Backbone, Modules
+from pipeline.backbones.base import Backbone, Modules, RoleLines
 from pipeline.backbones.families.idefics import IdeficsFamily
 from pipeline.backbones.idefics2_8b_base import IDEFICS2_SPECIAL_TOKENS
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+
+PUBLISHED_ROLES = RoleLines(
+    instruction="Instruction: {text}\n",
+    image="Image:{image} ",
+    question="Question: {text} ",
+    cue="{role}:",
+    answer=" {answer}\n",
+)
 
 BACKBONE = register(
     Backbone(
@@ -92,5 +100,6 @@ BACKBONE = register(
         ),
         parameters=8_929_679_632,
         never_generated=("fake_image", "image"),
+        published_roles=PUBLISHED_ROLES,
     )
 )

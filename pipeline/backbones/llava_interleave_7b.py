@@ -7,7 +7,7 @@ Traps: `vision_feature_select_strategy` is `full` (the tower has no class token)
 from __future__ import annotations
 
 from pipeline.backbones import register
-from pipeline.backbones.base import CHATML, Backbone, Modules
+from pipeline.backbones.base import CHATML, Backbone, Modules, RoleLines
 from pipeline.backbones.families.llava import LlavaFamily
 
 LLAVA_MODULES = Modules(
@@ -21,6 +21,17 @@ QWEN_SPECIAL_TOKENS = {
     "eos": "<|im_end|>",
     "image": "<image>",
 }
+
+# MimIC's code ends an open query one line break earlier; there the model would have to write the second one first.
+PUBLISHED_ROLES = RoleLines(
+    instruction="<|im_start|>instruction\n{text}<|im_end|>\n",
+    image="<|im_start|>image\n{image}<|im_end|>\n",
+    question="<|im_start|>question\n\n{text}<|im_end|>\n",
+    cue="<|im_start|>{small_role}\n\n",
+    answer="{answer}<|im_end|>",
+    after="\n",
+    stop=("<|im_end|>",),
+)
 
 BACKBONE = register(
     Backbone(
@@ -95,5 +106,6 @@ BACKBONE = register(
         modules=LLAVA_MODULES,
         parameters=8_141_100_576,
         chat=CHATML,
+        published_roles=PUBLISHED_ROLES,
     )
 )

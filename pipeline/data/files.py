@@ -45,12 +45,18 @@ def field(record: Mapping[str, Any], name: str, kind: type | tuple[type, ...], w
         where: what the message calls this record (file and running number or id), or a function that says it.
 
     Raises:
-        InputError: the key is missing or its value has another type.
+        InputError: the key is missing, its value has another type or is no text that can be written, or the record
+            is no object.
     """
-    value = record.get(name)
+    value = record.get(name) if isinstance(record, Mapping) else None
     if isinstance(value, kind) and (not isinstance(value, bool) or kind is bool):
-        return value
+        if not isinstance(value, str) or value.isascii() or _is_text(value):
+            return value
+        where = where if isinstance(where, str) else where()
+        raise InputError(f"field '{name}' holds half a letter (a lone surrogate)", where=where, way_out="Correct it")
     place = where if isinstance(where, str) else where()
+    if not isinstance(record, Mapping):
+        raise InputError(f"is a {type_name(record)}", where=place, way_out=f"It must be an object with '{name}'")
     if name not in record:
         raise InputError(
             f"field '{name}' is missing",
@@ -59,8 +65,17 @@ def field(record: Mapping[str, Any], name: str, kind: type | tuple[type, ...], w
         )
     kinds = kind if isinstance(kind, tuple) else (kind,)
     wanted = " or ".join(_TYPE_NAMES.get(k, k.__name__) for k in kinds)
-    shown = json.dumps(value, ensure_ascii=False)[:60]
+    shown = json.dumps(value, ensure_ascii=False, default=str)[:60]
     raise InputError(f"field '{name}' is {shown} ({type_name(value)})", where=place, way_out=f"It must be a {wanted}")
+
+
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: JSON can spell half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def file_digest(path: Path) -> str:

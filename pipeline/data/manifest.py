@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.atomic import write_atomic
 from pipeline.data.images import check_images, problems_error
-from pipeline.data.sample import Sample
+from pipeline.data.sample import PromptStyle, Sample
 from pipeline.errors import InputError
 
 SPLITS = ("train", "selection", "evaluation")
@@ -41,6 +41,7 @@ class Manifest:
         image_root: the data root that `ImageRef.path` is relative to; the only field outside the digest,
             so that the same data in another folder is the same manifest.
         replaced: samples passed over because their image's bytes are also in another split.
+        prompt: whose wording the prompts of these samples have.
     """
 
     task: str
@@ -49,6 +50,7 @@ class Manifest:
     splits: Mapping[str, tuple[Sample, ...]]
     image_root: Path
     replaced: tuple[Mapping[str, Any], ...] = field(default=())
+    prompt: PromptStyle = "papers"
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -65,7 +67,10 @@ class Manifest:
         return whole.hexdigest()
 
     def _header(self) -> dict[str, Any]:
+        # left out where it is the default, so that manifests drawn before the field have the same digest
+        style = {} if self.prompt == "papers" else {"prompt": self.prompt}
         return {
+            **style,
             "format": FORMAT,
             "task": self.task,
             "seed": self.seed,
@@ -161,6 +166,7 @@ class Manifest:
                 },
                 image_root=Path(image_root or record["image_root"]),
                 replaced=tuple(record["replaced"]),
+                prompt=record.get("prompt", "papers"),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"a field is missing or misnamed ({error})", where=where, way_out=again) from error

@@ -33,6 +33,8 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, An
     Raises:
         InputError: no Parquet file, cut short, or a column is missing.
     """
+    import pyarrow
+
     file = _opened(path)
     missing = [column for column in columns if column not in file.schema_arrow.names]
     if missing:
@@ -42,8 +44,16 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, An
             way_out=f"The file has {', '.join(file.schema_arrow.names)}; is this the official shard?",
         )
     number = 0
-    for batch in file.iter_batches(batch_size=256, columns=list(columns)):
-        for row in batch.to_pylist():
+    batches = file.iter_batches(batch_size=256, columns=list(columns))
+    while True:
+        try:
+            batch = next(batches, None)
+            block = [] if batch is None else batch.to_pylist()
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise _damaged(path, f"is damaged after row {number}", error) from error
+        if batch is None:
+            return
+        for row in block:
             yield number, row
             number += 1
 
@@ -75,25 +85,36 @@ def _opened(path: Path) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(
-            f"is no whole Parquet file ({str(error).splitlines()[0]})",
-            where=str(path),
-            way_out="The download was probably interrupted, or it is a Git LFS pointer; get it again",
-        ) from error
+        file = pyarrow.parquet.ParquetFile(path)
+        _ = file.schema_arrow.names  # damaged names are found here, not by the first who asks for them
+        return file
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise _damaged(path, "is no whole Parquet file", error) from error
+
+
+def _damaged(path: Path, what: str, error: Exception) -> InputError:
+    return InputError(
+        f"{what} ({(str(error).splitlines() or [type(error).__name__])[0]})",
+        where=str(path),
+        way_out="The download was probably interrupted, or it is a Git LFS pointer; get it again",
+    )
 
 
 @lru_cache(maxsize=4)
 def _column_block(path: Path, modified: int, row: int, column: str) -> dict[int, Any]:
     """Return the images of the row's group by row number; the groups of such files hold some 100 rows."""
+    import pyarrow
+
     del modified  # part of the key: a replaced file is read again
     file = _opened(path)
     first = 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
         if row < first + count and column in file.schema_arrow.names:
-            block = file.read_row_group(group, columns=[column])[column].to_pylist()
+            try:
+                block = file.read_row_group(group, columns=[column])[column].to_pylist()
+            except (OSError, ValueError, pyarrow.ArrowException) as error:
+                raise _damaged(path, f"is damaged in row group {group}", error) from error
             return dict(enumerate(block, start=first))
         first += count
     return {}

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from string import ascii_uppercase
 from typing import TYPE_CHECKING
 
-from pipeline.backbones.base import Backbone
-from pipeline.data.sample import ImageRef, Sample
+from pipeline.backbones.base import Backbone, RoleLines
+from pipeline.data.sample import ImageRef, PromptStyle, Sample
 from pipeline.errors import InputError, WorkError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Rendered:
         answer_span: characters of the answer with its leading space and its terminator; None for an open query.
         sample_id: of the query.
         query_image: the first of `images` that is the query's own.
+        num_shots: demonstrations before the query.
     """
 
     text: str
@@ -44,6 +46,7 @@ class Rendered:
     answer_span: Span | None
     sample_id: int | str
     query_image: int = 0
+    num_shots: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +75,9 @@ class Encoded:
 
 
 def render(
-    template: PromptTemplate, backbone: Backbone, query: Sample, demos: Sequence[Sample] = (), *, answer: bool = False
-) -> Rendered:
+    template: PromptTemplate, backbone: Backbone, query: Sample, demos: Sequence[Sample] = (), *, answer: bool = False,
+    style: PromptStyle = "papers",
+) -> Rendered:  # fmt: skip
     """Return the prompt of `query` after `demos`.
 
     Args:
@@ -82,11 +86,20 @@ def render(
         query: its target is written only with `answer`.
         demos: demonstrations, in order.
         answer: whether the query's target closes the text (training), or the text ends where it should begin.
+        style: the papers' wording, or the published code's roles (where that code knows the backbone).
     """
-    prefix = "" if template.prefix_needs_demos and not demos else template.prefix
+    instructed = bool(demos) or not template.prefix_needs_demos
+    prefix = template.prefix if instructed else ""
     open_turns = [_open_turn(template, backbone, sample) for sample in (*demos, query)]
     answers = [*(demo.shown for demo in demos), query.target]
-    if backbone.chat is None:
+    roles = roles_of(backbone, style)
+    if roles is not None:
+        words = template.instruction if instructed else ""
+        head = roles.instruction.format(text=words) if words else ""
+        open_turns = [_open_roles(roles, template, backbone, sample) for sample in (*demos, query)]
+        closings = [roles.answer.format(answer=_answer(text, backbone)) for text in answers]
+        between = roles.after
+    elif backbone.chat is None:
         head = prefix
         closings = [template.answer.format(answer=_answer(text, backbone)) for text in answers]
         between = ""
@@ -108,7 +121,9 @@ def render(
         span = (len(text), len(text) + len(closings[-1]))
         text += closings[-1]
     images = tuple(image for sample in (*demos, query) for image in sample.images)
-    return Rendered(text, images, query_start, span, query.sample_id, len(images) - len(query.images))
+    return Rendered(
+        text, images, query_start, span, query.sample_id, len(images) - len(query.images), len(demos)
+    )
 
 
 def _open_turn(template: PromptTemplate, backbone: Backbone, sample: Sample) -> str:
@@ -120,6 +135,28 @@ def _open_turn(template: PromptTemplate, backbone: Backbone, sample: Sample) -> 
     # "Image: <image> Question: ... Answer:" -> the user's part, and the cue that opens the assistant's
     asked, _, cue = line.rpartition(" ")
     return backbone.chat.user_open + asked + backbone.chat.user_close + backbone.chat.assistant_open + cue
+
+
+def roles_of(backbone: Backbone, style: PromptStyle) -> RoleLines | None:
+    """Return how the published code writes roles for the backbone, where that is the style and the code knows it."""
+    return backbone.published_roles if style == "published" else None
+
+
+def _open_roles(roles: RoleLines, template: PromptTemplate, backbone: Backbone, sample: Sample) -> str:
+    text = roles.image.format(image=backbone.image_text * len(sample.images))
+    question = _in_one_line(sample)
+    if question is not None:
+        text += roles.question.format(text=neutral(question, backbone).strip())
+    return text + roles.cue.format(role=template.cue, small_role=template.cue.lower())
+
+
+def _in_one_line(sample: Sample) -> str | None:
+    """Return the question as MimIC's code words it, choices behind it."""
+    if "choices" not in sample.meta:
+        return sample.question
+    lettered = zip(ascii_uppercase, sample.meta["choices"], strict=False)
+    choices = " ".join(f"{letter}. {choice}" for letter, choice in lettered)
+    return f"{sample.meta['question']} Choices: {choices} Answer with the letter."
 
 
 def _answer(text: str, backbone: Backbone) -> str:
@@ -137,9 +174,10 @@ def neutral(text: str, backbone: Backbone) -> str:
     return text
 
 
-def stop_strings(template: PromptTemplate) -> tuple[str, ...]:
-    """Return where generation is cut: the end of the line, and the task's stop words."""
-    return ("\n", *template.stop_words)
+def stop_strings(template: PromptTemplate, backbone: Backbone, style: PromptStyle = "papers") -> tuple[str, ...]:
+    """Return where generation is cut: the end of the line, the task's stop words, the end marker of the style."""
+    roles = roles_of(backbone, style)
+    return ("\n", *template.stop_words, *(roles.stop if roles else ()))
 
 
 def encode(
@@ -187,7 +225,7 @@ def encode_all(
         if longest is not None and len(tokens) > longest:
             raise InputError(
                 f"the prompt of sample {r.sample_id} has {len(tokens)} tokens, {loaded.backbone.name} reads {longest}",
-                way_out="Use fewer demonstrations (num_shots)",
+                way_out=_shots_that_fit(r, len(tokens), longest),
             )
         span = None
         if r.answer_span is not None:
@@ -199,6 +237,13 @@ def encode_all(
         start = _first_token(places, len(head))
         out.append(Encoded(tuple(tokens), r.images, start, span, r.sample_id, r.query_image))
     return out
+
+
+def _shots_that_fit(rendered: Rendered, num_tokens: int, longest: int) -> str:
+    # a turn of the query's is about as long as a demonstration
+    turn = -(-num_tokens // (rendered.num_shots + 1))  # rounded up: the instruction takes a little, too
+    fit = longest // turn - 1
+    return f"About {max(fit, 0)} of {rendered.num_shots} demonstrations fit: lower num_shots"
 
 
 @lru_cache(maxsize=1 << 20)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+PromptStyle = Literal["papers", "published"]  # whose wording a prompt has: the papers', or the published code's roles
 
 
 @dataclass(frozen=True, slots=True)

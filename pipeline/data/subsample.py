@@ -28,7 +28,7 @@ from typing import Literal
 from pipeline.data.files import file_digest
 from pipeline.data.images import CheckedImage, check_images, problems_error
 from pipeline.data.manifest import Manifest, Source
-from pipeline.data.sample import Sample
+from pipeline.data.sample import PromptStyle, Sample
 from pipeline.errors import InputError
 from pipeline.tasks.base import Entry, SampleId, Split, Task
 
@@ -58,6 +58,7 @@ def draw(
     num_selection: int,
     num_evaluation: int | None = None,
     training_answer: Literal["most-frequent", "first"] = "most-frequent",
+    prompt: PromptStyle = "papers",
     progress: Progress | None = None,
 ) -> Manifest:
     """Draw the three splits of `task` from the official files under `root`.
@@ -73,6 +74,7 @@ def draw(
         num_evaluation: samples to report on; None for all of the official split.
         training_answer: what a training step should produce: the most frequent of the references, or the first (the
             published code's choice); demonstrations show the most frequent either way.
+        prompt: whose wording the prompts have.
         progress: called as `progress(what, done, total or None)`, on the calling thread.
 
     Returns:
@@ -105,7 +107,7 @@ def draw(
             Source(path.relative_to(root).as_posix(), digest, path.stat().st_size)
             for path, digest in zip(paths, digests, strict=True)
         )
-    return Manifest(task.name, seed, sources, splits, root, tuple(replaced))
+    return Manifest(task.name, seed, sources, splits, root, tuple(replaced), prompt)
 
 
 def _first_answer(sample: Sample) -> Sample:

@@ -57,7 +57,7 @@ def predict(
         root=manifest.image_root,
         num_beams=num_beams,
         length_penalty=length_penalty,
-        stop_strings=stop_strings(task.template),
+        stop_strings=stop_strings(task.template, resident.loaded.backbone, manifest.prompt),
         batch_size=batch_size,
         from_pixels=from_pixels,
     )
@@ -99,7 +99,7 @@ def predict_each(
         root=manifest.image_root,
         num_beams=num_beams,
         length_penalty=length_penalty,
-        stop_strings=stop_strings(task.template),
+        stop_strings=stop_strings(task.template, resident.loaded.backbone, manifest.prompt),
         batch_size=batch_size,
         from_pixels=from_pixels,
         pack=pack,

@@ -81,7 +81,7 @@ def _python(params: Params, root: Path) -> Iterator[Finding]:
 def _data(params: Params, root: Path) -> Iterator[Finding]:
     folder = data_root(params)
     for name in params.run.tasks:
-        task = tasks.get(name)
+        task = tasks.get(name).with_splits(params.subsample.splits.get(name, "official"))
 
         def official(task: Any = task) -> str:
             files = [file for split in ("train", "evaluation") for file in task.files(folder, split)]

@@ -70,6 +70,7 @@ class StudyFile(_File):
     title: str
     profile: str = ""
     selection: str = "selection"
+    protocol: str | None = None
     provenance: dict[str, Any] = {}
     cells: list[Cell]
 

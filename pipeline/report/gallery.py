@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import base64
-import re
+import io
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.images import open_image
+from pipeline.errors import InputError
 from pipeline.report import papers
 from pipeline.report.evaluations import Prediction, read_evaluation
 from pipeline.report.tables import Line, Table
+from pipeline.scores.chair import mentions
 
 SAMPLES = 4  # a task
-_MAX_IMAGE = 200_000  # bytes: the page carries its images itself
-_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
+_MAX_SIDE = 320  # pixels: the page carries its images itself
 
 
 def gallery(table: Table, evaluations: Path) -> dict[str, Any] | None:
@@ -91,21 +93,21 @@ def _samples(
 
 
 def marked(prediction: Prediction) -> list[tuple[str, bool]]:
-    """Return an answer's text in pieces, each with whether it names what its image does not show (CHAIR).
-
-    CHAIR reports words in lower case and in the singular or plural in which they stand.
-    """
-    wrong = "|".join(
-        re.escape(word) for word in sorted(set(prediction.hallucinated), key=lambda word: (-len(word), word))
-    )
-    if not wrong:
-        return [(prediction.prediction, False)]
-    pieces = re.split(rf"\b({wrong})\b", prediction.prediction, flags=re.IGNORECASE)
-    return [(piece, number % 2 == 1) for number, piece in enumerate(pieces) if piece]
+    """Return an answer's text in pieces, each with whether it names what its image does not show (CHAIR)."""
+    text, pieces, at = prediction.prediction, [], 0
+    for start, end in mentions(text, prediction.hallucinated):
+        pieces += [(text[at:start], False), (text[start:end], True)]
+        at = end
+    return [piece for piece in [*pieces, (text[at:], False)] if piece[0]] or [(text, False)]
 
 
 def _data_uri(file: Path) -> str | None:
-    kind = _TYPES.get(file.suffix.lower())
-    if kind is None or not file.is_file() or file.stat().st_size > _MAX_IMAGE:
+    """Return the image as a small JPEG within the page; None where it is gone. It may stand in a Parquet shard."""
+    try:
+        image = open_image(file)
+    except InputError:
         return None
-    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+    image.thumbnail((_MAX_SIDE, _MAX_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

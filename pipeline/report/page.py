@@ -16,7 +16,7 @@ from pipeline.report.findings import OPEN, Finding
 from pipeline.report.tables import Column, Entry, Line, Table
 
 UI = "http://127.0.0.1:5000"  # where `hificl ui` listens
-_PROTOCOL = {
+_SELECTION = {
     "selection": "Epoch and hyperparameters were chosen on a selection split held out of the training pool; "
     "the evaluation split was scored once.",
     "test": "Epoch and hyperparameters were chosen on the evaluation split itself, as the papers do: "
@@ -24,10 +24,17 @@ _PROTOCOL = {
 }
 
 
+def _protocol(name: str | None) -> str:
+    if name is None:
+        return "Protocol: the papers' equations and prompts, every choice as its section of params.yaml has it."
+    return f"Protocol: {name}, the choices under protocols.{name} in params.yaml all together (docs/methods.md)."
+
+
 def notes(table: Table) -> list[str]:
     """Return what has to be known to read a study's numbers."""
     out = [table.note] if table.note else []
-    out += [_PROTOCOL.get(table.study.selection, f"Selection: {table.study.selection}.")]
+    out += [_protocol(table.study.protocol)]
+    out += [_SELECTION.get(table.study.selection, f"Selection: {table.study.selection}.")]
     for stand_in, paper in _stand_ins([table]):
         out.append(f"{stand_in} stands for {paper}: the paper's numbers are of that model, so no difference is shown.")
     return out

@@ -10,6 +10,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from pipeline.errors import InputError, WorkError, nearest
 from pipeline.scores.cider import cider_d
 from pipeline.scores.files import some
 from pipeline.scores.java import java_command, java_on_path
-from pipeline.scores.tokens import tokenise
+from pipeline.scores.tokens import tokenise, tokenise_references
 
 _Key = TypeVar("_Key", bound=Hashable)
 _Texts = dict[int, list[str]]
@@ -132,7 +133,7 @@ def caption_scores(
     scores differently from the whole: gather all shards before scoring.
 
     Args:
-        predictions: {image id: caption}; exactly these images are scored.
+        predictions: {image id: caption}; exactly these images are scored, tokenised in this order.
         references: {image id: reference captions}; may hold more images.
         metrics: names out of METRICS, and "SPICE" where `spice_missing()` is None.
 
@@ -163,7 +164,8 @@ def caption_scores(
 def cider_only(predictions: Mapping[_Key, str], references: Mapping[_Key, Sequence[str]]) -> float:
     """Return the overall CIDEr-D as a fraction: what training calls once an epoch to choose a checkpoint.
 
-    The references' tokens are remembered within the process; one call starts Java once, for the new captions.
+    The references' tokens are remembered within the process; another call with the same images starts Java once, for
+    the new captions.
 
     Args:
         predictions: {image id: caption}.
@@ -186,9 +188,10 @@ def _tokens(
             f"images without reference caption ({some(bare)})",
             way_out="Give the caption file of the same split, or drop these images",
         )
-    tokens = tokenise([predictions[key] for key in ids] + [text for key in ids for text in references[key]])
+    tokens = iter(tokenise_references(tuple(text for key in ids for text in references[key])))
     # Numbers instead of the caller's ids: SPICE sorts them.
-    token_references = {at: [tokens[text] for text in references[key]] for at, key in enumerate(ids)}
+    token_references = {at: list(islice(tokens, len(references[key]))) for at, key in enumerate(ids)}
     if not any(any(texts) for texts in token_references.values()):
         raise InputError("no reference caption holds a word", way_out="Check the caption file")
-    return token_references, {at: [tokens[predictions[key]]] for at, key in enumerate(ids)}
+    captions = tokenise([predictions[key] for key in ids])
+    return token_references, {at: [caption] for at, caption in enumerate(captions)}

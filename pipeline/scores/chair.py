@@ -7,6 +7,7 @@ object counts as present if it is annotated as an instance or named in a referen
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
@@ -22,6 +23,9 @@ _Key = TypeVar("_Key", bound=Hashable)
 VARIANT = "original (pattern's singular forms)"
 _SYNONYMS_FILE = Path(__file__).with_name("data") / "chair_synonyms.txt"
 
+_WORD = re.compile(r"[^\W_]+(?:[-'][^\W_]+)*")
+_PLAIN = re.compile(r"[a-z ]*[a-z]\.? *")
+_SPLIT_WORDS = re.compile("cannot|gimme|gonna|gotta|lemme|wanna")  # NLTK makes two words of each
 _TWO_WORD_NAMES = (
     "motor bike", "motor cycle", "air plane", "traffic light", "street light", "traffic signal", "stop light",
     "fire hydrant", "stop sign", "parking meter", "suit case", "sports ball", "baseball bat", "baseball glove",
@@ -125,10 +129,12 @@ def caption_objects(caption: str, words: Mapping[str, str] | None = None) -> Cap
 
 
 def _singulars(caption: str) -> tuple[str, ...]:
+    text = caption.lower()
+    if _PLAIN.fullmatch(text) and not _SPLIT_WORDS.search(text):
+        # one sentence of plain words: what NLTK makes of it is known, and nine captions in ten are so
+        return tuple(map(singular, text.replace(".", " .").split()))
     sentences, words_of = _tokenisers()
-    return tuple(
-        singular(word) for sentence in sentences.tokenize(caption.lower()) for word in words_of.tokenize(sentence)
-    )
+    return tuple(singular(word) for sentence in sentences.tokenize(text) for word in words_of.tokenize(sentence))
 
 
 # Every trial of a task is scored against the same references, five for each generated caption.
@@ -157,6 +163,26 @@ def _join(words: Sequence[str]) -> tuple[list[str], list[int]]:
         starts.append(at)
         at += 2 if pair in _JOINED else 1
     return joined, starts
+
+
+def mentions(caption: str, words: Collection[str]) -> list[tuple[int, int]]:
+    """Return where a caption names one of `words` (as `CaptionObjects.words` has them), as spans of characters.
+
+    Args:
+        caption: raw text.
+        words: names of objects in the singular, by the rules of `singular`.
+    """
+    if not words:
+        return []
+    found = list(_WORD.finditer(caption))
+    singulars = [singular(match.group().lower()) for match in found]
+    joined, starts = _join(singulars)
+    ends = [*(start - 1 for start in starts[1:]), len(found) - 1]
+    return [
+        (found[start].start(), found[end].end())
+        for name, start, end in zip(joined, starts, ends, strict=True)
+        if name in words
+    ]
 
 
 def category(name: str, where: str, words: Mapping[str, str] | None = None) -> str:

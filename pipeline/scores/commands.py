@@ -20,6 +20,7 @@ from pipeline.scores.files import (
     text_field,
 )
 from pipeline.scores.objects import categories_of
+from pipeline.scores.stems import stem_answer
 
 # Any subparsers object of argparse; its class has no public name.
 SubParsers = Any
@@ -44,6 +45,9 @@ def register(subparsers: SubParsers) -> None:
         help="always (default, MimIC's scorer and the papers' figures) or official (not where all annotators agree)",
     )
     parser.add_argument("--subset", action="store_true", help="accept results for a part of the questions")
+    parser.add_argument(
+        "--stem", action="store_true", help="compare the stems of the results: for OK-VQA, whose answers are stems"
+    )
 
     parser = _add(subparsers, "caption", score_caption, "CIDEr-D, BLEU, METEOR, ROUGE-L, fractions")
     _results(parser, '[{"image_id": .., "caption": ".."}]')
@@ -96,7 +100,7 @@ def score_vqa(args: argparse.Namespace) -> dict[str, Any]:
     """
     predictions = results_by_id(args.results, "question_id", "answer")
     asked = _ids(section(read_json(args.questions), "questions", args.questions), "question_id", args.questions)
-    annotations = _annotations(args.annotations)
+    annotations = _annotations(args.annotations, predictions)
     unknown = [key for key in predictions if key not in asked]
     if unknown:
         raise InputError(
@@ -118,6 +122,8 @@ def score_vqa(args: argparse.Namespace) -> dict[str, Any]:
             where=str(args.results),
             way_out="Answer every question, or pass --subset to score those that are answered",
         )
+    if args.stem:
+        predictions = {key: stem_answer(answer) for key, answer in predictions.items()}
     return vqa.vqa_accuracy(
         predictions,
         {key: annotations[key]["answers"] for key in predictions},
@@ -131,13 +137,17 @@ def _ids(rows: Sequence[Mapping[str, Any]], name: str, where: str) -> dict[str, 
     return dict.fromkeys(id_field(row, name, f"{where}, record {number}") for number, row in enumerate(rows))
 
 
-def _annotations(path: str) -> dict[str, dict[str, Any]]:
+def _annotations(path: str, wanted: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return {question id: annotation}; the answers of questions that are not `wanted` are left as they stand."""
     found: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(section(read_json(path), "annotations", path)):
         where = f"{path}, annotation {number}"
         key = id_field(row, "question_id", where)
         if key in found:
             raise InputError(f"question_id {key} stands twice", where=where, way_out="Keep one annotation a question")
+        if key not in wanted:  # the official file has 20 times the questions that are usually scored
+            found[key] = row
+            continue
         answers = section(row, "answers", where)
         if not answers:
             raise InputError("field 'answers' is empty", where=where, way_out="A question needs at least one answer")
@@ -165,6 +175,8 @@ def score_caption(args: argparse.Namespace) -> dict[str, Any]:
     predictions = results_by_id(args.results, "image_id", "caption")
     references = _captions(args.annotations)
     _need(predictions, references, args.results, f"a reference caption in {args.annotations}")
+    # The published program goes through the images of the annotations file, and the tokenizer minds the order.
+    predictions = {key: predictions[key] for key in references if key in predictions}
     metrics = caption.METRICS if args.metrics is None else tuple(args.metrics)
     numbers = caption.caption_scores(predictions, references, metrics).as_dict()
     lacking = caption.spice_missing()
@@ -174,11 +186,16 @@ def score_caption(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _captions(path: str) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for number, row in enumerate(section(read_json(path), "annotations", path)):
+    """Return {image id: captions}, in the order of the file's images where it lists them."""
+    content = as_object(read_json(path), path)
+    images = section(content, "images", path) if "images" in content else []
+    found: dict[str, list[str]] = {
+        id_field(row, "id", f"{path}, image {number}"): [] for number, row in enumerate(images)
+    }
+    for number, row in enumerate(section(content, "annotations", path)):
         where = f"{path}, annotation {number}"
         found.setdefault(id_field(row, "image_id", where), []).append(text_field(row, "caption", where))
-    return found
+    return {key: texts for key, texts in found.items() if texts}
 
 
 def _need(predictions: Mapping[str, str], known: Mapping[str, Any], results: str, what: str) -> None:

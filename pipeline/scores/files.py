@@ -128,7 +128,8 @@ def id_field(row: Mapping[str, Any], name: str, where: str) -> str:
             where=where,
             way_out="Correct the record",
         )
-    return str(value)
+    # in a message an id stands on one line
+    return str(value) if isinstance(value, int) or value.isprintable() else repr(value)
 
 
 def _field(row: Mapping[str, Any], name: str, where: str) -> Any:

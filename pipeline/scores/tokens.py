@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from pycocoevalcap.tokenizer import ptbtokenizer
@@ -16,16 +17,14 @@ _ARGUMENTS = ("-cp", str(_JAR), "edu.stanford.nlp.process.PTBTokenizer", "-prese
 _PUNCTUATION = frozenset(ptbtokenizer.PUNCTUATIONS)
 # What Java ends a line at. One left inside a caption would shift every later caption to another image.
 _LINE_BREAKS = re.compile("[\n\r\v\f\u2028\u2029]")
-_CACHED_CAPTIONS = 1 << 20
-
-_tokenised: dict[str, str] = {}
 
 
-def tokenise(captions: Iterable[str]) -> dict[str, str]:
-    """Return {caption: its tokens in lower case, joined by spaces, punctuation dropped}.
+def tokenise(captions: Sequence[str]) -> list[str]:
+    """Return the tokens of each caption in lower case, joined by spaces, punctuation dropped.
 
-    The result is remembered for the life of the process, so references that are scored against
-    again and again cost Java once.
+    All captions go through one run and in their order, as in the published code: the tokenizer looks past the end of a
+    line, so that a letter's period at the end of a caption ("a vitamin C.") falls or stays with what the next one
+    begins with.
 
     Args:
         captions: raw captions; a line break inside one counts as a space.
@@ -33,13 +32,13 @@ def tokenise(captions: Iterable[str]) -> dict[str, str]:
     Raises:
         InputError, WorkError: no Java, or it failed.
     """
-    wanted = list(dict.fromkeys(captions))
-    new = [caption for caption in wanted if caption not in _tokenised]
-    if len(_tokenised) + len(new) > _CACHED_CAPTIONS:
-        _tokenised.clear()
-        new = wanted
-    _tokenised.update(zip(new, _run(new), strict=True))
-    return {caption: _tokenised[caption] for caption in wanted}
+    return _run(list(captions))
+
+
+@lru_cache(maxsize=4)
+def tokenise_references(captions: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the same, remembered: references that are scored against again and again cost Java once."""
+    return tuple(_run(list(captions)))
 
 
 def _run(captions: list[str]) -> list[str]:

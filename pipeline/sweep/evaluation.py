@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline import methods
 from pipeline.atomic import write_atomic
 from pipeline.config import Params
 from pipeline.digests import file_digest, folder_digest
@@ -69,7 +70,7 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None) -> No
         mine = [_overlaid(row, numbers.get(cell.name)) for cell, row in zip(of_study, mine, strict=True)]
         record = {
             "schema": SCHEMA, "study": study, "title": params.studies[study].title, "profile": params.profile,
-            "selection": params.train.selection, "cells": mine,
+            "selection": params.train.selection, "protocol": params.protocol, "cells": mine,
             "provenance": {k: v for k, v in tracker.provenance.items() if k != "diff"},
         }  # fmt: skip
         write_atomic(out / "studies" / f"{study}.json", json.dumps(record, indent=1, sort_keys=True))
@@ -116,12 +117,14 @@ def _choose(params: Params, cell: Cell, store: TrialStore) -> dict[str, Any]:
 
 
 def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
-    generation = params.evaluate.generation
+    settings, own = params.evaluate, methods.published_decoding(cell.method)
+    given = {name: getattr(settings.generation, name) for name in ("num_beams", "length_penalty", "max_new_tokens")}
+    decoding = {name: getattr(own, name) if value == "published" else value for name, value in given.items()}
+    decoding["max_new_tokens"] = decoding["max_new_tokens"] or tasks.get(cell.task).max_new_tokens
     return EvaluationConfig(
-        trial=trial, num_samples=params.evaluate.num_evaluation_samples, num_beams=generation.num_beams,
-        length_penalty=generation.length_penalty,
-        max_new_tokens=generation.max_new_tokens or tasks.get(cell.task).max_new_tokens,
-        vqa_normalise=params.evaluate.vqa_normalise, drop_incomplete_batch=params.evaluate.drop_incomplete_batch,
+        trial=trial, num_samples=settings.num_evaluation_samples, **decoding, vqa_normalise=settings.vqa_normalise,
+        drop_incomplete_batch=settings.drop_incomplete_batch,
+        stem_predictions=settings.stem_predictions and tasks.get(cell.task).stemmed_references,
     )  # fmt: skip
 
 

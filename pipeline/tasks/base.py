@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from pipeline.data.files import find
 from pipeline.data.sample import Sample
-from pipeline.errors import InputError
+from pipeline.errors import InputError, nearest
 
 Split = Literal["train", "evaluation"]
 Normalise = Literal["always", "official"]
@@ -30,6 +30,8 @@ class PromptTemplate:
         query: with `{image}` and, for questions, `{question}`.
         answer: with `{answer}`; closes a demonstration, and is the span that is trained.
         stop_words: generation is cut where one of them begins.
+        instruction: the prefix as the published code words it, without the name of its role.
+        cue: the role that the model speaks in.
     """
 
     prefix: str
@@ -37,6 +39,8 @@ class PromptTemplate:
     query: str
     answer: str
     stop_words: tuple[str, ...]
+    instruction: str = ""
+    cue: str = "Answer"
 
     @property
     def asks(self) -> bool:
@@ -90,6 +94,7 @@ class Task(ABC):
         unit: `percent` or `fraction`.
         template: the prompt.
         max_new_tokens: default length of a generated answer, in tokens.
+        stemmed_references: the references are stems (`scores.stems`), so that predictions may be brought to that form.
         one_pool: the data set has no train split of its own, so that all splits are drawn from the same
             files by `data.subsample`, no image in two of them.
     """
@@ -101,6 +106,24 @@ class Task(ABC):
     template: PromptTemplate
     max_new_tokens: int
     one_pool: bool = False
+    stemmed_references: bool = False
+
+    def with_splits(self, name: str) -> Task:
+        """Return the task with its samples divided as `name` says; here only `official` is known.
+
+        Raises:
+            InputError: the data set is not divided so.
+        """
+        if name != "official":
+            raise self._unknown_splits(name, ())
+        return self
+
+    def _unknown_splits(self, name: str, known: Sequence[str]) -> InputError:
+        return InputError(
+            f"unknown splits '{name}' of {self.name}",
+            where="subsample.splits",
+            way_out=nearest(name, ["official", *known]),
+        )
 
     @abstractmethod
     def files(self, root: Path, split: Split) -> tuple[Path, ...]:
@@ -129,14 +152,16 @@ class Task(ABC):
 
     @abstractmethod
     def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
-    ) -> Score:
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
+        stem: bool = False,
+    ) -> Score:  # fmt: skip
         """Score `predictions` (already post-processed) against the samples' references.
 
         Args:
             samples: what was asked.
             predictions: the answers, by id.
             normalise: VQA accuracy alone: normalise every answer, or only where the ten differ.
+            stem: likewise: compare the predictions' stems, for references that are stems.
 
         Raises:
             InputError: there is no sample, or a sample has no prediction.

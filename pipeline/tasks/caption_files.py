@@ -22,6 +22,8 @@ CAPTION_TEMPLATE = PromptTemplate(
     query="Image: {image} Caption:",
     answer=" {answer}\n",
     stop_words=("Caption", "Image"),
+    instruction="provide a short caption of the input image.",
+    cue="Caption",
 )
 
 
@@ -163,8 +165,9 @@ class CaptionTask(Task):
             )
 
     def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
-    ) -> Score:
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
+        stem: bool = False,
+    ) -> Score:  # fmt: skip
         """Score by CIDEr-D over the samples together; see `cider_score`."""
         return cider_score(self, samples, predictions)
 
@@ -213,6 +216,6 @@ def _file_name(name: str, subset: str, where: Callable[[], str]) -> str:
 
 def plain_file_name(name: str, where: str) -> str:
     """Return `name`, checked not to lead out of the folder of images."""
-    if "/" in name or "\\" in name or name in {"", ".", ".."}:
-        raise InputError(f"file name '{name}' is no plain file name", where=where, way_out="Get the file again")
+    if any(one in name for one in "/\\\0") or name in {"", ".", ".."}:
+        raise InputError(f"file name {name!r} is no plain file name", where=where, way_out="Get the file again")
     return name

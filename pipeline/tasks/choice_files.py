@@ -66,10 +66,10 @@ def shards_in(root: Path, folders: Sequence[str]) -> tuple[Path, ...]:
     return next((shards for shards in found if shards), ())
 
 
-def with_choices(question: str, choices: Sequence[str]) -> str:
-    """Return the question followed by its lettered choices, as MimIC words it."""
-    lettered = " ".join(f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False))
-    return f"{question} Choices: {lettered} Answer with the letter."
+def with_choices(question: str, choices: Sequence[str], closing: str) -> str:
+    """Return the question with its lettered choices and the publisher's closing words, each on a line of its own."""
+    lettered = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
+    return "\n".join([question, *lettered, closing])
 
 
 def letter_of(answer: str) -> str:

@@ -1,4 +1,4 @@
-"""Flickr30k in Karpathy's split: 29,000 training and 1,000 test images with five captions each.
+"""Flickr30k in Karpathy's splits: 29,000 training, 1,014 validation and 1,000 test images with five captions each.
 
 `dataset_flickr30k.json` and the archive's folder of images; a sample's id is the number in its file name.
 """
@@ -6,26 +6,29 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.data.files import RecordFile, field, find
+from pipeline.data.files import field, find
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.errors import InputError
 from pipeline.tasks import tasks
 from pipeline.tasks.base import Entry, Normalise, PromptTemplate, SampleId, Score, Split, Task
 from pipeline.tasks.caption_files import CAPTION_TEMPLATE, cider_score, one_line, plain_file_name
+from pipeline.tasks.karpathy import PARTS, SplitFile, references
 
-KARPATHY_SPLITS: Mapping[Split, str] = {"train": "train", "evaluation": "test"}
-FILE_FOLDERS = ("flickr30k", ".")
+FILE = SplitFile("dataset_flickr30k.json", "flickr30k", ("flickr30k", "."), "filename")
 IMAGE_PARENTS = ("flickr30k", "images", "flickr30k_images", ".")
 IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images")
 
 
 @dataclass(frozen=True)
 class Flickr30k(Task):
-    """Captions of Flickr photographs; training on Karpathy's `train`, evaluation on his `test`."""
+    """Captions of Flickr photographs; the data set is only divided as Karpathy did it.
+
+    Attributes:
+        splits: which of his parts are evaluated on; see `karpathy.PARTS`.
+    """
 
     name: str = "flickr30k"
     stands_for: str = "flickr30k"
@@ -33,11 +36,20 @@ class Flickr30k(Task):
     max_new_tokens: int = 20
     metric: str = "CIDEr"
     unit: Literal["percent", "fraction"] = "fraction"
+    splits: str = "karpathy"
+
+    def with_splits(self, name: str) -> Task:
+        """Return the task on other parts of the file; `official` is `karpathy`."""
+        if name == "official":
+            return self
+        if name not in PARTS:
+            raise self._unknown_splits(name, list(PARTS))
+        return replace(self, splits=name)
 
     def files(self, root: Path, split: Split) -> tuple[Path, ...]:
         """Return the one file that holds every split."""
         del split
-        return (find(root, FILE_FOLDERS, "dataset_flickr30k.json"),)
+        return (FILE.path(root),)
 
     def index(self, root: Path, split: Split) -> Iterator[Entry]:
         """Yield id and image of every sample; see `Task.index`."""
@@ -48,44 +60,29 @@ class Flickr30k(Task):
         """Yield the samples; see `Task.read`."""
         wanted = None if only is None else set(only)
         folder = self._image_folder(root)
-        (path,) = self.files(root, split)
-        file = RecordFile(path, ["images"])
-        for _, _, record in file:
-            if field(record, "split", str, file.where) != KARPATHY_SPLITS[split]:
-                continue
-            sample = self._sample(record, file.where(), folder)
+        for record, where in FILE.records(root, PARTS[self.splits][split]):
+            sample = self._sample(record, where, folder)
             if wanted is None or sample.sample_id in wanted:
                 yield sample
-        dataset = file.header.get("dataset", "flickr30k")
-        if dataset != "flickr30k":
-            raise InputError(
-                f"'dataset' is '{dataset}', 'flickr30k' is needed",
-                where=str(path),
-                way_out="Karpathy's three files look alike; take dataset_flickr30k.json",
-            )
 
     def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
-    ) -> Score:
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
+        stem: bool = False,
+    ) -> Score:  # fmt: skip
         """Score by CIDEr-D over the samples together; see `cider_score`."""
         return cider_score(self, samples, predictions)
 
     def _sample(self, record: Mapping[str, Any], where: str, folder: str) -> Sample:
         name = plain_file_name(field(record, "filename", str, where), where)
         stem = name.rsplit(".", 1)[0]
-        references = tuple(
-            field(sentence, "raw", str, f"{where}, sentence {number}")
-            for number, sentence in enumerate(field(record, "sentences", list, where))
-        )
-        if not references:
-            raise InputError("the image has no caption", where=f"{where} ('{name}')", way_out="Get the file again")
+        captions = references(record, where)
         return Sample(
             task=self.name,
             sample_id=int(stem) if stem.isdecimal() else stem,
             images=(ImageRef(f"{folder}/{name}"),),
             question=None,
-            target=one_line(references[0]),
-            references=references,
+            target=one_line(captions[0]),
+            references=captions,
             meta={"file_name": name},
         )
 

@@ -7,4 +7,6 @@ from dataclasses import replace
 from pipeline.tasks import tasks
 from pipeline.tasks.okvqa import OKVQA
 
-tasks.add("mini-okvqa", replace(OKVQA, name="mini-okvqa", image="COCO_{subset}_{image_id:012d}.png"))
+tasks.add(
+    "mini-okvqa", replace(OKVQA, name="mini-okvqa", image="COCO_{subset}_{image_id:012d}.png", stemmed_references=False)
+)

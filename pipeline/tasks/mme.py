@@ -34,11 +34,12 @@ SHARD_FOLDERS = ("mme/data", "mme", "MME/data", "MME")
 _PICTURES = (".jpg", ".png", ".jpeg")
 
 MME_TEMPLATE = PromptTemplate(
-    prefix='Instruction: provide an answer in "Yes" or "No" to the question. Use the image to answer.\n',
+    prefix="",  # the stored question says what to answer with
     prefix_needs_demos=False,
     query="Image: {image} Question: {question} Answer:",
     answer=" {answer}\n",
     stop_words=("Question", "Answer", "Image"),
+    instruction='Provide an answer in "Yes" or "No" to the question. Use the image to answer.',
 )
 
 
@@ -64,8 +65,9 @@ class Mme(ChoiceTask):
         return f"{sample.meta['category']}/{sample.meta['image']}"
 
     def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
-    ) -> Score:
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
+        stem: bool = False,
+    ) -> Score:  # fmt: skip
         """Score by accuracy; `metrics` has accuracy+ (both questions of an image right), perception and cognition.
 
         A subtask's score is 100 accuracy + 100 accuracy+ (at most 200); perception and cognition are sums of those.
@@ -121,7 +123,8 @@ class Mme(ChoiceTask):
             # A missing picture keeps its likely name, so that the draw lists it with all the others.
             picture = next((path for path in candidates if path.exists()), candidates[0])
             try:
-                lines = [line for line in text.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+                # only "\n" ends a line here: splitlines would also cut inside a question, at U+2028 and its kin
+                lines = [line for line in text.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(f"cannot be read ({error})", where=str(text), way_out="Get the file again") from error
             if len(lines) != 2 or any(line.count("\t") != 1 for line in lines):

@@ -25,6 +25,7 @@ from pipeline.tasks.choice_files import ChoiceTask, accuracy, shards_in, with_ch
 CONFIGURATION = "standard (10 options)"
 FOLDERS = ("mmmu_pro", "mmmu-pro", "MMMU_Pro", ".")
 COLUMNS = ("id", "question", "options", "answer", "subject", "topic_difficulty")
+CLOSING = "Answer with the option letter from the given choices directly."  # prompts.yaml, standard, direct
 _MARKER = re.compile(r"<image\s+(\d+)>")
 
 
@@ -59,8 +60,9 @@ class MmmuPro(ChoiceTask):
                 yield self._sample(record, f"{where} ('{sample_id}')", name, row)
 
     def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
-    ) -> Score:
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
+        stem: bool = False,
+    ) -> Score:  # fmt: skip
         """Score by the official rules, over all and by subject: what `hificl score mmmu-pro` gives for these answers.
 
         An answer whose letter cannot be read draws a random one, from the seed 0 and in the order of the samples;
@@ -99,14 +101,14 @@ class MmmuPro(ChoiceTask):
             task=self.name,
             sample_id=record["id"],
             images=tuple(ImageRef(cell_name(shard, row, f"image_{number}")) for number in markers),
-            question=with_choices(question, options),
+            question=with_choices(question, options, CLOSING),
             target=answer,
             references=(answer,),
             meta={
                 "question": question,
                 "choices": options,
                 "subject": field(record, "subject", str, where),
-                "difficulty": record["topic_difficulty"],
+                "difficulty": field(record, "topic_difficulty", str, where),
             },
         )
 

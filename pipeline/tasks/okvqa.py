@@ -15,5 +15,6 @@ OKVQA = VqaTask(
     folders=("okvqa", "ok_vqa", "OK-VQA", "."),
     questions="OpenEnded_mscoco_{subset}_questions.json",
     annotations="mscoco_{subset}_annotations.json",
+    stemmed_references=True,
 )
 tasks.add(OKVQA.name, OKVQA)

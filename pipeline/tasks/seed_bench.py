@@ -1,5 +1,6 @@
 """SEED-Bench v1, image questions (dimensions 1 to 9): four choices; no training split of its own.
 
+Read from the release's `SEED-Bench.json` and folder of pictures, or from the Parquet shards of its Hub copy.
 The videos of dimensions 10 to 12 are not distributed with the benchmark; their questions are left out, as
 in the papers, and not counted as missing images.
 """
@@ -12,16 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.files import RecordFile, field, find
+from pipeline.data.parquet import cell_name, rows
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.scores.seed_bench import seed_bench_scores
 from pipeline.tasks import tasks
 from pipeline.tasks.base import Normalise, SampleId, Score, Split
 from pipeline.tasks.caption_files import plain_file_name
-from pipeline.tasks.choice_files import ChoiceTask, accuracy, letter_of, with_choices
+from pipeline.tasks.choice_files import ChoiceTask, accuracy, letter_of, shards_in, with_choices
 
 FOLDERS = ("seed_bench", "seed-bench", "SEED-Bench", ".")
+SHARD_FOLDERS = tuple(f"{folder}{data}" for folder in FOLDERS[:-1] for data in ("/data", ""))
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
+# The benchmark itself ranks the choices by likelihood; these are the words with which models are asked for a letter.
+CLOSING = "Answer with the option's letter from the given choices directly."
+COLUMNS = (*CHOICES, "answer", "data_type", "question", "question_id", "question_type_id")
 
 
 @dataclass(frozen=True)
@@ -32,57 +38,73 @@ class SeedBench(ChoiceTask):
     stands_for: str = "seed-bench"
 
     def files(self, root: Path, split: Split) -> tuple[Path, ...]:
-        """Return the one file of questions."""
+        """Return the shards, or else the one file of questions."""
         del split
-        return (find(root, FOLDERS, "SEED-Bench.json"),)
+        return shards_in(root, SHARD_FOLDERS) or (find(root, FOLDERS, "SEED-Bench.json"),)
 
     def samples(self, root: Path) -> Iterator[Sample]:
         """Yield every question on an image; the videos' are left out."""
+        shards = shards_in(root, SHARD_FOLDERS)
+        found = self._from_shards(root, shards) if shards else self._from_file(root)
+        seen: set[str] = set()
+        for sample, where in found:
+            if sample.sample_id in seen:
+                raise InputError(f"question_id {sample.sample_id} stands twice in the data set", where=where)
+            seen.add(str(sample.sample_id))
+            yield sample
+
+    def _from_shards(self, root: Path, shards: Sequence[Path]) -> Iterator[tuple[Sample, str]]:
+        for shard in shards:
+            name = shard.relative_to(root).as_posix()
+            for row, record in rows(shard, COLUMNS):
+                where = f"{shard}: row {row}"
+                if field(record, "data_type", str, where) == "image":
+                    sample, number = self._sample(record, where, cell_name(name, row, "image", 0))
+                    yield replace(sample, meta={**sample.meta, "dimension": str(number)}), where
+
+    def _from_file(self, root: Path) -> Iterator[tuple[Sample, str]]:
         (path,) = self.files(root, "evaluation")
         folder = find(root, FOLDERS, "SEED-Bench-image").relative_to(root).as_posix()
-        seen: set[str] = set()
         file = RecordFile(path, ["questions"])
-        found: list[tuple[Sample, int]] = []
+        found: list[tuple[Sample, int, str]] = []
         for _, _, record in file:
             if field(record, "data_type", str, file.where) != "image":
                 continue
-            sample_id = str(field(record, "question_id", (str, int), file.where))
-            if sample_id in seen:
-                raise InputError(f"question_id {sample_id} stands twice in the file", where=file.where())
-            seen.add(sample_id)
-            found.append(self._sample(record, file.where(), sample_id, folder))
+            where = file.where()
+            # The pictures have no extension; the file's own first bytes tell its format.
+            image = plain_file_name(field(record, "data_id", str, where), where)
+            found.append((*self._sample(record, where, f"{folder}/{image}"), where))
         # Dimensions 3 and 4 changed names between releases: the file's own table, after the questions, is right.
         table = field(file.header, "question_type", dict, str(path))
-        names = {number: name for name, number in table.items()}
-        for sample, number in found:
-            yield replace(sample, meta={**sample.meta, "dimension": names.get(number, str(number))})
+        names = {field(table, name, int, f"{path}: 'question_type'"): name for name in table}
+        for sample, number, where in found:
+            yield replace(sample, meta={**sample.meta, "dimension": names.get(number, str(number))}), where
 
     def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
-    ) -> Score:
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
+        stem: bool = False,
+    ) -> Score:  # fmt: skip
         """Score by accuracy of the letters that the answers begin with, over all and by dimension."""
         answers = self.predictions_for(samples, predictions)
         results = [
             {"question_id": sample.sample_id, "prediction": letter_of(answer), "gt_answer": sample.references[0]}
             for sample, answer in zip(samples, answers, strict=True)
         ]
-        rows = seed_bench_scores(results, where=self.name).rows
-        right: dict[SampleId, bool] = {row["question_id"]: row["if_right"] for row in rows}
+        scored = seed_bench_scores(results, where=self.name).rows
+        right: dict[SampleId, bool] = {row["question_id"]: row["if_right"] for row in scored}
         return accuracy(self, samples, right, "dimension")
 
-    def _sample(self, record: Mapping[str, Any], where: str, sample_id: str, folder: str) -> tuple[Sample, int]:
+    def _sample(self, record: Mapping[str, Any], where: str, image: str) -> tuple[Sample, int]:
         choices = [str(field(record, name, (str, int, float), where)) for name in CHOICES]
         answer = field(record, "answer", str, where).strip().upper()
         if answer not in {"A", "B", "C", "D"}:
             raise InputError(f"the answer is '{answer}', a letter from A to D is needed", where=where)
-        # The pictures have no extension; the file's own first bytes tell its format.
-        image = plain_file_name(field(record, "data_id", str, where), where)
         question = field(record, "question", str, where)
         sample = Sample(
             task=self.name,
-            sample_id=sample_id,
-            images=(ImageRef(f"{folder}/{image}"),),
-            question=with_choices(question, choices),
+            sample_id=str(field(record, "question_id", (str, int), where)),
+            images=(ImageRef(image),),
+            question=with_choices(question, choices, CLOSING),
             target=answer,
             references=(answer,),
             meta={"question": question, "choices": choices},

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pipeline.data.files import RecordFile, field, find
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
+from pipeline.scores.stems import stem_answer
 from pipeline.scores.vqa import vqa_accuracy
 from pipeline.tasks.base import Entry, Normalise, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
 
@@ -20,6 +21,7 @@ VQA_TEMPLATE = PromptTemplate(
     query="Image: {image} Question: {question} Answer:",
     answer=" {answer}\n",
     stop_words=("Question", "Answer", "Image"),
+    instruction="Provide an answer to the question. Use the image to answer.",
 )
 SUBSETS: Mapping[Split, str] = {"train": "train2014", "evaluation": "val2014"}
 NUM_ANSWERS = 10
@@ -51,6 +53,7 @@ class VqaTask(Task):
     max_new_tokens: int = 10
     metric: str = "accuracy"
     unit: Literal["percent", "fraction"] = "percent"
+    stemmed_references: bool = False
 
     def files(self, root: Path, split: Split) -> tuple[Path, ...]:
         """Return the files of `split`; see `Task.files`."""
@@ -101,10 +104,13 @@ class VqaTask(Task):
             yield samples[question_id]
 
     def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always"
-    ) -> Score:
+        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
+        stem: bool = False,
+    ) -> Score:  # fmt: skip
         """Score by VQA accuracy, normalised always (what the papers' figures come from)."""
         answers = self.predictions_for(samples, predictions)
+        if stem:
+            answers = [stem_answer(answer) for answer in answers]
         result = vqa_accuracy(
             {sample.sample_id: answer for sample, answer in zip(samples, answers, strict=True)},
             {sample.sample_id: sample.references for sample in samples},

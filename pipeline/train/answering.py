@@ -88,12 +88,12 @@ class Answerer:
             task=self.task.name, sample_id=0, images=(ImageRef(str(file.resolve())),), question=question, target="",
             references=(),
         )  # fmt: skip
-        template = self.task.template
-        prompts = encode_all(loaded, [render(template, loaded.backbone, sample, answer=False)], root="")
+        template, style = self.task.template, self.origin.get("prompt", "papers")
+        prompts = encode_all(loaded, [render(template, loaded.backbone, sample, style=style)], root="")
         with adapters.attach(loaded.model, adapter):
             (text,) = generate(
                 loaded, prompts, max_new_tokens=max_new_tokens, visual_tokens=VisualTokens(loaded, None),
-                stop_strings=stop_strings(template), from_pixels=adapter.trains_vision,
+                stop_strings=stop_strings(template, loaded.backbone, style), from_pixels=adapter.trains_vision,
             )  # fmt: skip
         return text
 

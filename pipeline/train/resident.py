@@ -96,7 +96,10 @@ class Resident:
         """Return the samples' prompts without demonstrations, with the answer; tokenised once for all trials."""
         task = tasks.get(manifest.task)
         missing = [s for s in samples if (manifest.digest, "train", s.sample_id) not in self._encoded]
-        rendered = [render(task.template, self.loaded.backbone, sample, answer=True) for sample in missing]
+        rendered = [
+            render(task.template, self.loaded.backbone, sample, answer=True, style=manifest.prompt)
+            for sample in missing
+        ]
         for sample, encoded in zip(missing, encode_all(self.loaded, rendered, root=manifest.image_root), strict=True):
             self._encoded[manifest.digest, "train", sample.sample_id] = encoded
         return [self._encoded[manifest.digest, "train", s.sample_id] for s in samples]
@@ -107,7 +110,7 @@ class Resident:
         """Return prompts with demonstrations."""
         task = tasks.get(manifest.task)
         rendered = [
-            render(task.template, self.loaded.backbone, query, shots, answer=answer)
+            render(task.template, self.loaded.backbone, query, shots, answer=answer, style=manifest.prompt)
             for query, shots in zip(queries, demos, strict=True)
         ]
         return encode_all(self.loaded, rendered, root=manifest.image_root)

@@ -249,6 +249,7 @@ class TrialRun:
             extra = {
                 "trial": config.key, "task": config.task, "manifest": config.manifest_digest,
                 "backbone": config.backbone, "backbone_digest": config.backbone_digest,
+                "prompt": self.manifest.prompt,
             }  # fmt: skip
             with folder_atomic(self.folder / "adapter") as temporary:
                 self.adapter.save_pretrained(temporary, extra=extra)

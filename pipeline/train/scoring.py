@@ -109,7 +109,7 @@ def score(
     samples = asked(config, evaluation, manifest)
     texts = {sample_id: text for part in parts for sample_id, text in part.texts.items()}
     task = tasks.get(config.task)
-    found = task.score(samples, texts, normalise=evaluation.vqa_normalise)
+    found = task.score(samples, texts, normalise=evaluation.vqa_normalise, stem=evaluation.stem_predictions)
     # of what an answer costs; reading further annotations is no part of it
     seconds = sum(part.seconds for part in parts) + time.perf_counter() - started
     official: Split = "evaluation" if evaluation.split == "evaluation" else "train"  # the selection is drawn from it
@@ -141,12 +141,15 @@ def score_trial(
 
 
 def asked(config: TrialConfig, evaluation: EvaluationConfig, manifest: Manifest) -> Sequence[Sample]:
-    """Return the samples that a trial answers; a last batch that is not full is left out where the protocol says so."""
+    """Return the samples that a trial answers; a last batch that is not full is left out where the protocol says so.
+
+    Of fewer samples than one batch none is left out.
+    """
     samples = _samples(manifest, evaluation)
     size = evaluation.drop_incomplete_batch
     if size is None or methods.is_trained(config.method) or not baselines.get(config.method).shows_demonstrations:
         return samples
-    return samples[: len(samples) // size * size]
+    return samples[: len(samples) // size * size] or samples
 
 
 def _samples(manifest: Manifest, evaluation: EvaluationConfig) -> Sequence[Sample]:

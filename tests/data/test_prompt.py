@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -200,12 +201,16 @@ def test_many_prompts_encode_as_one_by_one(tiny):
 
 def test_prompts_beyond_the_context_are_refused(tiny):
     loaded = tiny("mini-idefics2")
-    with pytest.raises(InputError, match=r"sample 0 has \d+ tokens, mini-idefics2 reads 2048.*num_shots"):
+    says = r"sample 0 has \d+ tokens, mini-idefics2 reads 2048. About (\d+) of 200 demonstrations fit: lower num_shots"
+    with pytest.raises(InputError, match=says) as caught:
         encode(loaded, render(VQA, loaded.backbone, sample(0), [sample(1)] * 200))
+    fit = int(re.search(says, str(caught.value))[1])
+    assert fit > 8
+    assert len(encode(loaded, render(VQA, loaded.backbone, sample(0), [sample(1)] * fit))) <= 2048
 
 
 def test_generation_is_cut_at_line_end_and_stop_words():
-    assert stop_strings(CAPTION) == ("\n", "Caption", "Image")
+    assert stop_strings(CAPTION, backbones.get("mini-idefics2")) == ("\n", "Caption", "Image")
 
 
 @given(

@@ -148,7 +148,7 @@ def test_generation_stops_where_the_answer_ends(written, text, most, told, pictu
         max_new_tokens=20,
         visual_tokens=VisualTokens(loaded),
         root=pictures,
-        stop_strings=stop_strings(TEMPLATE),
+        stop_strings=stop_strings(TEMPLATE, loaded.backbone),
     )
     assert all(answer.startswith(text) for answer in got)
     if most < 20:

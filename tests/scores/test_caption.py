@@ -4,6 +4,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.scores import caption, tokens
+from pipeline.scores.java import java_on_path
 
 QUICK = tuple(name for name in caption.METRICS if name != "METEOR")
 
@@ -19,8 +20,7 @@ def test_tokens_are_those_of_pycocoevalcap(pairs):
     raw = [text for texts in references.values() for text in texts] + list(captions.values())
     wanted = [text for texts in expected["tokens"]["references"].values() for text in texts]
     wanted += [texts[0] for texts in expected["tokens"]["captions"].values()]
-    found = tokens.tokenise(raw)
-    assert [found[text] for text in raw] == wanted
+    assert tokens.tokenise(raw) == wanted
 
 
 def test_metrics_are_those_of_pycocoevalcap(pairs):
@@ -45,22 +45,37 @@ def test_cider_only_is_the_same_number_and_starts_java_for_new_texts_only(pairs,
     run = tokens.run_java
     monkeypatch.setattr(tokens, "run_java", lambda arguments, text: started.append(text) or run(arguments, text))
     assert caption.cider_only(captions, references) == whole
-    assert started == []
+    assert len(started) == 1  # the captions; not the references
     changed = {**captions, "1": "a dog never seen before"}
+    started.clear()
     assert caption.cider_only(changed, references) != whole
-    assert started == ["a dog never seen before\n"]
+    assert started == ["\n".join(changed.values()) + "\n"]
 
 
 def test_line_breaks_and_odd_letters_stay_in_their_caption():
     raw = ["one\u2028two", "three\rfour", "five\x0csix\x0bseven", "\ud800 dog", "", "  ", "eight"]
-    found = tokens.tokenise(raw)
-    assert [found[text] for text in raw] == ["one two", "three four", "five six seven", "dog", "", "", "eight"]
+    assert tokens.tokenise(raw) == ["one two", "three four", "five six seven", "dog", "", "", "eight"]
+
+
+ODD = ["a vitamin C.", "A dog", "a vitamin C.", "a dog", "no.", "5 dogs", "no.", "", "the u.s.", "He runs",
+       "it's 5 p.m.", 'say "hi"', "café (two) 50% $3", "don't; can't: won't", "1,000 ... 3/4", "???", "a  b",
+       "end J."]  # fmt: skip
+
+
+def test_the_next_caption_counts_as_in_pycocoevalcap():
+    """Its tokenizer looks past the end of a line."""
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    for texts in (ODD, ODD[::-1]):
+        with java_on_path():
+            official = PTBTokenizer().tokenize({at: [{"caption": text}] for at, text in enumerate(texts)})
+        assert tokens.tokenise(texts) == [official[at][0] for at in range(len(texts))]
+    assert tokens.tokenise(ODD) != tokens.tokenise(ODD[::-1])[::-1]
 
 
 def test_blank_captions_score_without_java(monkeypatch):
     monkeypatch.setattr(tokens, "run_java", None)
-    monkeypatch.setattr(tokens, "_tokenised", {})
-    assert tokens.tokenise(["", " "]) == {"": "", " ": ""}
+    assert tokens.tokenise(["", " "]) == ["", ""]
 
 
 @pytest.mark.parametrize(

@@ -74,3 +74,14 @@ def test_bad_input():
         chair.chair_scores({}, {})
     with pytest.raises(InputError, match="unknown object 'dgo'.*Did you mean 'dog'"):
         chair.ground_truth({1: ["dgo"]}, {})
+
+
+@given(
+    st.lists(st.sampled_from(("a", "dog", "dogs", "etc", "mr", "cannot", "gonna", "bus", "", "hot", "i", "no", "st")))
+)
+def test_plain_captions_are_read_as_nltk_reads_them(words):
+    sentences, words_of = chair._tokenisers()
+    for end in ("", ".", " .", ". "):
+        text = " ".join(words) + end
+        slow = [word for sentence in sentences.tokenize(text) for word in words_of.tokenize(sentence)]
+        assert chair._singulars(text) == tuple(map(singular, slow)), text

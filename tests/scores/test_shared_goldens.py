@@ -47,8 +47,7 @@ def test_vqa_accuracy(read, score, shared_data, normalise, name):
 
 def test_ptb_tokens(read):
     pairs = read("golden/ptb_tokenizer.json")["pairs"]
-    found = tokens.tokenise([pair["input"] for pair in pairs])
-    assert [found[pair["input"]] for pair in pairs] == [pair["tokenized"] for pair in pairs]
+    assert tokens.tokenise([pair["input"] for pair in pairs]) == [pair["tokenized"] for pair in pairs]
 
 
 CAPTIONS = [

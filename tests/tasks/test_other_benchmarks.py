@@ -20,6 +20,7 @@ from pipeline.scores.__main__ import main
 from pipeline.scores.mmmu_pro import read_options
 from pipeline.tasks.choice_files import letter_of
 from pipeline.tasks.mme import COGNITION, PERCEPTION
+from pipeline.tasks.seed_bench import CLOSING
 
 
 def png(number: int) -> bytes:
@@ -227,7 +228,7 @@ def test_seed_bench_reads_images_and_leaves_out_videos(seed_bench):
     samples = list(task.read(seed_bench, "evaluation"))
     assert len(samples) == 20
     first = samples[1]
-    assert first.question == "How many towels? Choices: A. a1 B. b1 C. c1 D. d1 Answer with the letter."
+    assert first.question == "How many towels?\nA. a1\nB. b1\nC. c1\nD. d1\n" + CLOSING
     assert (first.sample_id, first.target, first.meta["dimension"]) == ("101670", "B", "Instances Counting")
     manifest = draw(task, seed_bench, seed=0, num_train=8, num_selection=4)
     assert manifest.sizes == {"train": 8, "selection": 4, "evaluation": 8}
