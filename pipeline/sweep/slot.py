@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.config import Sweep
 from pipeline.request import TrialRequest
+from pipeline.sweep.nodes import code_version
 from pipeline.sweep.worker import Worker
 
 Report = dict[str, Any]  # one epoch's metrics with "epoch", "trial_key" and "done"; or {"error": ...}
@@ -58,7 +59,7 @@ class Slot:
         addresses = await self._all("address", limit=BUILD_SECONDS)
         self.pids = [pid for *_, pid in addresses]
         host, port, _ = addresses[0]
-        await self._all("connect", host, port, limit=BUILD_SECONDS)
+        await self._all("connect", host, port, code_version(), limit=BUILD_SECONDS)
 
     async def room(self) -> int:
         """Return how many more trials may join those that are admitted."""
