@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup repro repro-real test check bench clean pins
+.PHONY: help setup repro repro-real test test-cluster check bench clean pins
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -33,6 +33,9 @@ repro-real: setup  ## every stage on official files: make repro-real DATA=folder
 
 test: setup      ## the test suite
 	$(BIN)/python -m pytest
+
+test-cluster: setup  ## a cluster of network namespaces: ray up, a sweep with a node lost, ray down (needs root)
+	$(BIN)/python -m pytest tests/cluster -rs
 
 check: setup     ## what CI runs beside the tests
 	$(BIN)/ruff check .

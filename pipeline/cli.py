@@ -114,7 +114,9 @@ def _sweep(commands: Any) -> None:
 
     sub = _add(commands, "sweep", func, "train the trials that the store does not have yet; safe to kill and run again")
     how = sub.add_mutually_exclusive_group()
-    how.add_argument("--submit", action="store_true", help="as a job of the Ray cluster whose head this is, and follow it")
+    how.add_argument(
+        "--submit", action="store_true", help="as a job of the Ray cluster whose head this is, and follow it"
+    )
     how.add_argument("--attach", action="store_true", help="follow the sweep that was submitted from this folder")
     sub.add_argument("--study", action="append", metavar="S", help="a study of params.yaml (default: the profile's)")
     _settable(sub)
@@ -274,7 +276,9 @@ def _ui(commands: Any) -> None:
     sub.add_argument("--folder", default="~/.hificl/tracking", help="its secrets, artifacts and log")
     sub.add_argument("--host", default="127.0.0.1")
     sub.add_argument("--port", type=int, default=5000)
-    sub.add_argument("--database", metavar="URI", help="postgresql+psycopg://USER@HOST/NAME (default: SQLite in the folder)")
+    sub.add_argument(
+        "--database", metavar="URI", help="postgresql+psycopg://USER@HOST/NAME (default: SQLite in the folder)"
+    )
     sub.add_argument("--artifacts", metavar="PLACE", help="a folder or s3://... (default: in the folder)")
     sub.add_argument("--detach", action="store_true", help="leave it running, and return when it answers")
 

@@ -31,15 +31,12 @@ def submit(arguments: list[str]) -> int:
     client = _client()
     here = str(Path.cwd())
     tracking = os.environ.get("MLFLOW_TRACKING_URI") or MLFLOW
-    _without_password(tracking)
-    command = shlex.join(
-        ["env", f"MLFLOW_TRACKING_URI={tracking}", sys.executable, "-m", "pipeline", "sweep",
-         "--set", "sweep.address=auto", *arguments]
-    )  # fmt: skip
+    refuse_password(tracking)
     running = next((job for job in _sweeps(client) if not _ended(job)), None)
     if running is None:
         name = client.submit_job(
-            entrypoint=f"cd {shlex.quote(here)} && exec {command}", metadata={"hificl": here, "arguments": json.dumps(arguments)}
+            entrypoint=entrypoint(here, arguments, tracking),
+            metadata={"hificl": here, "arguments": json.dumps(arguments)},
         )
         say(f"the sweep is Ray job {name}; it goes on when this connection ends (`hificl sweep --attach` follows it)")
         return _follow(client, name)
@@ -51,6 +48,13 @@ def submit(arguments: list[str]) -> int:
         )  # fmt: skip
     say(f"this sweep runs already, as Ray job {running.submission_id}")
     return _follow(client, running.submission_id)
+
+
+def entrypoint(home: str, arguments: list[str], tracking: str) -> str:
+    """Return the job's command. Ray gives it to a shell, so every word is quoted."""
+    words = ["env", f"MLFLOW_TRACKING_URI={tracking}", sys.executable, "-m", "pipeline", "sweep",
+             "--set", "sweep.address=auto", *arguments]  # fmt: skip
+    return f"cd {shlex.quote(home)} && exec {shlex.join(words)}"
 
 
 def attach() -> int:
@@ -110,7 +114,10 @@ def _follow(client: Any, name: str) -> int:
         asyncio.run(tail())
         job = client.get_job_info(name)
     except KeyboardInterrupt:
-        say(f"no longer followed; Ray job {name} goes on. `hificl sweep --attach` follows it, `ray job stop {name}` ends it")
+        say(
+            f"no longer followed; Ray job {name} goes on. "
+            f"`hificl sweep --attach` follows it again, `ray job stop {name}` ends it"
+        )
         return INTERRUPTED
     except (RuntimeError, ConnectionError) as error:
         raise WorkError(
@@ -123,7 +130,12 @@ def _follow(client: Any, name: str) -> int:
     return job.driver_exit_code or FAILED
 
 
-def _without_password(uri: str) -> None:
+def refuse_password(uri: str) -> None:
+    """Refuse an address of a store that holds a password.
+
+    Raises:
+        InputError: it does; the message does not repeat it.
+    """
     if urlsplit(uri).password:
         raise InputError(
             "an address with a password would stand in the job's command and in logs", where="MLFLOW_TRACKING_URI",

@@ -100,9 +100,7 @@ def _sweep(params: Params, studies: list[str], plan: Plan, store: TrialStore, tr
     logbook = Logbook(tracker, store, plan, parents, datasets)
     for key in todo:
         store.open(plan.trials[key], tracker.provenance)
-    for key in known:
-        if key not in todo:
-            logbook.record(key)
+    logbook.record_done(known.keys() - set(todo))
     if todo or adaptive:
         from pipeline.sweep.tuner import cluster, run_trials  # Ray takes seconds to start; a full store needs none
 

@@ -162,7 +162,9 @@ def _run(plan: Plan, keys: list[str], adaptive: list[Any], params: Params, watch
     run_ahead = params.sweep.scheduler == "fifo"
     resolve = plan.request if adaptive else Requests({key: plan.request_of(plan.trials[key]) for key in keys})
     actor: Any = Dispatcher
-    dispatcher = actor.options(resources=ON_HEAD).remote(resolve, params.sweep, str(plan.places.runs), slots, world, run_ahead)
+    dispatcher = actor.options(resources=ON_HEAD).remote(
+        resolve, params.sweep, str(plan.places.runs), slots, world, run_ahead
+    )
     try:
         ray.get(dispatcher.start.remote())
         trainable = tune.with_resources(tune.with_parameters(TrialProxy, dispatcher=dispatcher), ON_HEAD)

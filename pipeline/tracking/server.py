@@ -144,6 +144,8 @@ def _answers(address: str, password: str) -> bool:
             return True
     except urllib.error.HTTPError as error:
         way_out = "Give another --port, or the password that it was started with (MLFLOW_TRACKING_PASSWORD)"
-        raise InputError(f"somebody answers who does not let us in ({error.code})", where=address, way_out=way_out) from None
+        raise InputError(
+            f"somebody answers who does not let us in ({error.code})", where=address, way_out=way_out
+        ) from None
     except OSError:
         return False

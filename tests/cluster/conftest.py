@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import shutil
@@ -42,7 +43,8 @@ class PostgreSQL:
             check=True, capture_output=True, cwd=self.folder,
         )  # fmt: skip
         self.process = machine.start(
-            "env", f"--chdir={self.folder}", *as_user, which("postgres"), "-D", data, "-h", "127.0.0.1", "-k", str(self.folder), "-c", "fsync=off",
+            "env", f"--chdir={self.folder}", *as_user, which("postgres"), "-D", data, "-h", "127.0.0.1",
+            "-k", str(self.folder), "-c", "fsync=off",
             log=machine.folder / "postgres.log",
         )  # fmt: skip
         passfile = machine.home / ".pgpass"
@@ -58,8 +60,6 @@ class PostgreSQL:
             "    done = c.execute(sys.argv[2])\n"
             "    print(json.dumps(done.fetchall() if done.description else [], default=str))\n"
         )
-        import json
-
         for attempt in range(40):
             done = self.machine.run(sys.executable, "-c", code, database, sql, check=False)
             if done.returncode == 0:
@@ -83,6 +83,7 @@ class Cluster:
 
     def __init__(self, lab: Lab, project: Project) -> None:
         self.lab, self.project = lab, project
+        self.attached: subprocess.CompletedProcess | None = None
         self.head, self.workers = lab.machine("head"), [lab.machine("worker-1"), lab.machine("worker-2")]
         self.laptop = lab.machine("laptop")
         self.bin = lab.folder / "bin"
@@ -111,12 +112,15 @@ class Cluster:
     def _write_config(self) -> None:
         """Fill in the capitals of cluster.yaml, and nothing else but the size of a node."""
         text = (ROOT / "cluster/cluster.yaml").read_text()
-        text = text.replace("HEAD_ADDRESS", self.head.address).replace("[WORKER_ADDRESS]", str([w.address for w in self.workers]))
+        text = text.replace("HEAD_ADDRESS", self.head.address).replace(
+            "[WORKER_ADDRESS]", str([w.address for w in self.workers])
+        )
         text = text.replace("USER", "root", 1).replace("~/.ssh/id_ed25519", str(self.lab.key))
         text = text.replace("_workers: 1", "_workers: 2").replace("$RAY_HEAD_IP:6379", "$RAY_HEAD_IP:6379 --num-cpus=1")
-        text = text.replace(
-            "$HIFICL_TRACKING", "--database postgresql+psycopg://mlflow@127.0.0.1/mlflow"
-        ).replace("export PATH=", f"export PATH={self.bin}:")
+        text = text.replace("$HIFICL_TRACKING", "--database postgresql+psycopg://mlflow@127.0.0.1/mlflow").replace(
+            "export PATH=", f"export PATH={self.bin}:"
+        )
+        text = text.replace("DASHBOARD_METRIC_PORT=-1", "DASHBOARD_METRIC_PORT=-1 AUTOSCALER_HEARTBEAT_TIMEOUT_S=8")
         assert yaml.safe_load(text)["provider"]["head_ip"] == self.head.address
         (self.folder / "cluster.yaml").write_text(text)
 
@@ -136,7 +140,10 @@ class Cluster:
 
     def alive(self) -> int:
         """Return how many nodes of the cluster are alive."""
-        code = "import ray; ray.init(address='auto', log_to_driver=False); print('ALIVE', sum(n['Alive'] for n in ray.nodes()))"
+        code = (
+            "import ray; ray.init(address='auto', log_to_driver=False)\n"
+            "print('ALIVE', sum(n['Alive'] for n in ray.nodes()))"
+        )
         done = self.on_head("python", "-c", code, check=False)
         return int(done.stdout.rpartition("ALIVE ")[2] or 0) if "ALIVE" in done.stdout else 0
 
@@ -164,7 +171,8 @@ def cluster(tmp_path_factory):
     for name in ("Makefile", "requirements.txt", "pyproject.toml"):
         (project.folder / name).symlink_to(ROOT / name)
     project.python("-m", "stages.subsample", "vqav2")
-    lab = Lab(folder / "lab") if (folder / "lab").mkdir() is None else None
+    (folder / "lab").mkdir()
+    lab = Lab(folder / "lab")
     made = None
     try:
         made = Cluster(lab, project)

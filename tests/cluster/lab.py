@@ -36,7 +36,9 @@ def missing() -> str | None:
     absent = [name for name in (*BINARIES, "initdb", "postgres") if which(name) is None]
     if absent:
         return f"not installed: {', '.join(absent)} (Debian: iproute2, util-linux, openssh-client, postgresql)"
-    script = "ip link add hificl0 type bridge && ip link add hificl1 type veth peer name hificl2 && mount -t tmpfs x /mnt"
+    script = (
+        "ip link add hificl0 type bridge && ip link add hificl1 type veth peer name hificl2 && mount -t tmpfs x /mnt"
+    )
     tried = subprocess.run(
         ["unshare", "--net", "--mount", "--pid", "--fork", "--uts", "--ipc", "sh", "-c", script],
         capture_output=True, text=True, check=False,
@@ -139,9 +141,8 @@ class Machine:
             timeout=timeout, check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         if check and done.returncode:
-            raise AssertionError(
-                f"{self.name}: {shlex.join(words)} ended with {done.returncode}:\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-            )
+            said = f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+            raise AssertionError(f"{self.name}: {shlex.join(words)} ended with {done.returncode}:\n{said}")
         return done
 
     def start(self, *words: str, log: Path, **env: str) -> subprocess.Popen:

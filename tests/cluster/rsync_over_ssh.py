@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import stat
 import subprocess

@@ -14,7 +14,14 @@ import yaml
 from tests.conftest import ROOT
 
 CLUSTER = ROOT / "cluster"
-TYPES: dict[str, Any] = {"string": str, "integer": int, "boolean": bool, "object": dict, "array": list, "quantity": str | int}
+TYPES: dict[str, Any] = {
+    "string": str,
+    "integer": int,
+    "boolean": bool,
+    "object": dict,
+    "array": list,
+    "quantity": str | int,
+}
 
 
 def manifests() -> dict[str, dict]:
@@ -58,7 +65,7 @@ def test_a_misspelt_field_is_found():
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
 def test_kuberay_knows_every_field_by_its_whole_schema(kind):
-    """ray-operator/config/crd/bases of github.com/ray-project/kuberay (Apache-2.0), in the folder HIFICL_KUBERAY_CRD."""
+    """The CRDs of github.com/ray-project/kuberay (Apache-2.0), ray-operator/config/crd/bases, in HIFICL_KUBERAY_CRD."""
     folder = Path(os.environ.get("HIFICL_KUBERAY_CRD", ROOT / "../shared/data/kuberay"))
     file = folder / f"ray.io_{kind.lower()}s.yaml"
     if not file.is_file():
