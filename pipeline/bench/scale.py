@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -295,12 +295,11 @@ def _tune(where: Path, number: int, found: Findings) -> None:
     plan, _ = _plan(where, number, Findings())
     base = _plain_dispatcher()
 
-    class Simulated(base):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            self.slots = [SimulatedSlot(self.store) for _ in self.slots]
+    def simulated(self: Any, *args: Any) -> None:
+        base.__init__(self, *args)
+        self.slots = [SimulatedSlot(self.store) for _ in self.slots]
 
-    changed: Callable[..., Any] = ray.remote(num_cpus=0, max_concurrency=10000)(Simulated)
+    actor = ray.remote(num_cpus=0, max_concurrency=10000)(type("Simulated", (base,), {"__init__": simulated}))
     sweep = plan.params.sweep.model_copy(update={"slots": 1, "address": None, "search": "grid"})
     params = plan.params.model_copy(update={"sweep": sweep})
     seen: list[float] = []
@@ -316,13 +315,8 @@ def _tune(where: Path, number: int, found: Findings) -> None:
             """See `tuner.Watcher`."""
             seen.append(time.perf_counter())
 
-    before = tuner.Dispatcher
     with tuner.cluster(sweep):
-        tuner.Dispatcher = changed
-        try:
-            tuner.run_trials(plan, list(plan.trials), params, [Clock()])
-        finally:
-            tuner.Dispatcher = before
+        tuner.run_trials(plan, list(plan.trials), params, [Clock()], actor)
     each = [1000 * (b - a) for a, b in zip(seen, seen[1:], strict=False)]
     _file(found, f"tune_ms_per_trial_{number}", each[len(each) // 2 :])
 

@@ -142,8 +142,12 @@ def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
     return max(1, min(asked, trials))
 
 
-def run_trials(plan: Plan, keys: list[str], params: Params, watchers: list[Watcher]) -> None:
+def run_trials(
+    plan: Plan, keys: list[str], params: Params, watchers: list[Watcher], actor: Any = Dispatcher
+) -> None:  # fmt: skip
     """Train the trials `keys` (and, under Optuna, the points that it asks for) on the current cluster.
+
+    `actor` is the dispatcher's class; `hificl bench scale` gives one whose slots are simulated.
 
     Returns when every one has ended; which ones failed is in the trial store.
     """
@@ -154,14 +158,15 @@ def run_trials(plan: Plan, keys: list[str], params: Params, watchers: list[Watch
     sizes = {plan.trials[key].world_size for key in keys} or {params.train.world_size}
     for world_size in sorted(sizes):
         mine = [key for key in keys if plan.trials[key].world_size == world_size]
-        _run(plan, mine, adaptive if world_size == max(sizes) else [], params, watchers, world_size)
+        _run(plan, mine, adaptive if world_size == max(sizes) else [], params, watchers, world_size, actor)
 
 
-def _run(plan: Plan, keys: list[str], adaptive: list[Any], params: Params, watchers: list[Watcher], world: int) -> None:
+def _run(
+    plan: Plan, keys: list[str], adaptive: list[Any], params: Params, watchers: list[Watcher], world: int, actor: Any
+) -> None:  # fmt: skip
     slots = count_slots(params.sweep, world, len(keys) + len(adaptive) * params.sweep.num_samples)
     run_ahead = params.sweep.scheduler == "fifo"
     resolve = plan.request if adaptive else Requests({key: plan.request_of(plan.trials[key]) for key in keys})
-    actor: Any = Dispatcher
     dispatcher = actor.options(resources=ON_HEAD).remote(
         resolve, params.sweep, str(plan.places.runs), slots, world, run_ahead
     )
