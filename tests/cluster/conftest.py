@@ -71,8 +71,9 @@ class PostgreSQL:
 
     def dump(self) -> str:
         """Return everything in the database, as text."""
-        tables = self.query("select table_name from information_schema.tables where table_schema='public'")
-        return "\n".join(str(self.query(f'select * from "{name}"')) for (name,) in tables)
+        each = "query_to_xml('select * from ' || quote_ident(table_name), true, false, '')::text"
+        tables = "from information_schema.tables where table_schema = 'public'"
+        return self.query(f"select string_agg({each}, '') {tables}")[0][0]
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -121,6 +122,10 @@ class Cluster:
             "export PATH=", f"export PATH={self.bin}:"
         )
         text = text.replace("DASHBOARD_METRIC_PORT=-1", "DASHBOARD_METRIC_PORT=-1 AUTOSCALER_HEARTBEAT_TIMEOUT_S=8")
+        # how long a worker without a head waits before it ends; a minute where nobody says otherwise
+        text = text.replace("metrics_collection=0;\n    ray start --address", "metrics_collection=0 "
+                            "RAY_gcs_rpc_server_reconnect_timeout_s=10;\n    ray start --address")  # fmt: skip
+        assert "reconnect_timeout" in text
         assert yaml.safe_load(text)["provider"]["head_ip"] == self.head.address
         (self.folder / "cluster.yaml").write_text(text)
 
@@ -138,18 +143,19 @@ class Cluster:
         return self.head.run("bash", "-c", line, "bash", *words, check=check, timeout=timeout, PATH=self.path,
                              RAY_AUTH_MODE="token")  # fmt: skip
 
-    def alive(self) -> int:
-        """Return how many nodes of the cluster are alive."""
-        code = (
-            "import ray; ray.init(address='auto', log_to_driver=False)\n"
-            "print('ALIVE', sum(n['Alive'] for n in ray.nodes()))"
+    def alive(self) -> list[dict]:
+        """Return the nodes of the cluster that are alive, as the dashboard on the head's loopback has them."""
+        ask = (
+            '{ echo -n "header = \\"Authorization: Bearer "; cat ~/.ray/auth_token; echo "\\""; } |'
+            " curl -s -K - 'http://127.0.0.1:8265/api/v0/nodes?detail=true'"
         )
-        done = self.on_head("python", "-c", code, check=False)
-        return int(done.stdout.rpartition("ALIVE ")[2] or 0) if "ALIVE" in done.stdout else 0
+        done = self.head.run("bash", "-c", ask, check=False)
+        found = json.loads(done.stdout)["data"]["result"]["result"] if done.returncode == 0 else []
+        return [node for node in found if node["state"] == "ALIVE"]
 
     def wait_for_nodes(self, count: int, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
-        while (found := self.alive()) < count:
+        while (found := len(self.alive())) < count:
             if time.monotonic() > deadline:
                 raise AssertionError(f"{found} of {count} nodes came up\n{self.logs()}")
             time.sleep(1)

@@ -164,11 +164,8 @@ def test_every_trial_is_finished_and_two_spanned_both_workers(swept):
     for two, three in zip(rows[2, 2, 2], rows[2, 3, 2], strict=True):
         assert two["train_loss"] == pytest.approx(three["train_loss"], abs=1e-4)
     # the workers have one processor each and the head none, so two ranks are on two nodes
-    code = (
-        "import ray; ray.init(address='auto', log_to_driver=False)\n"
-        "print('CPU', sorted(n['Resources'].get('CPU', 0) for n in ray.nodes() if n['Alive']))"
-    )
-    assert "CPU [0, 1.0, 1.0]" in swept.on_head("python", "-c", code).stdout.replace("0.0", "0")
+    sizes = sorted(node["resources_total"].get("CPU", 0) for node in swept.alive())
+    assert sizes == [0, 1, 1]
 
 
 def test_mlflow_has_every_step_once_and_no_open_run(swept):
@@ -217,9 +214,9 @@ def test_no_secret_is_in_params_mlflow_logs_or_arguments(swept):
 
 def test_ray_down_leaves_the_results_and_no_process(swept):
     swept.ray("down", "cluster.yaml", "--yes", timeout=300)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 90
     while left := [pid for machine in (swept.head, *swept.workers) for pid in ray_processes(machine)]:
-        assert time.monotonic() < deadline, left
+        assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left]
         time.sleep(0.5)
     assert swept.on_head("hificl", "tracking-server", "--detach", "--database",
                          "postgresql+psycopg://mlflow@127.0.0.1/mlflow").stderr.endswith("already\n")  # fmt: skip
