@@ -101,8 +101,8 @@ def cluster(sweep: Sweep) -> Iterator[None]:
     ensure_token()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if sweep.address is None:
-        # the private one: loopback only, no dashboard
-        options.update(include_dashboard=False, _node_ip_address="127.0.0.1")
+        # the private one, also where another one runs: loopback only, no dashboard
+        options.update(address="local", include_dashboard=False, _node_ip_address="127.0.0.1")
     else:
         options.update(address=sweep.address)
     try:

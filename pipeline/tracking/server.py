@@ -143,6 +143,8 @@ def _answers(address: str, password: str) -> bool:
         with urllib.request.urlopen(request, timeout=ANSWER_SECONDS):  # noqa: S310
             return True
     except urllib.error.HTTPError as error:
+        if error.code >= 500:
+            return False  # it is about to come up, or another start tells why it does not
         way_out = "Give another --port, or the password that it was started with (MLFLOW_TRACKING_PASSWORD)"
         raise InputError(
             f"somebody answers who does not let us in ({error.code})", where=address, way_out=way_out
