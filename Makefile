@@ -9,7 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup repro repro-real test test-faults check bench clean pictures pins
+.PHONY: help setup repro repro-real test test-faults test-cluster check bench clean pictures pins
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -37,6 +37,9 @@ test: setup      ## the test suite, two workers side by side
 TABLE ?=
 test-faults: setup  ## every kind of fault, injected into a real sweep; TABLE=docs/faults.md keeps what was seen
 	HIFICL_FAULTS_TABLE=$(TABLE) $(BIN)/python -m pytest -m faults tests/faults
+
+test-cluster: setup  ## a cluster of network namespaces: ray up, a sweep with a node lost, ray down (needs root)
+	$(BIN)/python -m pytest tests/cluster -rs
 
 check: setup     ## what CI runs beside the tests
 	$(BIN)/ruff check .

@@ -101,12 +101,24 @@ def _settable(sub: argparse.ArgumentParser) -> None:
 def _sweep(commands: Any) -> None:
     def func(args: argparse.Namespace) -> None:
         from pipeline.config import load
+
+        if args.attach or args.submit:
+            from pipeline.sweep import job
+
+            load(overrides=args.set)  # what is wrong with it is said here, not in a job's log
+            chosen = [*_repeated("--study", args.study or []), *_repeated("--set", args.set)]
+            sys.exit(job.attach() if args.attach else job.submit(chosen))
         from pipeline.sweep.run import sweep
 
         params = load(overrides=args.set)
         sweep(params, args.study or params.run.studies)
 
     sub = _add(commands, "sweep", func, "train the trials that the store does not have yet; safe to kill and run again")
+    how = sub.add_mutually_exclusive_group()
+    how.add_argument(
+        "--submit", action="store_true", help="as a job of the Ray cluster whose head this is, and follow it"
+    )
+    how.add_argument("--attach", action="store_true", help="follow the sweep that was submitted from this folder")
     sub.add_argument("--study", action="append", metavar="S", help="a study of params.yaml (default: the profile's)")
     _settable(sub)
 
@@ -117,6 +129,10 @@ def _sweep(commands: Any) -> None:
         return overview(load(overrides=args.set))
 
     _settable(_add(commands, "studies", studies, "every study: its paper's table or figure, its trials done and open"))
+
+
+def _repeated(flag: str, values: list[str]) -> list[str]:
+    return [word for value in values for word in (flag, value)]
 
 
 def _score(commands: Any) -> None:
@@ -250,6 +266,24 @@ def _ui(commands: Any) -> None:
     sub = _add(commands, "ui", func, "the MLflow UI over this folder's store, on loopback")
     sub.add_argument("--host", default="127.0.0.1")
     sub.add_argument("--port", type=int, default=5000)
+
+    def server(args: argparse.Namespace) -> None:
+        from pipeline.tracking.server import start
+
+        start(
+            Path(args.folder), host=args.host, port=args.port, database=args.database, artifacts=args.artifacts,
+            detach=args.detach,
+        )  # fmt: skip
+
+    sub = _add(commands, "tracking-server", server, "an MLflow server with a password, for the head of a cluster")
+    sub.add_argument("--folder", default="~/.hificl/tracking", help="its secrets, artifacts and log")
+    sub.add_argument("--host", default="127.0.0.1")
+    sub.add_argument("--port", type=int, default=5000)
+    sub.add_argument(
+        "--database", metavar="URI", help="postgresql+psycopg://USER@HOST/NAME (default: SQLite in the folder)"
+    )
+    sub.add_argument("--artifacts", metavar="PLACE", help="a folder or s3://... (default: in the folder)")
+    sub.add_argument("--detach", action="store_true", help="leave it running, and return when it answers")
 
 
 def _gallery(commands: Any) -> None:

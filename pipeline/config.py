@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import InputError, nearest
+from pipeline.plain_yaml import read
 from pipeline.schema import (
     BackboneSource,
     Evaluate,
@@ -72,10 +72,10 @@ def load(path: Path | str = PARAMS, overrides: list[str] | None = None) -> Param
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise InputError("no such file", where=str(path), way_out="Run from the project's root") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"not readable as YAML: {error}", where=str(path)) from None
     if not isinstance(raw, dict):
         raise InputError("the file must hold a mapping", where=str(path))
@@ -141,7 +141,7 @@ def _override(raw: dict[str, Any], item: str) -> None:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
             raise InputError(f"'{part}' of '{key}' is no section", where="--set")
-    node[parts[-1]] = yaml.safe_load(text)
+    node[parts[-1]] = read(text, f"--set {key}")
 
 
 def validate(model: type[BaseModel], raw: Any, where: str) -> Any:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
 from pipeline import adapters, backbones
 from pipeline.errors import InputError
+from pipeline.plain_yaml import read
 
 
 def count(backbone: str, method: str, settings: list[str]) -> dict[str, Any]:
@@ -26,7 +25,7 @@ def count(backbone: str, method: str, settings: list[str]) -> dict[str, Any]:
         key, equals, text = item.partition("=")
         if not equals:
             raise InputError(f"'{item}' is not of the form key=value", where="--set", way_out="Write --set rank=8")
-        options[key] = yaml.safe_load(text)
+        options[key] = read(text, f"--set {key}")
     checked = adapters.check_options(method, options)
     model = backbones.load(backbone, variant="meta").model
     adapter = adapters.create(method, model, **checked)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pipeline.adapters.attach import Pack, attach
@@ -18,6 +19,8 @@ from pipeline.adapters.base import CONFIG_FILE, METHODS, WEIGHTS_FILE, Adapter, 
 from pipeline.adapters.options import Facts, Options
 from pipeline.backbones.decoder import decoder_of
 from pipeline.errors import InputError
+
+MAX_CONFIG = 1 << 20  # bytes
 
 __all__ = [
     "Adapter",
@@ -105,8 +108,10 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     Raises:
         InputError: it is missing or damaged.
     """
-    path = Path(folder) / CONFIG_FILE
+    path = _inside(Path(folder), CONFIG_FILE)
     try:
+        if path.stat().st_size > MAX_CONFIG:
+            raise InputError(f"is larger than {MAX_CONFIG} bytes", where=str(path))
         config = json.loads(path.read_text(encoding="utf-8"))
         Backbone(**config["backbone"])
         if not isinstance(config["method"], str) or not isinstance(config["options"], dict):
@@ -114,7 +119,7 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     except FileNotFoundError:
         way_out = "Give the folder that save_pretrained wrote"
         raise InputError("no such file", where=str(path), way_out=way_out) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError):
         raise InputError("not an adapter's configuration (method, options, backbone)", where=str(path)) from None
     return config
 
@@ -127,6 +132,30 @@ def load(folder: Path | str, model: nn.Module) -> Adapter:
     """
     config = read_config(folder)
     Backbone(**config["backbone"]).check(decoder_of(model), str(folder))
+    weights = _inside(Path(folder), WEIGHTS_FILE)
+    _planned(config, model, str(folder)).check_weights(weights)
     adapter = create(config["method"], model, **config["options"])
-    adapter.read_weights(Path(folder) / WEIGHTS_FILE)
+    adapter.read_weights(weights)
     return adapter
+
+
+def _planned(config: Mapping[str, Any], model: nn.Module, where: str) -> Adapter:
+    """Return the adapter on the meta device, where a shape of any size costs nothing."""
+    method = METHODS.get(config["method"])
+    options = method.Options.checked(config["options"], config["method"])
+    try:
+        return method.build(model, decoder_of(model), options, 0, torch.device("meta"))
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise InputError(f"no adapter has such a shape ({str(error).splitlines()[0]})", where=where) from None
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return a file of a folder that somebody may have sent; a link must not lead out of it.
+
+    Raises:
+        InputError: it does.
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError("is a link that leads out of the folder", where=str(path), way_out="Put the file itself there")
+    return path

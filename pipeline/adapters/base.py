@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -178,17 +178,29 @@ class Adapter(nn.Module):
         Raises:
             InputError: the file is missing or damaged, or its tensors have other names or shapes.
         """
+        self.check_weights(path)
         try:
-            saved = load_file(path)
+            self.load_state_dict(load_file(path))
         except (OSError, SafetensorError) as error:
             raise InputError(f"not readable: {error}", where=str(path)) from None
-        own = self.state_dict()
+
+    def check_weights(self, path: Path) -> None:
+        """Compare names and shapes with those in the head of a file of saved tensors; none of these is read.
+
+        Raises:
+            InputError: as `read_weights`.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                saved = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"not readable: {error}", where=str(path)) from None
+        own = {name: list(value.shape) for name, value in self.state_dict().items()}
         for name in sorted(own.keys() | saved.keys()):
-            mine, its = (list(d[name].shape) if name in d else "absent" for d in (own, saved))
+            mine, its = (shapes.get(name, "absent") for shapes in (own, saved))
             if mine != its:
                 what = f"tensor {name}: the configuration asks for {mine}, the file has {its}"
                 raise InputError(what, where=str(path))
-        self.load_state_dict(saved)
 
 
 class AttentionAdapter(Adapter):

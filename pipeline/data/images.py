@@ -18,6 +18,8 @@ from pipeline.data.parquet import cell_bytes, is_cell
 from pipeline.errors import InputError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a picture of 0.5 GB as RGB; COCO's largest have 0.4 million
+# What is opened. Pillow knows more, and would start Ghostscript for a picture in PostScript.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
 
 
@@ -130,7 +132,7 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, _TooLa
 def _opened(data: bytes) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the rule
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise _TooLarge(f"{image.width} x {image.height} pixels")
     return image

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.atomic import write_atomic
@@ -146,7 +146,7 @@ class Manifest:
             raise InputError(f"the manifest cannot be read ({error.strerror})", where=where, way_out=again) from error
         except UnicodeDecodeError as error:
             raise InputError(f"is not UTF-8 (byte {error.start})", where=where, way_out=again) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"is not valid JSON: {error}", where=where, way_out=again) from error
         if not isinstance(record, dict) or "splits" not in record or "digest" not in record:
             raise InputError("is no manifest (no 'splits' or 'digest')", where=where, way_out=again)
@@ -168,6 +168,7 @@ class Manifest:
                 replaced=tuple(record["replaced"]),
                 prompt=record.get("prompt", "papers"),
             )
+            _verify_paths(manifest, where)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"a field is missing or misnamed ({error})", where=where, way_out=again) from error
         if record.get("sizes") != manifest.sizes:
@@ -182,6 +183,17 @@ class Manifest:
                 way_out=again,
             )
         return manifest
+
+
+def _verify_paths(manifest: Manifest, where: str) -> None:
+    """Refuse a path that leads out of the data root: a manifest is a file that people hand to each other."""
+    images = {image.path for samples in manifest.splits.values() for sample in samples for image in sample.images}
+    for path in sorted(images | {source.path for source in manifest.sources}):
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path:
+            raise InputError(
+                f"the path {path!r} leads out of the data root", where=where, way_out="Draw the manifest here, by the subsample stage",
+            )
 
 
 def _canonical(value: object) -> bytes:

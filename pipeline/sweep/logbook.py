@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,20 @@ class Logbook:
                 self.tracker.tag(run_id, {"packed": done["packed"]})
             self.tracker.close(run_id, ENDS[done["status"]], done.get("error"))
         return run_id
+
+    def record_done(self, keys: Collection[str]) -> None:
+        """Record trials that the store has done; those whose run says so already are passed over, a thousand at a look.
+
+        A run ends as the last of what `record` does. KILLED is passed over by nobody: a crash ends a run so too.
+        """
+        known: dict[str, tuple[str, str]] = {}
+        for study, parent in self.parents.items():
+            known |= self.tracker.ended_trials(study, parent)
+        for key in sorted(keys):
+            done = self.store.done(key) or {}
+            ended = (ENDS.get(done.get("status", "")), done.get("adapter_digest", ""))
+            if ended[0] == KILLED or known.get(key) != ended:
+                self.record(key)
 
     def _open(self, key: str) -> str:
         if key not in self._runs:

@@ -123,9 +123,7 @@ def _sweep(
     logbook = Logbook(spooled, store, plan, parents, datasets)
     for key in todo:
         store.open(plan.trials[key], tracker.provenance)
-    for key in known:
-        if key not in todo:
-            logbook.record(key)
+    logbook.record_done(known.keys() - set(todo))
     errors: dict[str, str] = {}
     if todo or adaptive:
         started = time.monotonic()

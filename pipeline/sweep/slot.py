@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.config import Sweep
 from pipeline.request import TrialRequest
+from pipeline.sweep.nodes import code_version
 from pipeline.sweep.worker import Worker
 
 Report = dict[str, Any]  # one epoch's metrics with "epoch", "trial_key" and "done"; or {"error": ...}
@@ -64,7 +65,7 @@ class Slot:
         self.pids = [pid for *_, pid in addresses]
         self.near = [pid for host, _, pid in addresses if host == ray.util.get_node_ip_address()]
         host, port, _ = addresses[0]
-        await self._all("connect", host, port, limit=BUILD_SECONDS)
+        await self._all("connect", host, port, code_version(), limit=BUILD_SECONDS)
 
     async def room(self) -> int:
         """Return how many more trials may join those that are admitted."""

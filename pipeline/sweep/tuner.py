@@ -20,21 +20,24 @@ os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: other work on the machine would starve a sweep
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy laptop
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
 from ray import tune
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import Params, Sweep
 from pipeline.errors import InputError, WorkError
 from pipeline.request import Requests
 from pipeline.sweep.dispatcher import Dispatcher
 from pipeline.sweep.driver import PROXY_DIED
+from pipeline.sweep.nodes import check_nodes
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.proxy import TrialProxy
 from pipeline.sweep.schedule import PerCellOptuna, make_scheduler
+from pipeline.sweep.token import ensure_token
 
-PROXY_CPUS = 0.001  # a proxy only waits; the slots hold the processors
+# the dispatcher and the proxies only wait, so they take no processor; on the head, whose loss ends a sweep anyway
+ON_HEAD = {"node:__internal_head__": 0.0001}
 
 
 class Watcher(Protocol):
@@ -90,26 +93,29 @@ def cluster(sweep: Sweep) -> Iterator[None]:
     """Connect to the cluster that `sweep.address` names, or start a private one for the time of the block.
 
     Raises:
-        InputError: no cluster answers at the address.
+        InputError: no cluster answers at the address, or a node of it runs other code.
     """
     if ray.is_initialized():
         yield
         return
+    ensure_token()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if sweep.address is None:
-        # the private one: loopback only, no dashboard
-        options.update(include_dashboard=False, _node_ip_address="127.0.0.1")
+        # the private one, also where another one runs: loopback only, no dashboard
+        options.update(address="local", include_dashboard=False, _node_ip_address="127.0.0.1")
     else:
         options.update(address=sweep.address)
     try:
         ray.init(**options)
-    except ConnectionError as error:
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise InputError(
             f"no Ray cluster answers at '{sweep.address}' ({error})",
             where="sweep.address",
             way_out="Start one with `ray up cluster/cluster.yaml`, or set sweep.address to null",
         ) from None
     try:
+        if sweep.address is not None:
+            check_nodes()
         yield
     finally:
         ray.shutdown()
@@ -136,8 +142,12 @@ def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
     return max(1, min(asked, trials))
 
 
-def run_trials(plan: Plan, keys: list[str], params: Params, watchers: list[Watcher]) -> None:
+def run_trials(
+    plan: Plan, keys: list[str], params: Params, watchers: list[Watcher], actor: Any = Dispatcher
+) -> None:  # fmt: skip
     """Train the trials `keys` (and, under Optuna, the points that it asks for) on the current cluster.
+
+    `actor` is the dispatcher's class; `hificl bench scale` gives one whose slots are simulated.
 
     Returns when every one has ended; which ones failed is in the trial store.
     """
@@ -148,21 +158,21 @@ def run_trials(plan: Plan, keys: list[str], params: Params, watchers: list[Watch
     sizes = {plan.trials[key].world_size for key in keys} or {params.train.world_size}
     for world_size in sorted(sizes):
         mine = [key for key in keys if plan.trials[key].world_size == world_size]
-        _run(plan, mine, adaptive if world_size == max(sizes) else [], params, watchers, world_size)
+        _run(plan, mine, adaptive if world_size == max(sizes) else [], params, watchers, world_size, actor)
 
 
-def _run(plan: Plan, keys: list[str], adaptive: list[Any], params: Params, watchers: list[Watcher], world: int) -> None:
+def _run(
+    plan: Plan, keys: list[str], adaptive: list[Any], params: Params, watchers: list[Watcher], world: int, actor: Any
+) -> None:  # fmt: skip
     slots = count_slots(params.sweep, world, len(keys) + len(adaptive) * params.sweep.num_samples)
     run_ahead = params.sweep.scheduler == "fifo"
     resolve = plan.request if adaptive else Requests({key: plan.request_of(plan.trials[key]) for key in keys})
-    actor: Any = Dispatcher
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # other nodes may leave
-    dispatcher = actor.options(scheduling_strategy=here).remote(
+    dispatcher = actor.options(resources=ON_HEAD).remote(
         resolve, params.sweep, str(plan.places.runs), slots, world, run_ahead
     )
     try:
         ray.get(dispatcher.start.remote())
-        trainable = tune.with_resources(tune.with_parameters(TrialProxy, dispatcher=dispatcher), {"CPU": PROXY_CPUS})
+        trainable = tune.with_resources(tune.with_parameters(TrialProxy, dispatcher=dispatcher), ON_HEAD)
         for space, search in ((keys, None), (adaptive, PerCellOptuna(params, adaptive) if adaptive else None)):
             if not space:
                 continue

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from pipeline.request import TrialRequest
+from pipeline.sweep.nodes import Version, require
 
 
 @ray.remote(max_restarts=0, max_concurrency=2)
@@ -33,8 +34,9 @@ class Worker:
             free.bind((host, 0))
             return host, free.getsockname()[1], os.getpid()
 
-    def connect(self, host: str, port: int) -> None:
-        """Join the slot's process group and load what every trial needs."""
+    def connect(self, host: str, port: int, code: Version) -> None:
+        """Join the slot's process group and load what every trial needs; refuse where the code is not `code`."""
+        require(code)
         os.environ.update(
             RANK=str(self.rank),
             LOCAL_RANK="0",

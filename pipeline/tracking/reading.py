@@ -36,6 +36,15 @@ class Reader(Connection):
         runs = self._search("tags.kind = 'trial'") if keys else []
         return sorted(run.info.run_id for run in runs if run.data.tags.get("trial_key") in keys)
 
+    def ended_trials(self, study: str, parent: str) -> dict[str, tuple[str, str]]:
+        """Return status and adapter digest ("" without one) of a sweep's trials whose runs have ended, by key."""
+        query = f"tags.`mlflow.parentRunId` = '{plain(parent)}' and attributes.status != 'RUNNING'"
+        found = {}
+        for run in self._search(query, [self.experiment(study)]):
+            tags = run.data.tags
+            found[tags.get("trial_key", "")] = (run.info.status, tags.get("adapter_digest", ""))
+        return found
+
     def read_run(self, run_id: str) -> dict[str, Any]:
         """Return a run's own record: `params`, `tags`, `metrics` (last values), `datasets`, `status`, `study`.
 

@@ -140,6 +140,15 @@ class SpooledTracker:
         """See `Tracker.close`."""
         self._do("close", run_id, status=status, error=error)
 
+    def ended_trials(self, study: str, parent: str) -> dict[str, tuple[str, str]]:
+        """See `Tracker.ended_trials`; a store that is away, or behind its spool, says of none that it has ended."""
+        if self.waiting:
+            return {}
+        try:
+            return self.tracker.ended_trials(study, parent)
+        except AWAY:
+            return {}
+
     def close_all(self, status: str) -> None:
         """End every run that is open; with the store away that is left to the next start."""
         if not self.waiting:

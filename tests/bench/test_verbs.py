@@ -14,7 +14,7 @@ import torch
 
 from pipeline.adapters.attention import merge_attention
 from pipeline.backbones.decoder import decoder_of
-from pipeline.bench import attention, decode, evaluate, overhead, pack, reuse, step
+from pipeline.bench import attention, decode, evaluate, overhead, pack, reuse, scale, step
 from pipeline.bench._published import Published, published_attention
 from pipeline.bench._shapes import CPU, DecoderShape, Workload, decoder
 from pipeline.bench._steps import Trained
@@ -196,3 +196,11 @@ def test_overhead() -> None:
         ranks=(1, 2), num_virtual_tokens=(2,), learning_rates=(0.005,), num_train_samples=16, noop_repeats=1
     )
     assert result["ratios"]["sweep_over_bare_loops"] > 0 and result["ratios"]["noop_repro_seconds"] > 0
+
+
+@pytest.mark.e2e
+def test_scale() -> None:
+    result = scale.run(num_trials=60, nodes=4, tune_trials=(4,), measured_runs=4)
+    names = ["decision_ms", "dispatcher_ms_per_trial", "driver_mib", "ledger_kib_per_trial", "sqlite_trial_ms_full",
+             "sqlite_kib_per_trial", "sqlite_resume_seconds", "tune_ms_per_trial_4"]  # fmt: skip
+    check(result, names)

@@ -1,0 +1,153 @@
+"""An MLflow server that asks for a password: what the head of a cluster runs.
+
+    FOLDER/password      the administrator's password, made at the first start
+    FOLDER/session-key   what the server signs its forms with
+    FOLDER/auth.ini      who may do what; users in FOLDER/auth.db
+    FOLDER/artifacts     what runs keep as files
+    FOLDER/server.log
+
+Every file with a secret is for its owner alone (mode 600). Secrets reach the server through files and its
+environment, never through arguments, which every user of the machine can read.
+"""
+
+from __future__ import annotations
+
+import base64
+import configparser
+import os
+import secrets
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pipeline.errors import InputError, WorkError
+from pipeline.progress import say
+from pipeline.tracking import store
+
+USER = "admin"
+START_SECONDS, ANSWER_SECONDS = 300.0, 30.0  # a busy machine imports MLflow for a minute
+
+
+def start(folder: Path, *, host: str, port: int, database: str | None, artifacts: str | None, detach: bool) -> None:
+    """Start the server; with `detach`, return when it answers. One that answers already is left alone.
+
+    Args:
+        folder: where it keeps its things.
+        host: address to listen at.
+        port: to listen at.
+        database: of the runs, without a password (PostgreSQL reads it from ~/.pgpass); None: SQLite in `folder`.
+        artifacts: where files go (a folder or s3://...); None: `folder`/artifacts.
+        detach: leave it running.
+
+    Raises:
+        InputError: an address of all interfaces, a password in the database's address, or a database that is away.
+        WorkError: it does not come up.
+    """
+    address = f"http://{host}:{port}"
+    if host in ("0.0.0.0", "::", ""):  # noqa: S104 - refused here
+        raise InputError(
+            "the server would listen on every interface of the machine", where="--host",
+            way_out="Give 127.0.0.1 and look through an ssh tunnel, or the cluster's own address",
+        )  # fmt: skip
+    folder = folder.expanduser().resolve()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    database = database or os.environ.get("MLFLOW_BACKEND_STORE_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+    if urlsplit(database).password:
+        raise InputError(
+            "has a password in it, which every process of the server would pass on", where="--database",
+            way_out="Leave it out and put HOST:PORT:DATABASE:USER:PASSWORD into ~/.pgpass (mode 600)",
+        )  # fmt: skip
+    password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or _secret(folder / "password", 24)
+    _credentials(password)
+    if _answers(address, password):
+        say(f"MLflow answers at {address} already")
+        return
+    store.probe(database)
+    environment = {
+        **os.environ,
+        "MLFLOW_AUTH_CONFIG_PATH": str(_auth_config(folder)),
+        "MLFLOW_AUTH_ADMIN_USERNAME": USER,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": _secret(folder / "session-key", 32),
+        "MLFLOW_BACKEND_STORE_URI": database,
+        "MLFLOW_ARTIFACTS_DESTINATION": artifacts or str(folder / "artifacts"),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # four more processes, for features that nobody uses here
+    }
+    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--host", host]
+    command += ["--port", str(port), "--workers", "1"]
+    say(f"MLflow on {address}, user {USER}, password in {folder / 'password'}")
+    if not detach:
+        subprocess.run(command, env=environment, cwd=folder, check=False)
+        return
+    with open(os.open(folder / "server.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), "a") as log:
+        server = subprocess.Popen(
+            command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + START_SECONDS
+    while not _answers(address, password):
+        if server.poll() is not None or time.monotonic() > deadline:
+            server.terminate()
+            raise WorkError("the MLflow server did not come up", where=str(folder / "server.log"))
+        time.sleep(0.3)
+
+
+def _secret(path: Path, length: int) -> str:
+    """Return the secret in a file of mode 600, which is made at its first use."""
+    try:
+        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(length))
+    except FileExistsError:
+        path.chmod(0o600)
+    return path.read_text(encoding="ascii").strip()
+
+
+def _credentials(password: str) -> None:
+    """Let MLflow's clients of this user log in, where they have no credentials yet."""
+    path = Path("~/.mlflow/credentials").expanduser()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.exists():
+        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
+            file.write(f"[mlflow]\nmlflow_tracking_username = {USER}\nmlflow_tracking_password = {password}\n")
+
+
+def _auth_config(folder: Path) -> Path:
+    config = configparser.ConfigParser()
+    config["mlflow"] = {
+        "default_permission": "NO_PERMISSIONS",
+        "database_uri": f"sqlite:///{folder / 'auth.db'}",
+        "admin_username": USER,
+        "auth_cache_ttl_seconds": "60",  # a password's hash takes longer than the call it opens
+    }
+    path = folder / "auth.ini"
+    with open(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
+        config.write(file)
+    return path
+
+
+def _answers(address: str, password: str) -> bool:
+    """Whether a server there lets the administrator in.
+
+    Raises:
+        InputError: somebody else answers at the address, or the password is another one.
+    """
+    secret = base64.b64encode(f"{USER}:{password}".encode()).decode()
+    request = urllib.request.Request(  # noqa: S310 - the scheme is written above
+        f"{address}/api/2.0/mlflow/experiments/search?max_results=1", headers={"Authorization": f"Basic {secret}"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS):  # noqa: S310
+            return True
+    except urllib.error.HTTPError as error:
+        if error.code >= 500:
+            return False  # it is about to come up, or another start tells why it does not
+        way_out = "Give another --port, or the password that it was started with (MLFLOW_TRACKING_PASSWORD)"
+        raise InputError(
+            f"somebody answers who does not let us in ({error.code})", where=address, way_out=way_out
+        ) from None
+    except OSError:
+        return False
