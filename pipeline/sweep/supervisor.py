@@ -24,6 +24,7 @@ POLL_SECONDS = 0.5
 SILENT_SECONDS = 120.0  # a driver that gives no sign of life for so long is replaced
 STARTING_SECONDS = 600.0  # until the first one: a cluster starts, on a busy machine
 ENDING_SECONDS = 6.0
+REAPING = 10
 MARK = "HIFICL_SWEEP"  # in the environment of all processes of one driver
 
 
@@ -99,9 +100,14 @@ class Driver:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        for process in marked(self.mark):
-            with suppress(psutil.Error):
-                process.kill()
+        for _ in range(REAPING):  # what is killed may have started another in between
+            left = marked(self.mark)
+            for process in left:
+                with suppress(psutil.Error):
+                    process.kill()
+            if not left:
+                return
+            time.sleep(POLL_SECONDS / 5)
 
 
 def marked(mark: str) -> list[psutil.Process]:
@@ -109,7 +115,7 @@ def marked(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == mark:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
                 found.append(process)
         except psutil.Error:
             continue
