@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -10,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import WorkError
+
+# how safetensors and torch.save say that a write failed, which they raise as no OSError
+WRITERS = ("No space left on device", "PytorchStreamWriter failed")
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -80,6 +84,10 @@ def folder_atomic(target: Path) -> Iterator[Path]:
         sync_folder(target.parent)
     except OSError as error:
         raise disk_error(error, target) from error
+    except Exception as error:
+        if not any(words in str(error) for words in WRITERS):
+            raise
+        raise disk_error(OSError(errno.ENOSPC, str(error)), target) from error
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)

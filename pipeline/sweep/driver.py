@@ -26,6 +26,8 @@ SILENT_SECONDS = 60.0  # a cluster that does not answer for so long is lost
 ENDING_SECONDS = 4.0  # after which an ordered end is given up
 STOP = "stop"
 PROXY_DIED = "the process that waits for it died"  # the trial itself may be well
+MARK = "HIFICL_SWEEP"  # in the environment of all processes of one driver
+REAPING = 10  # passes: what is killed may have started another in between
 CLUSTER = ("gcs_server", "raylet")
 
 
@@ -79,7 +81,7 @@ def main(pipe: Connection) -> None:
         traceback.print_exc()
         relay.send("lost", f"{type(error).__name__}: {error}")
     with suppress(KeyboardInterrupt):
-        _kill_children()
+        reap(os.environ[MARK])
     os._exit(0)  # nothing is left to do, and Python's own way out takes a second
 
 
@@ -89,7 +91,7 @@ def _end_with_supervisor(pipe: Connection) -> None:
         pipe.recv()
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(ENDING_SECONDS)
-    _kill_children()
+    reap(os.environ[MARK])
     os._exit(1)
 
 
@@ -118,7 +120,7 @@ def _watched(relay: Relay) -> Iterator[None]:
             if dead or time.monotonic() - heard > SILENT_SECONDS:
                 why = f"Ray's {dead[0]} died" if dead else f"Ray did not answer for {SILENT_SECONDS:.0f} s"
                 relay.send("lost", why)
-                _kill_children()
+                reap(os.environ[MARK])
                 os._exit(1)
             relay.send("alive")
 
@@ -137,12 +139,28 @@ def _alive(process: psutil.Process) -> bool:
         return False
 
 
-def _kill_children() -> None:
-    for child in psutil.Process().children(recursive=True):
+def marked(mark: str) -> list[psutil.Process]:
+    """Return the processes whose environment has the mark."""
+    found = []
+    for process in psutil.process_iter():
         try:
-            child.kill()
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+                found.append(process)
         except psutil.Error:
             continue
+    return found
+
+
+def reap(mark: str) -> None:
+    """Kill every process with the mark but this one, agents that have lost their parent included."""
+    for _ in range(REAPING):
+        left = [process for process in marked(mark) if process.pid != os.getpid()]
+        for process in left:
+            with suppress(psutil.Error):
+                process.kill()
+        if not left:
+            return
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,9 @@ import uuid
 from contextlib import suppress
 from typing import Any
 
-import psutil
-
 from pipeline.config import Params
 from pipeline.errors import InputError, WorkError
-from pipeline.sweep.driver import PROXY_DIED, STOP
+from pipeline.sweep.driver import MARK, PROXY_DIED, STOP, reap
 from pipeline.sweep.journal import Journal
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
@@ -24,7 +22,6 @@ POLL_SECONDS = 0.5
 SILENT_SECONDS = 120.0  # a driver that gives no sign of life for so long is replaced
 STARTING_SECONDS = 600.0  # until the first one: a cluster starts, on a busy machine
 ENDING_SECONDS = 6.0
-MARK = "HIFICL_SWEEP"  # in the environment of all processes of one driver
 
 
 class Lost(Exception):
@@ -99,21 +96,7 @@ class Driver:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        for process in marked(self.mark):
-            with suppress(psutil.Error):
-                process.kill()
-
-
-def marked(mark: str) -> list[psutil.Process]:
-    """Return the processes whose environment has the mark."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == mark:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+        reap(self.mark)
 
 
 def train(

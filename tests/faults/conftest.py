@@ -83,7 +83,7 @@ def fault(request):
         rows[kind] = {"injected": injected, "happens": happens, "trains_again_seconds": again, "gone_seconds": gone}
 
     yield note
-    if request.node.outcome.passed:
+    if getattr(request.node, "outcome", None) is not None and request.node.outcome.passed:
         for row in rows.values():
             row["test_seconds"] = round(time.monotonic() - started, 1)
         _rows.update(rows)

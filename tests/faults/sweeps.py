@@ -140,8 +140,10 @@ class Sweep(Project):
         return time.time()
 
     def clean_up(self) -> None:
-        for process in marked(self.mark):
-            process.kill()
+        while left := self.processes():
+            for process in left:
+                process.kill()
+            time.sleep(0.1)
 
 
 def marked(mark: str) -> Iterator[psutil.Process]:

@@ -16,10 +16,9 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 
 def test_no_memory(sweep, reference, fault):
-    """The worker's address space may not grow any more (RLIMIT_AS): its next allocation fails."""
+    """The worker's address space may not grow any more (RLIMIT_AS) while it loads what it trains."""
     sweep.begin()
-    sweep.midway()
-    (worker,) = sweep.workers()
+    (worker,) = sweep.until(sweep.workers, "the first worker")
     limited = time.time()
     resource.prlimit(worker, resource.RLIMIT_AS, (psutil.Process(worker).memory_info().vms,) * 2)
     assert sweep.ended() == 0, sweep.log
