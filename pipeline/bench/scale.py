@@ -26,6 +26,7 @@ from pipeline.sweep.logbook import Logbook
 from pipeline.sweep.plan import Places, Plan
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import FINISHED, Tracker
+from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import TrialConfig
 
 PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
@@ -222,7 +223,7 @@ def _track(place: tuple[str, str], plan: Plan, where: Path, measured: int, found
     _file(found, f"{name}_trial_ms_full", [1000 * one for one in full])
     again = Tracker(uri, where)
     parent = again.open_sweep(study, tags={"sweep_key": "scale"}, description="")
-    logbook = Logbook(again, store, plan, {study: parent}, {})
+    logbook = Logbook(_spooled(again, plan), store, plan, {study: parent}, {})
     start = time.perf_counter()
     for key in keys[: measured // 2]:
         logbook.record(key)
@@ -234,9 +235,13 @@ def _track(place: tuple[str, str], plan: Plan, where: Path, measured: int, found
         one.close(parent, FINISHED)
 
 
+def _spooled(tracker: Tracker, plan: Plan) -> SpooledTracker:
+    return SpooledTracker(tracker, plan.places.runs / ".spool")
+
+
 def _log(tracker: Tracker, store: TrialStore, plan: Plan, parents: dict[str, str], keys: list[str]) -> list[float]:
     """Return the seconds that each trial's calls take, from its start to its end."""
-    logbook = Logbook(tracker, store, plan, parents, {})
+    logbook = Logbook(_spooled(tracker, plan), store, plan, parents, {})
     seconds = []
     for key in keys:
         start = time.perf_counter()
