@@ -34,7 +34,7 @@ METRICS = ("train_loss", "ground_truth_loss", "alignment_loss", "selection_score
 
 
 def run(
-    device: str = "cpu", *, num_trials: int = 5000, nodes: int = 64, tune_trials: Sequence[int] = (20, 60),
+    device: str = "cpu", *, num_trials: int = 5000, nodes: int = 64, tune_trials: Sequence[int] = (100, 400),
     measured_runs: int = 20,
 ) -> dict[str, Any]:  # fmt: skip
     """Put `num_trials` trials through what a sweep's head does, on `nodes` slots whose work takes no time.
