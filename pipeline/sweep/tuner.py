@@ -24,6 +24,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
 from ray import tune
+from ray._private import ray_constants
 
 from pipeline.config import Params, Sweep
 from pipeline.errors import InputError, WorkError
@@ -102,7 +103,8 @@ def cluster(sweep: Sweep) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if sweep.address is None:
         # the private one, also where another one runs: loopback only, no dashboard
-        options.update(address="local", include_dashboard=False, _node_ip_address="127.0.0.1")
+        options.update(address="local", include_dashboard=False)
+        _stay_on_loopback()
     else:
         options.update(address=sweep.address)
     try:
@@ -119,6 +121,15 @@ def cluster(sweep: Sweep) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _stay_on_loopback() -> None:
+    """Let Ray bind to 127.0.0.1, as it does by default on macOS and Windows.
+
+    `_node_ip_address="127.0.0.1"` does not: Ray takes the machine's outer address in its place and listens everywhere.
+    """
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes that it starts
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
