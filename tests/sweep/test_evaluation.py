@@ -14,11 +14,11 @@ def test_what_a_score_left_out_is_said_once(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluators, "score_all", lambda params, jobs: iter([*done, ("c", chair)]))
     monkeypatch.setattr(evaluation, "say", said.append)
     plan = SimpleNamespace(request_of=lambda config: config, places=SimpleNamespace(runs=tmp_path))
-    tracker = SimpleNamespace(
+    store = SimpleNamespace(
         find_run=lambda trial: f"run of {trial}",
-        log_evaluation=lambda run, scores, path: logged.update({run: scores}),
         provenance={"commit": "0", "dirty": False},
     )
+    tracker = SimpleNamespace(tracker=store, log_evaluation=lambda run, scores, path: logged.update({run: scores}))
     for trial in ("t1", "t2", "t3"):
         (tmp_path / trial / "adapter").mkdir(parents=True)
     assert not list(evaluation._score(None, plan, [], tmp_path, tracker))
