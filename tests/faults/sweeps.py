@@ -104,7 +104,9 @@ class Sweep(Project):
 
     def remember(self) -> None:
         """Note when each finished trial was finished: none may be touched again."""
-        self.seen_done = {path.parent.name: path.stat().st_mtime_ns for path in self.runs.glob("*/done.json")}
+        ends = self.ends()
+        done = {path.parent.name: path.stat().st_mtime_ns for path in self.runs.glob("*/done.json")}
+        self.seen_done = {key: at for key, at in done.items() if ends.get(key, {}).get("status") == "finished"}
 
     # -- what is there -------------------------------------------------------------------------------------------------
 

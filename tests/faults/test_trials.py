@@ -79,7 +79,6 @@ def test_a_trial_that_keeps_failing(sweep, reference, fault):
     states = {**dict.fromkeys(ends, "FINISHED"), key: "FAILED"}
     assert mlflow_problems(sweep.folder / "mlflow.db", states) == []
     sweep.remember()
-    del sweep.seen_done[key]
     sweep.again()
     survived(sweep, reference)
     fault("failing")
