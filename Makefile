@@ -32,14 +32,14 @@ repro-real: setup  ## every stage on official files: make repro-real DATA=folder
 	cd work/real-check && .venv/bin/dvc repro && .venv/bin/hificl where
 
 test: setup      ## the test suite, two workers side by side
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 TABLE ?=
 test-faults: setup  ## every kind of fault, injected into a real sweep; TABLE=docs/faults.md keeps what was seen
 	HIFICL_FAULTS_TABLE=$(TABLE) $(BIN)/python -m pytest -m faults tests/faults
 
 test-cluster: setup  ## a cluster of network namespaces: ray up, a sweep with a node lost, ray down (needs root)
-	$(BIN)/python -m pytest tests/cluster -rs
+	$(BIN)/python -m pytest -m cluster tests/cluster -rs
 
 check: setup     ## what CI runs beside the tests
 	$(BIN)/ruff check .

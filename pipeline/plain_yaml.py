@@ -23,7 +23,10 @@ def read(text: str, where: str) -> Any:
     """
     if len(text) > MAX_CHARACTERS:
         raise InputError(f"has {len(text)} characters, more than {MAX_CHARACTERS}", where=where)
-    loader = yaml.SafeLoader(text)
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"not readable as YAML: {error}", where=where) from None
     try:
         node = loader.get_single_node()
         if node is None:

@@ -21,16 +21,24 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Under `pytest -n`, a file's tests stay with one worker, and so do all that use the project that has run once.
+# These take longest, and most of them share the project that has run once, so one worker has them all.
+SHARING = (
+    "tests/docs/", "tests/e2e/test_lineage.py", "tests/e2e/test_pipeline.py", "tests/tracking/test_models.py",
+    "tests/tracking/test_ui.py",
+)  # fmt: skip
 
-    These take longest, so they begin.
-    """
-    for item in items:
-        group = "project" if "project" in item.fixturenames else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: "project" not in item.fixturenames)
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Under `pytest -n`, keep a file's tests with one worker, and so those of all files in `SHARING`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::", 1)[0]
+            return "the project" if path.startswith(SHARING) else path
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 import ray
@@ -88,14 +88,15 @@ def cluster(sweep: Sweep) -> Iterator[None]:
         return
     ensure_token()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if sweep.address is None:
-        # the private one, also where another one runs: loopback only, no dashboard
+    private = sweep.address is None
+    if private:
+        # also where another one runs; without a dashboard
         options.update(address="local", include_dashboard=False)
-        _stay_on_loopback()
     else:
         options.update(address=sweep.address)
     try:
-        ray.init(**options)
+        with _on_loopback() if private else nullcontext():
+            ray.init(**options)
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise InputError(
             f"no Ray cluster answers at '{sweep.address}' ({error})",
@@ -110,13 +111,23 @@ def cluster(sweep: Sweep) -> Iterator[None]:
         ray.shutdown()
 
 
-def _stay_on_loopback() -> None:
-    """Let Ray bind to 127.0.0.1, as it does by default on macOS and Windows.
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let Ray bind to 127.0.0.1 while it starts, as it does by default on macOS and Windows.
 
     `_node_ip_address="127.0.0.1"` does not: Ray takes the machine's outer address in its place and listens everywhere.
     """
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes that it starts
-    ray_constants.ENABLE_RAY_CLUSTER = False
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # the first for the processes that Ray starts
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before[0]
 
 
 def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
