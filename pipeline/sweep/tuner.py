@@ -88,32 +88,31 @@ def cluster(sweep: Sweep) -> Iterator[None]:
         return
     ensure_token()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    private = sweep.address is None
-    if private:
+    if sweep.address is None:
         # also where another one runs; without a dashboard
         options.update(address="local", include_dashboard=False)
     else:
         options.update(address=sweep.address)
-    try:
-        with _on_loopback() if private else nullcontext():
+    with nullcontext() if sweep.address else _on_loopback():
+        try:
             ray.init(**options)
-    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-        raise InputError(
-            f"no Ray cluster answers at '{sweep.address}' ({error})",
-            where="sweep.address",
-            way_out="Start one with `ray up cluster/cluster.yaml`, or set sweep.address to null",
-        ) from None
-    try:
-        if sweep.address is not None:
-            check_nodes()
-        yield
-    finally:
-        ray.shutdown()
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise InputError(
+                f"no Ray cluster answers at '{sweep.address}' ({error})",
+                where="sweep.address",
+                way_out="Start one with `ray up cluster/cluster.yaml`, or set sweep.address to null",
+            ) from None
+        try:
+            if sweep.address is not None:
+                check_nodes()
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Let Ray bind to 127.0.0.1 while it starts, as it does by default on macOS and Windows.
+    """Let Ray bind to 127.0.0.1 inside the block, as it does by default on macOS and Windows.
 
     `_node_ip_address="127.0.0.1"` does not: Ray takes the machine's outer address in its place and listens everywhere.
     """
