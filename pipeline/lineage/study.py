@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from pipeline import report
 from pipeline.config import Params
-from pipeline.errors import InputError, nearest
+from pipeline.errors import InputError, WorkError, nearest
 from pipeline.report import tracked
 from pipeline.sweep.evaluation import evaluate
-from pipeline.sweep.run import sweep
+from pipeline.sweep.run import places, sweep
 
 
 def run(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
@@ -26,6 +28,7 @@ def run(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
     for name in studies:
         if name not in params.studies:
             raise InputError(f"unknown study '{name}'", way_out=nearest(name, params.studies))
+    _draw_samples(params, root)
     sweep(params, studies, root)
     evaluate(params, studies, root)
     evaluations, out = root / "evaluations", root / "reports"
@@ -34,3 +37,13 @@ def run(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
     page = report.write_index(params, evaluations, out)
     tracked.log(params, evaluations, root)
     return {"page": str(page), "studies": {name: [f"{out / name}.{end}" for end in ("md", "csv")] for name in studies}}
+
+
+def _draw_samples(params: Params, root: Path) -> None:
+    """Let DVC draw the samples that are not there yet: on a fresh clone a study is one command too."""
+    missing = [task for task in params.run.tasks if not places(root).manifest(task).is_file()]
+    if not missing or not (root / ".dvc").is_dir():
+        return
+    stages = [f"subsample@{task}" for task in missing]
+    if subprocess.run([sys.executable, "-m", "dvc", "repro", *stages], cwd=root, check=False).returncode:
+        raise WorkError(f"`dvc repro {' '.join(stages)}` failed", where=str(root))
