@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import BackboneSource
-from pipeline.trial import TrialConfig
+from pipeline.trial import Kind, TrialConfig
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class TrialRequest:
         source: where the backbone's weights lie.
         cache: folder of the visual-token cache, absolute; None: memory only.
         pack_key: trials with the same key can share one forward pass; None: this one trains alone.
+        teacher_key: trials with the same key have the same teacher's pass; None: it has no teacher.
+        kinds: of targets that the sweep's trials with the same teacher's pass are compared with.
     """
 
     config: TrialConfig
@@ -28,6 +30,8 @@ class TrialRequest:
     source: BackboneSource
     cache: str | None = None
     pack_key: str | None = None
+    teacher_key: str | None = None
+    kinds: tuple[Kind, ...] = ()
 
     @property
     def key(self) -> str:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import InputError, nearest
+from pipeline.trial import Kind
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Facts:
     learning_rate: float = 5e-3
     trains_vision: bool = False
     packable: bool = True
+
+    @property
+    def kind(self) -> Kind | None:
+        """What a teacher's pass has to give; None without a teacher."""
+        return None if self.teacher is None else (self.teacher, self.alignment if self.teacher == "hidden" else "")
 
     def aligned(self) -> Facts:
         """Return the same with MimIC's loss: alignment of hidden states + 0.5 cross-entropy (Sec. 3.2, lambda)."""

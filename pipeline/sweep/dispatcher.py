@@ -136,7 +136,7 @@ class Dispatcher:
                 await self._wanted()
                 if not slot.workers and not await self._built(slot):
                     continue
-                mine = self._first()
+                mine = self._first(slot)
                 while mine:
                     await self._round(slot, mine)
             except SlotLost as lost:
@@ -154,14 +154,25 @@ class Dispatcher:
             self.queued.clear()
             await self.queued.wait()
 
-    def _first(self) -> list[_Trial]:
-        """Take the next trial from the queue; nothing if another slot was quicker."""
+    def _first(self, slot: Slot) -> list[_Trial]:
+        """Take the next trial for a slot from the queue; nothing if another slot was quicker."""
         while self.queue:
-            trial = self.queue.pop(0)
+            trial = self._fitting(slot)
+            self.queue.remove(trial)
             if not trial.stopped:
+                slot.teacher = trial.request.teacher_key or slot.teacher
                 return [trial]
             self._stopped(trial)
         return []
+
+    def _fitting(self, slot: Slot) -> _Trial:
+        """Return one whose teacher's targets the slot has in memory, or that no other slot has; or the first."""
+        if self.queue[0].attempts:  # it was lost, and has waited long enough
+            return self.queue[0]
+        others = {other.teacher for other in self.slots if other is not slot} - {None}
+        mine = (t for t in self.queue if t.request.teacher_key is not None and t.request.teacher_key == slot.teacher)
+        free = (t for t in self.queue if t.request.teacher_key not in others)
+        return next(mine, None) or next(free, self.queue[0])
 
     def _stopped(self, trial: _Trial) -> None:
         self._finish(trial, {"status": "stopped", "epochs": len(trial.reports)})

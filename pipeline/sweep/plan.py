@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pipeline.config import Params
 from pipeline.request import TrialRequest
 from pipeline.sweep.space import Cell, points
 from pipeline.sweep.store import TrialStore
-from pipeline.trial import TrialConfig, canonical, engine_packs
+from pipeline.trial import KEY_LENGTH, Kind, TrialConfig, canonical, digest, engine_packs
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,25 @@ class Plan:
             source=self.params.backbone_source(config.backbone),
             cache=str(self.places.cache) if self.places.cache else None,
             pack_key=pack_key(config),
+            teacher_key=teacher_key(config),
+            kinds=self._kinds.get(teacher_key(config) or "", ()),
         )
 
+    @cached_property
+    def _kinds(self) -> dict[str, tuple[Kind, ...]]:
+        """The kinds of targets that are asked for of each teacher's pass."""
+        found: dict[str, set[Kind]] = {}
+        for config in self.trials.values():
+            kind = methods.facts_of(config.method, config.options).kind if config.trained else None
+            if kind is not None:
+                found.setdefault(teacher_key(config) or "", set()).add(kind)
+        return {key: tuple(sorted(kinds)) for key, kinds in found.items()}
+
     def open_keys(self, store: TrialStore) -> list[str]:
-        """Return the keys of trained trials that are not done, those of one backbone together."""
+        """Return the keys of trained trials that are not done, those of one backbone, and of one teacher, together."""
         todo = [key for key, config in self.trials.items() if config.trained and not store.finished(key)]
-        return sorted(todo, key=lambda key: (self.trials[key].backbone, self.trials[key].task))
+        order = {key: (config.backbone, config.task, teacher_key(config) or "") for key, config in self.trials.items()}
+        return sorted(todo, key=lambda key: order[key])
 
 
 def pack_key(config: TrialConfig) -> str | None:
@@ -80,6 +94,15 @@ def pack_key(config: TrialConfig) -> str | None:
         return None
     shared = [config.backbone, config.backbone_digest, config.precision, config.engine, config.zero_stage]
     return canonical([*shared, config.world_size, facts.trains_vision])
+
+
+def teacher_key(config: TrialConfig) -> str | None:
+    """Return what is equal for trials whose teacher sees the same micro-batches behind the same demonstrations."""
+    if not config.trained or methods.facts_of(config.method, config.options).kind is None:
+        return None
+    draws = [config.manifest_digest, config.num_train_samples, config.num_shots, config.seed, config.demonstration_draw]
+    batches = [config.micro_batch_size, config.accumulation, config.world_size]
+    return digest([config.backbone, config.backbone_digest, config.precision, *draws, *batches])[:KEY_LENGTH]
 
 
 def make_plan(params: Params, cells: Iterable[Cell], places: Places) -> Plan:

@@ -19,13 +19,16 @@ from pipeline.request import Requests
 from pipeline.sweep.dispatcher import Dispatcher
 from pipeline.sweep.driver import PROXY_DIED
 from pipeline.sweep.nodes import check_nodes
+from pipeline.sweep.order import in_lanes
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.proxy import TrialProxy
 from pipeline.sweep.schedule import PerCellOptuna, make_scheduler
 from pipeline.sweep.token import ensure_token
+from pipeline.trial import MOST_PACKED
 
 # the dispatcher and the proxies only wait, so they take no processor; on the head, whose loss ends a sweep anyway
 ON_HEAD = {"node:__internal_head__": 0.0001}
+MOST_WAITING = 4  # trials that wait ready, at most one a slot: no slot idles, and a slot has a choice
 
 
 class Watcher(Protocol):
@@ -150,6 +153,11 @@ def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
     return max(1, min(asked, trials))
 
 
+def most_together(sweep: Sweep) -> int:
+    """Return how many trials a slot may have at once."""
+    return MOST_PACKED["cuda" if sweep.gpus_per_worker else "cpu"] if sweep.pack == "auto" else sweep.pack
+
+
 def run_trials(
     plan: Plan, keys: list[str], params: Params, watchers: list[Watcher], actor: Any = Dispatcher
 ) -> None:  # fmt: skip
@@ -187,10 +195,10 @@ def _run(
             samples = len(adaptive) * params.sweep.num_samples if search else 1
             tuner = tune.Tuner(
                 trainable,
-                param_space=None if search else {"trial": tune.grid_search(list(keys))},
+                param_space=None if search else {"trial": tune.grid_search(in_lanes(plan, keys, slots))},
                 tune_config=tune.TuneConfig(
                     scheduler=make_scheduler(params, plan), search_alg=search, num_samples=samples,
-                    max_concurrent_trials=slots + 1,  # one waits ready, so that no slot idles between trials
+                    max_concurrent_trials=slots * most_together(params.sweep) + min(slots, MOST_WAITING),
                     reuse_actors=True,
                 ),
                 run_config=tune.RunConfig(

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-MOST = {"cuda": 8, "cpu": 4}  # measured: beyond these a CPU gains nothing, and Tune keeps a process for every trial
+from pipeline.trial import MOST_PACKED
+
 PAYS = 1.05  # a larger pack must train this much faster, in samples per second, than the one of half its size
 FILL = 0.9  # of the device's memory
 STEPS = 4  # fewer say too little
@@ -36,7 +37,7 @@ class Capacity:
 
     def best(self) -> int:
         """Return how many trials to train together: the next size to try, or the one that it has settled on."""
-        size, most = 1, MOST["cuda" if self.device != "cpu" else "cpu"]
+        size, most = 1, MOST_PACKED["cuda" if self.device != "cpu" else "cpu"]
         while size < most and size in self.rates:
             if 2 * size in self.rates and self.rates[2 * size] < PAYS * self.rates[size]:
                 return size

@@ -20,10 +20,9 @@ from pipeline.errors import InputError
 from pipeline.tasks import tasks
 from pipeline.train.recent import Recent
 from pipeline.train.visual_tokens import VisualTokens
-from pipeline.trial import TrialConfig
+from pipeline.trial import Kind, TrialConfig
 
-Kind = tuple[str, str]  # of a teacher's target: "hidden" and the point where states are taken, or "logits" and ""
-TEACHER_BYTES = 1 << 29  # of a teacher's targets: computed ahead, and kept for trials with the same demonstrations
+TEACHER_BYTES = 1 << 30  # of a teacher's targets: computed ahead, and kept for trials with the same demonstrations
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,10 @@ class Resident:
             )  # fmt: skip
         self.device = device
         self.visual = VisualTokens(self.loaded, cache)
-        self.targets: Recent[tuple, Target] = Recent(TEACHER_BYTES, lambda target: target.bytes)
-        self.kinds: set[Kind] = set()  # of target that the trials in training now are compared with
+        # by micro-batch: whoever finds one finds it whole, made in a pass of the same shape, so that a trial's numbers
+        # do not depend on the trials that were here before it
+        self.targets: Recent[tuple, list[Target]] = Recent(TEACHER_BYTES, lambda made: sum(one.bytes for one in made))
+        self.kinds: set[Kind] = set()  # of target that are made in one pass: those that are asked for soon
         self._manifests: dict[Path, Manifest] = {}
         self._encoded: dict[tuple[str, str, int | str], Encoded] = {}
 

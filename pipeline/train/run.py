@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from pipeline.train.optim import cosine_with_warmup, steps_per_epoch
 from pipeline.train.order import batches, share_of
 from pipeline.train.resident import Resident, Target
 from pipeline.train.teacher import Teacher
-from pipeline.trial import TrialConfig
+from pipeline.trial import Kind, TrialConfig
 
 Report = dict[str, Any]
 
@@ -67,9 +68,12 @@ class TrialRun:
         folder: its folder in the store.
         resident: the backbone.
         manifest: the task's samples.
+        kinds: of teacher's targets that trials with the same demonstrations will ask for, here or later.
     """
 
-    def __init__(self, config: TrialConfig, folder: Path, resident: Resident, manifest: Manifest) -> None:
+    def __init__(
+        self, config: TrialConfig, folder: Path, resident: Resident, manifest: Manifest, kinds: Collection[Kind] = ()
+    ) -> None:
         self.config, self.folder, self.resident, self.manifest = config, folder, resident, manifest
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.world != config.world_size:
@@ -86,6 +90,7 @@ class TrialRun:
         model = resident.loaded.model
         self.adapter = adapters.create(config.method, model, seed=config.seed, **config.options)
         self.adapter.to(resident.device)
+        self.kinds: set[Kind] = set(kinds) if self.facts.kind is None else {*kinds, self.facts.kind}
         self.teacher = (
             Teacher(
                 resident, manifest, self.samples, config.num_shots, config.seed, self.facts,

@@ -16,7 +16,8 @@ from pipeline.data.prompt import Encoded, draw_demos
 from pipeline.data.sample import Sample
 from pipeline.errors import WorkError
 from pipeline.train.loss import logits_at, shifted
-from pipeline.train.resident import Kind, Resident, Target
+from pipeline.train.resident import Resident, Target
+from pipeline.trial import Kind
 
 
 @contextmanager
@@ -58,8 +59,7 @@ class Teacher:
         self.ids = list(self.pool)
         self.replacement = replacement
         self.spec = decoder_of(resident.loaded.model)
-        self.kind: Kind = (facts.teacher or "", facts.alignment if facts.teacher == "hidden" else "")
-        # what decides a target besides its kind, epoch and sample
+        # what decides a target besides its kind, epoch and micro-batch
         self.draws = (manifest.digest, len(self.ids), num_shots, seed, replacement)
 
     def demonstrations(self, sample: Sample, epoch: int) -> list[Sample]:
@@ -70,24 +70,22 @@ class Teacher:
         return [self.pool[i] for i in drawn]
 
     def targets(self, samples: Sequence[Sample], encoded: Sequence[Encoded], epoch: int) -> list[Target]:
-        """Return the targets of samples whose own prompts are `encoded`.
+        """Return the targets of a micro-batch whose own prompts are `encoded`.
 
-        Trials with the same demonstrations share them: whoever comes first computes, for all kinds of target that the
-        trials training together are compared with (`Resident.kinds`).
+        Trials with the same demonstrations and batches share them: whoever comes first computes, for all kinds of
+        target that will be asked for (`Resident.kinds`).
         """
-        known = self.resident.targets
-        keys = [(*self.draws, epoch, sample.sample_id) for sample in samples]
-        found = {i: target for i, key in enumerate(keys) if (target := known.get((key, self.kind))) is not None}
-        missing = [i for i in range(len(keys)) if i not in found]
-        if missing:
-            kinds = {self.kind, *self.resident.kinds}
-            made = self._compute([samples[i] for i in missing], [encoded[i] for i in missing], epoch, kinds)
-            for kind in kinds:
-                for i, target in zip(missing, made[kind], strict=True):
-                    kept = known.put((keys[i], kind), target)
-                    if kind == self.kind:
-                        found[i] = kept
-        return [found[i] for i in range(len(keys))]
+        known, mine = self.resident.targets, self.facts.kind
+        if mine is None:
+            return []
+        key = (*self.draws, epoch, *(sample.sample_id for sample in samples))
+        found = known.get((key, mine))
+        if found is None:
+            made = self._compute(samples, encoded, epoch, {mine, *self.resident.kinds})
+            for kind, targets in made.items():
+                known.put((key, kind), targets)
+            found = made[mine]
+        return found
 
     @torch.no_grad()
     def _compute(

@@ -93,7 +93,7 @@ class Together:
         """Return the next steps' work; a teacher computes their targets while no adapter is attached."""
         window: list[Work] = []
         held = 0
-        self.resident.kinds = {run.teacher.kind for run in self.runs if run.teacher is not None}
+        self.resident.kinds = {kind for run in self.runs for kind in run.kinds}
         while len(window) < most and held <= TEACHER_BYTES:
             work = [(run, run.parts(len(window))) for run in self.runs]
             held += sum(target.bytes for _, parts in work for part in parts for target in part.targets)

@@ -56,7 +56,7 @@ class Workbench:
             self.together = Together(resident, self._count)
         self.evict(request.key)
         manifest = resident.manifest(Path(request.manifest), request.config.manifest_digest)
-        run = TrialRun(request.config, Path(request.folder), resident, manifest)
+        run = TrialRun(request.config, Path(request.folder), resident, manifest, request.kinds)
         self.together.runs.append(run)
         return run.epochs_done
 

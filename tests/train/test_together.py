@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,6 +123,26 @@ def test_trials_share_one_teacher_pass(bench, trial, tmp_path):
     hook.remove()
     # 5 steps of two micro-batches: ten teacher's and ten student's passes; the students of a pack share theirs too
     assert one == four
+
+
+def test_a_teachers_pass_serves_trials_that_come_later_and_changes_nothing(bench, trial, tmp_path):
+    def teacher_passes(request) -> tuple[int, list[dict]]:
+        seen = []
+        hook = bench.together.resident.loaded.model.model.register_forward_hook(lambda *_: seen.append(1))
+        reports = train(bench, [request])[request.key]
+        hook.remove()
+        return len(seen), reports
+
+    mimic, live = (trial(method, tmp_path / method, epochs=1) for method in ("mimic", "live"))
+    kinds = (("hidden", "ffn"), ("logits", ""))
+    train(bench, [trial("mimic", tmp_path / "first", epochs=1)])
+    bench.together.resident.targets.clear()
+    alone, lost_alone = teacher_passes(live)
+    bench.together.resident.targets.clear()
+    train(bench, [replace(mimic, kinds=kinds)])
+    behind, lost_behind = teacher_passes(replace(live, folder=str(tmp_path / "behind")))
+    assert alone - behind == 10  # a pass for each of 5 steps' two micro-batches
+    assert lost_behind[0]["train_loss"] == lost_alone[0]["train_loss"]
 
 
 def test_a_step_cut_in_pieces_is_the_same_step(bench, trial, tmp_path):
