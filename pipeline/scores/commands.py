@@ -16,6 +16,7 @@ from pipeline.scores.files import (
     read_records,
     results_by_id,
     section,
+    shown,
     some,
     text_field,
 )
@@ -144,7 +145,9 @@ def _annotations(path: str, wanted: Mapping[str, str]) -> dict[str, dict[str, An
         where = f"{path}, annotation {number}"
         key = id_field(row, "question_id", where)
         if key in found:
-            raise InputError(f"question_id {key} stands twice", where=where, way_out="Keep one annotation a question")
+            raise InputError(
+                f"question_id {shown(key)} stands twice", where=where, way_out="Keep one annotation a question"
+            )
         if key not in wanted:  # the official file has 20 times the questions that are usually scored
             found[key] = row
             continue
@@ -248,7 +251,7 @@ def _as_in_coco(key: str) -> int | str:
 def _objects(path: str) -> dict[str, set[str]]:
     found = {}
     for key, names in as_object(read_json(path), path).items():
-        where = f"{path}, image {key}"
+        where = f"{path}, image {shown(key)}"
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InputError("an array of object names is expected", where=where, way_out='{"image_id": ["object"]}')
         found[key] = {chair.category(name, where) for name in names}

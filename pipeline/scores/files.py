@@ -128,8 +128,7 @@ def id_field(row: Mapping[str, Any], name: str, where: str) -> str:
             where=where,
             way_out="Correct the record",
         )
-    # in a message an id stands on one line
-    return str(value) if isinstance(value, int) or value.isprintable() else repr(value)
+    return str(value)
 
 
 def _field(row: Mapping[str, Any], name: str, where: str) -> Any:
@@ -154,7 +153,7 @@ def results_by_id(path: str | Path, id_name: str, text_name: str) -> dict[str, s
         where = f"{path}, record {number}"
         key = id_field(row, id_name, where)
         if key in found:
-            raise InputError(f"{id_name} {key} stands twice", where=where, way_out="Keep one result for each id")
+            raise InputError(f"{id_name} {shown(key)} stands twice", where=where, way_out="Keep one result for each id")
         found[key] = text_field(row, text_name, where)
     if not found:
         raise InputError("holds no result", where=str(path), way_out="Give at least one record")
@@ -171,8 +170,13 @@ def group(rows: Iterable[Mapping[str, Any]], key: Callable[[Mapping[str, Any]], 
 
 def some(ids: Sequence[object]) -> str:
     """Return the first few of `ids` and how many there are, for an error message."""
-    shown = ", ".join(map(str, ids[:_SHOWN_IDS]))
-    return f"{len(ids)}: {shown}{', ...' if len(ids) > _SHOWN_IDS else ''}"
+    return f"{len(ids)}: {', '.join(map(shown, ids[:_SHOWN_IDS]))}{', ...' if len(ids) > _SHOWN_IDS else ''}"
+
+
+def shown(one: object) -> str:
+    """Return an id for an error message, which is one line: quoted and escaped where it holds what breaks that."""
+    text = str(one)
+    return text if text.isprintable() else repr(text)
 
 
 def _kind(value: Any) -> str:
