@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.data.files import RecordFile, field, file_digest, find
+from pipeline.data.files import field, file_digest, find
+from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.tasks.base import Entry, Normalise, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids

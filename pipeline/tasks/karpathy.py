@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pipeline.data.files import RecordFile, field, find
+from pipeline.data.files import field, find
+from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError, nearest
 from pipeline.tasks.base import Entry, SampleId, Split, Task

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.files import RecordFile, field, find
+from pipeline.data.files import field, find
 from pipeline.data.parquet import cell_name, rows
+from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.scores.seed_bench import seed_bench_scores
