@@ -192,7 +192,9 @@ def _verify_paths(manifest: Manifest, where: str) -> None:
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path:
             raise InputError(
-                f"the path {path!r} leads out of the data root", where=where, way_out="Draw the manifest here, by the subsample stage",
+                f"the path {path!r} leads out of the data root",
+                where=where,
+                way_out="Draw the manifest here, by the subsample stage",
             )
 
 
