@@ -87,11 +87,8 @@ class Resident:
         path, digest = Path(request.manifest), request.config.manifest_digest
         if path not in self._manifests or self._manifests[path].digest != digest:
             manifest = Manifest.load(path)
-            if manifest.digest != digest:
-                raise InputError(
-                    f"the data changed (digest {manifest.digest[:12]}, the trial has {digest[:12]})",
-                    where=str(path), way_out="Draw the old sample again, or run the sweep again for the new one",
-                )  # fmt: skip
+            way_out = "Draw the old sample again, or run the sweep again for the new one"
+            manifest.check_digest(digest, where=path, way_out=way_out)
             self._manifests[path] = manifest
         return self._manifests[path]
 
