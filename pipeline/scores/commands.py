@@ -12,6 +12,7 @@ from pipeline.scores import chair, mme, mmmu_pro, seed_bench, vqa
 from pipeline.scores.files import (
     as_object,
     id_field,
+    need,
     read_json,
     read_records,
     results_by_id,
@@ -202,13 +203,8 @@ def _captions(path: str) -> dict[str, list[str]]:
 
 
 def _need(predictions: Mapping[str, str], known: Mapping[str, Any], results: str, what: str) -> None:
-    lacking = [key for key in predictions if key not in known]
-    if lacking:
-        raise InputError(
-            f"images without {what} ({some(lacking)})",
-            where=str(results),
-            way_out="Give the annotations of the same split, or drop these images",
-        )
+    way_out = "Give the annotations of the same split, or drop these images"
+    need(predictions, known, what, where=str(results), way_out=way_out)
 
 
 def score_chair(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ line a user can act on and never in a traceback.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -166,6 +166,26 @@ def group(rows: Iterable[Mapping[str, Any]], key: Callable[[Mapping[str, Any]], 
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups
+
+
+def need(
+    wanted: Iterable[object], known: Container[object], what: str, *, where: str | None = None, way_out: str
+) -> None:
+    """Check that every image is known.
+
+    Args:
+        wanted: ids of images.
+        known: ids of those that have what is needed.
+        what: that is, for the message.
+        where: the file that lacks it, or that asks for too much.
+        way_out: what to do.
+
+    Raises:
+        InputError: some are not known; the first few are named.
+    """
+    lacking = [one for one in wanted if one not in known]
+    if lacking:
+        raise InputError(f"images without {what} ({some(lacking)})", where=where, way_out=way_out)
 
 
 def some(ids: Sequence[object]) -> str:
