@@ -16,6 +16,7 @@ from pipeline.data.files import field, find
 from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError, nearest
+from pipeline.scores.files import shown
 from pipeline.tasks.base import Entry, SampleId, Split, Task
 from pipeline.tasks.caption_files import one_line, plain_file_name
 
@@ -63,7 +64,7 @@ class SplitFile:
         for _, _, record in file:
             key = field(record, self.key, (int, str), file.where)
             if key in seen:
-                raise InputError(f"{self.key} {key} stands twice in the file", where=file.where())
+                raise InputError(f"{self.key} {shown(key)} stands twice in the file", where=file.where())
             seen.add(key)
             part = field(record, "split", str, file.where)
             if part in parts:

@@ -64,6 +64,9 @@ def test_seed_bench_errors_are_named(seed_bench):
     content["questions"][4] = content["questions"][3]
     path.write_text(json.dumps(content))
     assert "question_id 101672 stands twice" in failure(seed_bench, "seed-bench")
+    content["questions"][3]["question_id"] = content["questions"][4]["question_id"] = "a\nb"
+    path.write_text(json.dumps(content))
+    assert "question_id 'a\\nb' stands twice" in failure(seed_bench, "seed-bench")
 
 
 def test_mmmu_pro_reads_images_in_the_order_of_their_markers(mmmu, tmp_path):
