@@ -56,8 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     def work() -> None:
         result = args.func(args)
         if result is not None:
-            json.dump(result, sys.stdout, indent=1, ensure_ascii=False, default=str)
-            sys.stdout.write("\n")
+            text = json.dumps(result, indent=1, ensure_ascii=False, default=str)
+            # Half of a surrogate pair, which no terminal takes, becomes the escape that JSON has for it.
+            print(text.encode("utf-8", "backslashreplace").decode())
 
     sys.exit(guarded(work, debug=args.debug))
 

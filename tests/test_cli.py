@@ -50,3 +50,12 @@ def test_help_lists_the_commands():
     assert done.returncode == 0
     for command in ("sweep", "studies", "score", "params", "workspace", "pretrain", "bench", "ui"):
         assert command in done.stdout
+
+
+def test_half_a_letter_of_a_result_file_is_printed_as_json_spells_it(tmp_path):
+    row = {"question_id": "é\ud800", "prediction": "A", "gt_answer": "A"}
+    (tmp_path / "results.jsonl").write_text(json.dumps(row))
+    done = hificl("score", "seed-bench", "--results", str(tmp_path / "results.jsonl"))
+    assert done.returncode == 0, done.stderr
+    assert "é\\ud800" in done.stdout
+    assert json.loads(done.stdout)["rows"][0]["question_id"] == row["question_id"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.bench._timing import Findings, Rounds
-from pipeline.bench._trials import forget_teacher, train, trials
+from pipeline.bench._timing import Findings
+from pipeline.bench._trials import both_ways, train, trials
 from pipeline.train.workbench import Workbench
 
 LABEL = "teacher_shared_over_separate_K{}"
@@ -19,7 +19,6 @@ def measure(device: str, *, num_trials: int = 8, num_samples: int = 32, repeats:
         repeats: rounds.
     """
     found = Findings()
-    seconds: dict[str, list[float]] = {"shared": [], "separate": []}
     with trials(num_samples) as made:
         bench = Workbench(device=device)
 
@@ -28,14 +27,5 @@ def measure(device: str, *, num_trials: int = 8, num_samples: int = 32, repeats:
             return [made.request("mimic", place, {}, learning_rate=rate, weight_decay=0.001) for rate in rates]
 
         train(bench, requests("warm-up")[:1])
-        for _ in range(repeats):
-            alone = []
-            for request in requests("separate"):
-                forget_teacher(bench)
-                alone += train(bench, [request])
-            forget_teacher(bench)
-            together = train(bench, requests("shared"))
-            for name, reports in (("separate", alone), ("shared", together)):
-                seconds[name].append(sum(report["train_seconds"] for report in reports))
-    found.add(LABEL.format(num_trials), Rounds(seconds), "shared", "separate")
+        found.add(LABEL.format(num_trials), both_ways(bench, requests, repeats), "together", "alone")
     return found

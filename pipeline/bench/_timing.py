@@ -12,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -112,7 +112,11 @@ class Findings:
 
     def seconds(self, label: str, rounds: Rounds, name: str) -> None:
         """File the seconds of one callable under `label`."""
-        self.ratios[label], self.spread[label] = rounds.median(name), quartiles(rounds.seconds[name])
+        self.file(label, rounds.seconds[name])
+
+    def file(self, label: str, values: Sequence[float]) -> None:
+        """File the median and the quartiles of some measurements of one thing under `label`."""
+        self.ratios[label], self.spread[label] = statistics.median(values), quartiles(list(values))
 
     def update(self, other: Findings) -> None:
         """Take in what another measurement found."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline import backbones, methods
+from pipeline.bench._timing import Rounds
 from pipeline.config import BackboneSource
 from pipeline.data.subsample import draw
 from pipeline.miniature.world import write_world
@@ -72,7 +73,28 @@ def train(bench: Workbench, requests: list[TrialRequest]) -> list[dict[str, Any]
     return [last[request.key] for request in requests]
 
 
-def forget_teacher(bench: Workbench) -> None:
-    """Drop the teacher's targets, so that what comes next computes its own."""
+def both_ways(bench: Workbench, requests: Callable[[str], list[TrialRequest]], repeats: int) -> Rounds:
+    """Train the same trials one after another (`alone`) and side by side (`together`), in rounds.
+
+    No training finds the teacher's targets that another one computed.
+
+    Args:
+        bench: where.
+        requests: gives the trials, by the name of the place that they are trained in.
+        repeats: rounds.
+    """
+    seconds: dict[str, list[float]] = {"alone": [], "together": []}
+    for _ in range(repeats):
+        one_by_one = [[request] for request in requests("alone")]
+        for way, groups in (("alone", one_by_one), ("together", [requests("together")])):
+            reports = []
+            for group in groups:
+                _forget_teacher(bench)
+                reports += train(bench, group)
+            seconds[way].append(sum(report["train_seconds"] for report in reports))
+    return Rounds(seconds)
+
+
+def _forget_teacher(bench: Workbench) -> None:
     if bench.together is not None:
         bench.together.resident.targets.clear()

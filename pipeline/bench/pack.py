@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from pipeline.bench._main import main
-from pipeline.bench._timing import Findings, Rounds, one_thread, report
-from pipeline.bench._trials import BACKBONE, Trials, train, trials
+from pipeline.bench._timing import Findings, one_thread, report
+from pipeline.bench._trials import BACKBONE, Trials, both_ways, train, trials
+from pipeline.request import TrialRequest
 from pipeline.train.workbench import Workbench
 
 RANKS = (8, 4, 2, 1)
@@ -37,32 +39,23 @@ def run(
         train(bench, [_request(made, 0, "warm-up")])
         for name, step in {"": {}, "_papers_step": {"micro_batch_size": 2, "accumulation": 2}}.items():
             for k in num_trials:
-                _measure(bench, made, k, step, repeats, found, f"packed_over_sequential_K{k}{name}")
-        found.ratios["loss_difference_fp32"] = _difference(bench, made, max(num_trials))
+                rounds = both_ways(bench, partial(_requests, made, k, step), repeats)
+                found.add(f"packed_over_sequential_K{k}{name}", rounds, "alone", "together")
+        found.file("loss_difference_fp32", [_difference(bench, made, max(num_trials))])
         bench = Workbench(device=device)
         bench.resident(_request(made, 0, "double")).loaded.model.double()
-        found.ratios["loss_difference_fp64"] = _difference(bench, made, max(num_trials), double=True)
-    for name in ("loss_difference_fp32", "loss_difference_fp64"):
-        found.spread[name] = [found.ratios[name]] * 2
+        found.file("loss_difference_fp64", [_difference(bench, made, max(num_trials), double=True)])
     sizes = {"num_trials": list(num_trials), "num_samples": num_samples, "repeats": repeats, "backbone": BACKBONE}
     return report(found, device=device, method=run.__doc__, sizes=sizes)
 
 
-def _request(made: Trials, number: int, place: str, **step: Any) -> Any:
+def _request(made: Trials, number: int, place: str, **step: Any) -> TrialRequest:
     options = {"rank": RANKS[number % len(RANKS)]}
     return made.request("hificl", place, options, learning_rate=0.005 * (1 + number / 10), seed=number, **step)
 
 
-def _measure(
-    bench: Workbench, made: Trials, k: int, step: dict[str, int], repeats: int, found: Findings, label: str
-) -> None:
-    seconds: dict[str, list[float]] = {"sequential": [], "packed": []}
-    for _ in range(repeats):
-        alone = [train(bench, [_request(made, i, "alone", **step)])[0] for i in range(k)]
-        together = train(bench, [_request(made, i, "together", **step) for i in range(k)])
-        for name, reports in (("sequential", alone), ("packed", together)):
-            seconds[name].append(sum(report["train_seconds"] for report in reports))
-    found.add(label, Rounds(seconds), "sequential", "packed")
+def _requests(made: Trials, k: int, step: dict[str, int], place: str) -> list[TrialRequest]:
+    return [_request(made, i, place, **step) for i in range(k)]
 
 
 def _difference(bench: Workbench, made: Trials, k: int, *, double: bool = False) -> float:

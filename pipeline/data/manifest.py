@@ -106,6 +106,19 @@ class Manifest:
         if bad:
             raise problems_error(bad, where=f"manifest of {self.task}")
 
+    def check_digest(self, wanted: str, *, where: Path, way_out: str) -> None:
+        """Check that these are the samples that a trial was made from.
+
+        Raises:
+            InputError: they are not; `where` they lie is said, and the `way_out`.
+        """
+        if self.digest != wanted:
+            raise InputError(
+                f"the data changed: digest {self.digest[:12]}, the trial was made from {wanted[:12]}",
+                where=str(where),
+                way_out=way_out,
+            )
+
     def save(self, path: Path) -> None:
         """Write the manifest: JSON, sorted keys, one sample a line; the file appears whole or not at all."""
         write_atomic(Path(path), "".join(self._lines()))
@@ -192,7 +205,9 @@ def _verify_paths(manifest: Manifest, where: str) -> None:
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path:
             raise InputError(
-                f"the path {path!r} leads out of the data root", where=where, way_out="Draw the manifest here, by the subsample stage",
+                f"the path {path!r} leads out of the data root",
+                where=where,
+                way_out="Draw the manifest here, by the subsample stage",
             )
 
 

@@ -121,9 +121,7 @@ def render(
         span = (len(text), len(text) + len(closings[-1]))
         text += closings[-1]
     images = tuple(image for sample in (*demos, query) for image in sample.images)
-    return Rendered(
-        text, images, query_start, span, query.sample_id, len(images) - len(query.images), len(demos)
-    )
+    return Rendered(text, images, query_start, span, query.sample_id, len(images) - len(query.images), len(demos))
 
 
 def _open_turn(template: PromptTemplate, backbone: Backbone, sample: Sample) -> str:

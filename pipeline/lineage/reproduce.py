@@ -69,14 +69,10 @@ def reproduce(
 
 
 def _same_data(record: RunRecord, root: Path) -> Manifest:
-    task, wanted = record.config["task"], record.config["manifest_digest"]
-    path = root / "data/manifests" / task / "manifest.json"
+    path = root / "data/manifests" / record.config["task"] / "manifest.json"
     manifest = Manifest.load(path)
-    if manifest.digest != wanted:
-        raise InputError(
-            f"the data changed: digest {manifest.digest[:12]}, the run was made from {wanted[:12]}",
-            where=str(path), way_out="Put the old params of stage subsample and the old files back and draw again",
-        )  # fmt: skip
+    way_out = "Put the old params of stage subsample and the old files back and draw again"
+    manifest.check_digest(record.config["manifest_digest"], where=path, way_out=way_out)
     manifest.verify_images()
     return manifest
 

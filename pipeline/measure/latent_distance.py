@@ -46,7 +46,7 @@ class LatentDistance(Measure):
         for job in jobs:
             config = job.request.config
             resident = bench.resident(job.request)
-            manifest = resident.manifest(Path(job.request.manifest), config.manifest_digest)
+            manifest = resident.manifest(job.request)
             samples = manifest.splits[job.evaluation.split][: self.num_samples]
             key = (config.backbone_digest, config.manifest_digest, config.num_train_samples, config.seed)
             if key not in targets:

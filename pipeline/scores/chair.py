@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import InputError, nearest
-from pipeline.scores.files import some
+from pipeline.scores.files import need
 from pipeline.scores.singular import singular
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -243,12 +243,8 @@ def chair_scores(
     """
     if not captions:
         raise InputError("there is no caption to score", way_out="Give at least one caption")
-    unknown = [key for key in captions if key not in objects]
-    if unknown:
-        raise InputError(
-            f"images without ground-truth objects ({some(unknown)})",
-            way_out="Give the annotations of the same split, or drop these captions",
-        )
+    way_out = "Give the annotations of the same split, or drop these captions"
+    need(captions, objects, "ground-truth objects", way_out=way_out)
     sentences, found, present = [], 0, 0
     for key, caption in captions.items():
         named, truth = caption_objects(caption, words), set(objects[key])

@@ -12,10 +12,12 @@ from pipeline.scores import chair, mme, mmmu_pro, seed_bench, vqa
 from pipeline.scores.files import (
     as_object,
     id_field,
+    need,
     read_json,
     read_records,
     results_by_id,
     section,
+    shown,
     some,
     text_field,
 )
@@ -144,7 +146,9 @@ def _annotations(path: str, wanted: Mapping[str, str]) -> dict[str, dict[str, An
         where = f"{path}, annotation {number}"
         key = id_field(row, "question_id", where)
         if key in found:
-            raise InputError(f"question_id {key} stands twice", where=where, way_out="Keep one annotation a question")
+            raise InputError(
+                f"question_id {shown(key)} stands twice", where=where, way_out="Keep one annotation a question"
+            )
         if key not in wanted:  # the official file has 20 times the questions that are usually scored
             found[key] = row
             continue
@@ -199,13 +203,8 @@ def _captions(path: str) -> dict[str, list[str]]:
 
 
 def _need(predictions: Mapping[str, str], known: Mapping[str, Any], results: str, what: str) -> None:
-    lacking = [key for key in predictions if key not in known]
-    if lacking:
-        raise InputError(
-            f"images without {what} ({some(lacking)})",
-            where=str(results),
-            way_out="Give the annotations of the same split, or drop these images",
-        )
+    way_out = "Give the annotations of the same split, or drop these images"
+    need(predictions, known, what, where=str(results), way_out=way_out)
 
 
 def score_chair(args: argparse.Namespace) -> dict[str, Any]:
@@ -248,7 +247,7 @@ def _as_in_coco(key: str) -> int | str:
 def _objects(path: str) -> dict[str, set[str]]:
     found = {}
     for key, names in as_object(read_json(path), path).items():
-        where = f"{path}, image {key}"
+        where = f"{path}, image {shown(key)}"
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InputError("an array of object names is expected", where=where, way_out='{"image_id": ["object"]}')
         found[key] = {chair.category(name, where) for name in names}

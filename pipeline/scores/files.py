@@ -7,7 +7,7 @@ line a user can act on and never in a traceback.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,8 +128,7 @@ def id_field(row: Mapping[str, Any], name: str, where: str) -> str:
             where=where,
             way_out="Correct the record",
         )
-    # in a message an id stands on one line
-    return str(value) if isinstance(value, int) or value.isprintable() else repr(value)
+    return str(value)
 
 
 def _field(row: Mapping[str, Any], name: str, where: str) -> Any:
@@ -154,7 +153,7 @@ def results_by_id(path: str | Path, id_name: str, text_name: str) -> dict[str, s
         where = f"{path}, record {number}"
         key = id_field(row, id_name, where)
         if key in found:
-            raise InputError(f"{id_name} {key} stands twice", where=where, way_out="Keep one result for each id")
+            raise InputError(f"{id_name} {shown(key)} stands twice", where=where, way_out="Keep one result for each id")
         found[key] = text_field(row, text_name, where)
     if not found:
         raise InputError("holds no result", where=str(path), way_out="Give at least one record")
@@ -169,10 +168,35 @@ def group(rows: Iterable[Mapping[str, Any]], key: Callable[[Mapping[str, Any]], 
     return groups
 
 
+def need(
+    wanted: Iterable[object], known: Container[object], what: str, *, where: str | None = None, way_out: str
+) -> None:
+    """Check that every image is known.
+
+    Args:
+        wanted: ids of images.
+        known: ids of those that have what is needed.
+        what: that is, for the message.
+        where: the file that lacks it, or that asks for too much.
+        way_out: what to do.
+
+    Raises:
+        InputError: some are not known; the first few are named.
+    """
+    lacking = [one for one in wanted if one not in known]
+    if lacking:
+        raise InputError(f"images without {what} ({some(lacking)})", where=where, way_out=way_out)
+
+
 def some(ids: Sequence[object]) -> str:
     """Return the first few of `ids` and how many there are, for an error message."""
-    shown = ", ".join(map(str, ids[:_SHOWN_IDS]))
-    return f"{len(ids)}: {shown}{', ...' if len(ids) > _SHOWN_IDS else ''}"
+    return f"{len(ids)}: {', '.join(map(shown, ids[:_SHOWN_IDS]))}{', ...' if len(ids) > _SHOWN_IDS else ''}"
+
+
+def shown(one: object) -> str:
+    """Return an id for an error message, which is one line: quoted and escaped where it holds what breaks that."""
+    text = str(one)
+    return text if text.isprintable() else repr(text)
 
 
 def _kind(value: Any) -> str:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipeline.errors import InputError
-from pipeline.scores.files import id_field, read_json, section, text_field
+from pipeline.scores.files import id_field, read_json, section, shown, text_field
 
 # What names the miniature's objects, whose words are no English; the form is that of CHAIR's own list.
 MINIATURE_WORDS = Path(__file__).with_name("data") / "miniature_synonyms.txt"
@@ -51,7 +51,9 @@ def _categories(path: Path, stamp: tuple[int, int]) -> Mapping[str, tuple[str, .
         where = f"{path}, annotation {number}"
         category = id_field(row, "category_id", where)
         if category not in names:
-            raise InputError(f"category_id {category} is not among the categories", where=where, way_out="Correct it")
+            raise InputError(
+                f"category_id {shown(category)} is not among the categories", where=where, way_out="Correct it"
+            )
         found.setdefault(id_field(row, "image_id", where), []).append(names[category])
     # CHAIR asks only which categories are there: the repeats would be most of what the cache holds.
     return {key: tuple(dict.fromkeys(categories)) for key, categories in found.items()}

@@ -17,7 +17,7 @@ from pipeline.measure.base import Job as Measured
 from pipeline.measure.base import Measure
 from pipeline.request import TrialRequest
 from pipeline.sweep.tuner import cluster, count_slots
-from pipeline.sweep.units import Job, Ledger, Unit, split, units
+from pipeline.sweep.units import Complete, Job, Ledger, Unit, split, units
 from pipeline.train.scoring import Answers, Part
 from pipeline.trial import EvaluationConfig
 
@@ -51,13 +51,8 @@ def measure_all(params: Params, kind: Measure, jobs: list[Measured]) -> list[dic
     Raises:
         HificlError: what the measure says.
     """
-    sweep = params.sweep
-    with cluster(sweep):
-        environment = {"OMP_NUM_THREADS": str(sweep.threads_per_worker)}
-        actor: Any = Evaluator
-        alone = actor.options(
-            num_cpus=sweep.cpus_per_worker, num_gpus=sweep.gpus_per_worker, runtime_env={"env_vars": environment}
-        ).remote(params.evaluate.generation.batch_size)
+    with cluster(params.sweep):
+        alone = _evaluator(params)
         try:
             return ray.get(alone.measure.remote(kind, jobs))
         except ray.exceptions.RayTaskError as error:
@@ -74,6 +69,15 @@ def score_all(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Any]]:
         yield from _Scoring(params, jobs).run()
 
 
+def _evaluator(params: Params) -> Any:
+    """Start an evaluator in a slot."""
+    sweep, actor = params.sweep, Evaluator
+    environment = {"OMP_NUM_THREADS": str(sweep.threads_per_worker)}
+    return actor.options(  # type: ignore[attr-defined]
+        num_cpus=sweep.cpus_per_worker, num_gpus=sweep.gpus_per_worker, runtime_env={"env_vars": environment}
+    ).remote(params.evaluate.generation.batch_size)
+
+
 class _Scoring:
     """The evaluators of one stage, and what is left for them to do."""
 
@@ -83,10 +87,10 @@ class _Scoring:
         waiting = units(jobs, slots, sweep.pack)
         self.ledger = Ledger()
         self.ledger.expect(waiting)
-        self.waiting: list[Unit | tuple[Job, list[Answers]]] = list(reversed(waiting))
-        self.attempts: Counter[str] = Counter()
-        self.idle = [self._evaluator() for _ in range(min(slots, len(waiting)))]
-        self.working: dict[Any, tuple[Any, Any]] = {}
+        self.waiting: list[Unit | Complete] = list(reversed(waiting))
+        self.attempts: Counter[Any] = Counter()  # by the key of the call
+        self.idle = [_evaluator(params) for _ in range(min(slots, len(waiting)))]
+        self.working: dict[Any, tuple[Any, Unit | Complete]] = {}
 
     def run(self) -> Iterator[tuple[str, Any]]:
         """Yield what comes to an end."""
@@ -100,41 +104,33 @@ class _Scoring:
                 self.idle.append(actor)
             except ray.exceptions.RayTaskError as error:
                 self.idle.append(actor)
-                yield from self._failed(work, error.cause, again=isinstance(work, Unit) and len(work.jobs) > 1)
+                yield from self._failed(work, error.cause, again=len(work.jobs) > 1)
                 continue
             except ray.exceptions.RayActorError as error:
-                self.idle.append(self._evaluator())
-                self.attempts[str(work)] += 1
+                self.idle.append(_evaluator(self.params))
+                self.attempts[work.key] += 1
                 yield from self._failed(
-                    work, error, again=self.attempts[str(work)] < self.params.sweep.retry.max_attempts
+                    work, error, again=self.attempts[work.key] < self.params.sweep.retry.max_attempts
                 )
                 continue
             if isinstance(work, Unit):
                 self.waiting.extend(self.ledger.put(work, result))
             else:
-                yield work[0][1].key, result
+                yield work.job[1].key, result
 
-    def _evaluator(self) -> Any:
-        sweep, actor = self.params.sweep, Evaluator
-        environment = {"OMP_NUM_THREADS": str(sweep.threads_per_worker)}
-        return actor.options(  # type: ignore[attr-defined]
-            num_cpus=sweep.cpus_per_worker, num_gpus=sweep.gpus_per_worker, runtime_env={"env_vars": environment}
-        ).remote(self.params.evaluate.generation.batch_size)
-
-    def _give(self, actor: Any, work: Any) -> None:
+    def _give(self, actor: Any, work: Unit | Complete) -> None:
         if isinstance(work, Unit):
             requests = [request for request, _ in work.jobs]
             call = actor.answer.remote(requests, work.jobs[0][1], work.part)
         else:
-            (request, evaluation), parts = work
-            call = actor.score.remote(request, evaluation, parts)
+            call = actor.score.remote(*work.job, work.parts)
         self.working[call] = (actor, work)
 
-    def _failed(self, work: Any, error: Any, *, again: bool) -> Iterator[tuple[str, Any]]:
+    def _failed(self, work: Unit | Complete, error: Any, *, again: bool) -> Iterator[tuple[str, Any]]:
         """Put work back, in smaller pieces where it has any; or yield the error of its evaluations."""
         if again:
-            self.waiting.extend(split(work) if isinstance(work, Unit) else [work])
+            self.waiting.extend(split(work))
             return
-        for _, evaluation in work.jobs if isinstance(work, Unit) else [work[0]]:
-            if not isinstance(work, Unit) or self.ledger.give_up(evaluation.key):
+        for _, evaluation in work.jobs:
+            if self.ledger.give_up(evaluation.key):
                 yield evaluation.key, error

@@ -26,15 +26,38 @@ class Unit:
     part: Part
 
     @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it apart."""
+        return (*(evaluation.key for _, evaluation in self.jobs), self.part)
+
+    @property
     def resident(self) -> tuple[str, str]:
         """What an evaluator keeps from one unit to the next."""
         config = self.jobs[0][0].config
         return config.backbone, config.task
 
 
+@dataclass(frozen=True)
+class Complete:
+    """The other call of an evaluator: the score of one job, all of whose parts have been answered."""
+
+    job: Job
+    parts: list[Answers]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it apart."""
+        return (self.job[1].key,)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """Whose call it is, as of a `Unit`."""
+        return (self.job,)
+
+
 @dataclass
 class Ledger:
-    """The answers that have come in, by evaluation key."""
+    """The answers that have come in, by evaluation key; `needed` has the parts of what was not given up."""
 
     needed: dict[str, int] = field(default_factory=dict)
     parts: dict[str, list[Answers]] = field(default_factory=dict)
@@ -45,7 +68,7 @@ class Ledger:
             for _, evaluation in unit.jobs:
                 self.needed[evaluation.key] = self.needed.get(evaluation.key, 0) + 1
 
-    def put(self, unit: Unit, answers: Sequence[Answers]) -> list[tuple[Job, list[Answers]]]:
+    def put(self, unit: Unit, answers: Sequence[Answers]) -> list[Complete]:
         """Take a unit's answers; return the jobs that are complete now, with all their parts."""
         complete = []
         for job, mine in zip(unit.jobs, answers, strict=True):
@@ -54,8 +77,7 @@ class Ledger:
                 continue  # given up: another part of it failed
             self.parts.setdefault(key, []).append(mine)
             if len(self.parts[key]) == self.needed[key]:
-                del self.needed[key]
-                complete.append((job, self.parts.pop(key)))
+                complete.append(Complete(job, self.parts.pop(key)))
         return complete
 
     def give_up(self, key: str) -> bool:
@@ -82,6 +104,6 @@ def units(jobs: Sequence[Job], slots: int, pack: int | Literal["auto"]) -> list[
     return sorted(found, key=lambda unit: unit.resident)
 
 
-def split(unit: Unit) -> list[Unit]:
-    """Return a unit's trials one by one: what is done when one of them fails, so that the others do not."""
-    return [Unit((job,), unit.part) for job in unit.jobs]
+def split(work: Unit | Complete) -> list[Unit | Complete]:
+    """Return a call's trials one by one: what is done when one of them fails, so that the others do not."""
+    return [Unit((job,), work.part) for job in work.jobs] if isinstance(work, Unit) else [work]

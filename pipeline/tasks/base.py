@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from pipeline.data.files import find
 from pipeline.data.sample import Sample
 from pipeline.errors import InputError, nearest
+from pipeline.scores.files import shown
 
 Split = Literal["train", "evaluation"]
 Normalise = Literal["always", "official"]
@@ -224,4 +225,4 @@ def image_folder(root: Path, subset: str) -> str:
 def shown_ids(ids: Sequence[object], limit: int = 10) -> str:
     """Return the first ids, and how many more there are."""
     more = f", and {len(ids) - limit} more" if len(ids) > limit else ""
-    return ", ".join(str(one) for one in ids[:limit]) + more
+    return ", ".join(map(shown, ids[:limit])) + more

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pipeline.data.files import RecordFile, field, file_digest, find
+from pipeline.data.files import field, file_digest, find
+from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
+from pipeline.scores.files import need
 from pipeline.tasks.base import Entry, Normalise, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
 from pipeline.tasks.vqa_files import SUBSETS
 
@@ -102,13 +104,8 @@ class CaptionTask(Task):
 
         path = self.object_file(root, split)
         categories = objects.categories_of([path])
-        missing = [key for key in predictions if key not in categories]
-        if missing:
-            raise InputError(
-                f"{len(missing)} of {len(predictions)} images are not in the file: image id {shown_ids(missing)}",
-                where=str(path),
-                way_out="Get the instances of the same split",
-            )
+        way_out = "Get the instances of the same split"
+        need(predictions, categories, "an entry", where=str(path), way_out=way_out)
         words = None if self.object_words is None else chair.synonyms(self.object_words)
         truth = chair.ground_truth({key: categories[key] for key in predictions}, references, words)
         return chair.chair_scores(predictions, truth, words)

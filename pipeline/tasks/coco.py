@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipeline.data.files import field
-from pipeline.data.sample import ImageRef, Sample
 from pipeline.tasks import tasks
-from pipeline.tasks.base import Entry, SampleId, Split, Task, image_folder
-from pipeline.tasks.caption_files import CaptionTask, one_line, plain_file_name
-from pipeline.tasks.karpathy import PARTS, SplitFile, references
+from pipeline.tasks.base import SampleId, Task, image_folder
+from pipeline.tasks.caption_files import CaptionTask, plain_file_name
+from pipeline.tasks.karpathy import KarpathyTask, SplitFile
 
 FOLDERS = ("coco/annotations", "annotations", "coco", ".")
-FILE = SplitFile("dataset_coco.json", "coco", ("coco", *FOLDERS[:2], "."), "cocoid")
 
 
 @dataclass(frozen=True)
@@ -26,57 +25,25 @@ class CocoCaptions(CaptionTask):
         """Return the task on Karpathy's parts; see `karpathy.PARTS`."""
         if name == "official":
             return self
-        if name not in PARTS:
-            raise self._unknown_splits(name, list(PARTS))
         own = {one.name: getattr(self, one.name) for one in fields(CaptionTask)}
-        return KarpathyCoco(**own, splits=name)
+        return KarpathyCoco(**own).with_splits(name)
 
 
 @dataclass(frozen=True)
-class KarpathyCoco(CaptionTask):
-    """The same images and captions, divided by Karpathy's file. Objects are still read from COCO's own.
+class KarpathyCoco(KarpathyTask, CaptionTask):
+    """The same images and captions, divided by Karpathy's file. Objects are still read from COCO's own."""
 
-    Attributes:
-        splits: one of `karpathy.PARTS`.
-    """
+    file: ClassVar[SplitFile] = SplitFile("dataset_coco.json", "coco", ("coco", *FOLDERS[:2], "."), "cocoid")
 
-    splits: str = "karpathy"
+    def folder_of(self, root: Path) -> Callable[[Mapping[str, Any], str], str]:
+        """Return the look-up of a record's `filepath`, such as `val2014`."""
+        folder = cache(lambda subset: image_folder(root, subset))
+        return lambda record, where: folder(plain_file_name(field(record, "filepath", str, where), where))
 
-    def files(self, root: Path, split: Split) -> tuple[Path, ...]:
-        """Return the one file that holds every split."""
-        del split
-        return (FILE.path(root),)
-
-    def index(self, root: Path, split: Split) -> Iterator[Entry]:
-        """Yield id and image of every sample; see `Task.index`."""
-        for sample in self.read(root, split):
-            yield Entry(sample.sample_id, (sample.images[0].path,))
-
-    def read(self, root: Path, split: Split, only: Collection[SampleId] | None = None) -> Iterator[Sample]:
-        """Yield the samples; see `Task.read`."""
-        wanted = None if only is None else set(only)
-        folders: dict[str, str] = {}
-        for record, where in FILE.records(root, PARTS[self.splits][split]):
-            subset = plain_file_name(field(record, "filepath", str, where), where)
-            if subset not in folders:
-                folders[subset] = image_folder(root, subset)
-            sample = self._sample(record, where, folders[subset])
-            if wanted is None or sample.sample_id in wanted:
-                yield sample
-
-    def _sample(self, record: Mapping[str, Any], where: str, folder: str) -> Sample:
+    def identity(self, record: Mapping[str, Any], file_name: str, where: str) -> tuple[SampleId, dict[str, Any]]:
+        """Return COCO's image id, as `CaptionTask` does."""
         image_id = field(record, "cocoid", int, where)
-        name = plain_file_name(field(record, "filename", str, where), where)
-        captions = references(record, where)
-        return Sample(
-            task=self.name,
-            sample_id=image_id,
-            images=(ImageRef(f"{folder}/{name}"),),
-            question=None,
-            target=one_line(captions[0]),
-            references=captions,
-            meta={"image_id": image_id, "file_name": name},
-        )
+        return image_id, {"image_id": image_id, "file_name": file_name}
 
 
 COCO = CocoCaptions(name="coco", stands_for="coco", folders=FOLDERS)

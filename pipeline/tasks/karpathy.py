@@ -6,14 +6,19 @@ train lie in `val2014`. `dataset_flickr30k.json` has train 29,000, val 1,014 and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from pipeline.data.files import RecordFile, field, find
+from pipeline.data.files import field, find
+from pipeline.data.records import RecordFile
+from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError, nearest
-from pipeline.tasks.base import Split
+from pipeline.scores.files import shown
+from pipeline.tasks.base import Entry, SampleId, Split, Task
+from pipeline.tasks.caption_files import one_line, plain_file_name
 
 # Which of the file's parts a split is: the usual choice, and that of MimIC's code.
 PARTS: Mapping[str, Mapping[Split, tuple[str, ...]]] = {
@@ -59,7 +64,7 @@ class SplitFile:
         for _, _, record in file:
             key = field(record, self.key, (int, str), file.where)
             if key in seen:
-                raise InputError(f"{self.key} {key} stands twice in the file", where=file.where())
+                raise InputError(f"{self.key} {shown(key)} stands twice in the file", where=file.where())
             seen.add(key)
             part = field(record, "split", str, file.where)
             if part in parts:
@@ -88,3 +93,69 @@ def references(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
     if not found:
         raise InputError("the image has no caption", where=where, way_out="Get the file again")
     return found
+
+
+@dataclass(frozen=True)
+class KarpathyTask(Task):
+    """Captions from one of the files; what a record's id is and where its image lies is the data set's own.
+
+    Attributes:
+        file: which of them.
+        splits: which of its parts are the splits; one of `PARTS`.
+    """
+
+    file: ClassVar[SplitFile]
+    splits: str = "karpathy"
+
+    @abstractmethod
+    def folder_of(self, root: Path) -> Callable[[Mapping[str, Any], str], str]:
+        """Return what gives a record's folder of images below the data root, from it and what a message calls it.
+
+        Raises:
+            InputError: there is none; every place looked at is listed.
+        """
+
+    @abstractmethod
+    def identity(self, record: Mapping[str, Any], file_name: str, where: str) -> tuple[SampleId, dict[str, Any]]:
+        """Return a record's id and the `Sample.meta` of it."""
+
+    def with_splits(self, name: str) -> Self:
+        """Return the task on other parts of the file; `official` changes nothing."""
+        if name == "official":
+            return self
+        if name not in PARTS:
+            raise self._unknown_splits(name, list(PARTS))
+        return replace(self, splits=name)
+
+    def files(self, root: Path, split: Split) -> tuple[Path, ...]:
+        """Return the one file that holds every split."""
+        del split
+        return (self.file.path(root),)
+
+    def index(self, root: Path, split: Split) -> Iterator[Entry]:
+        """Yield id and image of every sample; see `Task.index`."""
+        for sample in self.read(root, split):
+            yield Entry(sample.sample_id, (sample.images[0].path,))
+
+    def read(self, root: Path, split: Split, only: Collection[SampleId] | None = None) -> Iterator[Sample]:
+        """Yield the samples; see `Task.read`."""
+        wanted = None if only is None else set(only)
+        folder_of = self.folder_of(root)
+        for record, where in self.file.records(root, PARTS[self.splits][split]):
+            sample = self._sample(record, where, folder_of(record, where))
+            if wanted is None or sample.sample_id in wanted:
+                yield sample
+
+    def _sample(self, record: Mapping[str, Any], where: str, folder: str) -> Sample:
+        name = plain_file_name(field(record, "filename", str, where), where)
+        sample_id, meta = self.identity(record, name, where)
+        captions = references(record, where)
+        return Sample(
+            task=self.name,
+            sample_id=sample_id,
+            images=(ImageRef(f"{folder}/{name}"),),
+            question=None,
+            target=one_line(captions[0]),
+            references=captions,
+            meta=meta,
+        )

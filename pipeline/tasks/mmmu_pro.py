@@ -55,9 +55,9 @@ class MmmuPro(ChoiceTask):
                 where = f"{shard}: row {row}"
                 sample_id = field(record, "id", str, where)
                 if sample_id in seen:
-                    raise InputError(f"id '{sample_id}' stands twice", where=where, way_out="Are two releases mixed?")
+                    raise InputError(f"id {sample_id!r} stands twice", where=where, way_out="Are two releases mixed?")
                 seen.add(sample_id)
-                yield self._sample(record, f"{where} ('{sample_id}')", name, row)
+                yield self._sample(record, f"{where} ({sample_id!r})", name, row)
 
     def score(
         self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.files import RecordFile, field, find
+from pipeline.data.files import field, find
 from pipeline.data.parquet import cell_name, rows
+from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
+from pipeline.scores.files import shown
 from pipeline.scores.seed_bench import seed_bench_scores
 from pipeline.tasks import tasks
 from pipeline.tasks.base import Normalise, SampleId, Score, Split
@@ -49,7 +51,7 @@ class SeedBench(ChoiceTask):
         seen: set[str] = set()
         for sample, where in found:
             if sample.sample_id in seen:
-                raise InputError(f"question_id {sample.sample_id} stands twice in the data set", where=where)
+                raise InputError(f"question_id {shown(sample.sample_id)} stands twice in the data set", where=where)
             seen.add(str(sample.sample_id))
             yield sample
 

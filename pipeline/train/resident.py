@@ -17,6 +17,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.prompt import Encoded, encode_all, render
 from pipeline.data.sample import Sample
 from pipeline.errors import InputError
+from pipeline.request import TrialRequest
 from pipeline.tasks import tasks
 from pipeline.train.recent import Recent
 from pipeline.train.visual_tokens import VisualTokens
@@ -77,19 +78,17 @@ class Resident:
         """What must be equal for two trials to share a resident backbone."""
         return config.backbone, config.backbone_digest, config.precision
 
-    def manifest(self, path: Path, digest: str) -> Manifest:
-        """Return a task's manifest, read once.
+    def manifest(self, request: TrialRequest) -> Manifest:
+        """Return the manifest of a trial's task, read once.
 
         Raises:
             InputError: it is not the one that the trial was made for.
         """
+        path, digest = Path(request.manifest), request.config.manifest_digest
         if path not in self._manifests or self._manifests[path].digest != digest:
             manifest = Manifest.load(path)
-            if manifest.digest != digest:
-                raise InputError(
-                    f"the data changed (digest {manifest.digest[:12]}, the trial has {digest[:12]})",
-                    where=str(path), way_out="Draw the old sample again, or run the sweep again for the new one",
-                )  # fmt: skip
+            way_out = "Draw the old sample again, or run the sweep again for the new one"
+            manifest.check_digest(digest, where=path, way_out=way_out)
             self._manifests[path] = manifest
         return self._manifests[path]
 

@@ -64,7 +64,7 @@ def answer(
     """
     started = time.perf_counter()
     first = requests[0].config
-    manifest = resident.manifest(Path(requests[0].manifest), first.manifest_digest)
+    manifest = resident.manifest(requests[0])
     options: dict[str, Any] = {
         "max_new_tokens": evaluation.max_new_tokens, "num_beams": evaluation.num_beams,
         "length_penalty": evaluation.length_penalty, "batch_size": batch_size, "part": part,
@@ -94,18 +94,18 @@ def answer(
 
 
 def score(
-    manifest: Manifest, request: TrialRequest, evaluation: EvaluationConfig, parts: Sequence[Answers]
+    resident: Resident, request: TrialRequest, evaluation: EvaluationConfig, parts: Sequence[Answers]
 ) -> dict[str, Any]:
     """Return the record of a scored trial: configuration, score, predictions; without schema and run id.
 
     Args:
-        manifest: the trial's.
+        resident: the trial's backbone, beside which its samples are kept.
         request: the trial.
         evaluation: what was asked of it.
         parts: its answers to all parts of the split.
     """
+    config, manifest = request.config, resident.manifest(request)
     started = time.perf_counter()
-    config = request.config
     samples = asked(config, evaluation, manifest)
     texts = {sample_id: text for part in parts for sample_id, text in part.texts.items()}
     task = tasks.get(config.task)
@@ -129,15 +129,6 @@ def score(
             for s in samples
         ],
     }  # fmt: skip
-
-
-def score_trial(
-    resident: Resident, request: TrialRequest, evaluation: EvaluationConfig, *, batch_size: int = 64
-) -> dict[str, Any]:
-    """Return the record of a trial that answers and is scored here; see `answer` and `score`."""
-    answers = answer(resident, [request], evaluation, batch_size=batch_size)
-    manifest = resident.manifest(Path(request.manifest), request.config.manifest_digest)
-    return score(manifest, request, evaluation, answers)
 
 
 def asked(config: TrialConfig, evaluation: EvaluationConfig, manifest: Manifest) -> Sequence[Sample]:

@@ -13,7 +13,7 @@ from pipeline.errors import WorkError
 from pipeline.request import TrialRequest
 from pipeline.train.resident import Resident, Residents
 from pipeline.train.run import Report, TrialRun
-from pipeline.train.scoring import WHOLE, Answers, Part, answer, score, score_trial
+from pipeline.train.scoring import WHOLE, Answers, Part, answer, score
 from pipeline.train.together import Together
 from pipeline.trial import EvaluationConfig
 
@@ -55,7 +55,7 @@ class Workbench:
                 raise WorkError("another backbone is in training here", where=request.key)
             self.together = Together(resident, self._count)
         self.evict(request.key)
-        manifest = resident.manifest(Path(request.manifest), request.config.manifest_digest)
+        manifest = resident.manifest(request)
         run = TrialRun(request.config, Path(request.folder), resident, manifest, request.kinds)
         self.together.runs.append(run)
         return run.epochs_done
@@ -77,8 +77,8 @@ class Workbench:
         self.steps += 1
 
     def score(self, request: TrialRequest, evaluation: EvaluationConfig) -> dict[str, Any]:
-        """Score a trial on a split; see `scoring.score_trial`."""
-        return score_trial(self.resident(request), request, evaluation, batch_size=self.batch_size)
+        """Let a trial answer a split and score it."""
+        return self.finish(request, evaluation, self.answer([request], evaluation))
 
     def answer(
         self, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, part: Part = WHOLE
@@ -88,5 +88,4 @@ class Workbench:
 
     def finish(self, request: TrialRequest, evaluation: EvaluationConfig, parts: Sequence[Answers]) -> dict[str, Any]:
         """Score a trial that has answered all parts; see `scoring.score`."""
-        manifest = self.resident(request).manifest(Path(request.manifest), request.config.manifest_digest)
-        return score(manifest, request, evaluation, parts)
+        return score(self.resident(request), request, evaluation, parts)

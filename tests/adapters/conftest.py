@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from torch import nn
 
 IMAGE = 299  # id of the image token in every tiny model
 TEXT = {
@@ -157,6 +158,20 @@ def idefics(**over: Any) -> Any:
 FAMILIES: dict[str, Callable[..., Any]] = {
     f.__name__: f for f in (mistral, qwen2, llama, idefics2, llava, llava_next, llava_onevision, qwen3_vl, idefics)
 }
+
+
+def stirred(adapter: nn.Module, seed: int = 3, std: float = 0.3) -> Any:
+    """Move every parameter off its initial value, so that zero initialisation hides nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
+    return adapter
+
+
+def logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
 
 
 @pytest.fixture(autouse=True)

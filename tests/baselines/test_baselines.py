@@ -13,7 +13,7 @@ from pipeline.evaluate.predict import predict
 from pipeline.request import TrialRequest
 from pipeline.train import image_features
 from pipeline.train.image_features import ImageFeatures
-from pipeline.train.scoring import score_trial
+from pipeline.train.scoring import answer, score
 from pipeline.trial import EvaluationConfig
 
 BACKBONES = ["idefics2-8b-base", "idefics-9b", "llava-interleave-7b", "llava-v1.6-mistral-7b", "qwen3-vl-8b"]
@@ -120,7 +120,9 @@ def test_an_incomplete_few_shot_batch_is_left_out_on_request(method, options, sc
     trial = config("idefics2-8b-base", method, **options)
     request = TrialRequest(trial, "", str(manifest.image_root / "manifest.json"), BackboneSource(variant="tiny"))
     asked = EvaluationConfig(trial=trial.key, drop_incomplete_batch=2, max_new_tokens=2)
-    record = score_trial(resident("idefics2-8b-base"), request, asked)
+    host = resident("idefics2-8b-base")
+    record = score(host, request, asked, answer(host, [request], asked))
     assert record["num_samples"] == len(record["predictions"]) == scored
-    whole = score_trial(resident("idefics2-8b-base"), request, asked.model_copy(update={"drop_incomplete_batch": None}))
+    every = asked.model_copy(update={"drop_incomplete_batch": None})
+    whole = score(host, request, every, answer(host, [request], every))
     assert whole["num_samples"] == 5

@@ -31,9 +31,7 @@ def prompts(loaded, *, answer=True, sizes=((56, 56),) * 3):
         Sample("vqav2", f"q{i}", (ImageRef(f"{i % 2}.png"),), "What is " * (i + 1) + "it?", "a dog " * i + "cat", ())
         for i in range(3)
     ]
-    rendered = [
-        render(TEMPLATE, loaded.backbone, query, samples[:i], answer=answer) for i, query in enumerate(samples)
-    ]
+    rendered = [render(TEMPLATE, loaded.backbone, query, samples[:i], answer=answer) for i, query in enumerate(samples)]
     return encode_all(loaded, rendered, image_sizes=[sizes[: len(r.images)] for r in rendered])
 
 

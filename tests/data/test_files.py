@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import files
-from pipeline.data.files import RecordFile, field, file_digest, find
+from pipeline.data import records
+from pipeline.data.files import field, file_digest, find
+from pipeline.data.records import RecordFile
 from pipeline.errors import InputError
 
 RECORDS = [
@@ -37,7 +38,7 @@ def message(path: Path, **expect: str) -> str:
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
 @pytest.mark.parametrize("layout", [{}, {"indent": 1}, {"separators": (",", ":")}, {"ensure_ascii": False}])
 def test_any_block_size_gives_what_json_gives(tmp_path, monkeypatch, block, layout):
-    monkeypatch.setattr(files, "_CHUNK", block)
+    monkeypatch.setattr(records, "_CHUNK", block)
     whole = {"info": {"year": 2017}, "number": 1234567, "questions": RECORDS, "data_subtype": "train2014", "empty": []}
     path = write(tmp_path / "q.json", json.dumps(whole, **layout))
     file = RecordFile(path, ["questions"], expect={"data_subtype": "train2014"})
@@ -53,7 +54,7 @@ def test_a_byte_order_mark_is_tolerated(tmp_path):
 
 @pytest.mark.parametrize("block", [16, 1 << 20])
 def test_a_truncated_file_says_where_it_ends(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(files, "_CHUNK", block)
+    monkeypatch.setattr(records, "_CHUNK", block)
     whole = json.dumps({"data_subtype": "train2014", "questions": RECORDS}).encode()
     cuts = sorted(random.Random(0).sample(range(1, len(whole)), 60)) + [len(whole) - 1]
     for cut in cuts:

@@ -97,6 +97,24 @@ def test_vqa_bad_files(score, vqa_files, part, value, says):
     assert len(message.strip().splitlines()) == 1
 
 
+def test_an_odd_id_stays_as_it_is_and_messages_quote_it(score, vqa_files, write):
+    odd = "a\nb\ud800"
+    questions = {"questions": [{"question_id": odd}]}
+    notes = {"annotations": [{"question_id": odd, "answers": [{"answer": "dog"}] * 10}]}
+    answers = [{"question_id": odd, "answer": "dog"}]
+    assert score(*vqa_files(answers, questions, notes))[1]["per_question"] == {odd: 100}
+    twice = {"annotations": notes["annotations"] * 2}
+    unnamed = {**INSTANCES, "annotations": [{"image_id": 7, "category_id": odd}]}
+    chair = ("chair", "--results", write("r.json", CAPTION_RESULTS))
+    for arguments in (
+        vqa_files(answers * 2, questions, notes), vqa_files(answers, questions, twice), vqa_files(answers),
+        (*chair, "--instances", write("i.json", unnamed), "--captions", write("c.json", CAPTIONS)),
+        (*chair, "--objects", write("o.json", {odd: 1})),
+    ):  # fmt: skip
+        status, _, message = score(*arguments)
+        assert (status, "'a\\nb\\ud800'" in message, len(message.splitlines())) == (2, True, 1), message
+
+
 def test_missing_file_and_folder(score, tmp_path, write):
     status, _, message = score("mmmu-pro", "--results", tmp_path / "none.jsonl")
     assert (status, "none.jsonl: no such file" in message) == (2, True)

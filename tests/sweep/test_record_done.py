@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from pipeline.bench._simulated import make_plan
 from pipeline.bench._timing import Findings
-from pipeline.bench.scale import _plan
 from pipeline.sweep.logbook import Logbook
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import FINISHED, KILLED, Tracker
@@ -15,7 +15,7 @@ from pipeline.tracking.runs import FINISHED, KILLED, Tracker
 
 @pytest.fixture
 def made(tmp_path):
-    plan, _ = _plan(tmp_path, 4, Findings())
+    plan, _ = make_plan(tmp_path, 4, Findings())
     store = TrialStore(plan.places.runs)
     for key, config in plan.trials.items():
         folder = store.open(config, {})

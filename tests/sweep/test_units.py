@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import BackboneSource
 from pipeline.request import TrialRequest
-from pipeline.sweep.units import TOGETHER, Ledger, Unit, split, units
+from pipeline.sweep.units import TOGETHER, Complete, Ledger, Unit, split, units
 from pipeline.train.scoring import Answers
 from pipeline.trial import EvaluationConfig, TrialConfig
 
@@ -36,7 +36,7 @@ def test_every_job_is_answered_once_in_every_part(number, slots, pack):
     assert len(found) >= slots or all(len(parts) == 1 for parts in seen.values())
     ledger = Ledger()
     ledger.expect(found)
-    complete = [job for unit in found for job, _ in ledger.put(unit, [Answers({}, 0.0)] * len(unit.jobs))]
+    complete = [one.job for unit in found for one in ledger.put(unit, [Answers({}, 0.0)] * len(unit.jobs))]
     assert sorted(int(job[1].trial) for job in complete) == list(range(number))
 
 
@@ -56,4 +56,11 @@ def test_a_failed_pack_is_tried_one_by_one_and_given_up_once():
     lost = unit.jobs[0][1].key
     assert ledger.give_up(lost) and not ledger.give_up(lost)
     complete = ledger.put(halves[1], [Answers({}, 0.0)] * 3)
-    assert [(job[1].key, len(parts)) for job, parts in complete] == [(job[1].key, 2) for job in unit.jobs[1:]]
+    assert [(*one.key, len(one.parts)) for one in complete] == [(job[1].key, 2) for job in unit.jobs[1:]]
+    # a complete one can still fail, where it is scored
+    assert [ledger.give_up(*one.key) for one in complete] == [True, True]
+
+
+def test_every_call_has_a_key_of_its_own():
+    calls = [*units(jobs(3), 8, 2), *(Complete(job, []) for job in jobs(3))]
+    assert len({call.key for call in calls}) == len(calls)

@@ -17,7 +17,7 @@ from pipeline.data.subsample import draw
 from pipeline.data.synthetic import SyntheticSize, write_images, write_vqav2
 from pipeline.errors import InputError
 from pipeline.tasks.seed_bench import CLOSING
-from tests.tasks.test_other_benchmarks import flickr, png, seed_bench  # noqa: F401 - fixtures
+from tests.tasks.conftest import png
 
 ODD = [None, True, -1, 2**70, 1.5, float("nan"), "", "x", "../x", "\0", "\ud800", "é\n", [], {}, [None], [{}], {"a": 1},
        "a" * 5000, "[1", "['a']", "<image 9>", "yes"]  # fmt: skip

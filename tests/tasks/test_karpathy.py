@@ -1,4 +1,4 @@
-"""Karpathy's split file: the same images and captions, divided anew."""
+"""Karpathy's split files: COCO's images and captions divided anew, and Flickr30k."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import Image
 from pipeline import tasks
 from pipeline.data.subsample import draw
 from pipeline.errors import InputError
+from tests.tasks.conftest import failure
 
 PARTS = ("train", "restval", "val", "test", "train", "restval", "val", "test", "train")
 
@@ -89,6 +90,30 @@ def test_another_of_his_files_is_refused(root):
     write(root, [record(1, "test")], dataset="flickr30k")
     with pytest.raises(InputError, match="'dataset' is 'flickr30k', 'coco' is needed"):
         list(tasks.get("coco").with_splits("karpathy").read(root, "evaluation"))
+
+
+def test_flickr_uses_karpathys_train_and_test(flickr):
+    task = tasks.get("flickr30k")
+    test = list(task.read(flickr, "evaluation"))
+    assert [sample.sample_id for sample in test] == [1_000_092_795 + n for n in range(1, 30, 3)]
+    assert test[0].target == "Two guys , view 0" and len(test[0].references) == 5
+    manifest = draw(task, flickr, seed=0, num_train=6, num_selection=3)
+    assert manifest.sizes == {"train": 6, "selection": 3, "evaluation": 10}
+    assert manifest.image_path(manifest.splits["train"][0]).is_file()
+
+
+def test_flickr_errors_are_named(flickr):
+    path = flickr / "flickr30k" / "dataset_flickr30k.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "dataset": "flickr8k"}))
+    assert "'dataset' is 'flickr8k'" in failure(flickr, "flickr30k")
+    content["images"] = [record for record in content["images"] if record["split"] != "train"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="the train split is empty"):
+        draw(tasks.get("flickr30k"), flickr, seed=0, num_train=1, num_selection=0)
+    content["images"][0]["filename"] = "../x.jpg"
+    path.write_text(json.dumps(content))
+    assert "no plain file name" in failure(flickr, "flickr30k")
 
 
 def test_the_official_sample(shared_data):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pipeline.train.scoring import score_trial
 from pipeline.train.workbench import Workbench
 from pipeline.trial import EvaluationConfig
 
@@ -18,10 +17,9 @@ def test_parts_are_the_whole_to_the_bit_and_a_pack_answers_as_its_trials_do(tria
         while bench.together.runs:
             bench.advance()
     evaluation = EvaluationConfig(trial="-", split="selection", max_new_tokens=4)
-    resident = bench.resident(requests[0])
     whole = []
     for request in requests:
-        record = score_trial(resident, request, evaluation, batch_size=2)
+        record = bench.score(request, evaluation)
         parts = [bench.answer([request], evaluation, (i, 3))[0] for i in range(3)]
         assert [len(part.texts) for part in parts] == [2, 2, 2]
         again = bench.finish(request, evaluation, parts)

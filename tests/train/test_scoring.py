@@ -60,7 +60,7 @@ def test_without_annotated_objects_chair_is_left_out_and_named(captions, tmp_pat
         assert says in line
     file.write_text(json.dumps({"categories": [], "images": [{"id": samples[0].sample_id}], "annotations": []}))
     (line,) = task.complete(score, samples, predictions, tmp_path, "evaluation").details["left_out"]
-    assert f"3 of 4 images are not in the file: image id {samples[1].sample_id}" in line
+    assert f"images without an entry (3: {samples[1].sample_id}, " in line
 
 
 def test_the_evaluation_record_carries_chair(small_world, trial, tmp_path):

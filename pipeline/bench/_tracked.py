@@ -1,0 +1,116 @@
+"""What a trial's calls to MLflow take at an empty store and at a full one, and what the store weighs."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy
+
+from pipeline.bench._timing import Findings
+from pipeline.sweep.logbook import Logbook
+from pipeline.sweep.plan import Plan
+from pipeline.sweep.store import TrialStore
+from pipeline.tracking.runs import FINISHED, Tracker
+from pipeline.tracking.spool import SpooledTracker
+
+
+def stores(where: Path) -> Iterator[tuple[str, str]]:
+    """Yield name and address of the stores that are measured."""
+    yield "sqlite", f"sqlite:///{where / 'mlflow.db'}"
+    if uri := os.environ.get("HIFICL_BENCH_POSTGRES"):
+        yield "postgresql", uri
+
+
+def track(place: tuple[str, str], plan: Plan, where: Path, measured: int, found: Findings) -> None:
+    """Time the calls of a trial at an empty store and at a full one, and weigh the store."""
+    name, uri = place
+    study = f"scale-{uuid.uuid4().hex[:8]}"
+    tracker = Tracker(uri, where)
+    tracker.prepare([study])
+    parent = tracker.open_sweep(study, tags={"sweep_key": "scale"}, description="")
+    store = TrialStore(plan.places.runs)
+    keys = list(plan.trials)
+    empty = _log(tracker, store, plan, {study: parent}, keys[:measured])
+    found.file(f"{name}_trial_ms_empty", [1000 * one for one in empty])
+    before = _bytes(uri)
+    copies = keys[measured : max(measured + 1, len(keys) - measured)]
+    _copy(uri, keys[0], copies)
+    found.file(f"{name}_kib_per_trial", [(_bytes(uri) - before) / 1024 / len(copies)])
+    found.file(f"{name}_mib", [_bytes(uri) / 2**20])
+    full = _log(tracker, store, plan, {study: parent}, keys[-measured:])
+    found.file(f"{name}_trial_ms_full", [1000 * one for one in full])
+    again = Tracker(uri, where)
+    parent = again.open_sweep(study, tags={"sweep_key": "scale"}, description="")
+    logbook = Logbook(_spooled(again, plan), store, plan, {study: parent}, {})
+    start = time.perf_counter()
+    for key in keys[: measured // 2]:
+        logbook.record(key)
+    found.file(f"{name}_record_done_ms_per_trial", [1000 * (time.perf_counter() - start) / max(1, measured // 2)])
+    start = time.perf_counter()
+    logbook.record_done(keys)
+    found.file(f"{name}_resume_seconds", [time.perf_counter() - start])
+    for one in (again, tracker):
+        one.close(parent, FINISHED)
+
+
+def _spooled(tracker: Tracker, plan: Plan) -> SpooledTracker:
+    return SpooledTracker(tracker, plan.places.runs / ".spool")
+
+
+def _log(tracker: Tracker, store: TrialStore, plan: Plan, parents: dict[str, str], keys: list[str]) -> list[float]:
+    """Return the seconds that each trial's calls take, from its start to its end."""
+    logbook = Logbook(_spooled(tracker, plan), store, plan, parents, {})
+    seconds = []
+    for key in keys:
+        start = time.perf_counter()
+        logbook.on_start(key)
+        for row in store.epochs(key):
+            logbook.on_report(key, row)
+        logbook.on_end(key, None)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+@contextmanager
+def _database(uri: str) -> Iterator[sqlalchemy.engine.Connection]:
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        with engine.begin() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def _copy(uri: str, key: str, copies: list[str]) -> None:
+    """Fill the store with copies of one trial's run, each under another key."""
+    with _database(uri) as connection:
+        tables = sqlalchemy.MetaData()
+        tables.reflect(connection, only=["runs", "tags", "params", "metrics", "latest_metrics"])
+        tags = tables.tables["tags"]
+        query = sqlalchemy.select(tags.c.run_uuid).where(tags.c.key == "trial_key", tags.c.value == key)
+        (run_id, *_) = connection.execute(query).scalars().all()
+        for table in (one for one in tables.sorted_tables if "run_uuid" in one.c):
+            rows = [dict(row._mapping) for row in connection.execute(
+                sqlalchemy.select(table).where(table.c.run_uuid == run_id))]  # fmt: skip
+            new = [
+                {**row, "run_uuid": f"{copy:0<32}", **({"value": copy} if row.get("key") == "trial_key" else {})}
+                for copy in copies for row in rows
+            ]  # fmt: skip
+            for start in range(0, len(new), 5000):
+                connection.execute(table.insert(), new[start : start + 5000])
+
+
+def _bytes(uri: str) -> int:
+    """Return what a store takes on disk."""
+    if uri.startswith("sqlite"):
+        file = uri.removeprefix("sqlite:///")
+        with _database(uri) as connection:
+            connection.execute(sqlalchemy.text("PRAGMA wal_checkpoint(TRUNCATE)"))
+        return Path(file).stat().st_size
+    with _database(uri) as connection:
+        return int(connection.execute(sqlalchemy.text("select pg_database_size(current_database())")).scalar_one())

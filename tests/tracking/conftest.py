@@ -1,0 +1,69 @@
+"""A tracker on a real SQLite store, and what its tests ask of the store."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.tracking.runs import KILLED, Tracker
+
+DATA = [{"name": "manifest", "source": "data/manifest.json", "digest": "d" * 64, "context": "train"}]
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose tables exist: they take seconds to create."""
+    root = tmp_path_factory.mktemp("empty")
+    Tracker(f"sqlite:///{root / 'mlflow.db'}", root).prepare([])
+    return root / "mlflow.db"
+
+
+@pytest.fixture
+def root(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with closing(sqlite3.connect(empty_store)) as source, closing(sqlite3.connect(tmp_path / "mlflow.db")) as copy:
+        source.backup(copy)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / ".gitignore").write_text("ml*\n")
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "first"], cwd=tmp_path, check=True
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def tracker(root: Path) -> Iterator[Tracker]:
+    made = Tracker(None, root)
+    made.prepare(["study"])
+    yield made
+    made.close_all(KILLED)
+
+
+def open_both(tracker: Tracker, key: str = "abc", **params: Any) -> tuple[str, str]:
+    parent = tracker.open_sweep("study", tags={"sweep_key": "s1", "profile": "mini"}, description="a sweep")
+    child = tracker.open_trial(
+        "study",
+        parent,
+        key=key,
+        name="hificl vqa",
+        params={"rank": 8, **params},
+        datasets=DATA,
+        tags={"profile": "mini"},
+    )
+    return parent, child
+
+
+def ask(root: Path, query: str) -> list[tuple[Any, ...]]:
+    with closing(sqlite3.connect(f"file:{root / 'mlflow.db'}?mode=ro", uri=True)) as store:
+        return store.execute(query).fetchall()
+
+
+def statuses(root: Path) -> dict[str, str]:
+    return dict(ask(root, "select run_uuid, status from runs"))
