@@ -1,86 +1,94 @@
-"""What the evaluators' head does when a call fails or its process dies; Ray is a list of calls here."""
+"""What the evaluators' head does when a call fails or its process dies: on a real Ray, evaluators told what to do."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import os
+from pathlib import Path
 
 import pytest
-import ray.exceptions
+import ray
 
-from pipeline.config import BackboneSource
+from pipeline.config import BackboneSource, load
 from pipeline.request import TrialRequest
 from pipeline.sweep import evaluators
+from pipeline.sweep.tuner import cluster
 from pipeline.train.scoring import Answers
 from pipeline.trial import EvaluationConfig, TrialConfig
 
-SWEEP = SimpleNamespace(pack="auto", retry=SimpleNamespace(max_attempts=2))
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def job(name: str):
-    trial = TrialConfig.model_construct(backbone="b", task="t", manifest_digest="m")
-    return TrialRequest(trial, name, "", BackboneSource(variant="tiny"), pack_key="one"), EvaluationConfig(trial=name)
+@ray.remote(max_restarts=0)
+class Told:
+    """An evaluator without a backbone: a file `die-CALL` ends its process, one of `fail-NAME` raises."""
+
+    def __init__(self, batch_size: int) -> None:
+        pass
+
+    def answer(self, requests, evaluation, part):
+        self._called("answer", requests)
+        return [Answers({}, 0.0) for _ in requests]
+
+    def score(self, request, evaluation, parts):
+        self._called("score", [request])
+        return f"record of {request.folder}"
+
+    def _called(self, what, requests) -> None:
+        here = Path(requests[0].manifest)
+        names = "".join(request.folder for request in requests)
+        with (here / "calls").open("a") as file:
+            file.write(f"{what} {names}\n")
+        orders = sorted(here.glob(f"die-{what}-*"))
+        if orders:
+            orders[0].unlink()
+            os._exit(1)
+        if what == "answer" and any((here / f"fail-{name}").exists() for name in names):
+            raise ValueError(names)
+
+
+@pytest.fixture(scope="module")
+def params():
+    made = load(ROOT / "params.yaml", ["sweep.slots=1", "sweep.pack=auto", "sweep.retry.max_attempts=2"])
+    with cluster(made.sweep):
+        yield made
 
 
 @pytest.fixture
-def score(monkeypatch):
-    """`score(names, fate)` scores jobs; `fate(what, names)` may raise. Returns results by name, and the calls."""
+def score(params, tmp_path, monkeypatch):
+    """`score(names)` scores trials of these names; gives results by name, and the calls."""
+    monkeypatch.setattr(evaluators, "Evaluator", Told)
+    source = BackboneSource(variant="tiny")
+    config = TrialConfig.model_construct(backbone="b", task="t", manifest_digest="m")
 
-    def run(names, fate):
-        calls, results, jobs = [], [], [job(name) for name in names]
-
-        def remote(what, result):
-            def call(*arguments):
-                requests = arguments[0] if what == "answer" else [arguments[0]]
-                calls.append((what, "".join(request.folder for request in requests)))
-                results.append(result(requests))
-                return len(calls) - 1
-
-            return SimpleNamespace(remote=call)
-
-        def get(number):
-            fate(*calls[number])
-            return results[number]
-
-        actor = SimpleNamespace(
-            answer=remote("answer", lambda requests: tuple(Answers({}, 0.0) for _ in requests)),
-            score=remote("score", lambda requests: f"record of {requests[0].folder}"),
-        )
-        fake = SimpleNamespace(wait=lambda waiting: (waiting[:1], waiting[1:]), get=get, exceptions=ray.exceptions)
-        monkeypatch.setattr(evaluators, "ray", fake)
-        monkeypatch.setattr(evaluators, "count_slots", lambda *_: 1)
-        monkeypatch.setattr(evaluators, "_evaluator", lambda params: actor)
-        found = dict(evaluators._Scoring(SimpleNamespace(sweep=SWEEP), jobs).run())
-        return {one[0].folder: found[one[1].key] for one in jobs}, calls
+    def run(names: str):
+        jobs = [
+            (TrialRequest(config, name, str(tmp_path), source, pack_key="one"), EvaluationConfig(trial=name))
+            for name in names
+        ]
+        found = dict(evaluators.score_all(params, jobs))
+        calls = (tmp_path / "calls").read_text().splitlines()
+        return {request.folder: found[evaluation.key] for request, evaluation in jobs}, calls
 
     return run
 
 
 def test_trials_that_answer_together_are_scored_each(score):
-    found, calls = score("ab", lambda what, names: None)
+    found, calls = score("ab")
     assert found == {"a": "record of a", "b": "record of b"}
-    assert calls == [("answer", "ab"), ("score", "b"), ("score", "a")]
+    assert calls[0] == "answer ab" and sorted(calls[1:]) == ["score a", "score b"]
 
 
-def test_one_that_fails_in_a_pack_does_not_take_the_others_along(score):
-    def fate(what, names):
-        if "a" in names and what == "answer":
-            raise ray.exceptions.RayTaskError("answer", "", ValueError(names))
-
-    found, calls = score("abc", fate)
+def test_one_that_fails_in_a_pack_does_not_take_the_others_along(score, tmp_path):
+    (tmp_path / "fail-a").touch()
+    found, calls = score("abc")
     assert isinstance(found.pop("a"), ValueError) and found == {"b": "record of b", "c": "record of c"}
-    assert calls.count(("answer", "a")) == 1
+    assert calls.count("answer a") == 1
 
 
-@pytest.mark.parametrize("what", ["answer", "score"])
-@pytest.mark.parametrize("deaths", [1, 2])
-def test_a_call_whose_process_died_is_made_again_a_limited_number_of_times(score, what, deaths):
-    left = [deaths]
-
-    def fate(called, names):
-        if called == what and left[0]:
-            left[0] -= 1
-            raise ray.exceptions.RayActorError
-
-    found, calls = score("a", fate)
-    assert len([one for one in calls if one[0] == what]) == 2
+@pytest.mark.parametrize(("what", "deaths"), [("answer", 1), ("answer", 2), ("score", 1)])
+def test_a_call_whose_process_died_is_made_again_a_limited_number_of_times(score, tmp_path, what, deaths):
+    for number in range(deaths):
+        (tmp_path / f"die-{what}-{number}").touch()
+    found, calls = score("a")
+    assert len([call for call in calls if call.startswith(what)]) == 2
     assert found["a"] == "record of a" if deaths == 1 else isinstance(found["a"], ray.exceptions.RayActorError)
