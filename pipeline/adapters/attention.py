@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.adapters import kernels, merging
+from pipeline.adapters import joined, kernels, merging
 from pipeline.adapters.kernels import PreparedMask
 from pipeline.adapters.products import no_autocast, outer, product, repeat, sum_groups, weighted
 from pipeline.adapters.reference import merge_attention_reference, mimic_attention_reference
@@ -168,12 +168,16 @@ def virtual_attention(
     """
     merging.check(q, k, v, keys, values, per_query)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    learns = torch.is_grad_enabled()
+    if learns and mask is None and joined.fits(q, k, keys, bias, per_query, replaces):
+        with no_autocast(q):
+            return joined.attention(q, k, v, keys, bias, values, scale=scale, causal=causal)  # type: ignore[arg-type]
     groups = q.shape[1] // k.shape[1]
     call = kernels.plan(q, k, v, mask, causal, scale)
     if isinstance(replaces, Tensor):
         replaces = replaces.view(-1, 1, 1)
     inputs = (q, k, v, keys, bias, values, per_query)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if learns and any(x is not None and x.requires_grad for x in inputs):
         return _VirtualAttention.apply(*inputs, call, groups, replaces)
     with no_autocast(q):
         return _without_gradient(*inputs, call, groups, replaces)

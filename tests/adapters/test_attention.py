@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.adapters import kernels
+from pipeline.adapters import joined, kernels
 from pipeline.adapters.attention import (
     merge_attention,
     merge_attention_reference,
@@ -87,10 +87,12 @@ def assert_same(ours: Any, reference: Any, tensors: list[Tensor], generator: tor
     alpha=st.sampled_from(["full", "one"]),
     hidden=st.booleans(),
     scale=st.sampled_from([None, 0.3]),
+    joins=st.booleans(),
 )
 def test_merge_equals_concatenation(
-    shape: dict[str, int], mask: str | None, n: int, batched: bool, alpha: str, hidden: bool, scale: float | None
-) -> None:
+    shape: dict[str, int], mask: str | None, n: int, batched: bool, alpha: str, hidden: bool, scale: float | None,
+    joins: bool,
+) -> None:  # fmt: skip
     generator, tensors = draw(shape)
     heads = shape["groups"] * shape["kv_heads"]
     learned = (*([shape["batch"]] if batched else []), heads, n, shape["size"])
@@ -98,16 +100,33 @@ def test_merge_equals_concatenation(
     virtual_mask = None
     if hidden:
         virtual_mask = torch.arange(n) < torch.randint(0, n + 1, (shape["batch"], 1, 1), generator=generator)
-    assert_same(
-        merge_attention,
-        merge_attention_reference,
-        tensors,
-        generator,
-        alpha=alpha,
-        scale=scale,
-        mask=mask_of(mask, shape, generator),
-        virtual_mask=virtual_mask,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joined, "MOST_TOKENS", 256 if joins else 0)
+        assert_same(
+            merge_attention,
+            merge_attention_reference,
+            tensors,
+            generator,
+            alpha=alpha,
+            scale=scale,
+            mask=mask_of(mask, shape, generator),
+            virtual_mask=virtual_mask,
+        )
+
+
+def test_short_sequences_are_joined_where_something_below_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, (q, k, v) = draw({"batch": 2, "groups": 2, "kv_heads": 1, "queries": 4, "past": 0, "size": 8, "seed": 4})
+    keys, values = (normal(generator, 2, 3, 8).requires_grad_() for _ in range(2))
+    calls = []
+    original = joined.attention
+    monkeypatch.setattr(joined, "attention", lambda *x, **y: calls.append(1) or original(*x, **y))
+    merge_attention(q, k, v, keys, values)
+    merge_attention(q.requires_grad_(), k, v, keys, values, alpha="one")
+    merge_attention(q, k, v, keys, values, mask=torch.ones(4, 4, dtype=torch.bool))
+    merge_attention(q, k, v, keys.float(), values.float())
+    assert not calls
+    merge_attention(q, k, v, keys, values)
+    assert calls == [1]
 
 
 @settings(max_examples=60, deadline=None)
@@ -193,6 +212,7 @@ def test_nothing_below_learns_then_the_flash_backward_is_skipped(monkeypatch: py
     generator, (q, k, v) = draw({"batch": 1, "groups": 2, "kv_heads": 1, "queries": 4, "past": 0, "size": 8, "seed": 4})
     keys, values = (normal(generator, 2, 3, 8).requires_grad_() for _ in range(2))
     calls = []
+    monkeypatch.setattr(joined, "MOST_TOKENS", 0)
     original = kernels._BACKWARD["cpu"]
     monkeypatch.setitem(kernels._BACKWARD, "cpu", lambda *x: calls.append(1) or original(*x))
     merge_attention(q, k, v, keys, values).sum().backward()
