@@ -18,7 +18,9 @@ from pipeline.config import Params
 from pipeline.data.manifest import Manifest
 from pipeline.errors import InputError, WorkError
 from pipeline.progress import say
+from pipeline.sweep.driver import alive
 from pipeline.sweep.journal import Journal
+from pipeline.sweep.limits import PARENT_SECONDS
 from pipeline.sweep.logbook import Logbook, datasets_of
 from pipeline.sweep.naming import description
 from pipeline.sweep.plan import Places, Plan, make_plan
@@ -30,7 +32,6 @@ from pipeline.tracking.runs import FAILED, FINISHED, KILLED, Tracker
 from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import canonical, digest
 
-PARENT_SECONDS = 1.0
 SPOOL = ".spool"  # below runs/
 
 
@@ -170,7 +171,7 @@ def ended_with_parent() -> Iterator[None]:
 
     def watch() -> None:
         while not stop.wait(PARENT_SECONDS):
-            if dvc is not None and not dvc.is_running():
+            if dvc is not None and not alive(dvc):
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 

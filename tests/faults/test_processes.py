@@ -12,6 +12,8 @@ from tests.faults.sweeps import EPOCHS, nothing_left, survived
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
+# how Ray titles the processes of Tune's actors: after the class that `tune.with_resources` puts around `TrialProxy`
+TRIALS_ACTOR = "ray::ResourceTrainable"
 AGAIN_SECONDS = 15.0  # in which a trial trains again whose worker died
 ORPHAN_SECONDS = 10.0
 
@@ -52,7 +54,8 @@ def test_a_trials_actor(sweep, reference, fault):
     """Ray Tune's actor of a trial: it only waits, so the training behind it is not disturbed."""
     sweep.begin()
     sweep.midway()
-    sweep.kill("ray::TrialProxy")
+    sweep.until(lambda: sweep.processes(TRIALS_ACTOR), "a trial's actor")  # a new one is "ray::IDLE" for a moment
+    sweep.kill(TRIALS_ACTOR)
     assert sweep.ended() == 0, sweep.log
     survived(sweep, reference)
     assert len(sweep.events("slot built")) == 1  # no worker was touched
