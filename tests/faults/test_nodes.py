@@ -40,11 +40,11 @@ def test_a_node_leaves_and_comes_back(sweep, reference, fault, tmp_path_factory)
     port = free_port()
     address = f"127.0.0.1:{port}"
     head = Node(
-        sweep, folder, "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=0.5",
+        sweep, folder, "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=0",
         "--include-dashboard=false", f"--temp-dir={folder}", "--num-gpus=0",
     )  # fmt: skip
     time.sleep(1)
-    second = [f"--address={address}", "--node-ip-address=127.0.0.1", "--num-cpus=1.5", "--num-gpus=0"]
+    second = [f"--address={address}", "--node-ip-address=127.0.0.1", "--num-cpus=1", "--num-gpus=0"]
     other = None
     try:
         sweep.until(lambda: accepts(port), "the head")
