@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.faults.sweeps import Sweep, make_sweep, report, results
+from tests.faults.checks import report, results
+from tests.faults.sweeps import Sweep, make_sweep
 from tests.faults.table import KINDS
 
 OUT = "HIFICL_FAULTS_TABLE"  # the document that the table goes into

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.sweeps import Sweep, set_sweep, survived
+from tests.faults.checks import survived
+from tests.faults.sweeps import Sweep, set_sweep
 from tests.free_port import free_port
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from tests.faults.sweeps import EPOCHS, nothing_left, survived
+from tests.faults.checks import nothing_left, survived
+from tests.faults.sweeps import EPOCHS
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 

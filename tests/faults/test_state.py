@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.sweeps import nothing_left, survived
+from tests.faults.checks import nothing_left, survived
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
