@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.sweep.token import ensure_token
 from tests.faults.checks import survived
 from tests.faults.sweeps import Sweep, set_sweep
 from tests.free_port import free_port
@@ -25,7 +26,8 @@ class Node:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [str(ray), "start", "--block", "--disable-usage-stats", *words], stdout=log, stderr=log,
-                start_new_session=True, env={**sweep.environment, "RAY_raylet_start_wait_time_s": "120"},
+                start_new_session=True, cwd=sweep.folder,  # as cluster.yaml does, also with the token
+                env={**sweep.environment, "RAY_AUTH_MODE": "token", "RAY_raylet_start_wait_time_s": "120"},
             )  # fmt: skip
 
     def started(self) -> bool:
@@ -44,6 +46,7 @@ class Node:
 
 def test_a_node_leaves_and_comes_back(sweep, reference, fault, tmp_path_factory):
     folder = tmp_path_factory.mktemp("n")
+    ensure_token()
     port = free_port()
     address = f"127.0.0.1:{port}"
     head = Node(
