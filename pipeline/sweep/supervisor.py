@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.config import Params
 from pipeline.errors import InputError, WorkError
+from pipeline.sweep import signals
 from pipeline.sweep.driver import MARK, PROXY_DIED, STOP, reap
 from pipeline.sweep.journal import Journal
 from pipeline.sweep.limits import DRIVER_SECONDS, POLL_SECONDS, STARTING_SECONDS, STOPPING_SECONDS
@@ -54,6 +55,7 @@ class Driver:
         self.works = True
         silent_at = time.monotonic() + STARTING_SECONDS
         while True:
+            signals.check()
             try:
                 news = self.pipe.poll(POLL_SECONDS)
                 message = self.pipe.recv() if news else None

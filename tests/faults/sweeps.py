@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,26 @@ class Sweep(Project):
 
         self.until(true, "a done trial and one with an epoch")
         self.remember()
+
+    def held_at(self, epochs: int) -> bool:
+        """Stop the worker while a trial is done and an open one has so many epochs; whether that was possible."""
+        assert self.stage is not None
+
+        def true() -> bool:
+            ends, kept = set(self.ends()), self.runs.glob("*/checkpoint/epoch-*/state.json")
+            behind = Counter(path.parent.parent.parent.name for path in kept)
+            return bool(ends) and any(count >= epochs for key, count in behind.items() if key not in ends)
+
+        while self.stage.poll() is None:
+            if true():
+                for worker in self.workers():
+                    os.kill(worker, signal.SIGSTOP)
+                if true():  # still: between the look and the signal the trial may have ended
+                    return True
+                for worker in self.workers():
+                    os.kill(worker, signal.SIGCONT)
+            time.sleep(0.01)
+        return False
 
     def remember(self) -> None:
         """Note when each finished trial was finished: none may be touched again."""
