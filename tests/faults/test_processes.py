@@ -26,12 +26,13 @@ def again_after(sweep, killed: float) -> float:
 
 
 def next_epoch_after(sweep, killed: float) -> float:
-    """Seconds from the kill to the next epoch's checkpoint."""
+    """Seconds from the kill to a new slot's first checkpoint; the old worker may end an epoch before it is killed."""
+    built = sweep.until(lambda: [e for e in sweep.events("slot built") if e["time"] > killed], "a new slot")[0]["time"]
 
     def newest() -> float:
         return max((p.stat().st_mtime for p in sweep.runs.glob("*/checkpoint/epoch-*/state.json")), default=0)
 
-    return round(sweep.until(lambda: newest() if newest() > killed else 0, "a new checkpoint") - killed, 1)
+    return round(sweep.until(lambda: newest() if newest() > built else 0, "a new checkpoint") - killed, 1)
 
 
 def test_a_worker(sweep, reference, fault):
