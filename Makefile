@@ -53,6 +53,7 @@ bench: setup     ## the benchmarks, into benchmarks/
 		echo "bench $$verb" >&2; $(BIN)/hificl bench $$verb --save > /dev/null; \
 	done
 	$(BIN)/hificl bench --table --into docs/performance.md
+	$(BIN)/hificl bench --table --into docs/faults.md > /dev/null
 
 pictures: setup  ## the pictures of the documentation, after make repro: the gallery, the report and MLflow in a browser
 	$(BIN)/hificl gallery

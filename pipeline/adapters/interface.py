@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from pipeline.backbones.decoder import DecoderSpec
 from pipeline.errors import InputError
@@ -42,6 +40,8 @@ def attention_forward(
     """Attend with the edit of `module`; the signature and the returned [B, T, H, d] are transformers'."""
     edit = _EDITS.get(module)
     if edit is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
         )
@@ -59,8 +59,17 @@ def attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+@cache
+def _register() -> None:
+    """Make the function known to transformers: at its first use, since to import it takes seconds.
+
+    A sweep's stage and driver know methods by name and never attend.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextmanager
@@ -75,6 +84,7 @@ def edited_attention(spec: DecoderSpec, edits: list[LayerEdit]) -> Iterator[None
             "an adapter of attention is attached to this model already",
             way_out="Leave the first `attach`, or give both to one `attach` with rows",
         )
+    _register()
     config, before = spec.text_config, spec.text_config._attn_implementation
     try:
         _set_implementation(config, NAME)

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
 
 OPEN, CLOSE = "<!-- measured: written by `make bench` -->", "<!-- end of what was measured -->"
+MARKS = re.compile(
+    rf"(?P<open><!-- measured( (?P<verb>\w+))?: written by `make bench` -->).*?(?P<close>{CLOSE})", re.DOTALL
+)
 
 
-def render(folder: Path) -> str:
+def render(folder: Path, verb: str = "*") -> str:
     """Return one Markdown section a file, in order of the names: its ratios, growth, machine and method.
+
+    Args:
+        folder: of the results.
+        verb: whose results; all by default.
 
     Raises:
         InputError: there is nothing to show, or a file that no verb wrote.
     """
-    paths = sorted(folder.glob("*.json"))
+    paths = sorted(folder.glob(f"{verb}.json" if verb == "*" else f"{verb}-*.json"))
     if not paths:
         raise InputError("no results", where=str(folder), way_out="Run hificl bench VERB --save, or make bench")
     return "\n\n".join(_section(path) for path in paths)
@@ -26,17 +34,20 @@ def render(folder: Path) -> str:
 def write_into(path: Path, folder: Path) -> None:
     """Replace what stands between the two marks of a document by `render(folder)`.
 
+    A first mark that names a verb, `<!-- measured faults: ...`, has that verb's results alone.
+
     Raises:
         InputError: the document is missing or has no marks, or as `render`.
     """
     try:
-        head, _, rest = path.read_text(encoding="utf-8").partition(OPEN)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"not readable: {error.strerror}", where=str(path)) from None
-    _, closing, tail = rest.partition(CLOSE)
-    if not closing:
+    marks = MARKS.search(text)
+    if not marks:
         raise InputError(f"has no lines {OPEN} and {CLOSE}", where=str(path), way_out="Add both, one below the other")
-    path.write_text(f"{head}{OPEN}\n{render(folder)}\n{CLOSE}{tail}", encoding="utf-8")
+    found = render(folder, marks["verb"] or "*")
+    path.write_text(f"{text[: marks.end('open')]}\n{found}\n{text[marks.start('close') :]}", encoding="utf-8")
 
 
 def _section(path: Path) -> str:

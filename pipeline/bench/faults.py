@@ -18,8 +18,9 @@ def run(
     """Run a sweep of HiFICL trials on the miniature and add up what its own clocks say of checkpoints, ledger, spool.
 
     `keeping_over_training` is the time that the workers spend on epoch checkpoints (written, synced to the disk, read
-    back for their digests) and the ledger, over the time of training and scoring; `spool_over_sweep` the time that the
-    tracker's spool takes of the sweep's wall time. Their sum is `fault_machinery_share`.
+    back for their digests), adapters and the ledger's metrics, over the time of that, training and scoring;
+    `spool_over_sweep` the time that the tracker's spool takes of the sweep's wall time. Their sum is
+    `fault_machinery_share`. Left out is `done.json`, once a trial, whose writing takes what one epoch's metrics take.
 
     Args:
         device: cpu alone.

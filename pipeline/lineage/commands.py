@@ -85,9 +85,9 @@ def _reproduce(commands: Any, add: Add) -> None:
     def func(args: argparse.Namespace) -> None:
         from pipeline.config import load
         from pipeline.lineage.reproduce import reproduce
-        from pipeline.sweep.run import terminated_as_interrupt
+        from pipeline.sweep.signals import as_interrupt
 
-        with terminated_as_interrupt():  # so that the worktree is removed
+        with as_interrupt():  # so that the worktree is removed
             found = reproduce(
                 args.run_id, load(), Path.cwd(), tolerance=args.tolerance, here=args.here,
                 keep=Path(args.keep) if args.keep else None,

@@ -20,10 +20,8 @@ from typing import Any
 import psutil
 
 from pipeline.errors import HificlError
+from pipeline.sweep.limits import CLUSTER_SECONDS, ENDING_SECONDS, LIFE_SECONDS
 
-LIFE_SECONDS = 2.0  # between two signs of life
-SILENT_SECONDS = 60.0  # a cluster that does not answer for so long is lost
-ENDING_SECONDS = 4.0  # after which an ordered end is given up
 STOP = "stop"
 PROXY_DIED = "the process that waits for it died"  # the trial itself may be well
 MARK = "HIFICL_SWEEP"  # in the environment of all processes of one driver
@@ -116,9 +114,9 @@ def _watched(relay: Relay) -> Iterator[None]:
 
     def watch() -> None:
         while not stop.wait(LIFE_SECONDS / 2):
-            dead = [name for name, one in own.items() if not _alive(one)]
-            if dead or time.monotonic() - heard > SILENT_SECONDS:
-                why = f"Ray's {dead[0]} died" if dead else f"Ray did not answer for {SILENT_SECONDS:.0f} s"
+            dead = [name for name, one in own.items() if not alive(one)]
+            if dead or time.monotonic() - heard > CLUSTER_SECONDS:
+                why = f"Ray's {dead[0]} died" if dead else f"Ray did not answer for {CLUSTER_SECONDS:.0f} s"
                 relay.send("lost", why)
                 reap(os.environ[MARK])
                 os._exit(1)
@@ -132,7 +130,8 @@ def _watched(relay: Relay) -> Iterator[None]:
         stop.set()
 
 
-def _alive(process: psutil.Process) -> bool:
+def alive(process: psutil.Process) -> bool:
+    """Whether a process runs; one that was killed and that nobody has waited for does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -18,10 +17,13 @@ from pipeline.config import Params
 from pipeline.data.manifest import Manifest
 from pipeline.errors import InputError, WorkError
 from pipeline.progress import say
+from pipeline.sweep.driver import alive
 from pipeline.sweep.journal import Journal
+from pipeline.sweep.limits import PARENT_SECONDS
 from pipeline.sweep.logbook import Logbook, datasets_of
 from pipeline.sweep.naming import description
 from pipeline.sweep.plan import Places, Plan, make_plan
+from pipeline.sweep.signals import as_interrupt
 from pipeline.sweep.space import Cell, Digests, cells
 from pipeline.sweep.store import TrialStore
 from pipeline.sweep.supervisor import Driver, train
@@ -30,7 +32,6 @@ from pipeline.tracking.runs import FAILED, FINISHED, KILLED, Tracker
 from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import canonical, digest
 
-PARENT_SECONDS = 1.0
 SPOOL = ".spool"  # below runs/
 
 
@@ -77,7 +78,7 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
     where = places(root)
     plan = make_plan(params, all_cells(params, studies, where), where)
     store = TrialStore(where.runs)
-    with store.lock("a sweep"), ended_with_parent(), terminated_as_interrupt():
+    with store.lock("a sweep"), ended_with_parent(), as_interrupt():
         # its imports take as long as opening MLflow does
         driver = Driver() if plan.open_keys(store) or _adaptive(params, plan) else None
         try:
@@ -170,7 +171,7 @@ def ended_with_parent() -> Iterator[None]:
 
     def watch() -> None:
         while not stop.wait(PARENT_SECONDS):
-            if dvc is not None and not dvc.is_running():
+            if dvc is not None and not alive(dvc):
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
@@ -187,20 +188,3 @@ def _cmdline(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
-
-
-@contextmanager
-def terminated_as_interrupt() -> Iterator[None]:
-    """Turn SIGTERM into KeyboardInterrupt for the time of the block, so that both end the sweep in order."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -13,15 +13,12 @@ from typing import Any
 
 from pipeline.config import Params
 from pipeline.errors import InputError, WorkError
+from pipeline.sweep import signals
 from pipeline.sweep.driver import MARK, PROXY_DIED, STOP, reap
 from pipeline.sweep.journal import Journal
+from pipeline.sweep.limits import DRIVER_SECONDS, POLL_SECONDS, STARTING_SECONDS, STOPPING_SECONDS
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
-
-POLL_SECONDS = 0.5
-SILENT_SECONDS = 120.0  # a driver that gives no sign of life for so long is replaced
-STARTING_SECONDS = 600.0  # until the first one: a cluster starts, on a busy machine
-ENDING_SECONDS = 6.0
 
 
 class Lost(Exception):
@@ -34,7 +31,8 @@ class Driver:
     def __init__(self) -> None:
         self.mark = uuid.uuid4().hex
         self.works = False
-        self.errors: dict[str, str] = {}  # of trials that failed for good
+        self.seen: set[str] = set()  # trials that it took up, those that a searcher asked for included
+        self.ends: dict[str, str | None] = {}  # the error, if any, of each trial whose end it has told of
         self.pipe, theirs = multiprocessing.Pipe()
         with theirs:
             # in a session of its own: Ctrl-C reaches the supervisor alone, which ends it in order
@@ -57,6 +55,7 @@ class Driver:
         self.works = True
         silent_at = time.monotonic() + STARTING_SECONDS
         while True:
+            signals.check()
             try:
                 news = self.pipe.poll(POLL_SECONDS)
                 message = self.pipe.recv() if news else None
@@ -70,7 +69,7 @@ class Driver:
                 if time.monotonic() > silent_at:
                     raise Lost("the driver gives no sign of life")
                 continue
-            silent_at = time.monotonic() + SILENT_SECONDS
+            silent_at = time.monotonic() + DRIVER_SECONDS
             what, *facts = message
             if what == "ended":
                 return
@@ -78,9 +77,10 @@ class Driver:
                 raise facts[0]
             if what in ("error", "lost"):
                 raise Lost(str(facts[0]))
-            if what == "on_end" and facts[1] not in (None, PROXY_DIED):
-                self.errors[facts[0]] = facts[1]
+            if what == "on_end" and facts[1] != PROXY_DIED:
+                self.ends[facts[0]] = facts[1]
             if what != "alive":
+                self.seen.add(facts[0])
                 for watcher in watchers:
                     getattr(watcher, what)(*facts)
 
@@ -92,7 +92,7 @@ class Driver:
             self.pipe.send(STOP)
         self.pipe.close()
         try:
-            self.process.wait(ENDING_SECONDS)
+            self.process.wait(STOPPING_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -123,7 +123,8 @@ def train(
     most, attempts = params.sweep.retry.max_attempts, 0
     for key in todo:
         store.reopen(key)  # from here on an end is this sweep's
-    behind, errors = _progress(store), dict[str, str]()
+    mine, told, errors = set(todo), set[str](), dict[str, str]()
+    behind = _progress(store, mine)
     while todo or adaptive:
         driver, first = first or Driver(), None
         why = "its process died"
@@ -134,12 +135,15 @@ def train(
             why = str(lost)
         finally:
             driver.end()
-        errors |= driver.errors
+        errors |= {key: error for key, error in driver.ends.items() if error is not None}
+        mine |= driver.seen
+        told |= driver.ends.keys()
+        told |= _tell(store, mine - told, watchers)
         # a trial that failed has its end too, unless the disk is full; one without lost its way, not its state
         todo = [key for key in todo if store.done(key) is None and key not in errors]
         if not todo and not adaptive:
             break
-        now = _progress(store)
+        now = _progress(store, mine)
         attempts = 1 if now > behind else attempts + 1
         behind = now
         journal.note("the sweep's driver is lost", why=why, attempt=attempts)
@@ -151,6 +155,15 @@ def train(
     return errors
 
 
-def _progress(store: TrialStore) -> int:
-    """Return the epochs and ends that the store holds."""
-    return sum(len(store.epochs(key)) + (store.done(key) is not None) for key in store.all_keys())
+def _tell(store: TrialStore, keys: set[str], watchers: list[Any]) -> set[str]:
+    """Tell the watchers of ends that stand in the store and that died with the driver before it could say so."""
+    ends = {key: done for key in sorted(keys) if (done := store.done(key)) is not None}
+    for key, done in ends.items():
+        for watcher in watchers:
+            watcher.on_end(key, done.get("error"))
+    return set(ends)
+
+
+def _progress(store: TrialStore, keys: set[str]) -> int:
+    """Return the epochs and ends that the store holds of some trials."""
+    return sum(len(store.epochs(key)) + (store.done(key) is not None) for key in keys)

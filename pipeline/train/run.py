@@ -256,8 +256,10 @@ class TrialRun:
                 "backbone": config.backbone, "backbone_digest": config.backbone_digest,
                 "prompt": self.manifest.prompt,
             }  # fmt: skip
+            started = time.perf_counter()
             with folder_atomic(self.folder / "adapter") as temporary:
                 self.adapter.save_pretrained(temporary, extra=extra)
+            self.keeping += time.perf_counter() - started
 
     def _save_checkpoint(self) -> None:
         started = time.perf_counter()

@@ -52,6 +52,20 @@ def test_a_document_is_brought_up_to_date_between_its_marks(tmp_path: Path) -> N
         bench.table(tmp_path, into=document)
 
 
+def test_a_mark_that_names_a_verb_has_that_verbs_results_alone(tmp_path: Path) -> None:
+    for name in ("attention-cpu", "faults-cpu", "faults-cuda"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(RESULT), encoding="utf-8")
+    document = tmp_path / "faults.md"
+    document.write_text(
+        f"before\n{OPEN.replace('measured', 'measured faults')}\nold\n{CLOSE}\nafter\n", encoding="utf-8"
+    )
+    for _ in range(2):
+        bench.table(tmp_path, into=document)
+    text = document.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- measured faults:") and text.endswith(f"{CLOSE}\nafter\n")
+    assert "old" not in text and text.count("### faults-") == 2 and "### attention" not in text
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no results"):
         bench.table(tmp_path)

@@ -1,17 +1,16 @@
-"""A small sweep on the miniature, what can be done to it, and what must be true of it afterwards."""
+"""A small sweep on the miniature, and what can be done to it."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,6 @@ STUDY = {
     # a teacher, demonstrations that are drawn anew, dropout, and the method without either
     "methods": {"hificl": {"search": {"rank": [1, 2]}}, "live": None, "lora": {"method": "lora", "rank": 2}},
 }  # fmt: skip
-SECONDS = {"seconds", "train_seconds"}  # what may differ between two runs of a trial
-Running = Callable[["Sweep"], bool]
 
 
 class Sweep(Project):
@@ -101,6 +98,26 @@ class Sweep(Project):
 
         self.until(true, "a done trial and one with an epoch")
         self.remember()
+
+    def held_at(self, epochs: int) -> bool:
+        """Stop the worker while a trial is done and an open one has so many epochs; whether that was possible."""
+        assert self.stage is not None
+
+        def true() -> bool:
+            ends, kept = set(self.ends()), self.runs.glob("*/checkpoint/epoch-*/state.json")
+            behind = Counter(path.parent.parent.parent.name for path in kept)
+            return bool(ends) and any(count >= epochs for key, count in behind.items() if key not in ends)
+
+        while self.stage.poll() is None:
+            if true():
+                for worker in self.workers():
+                    os.kill(worker, signal.SIGSTOP)
+                if true():  # still: between the look and the signal the trial may have ended
+                    return True
+                for worker in self.workers():
+                    os.kill(worker, signal.SIGCONT)
+            time.sleep(0.01)
+        return False
 
     def remember(self) -> None:
         """Note when each finished trial was finished: none may be touched again."""
@@ -196,7 +213,9 @@ def make_sweep(folder: Path) -> Sweep:
         raw["tracking"]["system_metrics"] = False
 
     made.change(edit)
-    for words in (("-m", "stages.world"), ("-m", "stages.subsample", "mini-vqa")):
+    # the store's tables, which a sweep would take seconds to make
+    tables = f"from pipeline.tracking.runs import Tracker; Tracker('sqlite:///{folder}/mlflow.db', '.').prepare([])"
+    for words in (("-m", "stages.world"), ("-m", "stages.subsample", "mini-vqa"), ("-c", tables)):
         made.python(*words)
     return made
 
@@ -207,108 +226,3 @@ def set_sweep(sweep: Sweep, **values: Any) -> None:
 
 def set_tracking(sweep: Sweep, **values: Any) -> None:
     sweep.change(lambda raw: raw["tracking"].update(values))
-
-
-# -- what must be true -----------------------------------------------------------------------------------------------
-
-
-def results(sweep: Sweep) -> dict[str, Any]:
-    """Everything that training gives, by trial, without the seconds it took."""
-    found = {}
-    for key, end in sweep.ends().items():
-        path = sweep.runs / key / "metrics.jsonl"  # a trial that diverged at once has none
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        found[key] = {
-            "status": end["status"], "chosen": end.get("chosen_epoch"), "adapter": end.get("adapter_digest"),
-            "rows": [{k: v for k, v in row.items() if k not in SECONDS} for row in rows],
-        }  # fmt: skip
-    return found
-
-
-def mlflow_problems(database: Path, keys: dict[str, str], epochs: int = EPOCHS) -> list[str]:
-    """What is wrong in an MLflow store: read from its SQLite file, beside MLflow itself.
-
-    Args:
-        database: the file.
-        keys: the end state (FINISHED, ...) that each trial's run must have.
-        epochs: that each finished run must have.
-    """
-    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as db:
-
-        def ask(sql: str) -> list[tuple]:
-            return db.execute(sql).fetchall()
-
-        problems = [f"run {run} is RUNNING" for (run,) in ask("select run_uuid from runs where status='RUNNING'")]
-        twice = "select run_uuid, key, step from metrics where key not like 'system/%' group by 1, 2, 3"
-        problems += [f"{row} is there twice" for row in ask(f"{twice} having count(*) > 1")]
-        orphans = "select t.run_uuid from tags t where t.key='mlflow.parentRunId' and not exists"
-        problems += [f"{run} has no parent" for (run,) in ask(f"{orphans} (select 1 from runs where run_uuid=t.value)")]
-        runs = ask(
-            "select t.value, r.run_uuid, r.status from tags t join runs r using (run_uuid) where t.key='trial_key'"
-        )
-        if sorted(key for key, *_ in runs) != sorted(keys):
-            problems.append(f"runs of {sorted(key for key, *_ in runs)}, trials {sorted(keys)}")
-        steps = dict(ask("select run_uuid, group_concat(step) from metrics where key='train_loss' group by run_uuid"))
-        for key, run, status in runs:
-            if status != keys.get(key):
-                problems.append(f"{key} is {status}, not {keys.get(key)}")
-            have = sorted(int(step) for step in steps.get(run, "").split(",") if step)
-            if status == "FINISHED" and have != list(range(1, epochs + 1)):
-                problems.append(f"{key} has the steps {have}")
-        for table, what in (("inputs", "dataset input"), ("params", "parameter")):
-            if not ask(f"select count(*) from {table}")[0][0]:
-                problems.append(f"no {what}")
-    return problems
-
-
-def report(sweep: Sweep) -> list[dict[str, str]]:
-    """Score, write the report, and return its CSV without the runs' ids.
-
-    Scored in this process: no fault is injected here, and a worker takes longer to start than to score.
-    """
-    from pipeline import report as reports
-    from pipeline.config import load
-    from pipeline.sweep import evaluation, evaluators
-
-    before, pooled = Path.cwd(), evaluators.score_all
-    os.chdir(sweep.folder)
-    try:
-        evaluators.score_all = score_here  # type: ignore[assignment]
-        params = load()
-        evaluation.evaluate(params, ["small"])
-        reports.write_study("small", params, Path("evaluations"), Path("reports"))
-    finally:
-        evaluators.score_all = pooled
-        os.chdir(before)
-    with (sweep.folder / "reports/small.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "run_ids"} for row in csv.DictReader(file)]
-
-
-def score_here(params: Any, jobs: list[Any]) -> Iterator[tuple[str, Any]]:
-    from pipeline.train.workbench import Workbench
-
-    bench = Workbench(batch_size=params.evaluate.generation.batch_size)
-    for request, config in jobs:
-        yield config.key, bench.score(request, config)
-
-
-def nothing_left(sweep: Sweep, seconds: float = 10) -> float:
-    """Wait until no process of the sweep is left; return how long that took."""
-    started = time.monotonic()
-    while left := sweep.processes():
-        waited = time.monotonic() - started
-        assert waited < seconds, f"left after {waited:.0f} s: {[cmdline(one)[:3] for one in left]}"
-        time.sleep(0.1)
-    return time.monotonic() - started
-
-
-def survived(sweep: Sweep, reference: dict[str, Any], database: Path | None = None) -> None:
-    """Check that nothing is lost, nothing was done twice, and that everything equals the undisturbed run."""
-    nothing_left(sweep)
-    assert results(sweep) == reference["results"]
-    now = {path.parent.name: path.stat().st_mtime_ns for path in sweep.runs.glob("*/done.json")}
-    assert {key: now[key] for key in sweep.seen_done} == sweep.seen_done  # what had finished was not touched
-    ends = dict.fromkeys(reference["results"], "FINISHED")
-    assert mlflow_problems(database or sweep.folder / "mlflow.db", ends) == []
-    assert not list(sweep.runs.glob(".spool/*"))
-    assert report(sweep) == reference["report"]

@@ -8,10 +8,13 @@ import time
 
 import pytest
 
-from tests.faults.sweeps import EPOCHS, nothing_left, survived
+from tests.faults.checks import nothing_left, survived
+from tests.faults.sweeps import EPOCHS
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
+# how Ray titles the processes of Tune's actors: after the class that `tune.with_resources` puts around `TrialProxy`
+TRIALS_ACTOR = "ray::ResourceTrainable"
 AGAIN_SECONDS = 15.0  # in which a trial trains again whose worker died
 ORPHAN_SECONDS = 10.0
 
@@ -23,12 +26,13 @@ def again_after(sweep, killed: float) -> float:
 
 
 def next_epoch_after(sweep, killed: float) -> float:
-    """Seconds from the kill to the next epoch's checkpoint."""
+    """Seconds from the kill to a new slot's first checkpoint; the old worker may end an epoch before it is killed."""
+    built = sweep.until(lambda: [e for e in sweep.events("slot built") if e["time"] > killed], "a new slot")[0]["time"]
 
     def newest() -> float:
         return max((p.stat().st_mtime for p in sweep.runs.glob("*/checkpoint/epoch-*/state.json")), default=0)
 
-    return round(sweep.until(lambda: newest() if newest() > killed else 0, "a new checkpoint") - killed, 1)
+    return round(sweep.until(lambda: newest() if newest() > built else 0, "a new checkpoint") - killed, 1)
 
 
 def test_a_worker(sweep, reference, fault):
@@ -52,7 +56,8 @@ def test_a_trials_actor(sweep, reference, fault):
     """Ray Tune's actor of a trial: it only waits, so the training behind it is not disturbed."""
     sweep.begin()
     sweep.midway()
-    sweep.kill("ray::TrialProxy")
+    sweep.until(lambda: sweep.processes(TRIALS_ACTOR), "a trial's actor")  # a new one is "ray::IDLE" for a moment
+    sweep.kill(TRIALS_ACTOR)
     assert sweep.ended() == 0, sweep.log
     survived(sweep, reference)
     assert len(sweep.events("slot built")) == 1  # no worker was touched

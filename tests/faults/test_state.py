@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.sweeps import nothing_left, survived
+from tests.faults.checks import nothing_left, survived
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
@@ -61,25 +61,37 @@ def test_a_full_disk(sweep, reference, fault):
     fault("disk", gone=gone)
 
 
-def test_a_clock_that_jumps(sweep, reference, fault, tmp_path):
-    """Python's processes see the wall clock through a shim: a day ahead in the middle, then two days back."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("needs a C compiler")
-    library, shift = tmp_path / "clock.so", tmp_path / "shift"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(SHIM)], check=True)
-    shift.write_bytes((0).to_bytes(8, "little", signed=True))
+class Clock:
+    """A wall clock that can be set: a shim between Python's processes and the kernel's clock."""
 
-    def jump(seconds: int) -> None:
-        with shift.open("r+b") as file:
+    def __init__(self, folder: Path) -> None:
+        compiler = shutil.which("cc") or shutil.which("gcc")
+        if compiler is None:
+            pytest.skip("needs a C compiler")
+        library, self.shift = folder / "clock.so", folder / "shift"
+        subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(SHIM)], check=True)
+        self.shift.write_bytes(bytes(8))
+        self.environment = {"LD_PRELOAD": str(library), "CLOCK_SHIFT_FILE": str(self.shift)}
+
+    def jump(self, seconds: int) -> None:
+        """Be so far ahead of the kernel's clock."""
+        with self.shift.open("r+b") as file:  # the same file: it is mapped into the processes
             file.write(seconds.to_bytes(8, "little", signed=True))
 
-    sweep.begin(LD_PRELOAD=str(library), CLOCK_SHIFT_FILE=str(shift))
+
+@pytest.fixture
+def clock(tmp_path: Path) -> Clock:
+    return Clock(tmp_path)
+
+
+def test_a_clock_that_jumps(sweep, reference, fault, clock):
+    """A day ahead in the middle, then two days back."""
+    sweep.begin(**clock.environment)
     sweep.midway()
-    jump(86_400)
+    clock.jump(86_400)
     done = len(sweep.ends())
     sweep.until(lambda: len(sweep.ends()) > done, "a trial under tomorrow's clock")
-    jump(-86_400)
+    clock.jump(-86_400)
     assert sweep.ended() == 0, sweep.log
     survived(sweep, reference)
     rows = [path.stat().st_mtime for path in sweep.runs.glob("*/done.json")]
@@ -97,14 +109,9 @@ def jumped(sweep) -> bool:
     return last / 1000 - time.time() > 40_000 or time.time() - first / 1000 > 40_000
 
 
-def test_the_shim_shifts_the_clock(tmp_path):
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("needs a C compiler")
-    library, shift = tmp_path / "clock.so", tmp_path / "shift"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(SHIM)], check=True)
-    shift.write_bytes((86_400).to_bytes(8, "little", signed=True))
+def test_the_shim_shifts_the_clock(clock):
+    clock.jump(86_400)
     code = "import time; print(time.time(), time.monotonic())"
-    environment = {**os.environ, "LD_PRELOAD": str(library), "CLOCK_SHIFT_FILE": str(shift)}
-    wall, monotonic = map(float, subprocess.check_output(["python3", "-c", code], env=environment, text=True).split())
+    said = subprocess.check_output(["python3", "-c", code], env={**os.environ, **clock.environment}, text=True)
+    wall, monotonic = map(float, said.split())
     assert 86_000 < wall - time.time() < 87_000 and abs(monotonic - time.monotonic()) < 60

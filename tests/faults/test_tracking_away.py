@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.sweeps import EPOCHS, MARK, mlflow_problems, nothing_left, results, set_tracking, survived
+from tests.faults.checks import mlflow_problems, nothing_left, results, survived
+from tests.faults.sweeps import EPOCHS, MARK, set_tracking
 from tests.free_port import free_port
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]

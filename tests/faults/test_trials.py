@@ -10,7 +10,8 @@ import time
 import psutil
 import pytest
 
-from tests.faults.sweeps import mlflow_problems, nothing_left, report, results, set_sweep, survived
+from tests.faults.checks import mlflow_problems, nothing_left, report, results, survived
+from tests.faults.sweeps import set_sweep
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 

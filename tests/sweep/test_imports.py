@@ -1,0 +1,22 @@
+"""What a sweep's own processes may import: each start of one costs these seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "not_needed"),
+    [("stages.train", "ray transformers deepspeed"), ("pipeline.sweep.tuner", "mlflow transformers deepspeed")],
+)
+def test_the_stage_and_the_driver_import_what_they_need(module: str, not_needed: str) -> None:
+    """In a process of its own: this one has imported everything."""
+    code = f"import {module}, sys; print(*[name for name in '{not_needed}'.split() if name in sys.modules])"
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert said.split() == []
