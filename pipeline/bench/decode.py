@@ -34,7 +34,7 @@ class Sizes:
     cache: int = 1024
     batch: int = 8
     attention_repeats: int = 31
-    other_repeats: int = 3  # of the slow formulations
+    other_repeats: int = 9  # of the slow formulations
     inner: int = 1
     new_tokens: int = 10
     generate_repeats: int = 5

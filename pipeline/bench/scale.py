@@ -73,9 +73,8 @@ def _dispatch(plan: Plan, requests: dict[str, TrialRequest], nodes: int, found: 
     decisions: list[float] = []
 
     async def sweep() -> None:
-        dispatcher = _plain_dispatcher()(
-            Requests(requests), plan.params.sweep, str(plan.places.runs), nodes, 1, True
-        )  # fmt: skip
+        runs = str(plan.places.runs)
+        dispatcher = _plain_dispatcher()(Requests(requests), plan.params.sweep, runs, nodes, 1, True, home="")
         dispatcher.slots = [SimulatedSlot(dispatcher.store) for _ in range(nodes)]
         await dispatcher.start()
         waiting = iter(list(requests))

@@ -62,17 +62,18 @@ class Dispatcher:
         slots: how many slots.
         world_size: ranks of a slot.
         run_ahead: whether a trial goes on before the scheduler has seen its last epoch (right for FIFO alone).
+        home: the project's folder, in which workers find images by relative paths.
     """
 
     def __init__(
-        self, resolve: Resolve, sweep: Sweep, store_root: str, slots: int, world_size: int, run_ahead: bool
+        self, resolve: Resolve, sweep: Sweep, store_root: str, slots: int, world_size: int, run_ahead: bool, home: str
     ) -> None:
         self.resolve, self.sweep, self.run_ahead = resolve, sweep, run_ahead
         self.store, self.journal = TrialStore(store_root), Journal(store_root)
         self.trials: dict[str, _Trial] = {}
         self.queue: list[_Trial] = []
         self.queued = asyncio.Event()
-        self.slots = [Slot(sweep, world_size) for _ in range(slots)]
+        self.slots = [Slot(sweep, world_size, home) for _ in range(slots)]
         self.loops: list[asyncio.Task] = []
         self.failure: str | None = None
 

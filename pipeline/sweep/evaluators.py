@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +17,7 @@ from pipeline.config import Params
 from pipeline.measure.base import Job as Measured
 from pipeline.measure.base import Measure
 from pipeline.request import TrialRequest
+from pipeline.sweep.nodes import work_in
 from pipeline.sweep.tuner import cluster, count_slots
 from pipeline.sweep.units import Complete, Job, Ledger, Unit, split, units
 from pipeline.train.scoring import Answers, Part
@@ -26,9 +28,10 @@ from pipeline.trial import EvaluationConfig
 class Evaluator:
     """A resident process that answers and scores for one trial after another."""
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, home: str) -> None:
         from pipeline.train.workbench import Workbench, use_threads
 
+        work_in(home)
         use_threads()
         self.bench = Workbench(batch_size=batch_size)
 
@@ -75,7 +78,7 @@ def _evaluator(params: Params) -> Any:
     environment = {"OMP_NUM_THREADS": str(sweep.threads_per_worker)}
     return actor.options(  # type: ignore[attr-defined]
         num_cpus=sweep.cpus_per_worker, num_gpus=sweep.gpus_per_worker, runtime_env={"env_vars": environment}
-    ).remote(params.evaluate.generation.batch_size)
+    ).remote(params.evaluate.generation.batch_size, str(Path.cwd()))
 
 
 class _Scoring:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,21 @@ def require(expected: Version) -> None:
         InputError: names this node, and what differs.
     """
     _compare(ray.util.get_node_ip_address(), code_version(), expected)
+
+
+def work_in(home: str) -> None:
+    """Make the project's folder this process's: a worker starts in the folder in which its node's Ray was started.
+
+    Raises:
+        InputError: the folder is not on this node.
+    """
+    try:
+        os.chdir(home)
+    except OSError as error:
+        raise InputError(
+            f"the project's folder {home} is not there ({error.strerror})",
+            where=f"node {ray.util.get_node_ip_address()}", way_out="Keep it on a path that all nodes share",
+        ) from None  # fmt: skip
 
 
 def check_nodes() -> int:

@@ -29,10 +29,10 @@ class SlotLost(Exception):
 
 
 class Slot:
-    """`world_size` workers, connected."""
+    """`world_size` workers, connected, in the project's folder `home`."""
 
-    def __init__(self, sweep: Sweep, world_size: int) -> None:
-        self.sweep, self.world_size = sweep, world_size
+    def __init__(self, sweep: Sweep, world_size: int, home: str) -> None:
+        self.sweep, self.world_size, self.home = sweep, world_size, home
         self.workers: list[Any] = []
         self.group: Any = None
         self.pids: list[int] = []
@@ -66,7 +66,7 @@ class Slot:
         self.pids = [pid for *_, pid in addresses]
         self.near = [pid for host, _, pid in addresses if host == ray.util.get_node_ip_address()]
         host, port, _ = addresses[0]
-        await self._all("connect", host, port, code_version(), limit=BUILD_SECONDS)
+        await self._all("connect", host, port, code_version(), self.home, limit=BUILD_SECONDS)
 
     async def room(self) -> int:
         """Return how many more trials may join those that are admitted."""

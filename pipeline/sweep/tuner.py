@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
@@ -184,7 +185,7 @@ def _run(
     run_ahead = params.sweep.scheduler == "fifo"
     resolve = plan.request if adaptive else Requests({key: plan.request_of(plan.trials[key]) for key in keys})
     dispatcher = actor.options(resources=ON_HEAD).remote(
-        resolve, params.sweep, str(plan.places.runs), slots, world, run_ahead
+        resolve, params.sweep, str(plan.places.runs), slots, world, run_ahead, str(Path.cwd())
     )
     try:
         ray.get(dispatcher.start.remote())

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from pipeline.request import TrialRequest
-from pipeline.sweep.nodes import Version, require
+from pipeline.sweep.nodes import Version, require, work_in
 
 
 @ray.remote(max_restarts=0, max_concurrency=2)
@@ -34,9 +34,14 @@ class Worker:
             free.bind((host, 0))
             return host, free.getsockname()[1], os.getpid()
 
-    def connect(self, host: str, port: int, code: Version) -> None:
-        """Join the slot's process group and load what every trial needs; refuse where the code is not `code`."""
+    def connect(self, host: str, port: int, code: Version, home: str) -> None:
+        """Join the slot's process group and load what every trial needs, in the project's folder `home`.
+
+        Raises:
+            InputError: the code here is not `code`, or `home` is not here.
+        """
         require(code)
+        work_in(home)
         os.environ.update(
             RANK=str(self.rank),
             LOCAL_RANK="0",

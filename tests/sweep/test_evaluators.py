@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Told:
     """An evaluator without a backbone: a file `die-CALL` ends its process, one of `fail-NAME` raises."""
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, home: str) -> None:
         pass
 
     def answer(self, requests, evaluation, part):
