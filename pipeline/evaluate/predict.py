@@ -46,8 +46,10 @@ def predict(
         part: (i, n): every n-th batch from the i-th on.
     """
     task = tasks.get(manifest.task)
-    shots = [demonstrations(sample) if demonstrations else [] for sample in samples]
-    prompts = resident.prompts(manifest, samples, shots, answer=False)
+    if demonstrations is None:
+        prompts = resident.open_prompts(manifest, samples)
+    else:
+        prompts = resident.prompts(manifest, samples, [demonstrations(sample) for sample in samples], answer=False)
     mine = of_part(prompts, batch_size, part)
     texts = generate(
         resident.loaded,
@@ -89,7 +91,7 @@ def predict_each(
         one mapping of id to answer for every entry of `members`.
     """
     task = tasks.get(manifest.task)
-    prompts = resident.prompts(manifest, samples, [[]] * len(samples), answer=False) * len(members)
+    prompts = resident.open_prompts(manifest, samples) * len(members)
     mine = of_part(prompts, batch_size, part)
     texts = generate(
         resident.loaded,

@@ -14,7 +14,7 @@ class Recent(Generic[K, V]):
     """The most recently used values.
 
     Args:
-        limit: bytes that are kept; the newest value is kept even where it is larger.
+        limit: bytes (or what `size` counts) that are kept; the newest value is kept even where it is larger.
         size: bytes of a value.
     """
 

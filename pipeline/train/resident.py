@@ -24,6 +24,7 @@ from pipeline.train.visual_tokens import VisualTokens
 from pipeline.trial import Kind, TrialConfig
 
 TEACHER_BYTES = 1 << 30  # of a teacher's targets: computed ahead, and kept for trials with the same demonstrations
+OPEN_PROMPTS = 50_000  # kept; a few kilobytes each
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Resident:
         self.kinds: set[Kind] = set()  # of target that are made in one pass: those that are asked for soon
         self._manifests: dict[Path, Manifest] = {}
         self._encoded: dict[tuple[str, str, int | str], Encoded] = {}
+        self._open: Recent[tuple[str, int | str], Encoded] = Recent(OPEN_PROMPTS, lambda _: 1)
 
     @staticmethod
     def key(config: TrialConfig) -> tuple[str, str, str]:
@@ -103,6 +105,16 @@ class Resident:
         for sample, encoded in zip(missing, encode_all(self.loaded, rendered, root=manifest.image_root), strict=True):
             self._encoded[manifest.digest, "train", sample.sample_id] = encoded
         return [self._encoded[manifest.digest, "train", s.sample_id] for s in samples]
+
+    def open_prompts(self, manifest: Manifest, queries: Sequence[Sample]) -> list[Encoded]:
+        """Return prompts without demonstrations that wait for an answer; tokenised once for all epochs and trials."""
+        keys = [(manifest.digest, query.sample_id) for query in queries]
+        found = {key: encoded for key in keys if (encoded := self._open.get(key)) is not None}
+        missing = {key: query for key, query in zip(keys, queries, strict=True) if key not in found}
+        made = self.prompts(manifest, list(missing.values()), [()] * len(missing), answer=False) if missing else []
+        for key, encoded in zip(missing, made, strict=True):
+            found[key] = self._open.put(key, encoded)
+        return [found[key] for key in keys]
 
     def prompts(
         self, manifest: Manifest, queries: Sequence[Sample], demos: Sequence[Sequence[Sample]], *, answer: bool
