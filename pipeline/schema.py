@@ -52,6 +52,7 @@ class Train(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "cpu"] = "none"
     world_size: int = Field(1, ge=1)
+    compile: bool = False  # the decoder's norms and feed-forward nets by torch.compile
     selection: Literal["selection", "test"] = "selection"
     selection_metric: Literal["score", "loss"] = "score"
 

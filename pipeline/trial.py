@@ -71,8 +71,9 @@ class TrialConfig(_Config):
     selection_metric: Literal["score", "loss"] = "score"
     num_selection_samples: int = 0
     demonstration_draw: Literal["without-replacement", "with-replacement"] = "without-replacement"
+    compile: bool = False
 
-    later: ClassVar[frozenset[str]] = frozenset({"demonstration_draw"})
+    later: ClassVar[frozenset[str]] = frozenset({"demonstration_draw", "compile"})
 
     @property
     def trained(self) -> bool:

@@ -19,6 +19,7 @@ from pipeline.bench._shapes import WORKLOADS, Bench, Workload
 from pipeline.bench._steps import Trained, floor_step, hificl_step, lora_step, mimic_step, teach
 from pipeline.bench._timing import Findings, Rounds, alternate, one_thread, report
 from pipeline.cost.steps import Costs, Prompt
+from pipeline.train.compiled import Forwards, compiled_parts
 
 # dense bf16 FLOP/s by a part of the GPU's name, for the utilisation; unknown GPUs get none
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -38,8 +39,9 @@ def run(
     answer, backward, clip and AdamW. HiFICL and MimIC have visual tokens at hand, LoRA starts from pixels because it
     trains the vision tower. MimIC's student is given its teacher's states; `mimic_over_hificl` adds the teacher's pass
     over the demonstrations, with visual tokens at hand, and `mimic_as_published_over_hificl` runs the vision tower for
-    every image in both, as the published code does. `all_logits` computes logits at every position. FLOPs are counted
-    by formula (pipeline.cost). On a CPU everything runs on one thread.
+    every image in both, as the published code does. `all_logits` computes logits at every position, and
+    `compiled_parts_over_eager` is what `train.compile` brings. FLOPs are counted by formula (pipeline.cost). On a CPU
+    everything runs on one thread.
 
     Args:
         device: cpu or cuda.
@@ -61,6 +63,7 @@ def run(
                 counted[name]["peak_gib"] = {label: _peak(one) for label, one in work.items()}
             if compiled if compiled is not None else device == "cuda":
                 left_out += _compiled(found, bench, name, repeats, device)
+                _compiled_parts(found, bench, name, repeats, device)
             del bench, work
     sizes = {"repeats": repeats, **{name: asdict(workload) for name, workload in chosen.items()}}
     return report(found, device=device, method=run.__doc__, sizes=sizes, counted=counted, left_out=left_out)
@@ -163,6 +166,24 @@ def _compiled(found: Findings, bench: Bench, name: str, repeats: int, device: st
     found.add(f"compiled_step_over_floor_{name}", rounds, "hificl", "floor")
     found.seconds(f"compiled_floor_seconds_{name}", rounds, "floor")
     return []
+
+
+def _compiled_parts(found: Findings, bench: Bench, name: str, repeats: int, device: str) -> None:
+    """Measure what `train.compile` brings: HiFICL's step with the decoder's frozen parts compiled, and without."""
+    step, adapter = hificl_step(bench)
+    ids = bench.ids()
+    forwards: Forwards = {}
+
+    def eager() -> None:
+        with attach(bench.model, adapter):
+            step(ids)
+
+    def parts() -> None:
+        with compiled_parts(bench.model, forwards):
+            eager()
+
+    rounds = alternate({"eager": eager, "parts": parts}, repeats, warmup=2, device=device)
+    found.add(f"compiled_parts_over_eager_{name}", rounds, "parts", "eager")
 
 
 def _peak(work: Callable[[], Any]) -> float:

@@ -93,7 +93,7 @@ def pack_key(config: TrialConfig) -> str | None:
     if not facts.packable:
         return None
     shared = [config.backbone, config.backbone_digest, config.precision, config.engine, config.zero_stage]
-    return canonical([*shared, config.world_size, facts.trains_vision])
+    return canonical([*shared, config.world_size, facts.trains_vision, config.compile])
 
 
 def teacher_key(config: TrialConfig) -> str | None:

@@ -89,6 +89,7 @@ class Cell:
             alignment_weight=_given(train.alignment_weight, facts.alignment_weight) if facts.teacher else 0.0,
             ground_truth_weight=_given(train.ground_truth_weight, facts.ground_truth_weight),
             engine=_engine(train, self.name),
+            compile=_compile(train, self.name),
             **{name: getattr(train, name) for name in _SHARED},
         )
 
@@ -110,6 +111,15 @@ def _engine(train: Train, where: str) -> str:
     if train.engine != "auto":
         return train.engine
     return "deepspeed" if sharded else "torch"
+
+
+def _compile(train: Train, where: str) -> bool:
+    if train.compile and train.zero_stage == 3:
+        raise InputError(
+            "ZeRO-3 gathers parameters around each call, which torch.compile does not see", where=where,
+            way_out="Set train.compile to false, or train.zero_stage to 2",
+        )  # fmt: skip
+    return train.compile
 
 
 def _given(value: float | None, default: float) -> float:

@@ -19,6 +19,7 @@ from pipeline.data.sample import Sample
 from pipeline.errors import InputError
 from pipeline.request import TrialRequest
 from pipeline.tasks import tasks
+from pipeline.train.compiled import Forwards
 from pipeline.train.recent import Recent
 from pipeline.train.visual_tokens import VisualTokens
 from pipeline.trial import Kind, TrialConfig
@@ -66,6 +67,7 @@ class Resident:
                 where=config.backbone, way_out="Put the old weights back, or run the sweep again for the new ones",
             )  # fmt: skip
         self.device = device
+        self.forwards: Forwards = {}  # compiled ones, of the decoder's frozen parts
         self.visual = VisualTokens(self.loaded, cache)
         # by micro-batch: whoever finds one finds it whole, made in a pass of the same shape, so that a trial's numbers
         # do not depend on the trials that were here before it

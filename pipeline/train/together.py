@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from pipeline import adapters
 from pipeline.adapters.attach import Pack
+from pipeline.adapters.base import WeightsAdapter, parts_of
 from pipeline.errors import WorkError
 from pipeline.progress import say
 from pipeline.train.capacity import Capacity
+from pipeline.train.compiled import compiled_parts
 from pipeline.train.packed import Losses, losses
 from pipeline.train.resident import TEACHER_BYTES, Resident
 from pipeline.train.run import Part, Report, TrialRun
@@ -63,7 +66,7 @@ class Together:
             window = self._window(steps - done)
             # dropout is drawn in training alone
             learners = [run.adapter.train() for run in self.runs]
-            with adapters.attach(self.resident.loaded.model, learners) as pack:
+            with self._compiled(), adapters.attach(self.resident.loaded.model, learners) as pack:
                 for work in window:
                     self._step(pack, work)
                     self.on_step()
@@ -83,6 +86,13 @@ class Together:
                 self._report(run, run.finish_epoch(found, seconds)) for run, found in zip(ended, selected, strict=True)
             ]
         return reports
+
+    def _compiled(self) -> AbstractContextManager[None]:
+        """Let the frozen parts run compiled, where it is asked for and the weights stay what they are."""
+        updates = any(parts_of([run.adapter for run in self.runs], WeightsAdapter))
+        if updates or not all(run.config.compile for run in self.runs):
+            return nullcontext()
+        return compiled_parts(self.resident.loaded.model, self.resident.forwards)
 
     def _report(self, run: TrialRun, report: Report) -> Report:
         if report["done"]:

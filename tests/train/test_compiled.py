@@ -1,0 +1,52 @@
+"""`train.compile`: the frozen parts run compiled, the numbers stay what they are, and nothing is left behind."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from pipeline.backbones.decoder import decoder_of
+from pipeline.config import load
+from pipeline.errors import InputError
+from pipeline.sweep.space import _compile
+from pipeline.train.workbench import Workbench
+from tests.conftest import ROOT
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler: g++ is not installed"),
+]
+
+
+def losses(bench: Workbench, request) -> list[float]:
+    bench.admit(request)
+    found = []
+    while bench.together is not None and bench.together.runs:
+        found += [report["train_loss"] for report in bench.advance()]
+    return found
+
+
+@pytest.mark.parametrize(("method", "runs_compiled"), [("hificl", True), ("lora", False)])
+def test_a_compiled_trial_loses_what_an_eager_one_loses(trial, tmp_path, method, runs_compiled):
+    bench = Workbench(device="cpu")
+    eager = losses(bench, trial(method, tmp_path / "eager", rank=2, epochs=1))
+    resident = bench.together.resident
+    assert not resident.forwards
+    compiled = losses(bench, trial(method, tmp_path / "compiled", rank=2, epochs=1, compile=True))
+    assert compiled == pytest.approx(eager, abs=1e-5)
+    layers = decoder_of(resident.loaded.model).layers
+    assert len(resident.forwards) == (3 * len(layers) if runs_compiled else 0)  # two norms and a feed-forward net
+    assert all("forward" not in vars(part) for layer in layers for part in layer.children())
+
+
+def test_its_key_is_another_and_that_of_a_trial_without_is_what_it_was(trial, tmp_path):
+    plain = trial("hificl", tmp_path).config
+    assert plain.model_copy(update={"compile": True}).key != plain.key
+    assert "compile" not in plain.model_dump(exclude=plain.later)
+
+
+def test_zero_3_is_refused():
+    train = load(ROOT / "params.yaml", ["train.compile=true", "train.zero_stage=3"]).train
+    with pytest.raises(InputError, match="ZeRO-3 gathers"):
+        _compile(train, "here")
