@@ -29,6 +29,7 @@ from pipeline.trial import MOST_PACKED
 
 # the dispatcher and the proxies only wait, so they take no processor; on the head, whose loss ends a sweep anyway
 ON_HEAD = {"node:__internal_head__": 0.0001}
+MOST_PROXIES = 128  # Tune's processes for packs, about 100 MB each on the head; every slot has one trial in any case
 MOST_WAITING = 4  # trials that wait ready, at most one a slot: no slot idles, and a slot has a choice
 
 
@@ -154,9 +155,12 @@ def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
     return max(1, min(asked, trials))
 
 
-def most_together(sweep: Sweep) -> int:
-    """Return how many trials a slot may have at once."""
-    return MOST_PACKED["cuda" if sweep.gpus_per_worker else "cpu"] if sweep.pack == "auto" else sweep.pack
+def most_in_progress(sweep: Sweep, slots: int) -> int:
+    """Return how many trials Tune may have in progress: what the slots' packs hold, and some that wait ready."""
+    device = "cuda" if sweep.gpus_per_worker else "cpu"
+    together = MOST_PACKED[device] if sweep.pack == "auto" else sweep.pack
+    waiting = min(slots, MOST_WAITING)
+    return max(slots, min(slots * together, MOST_PROXIES)) + waiting
 
 
 def run_trials(
@@ -199,7 +203,7 @@ def _run(
                 param_space=None if search else {"trial": tune.grid_search(in_lanes(plan, keys, slots))},
                 tune_config=tune.TuneConfig(
                     scheduler=make_scheduler(params, plan), search_alg=search, num_samples=samples,
-                    max_concurrent_trials=slots * most_together(params.sweep) + min(slots, MOST_WAITING),
+                    max_concurrent_trials=most_in_progress(params.sweep, slots),
                     reuse_actors=True,
                 ),
                 run_config=tune.RunConfig(
