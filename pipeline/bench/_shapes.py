@@ -170,11 +170,11 @@ class Bench:
         """Return the model's arguments: with visual tokens at hand, or with pixels for the vision tower."""
         work = self.workload
         count = ids.shape[1] // (work.visual_tokens + work.text_tokens)
-        rows: Sequence[Sequence[Pixels]] = [[self.image] * count] * work.batch
+        rows: Sequence[Sequence[Pixels]] = [[self.image] * count] * len(ids)
         arguments = self.family.image_arguments(
-            visual=None if pixels else [self.visual] * (count * work.batch),
+            visual=None if pixels else [self.visual] * (count * len(ids)),
             pixels=self.family.stack(rows) if pixels else None,
-            input_ids=ids, image_counts=[count] * work.batch, image_token_id=self.image_token,
+            input_ids=ids, image_counts=[count] * len(ids), image_token_id=self.image_token,
         )  # fmt: skip
         return {"input_ids": ids, **{name: value for name, value in arguments.items() if value is not None}}
 

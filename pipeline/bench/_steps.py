@@ -36,6 +36,10 @@ class Trained:
 
     def truth(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Return the mean cross-entropy of the answers."""
+        return self.truths(hidden, ids).mean()
+
+    def truths(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Return the cross-entropy of each row's answer, [B]."""
         labels = torch.full_like(ids, -100)
         answer = self.bench.workload.answer_tokens
         labels[:, -answer:] = ids[:, -answer:]
@@ -44,11 +48,15 @@ class Trained:
             logits = self.bench.model.get_output_embeddings()(hidden).float()[rows, positions]
         else:
             logits = loss.logits_at(self.bench.model, hidden, rows, positions)
-        return loss.cross_entropy(logits, targets, rows, len(ids)).mean()
+        return loss.cross_entropy(logits, targets, rows, len(ids))
 
     def finish(self, value: Tensor) -> None:
         """Backward, clip, update."""
         value.backward()
+        self.update()
+
+    def update(self) -> None:
+        """Clip and update by the gradients that are there."""
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -110,6 +118,31 @@ def hificl_step(bench: Bench, **options: Any) -> tuple[Trained, Adapter]:
     """Return HiFICL's step, and the adapter to be attached around it."""
     adapter = adapters.create("hificl", bench.model, **options)
     return Trained(bench, list(adapter.parameters())), adapter
+
+
+def packed_steps(bench: Bench, count: int) -> tuple[Step, Step]:
+    """Return the steps of `count` HiFICL trials in one forward and backward pass, and one after another.
+
+    Each trial has a batch of its own, its own clip and its own optimiser.
+    """
+    made = [hificl_step(bench) for _ in range(count)]
+    ids = [bench.ids() for _ in made]
+    joined, batch = torch.cat(ids), len(ids[0])
+    rows = [number for number in range(count) for _ in range(batch)]
+
+    def together() -> None:
+        with adapters.attach(bench.model, [adapter for _, adapter in made], rows):
+            truths = made[0][0].truths(bench.hidden(bench.inputs(joined)), joined)
+            truths.view(count, batch).mean(1).sum().backward()
+        for step, _ in made:
+            step.update()
+
+    def alone() -> None:
+        for (step, adapter), mine in zip(made, ids, strict=True):
+            with adapters.attach(bench.model, adapter):
+                step(mine)
+
+    return together, alone
 
 
 def mimic_step(bench: Bench, **options: Any) -> tuple[Aligned, Adapter]:

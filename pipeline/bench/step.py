@@ -16,7 +16,7 @@ from pipeline import backbones
 from pipeline.adapters.attach import attach
 from pipeline.bench._main import main
 from pipeline.bench._shapes import WORKLOADS, Bench, Workload
-from pipeline.bench._steps import Trained, floor_step, hificl_step, lora_step, mimic_step, teach
+from pipeline.bench._steps import Trained, floor_step, hificl_step, lora_step, mimic_step, packed_steps, teach
 from pipeline.bench._timing import Findings, Rounds, alternate, one_thread, report
 from pipeline.cost.steps import Costs, Prompt
 from pipeline.train.compiled import Forwards, compiled_parts
@@ -24,6 +24,7 @@ from pipeline.train.compiled import Forwards, compiled_parts
 # dense bf16 FLOP/s by a part of the GPU's name, for the utilisation; unknown GPUs get none
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 LORA_RANK = 16
+PACKED = 8
 
 
 def run(
@@ -39,7 +40,8 @@ def run(
     answer, backward, clip and AdamW. HiFICL and MimIC have visual tokens at hand, LoRA starts from pixels because it
     trains the vision tower. MimIC's student is given its teacher's states; `mimic_over_hificl` adds the teacher's pass
     over the demonstrations, with visual tokens at hand, and `mimic_as_published_over_hificl` runs the vision tower for
-    every image in both, as the published code does. `all_logits` computes logits at every position, and
+    every image in both, as the published code does. `all_logits` computes logits at every position,
+    `packed_over_sequential_K8` has eight HiFICL trials in one pass and one after another, in samples per second, and
     `compiled_parts_over_eager` is what `train.compile` brings. FLOPs are counted by formula (pipeline.cost). On a CPU
     everything runs on one thread.
 
@@ -58,6 +60,9 @@ def run(
             left_out += [f"{name}: {text}" for text in skipped]
             rounds = alternate(work, repeats, device=device)
             _ratios(found, name, rounds)
+            together, alone = packed_steps(bench, PACKED)
+            packs = alternate({"together": together, "alone": alone}, repeats, device=device)
+            found.add(f"packed_over_sequential_K{PACKED}_{name}", packs, "alone", "together")
             counted[name] = _counted(bench, rounds, device)
             if device == "cuda":
                 counted[name]["peak_gib"] = {label: _peak(one) for label, one in work.items()}

@@ -79,7 +79,10 @@ def test_the_lengths_of_the_contract_are_measured() -> None:
 @pytest.mark.parametrize("name", sorted(CPU))
 def test_step(name: str) -> None:
     result = step.run(workloads={name: tiny(name)}, repeats=1)
-    labels = ("step_over_floor", "mimic_step_over_floor", "mimic_over_hificl", "lora_over_hificl")
+    labels = (
+        "step_over_floor", "mimic_step_over_floor", "mimic_over_hificl", "lora_over_hificl",
+        "packed_over_sequential_K8",
+    )  # fmt: skip
     check(result, [f"{label}_{name}" for label in labels])
     assert result["left_out"] == []
     assert result["counted"][name]["flops_a_second"]["floor"] > 0
