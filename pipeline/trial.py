@@ -76,6 +76,13 @@ class TrialConfig(_Config):
     later: ClassVar[frozenset[str]] = frozenset({"demonstration_draw", "compile"})
 
     @property
+    def draws(self) -> tuple[str, int, int, int, str]:
+        """What decides which demonstrations a teacher sees before a sample."""
+        return (
+            self.manifest_digest, self.num_train_samples, self.num_shots, self.seed, self.demonstration_draw,
+        )  # fmt: skip
+
+    @property
     def trained(self) -> bool:
         """Whether there is anything to train."""
         return self.epochs > 0

@@ -52,8 +52,8 @@ def create(folder: Path, *, profile: str, data: Path | None = None) -> None:
         (folder / "data").mkdir(exist_ok=True)
         _link(folder / "data/real", data.resolve())
     if not (folder / ".dvc").is_dir():
-        _dvc(folder, "init", "--no-scm", "--quiet")
-        _dvc(folder, "config", "core.analytics", "false")
+        dvc(folder, "init", "--no-scm", "--quiet")
+        dvc(folder, "config", "core.analytics", "false")
 
 
 def _write(path: Path, text: str) -> None:
@@ -69,11 +69,17 @@ def _link(link: Path, target: Path) -> None:
     link.symlink_to(os.path.relpath(target, link.parent.resolve()), target_is_directory=True)
 
 
-def _dvc(folder: Path, *args: str) -> None:
+def dvc(folder: Path, *args: str, shown: bool = False) -> None:
+    """Run dvc in a folder; `shown` lets its output through.
+
+    Raises:
+        WorkError: it failed.
+    """
     # DVC is started as the program it is: its Python interface would pull it into every import of this module
-    done = subprocess.run([sys.executable, "-m", "dvc", *args], cwd=folder, capture_output=True, text=True, check=False)
+    words = [sys.executable, "-m", "dvc", *args]
+    done = subprocess.run(words, cwd=folder, capture_output=not shown, text=True, check=False)
     if done.returncode:
-        raise WorkError(f"dvc {args[0]} failed: {done.stderr.strip()[-300:]}", where=str(folder))
+        raise WorkError(f"dvc {args[0]} failed: {(done.stderr or '').strip()[-300:]}".rstrip(": "), where=str(folder))
 
 
 def describe(folder: Path) -> str:

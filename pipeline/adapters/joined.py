@@ -19,7 +19,7 @@ MOST_TOKENS = 256
 
 
 def fits(
-    q: Tensor, k: Tensor, keys: Tensor | None, bias: Tensor | None, per_query: Tensor | None, replaces: bool | Tensor
+    q: Tensor, k: Tensor, keys: Tensor, bias: Tensor | None, per_query: Tensor | None, replaces: bool | Tensor
 ) -> bool:
     """Whether attention without a mask over as many keys as queries is computed here when something learns.
 
@@ -27,7 +27,7 @@ def fits(
     """
     return (
         q.device.type == "cpu" and q.requires_grad and replaces is True and per_query is None
-        and keys is not None and keys.dtype == q.dtype
+        and keys.dtype == q.dtype
         and 1 < q.shape[2] == k.shape[2] <= MOST_TOKENS
         and (bias is None or bias.shape[-2] == 1)
     )  # fmt: skip

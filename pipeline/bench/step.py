@@ -19,7 +19,7 @@ from pipeline.bench._shapes import WORKLOADS, Bench, Workload
 from pipeline.bench._steps import Trained, floor_step, hificl_step, lora_step, mimic_step, packed_steps, teach
 from pipeline.bench._timing import Findings, Rounds, alternate, one_thread, report
 from pipeline.cost.steps import Costs, Prompt
-from pipeline.train.compiled import Forwards, compiled_parts
+from pipeline.train.compiled import compiled_parts
 
 # dense bf16 FLOP/s by a part of the GPU's name, for the utilisation; unknown GPUs get none
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -147,21 +147,26 @@ def _counted(bench: Bench, rounds: Rounds, device: str) -> dict[str, Any]:
     return found
 
 
+def _attached_hificl(bench: Bench) -> Callable[[], None]:
+    step, adapter = hificl_step(bench)
+    ids = bench.ids()
+
+    def hificl() -> None:
+        with attach(bench.model, adapter):
+            step(ids)
+
+    return hificl
+
+
 def _compiled(found: Findings, bench: Bench, name: str, repeats: int, device: str) -> list[str]:
     """Measure HiFICL and the floor with the decoder's layers under torch.compile; say so where that fails."""
     plain = [layer.forward for layer in bench.spec.layers]
     try:
         for layer in bench.spec.layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
-        step, adapter = hificl_step(bench)
-        ids = bench.ids()
-
-        def hificl() -> None:
-            with attach(bench.model, adapter):
-                step(ids)
-
         # two warm-up rounds: the first compiles, and guards settle in the second
-        rounds = alternate({"floor": floor_step(bench), "hificl": hificl}, repeats, warmup=2, device=device)
+        work = {"floor": floor_step(bench), "hificl": _attached_hificl(bench)}
+        rounds = alternate(work, repeats, warmup=2, device=device)
     except Exception as error:  # whatever the compiler meets is a finding, not a failure of the verb
         return [f"{name}: compiled steps were not measured: {type(error).__name__}: {str(error)[:200]}"]
     finally:
@@ -175,13 +180,7 @@ def _compiled(found: Findings, bench: Bench, name: str, repeats: int, device: st
 
 def _compiled_parts(found: Findings, bench: Bench, name: str, repeats: int, device: str) -> None:
     """Measure what `train.compile` brings: HiFICL's step with the decoder's frozen parts compiled, and without."""
-    step, adapter = hificl_step(bench)
-    ids = bench.ids()
-    forwards: Forwards = {}
-
-    def eager() -> None:
-        with attach(bench.model, adapter):
-            step(ids)
+    eager, forwards = _attached_hificl(bench), dict[torch.nn.Module, Callable[..., Any]]()
 
     def parts() -> None:
         with compiled_parts(bench.model, forwards):

@@ -47,7 +47,7 @@ def predict(
     """
     task = tasks.get(manifest.task)
     if demonstrations is None:
-        prompts = resident.open_prompts(manifest, samples)
+        prompts = resident.alone(manifest, samples, answer=False)
     else:
         prompts = resident.prompts(manifest, samples, [demonstrations(sample) for sample in samples], answer=False)
     mine = of_part(prompts, batch_size, part)
@@ -91,7 +91,7 @@ def predict_each(
         one mapping of id to answer for every entry of `members`.
     """
     task = tasks.get(manifest.task)
-    prompts = resident.open_prompts(manifest, samples) * len(members)
+    prompts = resident.alone(manifest, samples, answer=False) * len(members)
     mine = of_part(prompts, batch_size, part)
     texts = generate(
         resident.loaded,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from pipeline import report
 from pipeline.config import Params
-from pipeline.errors import InputError, WorkError, nearest
+from pipeline.errors import InputError, nearest
 from pipeline.report import tracked
 from pipeline.sweep.evaluation import evaluate
 from pipeline.sweep.run import places, sweep
+from pipeline.workspace import dvc
 
 
 def run(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
@@ -41,9 +40,7 @@ def run(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
 
 def _draw_samples(params: Params, root: Path) -> None:
     """Let DVC draw the samples that are not there yet: on a fresh clone a study is one command too."""
-    missing = [task for task in params.run.tasks if not places(root).manifest(task).is_file()]
-    if not missing or not (root / ".dvc").is_dir():
-        return
-    stages = [f"subsample@{task}" for task in missing]
-    if subprocess.run([sys.executable, "-m", "dvc", "repro", *stages], cwd=root, check=False).returncode:
-        raise WorkError(f"`dvc repro {' '.join(stages)}` failed", where=str(root))
+    where = places(root)
+    missing = [task for task in params.run.tasks if not where.manifest(task).is_file()]
+    if missing and (root / ".dvc").is_dir():
+        dvc(root, "repro", *(f"subsample@{task}" for task in missing), shown=True)

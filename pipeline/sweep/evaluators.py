@@ -74,9 +74,10 @@ def score_all(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Any]]:
 
 def _evaluator(params: Params) -> Any:
     """Start an evaluator in a slot."""
-    sweep, actor = params.sweep, Evaluator
+    sweep = params.sweep
+    actor: Any = Evaluator  # ray.remote makes it an actor class, which type checkers do not see
     environment = {"OMP_NUM_THREADS": str(sweep.threads_per_worker)}
-    return actor.options(  # type: ignore[attr-defined]
+    return actor.options(
         num_cpus=sweep.cpus_per_worker, num_gpus=sweep.gpus_per_worker, runtime_env={"env_vars": environment}
     ).remote(params.evaluate.generation.batch_size, str(Path.cwd()))
 

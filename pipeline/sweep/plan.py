@@ -100,9 +100,9 @@ def teacher_key(config: TrialConfig) -> str | None:
     """Return what is equal for trials whose teacher sees the same micro-batches behind the same demonstrations."""
     if not config.trained or methods.facts_of(config.method, config.options).kind is None:
         return None
-    draws = [config.manifest_digest, config.num_train_samples, config.num_shots, config.seed, config.demonstration_draw]
+    resident = [config.backbone, config.backbone_digest, config.precision]
     batches = [config.micro_batch_size, config.accumulation, config.world_size]
-    return digest([config.backbone, config.backbone_digest, config.precision, *draws, *batches])[:KEY_LENGTH]
+    return digest([*resident, *config.draws, *batches])[:KEY_LENGTH]
 
 
 def make_plan(params: Params, cells: Iterable[Cell], places: Places) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.data.files import field, file_digest, find
 from pipeline.data.records import RecordFile
@@ -32,6 +32,21 @@ CAPTION_TEMPLATE = PromptTemplate(
 def one_line(caption: str) -> str:
     """Return the caption on one line, edge spaces off (0.3 % of COCO's hold a newline, 14 % an edge space)."""
     return " ".join(caption.split())
+
+
+def caption_sample(
+    task: str, sample_id: SampleId, image: str, captions: tuple[str, ...], meta: Mapping[str, Any]
+) -> Sample:
+    """Return the sample of one captioned image; the first caption is trained, all are references."""
+    return Sample(
+        task=task,
+        sample_id=sample_id,
+        images=(ImageRef(image),),
+        question=None,
+        target=one_line(captions[0]),
+        references=captions,
+        meta=dict(meta),
+    )
 
 
 def cider_score(task: Task, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
@@ -150,16 +165,8 @@ class CaptionTask(Task):
         for image_id, file_name in files.items():
             if image_id not in captions:
                 continue
-            references = tuple(captions[image_id])
-            yield Sample(
-                task=self.name,
-                sample_id=image_id,
-                images=(ImageRef(f"{folder}/{file_name}"),),
-                question=None,
-                target=one_line(references[0]),
-                references=references,
-                meta={"image_id": image_id, "file_name": file_name},
-            )
+            meta = {"image_id": image_id, "file_name": file_name}
+            yield caption_sample(self.name, image_id, f"{folder}/{file_name}", tuple(captions[image_id]), meta)
 
     def score(
         self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",

@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Self
 
 from pipeline.data.files import field, find
 from pipeline.data.records import RecordFile
-from pipeline.data.sample import ImageRef, Sample
+from pipeline.data.sample import Sample
 from pipeline.errors import InputError, nearest
 from pipeline.scores.files import shown
 from pipeline.tasks.base import Entry, SampleId, Split, Task
-from pipeline.tasks.caption_files import one_line, plain_file_name
+from pipeline.tasks.caption_files import caption_sample, plain_file_name
 
 # Which of the file's parts a split is: the usual choice, and that of MimIC's code.
 PARTS: Mapping[str, Mapping[Split, tuple[str, ...]]] = {
@@ -149,13 +149,4 @@ class KarpathyTask(Task):
     def _sample(self, record: Mapping[str, Any], where: str, folder: str) -> Sample:
         name = plain_file_name(field(record, "filename", str, where), where)
         sample_id, meta = self.identity(record, name, where)
-        captions = references(record, where)
-        return Sample(
-            task=self.name,
-            sample_id=sample_id,
-            images=(ImageRef(f"{folder}/{name}"),),
-            question=None,
-            target=one_line(captions[0]),
-            references=captions,
-            meta=meta,
-        )
+        return caption_sample(self.name, sample_id, f"{folder}/{name}", references(record, where), meta)

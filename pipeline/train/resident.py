@@ -25,7 +25,7 @@ from pipeline.train.visual_tokens import VisualTokens
 from pipeline.trial import Kind, TrialConfig
 
 TEACHER_BYTES = 1 << 30  # of a teacher's targets: computed ahead, and kept for trials with the same demonstrations
-OPEN_PROMPTS = 50_000  # kept; a few kilobytes each
+PROMPTS_ALONE = 50_000  # kept; a few kilobytes each
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ class Resident:
         self.targets: Recent[tuple, list[Target]] = Recent(TEACHER_BYTES, lambda made: sum(one.bytes for one in made))
         self.kinds: set[Kind] = set()  # of target that are made in one pass: those that are asked for soon
         self._manifests: dict[Path, Manifest] = {}
-        self._encoded: dict[tuple[str, str, int | str], Encoded] = {}
-        self._open: Recent[tuple[str, int | str], Encoded] = Recent(OPEN_PROMPTS, lambda _: 1)
+        self._alone: Recent[tuple[str, bool, int | str], Encoded] = Recent(PROMPTS_ALONE, lambda _: 1)
 
     @staticmethod
     def key(config: TrialConfig) -> tuple[str, str, str]:
@@ -96,26 +95,20 @@ class Resident:
             self._manifests[path] = manifest
         return self._manifests[path]
 
-    def training_prompts(self, manifest: Manifest, samples: Sequence[Sample]) -> list[Encoded]:
-        """Return the samples' prompts without demonstrations, with the answer; tokenised once for all trials."""
-        task = tasks.get(manifest.task)
-        missing = [s for s in samples if (manifest.digest, "train", s.sample_id) not in self._encoded]
-        rendered = [
-            render(task.template, self.loaded.backbone, sample, answer=True, style=manifest.prompt)
-            for sample in missing
-        ]
-        for sample, encoded in zip(missing, encode_all(self.loaded, rendered, root=manifest.image_root), strict=True):
-            self._encoded[manifest.digest, "train", sample.sample_id] = encoded
-        return [self._encoded[manifest.digest, "train", s.sample_id] for s in samples]
+    def alone(self, manifest: Manifest, samples: Sequence[Sample], *, answer: bool) -> list[Encoded]:
+        """Return the samples' prompts without demonstrations, tokenised once for all trials and epochs.
 
-    def open_prompts(self, manifest: Manifest, queries: Sequence[Sample]) -> list[Encoded]:
-        """Return prompts without demonstrations that wait for an answer; tokenised once for all epochs and trials."""
-        keys = [(manifest.digest, query.sample_id) for query in queries]
-        found = {key: encoded for key in keys if (encoded := self._open.get(key)) is not None}
-        missing = {key: query for key, query in zip(keys, queries, strict=True) if key not in found}
-        made = self.prompts(manifest, list(missing.values()), [()] * len(missing), answer=False) if missing else []
+        Args:
+            manifest: of the samples.
+            samples: any of it.
+            answer: whether the answer stands behind the prompt, as in training.
+        """
+        keys = [(manifest.digest, answer, sample.sample_id) for sample in samples]
+        found = {key: encoded for key in keys if (encoded := self._alone.get(key)) is not None}
+        missing = {key: sample for key, sample in zip(keys, samples, strict=True) if key not in found}
+        made = self.prompts(manifest, list(missing.values()), [()] * len(missing), answer=answer) if missing else []
         for key, encoded in zip(missing, made, strict=True):
-            found[key] = self._open.put(key, encoded)
+            found[key] = self._alone.put(key, encoded)
         return [found[key] for key in keys]
 
     def prompts(

@@ -85,19 +85,13 @@ class TrialRun:
         split = "evaluation" if config.selection == "test" else "selection"
         # the papers choose on the whole test split
         self.selection = manifest.splits[split][: None if config.selection == "test" else config.num_selection_samples]
-        self.prompts = resident.training_prompts(manifest, self.samples)
+        self.prompts = resident.alone(manifest, self.samples, answer=True)
         self.facts = methods.facts_of(config.method, config.options)
         model = resident.loaded.model
         self.adapter = adapters.create(config.method, model, seed=config.seed, **config.options)
         self.adapter.to(resident.device)
         self.kinds: set[Kind] = set(kinds) if self.facts.kind is None else {*kinds, self.facts.kind}
-        self.teacher = (
-            Teacher(
-                resident, manifest, self.samples, config.num_shots, config.seed, self.facts,
-                replacement=config.demonstration_draw == "with-replacement",
-            )
-            if self.facts.teacher else None
-        )  # fmt: skip
+        self.teacher = Teacher(resident, manifest, self.samples, config, self.facts) if self.facts.teacher else None
         student = Student(self.adapter, model if config.zero_stage == 3 else None)
         groups = self.adapter.parameter_groups(config.learning_rate, config.weight_decay)
         self.engine = ENGINES[config.engine](student, groups, config)

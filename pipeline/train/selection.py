@@ -60,7 +60,7 @@ def _gathered(mine: dict[Any, Any], world: int) -> dict[Any, Any]:
 def _losses(resident: Resident, run: TrialRun, pack: Pack, number: int, samples: Sequence[Sample]) -> dict[Any, float]:
     model = resident.loaded.model
     found: dict[Any, float] = {}
-    encoded = resident.training_prompts(run.manifest, samples)
+    encoded = resident.alone(run.manifest, samples, answer=True)
     for start in range(0, len(encoded), BATCH):
         rows_of = encoded[start : start + BATCH]
         batch = resident.batch(rows_of, run.manifest, span=run.config.loss_span, pixels=run.facts.trains_vision)

@@ -17,7 +17,7 @@ from pipeline.data.sample import Sample
 from pipeline.errors import WorkError
 from pipeline.train.loss import logits_at, shifted
 from pipeline.train.resident import Resident, Target
-from pipeline.trial import Kind
+from pipeline.trial import Kind, TrialConfig
 
 
 @contextmanager
@@ -44,28 +44,23 @@ class Teacher:
         resident: the backbone; no adapter may be attached when `targets` is called.
         manifest: of the task.
         pool: training samples that demonstrations are drawn from.
-        num_shots: how many.
-        seed: of the draw.
+        config: the trial's; how many are drawn, by which seed, with replacement or without (`draw_demos`).
         facts: whether hidden states or logits are compared, and where.
-        replacement: draw with replacement, the query included; see `draw_demos`.
     """
 
     def __init__(
-        self, resident: Resident, manifest: Manifest, pool: Sequence[Sample], num_shots: int, seed: int, facts: Facts,
-        *, replacement: bool = False,
-    ) -> None:  # fmt: skip
-        self.resident, self.manifest, self.num_shots, self.seed, self.facts = resident, manifest, num_shots, seed, facts
+        self, resident: Resident, manifest: Manifest, pool: Sequence[Sample], config: TrialConfig, facts: Facts
+    ) -> None:
+        self.resident, self.manifest, self.config, self.facts = resident, manifest, config, facts
         self.pool = {sample.sample_id: sample for sample in pool}
         self.ids = list(self.pool)
-        self.replacement = replacement
         self.spec = decoder_of(resident.loaded.model)
-        # what decides a target besides its kind, epoch and micro-batch
-        self.draws = (manifest.digest, len(self.ids), num_shots, seed, replacement)
 
     def demonstrations(self, sample: Sample, epoch: int) -> list[Sample]:
         """Return the demonstrations of one sample in one epoch, drawn anew each time."""
+        config, with_replacement = self.config, self.config.demonstration_draw == "with-replacement"
         drawn = draw_demos(
-            self.ids, sample.sample_id, self.num_shots, self.seed, draw=epoch, replacement=self.replacement
+            self.ids, sample.sample_id, config.num_shots, config.seed, draw=epoch, replacement=with_replacement
         )
         return [self.pool[i] for i in drawn]
 
@@ -78,7 +73,7 @@ class Teacher:
         known, mine = self.resident.targets, self.facts.kind
         if mine is None:
             return []
-        key = (*self.draws, epoch, *(sample.sample_id for sample in samples))
+        key = (*self.config.draws, epoch, *(sample.sample_id for sample in samples))
         found = known.get((key, mine))
         if found is None:
             made = self._compute(samples, encoded, epoch, {mine, *self.resident.kinds})

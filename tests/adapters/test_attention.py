@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -78,6 +79,9 @@ def assert_same(ours: Any, reference: Any, tensors: list[Tensor], generator: tor
         torch.testing.assert_close(ours(*leaves_a, **kwargs), b, rtol=0, atol=TOLERANCE)
 
 
+assert_merges = partial(assert_same, merge_attention, merge_attention_reference)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     shape=SHAPES,
@@ -102,16 +106,8 @@ def test_merge_equals_concatenation(
         virtual_mask = torch.arange(n) < torch.randint(0, n + 1, (shape["batch"], 1, 1), generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(joined, "MOST_TOKENS", 256 if joins else 0)
-        assert_same(
-            merge_attention,
-            merge_attention_reference,
-            tensors,
-            generator,
-            alpha=alpha,
-            scale=scale,
-            mask=mask_of(mask, shape, generator),
-            virtual_mask=virtual_mask,
-        )
+        given_mask = mask_of(mask, shape, generator)
+        assert_merges(tensors, generator, alpha=alpha, scale=scale, mask=given_mask, virtual_mask=virtual_mask)
 
 
 def test_short_sequences_are_joined_where_something_below_learns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,14 +144,7 @@ def test_plain_backend_gives_what_flash_gives(alpha: Any, mask: str | None, monk
     generator, tensors = draw(shape)
     tensors += [normal(generator, 4, 3, 8), normal(generator, 4, 3, 8)]
     monkeypatch.setattr(kernels, "_backend", lambda *_: "plain")
-    assert_same(
-        merge_attention,
-        merge_attention_reference,
-        tensors,
-        generator,
-        alpha=alpha,
-        mask=mask_of(mask, shape, generator),
-    )
+    assert_merges(tensors, generator, alpha=alpha, mask=mask_of(mask, shape, generator))
 
 
 def test_rows_of_both_forms_share_one_call() -> None:
