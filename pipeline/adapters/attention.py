@@ -169,12 +169,11 @@ def virtual_attention(
     merging.check(q, k, v, keys, values, per_query)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     learns = torch.is_grad_enabled()
-    if (
-        learns and mask is None and keys is not None and values is not None
-        and joined.fits(q, k, keys, bias, per_query, replaces)
-    ):  # fmt: skip
+    if isinstance(mask, Tensor):
+        mask = kernels.prepare_mask(mask, q.dtype)
+    if learns and keys is not None and values is not None and joined.fits(q, k, keys, bias, per_query, replaces, mask):
         with no_autocast(q):
-            return joined.attention(q, k, v, keys, bias, values, scale=scale, causal=causal)
+            return joined.attention(q, k, v, keys, bias, values, mask=mask, scale=scale, causal=causal)
     groups = q.shape[1] // k.shape[1]
     call = kernels.plan(q, k, v, mask, causal, scale)
     if isinstance(replaces, Tensor):

@@ -24,7 +24,8 @@ class MimICLoRAOptions(Options):
 
     def facts(self) -> Facts:
         """MimIC's training, LoRA's reach."""
-        return replace(self.mimic.facts(), trains_vision=self.lora.facts().trains_vision)
+        lora = self.lora.facts()
+        return replace(self.mimic.facts(), trains_vision=lora.trains_vision, drops=lora.drops)
 
 
 class HiFICLLoRAOptions(Options):
@@ -36,7 +37,8 @@ class HiFICLLoRAOptions(Options):
 
     def facts(self) -> Facts:
         """HiFICL's training, LoRA's reach."""
-        return replace(self.hificl.facts(), trains_vision=self.lora.facts().trains_vision)
+        lora = self.lora.facts()
+        return replace(self.hificl.facts(), trains_vision=lora.trains_vision, drops=lora.drops)
 
 
 class Combined(Adapter):

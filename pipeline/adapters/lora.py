@@ -32,7 +32,7 @@ class LoRAOptions(Options):
 
     def facts(self) -> Facts:
         """Cross-entropy alone; with a teacher, MimIC's alignment and half of it (MimIC Table 11)."""
-        facts = Facts(learning_rate=_LEARNING_RATE, trains_vision=self.scope == "all")
+        facts = Facts(learning_rate=_LEARNING_RATE, trains_vision=self.scope == "all", drops=self.dropout > 0)
         return facts.aligned() if self.teacher else facts
 
 

@@ -24,6 +24,7 @@ class Facts:
         learning_rate: the paper's.
         trains_vision: whether gradients reach the vision tower, so that visual tokens cannot be computed once.
         packable: whether several such adapters can share one forward pass, row by row.
+        drops: whether training draws dropout, a mask of its own for every token of every sample.
     """
 
     teacher: Literal["hidden", "logits"] | None = None
@@ -33,6 +34,7 @@ class Facts:
     learning_rate: float = 5e-3
     trains_vision: bool = False
     packable: bool = True
+    drops: bool = False
 
     @property
     def kind(self) -> Kind | None:

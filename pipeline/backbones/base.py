@@ -158,7 +158,8 @@ class Family(ABC):
     model_type: ClassVar[str]
     # Whether the number of an image's tokens depends on its size; `expand` then needs the sizes.
     sized: ClassVar[bool] = False
-    # Whether generation can go on from the keys and values of earlier images.
+    # Whether a token's states follow from the tokens that it sees and its position alone, so that what several prompts
+    # begin with is computed once: generation can go on from its keys and values, training can fold it.
     shares_prefix: ClassVar[bool] = True
     # Which configuration keys hold the ids of which special tokens.
     token_keys: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}

@@ -13,6 +13,7 @@ from pipeline.adapters.attach import Pack
 from pipeline.backbones.decoder import decoder_of
 from pipeline.data.collate import Batch
 from pipeline.train import loss
+from pipeline.train.folded import Fold, folded
 from pipeline.train.resident import Resident, Target
 from pipeline.train.run import Part, TrialRun
 from pipeline.train.teacher import recorded
@@ -29,8 +30,6 @@ def losses(resident: Resident, pack: Pack, work: Work) -> list[Losses]:
         pack: adapters; its rows are set here.
         work: for every trial that takes part its number in the pack, itself, and its samples.
     """
-    pack.widths = {number: max(len(run.prompts[i]) for i in part.ids) for number, run, part in work}
-    pack.rows = [number for number, _, part in work for _ in part.ids]  # type: ignore[assignment]
     roots = {run.manifest.image_root for _, run, _ in work}
     batch = resident.batch(
         [run.prompts[i] for _, run, part in work for i in part.ids],
@@ -38,14 +37,24 @@ def losses(resident: Resident, pack: Pack, work: Work) -> list[Losses]:
         span=[run.config.loss_span for _, run, part in work for _ in part.ids],
         pixels=work[0][1].facts.trains_vision,
     )
-    pack.images = batch.image_counts
-    model = resident.loaded.model
+    model, spec = resident.loaded.model, decoder_of(resident.loaded.model)
+    fold = _fold(resident, batch, work)
+    if fold is None:
+        pack.widths = {number: max(len(run.prompts[i]) for i in part.ids) for number, run, part in work}
+        pack.rows, pack.images = [n for n, _, part in work for _ in part.ids], batch.image_counts  # type: ignore[assignment]
+    else:
+        pack.rows = [number for number, *_ in work]  # type: ignore[assignment]
+        images = iter(batch.image_counts)
+        pack.images = tuple(sum(next(images) for _ in part.ids) for *_, part in work)
     points = {run.facts.alignment for _, run, _ in work if run.facts.teacher == "hidden"}
     with ExitStack() as stack:
         states: dict[str, list[Tensor]] = {
-            point: stack.enter_context(recorded(decoder_of(model), point)) for point in sorted(points)
+            point: stack.enter_context(recorded(spec, point)) for point in sorted(points)
         }
+        stack.enter_context(folded(spec, fold))
         hidden = model.model(**batch.model_inputs(resident.loaded), use_cache=False).last_hidden_state
+    if fold is not None:
+        states = {point: [fold.spread(state) for state in seen] for point, seen in states.items()}
     rows, positions, targets = loss.shifted(batch.labels)
     logits = loss.logits_at(model, hidden, rows, positions)
     truth = loss.cross_entropy(logits, targets, rows, len(batch))
@@ -61,6 +70,19 @@ def losses(resident: Resident, pack: Pack, work: Work) -> list[Losses]:
             parts["alignment_loss"] = imitation.detach()
         found.append({"train_loss": total, **parts})
     return found
+
+
+def _fold(resident: Resident, batch: Batch, work: Work) -> Fold | None:
+    """Return how the decoder's rows are folded, or None where they are not."""
+    if not resident.loaded.family.shares_prefix or any(run.facts.drops for _, run, _ in work):
+        return None
+    lengths = iter(batch.lengths.tolist())
+    return Fold.of(
+        [[next(lengths) for _ in part.ids] for *_, part in work],
+        [run.head if len(part.ids) > 1 else 0 for _, run, part in work],
+        batch.input_ids.shape[1],
+        like=resident.loaded.model.get_input_embeddings().weight,
+    )
 
 
 def _imitation(

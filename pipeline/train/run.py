@@ -22,6 +22,7 @@ from pipeline.errors import WorkError
 from pipeline.tasks import tasks
 from pipeline.train import checkpoint
 from pipeline.train.engine import ENGINES, Student
+from pipeline.train.folded import common_head
 from pipeline.train.optim import cosine_with_warmup, steps_per_epoch
 from pipeline.train.order import batches, share_of
 from pipeline.train.resident import Resident, Target
@@ -86,6 +87,8 @@ class TrialRun:
         # the papers choose on the whole test split
         self.selection = manifest.splits[split][: None if config.selection == "test" else config.num_selection_samples]
         self.prompts = resident.alone(manifest, self.samples, answer=True)
+        # what all of them begin with, an instruction, is computed once a step where that pays
+        self.head = common_head([one.input_ids for one in self.prompts], resident.loaded.image_token_id)
         self.facts = methods.facts_of(config.method, config.options)
         model = resident.loaded.model
         self.adapter = adapters.create(config.method, model, seed=config.seed, **config.options)

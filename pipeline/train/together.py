@@ -150,7 +150,9 @@ class Together:
     def _seed(self, pack: Pack, work: Work) -> None:
         """Draw dropout as a function of trial, step and rank: the same after a resume, and in a pack as alone."""
         if len(work) == 1:
-            torch.manual_seed(work[0][0].step_seed)
+            # as `torch.manual_seed` does, which formats three stack traces a call for devices that are not there
+            for generator in (torch.default_generator, *torch.cuda.default_generators):
+                generator.manual_seed(work[0][0].step_seed)
             return
         pack.seed({number: run.step_seed for number, (run, _) in enumerate(work)})
 

@@ -118,11 +118,13 @@ def test_short_sequences_are_joined_where_something_below_learns(monkeypatch: py
     monkeypatch.setattr(joined, "attention", lambda *x, **y: calls.append(1) or original(*x, **y))
     merge_attention(q, k, v, keys, values)
     merge_attention(q.requires_grad_(), k, v, keys, values, alpha="one")
-    merge_attention(q, k, v, keys, values, mask=torch.ones(4, 4, dtype=torch.bool))
     merge_attention(q, k, v, keys.float(), values.float())
+    nothing = torch.zeros(4, 4, dtype=torch.bool)
+    merge_attention(q, k, v, keys, values, mask=nothing)
     assert not calls
     merge_attention(q, k, v, keys, values)
-    assert calls == [1]
+    merge_attention(q, k, v, keys, values, mask=~nothing)
+    assert calls == [1, 1]
 
 
 @settings(max_examples=60, deadline=None)

@@ -35,10 +35,12 @@ LORAS = [
 PACKS = {"mixed": MIXED, "lora": LORAS}
 
 
-def train(bench: Workbench, requests) -> dict[str, list[dict]]:
-    """Train the requests together; return the reports by trial."""
+def train(bench: Workbench, requests, *, double: bool = False) -> dict[str, list[dict]]:
+    """Train the requests together, adapters in fp64 where asked; return the reports by trial."""
     for request in requests:
         bench.admit(request)
+    for run in bench.together.runs if double else ():
+        run.adapter.double()
     reports: dict[str, list[dict]] = {request.key: [] for request in requests}
     while bench.together.runs:
         for report in bench.advance():
@@ -71,24 +73,13 @@ def test_a_pack_loses_what_its_trials_lose_alone(bench, trial, tmp_path, name):
 def test_in_double_precision_a_pack_differs_in_the_ninth_digit_at_most(trial, tmp_path):
     bench = Workbench(device="cpu")
     model = bench.resident(trial("hificl", tmp_path)).loaded.model.double()
-
-    def run(folder, chosen):
-        found = {}
-        for method, given in chosen:
-            bench.admit(trial(method, folder, **given))
-        for one in bench.together.runs:
-            one.adapter.double()
-        while bench.together.runs:
-            for report in bench.advance():
-                found.setdefault(report["trial_key"], []).append(report)
-        return found
-
     chosen = [(method, given) for method, given in MIXED if given.get("task") is None][:4]
     alone: dict = {}
-    for one in chosen:
-        alone |= run(tmp_path / "alone", [one])
+    for method, given in chosen:
+        alone |= train(bench, [trial(method, tmp_path / "alone", **given)], double=True)
+    together = train(bench, [trial(method, tmp_path / "together", **given) for method, given in chosen], double=True)
     assert next(model.parameters()).dtype == torch.float64
-    assert gap(alone, run(tmp_path / "together", chosen)) < 1e-8
+    assert gap(alone, together) < 1e-8
 
 
 def test_dropout_acts_in_training_alone(bench, trial, tmp_path):

@@ -1,0 +1,129 @@
+"""A trial's samples in one row of the decoder: what they all begin with stands there once, and there are no pads.
+
+    head | rest of sample 1 | rest of sample 2 | ...
+
+Every token sees the head and what stands before it in its own sample, and has the position that it has there, so its
+states are those of the sample alone. With short prompts most tokens are the task's instruction: 16 of 30 of the
+miniature's, whose step of 8 then has half the tokens.
+
+A mask says who sees what, and the mask's zeros are computed too. So a row is folded only where it stays short and
+saves enough; an 8B backbone's prompts, an image of 64 to 3,000 tokens behind the instruction, are not.
+
+Shape letters: B samples, T padded length, K trials, L length of the longest folded row, D decoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.backbones.decoder import DecoderSpec
+
+MOST_TOKENS = 256  # L; beyond it the mask costs more than the head
+LEAST_SAVED = 0.2  # of B x T
+_HIDDEN = float("-inf")
+
+
+def common_head(prompts: Sequence[Sequence[int]], stop: int) -> int:
+    """Return how many tokens all prompts begin with, up to the first `stop` token (an image) in them."""
+    if len(prompts) < 2:
+        return 0
+    lowest, highest = min(map(list, prompts)), max(map(list, prompts))  # what these two share, all share
+    for at, (a, b) in enumerate(zip(lowest, highest, strict=False)):
+        if a != b or a == stop:
+            return at
+    return min(len(lowest), len(highest))
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Where every token of a batch stands in the folded rows, and back.
+
+    Attributes:
+        taken: [K, L], the folded rows' tokens as places in the flattened batch, B x T; pads take place 0.
+        places: [B, T], the batch's tokens as places in the flattened folded rows, K x L; pads take place 0.
+        positions: [K, L], a token's position in its own sample.
+        mask: [K, 1, L, L], additive: 0 where a query (third) sees a key (fourth), else -inf.
+    """
+
+    taken: Tensor
+    places: Tensor
+    positions: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[Sequence[int]], heads: Sequence[int], width: int, like: Tensor) -> Fold | None:
+        """Return the fold of a batch, or None where the plain rows are the better ones.
+
+        Args:
+            lengths: for each trial the lengths of its samples; the batch has them in this order.
+            heads: for each trial how many tokens its samples begin with in common; at least one follows.
+            width: T.
+            like: gives the mask's dtype and the device.
+        """
+        sizes = [head + sum(length - head for length in mine) for mine, head in zip(lengths, heads, strict=True)]
+        rows, longest = len(sizes), max(sizes)
+        if longest > MOST_TOKENS or rows * longest > (1 - LEAST_SAVED) * width * sum(map(len, lengths)):
+            return None
+        taken: list[int] = []
+        places: list[int] = []
+        positions: list[int] = []
+        samples: list[int] = []
+        start = 0
+        for row, (mine, head) in enumerate(zip(lengths, heads, strict=True)):
+            taken += range(start * width, start * width + head)
+            positions += range(head)
+            samples += [0] * head  # 0: the head, which all see
+            for number, length in enumerate(mine):
+                rest = range(len(taken), len(taken) + length - head)
+                places += [*range(row * longest, row * longest + head), *rest, *[0] * (width - length)]
+                taken += range((start + number) * width + head, (start + number) * width + length)
+                positions += range(head, length)
+                samples += [number + 1] * len(rest)
+            pads = [0] * (longest - sizes[row])
+            taken, positions, samples = taken + pads, positions + pads, samples + pads
+            start += len(mine)
+        shape = (rows, longest)
+        owner = torch.tensor(samples).view(shape)
+        seen = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)  # pads stand behind all that is real
+        mask = torch.zeros(rows, 1, longest, longest, dtype=like.dtype).masked_fill_(~seen.tril()[:, None], _HIDDEN)
+        made = [torch.tensor(x) for x in (taken, places, positions)]
+        shaped = (made[0].view(shape), made[1].view(-1, width), made[2].view(shape), mask)
+        return cls(*(x.to(like.device) for x in shaped))
+
+    def spread(self, hidden: Tensor) -> Tensor:
+        """Return states [K, L, D] as [B, T, D]; those of pads mean nothing."""
+        return hidden.flatten(0, 1)[self.places]
+
+
+@contextmanager
+def folded(spec: DecoderSpec, fold: Fold | None) -> Iterator[None]:
+    """Let the decoder run on folded rows inside the block; what it is given and its last states are the batch's.
+
+    Layers and whoever listens to them see the folded rows.
+    """
+    if fold is None:
+        yield
+        return
+
+    def lay(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        rows = kwargs["inputs_embeds"].flatten(0, 1)[fold.taken]
+        return args, {**kwargs, "inputs_embeds": rows, "position_ids": fold.positions, "attention_mask": fold.mask}
+
+    def spread(module: Any, args: Any, output: Any) -> Any:
+        output.last_hidden_state = fold.spread(output.last_hidden_state)
+        return output
+
+    hooks = [
+        spec.decoder.register_forward_pre_hook(lay, with_kwargs=True), spec.decoder.register_forward_hook(spread)
+    ]  # fmt: skip
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
