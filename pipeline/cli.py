@@ -185,8 +185,8 @@ def _miniature(commands: Any) -> None:
 
         with bar(f"pretrain {args.backbone}") as progress:
             pretrain(
-                args.backbone, Path(args.out), seed=args.seed, num_threads=args.threads, commit=head_commit(),
-                progress=progress,
+                args.backbone, Path(args.out), seed=args.seed, size=args.size, device=args.device,
+                num_threads=args.threads, commit=head_commit(), progress=progress,
             )  # fmt: skip
         draw(Path(args.out), Path(args.out) / "pretraining.svg")
 
@@ -215,6 +215,10 @@ def _miniature(commands: Any) -> None:
     sub.add_argument("backbone")
     sub.add_argument("--out", required=True)
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--size", choices=["small", "large"], default="small", help="large: 17 million parameters, on a GPU"
+    )
+    sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     sub.add_argument("--threads", type=int, default=1, help="another number rounds sums otherwise")
 
 

@@ -79,7 +79,7 @@ def train_decoder(
     for step in range(phase.steps):
         for group in optimiser.param_groups:
             group["lr"] = phase.learning_rate * cosine(step, phase.steps, phase.warmup_steps, floor=0.05)
-        batch = source.draw(step / phase.steps)
+        batch = source.draw(step / phase.steps).to(model.device)
         loss = document_loss(model, batch, visual)
         optimiser.zero_grad()
         loss.backward()
@@ -148,8 +148,8 @@ def emergence(model: PreTrainedModel, probe: Probe, visual: Tensor) -> dict[str,
         document; `right_value`, answers that name the right value in any dialect.
     """
     model.eval()
-    batch = probe.batch
-    logits = model.lm_head(decode_hidden(model, batch.input_ids, visual[batch.images]))[:, :-1]
+    batch, there = probe.batch, probe.batch.to(model.device)
+    logits = model.lm_head(decode_hidden(model, there.input_ids, visual[there.images]))[:, :-1].cpu()
     answers = batch.weights[:, 1:] == 1.0
     truth = batch.input_ids[:, 1:][answers].view(probe.shown.shape)
     guess = logits.argmax(-1)[answers].view(probe.shown.shape)

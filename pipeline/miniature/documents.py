@@ -99,6 +99,10 @@ class Batch:
     weights: Tensor
     images: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return Batch(self.kind, self.input_ids.to(device), self.weights.to(device), self.images.to(device))
+
 
 @dataclass(frozen=True)
 class Curriculum:

@@ -22,8 +22,6 @@ from pipeline.errors import InputError, nearest
 from pipeline.miniature.render import IMAGE_SIZE
 from pipeline.miniature.tokenizer import idefics2_tokenizer, llava_tokenizer, token_id
 
-WIDTH, DECODER_LAYERS, HEADS, KV_HEADS, MLP_WIDTH = 128, 4, 4, 2, 320
-VISION_WIDTH, VISION_LAYERS, VISION_HEADS = 96, 3, 3
 # Four large patches learn to see faster than sixteen small ones here, and LLaVA, which has no resampler,
 # spends one token on each.
 PATCH_SIZE = 16
@@ -33,13 +31,39 @@ INITIALIZER_RANGE, EMBEDDING_STD = 0.06, 0.3
 
 
 @dataclass(frozen=True)
+class Size:
+    """Sizes of decoder and vision tower; the defaults are the committed checkpoints'."""
+
+    width: int = 128
+    mlp_width: int = 320
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    vision_width: int = 96
+    vision_layers: int = 3
+    vision_heads: int = 3
+
+    @property
+    def initializer_range(self) -> float:
+        """Standard deviation of the weights, falling with the square root of the width."""
+        return INITIALIZER_RANGE * (Size.width / self.width) ** 0.5
+
+
+SMALL = Size()
+LARGE = Size(
+    width=384, mlp_width=1024, layers=8, heads=12, kv_heads=4, vision_width=192, vision_layers=4, vision_heads=6
+)
+SIZES = {"small": SMALL, "large": LARGE}
+
+
+@dataclass(frozen=True)
 class Miniature:
     """One tiny backbone.
 
     Attributes:
         name: as in params.yaml.
         make_tokenizer: its tokenizer.
-        make_config: its configuration, given the tokenizer.
+        make_config: its configuration, given the tokenizer and the sizes.
         model_class: its transformers class.
         decoder: dotted name of the language model inside the model.
         visual_tokens: tokens an image takes in the decoder.
@@ -50,7 +74,7 @@ class Miniature:
 
     name: str
     make_tokenizer: Callable[[], PreTrainedTokenizerFast]
-    make_config: Callable[[PreTrainedTokenizerFast], Any]
+    make_config: Callable[[PreTrainedTokenizerFast, Size], Any]
     model_class: type[PreTrainedModel]
     decoder: str
     visual_tokens: int
@@ -58,12 +82,12 @@ class Miniature:
     image_axis: bool
     chat: bool
 
-    def build(self, seed: int) -> PreTrainedModel:
-        """Return the model with random weights (fp32), fixed by `seed`."""
+    def build(self, seed: int, size: Size = SMALL) -> PreTrainedModel:
+        """Return the model of a size with random weights (fp32), fixed by `seed`."""
         tokenizer = self.make_tokenizer()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = self.model_class(self.make_config(tokenizer))
+            model = self.model_class(self.make_config(tokenizer, size))
             nn.init.normal_(cast(nn.Embedding, model.get_input_embeddings()).weight, std=EMBEDDING_STD)
         return model
 
@@ -72,18 +96,18 @@ class Miniature:
         return not parameter.startswith((self.decoder, "lm_head"))
 
 
-def _text_config(tokenizer: PreTrainedTokenizerFast, model_type: str) -> dict[str, Any]:
+def _text_config(tokenizer: PreTrainedTokenizerFast, model_type: str, size: Size) -> dict[str, Any]:
     return {
         "model_type": model_type,
         "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
-        "intermediate_size": MLP_WIDTH,
-        "num_hidden_layers": DECODER_LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": WIDTH // HEADS,
+        "hidden_size": size.width,
+        "intermediate_size": size.mlp_width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.width // size.heads,
         "max_position_embeddings": MAX_POSITIONS,
-        "initializer_range": INITIALIZER_RANGE,
+        "initializer_range": size.initializer_range,
         "sliding_window": None,
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -92,38 +116,38 @@ def _text_config(tokenizer: PreTrainedTokenizerFast, model_type: str) -> dict[st
     }
 
 
-def _vision_config() -> dict[str, Any]:
+def _vision_config(size: Size) -> dict[str, Any]:
     return {
-        "hidden_size": VISION_WIDTH,
-        "intermediate_size": 2 * VISION_WIDTH,
-        "num_hidden_layers": VISION_LAYERS,
-        "num_attention_heads": VISION_HEADS,
+        "hidden_size": size.vision_width,
+        "intermediate_size": 2 * size.vision_width,
+        "num_hidden_layers": size.vision_layers,
+        "num_attention_heads": size.vision_heads,
         "image_size": IMAGE_SIZE,
         "patch_size": PATCH_SIZE,
     }
 
 
-def _idefics2_config(tokenizer: PreTrainedTokenizerFast) -> Idefics2Config:
+def _idefics2_config(tokenizer: PreTrainedTokenizerFast, size: Size) -> Idefics2Config:
     return Idefics2Config(
-        vision_config=_vision_config(),
+        vision_config=_vision_config(size),
         perceiver_config={
             "resampler_n_latents": IDEFICS2.visual_tokens,
             "resampler_depth": 1,
             "resampler_n_heads": 4,
             "num_key_value_heads": 2,
             "resampler_head_dim": 32,
-            "hidden_size": WIDTH,
+            "hidden_size": size.width,
         },
-        text_config=_text_config(tokenizer, "mistral"),
+        text_config=_text_config(tokenizer, "mistral", size),
         image_token_id=token_id(tokenizer, "<image>"),
         tie_word_embeddings=False,
     )
 
 
-def _llava_config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+def _llava_config(tokenizer: PreTrainedTokenizerFast, size: Size) -> LlavaConfig:
     return LlavaConfig(
-        vision_config={**_vision_config(), "model_type": "siglip_vision_model", "vision_use_head": False},
-        text_config=_text_config(tokenizer, "qwen2"),
+        vision_config={**_vision_config(size), "model_type": "siglip_vision_model", "vision_use_head": False},
+        text_config=_text_config(tokenizer, "qwen2", size),
         image_token_index=token_id(tokenizer, "<image>"),
         image_seq_length=LLAVA.visual_tokens,
         vision_feature_layer=-1,

@@ -18,9 +18,10 @@ import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
+from pipeline.errors import InputError, nearest
 from pipeline.miniature.decoder import DecoderPhase, train_decoder
 from pipeline.miniature.documents import Curriculum
-from pipeline.miniature.model import Miniature, miniature
+from pipeline.miniature.model import SIZES, Miniature, miniature
 from pipeline.miniature.processor import save_processor
 from pipeline.miniature.vision import Pool, Progress, VisionPhase, cache_visual_tokens, train_vision
 
@@ -35,6 +36,14 @@ class Budget:
     num_held_out: int = 1_000
     vision: VisionPhase = field(default_factory=VisionPhase)
     decoder: DecoderPhase = field(default_factory=DecoderPhase)
+
+    @classmethod
+    def of(cls, size: str) -> Budget:
+        """Return the budget of a size; the large one's is a first guess, not yet run to its end."""
+        if size == "small":
+            return cls()
+        decoder = DecoderPhase(steps=6000, learning_rate=1e-3, curriculum=Curriculum(num_documents=64))
+        return cls(num_images=100_000, vision=VisionPhase(steps=6000, batch_size=256), decoder=decoder)
 
     @classmethod
     def tiny(cls, steps: int = 3) -> Budget:
@@ -54,6 +63,8 @@ def pretrain(
     out: Path,
     *,
     seed: int = 0,
+    size: str = "small",
+    device: str = "cpu",
     budget: Budget | None = None,
     commit: str | None = None,
     num_threads: int | None = None,
@@ -68,7 +79,9 @@ def pretrain(
         backbone: `mini-idefics2` or `mini-llava`.
         out: a folder; made if missing.
         seed: of weights, images and documents.
-        budget: numbers of steps and images.
+        size: `small`, as the committed ones, or `large`, for a GPU.
+        device: where it is trained. On a GPU sums may be rounded otherwise at each run.
+        budget: numbers of steps and images; None: those of the size.
         commit: the code's commit, for the record.
         num_threads: threads of torch while this runs; None leaves them. Sums are rounded differently with
             another number, so it is recorded.
@@ -78,20 +91,24 @@ def pretrain(
         what `pretraining.json` holds.
 
     Raises:
-        InputError: unknown `backbone`.
+        InputError: unknown `backbone` or `size`.
     """
     spec = miniature(backbone)
-    budget = budget or Budget()
+    if size not in SIZES:
+        raise InputError(f"unknown size '{size}'", way_out=nearest(size, SIZES))
+    budget = budget or Budget.of(size)
     before = torch.get_num_threads()
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     try:
-        model, record = _train(spec, seed, budget, progress)
+        model, record = _train(spec, spec.build(seed, SIZES[size]).to(device), seed, budget, progress)
     finally:
         torch.set_num_threads(before)
     record = {
         "backbone": backbone,
         "seed": seed,
+        "size": size,
+        "device": device,
         "commit": commit,
         "budget": asdict(budget),
         "num_threads": num_threads or before,
@@ -104,10 +121,11 @@ def pretrain(
     return record
 
 
-def _train(spec: Miniature, seed: int, budget: Budget, progress: Progress) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _train(
+    spec: Miniature, model: PreTrainedModel, seed: int, budget: Budget, progress: Progress
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     start = time.monotonic()
     rng = np.random.default_rng(seed)
-    model = spec.build(seed)
     pool, held_out = Pool.draw(budget.num_images, rng), Pool.draw(budget.num_held_out, rng)
     progress(0, budget.vision.steps, f"drew {budget.num_images:,} images")
     drawn = time.monotonic()
@@ -131,6 +149,6 @@ def save(spec: Miniature, model: PreTrainedModel, out: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
     )
-    model.half().save_pretrained(out)
+    model.cpu().half().save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # it is written readable by its owner alone
     save_processor(spec, out)

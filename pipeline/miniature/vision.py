@@ -76,10 +76,11 @@ def train_vision(
         records with `step`, `loss` (mean since the last record, nats an attribute) and `accuracy` (fraction
         of the held-out attributes named right, also by attribute).
     """
+    device = model.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**31)))
-        shapes = [part[0].numel() for part in encode_images(spec, model, normalise(pool.images[:1]))]
-        heads = nn.ModuleList([nn.Linear(width, sum(NUM_VALUES)) for width in shapes])
+        shapes = [part[0].numel() for part in encode_images(spec, model, normalise(pool.images[:1]).to(device))]
+        heads = nn.ModuleList([nn.Linear(width, sum(NUM_VALUES)) for width in shapes]).to(device)
     noise = torch.Generator().manual_seed(int(rng.integers(2**31)))
     parameters = [p for name, p in model.named_parameters() if spec.is_visual(name)] + list(heads.parameters())
     optimiser = torch.optim.AdamW(
@@ -94,10 +95,8 @@ def train_vision(
         chosen = torch.from_numpy(rng.integers(len(pool.images), size=phase.batch_size))
         pixels = normalise(pool.images[chosen])
         pixels = pixels + phase.pixel_noise * torch.randn(pixels.shape, generator=noise)
-        encoded = encode_images(spec, model, pixels)
-        by_tokens, by_tower = (
-            _loss(head(part.flatten(1)), pool.attributes[chosen]) for head, part in zip(heads, encoded, strict=True)
-        )
+        encoded, truth = encode_images(spec, model, pixels.to(device)), pool.attributes[chosen].to(device)
+        by_tokens, by_tower = (_loss(head(part.flatten(1)), truth) for head, part in zip(heads, encoded, strict=True))
         loss = by_tokens + by_tower
         optimiser.zero_grad()
         loss.backward()
@@ -126,7 +125,7 @@ def cache_visual_tokens(spec: Miniature, model: PreTrainedModel, images: Tensor,
     """Return the visual tokens [N, visual_tokens, d] of uint8 images, in fp16 (what later steps read)."""
     model.eval()
     with torch.no_grad():
-        parts = [encode_images(spec, model, normalise(part))[0] for part in images.split(chunk)]
+        parts = [encode_images(spec, model, normalise(part).to(model.device))[0] for part in images.split(chunk)]
     return torch.cat(parts).half()
 
 
@@ -138,7 +137,7 @@ def _loss(logits: Tensor, attributes: Tensor) -> Tensor:
 def _accuracy(spec: Miniature, model: PreTrainedModel, head: nn.Module, pool: Pool) -> list[float]:
     model.eval()
     with torch.no_grad():
-        logits = head(encode_images(spec, model, normalise(pool.images))[0].flatten(1))
+        logits = head(encode_images(spec, model, normalise(pool.images).to(model.device))[0].flatten(1)).cpu()
     model.train()
     parts = logits.split(list(NUM_VALUES), dim=1)
     return [float((part.argmax(1) == pool.attributes[:, nth]).float().mean()) for nth, part in enumerate(parts)]

@@ -140,6 +140,17 @@ def test_record_holds_what_made_the_weights(checkpoint: tuple[str, Path]) -> Non
 def test_unknown_backbone_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Did you mean 'mini-llava'"):
         pretrain("mini-lava", tmp_path)
+    with pytest.raises(InputError, match="Did you mean 'large'"):
+        pretrain("mini-llava", tmp_path, size="larger")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_large_size_is_the_same_backbone(name: str, tmp_path: Path) -> None:
+    record = pretrain(name, tmp_path, size="large", budget=Budget.tiny(1), num_threads=1)
+    assert record["parameters"] > 10 * sum(p.numel() for p in miniature(name).build(0).parameters())
+    loaded = backbones.load(name, weights=tmp_path)  # `backbones.<name>.weights` of params.yaml
+    assert loaded.model.config.get_text_config().num_hidden_layers == 8
+    assert Budget.of("large").decoder.steps > Budget.of("small").decoder.steps == Budget().decoder.steps
 
 
 def test_pixels_and_cached_visual_tokens_agree(checkpoint: tuple[str, Path]) -> None:
