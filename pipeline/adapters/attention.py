@@ -199,9 +199,19 @@ def _without_gradient(
 ) -> Tensor:
     """Attend without keeping anything: a decoded token is too small to hide many operators.
 
-    The context takes part as one more column of a softmax, with lse as its logit: its weight there is alpha.
+    On a CPU the virtual tokens are a second attention; its log-sum-exp is log Z1, so alpha = sigmoid(log Z2 - log Z1).
+    Elsewhere, and where virtual tokens are wider than the queries or have logits of their own, the context takes part
+    as one more column of a softmax over them, with lse as its logit: its weight there is alpha.
     """
     context, lse, _ = merging.context(call, q, k, v, groups)
+    if (
+        keys is not None
+        and values is not None
+        and per_query is None
+        and q.device.type == "cpu"
+        and keys.dtype == q.dtype
+    ):
+        return merging.two(call, q, keys, bias, values, context, lse, replaces)
     logits = merging.logits(q, keys, bias, call.scale, lse.dtype)
     weights = torch.cat([logits, lse.unsqueeze(-1)], -1).softmax(-1)
     if call.mask is not None and bias is not None:

@@ -36,6 +36,24 @@ def context(call: kernels.Call, q: Tensor, k: Tensor, v: Tensor, groups: int) ->
     return out.reshape(batch, heads, 1, size), lse.reshape(batch, heads, 1), extra
 
 
+def two(
+    call: kernels.Call, q: Tensor, keys: Tensor, bias: Tensor | None, values: Tensor, context: Tensor, lse: Tensor,
+    replaces: bool | Tensor,
+) -> Tensor:  # fmt: skip
+    """Attend over the virtual tokens by themselves and return what they and the context's attention give together."""
+    mask = None if bias is None else kernels.prepare_mask(bias, q.dtype)
+    alone = kernels.Call(call.backend, mask, False, call.scale)
+    virtual, own_lse, _ = kernels.forward(alone, q, *(x.expand(len(q), -1, -1, -1) for x in (keys, values)))
+    alpha = (lse - own_lse).sigmoid_()
+    if mask is not None and call.mask is not None:
+        alpha.nan_to_num_(0.0)  # a row may see no token at all
+    alpha = alpha.unsqueeze(-1).to(q.dtype)
+    if replaces is True:
+        return torch.lerp(virtual, context, alpha)
+    share = alpha.new_ones(()) if replaces is False else torch.where(replaces.unsqueeze(-1), alpha, 1.0)  # type: ignore[union-attr]
+    return torch.addcmul(context * share, virtual, 1 - alpha)
+
+
 def combine(
     context: Tensor, alpha: Tensor, shift: Tensor, lse: Tensor, total: Tensor, replaces: bool | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
