@@ -118,6 +118,10 @@ class Findings:
         """File the median and the quartiles of some measurements of one thing under `label`."""
         self.ratios[label], self.spread[label] = statistics.median(values), quartiles(list(values))
 
+    def take(self, other: Findings, name: str, label: str) -> None:
+        """File what another measurement found under `name` under `label`."""
+        self.ratios[label], self.spread[label] = other.ratios[name], other.spread[name]
+
     def update(self, other: Findings) -> None:
         """Take in what another measurement found."""
         self.ratios.update(other.ratios)

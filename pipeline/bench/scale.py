@@ -25,7 +25,7 @@ from pipeline.sweep.store import TrialStore
 
 def run(
     device: str = "cpu", *, num_trials: int = 5000, nodes: int = 64, tune_trials: Sequence[int] = (100, 400),
-    measured_runs: int = 20,
+    measured_runs: int = 20, other_nodes: Sequence[int] = (1, 8),
 ) -> dict[str, Any]:  # fmt: skip
     """Put `num_trials` trials through what a sweep's head does, on `nodes` slots whose work takes no time.
 
@@ -34,7 +34,8 @@ def run(
     nothing) and Tune's waiting actors, which are coroutines of this process. Ray Tune itself runs for real in
     `tune_ms_*`, on two of its actors and fewer trials. A tracking store is filled to its size by copying the rows of a
     logged trial; the latencies are then of real calls at that size. All is on one machine, so no network is in
-    any number. Names ending in `_ms` are milliseconds, `_seconds` seconds, `_mib` MiB.
+    any number. `_nodes_N` is the dispatcher with N slots and a fifth of the trials. Names ending in `_ms` are
+    milliseconds, `_seconds` seconds, `_mib` MiB.
 
     Args:
         device: cpu; there is nothing for a GPU here.
@@ -42,6 +43,7 @@ def run(
         nodes: slots.
         tune_trials: numbers of trials that Ray Tune runs, in ascending order.
         measured_runs: trials whose calls to the tracking store are timed, at each size.
+        other_nodes: numbers of slots that the dispatcher is timed with besides.
     """
     found = Findings()
     with tempfile.TemporaryDirectory() as folder:
@@ -49,6 +51,11 @@ def run(
         plan, requests = make_plan(where, num_trials, found)
         _dispatch(plan, requests, nodes, found)
         _ledger(plan, found)
+        for number in other_nodes:
+            smaller = make_plan(where / f"nodes-{number}", max(number, num_trials // 5), Findings())
+            seen = Findings()
+            _dispatch(*smaller, number, seen)
+            found.take(seen, "dispatcher_ms_per_trial", f"dispatcher_ms_per_trial_nodes_{number}")
         for place in stores(where):
             track(place, plan, where, measured_runs, found)
         for number in tune_trials:

@@ -98,8 +98,11 @@ def test_decode() -> None:
 
 def test_reuse() -> None:
     workloads = {name: tiny(name) for name in CPU}
-    result = reuse.run(workloads=workloads, repeats=1, teacher={"num_trials": 2, "num_samples": 12, "repeats": 1})
-    check(result, ["with_over_without_idefics2", "with_over_without_llava"])
+    result = reuse.run(
+        workloads=workloads, repeats=1, teacher={"num_trials": 2, "num_samples": 12, "repeats": 1}, images=(8,)
+    )
+    names = ["with_over_without_idefics2", "with_over_without_llava", "images_compute_ms_8", "images_disk_ms_8"]
+    check(result, names)
 
 
 def test_evaluate() -> None:
@@ -203,7 +206,8 @@ def test_overhead() -> None:
 
 @pytest.mark.e2e
 def test_scale() -> None:
-    result = scale.run(num_trials=60, nodes=4, tune_trials=(4,), measured_runs=4)
+    result = scale.run(num_trials=60, nodes=4, tune_trials=(4,), measured_runs=4, other_nodes=(2,))
     names = ["decision_ms", "dispatcher_ms_per_trial", "driver_mib", "ledger_kib_per_trial", "sqlite_trial_ms_full",
-             "sqlite_kib_per_trial", "sqlite_resume_seconds", "tune_ms_per_trial_4"]  # fmt: skip
+             "sqlite_kib_per_trial", "sqlite_resume_seconds", "tune_ms_per_trial_4",
+             "dispatcher_ms_per_trial_nodes_2"]  # fmt: skip
     check(result, names)
