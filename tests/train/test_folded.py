@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import adapters
+from pipeline import adapters, backbones
 from pipeline.adapters.attach import attach
 from pipeline.backbones.decoder import decoder_of
 from pipeline.train import folded as folding
@@ -66,13 +66,16 @@ def test_rows_stay_plain_where_folding_saves_little_or_grows_long():
     assert Fold.of([[200] * 4], [100], 200, like) is None  # 500 tokens in one row
 
 
-def test_a_decoder_gives_the_states_of_plain_rows(trial, tmp_path):
-    bench = Workbench(device="cpu")
-    resident = bench.resident(trial("hificl", tmp_path))
-    model = resident.loaded.model.double()
+FOLDING = [name for name in backbones.names() if backbones.get(name).family.shares_prefix]
+
+
+@pytest.mark.parametrize("name", FOLDING)
+def test_a_decoder_gives_the_states_of_plain_rows(name):
+    variant = "published" if name.startswith("mini") else "tiny"
+    model = backbones.load(name, variant=variant).model.double()
     spec = decoder_of(model)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, 300, (3, 12), generator=generator)
+    ids = torch.randint(10, 100, (3, 12), generator=generator)
     ids[:, :5] = ids[0, :5]
     lengths = [12, 9, 11]
     with torch.no_grad():
@@ -82,7 +85,7 @@ def test_a_decoder_gives_the_states_of_plain_rows(trial, tmp_path):
             found = model.model(input_ids=ids, use_cache=False).last_hidden_state
         assert torch.equal(model.model(input_ids=ids, use_cache=False).last_hidden_state, plain)  # the block is left
     for row, length in enumerate(lengths):
-        torch.testing.assert_close(found[row, :length], plain[row, :length], rtol=0, atol=1e-12)
+        torch.testing.assert_close(found[row, :length], plain[row, :length], rtol=0, atol=1e-6)  # norms are fp32
 
 
 @pytest.mark.parametrize("step", [{}, {"micro_batch_size": 5, "accumulation": 1}], ids=["2x2", "5"])
