@@ -56,7 +56,7 @@ bench: setup     ## the benchmarks, into benchmarks/
 	$(BIN)/hificl bench --table --into docs/faults.md > /dev/null
 
 pictures: setup  ## the pictures of the documentation, after make repro: the gallery, the report and MLflow in a browser
-	$(BIN)/hificl gallery
+	$(BIN)/hificl gallery --into docs/miniature.md
 	$(BIN)/python -m tests.views . docs/images
 
 pins: setup      ## newer versions into requirements.txt

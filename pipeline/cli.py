@@ -294,12 +294,18 @@ def _ui(commands: Any) -> None:
 def _gallery(commands: Any) -> None:
     def func(args: argparse.Namespace) -> Any:
         from pipeline.config import load
+        from pipeline.report import documents
         from pipeline.report.pictures import write_gallery
 
-        return {"page": args.out, "studies": write_gallery(load(), Path("evaluations"), Path(args.out))}
+        params, evaluations = load(), Path("evaluations")
+        filled = {path: documents.write_into(Path(path), params, evaluations) for path in args.into}
+        return {"page": args.out, "studies": write_gallery(params, evaluations, Path(args.out)), "filled": filled}
 
     sub = _add(commands, "gallery", func, "a Markdown page of the report's figures")
     sub.add_argument("--out", default="docs/gallery.md", metavar="FILE")
+    sub.add_argument(
+        "--into", action="append", default=[], metavar="FILE", help="also write tables between the marks of a document"
+    )
 
 
 __all__ = ["guarded", "main", "InputError"]

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
+from pipeline.marks import fill
 
 OPEN, CLOSE = "<!-- measured: written by `make bench` -->", "<!-- end of what was measured -->"
 MARKS = re.compile(
-    rf"(?P<open><!-- measured( (?P<verb>\w+))?: written by `make bench` -->).*?(?P<close>{CLOSE})", re.DOTALL
+    rf"(?P<open><!-- measured( (?P<verb>\w+))?: written by `make bench` -->)\n.*?(?P<close>{CLOSE})", re.DOTALL
 )
 
 
@@ -39,15 +40,8 @@ def write_into(path: Path, folder: Path) -> None:
     Raises:
         InputError: the document is missing or has no marks, or as `render`.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"not readable: {error.strerror}", where=str(path)) from None
-    marks = MARKS.search(text)
-    if not marks:
-        raise InputError(f"has no lines {OPEN} and {CLOSE}", where=str(path), way_out="Add both, one below the other")
-    found = render(folder, marks["verb"] or "*")
-    path.write_text(f"{text[: marks.end('open')]}\n{found}\n{text[marks.start('close') :]}", encoding="utf-8")
+    way_out = f"Add lines {OPEN} and {CLOSE}, one below the other"
+    fill(path, MARKS, way_out, lambda match: render(folder, match["verb"] or "*"))
 
 
 def _section(path: Path) -> str:

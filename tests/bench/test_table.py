@@ -48,7 +48,7 @@ def test_a_document_is_brought_up_to_date_between_its_marks(tmp_path: Path) -> N
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert text.count("### attention-cpu") == 1
     document.write_text("no marks", encoding="utf-8")
-    with pytest.raises(InputError, match="has no lines"):
+    with pytest.raises(InputError, match="has no marks"):
         bench.table(tmp_path, into=document)
 
 

@@ -1,0 +1,37 @@
+"""Tables and findings that a document shows are those of the studies at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.report.documents import write_into
+
+
+def marked(what: str, name: str) -> str:
+    return f"<!-- {what} {name}: written by `hificl gallery` -->\noutdated\n<!-- end of {name} -->\n"
+
+
+def test_marks_are_filled_again_and_again_and_the_rest_stays(maker, tmp_path: Path) -> None:
+    maker.table("hificl-table1", seeds=2)
+    params = maker.params(**{"hificl-table1": maker.definition()})
+    document = tmp_path / "card.md"
+    parts = [marked("study", "hificl-table1"), marked("study", "hificl-table2"), marked("findings", "HiFICL")]
+    document.write_text("before\n" + "between\n".join(parts) + "after\n")
+    for _ in range(2):
+        assert write_into(document, params, maker.folder) == 2
+    text = document.read_text()
+    assert text.startswith("before\n<!-- study hificl-table1") and text.endswith("after\n")
+    table, other, findings = text.split("between\n")
+    assert "outdated" not in table and table.count("| method |") >= 1 and "# " not in table and " ± " in table
+    assert other == marked("study", "hificl-table2")  # not evaluated: as it was
+    assert "In-context learning is above zero-shot" in findings and "outdated" not in findings
+    assert "MimIC is above in-context learning" not in findings  # another paper's
+
+
+def test_a_document_without_marks_is_named(maker, tmp_path: Path) -> None:
+    (tmp_path / "card.md").write_text("no marks")
+    with pytest.raises(InputError, match=r"card\.md.*has no marks"):
+        write_into(tmp_path / "card.md", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
