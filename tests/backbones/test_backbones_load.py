@@ -219,7 +219,7 @@ def test_miniature_facts_are_those_of_its_checkpoints(name):
     from pipeline.miniature.model import miniature
 
     spec = miniature(name)
-    made = spec.make_config(spec.make_tokenizer()).to_dict()
+    made = spec.make_config(spec.make_tokenizer(), SMALL).to_dict()
     facts = backbones.get(name)
     ours = facts.family.build_config(facts.config).to_dict()
     for section in ("text_config", "vision_config", "perceiver_config"):
