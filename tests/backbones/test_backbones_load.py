@@ -216,7 +216,7 @@ def test_hub_cache_names_are_digests(tmp_path):
 
 @pytest.mark.parametrize("name", MINIATURES)
 def test_miniature_facts_are_those_of_its_checkpoints(name):
-    from pipeline.miniature.model import miniature
+    from pipeline.miniature.model import SMALL, miniature
 
     spec = miniature(name)
     made = spec.make_config(spec.make_tokenizer(), SMALL).to_dict()
