@@ -215,9 +215,7 @@ def _miniature(commands: Any) -> None:
     sub.add_argument("backbone")
     sub.add_argument("--out", required=True)
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument(
-        "--size", choices=["small", "large"], default="small", help="large: 17 million parameters, on a GPU"
-    )
+    sub.add_argument("--size", default="small", help="small, or large: 17 million parameters, for a GPU")
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     sub.add_argument("--threads", type=int, default=1, help="another number rounds sums otherwise")
 

@@ -48,10 +48,11 @@ def two(
     if mask is not None and call.mask is not None:
         alpha.nan_to_num_(0.0)  # a row may see no token at all
     alpha = alpha.unsqueeze(-1).to(q.dtype)
-    if replaces is True:
+    if isinstance(replaces, Tensor):
+        context = context * torch.where(replaces.unsqueeze(-1), alpha, 1.0)
+    elif replaces:
         return torch.lerp(virtual, context, alpha)
-    share = alpha.new_ones(()) if replaces is False else torch.where(replaces.unsqueeze(-1), alpha, 1.0)  # type: ignore[union-attr]
-    return torch.addcmul(context * share, virtual, 1 - alpha)
+    return torch.addcmul(context, virtual, 1 - alpha)
 
 
 def combine(

@@ -38,14 +38,6 @@ class Budget:
     decoder: DecoderPhase = field(default_factory=DecoderPhase)
 
     @classmethod
-    def of(cls, size: str) -> Budget:
-        """Return the budget of a size; the large one's is a first guess, not yet run to its end."""
-        if size == "small":
-            return cls()
-        decoder = DecoderPhase(steps=6000, learning_rate=1e-3, curriculum=Curriculum(num_documents=64))
-        return cls(num_images=100_000, vision=VisionPhase(steps=6000, batch_size=256), decoder=decoder)
-
-    @classmethod
     def tiny(cls, steps: int = 3) -> Budget:
         """Return a budget of a few steps, for tests of the code path."""
         return cls(
@@ -56,6 +48,16 @@ class Budget:
                 steps=steps, log_every=steps, num_probe_documents=2, curriculum=Curriculum(num_documents=2)
             ),
         )
+
+
+BUDGETS = {
+    "small": Budget(),
+    "large": Budget(  # a first guess, not yet run to its end
+        num_images=100_000,
+        vision=VisionPhase(steps=6000, batch_size=256),
+        decoder=DecoderPhase(steps=6000, learning_rate=1e-3, curriculum=Curriculum(num_documents=64)),
+    ),
+}
 
 
 def pretrain(
@@ -96,7 +98,7 @@ def pretrain(
     spec = miniature(backbone)
     if size not in SIZES:
         raise InputError(f"unknown size '{size}'", way_out=nearest(size, SIZES))
-    budget = budget or Budget.of(size)
+    budget = budget or BUDGETS[size]
     before = torch.get_num_threads()
     if num_threads is not None:
         torch.set_num_threads(num_threads)

@@ -41,9 +41,10 @@ def losses(resident: Resident, pack: Pack, work: Work) -> list[Losses]:
     fold = _fold(resident, batch, work)
     if fold is None:
         pack.widths = {number: max(len(run.prompts[i]) for i in part.ids) for number, run, part in work}
-        pack.rows, pack.images = [n for n, _, part in work for _ in part.ids], batch.image_counts  # type: ignore[assignment]
+        pack.rows = torch.tensor([number for number, _, part in work for _ in part.ids])
+        pack.images = batch.image_counts
     else:
-        pack.rows = [number for number, *_ in work]  # type: ignore[assignment]
+        pack.rows = torch.tensor([number for number, *_ in work])
         images = iter(batch.image_counts)
         pack.images = tuple(sum(next(images) for _ in part.ids) for *_, part in work)
     points = {run.facts.alignment for _, run, _ in work if run.facts.teacher == "hidden"}

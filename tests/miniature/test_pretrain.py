@@ -18,8 +18,8 @@ from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.miniature.documents import CAPTION_PREFIX, VQA_PREFIX, Curriculum, DocumentSource
 from pipeline.miniature.lexicon import QUESTIONS, draw_convention
-from pipeline.miniature.model import MINIATURES, decode_hidden, encode_images, miniature, normalise
-from pipeline.miniature.pretrain import Budget, pretrain
+from pipeline.miniature.model import MINIATURES, SIZES, decode_hidden, encode_images, miniature, normalise
+from pipeline.miniature.pretrain import BUDGETS, Budget, pretrain
 from pipeline.miniature.render import draw_attributes, png_bytes, render
 from pipeline.tasks import tasks
 
@@ -150,7 +150,7 @@ def test_the_large_size_is_the_same_backbone(name: str, tmp_path: Path) -> None:
     assert record["parameters"] > 10 * sum(p.numel() for p in miniature(name).build(0).parameters())
     loaded = backbones.load(name, weights=tmp_path)  # `backbones.<name>.weights` of params.yaml
     assert loaded.model.config.get_text_config().num_hidden_layers == 8
-    assert Budget.of("large").decoder.steps > Budget.of("small").decoder.steps == Budget().decoder.steps
+    assert BUDGETS.keys() == SIZES.keys() and BUDGETS["large"].decoder.steps > BUDGETS["small"].decoder.steps
 
 
 def test_pixels_and_cached_visual_tokens_agree(checkpoint: tuple[str, Path]) -> None:
