@@ -1,4 +1,4 @@
-"""DVC stage: draw a task's samples and write the manifest."""
+"""DVC stage: draw the samples of every task, or of those named, and write their manifests."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from stages.common import run
 
 
 def main(params: Params) -> None:
-    task, sizes = sys.argv[1], params.subsample
-    with bar(f"subsample {task}") as progress:
-        divided = tasks.get(task).with_splits(sizes.splits.get(task, "official"))
-        manifest = draw(
-            divided, data_root(params), seed=sizes.seed, num_train=sizes.num_train,
-            num_selection=sizes.num_selection, num_evaluation=sizes.num_evaluation,
-            training_answer=sizes.training_answer, prompt=sizes.prompt, progress=progress,
-        )  # fmt: skip
-    manifest.save(Path("data/manifests") / task / "manifest.json")
+    sizes = params.subsample
+    for task in sys.argv[1:] or params.run.tasks:
+        with bar(f"subsample {task}") as progress:
+            divided = tasks.get(task).with_splits(sizes.splits.get(task, "official"))
+            manifest = draw(
+                divided, data_root(params), seed=sizes.seed, num_train=sizes.num_train,
+                num_selection=sizes.num_selection, num_evaluation=sizes.num_evaluation,
+                training_answer=sizes.training_answer, prompt=sizes.prompt, progress=progress,
+            )  # fmt: skip
+        manifest.save(Path("data/manifests") / task / "manifest.json")
 
 
 if __name__ == "__main__":

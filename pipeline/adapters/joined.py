@@ -32,7 +32,7 @@ def fits(
         and keys.dtype == q.dtype
         and 1 < q.shape[2] == k.shape[2] <= MOST_TOKENS
         and (bias is None or bias.shape[-2] == 1)
-        and (mask is None or not mask.dead.any())
+        and (mask is None or mask.dead is None)
     )  # fmt: skip
 
 

@@ -27,11 +27,12 @@ class PreparedMask:
 
     Attributes:
         bias: additive, in the queries' dtype, four dimensions, broadcastable to [B, H, T, S].
-        dead: bool [B or 1, H or 1, T]: rows that may see nothing (left padding).
+        dead: bool [B or 1, H or 1, T]: rows that may see nothing (left padding). None: there is none; asked on a CPU
+            only, where the answer costs no wait.
     """
 
     bias: Tensor
-    dead: Tensor
+    dead: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def prepare_mask(mask: Tensor, dtype: torch.dtype) -> PreparedMask:
     else:
         dead = (mask == -_INF).all(-1)
         bias = mask.to(dtype)
-    return PreparedMask(bias, dead)
+    return PreparedMask(bias, None if mask.device.type == "cpu" and not dead.any() else dead)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -99,7 +100,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     Rows that see nothing get output 0 and log-sum-exp -inf.
     """
     output, lse, extra = _FORWARD[call.backend](call, q, k, v)
-    if call.mask is not None:
+    if call.mask is not None and call.mask.dead is not None:
         lse = lse.masked_fill(call.mask.dead, -_INF)
     return output, lse, extra
 
@@ -179,7 +180,7 @@ def _efficient_bias(call: Call, q: Tensor, k: Tensor) -> Tensor | None:
     if call.mask is None:
         return None
     # A row of -inf alone is not defined in this kernel: let it see all, and drop the result.
-    bias = call.mask.bias.masked_fill(call.mask.dead.unsqueeze(-1), 0.0)
+    bias = call.mask.bias if call.mask.dead is None else call.mask.bias.masked_fill(call.mask.dead.unsqueeze(-1), 0.0)
     queries, keys = q.shape[2], k.shape[2]
     bias = bias.expand(bias.shape[0], bias.shape[1], queries, keys)
     padding = -keys % _BIAS_BLOCK
@@ -194,7 +195,7 @@ def _efficient_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Ten
     output, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
         _rows(q), _rows(k), _rows(v), _efficient_bias(call, q, k), True, 0.0, call.causal, scale=call.scale
     )
-    if call.mask is not None:
+    if call.mask is not None and call.mask.dead is not None:
         output = output.masked_fill(call.mask.dead.unsqueeze(-1), 0.0)
     return output, lse[..., : q.shape[2]], (seed, offset)
 
@@ -202,7 +203,7 @@ def _efficient_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Ten
 def _efficient_backward(
     call: Call, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if call.mask is not None:
+    if call.mask is not None and call.mask.dead is not None:
         grad = grad.masked_fill(call.mask.dead.unsqueeze(-1), 0.0)
     padded = torch.nn.functional.pad(lse.float(), (0, -lse.shape[-1] % _LSE_BLOCK), value=_INF).contiguous()
     bias = _efficient_bias(call, q, k)

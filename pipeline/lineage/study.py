@@ -41,6 +41,5 @@ def run(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
 def _draw_samples(params: Params, root: Path) -> None:
     """Let DVC draw the samples that are not there yet: on a fresh clone a study is one command too."""
     where = places(root)
-    missing = [task for task in params.run.tasks if not where.manifest(task).is_file()]
-    if missing and (root / ".dvc").is_dir():
-        dvc(root, "repro", *(f"subsample@{task}" for task in missing), shown=True)
+    if not all(where.manifest(task).is_file() for task in params.run.tasks) and (root / ".dvc").is_dir():
+        dvc(root, "repro", "subsample", shown=True)

@@ -51,7 +51,7 @@ def digests_of(params: Params, where: Places) -> Digests:
     for task in params.run.tasks:
         path = where.manifest(task)
         if not path.exists():
-            raise InputError("no manifest", where=str(path), way_out=f"Run `dvc repro subsample@{task}` first")
+            raise InputError("no manifest", where=str(path), way_out="Run `dvc repro subsample` first")
         manifests[task] = Manifest.load(path)
     return Digests(
         backbones={name: backbones.digest_of(name, params.backbone_source(name)) for name in params.run.backbones},

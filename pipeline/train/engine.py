@@ -87,9 +87,17 @@ def loss_scale(config: TrialConfig) -> float:
     return FP16_LOSS_SCALE if config.precision == "fp16" else 1.0
 
 
-def make_optimizer(groups: list[dict[str, Any]], config: TrialConfig) -> torch.optim.AdamW:
-    """Return AdamW over the adapter's parameter groups (each with its own `lr` and `weight_decay`)."""
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, eps=ADAM_EPSILON * loss_scale(config), foreach=True)
+def make_optimizer(groups: list[dict[str, Any]], config: TrialConfig, *, fused: bool) -> torch.optim.AdamW:
+    """Return AdamW over the adapter's parameter groups (each with its own `lr` and `weight_decay`).
+
+    Args:
+        groups: the adapter's.
+        config: learning rate and precision.
+        fused: one operator a step: a third to a half of the time of one for all tensors (`foreach`), on a CPU too.
+    """
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.learning_rate, eps=ADAM_EPSILON * loss_scale(config), foreach=not fused, fused=fused
+    )
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return optimizer
@@ -107,7 +115,7 @@ class TorchEngine:
     def __init__(self, student: Student, groups: list[dict[str, Any]], config: TrialConfig) -> None:
         self.student, self.config = student, config
         self.scale = loss_scale(config)
-        self.optimizer = make_optimizer(groups, config)
+        self.optimizer = make_optimizer(groups, config, fused=True)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def forward(self, work: Work) -> Tensor:
@@ -162,7 +170,7 @@ class TorchEngine:
                     if n.endswith(f".{i}") and not n.startswith("parameter.")
                 }
                 if state:
-                    self.optimizer.state[p] = {n: t if n == "step" else t.to(p.device) for n, t in state.items()}
+                    self.optimizer.state[p] = {name: tensor.to(p.device) for name, tensor in state.items()}
 
     def forget(self) -> None:
         """See `Engine.forget`."""
@@ -185,7 +193,8 @@ class DeepSpeedEngine:
             raise WorkError("torch.distributed is not initialised", way_out="Start workers through sweep.pool")
         # An all-reduce in C++ for several ranks on one CPU, compiled when first used: minutes, and a compiler to have.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.optimizer = make_optimizer(groups, config)
+        # DeepSpeed updates its own flat partitions, few and large, wherever it has put them
+        self.optimizer = make_optimizer(groups, config, fused=False)
         self.engine, *_ = deepspeed.initialize(
             model=student, optimizer=self.optimizer, config=deepspeed_config(config), dist_init_required=False
         )
