@@ -20,10 +20,12 @@ class Prompt:
     Attributes:
         text: tokens of one turn beside its image: question, markers, answer.
         answer: tokens of an answer.
+        head: of `text`, those that stand once before a teacher's demonstrations, an instruction.
     """
 
     text: int = 26
     answer: int = 4
+    head: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,21 @@ class Costs:
         Raises:
             InputError: no such method or option.
         """
-        adapter = adapters.create(method, self.model, **(options or {}))
+        return self.of(adapters.create(method, self.model, **(options or {})), shots=shots)
+
+    def of(self, adapter: Adapter, *, shots: int = 8) -> StepCost:
+        """Return what one sample's step costs with an adapter that is there already.
+
+        Args:
+            adapter: what is trained.
+            shots: demonstrations before a teacher's query.
+        """
         trains_vision, teaches = adapter.facts.trains_vision, adapter.facts.teacher is not None
         tokens, logits = self.turn, self.prompt.answer
         weighs = any(True for _ in parts_of([adapter], WeightsAdapter))
         decoder = self.decoder.forward(tokens, logits=logits)
         decoder += self.decoder.backward(tokens, logits=logits, to_inputs=weighs)
-        long = tokens * (shots + 1)
+        long = (tokens - self.prompt.head) * (shots + 1) + self.prompt.head
         return StepCost(
             decoder=decoder,
             adapter=self._adapter(adapter, tokens),

@@ -58,6 +58,8 @@ class Cell(_File):
     error: str | None = None
     trainable_parameters: int | None = None
     train_seconds: float | None = None
+    train_flops: float | None = None
+    peak_memory_bytes: float | None = None
     chosen_epoch: int | None = None
     epochs: list[dict[str, float | None]] = []
     num_samples: int | None = None

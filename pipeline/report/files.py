@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any
 
-from pipeline.report import papers
+from pipeline.report import costs, papers
 from pipeline.report.tables import Entry, Table
 
 COLUMNS = ("backbone", "task", "method", "metric", "value", "std", "seeds", "paper", "run_ids")
@@ -48,9 +48,13 @@ def to_markdown(table: Table, notes: list[str]) -> str:
             f"{_md(papers.label('tasks', e.column.task))} {_md(papers.label('metrics', e.metric))}"
             for e in table.row(lines[0])
         ]
+        columns = costs.known(table)
+        heads += [f"{cost.title} ({cost.below})" for cost in columns]
         out += ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
         for line in lines:
-            out.append("| " + " | ".join([_md(line.title), *(_md_entry(e) for e in table.row(line))]) + " |")
+            spent = [costs.of_row(cost, table, line) or "-" for cost in columns]
+            entries = [_md_entry(entry) for entry in table.row(line)]
+            out.append("| " + " | ".join([_md(line.title), *entries, *spent]) + " |")
         out.append("")
     out += [f"- {_md(note)}" for note in notes]
     open_cells = [(entry, cell) for entry in table.entries.values() for cell in entry.open if not entry.column.metric]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.config import Params
-from pipeline.report import papers
+from pipeline.report import costs, papers
 from pipeline.report.evaluations import Cell
 from pipeline.report.files import shown
 from pipeline.report.findings import OPEN, Finding
@@ -112,8 +113,7 @@ def _environment() -> Environment:
 def _study(
     table: Table, source: papers.Source | None, figures: dict[str, tuple[str, str]], gallery: Any
 ) -> dict[str, Any]:
-    sized = any(cell.trainable_parameters for cell in table.study.cells)
-    study = table.study
+    study, columns = table.study, costs.known(table)
     every = notes(table)
     if source and source.note:
         every.append(f"{source.paper}, {source.place}: {source.note}.")
@@ -127,8 +127,7 @@ def _study(
         "code": _code(study.provenance),
         "notes": every,
         "problems": _problems(study.cells),
-        "sizes": sized,
-        "times": any(cell.train_seconds for cell in table.study.cells),
+        "costs": columns,
         "heads": [_head(table, column) for column in table.columns],
         "groups": [
             {
@@ -136,7 +135,7 @@ def _study(
                 "below": f"stands for {papers.label('backbones', lines[0].paper_backbone)}"
                 if backbone != lines[0].paper_backbone
                 else "",
-                "rows": [_row(table, line, source) for line in lines],
+                "rows": [_row(table, line, source, columns) for line in lines],
             }
             for backbone, lines in table.groups()
         ],
@@ -144,7 +143,7 @@ def _study(
             {"svg": Markup(svg), "words": words, "caption": _caption(table, name)}  # noqa: S704 - our own SVG
             for name, (svg, words) in figures.items()
         ],
-        "shape": len(table.columns) + 1 + sized + any(cell.train_seconds for cell in study.cells),
+        "shape": len(table.columns) + 1 + len(columns),
         "figures_first": bool(table.axes),
         "gallery": gallery,
         "reference": next((line.label for line in table.lines if line.row == table.reference), ""),
@@ -167,24 +166,17 @@ def _study(
     }
 
 
-def _row(table: Table, line: Line, source: papers.Source | None) -> dict[str, Any]:
-    cells = [cell for entry in table.row(line) for cell in entry.cells]
-    sizes = sorted({cell.trainable_parameters for cell in cells if cell.trainable_parameters})
-    size = " - ".join(f"{one:,}" for one in dict.fromkeys((sizes[0], sizes[-1]))) if sizes else ""
+def _row(table: Table, line: Line, source: papers.Source | None, columns: Sequence[costs.Cost]) -> dict[str, Any]:
     printed = papers.figure(source.path, line.paper_backbone, line.row, "params_m") if source else None
+    size = f"{printed:g} M" if printed is not None else ""
     return {
         "title": line.title,
-        "size": size,
-        "seconds": _seconds(cells),
         "entries": table.row(line),
-        "paper_size": f"{printed:g} M" if printed is not None else "",
+        "costs": [
+            {"text": costs.of_row(cost, table, line), "paper": size if cost.field == "trainable_parameters" else ""}
+            for cost in columns
+        ],
     }
-
-
-def _seconds(cells: list[Cell]) -> str:
-    """Return what training took, the mean over the row's cells."""
-    known = [cell.train_seconds for cell in cells if cell.train_seconds]
-    return f"{sum(known) / len(known):,.1f} s" if known else ""
 
 
 def _head(table: Table, column: Column) -> dict[str, str]:

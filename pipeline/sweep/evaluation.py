@@ -29,6 +29,7 @@ from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import EvaluationConfig, TrialConfig
 
 SCHEMA = 1
+COSTS = ("trainable_parameters", "train_seconds", "train_flops", "peak_memory_bytes")  # of a trained trial
 CURVES = ("epoch", "train_loss", "ground_truth_loss", "alignment_loss", "selection_score")  # of a trial, for figures
 
 
@@ -57,7 +58,7 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None) -> No
     tracker.prepare(studies)
     spooled = SpooledTracker(tracker, where.runs / SPOOL)
     spooled.deliver()
-    problems = dict(_score(params, plan, todo, out, spooled)) if todo else {}
+    problems = dict(_score(params, plan, todo, out, spooled, store)) if todo else {}
     for study in studies:
         of_study = [cell for cell in cells if cell.study == study]
         mine = [_record(cell, chosen[cell.name], out, store, problems) for cell in of_study]
@@ -129,8 +130,9 @@ def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
 
 
 def _score(
-    params: Params, plan: Plan, todo: list[tuple[TrialConfig, EvaluationConfig]], out: Path, spooled: SpooledTracker
-) -> Iterator[tuple[str, str]]:
+    params: Params, plan: Plan, todo: list[tuple[TrialConfig, EvaluationConfig]], out: Path, spooled: SpooledTracker,
+    store: TrialStore,
+) -> Iterator[tuple[str, str]]:  # fmt: skip
     """Score trials on the cluster; yield (evaluation key, error) of those that fail."""
     from pipeline.sweep.evaluators import score_all  # starts Ray
 
@@ -150,7 +152,9 @@ def _score(
             write_atomic(path, json.dumps(record, indent=0, sort_keys=True))
             if run_id is not None:
                 scores = {f"test_{name}": value for name, value in result["metrics"].items()}
-                spooled.log_evaluation(run_id, scores, path)
+                done = store.done(result["trial"]) or {}
+                costs = {name: float(done[name]) for name in COSTS if done.get(name)}
+                spooled.log_evaluation(run_id, {**scores, **costs}, path)
             left_out.update(dict.fromkeys(result["details"].get("left_out", ())))
     for line in left_out:
         say(f"left out: {line}")
@@ -179,7 +183,7 @@ def _record(
         "row": cell.row, "label": cell.label, "method": cell.method, "backbone": cell.backbone,
         "paper_backbone": cell.paper_backbone, "task": cell.task, "paper_task": cell.paper_task, "vary": cell.vary,
         "seed": cell.seed, "metric": task.metric, "unit": task.unit, "value": None, "metrics": {}, "run_id": None,
-        "trainable_parameters": None, "train_seconds": None, "chosen_epoch": None, "num_samples": None, **chosen,
+        **dict.fromkeys(COSTS), "chosen_epoch": None, "num_samples": None, **chosen,
     }  # fmt: skip
     evaluation = chosen["evaluation"]
     path = out / f"{evaluation}.json"
@@ -191,7 +195,7 @@ def _record(
     return {
         **record, "status": "done", "error": None, "value": scored["value"], "metrics": scored["metrics"],
         "run_id": scored["run_id"], "num_samples": scored["num_samples"], "chosen_epoch": done.get("chosen_epoch"),
-        "trainable_parameters": done.get("trainable_parameters"), "train_seconds": done.get("train_seconds"),
+        **{name: done.get(name) for name in COSTS},
         "evaluate_seconds": scored.get("seconds"), "evaluation_digest": file_digest(path),
         "epochs": [{name: row.get(name) for name in CURVES} for row in store.epochs(chosen["trial"])],
     }  # fmt: skip

@@ -33,6 +33,13 @@ def save(folder: Path, epoch: int, state: dict[str, Any], write: Callable[[Path]
         shutil.rmtree(folder / f"epoch-{old:04d}", ignore_errors=True)
 
 
+def move_into(source: Path, target: Path) -> None:
+    """Move everything in `source` to `target`, and `source` away."""
+    for entry in source.iterdir():
+        entry.replace(target / entry.name)
+    source.rmdir()
+
+
 def epochs(folder: Path) -> list[int]:
     """Return the epochs that have a checkpoint, oldest first."""
     found = (re.fullmatch(r"epoch-(\d+)", p.name) for p in folder.glob("epoch-*"))

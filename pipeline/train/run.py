@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from pipeline.train.folded import common_head
 from pipeline.train.optim import cosine_with_warmup, steps_per_epoch
 from pipeline.train.order import batches, share_of
 from pipeline.train.resident import Resident, Target
+from pipeline.train.spent import flops_per_sample, forget_peak, peak_memory
 from pipeline.train.teacher import Teacher
 from pipeline.trial import Kind, TrialConfig
 
@@ -95,6 +95,10 @@ class TrialRun:
         self.adapter.to(resident.device)
         self.kinds: set[Kind] = set(kinds) if self.facts.kind is None else {*kinds, self.facts.kind}
         self.teacher = Teacher(resident, manifest, self.samples, config, self.facts) if self.facts.teacher else None
+        self.flops = flops_per_sample(
+            self.adapter, config.backbone, resident, self.prompts, self.head, manifest, config.num_shots
+        )
+        forget_peak(resident.device)
         student = Student(self.adapter, model if config.zero_stage == 3 else None)
         groups = self.adapter.parameter_groups(config.learning_rate, config.weight_decay)
         self.engine = ENGINES[config.engine](student, groups, config)
@@ -104,6 +108,7 @@ class TrialRun:
         self.best: dict[str, Any] = {}
         self.error: str | None = None  # why the trial diverged
         self.keeping = 0.0  # seconds spent on checkpoints and the ledger
+        self.peak = 0  # bytes of memory
         self.packed = 1  # most trials, this one included, that it has shared a forward pass with
         self._resume()
         self._epoch = self._next_epoch()
@@ -207,6 +212,7 @@ class TrialRun:
             self.best = {"epoch": self.number, "objective": report["objective"]}
             self._save_adapter()
         self.rows.append(report)
+        self.peak = max(self.peak, peak_memory(self.resident.device))
         self._save_checkpoint()
         self._epoch = self._next_epoch()
         if self.finished:
@@ -261,7 +267,8 @@ class TrialRun:
     def _save_checkpoint(self) -> None:
         started = time.perf_counter()
         folder, number = self.folder / "checkpoint", self.epochs_done
-        state = {"rows": self.rows, "best": self.best, "packed": self.packed, "keeping": self.keeping}
+        state = {"rows": self.rows, "best": self.best, "packed": self.packed, "keeping": self.keeping,
+                 "peak": self.peak}  # fmt: skip
         if self.world == 1:
             checkpoint.save(folder, number, state, self.engine.save)
         else:
@@ -270,7 +277,7 @@ class TrialRun:
             self.engine.save(shared)  # every rank writes its part
             dist.barrier()
             if self.rank == 0:
-                checkpoint.save(folder, number, state, lambda target: _move_into(shared, target))
+                checkpoint.save(folder, number, state, lambda target: checkpoint.move_into(shared, target))
             dist.barrier()
         if self.rank == 0:
             write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -283,7 +290,7 @@ class TrialRun:
         path, state = found
         self.engine.load(path)
         self.rows, self.best, self.packed = state["rows"], state["best"], state.get("packed", 1)
-        self.keeping = state.get("keeping", 0.0)
+        self.keeping, self.peak = state.get("keeping", 0.0), state.get("peak", 0)
 
     def _end(self, report: Report, status: str, error: str | None = None) -> Report:
         if self.rank == 0:
@@ -292,14 +299,9 @@ class TrialRun:
                 "objective": self.best.get("objective"), "trainable_parameters": self.adapter.num_trainable(),
                 "train_seconds": sum(row["train_seconds"] for row in self.rows),
                 "seconds": sum(row["seconds"] for row in self.rows), "packed": self.packed,
-                "keeping_seconds": self.keeping,
+                "keeping_seconds": self.keeping, "peak_memory_bytes": self.peak or None,
+                "train_flops": self.flops and self.flops * len(self.samples) * self.epochs_done,
                 "adapter_digest": folder_digest(self.folder / "adapter"),
             }  # fmt: skip
             write_atomic(self.folder / "done.json", json.dumps(record, indent=1, sort_keys=True))
         return {**report, "trial_key": self.config.key, "status": status}
-
-
-def _move_into(source: Path, target: Path) -> None:
-    for entry in source.iterdir():
-        os.replace(entry, target / entry.name)
-    source.rmdir()

@@ -109,6 +109,8 @@ class Maker:
             "error": None,
             "trainable_parameters": size,
             "train_seconds": 12.1 if size else 0.0,
+            "train_flops": 4.25e11 if size else None,
+            "peak_memory_bytes": 3 << 28 if size else None,
             "chosen_epoch": 4 if size else None,
             "num_samples": len(scores),
             **more,

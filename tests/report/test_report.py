@@ -209,8 +209,18 @@ def test_the_page_says_what_has_to_be_known(main: dict[str, Any]) -> None:
         "10,240",
         "paper 2.2 M",
         "17.0 M",
+        "425 GFLOP",
+        "0.75 GiB",
     ):
         assert words in text, words
+
+
+def test_the_markdown_has_what_training_cost(main: dict[str, Any]) -> None:
+    lines = (main["out"] / "hificl-table1.md").read_text().splitlines()
+    (hificl,) = (line for line in lines if line.startswith("| HiFICL"))
+    assert hificl.endswith("| 10,240 | 12.1 s | 425 GFLOP | 0.75 GiB |")
+    (zero_shot,) = (line for line in lines if line.startswith("| Zero-shot"))
+    assert zero_shot.endswith("| - | - | - | - |")
 
 
 def test_hostile_text_is_shown_not_run(maker: Any) -> None:
@@ -238,7 +248,7 @@ def test_hostile_text_is_shown_not_run(maker: Any) -> None:
     markdown = (out / "hificl-table1.md").read_text()
     assert "<script" not in markdown
     (head,) = (line for line in markdown.splitlines() if line.startswith("| method"))
-    assert head.replace("\\|", "").count("|") == 3
+    assert head.replace("\\|", "").count("|") == 3 + 4  # the method, the task, and what training cost
     for svg in (out / "hificl-table1").glob("figures/*.svg"):
         assert not [node for node in ElementTree.parse(svg).iter() if node.tag.endswith("script")]  # noqa: S314
     assert rows_of(out / "hificl-table1.csv")[0]["task"] == HOSTILE

@@ -1,0 +1,79 @@
+"""What a trial costs beside its time: the FLOPs of its samples' steps, by formula, and the peak of memory."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from pipeline import backbones
+from pipeline.adapters.base import Adapter
+from pipeline.cost.steps import Costs, Prompt
+from pipeline.data.manifest import Manifest
+from pipeline.data.prompt import Encoded
+from pipeline.errors import InputError
+from pipeline.train.resident import Resident
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_FORGET_PEAK = "5"  # what Linux takes as: the high-water mark is what is held now
+
+
+def flops_per_sample(
+    adapter: Adapter, backbone: str, resident: Resident, prompts: Sequence[Encoded], head: int, manifest: Manifest,
+    shots: int,
+) -> float | None:  # fmt: skip
+    """Return the FLOPs of one sample's step with visual tokens at hand and a teacher of its own (`pipeline.cost`).
+
+    What folding, packs and a shared teacher save is not taken off: it is what the method asks for.
+
+    Args:
+        adapter: what is trained.
+        backbone: its name.
+        resident: the backbone.
+        prompts: the training samples' own; their mean lengths count.
+        head: tokens that all of them begin with, which stand once before a teacher's demonstrations.
+        manifest: of the task; its first picture's size counts.
+        shots: demonstrations of a teacher.
+
+    Returns:
+        None where it cannot be told: another architecture of vision, weights that ZeRO-3 has sharded away, a picture
+        that is gone and lives on as visual tokens.
+    """
+    model = resident.loaded.model
+    if not next(model.parameters()).numel():
+        return None
+    try:
+        pixels = resident.visual.pixels([prompts[0].images[:1]], manifest.image_root)["pixel_values"]
+        costs = Costs(backbones.get(backbone), model, image_size=(pixels.shape[-2], pixels.shape[-1]))
+    except InputError:
+        return None
+    spans = [one.answer_span for one in prompts]
+    costs.prompt = Prompt(
+        text=max(0, round(fmean(map(len, prompts))) - costs.image.tokens),
+        answer=round(fmean(span[1] - span[0] for span in spans if span is not None)),
+        head=head,
+    )
+    return costs.of(adapter, shots=shots).reused
+
+
+def forget_peak(device: str) -> None:
+    """Let the peak be counted from now on, where the system can."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        _CLEAR.write_text(_FORGET_PEAK)
+
+
+def peak_memory(device: str) -> int:
+    """Return the most bytes held since `forget_peak`: torch's on a GPU, the whole process's on a CPU."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration, ValueError):
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
