@@ -23,7 +23,7 @@ from pipeline.tracking.runs import Tracker
 
 # what a score may differ by where sums are not taken in one fixed order: on a GPU, over ranks, in a pack
 TOLERANCES = {"percent": 1.0, "fraction": 0.02}
-_TIMES = ("seconds",)  # metrics that end so are measurements of the machine
+_MEASURED = ("seconds", "memory_bytes")  # metrics that end so are measurements of the machine
 
 
 def reproduce(
@@ -137,7 +137,7 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 def _compared(record: RunRecord, again: Again, allowed: float) -> dict[str, Any]:
     first, second = record.metrics, again.metrics
     number: dict[str, Any] | None
-    shared = sorted(name for name in first if name in second and not name.endswith(_TIMES) and "/" not in name)
+    shared = sorted(name for name in first if name in second and not name.endswith(_MEASURED) and "/" not in name)
     others = {name: _pair(first[name], second[name]) for name in shared}
     if record.evaluation and again.evaluation:
         metric, unit = record.evaluation["metric"], record.evaluation["unit"]
