@@ -211,8 +211,6 @@ def _without_gradient(
         and q.device.type == "cpu"
         and keys.dtype == q.dtype
     ):
-        if q.shape[2] == 1 and keys.dim() == 3 and bias is None and replaces is True:
-            return merging.decoded(q, keys, values, context, lse, call.scale)
         return merging.two(call, q, keys, bias, values, context, lse, replaces)
     logits = merging.logits(q, keys, bias, call.scale, lse.dtype)
     weights = torch.cat([logits, lse.unsqueeze(-1)], -1).softmax(-1)

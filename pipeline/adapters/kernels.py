@@ -44,6 +44,11 @@ class Call:
     causal: bool
     scale: float
 
+    @property
+    def dead(self) -> Tensor | None:
+        """Rows that may see nothing, where there may be any."""
+        return None if self.mask is None else self.mask.dead
+
 
 def prepare_mask(mask: Tensor, dtype: torch.dtype) -> PreparedMask:
     """Turn a bool (True = seen) or additive mask, broadcastable to [B, H, T, S], into the kernels' form."""
@@ -100,8 +105,8 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
     Rows that see nothing get output 0 and log-sum-exp -inf.
     """
     output, lse, extra = _FORWARD[call.backend](call, q, k, v)
-    if call.mask is not None and call.mask.dead is not None:
-        lse = lse.masked_fill(call.mask.dead, -_INF)
+    if call.dead is not None:
+        lse = lse.masked_fill(call.dead, -_INF)
     return output, lse, extra
 
 
@@ -180,7 +185,7 @@ def _efficient_bias(call: Call, q: Tensor, k: Tensor) -> Tensor | None:
     if call.mask is None:
         return None
     # A row of -inf alone is not defined in this kernel: let it see all, and drop the result.
-    bias = call.mask.bias if call.mask.dead is None else call.mask.bias.masked_fill(call.mask.dead.unsqueeze(-1), 0.0)
+    bias = call.mask.bias if call.dead is None else call.mask.bias.masked_fill(call.dead.unsqueeze(-1), 0.0)
     queries, keys = q.shape[2], k.shape[2]
     bias = bias.expand(bias.shape[0], bias.shape[1], queries, keys)
     padding = -keys % _BIAS_BLOCK
@@ -195,16 +200,16 @@ def _efficient_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Ten
     output, lse, seed, offset = aten._scaled_dot_product_efficient_attention(
         _rows(q), _rows(k), _rows(v), _efficient_bias(call, q, k), True, 0.0, call.causal, scale=call.scale
     )
-    if call.mask is not None and call.mask.dead is not None:
-        output = output.masked_fill(call.mask.dead.unsqueeze(-1), 0.0)
+    if call.dead is not None:
+        output = output.masked_fill(call.dead.unsqueeze(-1), 0.0)
     return output, lse[..., : q.shape[2]], (seed, offset)
 
 
 def _efficient_backward(
     call: Call, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if call.mask is not None and call.mask.dead is not None:
-        grad = grad.masked_fill(call.mask.dead.unsqueeze(-1), 0.0)
+    if call.dead is not None:
+        grad = grad.masked_fill(call.dead.unsqueeze(-1), 0.0)
     padded = torch.nn.functional.pad(lse.float(), (0, -lse.shape[-1] % _LSE_BLOCK), value=_INF).contiguous()
     bias = _efficient_bias(call, q, k)
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(

@@ -56,17 +56,6 @@ def two(
     return torch.addcmul(context, virtual, 1 - alpha)
 
 
-def decoded(q: Tensor, keys: Tensor, values: Tensor, context: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """Return what one query a row and the same virtual tokens for every row give together, in the fewest operators.
-
-    The context is one more column of a softmax over the virtual tokens, with lse as its logit: its weight is alpha.
-    """
-    queries, own = q.squeeze(2).transpose(0, 1), context.squeeze(2).transpose(0, 1)  # [H, B, d]: one product a head
-    logits = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
-    weights, alpha = torch.cat([logits, lse.transpose(0, 1)], -1).softmax(-1).split([keys.shape[1], 1], -1)
-    return torch.bmm(weights, values).addcmul_(own, alpha).transpose(0, 1).unsqueeze(2)
-
-
 def combine(
     context: Tensor, alpha: Tensor, shift: Tensor, lse: Tensor, total: Tensor, replaces: bool | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

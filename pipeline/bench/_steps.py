@@ -28,7 +28,7 @@ class Trained:
 
     def __init__(self, bench: Bench, parameters: Sequence[nn.Parameter], *, whole_logits: bool = False) -> None:
         self.bench, self.parameters, self.whole_logits = bench, list(parameters), whole_logits
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, foreach=True)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
 
     def __call__(self, ids: Tensor, *, pixels: bool = False) -> None:
         """Run one step on token ids [B, T]."""

@@ -161,7 +161,7 @@ class Steps:
     ) -> Callable[[], None]:
         """Return a training step inside `context`; with `learns` its backward goes on to the input embeddings."""
         trained: Sequence[nn.Parameter] = list(parameters)
-        optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
         def step() -> None:
             with ExitStack() as stack:

@@ -173,7 +173,11 @@ def _row(table: Table, line: Line, source: papers.Source | None, columns: Sequen
         "title": line.title,
         "entries": table.row(line),
         "costs": [
-            {"text": costs.of_row(cost, table, line), "paper": size if cost.field == "trainable_parameters" else ""}
+            {
+                "title": cost.title,
+                "text": costs.of_row(cost, table, line),
+                "paper": size if cost.field == "trainable_parameters" else "",
+            }
             for cost in columns
         ],
     }

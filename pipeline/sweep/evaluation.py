@@ -21,6 +21,7 @@ from pipeline.sweep.measures import measured
 from pipeline.sweep.models import register_chosen
 from pipeline.sweep.plan import Plan, make_plan
 from pipeline.sweep.run import SPOOL, all_cells, places
+from pipeline.sweep.signals import in_order
 from pipeline.sweep.space import Cell, Point, points
 from pipeline.sweep.store import TrialStore
 from pipeline.tasks import tasks
@@ -36,9 +37,16 @@ CURVES = ("epoch", "train_loss", "ground_truth_loss", "alignment_loss", "selecti
 def evaluate(params: Params, studies: list[str], root: Path | None = None) -> None:
     """Score what the studies need and is not scored yet, and write the studies' cells.
 
+    Safe to kill and to run again: what is scored is not scored twice.
+
     Raises:
         WorkError: some trials are missing or could not be scored; the others are done.
     """
+    with in_order():
+        _evaluate(params, studies, root)
+
+
+def _evaluate(params: Params, studies: list[str], root: Path | None) -> None:
     where = places(root)
     out = where.runs.parent / "evaluations"
     store = TrialStore(where.runs)

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-import psutil
 
 from pipeline import backbones
 from pipeline.config import Params
 from pipeline.data.manifest import Manifest
 from pipeline.errors import InputError, WorkError
 from pipeline.progress import say
-from pipeline.sweep.driver import alive
 from pipeline.sweep.journal import Journal
-from pipeline.sweep.limits import PARENT_SECONDS
 from pipeline.sweep.logbook import Logbook, datasets_of
 from pipeline.sweep.naming import description
 from pipeline.sweep.plan import Places, Plan, make_plan
-from pipeline.sweep.signals import as_interrupt
+from pipeline.sweep.signals import in_order
 from pipeline.sweep.space import Cell, Digests, cells
 from pipeline.sweep.store import TrialStore
 from pipeline.sweep.supervisor import Driver, train
@@ -78,7 +69,7 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
     where = places(root)
     plan = make_plan(params, all_cells(params, studies, where), where)
     store = TrialStore(where.runs)
-    with store.lock("a sweep"), ended_with_parent(), as_interrupt():
+    with store.lock("a sweep"), in_order():
         # its imports take as long as opening MLflow does
         driver = Driver() if plan.open_keys(store) or _adaptive(params, plan) else None
         try:
@@ -160,31 +151,3 @@ def _record_untrained(store: TrialStore, plan: Plan, key: str, tracker: Tracker)
     if store.done(key) is None:
         store.open(plan.trials[key], tracker.provenance)
         store.finish(key, {"status": "finished", "epochs": 0, "trainable_parameters": 0})
-
-
-@contextmanager
-def ended_with_parent() -> Iterator[None]:
-    """End this process when the `dvc` above it is killed, which would leave it as an orphan beside a second sweep."""
-    ancestors = psutil.Process().parents()
-    dvc = next((p for p in ancestors if any("dvc" in Path(part).name for part in _cmdline(p)[:3])), None)
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(PARENT_SECONDS):
-            if dvc is not None and not alive(dvc):
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-
-    if dvc is not None:
-        threading.Thread(target=watch, daemon=True, name="watch-dvc").start()
-    try:
-        yield
-    finally:
-        stop.set()
-
-
-def _cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []

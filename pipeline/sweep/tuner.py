@@ -24,6 +24,7 @@ from pipeline.sweep.order import in_lanes
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.proxy import TrialProxy
 from pipeline.sweep.schedule import PerCellOptuna, make_scheduler
+from pipeline.sweep.signals import kept
 from pipeline.sweep.token import ensure_token
 from pipeline.trial import MOST_PACKED
 
@@ -100,7 +101,8 @@ def cluster(sweep: Sweep) -> Iterator[None]:
         options.update(address=sweep.address)
     with nullcontext() if sweep.address else _on_loopback():
         try:
-            ray.init(**options)
+            with kept():  # Ray sets handlers of its own, which print a stack trace and abort
+                ray.init(**options)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise InputError(
                 f"no Ray cluster answers at '{sweep.address}' ({error})",
