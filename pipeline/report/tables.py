@@ -234,13 +234,16 @@ def _compare(table: Table, scores: Any) -> None:
 def by_sample(entry: Entry, scores: Any) -> dict[str, float]:
     """Return the score of each sample, averaged over the seeds that scored it, in the entry's unit.
 
+    Nothing where the number is a measurement: the samples' scores are of something else.
+
     Args:
         entry: the number.
         scores: `sample_scores` of an evaluation's key, remembered by the caller.
     """
     seen: dict[str, list[float]] = {}
     for cell in entry.done:
-        unit, found = scores(cell.evaluation) if cell.evaluation else ("", {})
+        of_samples = cell.evaluation is not None and cell.measurement is None
+        unit, found = scores(cell.evaluation) if of_samples else ("", {})
         for sample, score in found.items():
             seen.setdefault(sample, []).append(papers.convert(score, unit, entry.unit))
     return {sample: sum(values) / len(values) for sample, values in seen.items()}

@@ -25,7 +25,7 @@ from pipeline.train.folded import common_head
 from pipeline.train.optim import cosine_with_warmup, steps_per_epoch
 from pipeline.train.order import batches, share_of
 from pipeline.train.resident import Resident, Target
-from pipeline.train.spent import flops_per_sample, forget_peak, peak_memory
+from pipeline.train.spent import Memory, flops_per_sample
 from pipeline.train.teacher import Teacher
 from pipeline.trial import Kind, TrialConfig
 
@@ -98,7 +98,7 @@ class TrialRun:
         self.flops = flops_per_sample(
             self.adapter, config.backbone, resident, self.prompts, self.head, manifest, config.num_shots
         )
-        forget_peak(resident.device)
+        self.memory = Memory(model, resident.device)
         student = Student(self.adapter, model if config.zero_stage == 3 else None)
         groups = self.adapter.parameter_groups(config.learning_rate, config.weight_decay)
         self.engine = ENGINES[config.engine](student, groups, config)
@@ -212,7 +212,7 @@ class TrialRun:
             self.best = {"epoch": self.number, "objective": report["objective"]}
             self._save_adapter()
         self.rows.append(report)
-        self.peak = max(self.peak, peak_memory(self.resident.device))
+        self.peak = max(self.peak, self.memory.peak or 0)
         self._save_checkpoint()
         self._epoch = self._next_epoch()
         if self.finished:

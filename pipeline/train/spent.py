@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import resource
+import ctypes
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
 
 import torch
+from torch import nn
 
 from pipeline import backbones
 from pipeline.adapters.base import Adapter
@@ -60,20 +61,44 @@ def flops_per_sample(
     return costs.of(adapter, shots=shots).reused
 
 
-def forget_peak(device: str) -> None:
-    """Let the peak be counted from now on, where the system can."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):
-        _CLEAR.write_text(_FORGET_PEAK)
+class Memory:
+    """The peak of a trial's memory: the backbone's weights, and the most that was held beyond what was there before it.
+
+    So neither what earlier trials left for later ones counts (a teacher's targets, visual tokens) nor the interpreter.
+    Trials of one pack are counted together.
+
+    Args:
+        model: the backbone.
+        device: where it is; a GPU's memory is torch's, a CPU's the whole process's.
+    """
+
+    def __init__(self, model: nn.Module, device: str) -> None:
+        self.device = device
+        self.weights = sum(parameter.nbytes for parameter in model.parameters())
+        if device == "cpu":
+            _give_back()
+            with suppress(OSError):
+                _CLEAR.write_text(_FORGET_PEAK)
+        else:
+            torch.cuda.reset_peak_memory_stats(device)
+        self.before = self._peak() or 0
+
+    @property
+    def peak(self) -> int | None:
+        """Bytes; None where the system does not tell."""
+        peak = self._peak()
+        return None if peak is None else self.weights + max(0, peak - self.before)
+
+    def _peak(self) -> int | None:
+        if self.device != "cpu":
+            return torch.cuda.max_memory_allocated(self.device)
+        with suppress(OSError, StopIteration, ValueError):
+            line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+            return int(line.split()[1]) * 1024
+        return None
 
 
-def peak_memory(device: str) -> int:
-    """Return the most bytes held since `forget_peak`: torch's on a GPU, the whole process's on a CPU."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError, StopIteration, ValueError):
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _give_back() -> None:
+    """Let malloc return its free pages: a process of many trials else keeps the largest one's for good (glibc only)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
