@@ -44,11 +44,15 @@ def measured(params: Params, study: str, scored: Sequence[Scored], out: Path, tr
     kind = create(definition.measure, definition.measured, f"studies.{study}.measured")
     if not kind.units:
         return {}
-    files = {cell.name: out / FOLDER / f"{_key(definition.measure, kind, one)}.json" for cell, _, one in scored}
-    problems: dict[str, str] = {}
     groups: dict[tuple[Any, ...], list[Scored]] = {}
     for row in scored:
         groups.setdefault(_group(row[0]), []).append(row)
+    files = {
+        cell.name: out / FOLDER / f"{_key(definition.measure, kind, evaluation, rows)}.json"
+        for rows in groups.values()
+        for cell, _, evaluation in rows
+    }
+    problems: dict[str, str] = {}
     # rows are measured in alternation, so one that is new is measured together with those it is compared with
     open_groups = [rows for rows in groups.values() if not all(files[cell.name].exists() for cell, _, _ in rows)]
     with bar(definition.measure) as progress:
@@ -65,10 +69,11 @@ def _group(cell: Cell) -> tuple[Any, ...]:
     return cell.backbone, cell.task, cell.seed, tuple(sorted(cell.vary.items()))
 
 
-def _key(name: str, kind: Measure, evaluation: EvaluationConfig) -> str:
-    return digest({"measure": name, "settings": kind.model_dump(mode="json"), "evaluation": evaluation.key})[
-        :KEY_LENGTH
-    ]
+def _key(name: str, kind: Measure, evaluation: EvaluationConfig, rows: Sequence[Scored]) -> str:
+    """Return the name of a measured trial; it holds who was measured beside it, as another study's rows are others."""
+    beside = sorted(other.key for _, _, other in rows)
+    of = {"measure": name, "settings": kind.model_dump(mode="json"), "evaluation": evaluation.key, "beside": beside}
+    return digest(of)[:KEY_LENGTH]
 
 
 def _measure(
