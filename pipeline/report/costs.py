@@ -34,6 +34,11 @@ def flops(value: float) -> str:
     return f"{value / size:.3g} {prefix}FLOP"
 
 
+def memory(value: float) -> str:
+    """Return bytes in MiB or GiB."""
+    return f"{value / (1 << 30):.3g} GiB" if value >= 1 << 30 else f"{value / (1 << 20):,.0f} MiB"
+
+
 def _range(values: Sequence[float]) -> str:
     return " - ".join(dict.fromkeys((f"{min(values):,.0f}", f"{max(values):,.0f}")))
 
@@ -42,7 +47,7 @@ COSTS = (
     Cost("trainable_parameters", "Trainable", "parameters", _range),
     Cost("train_seconds", "Training", "mean of a trial", lambda values: f"{fmean(values):,.1f} s"),
     Cost("train_flops", "FLOPs", "mean, by formula", lambda values: flops(fmean(values))),
-    Cost("peak_memory_bytes", "Memory", "peak of a trial", lambda values: f"{max(values) / (1 << 30):.3g} GiB"),
+    Cost("peak_memory_bytes", "Memory", "peak of a trial", lambda values: memory(max(values))),
 )
 
 
