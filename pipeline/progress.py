@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,7 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LINE_SECONDS = 10.0  # between two plain lines of one piece of work
 
 console = Console(stderr=True)
-Report = Callable[..., None]
+
+
+class Report(Protocol):
+    """What `bar` gives: to be called as work goes on."""
+
+    def __call__(self, done: int, total: int | None = None, note: str = "") -> None:
+        """Show that `done` of `total` pieces are done."""
 
 
 def say(text: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -53,6 +55,22 @@ class Project:
         if check and done.returncode:
             pytest.fail(f"{' '.join(args)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         return done
+
+    def in_terminal(self, *args: str) -> str:
+        """Run a command whose standard streams are a terminal, as a user's are; return what it showed."""
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, *args], cwd=self.folder, stdin=theirs, stdout=theirs, stderr=theirs,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}, start_new_session=True,
+        )  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError), os.fdopen(ours, "rb", buffering=0) as screen:  # closed at the other end
+            while part := screen.read(65536):
+                shown += part
+        text = shown.decode(errors="replace")
+        assert process.wait(timeout=900) == 0, f"{' '.join(args)} in a terminal:\n{text[-4000:]}"
+        return text
 
     def start(self, *args: str) -> subprocess.Popen:
         log = (self.folder / "started.log").open("w")  # noqa: SIM115 - the child writes to it
