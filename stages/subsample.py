@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.config import Params, data_root
 from pipeline.data.subsample import draw
-from pipeline.progress import Report, bar
+from pipeline.progress import bar
 from pipeline.tasks import tasks
 from stages.common import run
 
@@ -15,11 +15,7 @@ from stages.common import run
 def main(params: Params) -> None:
     sizes = params.subsample
     for task in sys.argv[1:] or params.run.tasks:
-        with bar(f"subsample {task}") as report:
-
-            def progress(what: str, done: int, total: int | None, report: Report = report) -> None:
-                report(done, total, what)
-
+        with bar(f"subsample {task}") as progress:
             divided = tasks.get(task).with_splits(sizes.splits.get(task, "official"))
             manifest = draw(
                 divided, data_root(params), seed=sizes.seed, num_train=sizes.num_train,

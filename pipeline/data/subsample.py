@@ -19,7 +19,7 @@ gives all three from one pool: evaluation takes what shares no image with the ot
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,13 +30,13 @@ from pipeline.data.images import CheckedImage, check_images, problems_error
 from pipeline.data.manifest import Manifest, Source
 from pipeline.data.sample import PromptStyle, Sample
 from pipeline.errors import InputError
+from pipeline.progress import Report
 from pipeline.tasks.base import Entry, SampleId, Split, Task
 
-Progress = Callable[[str, int, int | None], None]
 _SELECTION_SIDE = "0123"
 
 
-def _silent(what: str, done: int, total: int | None) -> None:
+def _silent(done: int, total: int | None = None, note: str = "") -> None:
     """Report nothing."""
 
 
@@ -59,7 +59,7 @@ def draw(
     num_evaluation: int | None = None,
     training_answer: Literal["most-frequent", "first"] = "most-frequent",
     prompt: PromptStyle = "papers",
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Manifest:
     """Draw the three splits of `task` from the official files under `root`.
 
@@ -75,7 +75,7 @@ def draw(
         training_answer: what a training step should produce: the most frequent of the references, or the first (the
             published code's choice); demonstrations show the most frequent either way.
         prompt: whose wording the prompts have.
-        progress: called as `progress(what, done, total or None)`, on the calling thread.
+        progress: of images and answers, as `pipeline.progress.bar` gives it; called on the calling thread.
 
     Returns:
         The manifest, with the digest of every source file and every image.
@@ -156,7 +156,7 @@ def plan(
     num_train: int,
     num_selection: int,
     num_evaluation: int | None,
-    report: Progress = _silent,
+    report: Report = _silent,
 ) -> list[Candidates]:
     """Return every split's candidates, without looking at an image or an answer.
 
@@ -173,12 +173,12 @@ def plan(
     return [Candidates("evaluation", size, evaluation), *for_training]
 
 
-def _index(task: Task, root: Path, split: Split, seed: int, report: Progress) -> list[Entry]:
+def _index(task: Task, root: Path, split: Split, seed: int, report: Report) -> list[Entry]:
     entries = []
     for entry in task.index(root, split):
         entries.append(entry)
         if len(entries) % 20_000 == 0:
-            report(f"{task.name}: reading the {split} questions", len(entries), None)
+            report(len(entries), note=f"{task.name}: reading the {split} questions")
     if not entries:
         names = ", ".join(str(path) for path in task.files(root, split))
         raise InputError(f"the {split} split is empty", where=names, way_out="Get the official file again")
@@ -199,7 +199,7 @@ def _sides(task: Task, seed: int, pool: Sequence[Entry]) -> tuple[list[Entry], l
 
 
 def _take(
-    task: Task, root: Path, plan: Sequence[Candidates], report: Progress
+    task: Task, root: Path, plan: Sequence[Candidates], report: Report
 ) -> tuple[dict[str, list[Entry]], dict[str, CheckedImage], list[dict[str, object]]]:
     """Let each split take its samples: no image, by path or by bytes, goes to two of them."""
     checked: dict[str, CheckedImage] = {}
@@ -243,9 +243,7 @@ def _first(entries: Iterator[Entry], count: int | None) -> Iterator[Entry]:
         yield entry
 
 
-def _check(
-    root: Path, entries: Iterable[Entry], checked: dict[str, CheckedImage], report: Progress, split: str
-) -> None:
+def _check(root: Path, entries: Iterable[Entry], checked: dict[str, CheckedImage], report: Report, split: str) -> None:
     new = list(dict.fromkeys(image for entry in entries for image in entry.images if image not in checked))
     done = 0
 
@@ -253,7 +251,7 @@ def _check(
         nonlocal done
         done += count
         if done % 500 == 0 or done == len(new):
-            report(f"checking the {split} images", done, len(new))
+            report(done, len(new), f"checking the {split} images")
 
     results = check_images([root / image for image in new], progress=one_more)
     checked.update(zip(new, results, strict=True))
@@ -274,7 +272,7 @@ def _too_few(task: Task, candidates: Candidates, found: int, chosen: dict[str, l
 
 
 def _read(
-    task: Task, root: Path, chosen: dict[str, list[Entry]], images: dict[str, CheckedImage], report: Progress
+    task: Task, root: Path, chosen: dict[str, list[Entry]], images: dict[str, CheckedImage], report: Report
 ) -> dict[str, tuple[Sample, ...]]:
     """Read the chosen samples, in the draw's order, with the digests of their images."""
     found: dict[tuple[Split, SampleId], Sample] = {}
@@ -283,9 +281,9 @@ def _read(
         source.update(train="train", selection="train")
     for split in _splits(task):
         only = {entry.sample_id for name in chosen if source[name] == split for entry in chosen[name]}
-        report(f"{task.name}: reading the {split} answers", 0, len(only))
+        report(0, len(only), f"{task.name}: reading the {split} answers")
         for sample in task.read(root, split, only):
             refs = tuple(replace(image, sha256=images[image.path].sha256) for image in sample.images)
             found[split, sample.sample_id] = replace(sample, images=refs)
-        report(f"{task.name}: reading the {split} answers", len(only), len(only))
+        report(len(only), len(only), f"{task.name}: reading the {split} answers")
     return {name: tuple(found[source[name], entry.sample_id] for entry in entries) for name, entries in chosen.items()}

@@ -202,7 +202,7 @@ def test_a_question_without_annotation_stops_the_draw_even_if_not_drawn(whole, r
 
 def test_progress_is_reported_on_the_calling_thread(whole):
     seen = []
-    take(whole, progress=lambda what, done, total: seen.append((what, done, total)))
+    take(whole, progress=lambda done, total=None, note="": seen.append((note, done, total)))
     assert any(what.startswith("checking the train images") and done == total for what, done, total in seen)
     assert any("answers" in what for what, _, _ in seen)
 

@@ -31,12 +31,12 @@ def project(tmp_path_factory):
     made.shown = {}
     for stage in (("subsample", "okvqa"), ("train",), ("evaluate",), ("report", "small"), ("report",)):
         # in a terminal, where progress is a live view and not lines
-        made.shown[stage[0]] = made.in_terminal("-m", f"stages.{stage[0]}", *stage[1:])
+        made.shown[" ".join(stage)] = made.in_terminal("-m", f"stages.{stage[0]}", *stage[1:])
     return made
 
 
 def test_a_terminal_shows_what_is_going_on(project):
-    assert "okvqa: reading the train answers" in project.shown["subsample"]
+    assert "okvqa: reading the train answers" in project.shown["subsample okvqa"]
     assert "best so far" in project.shown["train"]
     assert all("Traceback" not in text for text in project.shown.values())
 
