@@ -178,7 +178,7 @@ def _workspace(commands: Any) -> None:
 
 def _miniature(commands: Any) -> None:
     def pretrain(args: argparse.Namespace) -> None:
-        from pipeline.miniature.pretrain import pretrain
+        from pipeline.miniature.pretrain import NUM_THREADS, pretrain
         from pipeline.progress import bar
         from pipeline.report.emergence import draw
         from pipeline.tracking.provenance import head_commit
@@ -186,7 +186,7 @@ def _miniature(commands: Any) -> None:
         with bar(f"pretrain {args.backbone}") as progress:
             pretrain(
                 args.backbone, Path(args.out), seed=args.seed, size=args.size, device=args.device,
-                num_threads=args.threads, commit=head_commit(), progress=progress,
+                commit=head_commit(), progress=progress, num_threads=args.threads or NUM_THREADS,
             )  # fmt: skip
         draw(Path(args.out), Path(args.out) / "pretraining.svg")
 
@@ -217,7 +217,7 @@ def _miniature(commands: Any) -> None:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--size", default="small", help="small, or large: 17 million parameters, for a GPU")
     sub.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    sub.add_argument("--threads", type=int, default=1, help="another number rounds sums otherwise")
+    sub.add_argument("--threads", type=int, help="another number than the usual two rounds sums otherwise")
 
 
 def _bench(commands: Any) -> None:

@@ -16,8 +16,7 @@ def main(params: Params) -> None:
     name = sys.argv[1]
     with bar(f"pretrain {name}") as progress:
         pretrain(
-            name, Path("checkpoints") / name, seed=params.miniature.seed, num_threads=1, commit=head_commit(),
-            progress=progress,
+            name, Path("checkpoints") / name, seed=params.miniature.seed, commit=head_commit(), progress=progress,
         )  # fmt: skip
 
 

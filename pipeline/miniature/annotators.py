@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,11 +9,8 @@ import numpy as np
 from pipeline.miniature.lexicon import (
     DIALECT_PRIOR,
     NUM_DIALECTS,
-    NUM_VALUES,
-    SCENE_KEY,
-    SCENE_STYLES,
-    SUBJECT_KEY,
-    SUBJECT_STYLES,
+    SCENE_PHRASES,
+    SUBJECT_PHRASES,
     TOPIC_VALUES,
     Convention,
     draw_convention,
@@ -53,17 +49,7 @@ class Crowd:
             _mostly(int(usual), size, NUM_DIALECTS, difficulty, rng)
             for usual, size in zip(spread, TOPIC_VALUES, strict=True)
         ]
-        # `difficulty` is about words; a third of the clause styles always depends on what is seen.
-        styles = [
-            _mostly(int(rng.integers(count)), keys, count, 0.34, rng)
-            for keys, count in (
-                (NUM_VALUES[SUBJECT_KEY], len(SUBJECT_STYLES)),
-                (NUM_VALUES[SCENE_KEY], len(SCENE_STYLES)),
-            )
-        ]
-        convention = replace(
-            draw_convention(rng), dialects=tuple(dialects), subject_styles=styles[0], scene_styles=styles[1]
-        )
+        convention = replace(draw_convention(rng), dialects=tuple(dialects))
         return cls(convention, noise)
 
 
@@ -91,7 +77,7 @@ class Annotators:
         return [answer for answer in said for _ in range(NUM_ANSWERS // distinct)]
 
     def captions(self, attributes: np.ndarray) -> list[str]:
-        """Return five captions; each annotator now and then uses another word or another clause."""
+        """Return five captions; each annotator now and then uses another word or another phrase."""
         return [self._caption(attributes) for _ in range(NUM_CAPTIONS)]
 
     def _caption(self, attributes: np.ndarray) -> str:
@@ -102,8 +88,8 @@ class Annotators:
         return replace(
             convention,
             dialects=tuple(dialects),
-            subject_styles=self._styles(convention.subject_styles, SUBJECT_STYLES),
-            scene_styles=self._styles(convention.scene_styles, SCENE_STYLES),
+            subject=self._phrase(convention.subject, len(SUBJECT_PHRASES)),
+            scene=self._phrase(convention.scene, len(SCENE_PHRASES)),
         ).caption(attributes)
 
     def _dialect(self, usual: int, noise: float) -> int:
@@ -114,10 +100,8 @@ class Annotators:
     def _other(self, usual: int) -> int:
         return (usual + 1 + int(self.rng.integers(NUM_DIALECTS - 1))) % NUM_DIALECTS
 
-    def _styles(self, usual: np.ndarray, styles: Sequence[str]) -> np.ndarray:
-        if self.rng.random() >= self.crowd.noise:
-            return usual
-        return np.full_like(usual, self.rng.integers(len(styles)))
+    def _phrase(self, usual: int, count: int) -> int:
+        return usual if self.rng.random() >= self.crowd.noise else self.choose(count)
 
 
 def _mostly(usual: int, size: int, choices: int, share: float, rng: np.random.Generator) -> np.ndarray:

@@ -15,14 +15,15 @@ from pipeline.miniature.documents import Batch, Curriculum, DocumentSource, Rend
 from pipeline.miniature.lexicon import ATTRIBUTES, NUM_DIALECTS, draw_convention, value_words
 from pipeline.miniature.model import Miniature, decode_hidden
 from pipeline.miniature.tokenizer import token_id
-from pipeline.miniature.vision import Progress, cosine
+from pipeline.miniature.vision import cosine
+from pipeline.progress import Report
 
 
 @dataclass(frozen=True)
 class DecoderPhase:
     """How the decoder phase runs; the vision tower stays as it is, its tokens are computed once."""
 
-    steps: int = 3000
+    steps: int = 4500
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     warmup_steps: int = 100
@@ -50,7 +51,7 @@ def train_decoder(
     visual: Tensor,
     phase: DecoderPhase,
     rng: np.random.Generator,
-    progress: Progress,
+    progress: Report,
 ) -> list[dict[str, Any]]:
     """Train everything but vision tower and connector in place; return the curve.
 

@@ -119,7 +119,7 @@ class Curriculum:
         no_prefix_share: share of caption documents without the instruction, as a zero-shot prompt has it.
     """
 
-    warm_up_share: float = 0.15
+    warm_up_share: float = 0.1
     warm_up_rest: float = 0.1
     kinds: tuple[float, float, float] = (0.45, 0.2, 0.35)
     num_pairs: int = 9

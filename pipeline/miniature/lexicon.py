@@ -59,27 +59,24 @@ TOPICS = ATTRIBUTES + RELATIONS  # everything a question can ask for
 QUESTIONS = tuple(f"Which {topic.name}?" for topic in TOPICS)
 TOPIC_VALUES = tuple(len(topic.roots) for topic in TOPICS)
 
-# A caption is two clauses joined by a word; each clause's style is a convention of its own.
-# "{name}" stands for the word of that attribute.
-SUBJECT_STYLES = (
-    "{count} {texture} {colour} {shape}",
-    "{shape} of {colour} that looks {texture}",
-    "we see {colour} {shape} in {count}",
-    "{texture} {shape} painted {colour}",
-    "here {count} {shape} with {colour} skin",
-    "{colour} and {texture} is this {shape}",
+# A caption is two clauses joined by a word. What is seen decides which of two things a clause speaks of (a striped
+# object by its texture, any other by its count), so a demonstration's clause cannot just be repeated; how it is said
+# is one of the convention's phrases. A phrase has a form for either thing, so two demonstrations never disagree about
+# it: a tie would hide what the second one brings. "{name}" stands for the word of that attribute.
+SUBJECT_PHRASES = (
+    ("{count} {colour} {shape}", "{texture} {shape} painted {colour}"),
+    ("we see {colour} {shape} in {count}", "{shape} of {colour} that looks {texture}"),
+    ("here {count} {shape} with {colour} skin", "{colour} and {texture} is this {shape}"),
 )
-SCENE_STYLES = (
-    "on {ground} ground within {frame} border",
-    "{ground} behind and {dot} dot at {side}",
-    "{frame} border around {ground}",
-    "while {dot} dot sits {side}",
-    "with {ground} scene and {frame} edge",
-    "near {side} shines {dot} over {ground}",
+SCENE_PHRASES = (
+    ("on {ground} ground within {frame} border", "while {dot} dot sits {side}"),
+    ("{frame} border around {ground}", "near {side} shines {dot}"),
+    ("with {ground} scene and {frame} edge", "behind is {dot} dot at {side}"),
 )
 JOINERS = ("", "also", "plus", "then")
-# Which value decides the clause's style: an annotator describes, say, striped things in another way.
-SUBJECT_KEY, SCENE_KEY = TEXTURE, SIDE
+# For each value of an attribute, which of its clause's two things an image with that value is described by.
+SUBJECT_KEY, SUBJECT_THING = TEXTURE, (0, 1, 1, 0)
+SCENE_KEY, SCENE_THING = SIDE, (0, 0, 1, 1)
 
 
 def word(topic: int, value: int, dialect: int) -> str:
@@ -89,7 +86,7 @@ def word(topic: int, value: int, dialect: int) -> str:
 
 def style_words() -> list[str]:
     """Return the words that captions use besides the values' words, sorted."""
-    pieces = " ".join(SUBJECT_STYLES + SCENE_STYLES + JOINERS).split()
+    pieces = " ".join([*(form for forms in SUBJECT_PHRASES + SCENE_PHRASES for form in forms), *JOINERS]).split()
     return sorted({piece for piece in pieces if not piece.startswith("{")})
 
 
@@ -116,14 +113,14 @@ class Convention:
 
     Attributes:
         dialects: for every topic an integer array [values of the topic], the dialect of each value.
-        subject_styles: style of the first clause by the value of `SUBJECT_KEY`.
-        scene_styles: style of the second clause by the value of `SCENE_KEY`.
+        subject: index into `SUBJECT_PHRASES`.
+        scene: index into `SCENE_PHRASES`.
         joiner: index into `JOINERS`.
     """
 
     dialects: tuple[np.ndarray, ...]
-    subject_styles: np.ndarray
-    scene_styles: np.ndarray
+    subject: int
+    scene: int
     joiner: int
 
     def answer(self, attributes: np.ndarray, topic: int) -> str:
@@ -133,24 +130,21 @@ class Convention:
 
     def caption(self, attributes: np.ndarray) -> str:
         """Return this convention's caption of an image with `attributes`."""
-        subject = SUBJECT_STYLES[self.subject_styles[attributes[SUBJECT_KEY]]]
-        scene = SCENE_STYLES[self.scene_styles[attributes[SCENE_KEY]]]
+        subject = SUBJECT_PHRASES[self.subject][SUBJECT_THING[attributes[SUBJECT_KEY]]]
+        scene = SCENE_PHRASES[self.scene][SCENE_THING[attributes[SCENE_KEY]]]
         words = {ATTRIBUTES[topic].name: self.answer(attributes, topic) for topic in range(len(ATTRIBUTES))}
         return " ".join(f"{subject} {JOINERS[self.joiner]} {scene}".format(**words).split())
 
 
-def draw_convention(
-    rng: np.random.Generator, *, redraw: float = 0.15, style_redraw: float = 0.3, one_dialect: bool = False
-) -> Convention:
+def draw_convention(rng: np.random.Generator, *, redraw: float = 0.15, one_dialect: bool = False) -> Convention:
     """Draw a convention.
 
     A topic gets a dialect from `DIALECT_PRIOR`; each of its values is then drawn again with probability
-    `redraw`. Clause styles likewise, uniformly and with probability `style_redraw`.
+    `redraw`. Phrases and joiner are uniform.
 
     Args:
         rng: the only source of chance.
         redraw: fraction of values that leave their topic's dialect.
-        style_redraw: fraction of key values that leave the convention's usual clause style.
         one_dialect: every value of every topic in one dialect.
     """
     common = int(rng.integers(NUM_DIALECTS))
@@ -163,16 +157,11 @@ def draw_convention(
         dialects.append(np.where(rng.random(size) < redraw, others, usual))
     return Convention(
         dialects=tuple(dialects),
-        subject_styles=_styles(rng, NUM_VALUES[SUBJECT_KEY], len(SUBJECT_STYLES), style_redraw),
-        scene_styles=_styles(rng, NUM_VALUES[SCENE_KEY], len(SCENE_STYLES), style_redraw),
+        subject=int(rng.integers(len(SUBJECT_PHRASES))),
+        scene=int(rng.integers(len(SCENE_PHRASES))),
         joiner=int(rng.integers(len(JOINERS))),
     )
 
 
 def _dialects(rng: np.random.Generator, size: int) -> np.ndarray:
     return np.searchsorted(np.cumsum(DIALECT_PRIOR)[:-1], rng.random(size), side="right")
-
-
-def _styles(rng: np.random.Generator, size: int, num_styles: int, redraw: float) -> np.ndarray:
-    usual, *others = rng.integers(num_styles, size=size + 1)
-    return np.where(rng.random(size) < redraw, others, usual)

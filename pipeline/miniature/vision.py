@@ -9,7 +9,6 @@ until about 99 % of the attributes are right.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +21,8 @@ from transformers import PreTrainedModel
 from pipeline.miniature.lexicon import ATTRIBUTES, NUM_VALUES
 from pipeline.miniature.model import Miniature, encode_images, normalise
 from pipeline.miniature.render import draw_attributes, render
+from pipeline.progress import Report
 
-Progress = Callable[[int, int, str], None]  # steps done, of how many, what is to say
 _CHUNK = 2000
 
 
@@ -68,7 +67,7 @@ def train_vision(
     held_out: Pool,
     phase: VisionPhase,
     rng: np.random.Generator,
-    progress: Progress,
+    progress: Report,
 ) -> list[dict[str, Any]]:
     """Train vision tower and connector of `model` in place; return the curve.
 

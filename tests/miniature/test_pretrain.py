@@ -67,7 +67,7 @@ def test_no_word_of_the_world_is_unknown(name: str) -> None:
     rng = np.random.default_rng(0)
     attributes = draw_attributes(100, rng)
     for values in attributes:
-        convention = draw_convention(rng, redraw=0.5, style_redraw=1.0)
+        convention = draw_convention(rng, redraw=0.5)
         texts.append(convention.caption(values))
         texts += [convention.answer(values, topic) for topic in range(len(QUESTIONS))]
     for text in texts:
