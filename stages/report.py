@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline import report
 from pipeline.config import Params
+from pipeline.progress import say
 from pipeline.report import tracked
 from stages.common import run
 
@@ -19,6 +20,8 @@ def main(params: Params) -> None:
     else:
         report.write_index(params, EVALUATIONS, REPORTS)
         tracked.log(params, EVALUATIONS, Path.cwd())
+        for finding in report.judged(params.run.studies, params, EVALUATIONS):
+            say(str(finding))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ BACKBONE = register(
             "text_config": {
                 **MINI_TEXT,
                 "model_type": "mistral",
-                "vocab_size": 323,
+                "vocab_size": 322,
                 "pad_token_id": 3,
                 "bos_token_id": 1,
                 "eos_token_id": 2,
@@ -71,7 +71,7 @@ BACKBONE = register(
         tiny_processor={},
         special_tokens={**IDEFICS2_SPECIAL_TOKENS, "pad": "<pad>"},
         modules=IDEFICS2_MODULES,
-        parameters=1_419_904,
+        parameters=1_419_648,
         never_generated=("fake_image", "image"),
     )
 )

@@ -24,7 +24,7 @@ BACKBONE = register(
             "text_config": {
                 **MINI_TEXT,
                 "model_type": "qwen2",
-                "vocab_size": 321,
+                "vocab_size": 320,
                 "pad_token_id": 0,
                 "bos_token_id": None,
                 "eos_token_id": 2,
@@ -44,7 +44,7 @@ BACKBONE = register(
         tiny_processor={},
         special_tokens=QWEN_SPECIAL_TOKENS,
         modules=LLAVA_MODULES,
-        parameters=1_100_160,
+        parameters=1_099_904,
         chat=CHATML,
     )
 )

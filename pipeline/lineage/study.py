@@ -8,6 +8,7 @@ from typing import Any
 from pipeline import report
 from pipeline.config import Params
 from pipeline.errors import InputError, nearest
+from pipeline.progress import say
 from pipeline.report import tracked
 from pipeline.sweep.evaluation import evaluate
 from pipeline.sweep.run import places, sweep
@@ -16,6 +17,8 @@ from pipeline.workspace import dvc
 
 def run(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
     """Train, evaluate and report studies; what is done already is not done again.
+
+    What became of the claims about these studies is said at the end.
 
     Returns:
         The report's files by study, and the page.
@@ -35,6 +38,8 @@ def run(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
         report.write_study(name, params, evaluations, out)
     page = report.write_index(params, evaluations, out)
     tracked.log(params, evaluations, root)
+    for finding in report.judged(studies, params, evaluations):
+        say(str(finding))
     return {"page": str(page), "studies": {name: [f"{out / name}.{end}" for end in ("md", "csv")] for name in studies}}
 
 

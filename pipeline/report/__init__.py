@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.atomic import write_atomic
@@ -10,7 +11,7 @@ from pipeline.report import curves, figures, files, findings, page, papers, tabl
 from pipeline.report import evaluations as files_in
 from pipeline.report.gallery import gallery
 
-__all__ = ["forget", "load_table", "study_page", "write_index", "write_study"]
+__all__ = ["forget", "judged", "load_table", "study_page", "write_index", "write_study"]
 
 # what a study came out as, by the content of its file: the index shows what was written just before
 _rendered: dict[tuple[str, str, str], tuple[tables.Table, dict[str, tuple[str, str]], str]] = {}
@@ -70,6 +71,12 @@ def write_index(params: Params, evaluations: Path, out: Path) -> Path:
     write_atomic(out / "findings.md", findings.to_markdown(found))
     write_atomic(out / "index.html", html)
     return out / "index.html"
+
+
+def judged(studies: Iterable[str], params: Params, evaluations: Path) -> list[findings.Finding]:
+    """Return what became of the claims about these studies; claims that nothing was measured for are left out."""
+    tables_in = [_render(name, params, evaluations)[0] for name in studies]
+    return [one for one in findings.findings(tables_in, evaluations) if one.verdict != findings.OPEN]
 
 
 def study_page(study: str, params: Params, evaluations: Path) -> tuple[tables.Table, str]:

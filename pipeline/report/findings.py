@@ -56,6 +56,9 @@ class Finding:
     verdict: str
     details: list[str]
 
+    def __str__(self) -> str:
+        return f"{self.verdict}: {self.claim.claim} ({self.claim.paper}, {self.claim.study})"
+
 
 @functools.cache
 def claims() -> tuple[Claim, ...]:

@@ -41,6 +41,11 @@ STUDY = {
 }
 
 
+def environment() -> dict[str, str]:
+    """What a command finds: as here, with one thread, for several processes share the cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 class Project:
     """A workspace folder, and the commands a user would give in it."""
 
@@ -50,7 +55,7 @@ class Project:
     def python(self, *args: str, check: bool = True, **settings) -> subprocess.CompletedProcess:
         done = subprocess.run(
             [sys.executable, *args], cwd=self.folder, capture_output=True, text=True, timeout=900, check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, **settings,
+            env=environment(), **settings,
         )  # fmt: skip
         if check and done.returncode:
             pytest.fail(f"{' '.join(args)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -61,7 +66,7 @@ class Project:
         ours, theirs = pty.openpty()
         process = subprocess.Popen(
             [sys.executable, *args], cwd=self.folder, stdin=theirs, stdout=theirs, stderr=theirs,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}, start_new_session=True,
+            env={**environment(), "TERM": "xterm-256color"}, start_new_session=True,
         )  # fmt: skip
         os.close(theirs)
         shown = b""
@@ -76,7 +81,7 @@ class Project:
         log = (self.folder / "started.log").open("w")  # noqa: SIM115 - the child writes to it
         return subprocess.Popen(
             [sys.executable, *args], cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=environment(),
         )  # fmt: skip
 
     def change(self, edit) -> None:

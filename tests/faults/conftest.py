@@ -50,6 +50,14 @@ def sweep(template: Sweep, tmp_path: Path, reference):
 
 
 @pytest.fixture(scope="session")
+def trained(template: Sweep, tmp_path_factory) -> Sweep:
+    """A sweep whose trials are trained and not scored; take copies."""
+    made = template.copy(tmp_path_factory.mktemp("faults") / "trained")
+    made.again()
+    return made
+
+
+@pytest.fixture(scope="session")
 def interrupted(template: Sweep, reference, tmp_path_factory) -> Sweep:
     """A sweep that SIGKILL ended while a trial had two epochs behind it; take copies."""
     for _ in range(TRIES):

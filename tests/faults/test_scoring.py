@@ -18,14 +18,6 @@ STAGE = ("-m", "stages.evaluate")
 DVC = ("-m", "dvc", "repro", "-s", "evaluate")
 
 
-@pytest.fixture(scope="module")
-def trained(template: Sweep, tmp_path_factory) -> Sweep:
-    """A sweep whose trials are trained and not scored; take copies."""
-    made = template.copy(tmp_path_factory.mktemp("faults") / "trained")
-    made.again()
-    return made
-
-
 @pytest.fixture
 def scoring(trained: Sweep, tmp_path: Path):
     """`scoring(*words)` starts the stage on a copy and returns that when its evaluators are there."""

@@ -12,14 +12,26 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import InputError
-from pipeline.miniature.lexicon import NUM_VALUES, draw_convention, style_words, value_words
+from pipeline.miniature.lexicon import (
+    ATTRIBUTES,
+    COUNT,
+    DOT,
+    FRAME,
+    GROUND,
+    NUM_VALUES,
+    SIDE,
+    TEXTURE,
+    draw_convention,
+    style_words,
+    value_words,
+)
 from pipeline.miniature.render import draw_attributes, png_bytes, render
 from pipeline.miniature.world import object_synonyms, write_world
 from pipeline.scores.vqa import vqa_accuracy
 from pipeline.tasks import tasks
 
 # Digest of all files of the world below. A change means other data for every user: be sure that you want it.
-DIGEST = "a4e27c015978c15683ebd25f2272ff7386212ad88a95cdea3f3232e023d83e61"
+DIGEST = "a35f220c34c55fda7360ba9a1ab8774112fc127e3e390c0e93e5448995cd17cc"
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +129,20 @@ def test_redrawn_values_leave_the_topics_dialect() -> None:
     assert all(len(set(each.tolist())) == 1 for each in kept.dialects)
     moved = draw_convention(np.random.default_rng(3), redraw=1.0)
     assert any(len(set(each.tolist())) > 1 for each in moved.dialects)
+
+
+def test_what_is_seen_decides_what_a_caption_speaks_of_and_the_convention_how() -> None:
+    rng = np.random.default_rng(4)
+    convention = draw_convention(rng)
+    forms = set()
+    for values in draw_attributes(200, rng):
+        said = {convention.answer(values, topic): attribute.name for topic, attribute in enumerate(ATTRIBUTES)}
+        words = convention.caption(values).split()
+        form = [said.get(word, word) for word in words]
+        named = [ATTRIBUTES[topic].name in form for topic in (COUNT, TEXTURE, GROUND, FRAME, DOT, SIDE)]
+        assert named[0] != named[1] and named[2] == named[3] != named[4] == named[5]
+        forms.add(" ".join(form))
+    assert len(forms) == 4  # two things in either clause, each in one way: no two demonstrations disagree
 
 
 @pytest.mark.parametrize(("argument", "value"), [("difficulty", 1.5), ("noise", -0.1), ("num_val_images", 0)])
