@@ -30,7 +30,7 @@ NOT_RUN: dict[str, str] = {
     r"hificl score .*": "run with their numbers by tests/docs/test_score_commands.py",
     r"hificl bench (?!--).*": "run by tests/bench/test_verbs.py at small sizes",
     r"hificl plan .*": "reads the real profile: run by tests/cost/test_forecast.py",
-    r"hificl pretrain .*": "takes an hour",
+    r"hificl pretrain .*": "takes up to half an hour",
     r"hificl (world|workspace) .*": "run by tests/miniature/test_world.py and tests/e2e",
     r"hificl sweep --study (?!hificl|mimic).*": "a study of the miniature",
     r"python -m pipeline\.bench\..*": "needs a GPU",
