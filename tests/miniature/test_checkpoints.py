@@ -15,8 +15,7 @@ from pipeline.miniature.model import miniature
 from pipeline.miniature.vision import Pool, cache_visual_tokens
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
-# without a resampler the LLaVA's decoder reads its four patches less well (docs/miniature.md)
-FLOORS = {"mini-idefics2": (0.97, 0.95), "mini-llava": (0.88, 0.85)}
+SEES, FOLLOWS = 0.97, 0.95  # right values, right words that a demonstration has shown
 FOLDERS = sorted(path.name for path in CHECKPOINTS.iterdir() if (path / "config.json").is_file())
 
 
@@ -33,9 +32,8 @@ def test_it_learns_in_context(name: str) -> None:
     pool = Pool.draw(200, rng)  # images that pre-training has not had
     probe = draw_probe(spec, pool.attributes.numpy(), rng, num_documents=24)
     measured = emergence(model, probe, cache_visual_tokens(spec, model, pool.images))
-    sees, follows = FLOORS[name]
-    assert measured["right_value"] > sees
-    assert measured["seen"] > follows  # the demonstrations told the word
+    assert measured["right_value"] > SEES
+    assert measured["seen"] > FOLLOWS  # the demonstrations told the word
     assert measured["unseen"] < 0.6  # nothing else could have
 
 
