@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from pipeline.train.capacity import Capacity
 from pipeline.train.run import Part
@@ -70,7 +71,11 @@ def test_a_pack_loses_what_its_trials_lose_alone(bench, trial, tmp_path, name):
         assert reports[-1]["status"] == "finished" and (tmp_path / "together" / key / "done.json").exists()
 
 
-def test_in_double_precision_a_pack_differs_in_the_ninth_digit_at_most(trial, tmp_path):
+def test_in_double_precision_a_pack_loses_the_same(trial, tmp_path, monkeypatch):
+    def normed(norm, x):  # transformers' own goes through fp32, where a sum's last bit in fp64 may turn into one in 24
+        return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+
+    monkeypatch.setattr(MistralRMSNorm, "forward", normed)
     bench = Workbench(device="cpu")
     model = bench.resident(trial("hificl", tmp_path)).loaded.model.double()
     chosen = [(method, given) for method, given in MIXED if given.get("task") is None][:4]
@@ -79,7 +84,7 @@ def test_in_double_precision_a_pack_differs_in_the_ninth_digit_at_most(trial, tm
         alone |= train(bench, [trial(method, tmp_path / "alone", **given)], double=True)
     together = train(bench, [trial(method, tmp_path / "together", **given) for method, given in chosen], double=True)
     assert next(model.parameters()).dtype == torch.float64
-    assert gap(alone, together) < 1e-8
+    assert gap(alone, together) < 1e-12
 
 
 def test_dropout_acts_in_training_alone(bench, trial, tmp_path):
