@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.errors import WorkError
@@ -22,22 +22,26 @@ def write_atomic(path: Path, text: str) -> None:
     Raises:
         WorkError: the disk is full or the folder cannot be written.
     """
-    temporary = None
+    temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
-        ) as f:
-            temporary = f.name
+        # not by `tempfile`, whose files only their owner may read: reports and adapters are for a team
+        with temporary.open("x", encoding="utf-8") as f:
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
         raise disk_error(error, path) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """Return a name in the same folder that nobody else uses."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -62,21 +66,23 @@ def folder_atomic(target: Path) -> Iterator[Path]:
     Raises:
         WorkError: the disk is full or the folder cannot be written; `target` is as it was.
     """
-    temporary = None
+    temporary = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        temporary.mkdir()
+        mode = temporary.stat().st_mode
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
+                path.chmod(mode & 0o666)  # safetensors' files only their owner may read
                 handle = os.open(path, os.O_RDONLY)
                 try:
                     os.fsync(handle)
                 finally:
                     os.close(handle)
         if target.exists():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-            os.replace(target, old / target.name)
+            old = _beside(target)
+            os.replace(target, old)
             os.replace(temporary, target)
             shutil.rmtree(old, ignore_errors=True)
         else:
@@ -89,5 +95,5 @@ def folder_atomic(target: Path) -> Iterator[Path]:
             raise
         raise disk_error(OSError(errno.ENOSPC, str(error)), target) from error
     finally:
-        if temporary is not None and temporary.exists():
+        if temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)

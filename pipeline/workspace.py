@@ -7,14 +7,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from pipeline.config import PARAMS, load
 from pipeline.errors import InputError, WorkError, nearest
+from pipeline.schema import Profile
 
 RUN_LINE = re.compile(r"^run: \*[\w-]+.*$", re.MULTILINE)
-MINIATURE_STAGES = ("backbone", "world")  # they make what only the miniature's profile reads
 LINKS = (".venv", "pipeline", "checkpoints", "weights")
 
 
@@ -40,12 +41,7 @@ def create(folder: Path, *, profile: str, data: Path | None = None) -> None:
         raise InputError("no such folder", where=str(data), way_out="Give the folder of the official files as --data")
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / PARAMS, text)
-    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))
-    if profile != "mini":
-        stages["stages"] = {name: stage for name, stage in stages["stages"].items() if name not in MINIATURE_STAGES}
-        for stage in stages["stages"].values():
-            stage["deps"] = [dep for dep in stage.get("deps", []) if dep != "checkpoints"]
-    _write(folder / "dvc.yaml", yaml.safe_dump(stages, sort_keys=False))
+    _write(folder / "dvc.yaml", yaml.safe_dump({"stages": _stages(root, params.profiles[profile])}, sort_keys=False))
     for name in LINKS:
         _link(folder / name, root / name)
     if data is not None:
@@ -54,6 +50,17 @@ def create(folder: Path, *, profile: str, data: Path | None = None) -> None:
     if not (folder / ".dvc").is_dir():
         dvc(folder, "init", "--no-scm", "--quiet")
         dvc(folder, "config", "core.analytics", "false")
+
+
+def _stages(root: Path, profile: Profile) -> dict[str, Any]:
+    """Return the stages of dvc.yaml that a profile needs in a workspace; `backbone` is the root's own."""
+    stages: dict[str, Any] = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    del stages["backbone"]
+    if profile.data_root not in stages["world"]["outs"]:  # it reads nothing of the miniature
+        del stages["world"]
+        for stage in stages.values():
+            stage["deps"] = [dep for dep in stage.get("deps", []) if dep != "checkpoints"]
+    return stages
 
 
 def _write(path: Path, text: str) -> None:

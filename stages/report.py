@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pipeline import report
 from pipeline.config import Params
-from pipeline.progress import say
 from pipeline.report import tracked
 from stages.common import run
 
@@ -18,10 +17,9 @@ def main(params: Params) -> None:
     if len(sys.argv) > 1:
         report.write_study(sys.argv[1], params, EVALUATIONS, REPORTS)
     else:
-        report.write_index(params, EVALUATIONS, REPORTS)
+        index = report.write_index(params, EVALUATIONS, REPORTS)
         tracked.log(params, EVALUATIONS, Path.cwd())
-        for finding in report.judged(params.run.studies, params, EVALUATIONS):
-            say(str(finding))
+        index.say_findings(params.run.studies)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from typing import Any
 from pipeline import report
 from pipeline.config import Params
 from pipeline.errors import InputError, nearest
-from pipeline.progress import say
 from pipeline.report import tracked
 from pipeline.sweep.evaluation import evaluate
 from pipeline.sweep.run import places, sweep
@@ -36,11 +35,11 @@ def run(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
     evaluations, out = root / "evaluations", root / "reports"
     for name in studies:
         report.write_study(name, params, evaluations, out)
-    page = report.write_index(params, evaluations, out)
+    index = report.write_index(params, evaluations, out)
     tracked.log(params, evaluations, root)
-    for finding in report.judged(studies, params, evaluations):
-        say(str(finding))
-    return {"page": str(page), "studies": {name: [f"{out / name}.{end}" for end in ("md", "csv")] for name in studies}}
+    index.say_findings(studies)
+    files = {name: [f"{out / name}.{end}" for end in ("md", "csv")] for name in studies}
+    return {"page": str(index.page), "studies": files}
 
 
 def _draw_samples(params: Params, root: Path) -> None:

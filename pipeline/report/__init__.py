@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.atomic import write_atomic
 from pipeline.config import Params
+from pipeline.progress import say
 from pipeline.report import curves, figures, files, findings, page, papers, tables
 from pipeline.report import evaluations as files_in
 from pipeline.report.gallery import gallery
 
-__all__ = ["forget", "judged", "load_table", "study_page", "write_index", "write_study"]
+__all__ = ["Index", "forget", "load_table", "study_page", "write_index", "write_study"]
 
 # what a study came out as, by the content of its file: the index shows what was written just before
 _rendered: dict[tuple[str, str, str], tuple[tables.Table, dict[str, tuple[str, str]], str]] = {}
@@ -56,8 +58,28 @@ def write_study(study: str, params: Params, evaluations: Path, out: Path) -> Non
         write_atomic(pictures / f"{name}.svg", figures.standalone(svg))
 
 
-def write_index(params: Params, evaluations: Path, out: Path) -> Path:
-    """Write `index.html`, one page over all studies that have been evaluated, and `findings.md`; return the page.
+@dataclass(frozen=True)
+class Index:
+    """What `write_index` made.
+
+    Attributes:
+        page: the page over all studies.
+        findings: every claim with its verdict.
+    """
+
+    page: Path
+    findings: list[findings.Finding]
+
+    def say_findings(self, studies: Iterable[str]) -> None:
+        """Say what became of the claims about these studies; claims that nothing was measured for are left out."""
+        about = set(studies)
+        for one in self.findings:
+            if one.claim.study in about and one.verdict != findings.OPEN:
+                say(str(one))
+
+
+def write_index(params: Params, evaluations: Path, out: Path) -> Index:
+    """Write `index.html`, one page over all studies that have been evaluated, and `findings.md`.
 
     Studies stand in the order of params.yaml, further ones after them by name.
     """
@@ -70,13 +92,7 @@ def write_index(params: Params, evaluations: Path, out: Path) -> Path:
     html = page.page(tables_in, [section for _, _, section in rendered], params, found)
     write_atomic(out / "findings.md", findings.to_markdown(found))
     write_atomic(out / "index.html", html)
-    return out / "index.html"
-
-
-def judged(studies: Iterable[str], params: Params, evaluations: Path) -> list[findings.Finding]:
-    """Return what became of the claims about these studies; claims that nothing was measured for are left out."""
-    tables_in = [_render(name, params, evaluations)[0] for name in studies]
-    return [one for one in findings.findings(tables_in, evaluations) if one.verdict != findings.OPEN]
+    return Index(out / "index.html", found)
 
 
 def study_page(study: str, params: Params, evaluations: Path) -> tuple[tables.Table, str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pty
 import shutil
 import subprocess
 import sys
@@ -15,6 +13,7 @@ import yaml
 
 from pipeline.data.synthetic import SyntheticSize, write_images, write_vqav2
 from tests.conftest import ROOT
+from tests.terminal import Terminal
 
 TINY = {
     "backbones": ["idefics2-8b-base"],
@@ -63,18 +62,10 @@ class Project:
 
     def in_terminal(self, *args: str) -> str:
         """Run a command whose standard streams are a terminal, as a user's are; return what it showed."""
-        ours, theirs = pty.openpty()
-        process = subprocess.Popen(
-            [sys.executable, *args], cwd=self.folder, stdin=theirs, stdout=theirs, stderr=theirs,
-            env={**environment(), "TERM": "xterm-256color"}, start_new_session=True,
-        )  # fmt: skip
-        os.close(theirs)
-        shown = b""
-        with contextlib.suppress(OSError), os.fdopen(ours, "rb", buffering=0) as screen:  # closed at the other end
-            while part := screen.read(65536):
-                shown += part
-        text = shown.decode(errors="replace")
-        assert process.wait(timeout=900) == 0, f"{' '.join(args)} in a terminal:\n{text[-4000:]}"
+        terminal = Terminal(args, self.folder, environment(), self.folder / "shown.log")
+        ended = terminal.process.wait(timeout=900)
+        text = terminal.close()
+        assert ended == 0, f"{' '.join(args)} in a terminal:\n{text[-4000:]}"
         return text
 
     def start(self, *args: str) -> subprocess.Popen:

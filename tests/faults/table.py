@@ -12,7 +12,7 @@ KINDS = {
     "dvc": ("SIGKILL of dvc", "the stage below it ends by itself; the next `dvc repro` goes on"),
     "SIGINT": ("SIGINT", "the sweep ends in order, open runs KILLED; the next `dvc repro` goes on"),
     "SIGTERM": ("SIGTERM", "as for SIGINT"),
-    "Ctrl-C": ("Ctrl-C in a terminal (SIGINT to dvc, stage and workers at once)", "as for SIGINT"),
+    "Ctrl-C": ("Ctrl-C in a terminal (SIGINT to dvc and stage at once)", "as for SIGINT"),
     "SIGINT while it scores": ("SIGINT while it scores", "scoring ends in order; the next `dvc repro` scores the rest"),
     "SIGTERM while it scores": ("SIGTERM while it scores", "as for SIGINT"),
     "Ctrl-C while it scores": ("Ctrl-C in a terminal while it scores", "as for SIGINT"),

@@ -29,7 +29,7 @@ document.title = JSON.stringify({
 def page(new_maker: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     maker = new_maker(tmp_path_factory.mktemp("browser") / "evaluations")
     maker.table("hificl-table1")
-    index = write_index(maker.params(**{"hificl-table1": maker.definition()}), maker.folder, maker.folder.parent)
+    index = write_index(maker.params(**{"hificl-table1": maker.definition()}), maker.folder, maker.folder.parent).page
     probed = index.with_name("probed.html")
     probed.write_text(index.read_text().replace("</head>", PROBE + "</head>"))
     return probed

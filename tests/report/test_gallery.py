@@ -71,7 +71,7 @@ def test_the_page_shows_image_question_references_and_every_answer(maker: Any, t
         path.write_text(json.dumps(record))
     maker.study("hificl-figure8", cells)
     known = maker.params(**{"hificl-figure8": maker.definition(paper=None, layout="gallery")})
-    html = write_index(known, maker.folder, tmp_path / "reports").read_text(encoding="utf-8")
+    html = write_index(known, maker.folder, tmp_path / "reports").page.read_text(encoding="utf-8")
     shown = html[html.index('class="gallery"') :]
     assert shown.count("data:image/jpeg;base64,") == 2 * SAMPLES
     assert shown.count("hificl says") == shown.count("zero-shot says") == shown.count("What is &lt;") // 2 == SAMPLES

@@ -243,7 +243,7 @@ def test_hostile_text_is_shown_not_run(maker: Any) -> None:
     known = maker.params(**{"hificl-table1": maker.definition(layout="gallery")})
     out = maker.folder.parent / "reports"
     write_study("hificl-table1", known, maker.folder, out)
-    text = write_index(known, maker.folder, out).read_text()
+    text = write_index(known, maker.folder, out).page.read_text()
     page = Page(text)
     assert "script" not in page.tags
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text

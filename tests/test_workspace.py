@@ -1,0 +1,37 @@
+"""A folder that runs another profile beside this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.errors import InputError
+from pipeline.workspace import create
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize(
+    ("profile", "first", "takes_checkpoints"),
+    [("mini-claims", "world", True), ("real-check", "subsample", False)],
+)
+def test_it_has_the_stages_that_its_data_need(tmp_path: Path, monkeypatch, profile, first, takes_checkpoints) -> None:
+    monkeypatch.chdir(ROOT)
+    data = None if takes_checkpoints else tmp_path
+    for _ in range(2):  # a second time changes nothing
+        create(tmp_path / "beside", profile=profile, data=data)
+        stages = yaml.safe_load((tmp_path / "beside/dvc.yaml").read_text())["stages"]
+        assert next(iter(stages)) == first and "backbone" not in stages
+        assert ("checkpoints" in stages["train"]["deps"]) == takes_checkpoints
+    assert f"\nrun: *{profile}" in (tmp_path / "beside/params.yaml").read_text()
+    assert (tmp_path / "beside/checkpoints").resolve() == ROOT / "checkpoints"
+
+
+def test_unknown_profiles_and_missing_data_are_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(InputError, match="unknown profile 'mini-claim'.*mini-claims"):
+        create(tmp_path / "beside", profile="mini-claim")
+    with pytest.raises(InputError, match="no such folder"):
+        create(tmp_path / "beside", profile="real", data=tmp_path / "nowhere")
+    assert not (tmp_path / "beside").exists()
