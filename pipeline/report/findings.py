@@ -87,7 +87,7 @@ def _judge(claim: Claim, table: Table | None, scores: Any) -> Finding:
     if table is None:
         return Finding(claim, OPEN, [])
     if claim.row is not None:
-        return Finding(claim, *_along_its_axis(claim, table))
+        return Finding(claim, *_along_its_axis(claim, table, scores))
     outcomes: list[bool] = []
     details: list[str] = []
     for _, lines in table.groups():
@@ -148,11 +148,15 @@ def _where(entry: Entry) -> str:
 
 def _sentence(upper: Entry, lower: Entry, scores: Any) -> str:
     pair = " against ".join(f"{entry.line.title} {_number(entry)}" for entry in (upper, lower))
+    return f"{_where(upper)}: {pair}{_clear(upper, lower, scores)}"
+
+
+def _clear(upper: Entry, lower: Entry, scores: Any) -> str:
+    """Say whether a difference of scores is more than chance over samples."""
     gap = None
     if upper.column.metric is None:
         gap = paired_bootstrap(by_sample(upper, scores), by_sample(lower, scores))
-    clear = "" if gap is None else " (clear)" if gap.clear else " (within chance over samples)"
-    return f"{_where(upper)}: {pair}{clear}"
+    return "" if gap is None else " (clear)" if gap.clear else " (within chance over samples)"
 
 
 def _number(entry: Entry) -> str:
@@ -160,7 +164,7 @@ def _number(entry: Entry) -> str:
     return shown(entry.value or 0.0, entry.unit) + spread
 
 
-def _along_its_axis(claim: Claim, table: Table) -> tuple[str, list[str]]:
+def _along_its_axis(claim: Claim, table: Table, scores: Any) -> tuple[str, list[str]]:
     """Judge a claim about one row over a varied axis: where it is best, whether it rises, how far it goes apart."""
     outcomes: list[bool] = []
     details: list[str] = []
@@ -183,8 +187,11 @@ def _along_its_axis(claim: Claim, table: Table) -> tuple[str, list[str]]:
                 ends = (min(known, key=_rank), max(known, key=_rank))
                 details.append(f"{_where(known[0])}: " + " down to ".join(f"{_at(e)} {_number(e)}" for e in ends))
             elif claim.rising:
-                outcomes.append(all(_rank(after) < _rank(before) for before, after in pairwise(known)))
-                details.append(f"{_where(known[0])}: " + ", ".join(f"{_at(e)} {_number(e)}" for e in known))
+                falls = [(after, before) for before, after in pairwise(known) if _rank(after) >= _rank(before)]
+                outcomes.append(not falls)
+                course = ", ".join(f"{_at(e)} {_number(e)}" for e in known)
+                said = "".join(f"; no rise to {_at(after)}{_clear(after, before, scores)}" for after, before in falls)
+                details.append(f"{_where(known[0])}: {course}{said}")
             elif claim.passes:
                 bar = _best(table, lines, column, claim.below, {})
                 if bar is not None:
