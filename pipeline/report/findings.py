@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,7 +14,7 @@ import yaml
 
 from pipeline.report import papers
 from pipeline.report.files import shown
-from pipeline.report.statistics import paired_bootstrap
+from pipeline.report.statistics import Difference, paired_bootstrap
 from pipeline.report.tables import Column, Entry, Line, Table, by_sample, sample_scores
 
 HOLDS, PARTLY, FAILS, OPEN = "holds", "holds in part", "does not hold", "not measured"
@@ -36,6 +37,7 @@ class Claim:
     tasks: tuple[str, ...] = ()
     best_over: str | None = None
     rising: str | None = None
+    rising_overall: str | None = None
     passes: str | None = None
     spread: float | None = None
     row: str | None = None
@@ -153,10 +155,14 @@ def _sentence(upper: Entry, lower: Entry, scores: Any) -> str:
 
 def _clear(upper: Entry, lower: Entry, scores: Any) -> str:
     """Say whether a difference of scores is more than chance over samples."""
-    gap = None
-    if upper.column.metric is None:
-        gap = paired_bootstrap(by_sample(upper, scores), by_sample(lower, scores))
+    gap = _gap(upper, lower, scores)
     return "" if gap is None else " (clear)" if gap.clear else " (within chance over samples)"
+
+
+def _gap(upper: Entry, lower: Entry, scores: Any) -> Difference | None:
+    if upper.column.metric is not None:
+        return None
+    return paired_bootstrap(by_sample(upper, scores), by_sample(lower, scores))
 
 
 def _number(entry: Entry) -> str:
@@ -186,9 +192,9 @@ def _along_its_axis(claim: Claim, table: Table, scores: Any) -> tuple[str, list[
                 outcomes.append(max(values) - min(values) >= claim.spread)
                 ends = (min(known, key=_rank), max(known, key=_rank))
                 details.append(f"{_where(known[0])}: " + " down to ".join(f"{_at(e)} {_number(e)}" for e in ends))
-            elif claim.rising:
+            elif claim.rising or claim.rising_overall:
                 falls = [(after, before) for before, after in pairwise(known) if _rank(after) >= _rank(before)]
-                outcomes.append(not falls)
+                outcomes.append(not falls if claim.rising else _rises_overall(known, falls, scores))
                 course = ", ".join(f"{_at(e)} {_number(e)}" for e in known)
                 said = "".join(f"; no rise to {_at(after)}{_clear(after, before, scores)}" for after, before in falls)
                 details.append(f"{_where(known[0])}: {course}{said}")
@@ -202,6 +208,20 @@ def _along_its_axis(claim: Claim, table: Table, scores: Any) -> tuple[str, list[
     if claim.best_over:
         return (OPEN if not details else HOLDS if len(places) > 1 else FAILS), details
     return _verdict(outcomes), details
+
+
+def _rises_overall(known: Sequence[Entry], falls: Iterable[tuple[Entry, Entry]], scores: Any) -> bool:
+    """Whether the last value is above the first and no step falls by more than chance."""
+    return _rank(known[-1]) < _rank(known[0]) and all(_by_chance(after, before, scores) for after, before in falls)
+
+
+def _by_chance(after: Entry, before: Entry, scores: Any) -> bool:
+    """Whether a difference may be chance: over samples, or within twice its standard error over seeds."""
+    gap = _gap(after, before, scores)
+    if gap is not None and not gap.clear:
+        return True
+    variance = sum((entry.std or 0.0) ** 2 / len(entry.done) for entry in (after, before))
+    return abs(_rank(after) - _rank(before)) <= 2 * math.sqrt(variance)
 
 
 def _at(entry: Entry) -> str:
