@@ -196,7 +196,7 @@ def _along_its_axis(claim: Claim, table: Table, scores: Any) -> tuple[str, list[
                 falls = [(after, before) for before, after in pairwise(known) if _rank(after) >= _rank(before)]
                 outcomes.append(not falls if claim.rising else _rises_overall(known, falls, scores))
                 course = ", ".join(f"{_at(e)} {_number(e)}" for e in known)
-                said = "".join(f"; no rise to {_at(after)}{_clear(after, before, scores)}" for after, before in falls)
+                said = "".join(f"; no rise to {_at(a)} ({_chance(a, b, scores) or 'clear'})" for a, b in falls)
                 details.append(f"{_where(known[0])}: {course}{said}")
             elif claim.passes:
                 bar = _best(table, lines, column, claim.below, {})
@@ -212,16 +212,17 @@ def _along_its_axis(claim: Claim, table: Table, scores: Any) -> tuple[str, list[
 
 def _rises_overall(known: Sequence[Entry], falls: Iterable[tuple[Entry, Entry]], scores: Any) -> bool:
     """Whether the last value is above the first and no step falls by more than chance."""
-    return _rank(known[-1]) < _rank(known[0]) and all(_by_chance(after, before, scores) for after, before in falls)
+    above = _rank(known[-1]) < _rank(known[0])
+    return above and all(_chance(after, before, scores) is not None for after, before in falls)
 
 
-def _by_chance(after: Entry, before: Entry, scores: Any) -> bool:
-    """Whether a difference may be chance: over samples, or within twice its standard error over seeds."""
+def _chance(after: Entry, before: Entry, scores: Any) -> str | None:
+    """Say over what a difference may be chance: samples, or seeds (twice its standard error); None: it is none."""
     gap = _gap(after, before, scores)
     if gap is not None and not gap.clear:
-        return True
+        return "within chance over samples"
     variance = sum((entry.std or 0.0) ** 2 / len(entry.done) for entry in (after, before))
-    return abs(_rank(after) - _rank(before)) <= 2 * math.sqrt(variance)
+    return "within chance over seeds" if abs(_rank(after) - _rank(before)) <= 2 * math.sqrt(variance) else None
 
 
 def _at(entry: Entry) -> str:
