@@ -193,10 +193,11 @@ def _along_its_axis(claim: Claim, table: Table, scores: Any) -> tuple[str, list[
                 ends = (min(known, key=_rank), max(known, key=_rank))
                 details.append(f"{_where(known[0])}: " + " down to ".join(f"{_at(e)} {_number(e)}" for e in ends))
             elif claim.rising or claim.rising_overall:
-                falls = [(after, before) for before, after in pairwise(known) if _rank(after) >= _rank(before)]
-                outcomes.append(not falls if claim.rising else _rises_overall(known, falls, scores))
+                falls = [(b, _chance(b, a, scores)) for a, b in pairwise(known) if _rank(b) >= _rank(a)]
+                above, by_chance = _rank(known[-1]) < _rank(known[0]), all(chance for _, chance in falls)
+                outcomes.append(not falls if claim.rising else above and by_chance)
                 course = ", ".join(f"{_at(e)} {_number(e)}" for e in known)
-                said = "".join(f"; no rise to {_at(a)} ({_chance(a, b, scores) or 'clear'})" for a, b in falls)
+                said = "".join(f"; no rise to {_at(e)} ({chance or 'clear'})" for e, chance in falls)
                 details.append(f"{_where(known[0])}: {course}{said}")
             elif claim.passes:
                 bar = _best(table, lines, column, claim.below, {})
@@ -208,12 +209,6 @@ def _along_its_axis(claim: Claim, table: Table, scores: Any) -> tuple[str, list[
     if claim.best_over:
         return (OPEN if not details else HOLDS if len(places) > 1 else FAILS), details
     return _verdict(outcomes), details
-
-
-def _rises_overall(known: Sequence[Entry], falls: Iterable[tuple[Entry, Entry]], scores: Any) -> bool:
-    """Whether the last value is above the first and no step falls by more than chance."""
-    above = _rank(known[-1]) < _rank(known[0])
-    return above and all(_chance(after, before, scores) is not None for after, before in falls)
 
 
 def _chance(after: Entry, before: Entry, scores: Any) -> str | None:
