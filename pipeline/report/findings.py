@@ -88,49 +88,58 @@ def findings(tables: Iterable[Table], evaluations: Path) -> list[Finding]:
 def _judge(claim: Claim, table: Table | None, scores: Any) -> Finding:
     if table is None:
         return Finding(claim, OPEN, [])
-    if claim.row is not None:
-        return Finding(claim, *_along_its_axis(claim, table, scores))
-    outcomes: list[bool] = []
-    details: list[str] = []
-    for _, lines in table.groups():
-        for column in table.columns:
-            if not _is_of(claim, column):
-                continue
-            upper = _best(table, lines, column, claim.above, claim.at)
-            lower = _best(table, lines, column, claim.below, claim.at)
-            if upper is None or (lower is None and claim.at_most is None):
-                continue
-            if lower is None:
-                outcomes.append((upper.value or 0.0) < (claim.at_most or 0.0))
-                details.append(f"{_where(upper)}: {upper.line.title} {_number(upper)}")
-                continue
-            outcomes.append(_better(upper, lower, claim))
-            details.append(_sentence(upper, lower, scores))
-    return Finding(claim, _verdict(outcomes), details)
+    judge = next((judge for kind, judge in _COURSES.items() if getattr(claim, kind) is not None), _comparison)
+    cells = [_Cell(table, lines, column, scores) for _, lines in table.groups() for column in table.columns]
+    judged = [found for cell in cells if _is_of(claim, cell.column) and (found := judge(claim, cell))]
+    return Finding(claim, _verdict(claim, [outcome for outcome, _ in judged]), [detail for _, detail in judged])
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One backbone's rows under one task's column, and the scores per sample behind them."""
+
+    table: Table
+    lines: Sequence[Line]
+    column: Column
+    scores: Any
+
+    def course(self, row: str | None) -> list[Entry]:
+        """Return what is known of a row along its varied axis."""
+        entries = [self.table.entries[line, self.column] for line in self.lines if line.row == row]
+        return [entry for entry in entries if entry.value is not None]
 
 
 def _is_of(claim: Claim, column: Column) -> bool:
     return column.metric == claim.metric and (not claim.tasks or column.paper_task in claim.tasks)
 
 
-def _verdict(outcomes: Sequence[bool]) -> str:
+def _verdict(claim: Claim, outcomes: Sequence[Any]) -> str:
     if not outcomes:
         return OPEN
+    if claim.best_over:  # the outcomes are the places of the best
+        return HOLDS if len(set(outcomes)) > 1 else FAILS
     return HOLDS if all(outcomes) else PARTLY if any(outcomes) else FAILS
 
 
-def _best(
-    table: Table, lines: Sequence[Line], column: Column, rows: Sequence[str], at: Mapping[str, Any]
-) -> Entry | None:
+def _comparison(claim: Claim, cell: _Cell) -> tuple[bool, str] | None:
+    """Whether the best of the upper rows beats the best of the lower ones, or lies below a number."""
+    upper, lower = _best(cell, claim.above, claim.at), _best(cell, claim.below, claim.at)
+    if upper is None:
+        return None
+    if lower is not None:
+        return _better(upper, lower, claim), _sentence(upper, lower, cell.scores)
+    if claim.at_most is None:
+        return None
+    return (upper.value or 0.0) < claim.at_most, f"{_where(upper)}: {upper.line.title} {_number(upper)}"
+
+
+def _best(cell: _Cell, rows: Sequence[str], at: Mapping[str, Any]) -> Entry | None:
     found = [
-        table.entries[line, column]
-        for line in lines
+        cell.table.entries[line, cell.column]
+        for line in cell.lines
         if line.row in rows and all(dict(line.vary).get(axis, value) == value for axis, value in at.items())
     ]
-    known = [entry for entry in found if entry.value is not None]
-    if not known:
-        return None
-    return min(known, key=_rank)
+    return min((entry for entry in found if entry.value is not None), key=_rank, default=None)
 
 
 def _rank(entry: Entry) -> float:
@@ -170,65 +179,69 @@ def _number(entry: Entry) -> str:
     return shown(entry.value or 0.0, entry.unit) + spread
 
 
-def _along_its_axis(claim: Claim, table: Table, scores: Any) -> tuple[str, list[str]]:
-    """Judge a claim about one row over a varied axis: where it is best, whether it rises, how far it goes apart."""
-    outcomes: list[bool] = []
-    details: list[str] = []
-    places = set()
-    for _, lines in table.groups():
-        for column in table.columns:
-            if not _is_of(claim, column):
-                continue
-            mine = [table.entries[line, column] for line in lines if line.row == claim.row]
-            known = [entry for entry in mine if entry.value is not None]
-            if len(known) < 2:
-                continue
-            if claim.best_over:
-                best = min(known, key=_rank)
-                places.add(dict(best.line.vary).get(claim.best_over))
-                details.append(_best_at(best, claim))
-            elif claim.spread is not None:
-                values = [entry.value or 0.0 for entry in known]
-                outcomes.append(max(values) - min(values) >= claim.spread)
-                ends = (min(known, key=_rank), max(known, key=_rank))
-                details.append(f"{_where(known[0])}: " + " down to ".join(f"{_at(e)} {_number(e)}" for e in ends))
-            elif claim.rising or claim.rising_overall:
-                falls = [(b, _chance(b, a, scores)) for a, b in pairwise(known) if _rank(b) >= _rank(a)]
-                above, by_chance = _rank(known[-1]) < _rank(known[0]), all(chance for _, chance in falls)
-                outcomes.append(not falls if claim.rising else above and by_chance)
-                course = ", ".join(f"{_at(e)} {_number(e)}" for e in known)
-                said = "".join(f"; no rise to {_at(e)} ({chance or 'clear'})" for e, chance in falls)
-                details.append(f"{_where(known[0])}: {course}{said}")
-            elif claim.passes:
-                bar = _best(table, lines, column, claim.below, {})
-                if bar is not None:
-                    first = next((entry for entry in known if _rank(entry) < _rank(bar)), None)
-                    outcomes.append(first is not None)
-                    said = f"from {_at(first)} on ({_number(first)})" if first else "at no size"
-                    details.append(f"{_where(known[0])}: {said}, {bar.line.title} {_number(bar)}")
-    if claim.best_over:
-        return (OPEN if not details else HOLDS if len(places) > 1 else FAILS), details
-    return _verdict(outcomes), details
+def _place_of_best(claim: Claim, cell: _Cell) -> tuple[Any, str] | None:
+    """Where along its axis a row is best, beside the paper's place."""
+    known = cell.course(claim.row)
+    if len(known) < 2:
+        return None
+    best = min(known, key=_rank)
+    place = dict(best.line.vary).get(str(claim.best_over))
+    printed = papers.figure(claim.printed, best.line.paper_backbone, str(claim.row), best.column.paper_task)
+    beside = f" (paper {printed:g})" if printed is not None else ""
+    return place, f"{_where(best)}: best at {claim.best_over} {place}{beside}"
 
 
-def _chance(after: Entry, before: Entry, scores: Any) -> str | None:
-    """Say over what a difference may be chance: samples, or seeds (twice its standard error); None: it is none."""
+def _spread(claim: Claim, cell: _Cell) -> tuple[bool, str] | None:
+    """How far a row's best and worst lie apart."""
+    known = cell.course(claim.row)
+    if len(known) < 2:
+        return None
+    best, worst = min(known, key=_rank), max(known, key=_rank)
+    apart = abs(_rank(worst) - _rank(best)) >= (claim.spread or 0.0)
+    return apart, f"{_where(best)}: {_at(best)} {_number(best)} down to {_at(worst)} {_number(worst)}"
+
+
+def _rise(claim: Claim, cell: _Cell) -> tuple[bool, str] | None:
+    """Whether a row rises at each step (`rising`), or from end to end with no fall beyond chance (`rising_overall`)."""
+    known = cell.course(claim.row)
+    if len(known) < 2:
+        return None
+    falls = [(b, *_chance(b, a, cell.scores)) for a, b in pairwise(known) if _rank(b) >= _rank(a)]
+    overall = _rank(known[-1]) < _rank(known[0]) and all(by_chance for _, by_chance, _ in falls)
+    course = ", ".join(f"{_at(entry)} {_number(entry)}" for entry in known)
+    said = "".join(f"; no rise to {_at(entry)} ({judged})" for entry, _, judged in falls)
+    return overall if claim.rising_overall else not falls, f"{_where(known[0])}: {course}{said}"
+
+
+def _passing(claim: Claim, cell: _Cell) -> tuple[bool, str] | None:
+    """From where on its axis a row is above the best of the lower rows."""
+    known, bar = cell.course(claim.row), _best(cell, claim.below, {})
+    if len(known) < 2 or bar is None:
+        return None
+    first = next((entry for entry in known if _rank(entry) < _rank(bar)), None)
+    said = f"from {_at(first)} on ({_number(first)})" if first else "at no size"
+    return first is not None, f"{_where(known[0])}: {said}, {bar.line.title} {_number(bar)}"
+
+
+# the field that makes a claim one about the course of its row
+_COURSES = {
+    "best_over": _place_of_best, "spread": _spread, "rising": _rise, "rising_overall": _rise, "passes": _passing,
+}  # fmt: skip
+
+
+def _chance(after: Entry, before: Entry, scores: Any) -> tuple[bool, str]:
+    """Return whether a difference may be chance, over samples or seeds (twice its standard error), in words too."""
     gap = _gap(after, before, scores)
     if gap is not None and not gap.clear:
-        return "within chance over samples"
-    variance = sum((entry.std or 0.0) ** 2 / len(entry.done) for entry in (after, before))
-    return "within chance over seeds" if abs(_rank(after) - _rank(before)) <= 2 * math.sqrt(variance) else None
+        return True, "within chance over samples"
+    spreads = [entry.std**2 / len(entry.done) for entry in (after, before) if entry.std is not None]
+    if spreads and abs(_rank(after) - _rank(before)) <= 2 * math.sqrt(sum(spreads)):
+        return True, "within chance over seeds"
+    return False, "clear" if gap is not None or spreads else "one seed, no samples to judge it by"
 
 
 def _at(entry: Entry) -> str:
     return " ".join(f"{axis} {value}" for axis, value in entry.line.vary)
-
-
-def _best_at(best: Entry, claim: Claim) -> str:
-    value = dict(best.line.vary).get(str(claim.best_over))
-    printed = papers.figure(claim.printed, best.line.paper_backbone, str(claim.row), best.column.paper_task)
-    beside = f" (paper {printed:g})" if printed is not None else ""
-    return f"{_where(best)}: best at {claim.best_over} {value}{beside}"
 
 
 def to_markdown(found: Sequence[Finding]) -> str:
