@@ -45,25 +45,16 @@ def predict(
         from_pixels: run the vision tower, for methods that train it.
         part: (i, n): every n-th batch from the i-th on.
     """
-    task = tasks.get(manifest.task)
     if demonstrations is None:
         prompts = resident.alone(manifest, samples, answer=False)
     else:
         prompts = resident.prompts(manifest, samples, [demonstrations(sample) for sample in samples], answer=False)
     mine = of_part(prompts, batch_size, part)
-    texts = generate(
-        resident.loaded,
-        [prompts[i] for i in mine],
-        max_new_tokens=max_new_tokens or task.max_new_tokens,
-        visual_tokens=resident.visual,
-        root=manifest.image_root,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        stop_strings=stop_strings(task.template, resident.loaded.backbone, manifest.prompt),
-        batch_size=batch_size,
-        from_pixels=from_pixels,
-    )
-    return {samples[i].sample_id: task.postprocess(text) for i, text in zip(mine, texts, strict=True)}
+    texts = _answers(
+        resident, manifest, [prompts[i] for i in mine], max_new_tokens, num_beams=num_beams,
+        length_penalty=length_penalty, batch_size=batch_size, from_pixels=from_pixels,
+    )  # fmt: skip
+    return {samples[i].sample_id: text for i, text in zip(mine, texts, strict=True)}
 
 
 def predict_each(
@@ -90,25 +81,31 @@ def predict_each(
     Returns:
         one mapping of id to answer for every entry of `members`.
     """
-    task = tasks.get(manifest.task)
     prompts = resident.alone(manifest, samples, answer=False) * len(members)
     mine = of_part(prompts, batch_size, part)
+    texts = _answers(
+        resident, manifest, [prompts[i] for i in mine], max_new_tokens, num_beams=num_beams,
+        length_penalty=length_penalty, batch_size=batch_size, from_pixels=from_pixels,
+        pack=pack, members=[members[i // len(samples)] for i in mine], on_batch=on_batch,
+    )  # fmt: skip
+    found: list[dict[Any, str]] = [{} for _ in members]
+    for i, text in zip(mine, texts, strict=True):
+        found[i // len(samples)][samples[i % len(samples)].sample_id] = text
+    return found
+
+
+def _answers(
+    resident: Resident, manifest: Manifest, prompts: Sequence[Any], max_new_tokens: int | None, **decoding: Any
+) -> list[str]:
+    """Return the post-processed answers to prompts, ended as the task and the backbone's template end them."""
+    task = tasks.get(manifest.task)
     texts = generate(
         resident.loaded,
-        [prompts[i] for i in mine],
+        prompts,
         max_new_tokens=max_new_tokens or task.max_new_tokens,
         visual_tokens=resident.visual,
         root=manifest.image_root,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
         stop_strings=stop_strings(task.template, resident.loaded.backbone, manifest.prompt),
-        batch_size=batch_size,
-        from_pixels=from_pixels,
-        pack=pack,
-        members=[members[i // len(samples)] for i in mine],
-        on_batch=on_batch,
+        **decoding,
     )
-    found: list[dict[Any, str]] = [{} for _ in members]
-    for i, text in zip(mine, texts, strict=True):
-        found[i // len(samples)][samples[i % len(samples)].sample_id] = task.postprocess(text)
-    return found
+    return [task.postprocess(text) for text in texts]
