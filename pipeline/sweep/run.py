@@ -119,7 +119,8 @@ def _sweep(
     errors: dict[str, str] = {}
     if todo or adaptive:
         started = time.monotonic()
-        with View(plan, store, len(todo)) as view:
+        asked = sum(bool(cell.search) for cell in plan.cells.values()) * params.sweep.num_samples if adaptive else 0
+        with View(plan, todo, asked) as view:
             errors = train(plan, todo, params, [logbook, view], driver, adaptive=adaptive)
         seconds = {"seconds": time.monotonic() - started, "spool_seconds": spooled.seconds}
         Journal(store.root).note("sweep ended", trials=len(todo), **seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.live import Live
@@ -11,8 +12,8 @@ from rich.table import Table
 
 from pipeline.progress import console, say
 from pipeline.sweep.journal import sentence
+from pipeline.sweep.pace import Pace
 from pipeline.sweep.plan import Plan
-from pipeline.sweep.store import TrialStore
 
 LINE_SECONDS = 15.0
 
@@ -20,11 +21,11 @@ LINE_SECONDS = 15.0
 class View:
     """A live table in a terminal; lines elsewhere."""
 
-    def __init__(self, plan: Plan, store: TrialStore, total: int) -> None:
-        self.plan, self.store, self.total = plan, store, total
-        self.started, self.ended, self.failed = time.monotonic(), 0, 0
-        self.running: dict[str, int] = {}
-        self.epochs_seen = 0
+    def __init__(self, plan: Plan, todo: Sequence[str], points: int = 0) -> None:
+        self.plan, self.total = plan, len(todo) + points
+        self.pace = Pace({key: plan.trials[key] for key in todo}, points)
+        self.ended, self.failed = 0, 0
+        self.running: set[str] = set()
         self.best: dict[str, float] = {}
         self.last_line = 0.0
         self.live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
@@ -42,7 +43,8 @@ class View:
 
     def on_start(self, key: str) -> None:
         """See `tuner.Watcher`."""
-        self.running[key] = 0
+        self.running.add(key)
+        self.pace.on_start()
         self._show()
 
     def on_event(self, row: dict[str, Any]) -> None:
@@ -52,8 +54,8 @@ class View:
 
     def on_report(self, key: str, report: dict[str, Any]) -> None:
         """See `tuner.Watcher`."""
-        self.running[key] = int(report.get("epoch", 0))
-        self.epochs_seen += 1
+        if report.get("seconds") is not None:  # an error has none
+            self.pace.on_epoch(key, int(report["epoch"]), float(report["seconds"]))
         cell = self.plan.cell_of.get(key)
         score = report.get("objective")
         if cell is not None and score is not None:
@@ -62,7 +64,8 @@ class View:
 
     def on_end(self, key: str, error: str | None) -> None:
         """See `tuner.Watcher`."""
-        self.running.pop(key, None)
+        self.running.discard(key)
+        self.pace.on_end(key)
         self.ended += 1
         self.failed += error is not None
         if error is not None:
@@ -70,13 +73,9 @@ class View:
         self._show()
 
     def _left(self) -> str:
-        planned = sum(c.epochs for c in self.plan.trials.values() if c.trained)
-        per_trial = planned / max(1, sum(c.trained for c in self.plan.trials.values()))
-        if not self.epochs_seen:
+        seconds = self.pace.left()
+        if seconds is None:
             return "?"
-        seconds = (
-            (time.monotonic() - self.started) / self.epochs_seen * max(0, self.total * per_trial - self.epochs_seen)
-        )
         return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
     def _line(self) -> str:
