@@ -33,6 +33,7 @@ class Train(Section):
     """Stage `train`: the papers' shared set-up (HiFICL Table 5, MimIC Table 7); methods may override."""
 
     num_train_samples: int = Field(1000, ge=1)
+    sample_draw: Literal["first", "by-seed"] = "first"  # which samples of the training split, where not all
     num_selection_samples: int = Field(500, ge=1)
     num_shots: int = Field(8, ge=1)  # demonstrations in a teacher's prompt
     demonstration_draw: Literal["without-replacement", "with-replacement"] = "without-replacement"  # for a teacher

@@ -72,14 +72,16 @@ class TrialConfig(_Config):
     num_selection_samples: int = 0
     demonstration_draw: Literal["without-replacement", "with-replacement"] = "without-replacement"
     compile: bool = False
+    sample_draw: Literal["first", "by-seed"] = "first"
 
-    later: ClassVar[frozenset[str]] = frozenset({"demonstration_draw", "compile"})
+    later: ClassVar[frozenset[str]] = frozenset({"demonstration_draw", "compile", "sample_draw"})
 
     @property
-    def draws(self) -> tuple[str, int, int, int, str]:
+    def draws(self) -> tuple[str, int, str, int, int, str]:
         """What decides which demonstrations a teacher sees before a sample."""
         return (
-            self.manifest_digest, self.num_train_samples, self.num_shots, self.seed, self.demonstration_draw,
+            self.manifest_digest, self.num_train_samples, self.sample_draw, self.num_shots, self.seed,
+            self.demonstration_draw,
         )  # fmt: skip
 
     @property

@@ -17,6 +17,7 @@ from pipeline.data.collate import collate
 from pipeline.data.manifest import Manifest
 from pipeline.data.prompt import draw_demos
 from pipeline.data.sample import Sample
+from pipeline.data.subset import training_samples
 from pipeline.measure.base import Job, Measure, Numbers, measures
 from pipeline.train.resident import Resident
 from pipeline.train.scoring import fitted
@@ -48,7 +49,8 @@ class LatentDistance(Measure):
             resident = bench.resident(job.request)
             manifest = resident.manifest(job.request)
             samples = manifest.splits[job.evaluation.split][: self.num_samples]
-            key = (config.backbone_digest, config.manifest_digest, config.num_train_samples, config.seed)
+            pool = (config.manifest_digest, config.num_train_samples, config.sample_draw, config.seed)
+            key = (config.backbone_digest, *pool)
             if key not in targets:
                 targets[key] = _states(resident, manifest, samples, self._demonstrations(job, manifest, samples))
             with _in_place(job, resident, manifest, samples) as shown:
@@ -58,7 +60,7 @@ class LatentDistance(Measure):
 
     def _demonstrations(self, job: Job, manifest: Manifest, samples: Sequence[Sample]) -> list[list[Sample]]:
         config = job.request.config
-        pool = {sample.sample_id: sample for sample in manifest.splits["train"][: config.num_train_samples]}
+        pool = {sample.sample_id: sample for sample in training_samples(manifest, config)}
         ids = list(pool)
         drawn = (draw_demos(ids, sample.sample_id, self.num_shots, config.seed) for sample in samples)
         return [[pool[one] for one in row] for row in drawn]

@@ -65,6 +65,7 @@ class Cell:
             "method": self.method,
             "options": methods.validate_options(self.method, options),
             "seed": self.seed,
+            "num_train_samples": train.num_train_samples,
         }
         available = self.digests.train_sizes[self.task]
         if train.num_train_samples > available:
@@ -73,16 +74,16 @@ class Cell:
                 where=self.name,
                 way_out="Raise subsample.num_train or lower train.num_train_samples",
             )
+        if train.num_train_samples < available:
+            shared["sample_draw"] = train.sample_draw
         if not methods.is_trained(self.method):
             chosen_on = ("selection", "num_selection_samples") if methods.selects(self.method, options) else ()
             looked_at = {name: getattr(train, name) for name in chosen_on}
-            kept = {"num_train_samples": train.num_train_samples, "precision": train.precision}
-            return TrialConfig(**shared, **kept, **looked_at)
+            return TrialConfig(**shared, precision=train.precision, **looked_at)
         facts = methods.facts_of(self.method, options)
         full = train.num_train_samples >= PAPERS_FULL_SIZE
         return TrialConfig(
             **shared,
-            num_train_samples=train.num_train_samples,
             num_shots=train.num_shots if facts.teacher else 0,
             **({"demonstration_draw": train.demonstration_draw} if facts.teacher else {}),
             epochs=train.epochs if full else train.epochs_below_1000,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pipeline import adapters, methods
 from pipeline.atomic import folder_atomic, write_atomic
 from pipeline.data.manifest import Manifest
+from pipeline.data.subset import training_samples
 from pipeline.digests import folder_digest
 from pipeline.errors import WorkError
 from pipeline.tasks import tasks
@@ -82,7 +83,7 @@ class TrialRun:
                 f"the trial asks for {config.world_size} ranks, this slot has {self.world}", where=config.key
             )
         self.task = tasks.get(config.task)
-        self.samples = manifest.splits["train"][: config.num_train_samples]
+        self.samples = training_samples(manifest, config)
         split = "evaluation" if config.selection == "test" else "selection"
         # the papers choose on the whole test split
         self.selection = manifest.splits[split][: None if config.selection == "test" else config.num_selection_samples]

@@ -19,6 +19,7 @@ from pipeline import adapters, methods
 from pipeline.baselines import Baseline, Setting, baselines
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import ImageRef, Sample
+from pipeline.data.subset import training_samples
 from pipeline.evaluate.predict import predict, predict_each
 from pipeline.request import TrialRequest
 from pipeline.tasks import tasks
@@ -162,7 +163,7 @@ def fitted(config: TrialConfig, resident: Resident, manifest: Manifest, *, batch
         Setting(
             host=resident,
             manifest=manifest,
-            pool=manifest.splits["train"][: config.num_train_samples],
+            pool=training_samples(manifest, config),
             selection=_selection(config, manifest),
             seed=config.seed,
             features=_features(resident, manifest),
