@@ -36,12 +36,13 @@ class Pace:
         self._ended: list[float] = []
         self._started: float | None = None
 
-    def on_start(self) -> None:
-        """Let the clock run from the first trial on: the start of a cluster is no part of a trial."""
-        self._started = self._started or time.monotonic()
-
     def on_epoch(self, key: str, epoch: int, seconds: float) -> None:
-        """Take in what the epoch `epoch` (from 1) of a trial took."""
+        """Take in what the epoch `epoch` (from 1) of a trial took.
+
+        The clock runs from where the first of them began: a cluster's start and a backbone's loading come once.
+        """
+        if self._started is None:
+            self._started = time.monotonic() - seconds
         config = self._trials.get(key)
         if config is None:
             self._asked[key] += seconds

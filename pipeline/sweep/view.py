@@ -44,7 +44,6 @@ class View:
     def on_start(self, key: str) -> None:
         """See `tuner.Watcher`."""
         self.running.add(key)
-        self.pace.on_start()
         self._show()
 
     def on_event(self, row: dict[str, Any]) -> None:

@@ -34,16 +34,15 @@ def _trial(method: str, **changed: object) -> TrialConfig:
 def test_each_method_counts_at_its_own_seconds(clock: Clock) -> None:
     trials = {"a": _trial("live"), "b": _trial("live", num_train_samples=50), "c": _trial("lora"), "d": _trial("mimic")}
     pace = Pace(trials)
-    pace.on_start()
     assert pace.left() is None
     clock.pass_(10)
     pace.on_epoch("a", 1, 8.0)
-    # 8 s a hundred samples for all, 100 + 100 + 200 + 200 samples to come; 10 s passed for 8 s of epochs
-    assert pace.left() == pytest.approx(10 / 8 * 8.0 * 6)
+    # 8 s a hundred samples for all, 100 + 100 + 200 + 200 samples to come; the 2 s before it began come once
+    assert pace.left() == pytest.approx(8.0 * 6)
     clock.pass_(2)
     pace.on_epoch("c", 1, 1.0)
     # LIVE 0.08 a sample, LoRA 0.01; MimIC, not seen yet, at the mean of both
-    assert pace.left() == pytest.approx(12 / 9 * (0.08 * 200 + 0.01 * 100 + 0.045 * 200))
+    assert pace.left() == pytest.approx(10 / 9 * (0.08 * 200 + 0.01 * 100 + 0.045 * 200))
     for key in trials:
         pace.on_end(key)
     assert pace.left() == 0
@@ -51,9 +50,8 @@ def test_each_method_counts_at_its_own_seconds(clock: Clock) -> None:
 
 def test_a_trial_that_ends_early_and_one_that_goes_on_count_what_they_have_left(clock: Clock) -> None:
     pace = Pace({"stopped": _trial("lora", epochs=10), "resumed": _trial("lora", epochs=10)})
-    pace.on_start()
-    clock.pass_(3)
     pace.on_epoch("stopped", 1, 1.0)
+    clock.pass_(2)
     pace.on_epoch("resumed", 8, 1.0)
     pace.on_epoch("resumed", 8, 1.0)  # again, after its slot was lost
     assert pace.left() == pytest.approx(9 + 2)
@@ -63,10 +61,9 @@ def test_a_trial_that_ends_early_and_one_that_goes_on_count_what_they_have_left(
 
 def test_points_to_be_asked_for_count_as_those_that_ended(clock: Clock) -> None:
     pace = Pace({}, points=4)
-    pace.on_start()
-    clock.pass_(6)
     pace.on_epoch("p", 1, 2.0)
     assert pace.left() is None
+    clock.pass_(4)
     pace.on_epoch("p", 2, 1.0)
     pace.on_end("p")
     assert pace.left() == pytest.approx(6 / 3 * 3 * 3)
