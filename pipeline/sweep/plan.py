@@ -75,6 +75,11 @@ class Plan:
                 found.setdefault(teacher_key(config) or "", set()).add(kind)
         return {key: tuple(sorted(kinds)) for key, kinds in found.items()}
 
+    @property
+    def searched(self) -> list[Cell]:
+        """The cells whose points a searcher asks for, one after another."""
+        return [cell for cell in self.cells.values() if self.params.sweep.search == "optuna" and cell.search]
+
     def open_keys(self, store: TrialStore) -> list[str]:
         """Return the keys of trained trials that are not done, those of one backbone, and of one teacher, together."""
         todo = [key for key, config in self.trials.items() if config.trained and not store.finished(key)]

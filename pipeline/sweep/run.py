@@ -71,7 +71,7 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
     store = TrialStore(where.runs)
     with store.lock("a sweep"), in_order():
         # its imports take as long as opening MLflow does
-        driver = Driver() if plan.open_keys(store) or _adaptive(params, plan) else None
+        driver = Driver() if plan.open_keys(store) or plan.searched else None
         try:
             direct = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
             direct.prepare(studies)
@@ -97,15 +97,10 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
         )
 
 
-def _adaptive(params: Params, plan: Plan) -> bool:
-    """Whether a searcher asks for points one after another."""
-    return params.sweep.search == "optuna" and any(cell.search for cell in plan.cells.values())
-
-
 def _sweep(
     params: Params, studies: list[str], plan: Plan, store: TrialStore, spooled: SpooledTracker, driver: Driver | None
 ) -> dict[str, str]:
-    tracker, adaptive = spooled.tracker, _adaptive(params, plan)
+    tracker, points = spooled.tracker, len(plan.searched) * params.sweep.num_samples
     known = {key: config for key, config in plan.trials.items() if config.trained}
     todo = plan.open_keys(store)
     say(f"{len(known)} trials in {len(plan.cells)} cells of {len(studies)} studies; {len(known) - len(todo)} are done")
@@ -117,11 +112,10 @@ def _sweep(
         store.open(plan.trials[key], tracker.provenance)
     logbook.record_done(known.keys() - set(todo))
     errors: dict[str, str] = {}
-    if todo or adaptive:
+    if todo or points:
         started = time.monotonic()
-        asked = sum(bool(cell.search) for cell in plan.cells.values()) * params.sweep.num_samples if adaptive else 0
-        with View(plan, todo, asked) as view:
-            errors = train(plan, todo, params, [logbook, view], driver, adaptive=adaptive)
+        with View(plan, todo, points) as view:
+            errors = train(plan, todo, params, [logbook, view], driver, adaptive=bool(points))
         seconds = {"seconds": time.monotonic() - started, "spool_seconds": spooled.seconds}
         Journal(store.root).note("sweep ended", trials=len(todo), **seconds)
     for key, config in plan.trials.items():

@@ -174,7 +174,7 @@ def run_trials(
 
     Returns when every one has ended; which ones failed is in the trial store.
     """
-    adaptive = [cell for cell in plan.cells.values() if params.sweep.search == "optuna" and cell.search]
+    adaptive = plan.searched
     total = len(keys) + len(adaptive) * params.sweep.num_samples
     if total == 0:
         return

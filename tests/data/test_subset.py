@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
 
 def drawn(size: int, seed: int, how: str = "by-seed") -> list[int]:
     config = TrialConfig(**BASE, num_train_samples=size, seed=seed, sample_draw=how)
-    return list(training_samples(SPLIT, config))  # type: ignore[arg-type]
+    return list(training_samples(SPLIT, config))
 
 
 def test_the_first_ones_are_the_same_for_every_seed() -> None:

@@ -72,7 +72,7 @@ def test_points_to_be_asked_for_count_as_those_that_ended(clock: Clock) -> None:
 def test_the_line_tells_all_points_and_survives_a_failure(
     clock: Clock, tmp_path: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = Plan(None, Places(tmp_path, tmp_path, None), trials={"a": _trial("lora"), "b": _trial("lora")})  # type: ignore[arg-type]
+    plan = Plan(None, Places(tmp_path, tmp_path, None), trials={"a": _trial("lora"), "b": _trial("lora")})
     with View(plan, ["a"], points=2) as view:
         view.on_start("a")
         clock.pass_(20)
