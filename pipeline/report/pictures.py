@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pipeline import report
@@ -17,40 +18,58 @@ The first figure of every study that has been evaluated, as the report shows it;
 and the loss curves are in `reports/index.html`. Made by `hificl gallery` from
 the evaluations at hand, profile `{profile}`.
 """
+_KEPT = "\nKept from an earlier run: this study was not evaluated in the last one.\n"
 
 
 def write_gallery(params: Params, evaluations: Path, page: Path) -> list[str]:
     """Write a Markdown page with each evaluated study's first figure, and the figures beside it.
 
+    A study that the page shows and that is not evaluated here keeps its section, which says so.
+
     Args:
         params: for the studies' order and layouts.
         evaluations: what stage `evaluate` wrote.
-        page: the Markdown file; figures go to `images/gallery/` beside it, where those of before are removed.
+        page: the Markdown file; figures go to `images/gallery/` beside it, where those not on the page are removed.
 
     Returns:
-        The studies that are shown.
+        The studies that were drawn.
 
     Raises:
         InputError: a study's file breaks the schema.
     """
     present = files_in.study_names(evaluations)
-    order = [name for name in params.studies if name in present]
+    before = page.read_text(encoding="utf-8") if page.is_file() else ""
     folder = page.parent / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.svg"):
-        stale.unlink()
-    parts, shown = [_HEAD.format(profile=params.profile)], []
-    for study in order:
-        table = report.load_table(study, params, evaluations)
-        drawn = figures.draw(table, params.studies[study].layout)
-        if not drawn:
-            continue
-        name, (svg, words) = next(iter(drawn.items()))
-        file = folder / f"{study}-{figures.safe(name)}.svg"
-        write_atomic(file, figures.standalone(svg))
-        note = f"\n{table.note}\n" if table.note else ""
-        alt = " ".join(words.replace("[", "(").replace("]", ")").split())
-        parts.append(f"## {table.study.title}\n\n![{alt}]({_FOLDER}/{file.name})\n{note}")
-        shown.append(study)
-    write_atomic(page, "\n".join(parts))
-    return shown
+    parts, drawn = [_HEAD.format(profile=params.profile)], []
+    for study in params.studies:
+        section = _section(study, params, evaluations, folder) if study in present else None
+        if section:
+            drawn.append(study)
+        parts.append(section or _section_of_before(study, before))
+    text = "\n".join(part for part in parts if part)
+    write_atomic(page, text)
+    for picture in folder.glob("*.svg"):
+        if f"({_FOLDER}/{picture.name})" not in text:
+            picture.unlink()
+    return drawn
+
+
+def _section(study: str, params: Params, evaluations: Path, folder: Path) -> str:
+    """Write a study's first figure and return its section; nothing where there is no figure."""
+    table = report.load_table(study, params, evaluations)
+    figure = next(iter(figures.draw(table, params.studies[study].layout).items()), None)
+    if figure is None:
+        return ""
+    name, (svg, words) = figure
+    file = folder / f"{study}-{figures.safe(name)}.svg"
+    write_atomic(file, figures.standalone(svg))
+    note = f"\n{table.note}\n" if table.note else ""
+    alt = " ".join(words.replace("[", "(").replace("]", ")").split())
+    return f"## {table.study.title}\n\n![{alt}]({_FOLDER}/{file.name})\n{note}"
+
+
+def _section_of_before(study: str, before: str) -> str:
+    mine = re.compile(rf"\({_FOLDER}/{re.escape(study)}-(bars|over)-")
+    section = next((part for part in re.split(r"(?m)^(?=## )", before) if mine.search(part)), "")
+    return section and section.replace(_KEPT, "").rstrip("\n") + "\n" + _KEPT
