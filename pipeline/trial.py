@@ -77,12 +77,14 @@ class TrialConfig(_Config):
     later: ClassVar[frozenset[str]] = frozenset({"demonstration_draw", "compile", "sample_draw"})
 
     @property
+    def pool(self) -> tuple[str, int, str, int]:
+        """What decides which samples of the training split the trial gets (`pipeline.data.subset`)."""
+        return self.manifest_digest, self.num_train_samples, self.sample_draw, self.seed
+
+    @property
     def draws(self) -> tuple[str, int, str, int, int, str]:
         """What decides which demonstrations a teacher sees before a sample."""
-        return (
-            self.manifest_digest, self.num_train_samples, self.sample_draw, self.num_shots, self.seed,
-            self.demonstration_draw,
-        )  # fmt: skip
+        return (*self.pool, self.num_shots, self.demonstration_draw)
 
     @property
     def trained(self) -> bool:

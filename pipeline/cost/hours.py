@@ -129,8 +129,8 @@ def forecast(
 def _shared(trial: TrialConfig) -> tuple[Any, ...]:
     """Trials that are equal in this see the same batches with the same demonstrations."""
     return (
-        trial.backbone, trial.task, trial.manifest_digest, trial.seed, trial.num_train_samples, trial.sample_draw,
-        trial.num_shots, trial.epochs, trial.micro_batch_size * trial.accumulation * trial.world_size, trial.precision,
+        trial.backbone, trial.task, *trial.pool, trial.num_shots, trial.epochs,
+        trial.micro_batch_size * trial.accumulation * trial.world_size, trial.precision,
     )  # fmt: skip
 
 

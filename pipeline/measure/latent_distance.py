@@ -49,8 +49,7 @@ class LatentDistance(Measure):
             resident = bench.resident(job.request)
             manifest = resident.manifest(job.request)
             samples = manifest.splits[job.evaluation.split][: self.num_samples]
-            pool = (config.manifest_digest, config.num_train_samples, config.sample_draw, config.seed)
-            key = (config.backbone_digest, *pool)
+            key = (config.backbone_digest, *config.pool)
             if key not in targets:
                 targets[key] = _states(resident, manifest, samples, self._demonstrations(job, manifest, samples))
             with _in_place(job, resident, manifest, samples) as shown:

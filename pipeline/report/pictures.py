@@ -43,10 +43,11 @@ def write_gallery(params: Params, evaluations: Path, page: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     parts, drawn = [_HEAD.format(profile=params.profile)], []
     for study in params.studies:
-        section = _section(study, params, evaluations, folder) if study in present else None
-        if section:
+        if study not in present:
+            parts.append(_section_of_before(study, before))
+        elif section := _section(study, params, evaluations, folder):
+            parts.append(section)
             drawn.append(study)
-        parts.append(section or _section_of_before(study, before))
     text = "\n".join(part for part in parts if part)
     write_atomic(page, text)
     for picture in folder.glob("*.svg"):
