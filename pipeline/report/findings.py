@@ -10,8 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipeline.plain_yaml import read_file
 from pipeline.report import papers
 from pipeline.report.files import shown
 from pipeline.report.statistics import Difference, paired_bootstrap
@@ -65,7 +64,7 @@ class Finding:
 @functools.cache
 def claims() -> tuple[Claim, ...]:
     """Return the papers' findings."""
-    rows = yaml.safe_load(Path(__file__).with_name("findings.yaml").read_text(encoding="utf-8"))
+    rows = read_file(Path(__file__).with_name("findings.yaml"))
     return tuple(_claim(row) for row in rows)
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.errors import InputError, nearest
+from pipeline.plain_yaml import read_file
 
 # a fraction and a ratio are the same number; a percentage is a hundred times it
 _HUNDREDTHS = {"fraction": 1.0, "ratio": 1.0, "percent": 100.0}
@@ -151,9 +150,9 @@ def _match(name: str, known: Any) -> str | None:
 
 @functools.cache
 def _papers() -> dict[str, Any]:
-    return yaml.safe_load(Path(__file__).with_name("papers.yaml").read_text(encoding="utf-8"))
+    return read_file(Path(__file__).with_name("papers.yaml"))
 
 
 @functools.cache
 def _labels() -> dict[str, Any]:
-    return yaml.safe_load(Path(__file__).with_name("labels.yaml").read_text(encoding="utf-8"))
+    return read_file(Path(__file__).with_name("labels.yaml"))

@@ -13,7 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pipeline.errors import InputError
+from pipeline.plain_yaml import read_file
 
 LOCK = "dvc.lock"
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "mlflow", "dvc")
@@ -142,8 +143,8 @@ def data_digests(root: Path | str) -> dict[str, Any]:
     params = hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() if file.is_file() else None
     outs: dict[str, str] = {}
     try:
-        lock = yaml.safe_load((root / LOCK).read_text(encoding="utf-8"))
-    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
+        lock = read_file(root / LOCK)
+    except (FileNotFoundError, InputError):
         lock = None
     stages = lock.get("stages") if isinstance(lock, dict) else None
     for stage in (stages or {}).values() if isinstance(stages, dict) else ():
