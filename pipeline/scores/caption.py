@@ -6,14 +6,15 @@ same numbers in less time.
 
 from __future__ import annotations
 
-import subprocess
-import threading
+import json
+import tempfile
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.meteor import meteor
 from pycocoevalcap.rouge.rouge import Rouge
@@ -22,7 +23,7 @@ from pycocoevalcap.spice import spice
 from pipeline.errors import InputError, WorkError, nearest
 from pipeline.scores.cider import cider_d
 from pipeline.scores.files import some
-from pipeline.scores.java import java_command, java_on_path
+from pipeline.scores.java import conversation, run_java
 from pipeline.scores.tokens import tokenise, tokenise_references
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -30,6 +31,7 @@ _Texts = dict[int, list[str]]
 _Numbers = dict[str, tuple[float, list[float]]]
 
 _BLEU_ORDERS = 4
+_PARAPHRASES = "data/paraphrase-en.gz"  # beside METEOR's jar
 
 
 @dataclass(frozen=True)
@@ -58,45 +60,38 @@ def _rouge(references: _Texts, captions: _Texts) -> _Numbers:
     return {"ROUGE_L": (float(overall), [float(value) for value in each])}
 
 
-class _Meteor(meteor.Meteor):
-    """pycocoevalcap's METEOR with this project's Java and a silent standard error, which nobody reads."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.meteor_cmd = java_command("-Xmx2G", "-jar", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm")
-        self.meteor_p = subprocess.Popen(
-            self.meteor_cmd,
-            cwd=Path(meteor.__file__).parent,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-
-
 def _meteor(references: _Texts, captions: _Texts) -> _Numbers:
-    # "|||" separates the fields of METEOR's line protocol.
-    safe = [
-        {key: [text.replace("|||", " ") for text in texts] for key, texts in side.items()}
-        for side in (references, captions)
-    ]
+    """METEOR 1.5 by its line protocol, called as pycocoevalcap calls it."""
+    # "|||" separates the fields of the protocol. The table is named, because METEOR does not find its own below a
+    # folder whose name a URL would write in another way.
+    command = ["-Xmx2G", "-jar", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm", "-a", _PARAPHRASES]
+    with conversation(command, folder=Path(meteor.__file__).parent) as program:
+        statistics = []
+        for key, (caption,) in captions.items():
+            texts = [text.replace("|||", " ") for text in (*references[key], caption)]
+            texts[-1] = texts[-1].replace("  ", " ")
+            statistics += program.ask(" ||| ".join(("SCORE", *texts)))
+        answers = program.ask(" ||| ".join(("EVAL", *statistics)), answers=len(captions) + 1)
     try:
-        overall, each = _Meteor().compute_score(*safe)
-    except (OSError, ValueError) as error:
-        raise WorkError(
-            f"METEOR's Java program failed ({error})",
-            where=meteor.METEOR_JAR,
-            way_out="It needs 2 GiB of memory; leave METEOR out of the metrics if the machine has less",
-        ) from error
-    return {"METEOR": (float(overall), [float(value) for value in each])}
+        *each, overall = (float(answer) for answer in answers)
+    except ValueError as error:
+        raise WorkError(f"METEOR answered something else than numbers ({error})", where=meteor.METEOR_JAR) from None
+    return {"METEOR": (overall, each)}
 
 
 def _spice(references: _Texts, captions: _Texts) -> _Numbers:
-    missing = spice_missing()
-    if missing:
-        raise InputError(f"SPICE cannot be scored: {missing}", way_out="Leave SPICE out of the metrics")
-    with java_on_path():
-        overall, each = spice.Spice().compute_score(references, captions)
-    return {"SPICE": (float(overall), [float(scores["All"]["f"]) for scores in each])}
+    """SPICE, called as pycocoevalcap calls it."""
+    home = Path(spice.__file__).parent
+    (home / spice.CACHE_DIR).mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        given, out = Path(folder) / "captions.json", Path(folder) / "scores.json"
+        rows = [{"image_id": key, "test": text, "refs": references[key]} for key, (text,) in captions.items()]
+        given.write_text(json.dumps(rows), encoding="utf-8")
+        command = ["-Xmx8G", "-jar", spice.SPICE_JAR, str(given), "-cache", spice.CACHE_DIR, "-out", str(out)]
+        run_java([*command, "-subset", "-silent"], "", folder=home)
+        scores = {row["image_id"]: row["scores"]["All"]["f"] for row in json.loads(out.read_text(encoding="utf-8"))}
+    each = [float("nan") if scores[key] is None else float(scores[key]) for key in captions]
+    return {"SPICE": (float(np.mean(each)), each)}
 
 
 _Scorer = Callable[[_Texts, _Texts], _Numbers]

