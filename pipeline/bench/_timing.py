@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.tracking.provenance import git_command
+
 Work = Callable[[], Any]
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "mlflow", "dvc")
 
@@ -175,9 +177,7 @@ def commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     try:
         head, changed = (
-            subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20
-            ).stdout
+            subprocess.run([*git_command(root), *words], capture_output=True, text=True, check=True, timeout=20).stdout
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", "pipeline"])
         )
     except (OSError, subprocess.SubprocessError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError, WorkError
-from pipeline.tracking.provenance import has_commit
+from pipeline.tracking.provenance import git_command, has_commit
 
 _CUT = "(cut off:"  # how a diff that was too long ends
 
@@ -64,7 +64,7 @@ def checked_out(repository: Path, provenance: dict[str, Any], folder: Path) -> I
 
 def _git(folder: Path, *arguments: str, text: str | None = None) -> str:
     # no hooks: a checkout here is nobody's business
-    command = ["git", "-C", str(folder), "-c", "core.hooksPath=/dev/null", *arguments]
+    command = [*git_command(folder), "-c", "core.hooksPath=/dev/null", *arguments]
     done = subprocess.run(
         command, input=text, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"}
     )

@@ -75,6 +75,8 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
         try:
             direct = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
             direct.prepare(studies)
+            if direct.provenance["note"]:
+                say(f"note: the runs have no commit: {direct.provenance['note']}")
             tracker = SpooledTracker(direct, where.runs / SPOOL)
             tracker.deliver()  # what an earlier sweep could not
             direct.sweep_leftovers()

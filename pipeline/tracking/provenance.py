@@ -72,9 +72,7 @@ def code_version(root: Path | str, generated: Any = ()) -> dict[str, Any]:
     root = Path(root)
     commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     if commit is None:
-        inside = _git(root, "rev-parse", "--is-inside-work-tree")
-        note = "the git checkout has no commit yet" if inside else "not a git checkout, or git is not installed"
-        return {"commit": None, "dirty": None, "changed": [], "diff": "", "note": note, "left_out": []}
+        return {"commit": None, "dirty": None, "changed": [], "diff": "", "note": _why(root), "left_out": []}
     status = _git(root, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all", "--", ".") or ""
     prefix = (_git(root, "rev-parse", "--show-prefix") or "").strip()
     paths = sorted({entry[3:].removeprefix(prefix) for entry in status.split("\0") if len(entry) > 3})
@@ -94,6 +92,22 @@ def code_version(root: Path | str, generated: Any = ()) -> dict[str, Any]:
     }
 
 
+def _why(root: Path) -> str:
+    """Return why there is no commit, and the way out where there is one."""
+    try:
+        done = _run_git(root, "rev-parse", "--is-inside-work-tree")
+    except FileNotFoundError:
+        return "git is not installed"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"git gave no answer ({error})"
+    if done.returncode == 0:
+        return "the git checkout has no commit yet"
+    said = done.stderr.strip()
+    if "not a git repository" in said:
+        return "not a git checkout"
+    return f"git refuses: {' '.join(said.removeprefix('fatal: ').split())}"  # of another user's it names the way out
+
+
 def _is_big(path: Path) -> bool:
     """Whether a file is too big to be source: weights or results, which are known by their own digests."""
     return path.is_file() and path.stat().st_size > MAX_SOURCE
@@ -108,7 +122,7 @@ def _diff(root: Path, changed: list[str]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         copy = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         if index.is_file():
-            shutil.copy(index, copy["GIT_INDEX_FILE"])
+            shutil.copy2(index, copy["GIT_INDEX_FILE"])  # its time too: git reads files anew that are no older
         _git(root, "add", "--intent-to-add", "--ignore-removal", "--", *changed, environment=copy)
         wanted = ("diff", "--no-color", "--no-ext-diff", "--binary", "--no-renames", "HEAD", "--", *changed)
         return _git(root, *wanted, environment=copy) or ""
@@ -171,23 +185,34 @@ def main_checkout(root: Path | str) -> Path:
     return root
 
 
+def git_command(folder: Path) -> list[str]:
+    """Return git's command in a folder whose own code is the one that runs.
+
+    Git reads no checkout of another user (a mounted folder in a container), whose settings may start programs. This one
+    runs already; a checkout around it is left to git's judgement.
+    """
+    return ["git", "-C", str(folder), "-c", f"safe.directory={folder.resolve()}"]
+
+
 def _git(root: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str | None:
     """Return git's output, or None where git fails or is missing."""
-    # without optional locks: a reading command must not disturb a commit that somebody makes meanwhile
-    own = {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C", **(environment or {})}
     try:
-        done = subprocess.run(  # noqa: S603
-            ["git", "-C", str(root), *arguments],  # noqa: S607
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_GIT_SECONDS,
-            env={**os.environ, **own},
-            check=False,
-        )
+        done = _run_git(root, *arguments, environment=environment)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
+
+
+def _run_git(
+    root: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    # without optional locks: a reading command must not disturb a commit that somebody makes meanwhile; and a name with
+    # a star is a name
+    own = {"GIT_OPTIONAL_LOCKS": "0", "GIT_LITERAL_PATHSPECS": "1", "LC_ALL": "C", **(environment or {})}
+    return subprocess.run(
+        [*git_command(root), *arguments], capture_output=True, text=True, errors="replace", timeout=_GIT_SECONDS,
+        env={**os.environ, **own}, check=False,
+    )  # fmt: skip
 
 
 def _cpu() -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.tracking import owner
 from pipeline.tracking.provenance import code_version, main_checkout, provenance
+from tests import odd_paths
 
 LOCK = """
 schema: '2.0'
@@ -85,7 +86,49 @@ def test_without_a_commit_it_says_so(tmp_path: Path, with_git: bool, monkeypatch
     found = provenance(tmp_path)
     assert found["commit"] is None
     assert found["dirty"] is None
-    assert "commit" in found["note"] if with_git else "not a git checkout" in found["note"]
+    assert found["note"] == ("the git checkout has no commit yet" if with_git else "not a git checkout")
+
+
+def test_a_checkout_of_another_user_is_read_and_what_lies_around_it_is_not(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkout / "params.yaml").write_text("rank: 16\n")
+    (checkout / "inner").mkdir()
+    mine = code_version(checkout)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch for its own tests
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    with pytest.raises(subprocess.CalledProcessError):
+        git(checkout, "rev-parse", "HEAD")
+    assert code_version(checkout) == mine
+    assert mine["commit"] and "+rank: 16" in mine["diff"]
+    note = code_version(checkout / "inner")["note"]
+    assert note.startswith("git refuses: detected dubious ownership")
+    assert f"git config --global --add safe.directory {checkout}" in note
+
+
+def test_a_missing_git_is_named(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(checkout))
+    assert code_version(checkout)["note"] == "git is not installed"
+
+
+@pytest.mark.parametrize("name", odd_paths.NAMES)
+def test_a_checkout_of_any_name_is_read(tmp_path: Path, name: str) -> None:
+    root = tmp_path / name
+    root.mkdir()
+    git(root, "init", "-q")
+    (root / name).write_text("one\n")
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "first")
+    (root / name).write_text("two\n")
+    found = code_version(root)
+    assert found["changed"] == [name]
+    assert "+two" in found["diff"]
+
+
+def test_an_edit_of_the_same_second_and_size_is_kept(checkout: Path) -> None:
+    """Git tells it by the age of its index alone."""
+    (checkout / "params.yaml").write_text("rank: 9\n")
+    assert "+rank: 9" in code_version(checkout)["diff"]
 
 
 def test_a_queued_experiment_belongs_to_the_main_checkout(tmp_path: Path) -> None:
