@@ -16,10 +16,11 @@ import yaml
 
 from pipeline import backbones
 from pipeline.config import PARAMS, Params, data_root, load
+from pipeline.copies import main_checkout
 from pipeline.errors import HificlError, InputError, nearest
 from pipeline.tasks import tasks
 from pipeline.tracking import store
-from pipeline.tracking.provenance import main_checkout, versions
+from pipeline.tracking.provenance import versions
 
 OK, MISSING, NOTE = "ok", "missing", "note"
 _DISK_GIB = {"tiny": 1.0, "published": 5.0}  # run state, caches and MLflow; weights are looked at by themselves

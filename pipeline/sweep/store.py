@@ -18,14 +18,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.atomic import write_atomic
 from pipeline.digests import folder_digest
 from pipeline.errors import InputError, WorkError
+from pipeline.progress import say
 from pipeline.trial import TrialConfig
 
 FINAL = ("finished", "diverged")  # ends that training again would only repeat
+_WAIT_SECONDS = 1.0
 
 
 class TrialStore:
@@ -114,22 +116,32 @@ class TrialStore:
         return sorted(p.parent.name for p in self.root.glob("*/config.json"))
 
     @contextmanager
-    def lock(self, what: str) -> Iterator[None]:
-        """Hold the store for one sweep.
+    def lock(self, what: str, *, wait: bool = False) -> Iterator[None]:
+        """Hold the store for one sweep or evaluation.
+
+        Args:
+            what: who holds it, for the others.
+            wait: until it is free, where another process holds it.
 
         Raises:
             InputError: another process holds it; the message names it.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with open(self.root / ".lock", "a+", encoding="utf-8") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            told = False
+            while not _locked(handle):
                 handle.seek(0)
                 holder = handle.read().strip() or "another process"
-                raise InputError(
-                    f"held by {holder}", where=str(self.root), way_out="Wait for it to end, or stop it, and run again"
-                ) from None
+                if not wait:
+                    raise InputError(
+                        f"held by {holder}",
+                        where=str(self.root),
+                        way_out="Wait for it to end, or stop it, and run again",
+                    )
+                if not told:
+                    say(f"{what} waits for {self.root}, held by {holder}")
+                told = True
+                time.sleep(_WAIT_SECONDS)
             handle.truncate(0)
             handle.write(f"{what}, pid {os.getpid()} on {os.uname().nodename}, since {time.strftime('%F %T')}")
             handle.flush()
@@ -146,3 +158,12 @@ class TrialStore:
         except json.JSONDecodeError as error:
             way_out = f"Remove the folder {path.parent} to train this trial again"
             raise WorkError(f"damaged: {error}", where=str(path), way_out=way_out) from None
+
+
+def _locked(handle: IO[str]) -> bool:
+    """Take the lock if it is free, and say so."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -15,9 +15,10 @@ from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from pipeline.copies import main_checkout
 from pipeline.errors import InputError, WorkError
 from pipeline.tracking import store
-from pipeline.tracking.provenance import main_checkout, provenance
+from pipeline.tracking.provenance import provenance
 
 for _name in ("alembic", "mlflow.system_metrics", "mlflow.store.db"):
     logging.getLogger(_name).setLevel(logging.WARNING)

@@ -172,19 +172,6 @@ def has_commit(root: Path | str, commit: str) -> bool:
     return _git(Path(root), "cat-file", "-e", f"{commit}^{{commit}}") is not None
 
 
-def main_checkout(root: Path | str) -> Path:
-    """Return the checkout that owns `root`: `dvc exp run --queue` works in copies under .dvc/tmp/exps.
-
-    Run state and the store belong to the main checkout, or they vanish with the copy.
-    """
-    root = Path(root).resolve()
-    parts = root.parts
-    for index in range(len(parts) - 2):
-        if parts[index : index + 3] == (".dvc", "tmp", "exps"):
-            return Path(*parts[:index])
-    return root
-
-
 def git_command(folder: Path) -> list[str]:
     """Return git's command in a folder whose own code is the one that runs.
 

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pipeline.copies import main_checkout
 from pipeline.errors import InputError
 from pipeline.progress import say
 from pipeline.tracking import store
-from pipeline.tracking.provenance import main_checkout
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import threading
 
 import pytest
 
@@ -68,3 +69,19 @@ def test_a_second_sweep_is_told_who_holds_the_store(tmp_path):
         other.join(60)
     with TrialStore(tmp_path).lock("a sweep"):
         pass
+
+
+def test_an_experiment_in_a_copy_waits_for_the_store(tmp_path, capsys):
+    context = multiprocessing.get_context("spawn")
+    ready, release = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, ready, release))
+    other.start()
+    try:
+        assert ready.wait(60)
+        threading.Timer(2.0, release.set).start()
+        with TrialStore(tmp_path).lock("a sweep", wait=True):
+            assert release.is_set()
+    finally:
+        release.set()
+        other.join(60)
+    assert f"a sweep waits for {tmp_path}, held by another sweep, pid {other.pid}" in capsys.readouterr().err

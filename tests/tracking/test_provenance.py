@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.tracking import owner
-from pipeline.tracking.provenance import code_version, main_checkout, provenance
+from pipeline.tracking.provenance import code_version, provenance
 from tests import odd_paths
 
 LOCK = """
@@ -129,13 +129,6 @@ def test_an_edit_of_the_same_second_and_size_is_kept(checkout: Path) -> None:
     """Git tells it by the age of its index alone."""
     (checkout / "params.yaml").write_text("rank: 9\n")
     assert "+rank: 9" in code_version(checkout)["diff"]
-
-
-def test_a_queued_experiment_belongs_to_the_main_checkout(tmp_path: Path) -> None:
-    copy = tmp_path / ".dvc" / "tmp" / "exps" / "temp" / "abc"
-    copy.mkdir(parents=True)
-    assert main_checkout(copy) == tmp_path.resolve()
-    assert main_checkout(tmp_path) == tmp_path.resolve()
 
 
 def test_an_ended_process_is_gone_and_a_living_one_is_not() -> None:

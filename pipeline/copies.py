@@ -1,0 +1,82 @@
+"""The copy of the project that `dvc exp run --temp` and `dvc queue start` work in, and what it shares with it.
+
+DVC makes the copy of what Git holds and removes it at the end. Trials, kept features, weights and official files are
+the project's own, by links, so that an experiment trains only what is new and its trials stay. Evaluations are named by
+their content and are shared file by file, for the studies' tables that lie beside them are the experiment's own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_LINKED = ("runs", "cache", "weights")
+_MADE = ("runs", "cache")  # also where the project has none yet
+_OFFICIAL = "data/real"
+_BY_CONTENT = ("*.json", "measures/*.json")  # of evaluations/
+
+
+def main_checkout(root: Path | str) -> Path:
+    """Return the project that `root` is a copy of; `root` itself where it is none."""
+    root = Path(root).resolve()
+    parts = root.parts
+    for index in range(len(parts) - 2):
+        if parts[index : index + 3] == (".dvc", "tmp", "exps"):
+            return Path(*parts[:index])
+    return root
+
+
+def is_copy(root: Path) -> bool:
+    """Return whether `root` is such a copy."""
+    return main_checkout(root) != root.resolve()
+
+
+def join(root: Path) -> None:
+    """Link into a copy what it shares with its project; a project itself stays as it is."""
+    if not is_copy(root):
+        return
+    home = main_checkout(root)
+    for name in _MADE:
+        (home / name).mkdir(exist_ok=True)
+    for name in _LINKED:
+        _link(root / name, home / name)
+    official = home / _OFFICIAL
+    _link(root / _OFFICIAL, official)
+    for entry in official.iterdir() if official.is_dir() else ():
+        _link(root / _OFFICIAL / entry.name, entry)
+
+
+@contextmanager
+def shared_evaluations(root: Path) -> Iterator[None]:
+    """Let a copy have its project's evaluations, and the project those that the block adds."""
+    mine, theirs = root / "evaluations", main_checkout(root) / "evaluations"
+    if not is_copy(root):
+        yield
+        return
+    _share(theirs, mine)
+    try:
+        yield
+    finally:
+        _share(mine, theirs)
+
+
+def _link(link: Path, target: Path) -> None:
+    if target.exists() and not os.path.lexists(link):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(target.absolute(), target_is_directory=target.is_dir())
+
+
+def _share(source: Path, target: Path) -> None:
+    for pattern in _BY_CONTENT:
+        for file in source.glob(pattern):
+            other = target / file.relative_to(source)
+            if other.exists():
+                continue
+            other.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file, other)
+            except OSError:  # a file system without hard links
+                shutil.copy2(file, other)

@@ -1,0 +1,84 @@
+"""What a copy that DVC made for an experiment shares with its project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import copies
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    for name in ("runs/aaa/done.json", "evaluations/e1.json", "evaluations/measures/m1.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    for name in ("evaluations/studies/small.json", "data/real/README.md", "data/real/vqa/v2.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("the project's")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "weights").symlink_to("elsewhere")
+    return tmp_path
+
+
+@pytest.fixture
+def copy(project: Path) -> Path:
+    folder = project / ".dvc/tmp/exps/standalone/tmp1"
+    (folder / "data/real").mkdir(parents=True)
+    (folder / "data/real/README.md").write_text("of Git")
+    return folder
+
+
+def test_a_copy_trains_into_its_projects_store(project: Path, copy: Path) -> None:
+    copies.join(copy)
+    copies.join(copy)  # each stage does
+    assert (copy / "runs/aaa/done.json").is_file() and (copy / "cache").is_dir() and (copy / "weights").is_dir()
+    (copy / "runs/bbb").mkdir()
+    (copy / "cache/visual").mkdir()
+    assert (project / "runs/bbb").is_dir() and (project / "cache/visual").is_dir()
+
+
+def test_a_copy_finds_the_official_files_and_keeps_what_git_holds(project: Path, copy: Path) -> None:
+    copies.join(copy)
+    assert (copy / "data/real/vqa/v2.json").read_text() == "the project's"
+    assert (copy / "data/real/README.md").read_text() == "of Git"
+
+
+def test_official_files_behind_a_link_are_linked_as_one(project: Path, copy: Path) -> None:
+    (project / "data/real").rename(project / "elsewhere/files")
+    (project / "data/real").symlink_to("../elsewhere/files")
+    (copy / "data/real/README.md").unlink()
+    (copy / "data/real").rmdir()
+    copies.join(copy)
+    assert (copy / "data/real").is_symlink() and (copy / "data/real/vqa/v2.json").is_file()
+
+
+def test_evaluations_are_shared_by_content_and_tables_are_not(project: Path, copy: Path) -> None:
+    with copies.shared_evaluations(copy):
+        assert sorted(path.name for path in (copy / "evaluations").rglob("*.json")) == ["e1.json", "m1.json"]
+        (copy / "evaluations/e2.json").write_text("{}")
+        (copy / "evaluations/studies").mkdir()
+        (copy / "evaluations/studies/small.json").write_text("the experiment's")
+    assert (project / "evaluations/e2.json").is_file()
+    assert (project / "evaluations/studies/small.json").read_text() == "the project's"
+
+
+def test_what_an_interrupted_experiment_scored_is_kept(project: Path, copy: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), copies.shared_evaluations(copy):
+        (copy / "evaluations/e3.json").write_text("{}")
+        raise KeyboardInterrupt
+    assert (project / "evaluations/e3.json").is_file()
+
+
+def test_a_project_itself_stays_as_it_is(project: Path) -> None:
+    before = sorted(project.iterdir())
+    copies.join(project)
+    with copies.shared_evaluations(project):
+        pass
+    assert sorted(project.iterdir()) == before and not (project / "cache").exists()
+
+
+def test_a_copys_project_is_the_folder_that_dvc_keeps_it_in(project: Path, copy: Path) -> None:
+    assert copies.main_checkout(copy) == project.resolve() and copies.is_copy(copy)
+    assert copies.main_checkout(project) == project.resolve() and not copies.is_copy(project)
