@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from pipeline.data.parquet import cell_bytes, is_cell
 from pipeline.errors import InputError
@@ -21,6 +21,11 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit for a picture of 0.5 GB as RGB; C
 # What is opened. Pillow knows more, and would start Ghostscript for a picture in PostScript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
+_BAND = 256  # rows
+# What one piece of a PNG's text or its colour profile may unpack to. Pillow's own limit of 1 MiB refuses whole
+# pictures: printers' profiles and XMP have several.
+MAX_METADATA = 16 << 20
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_METADATA
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +131,7 @@ class _TooLarge(Exception):
     """More pixels than any picture of a benchmark has: a decompression bomb or a broken header."""
 
 
+_METADATA = "more text or a larger colour profile"
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, _TooLarge, Image.DecompressionBombError)
 
 
@@ -141,10 +147,13 @@ def _opened(data: bytes) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode in _SIXTEEN_BIT:
-        grey = np.asarray(image).astype(np.float64)
+        grey = np.asarray(image)
         # Mode I is what older Pillow makes of a 16-bit PNG; its values may also be 8-bit ones.
         top = 65535.0 if image.mode != "I" or grey.max(initial=0) > 255 else 255.0
-        scaled = np.clip(np.rint(grey * (255.0 / top)), 0, 255).astype(np.uint8)
+        scaled = np.empty(grey.shape, np.uint8)
+        for row in range(0, len(grey), _BAND):  # the whole in eight bytes a pixel would take gigabytes
+            band = grey[row : row + _BAND].astype(np.float64) * (255.0 / top)
+            scaled[row : row + _BAND] = np.clip(np.rint(band), 0, 255)
         return Image.fromarray(scaled).convert("RGB")
     if image.mode in {"P", "PA"} and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")  # Pillow warns, and may differ, on the direct way
@@ -152,7 +161,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _problem(path: Path | str, what: str) -> InputError:
-    return InputError(what, where=str(path), way_out="Get the file again, or take it out of the data")
+    way_out = "Save it without" if _METADATA in what else "Get the file again"
+    return InputError(what, where=str(path), way_out=f"{way_out}, or take it out of the data")
 
 
 def _os_problem(error: OSError) -> str:
@@ -166,6 +176,8 @@ def _decode_problem(error: Exception, data: bytes) -> str:
         return "the image file is empty"
     if isinstance(error, (_TooLarge, Image.DecompressionBombError)):
         return f"the image claims more pixels than the limit of {MAX_PIXELS} ({error}); refused"
+    if "MAX_TEXT" in str(error):
+        return f"the image carries {_METADATA} than the limit of {MAX_METADATA >> 20} MiB; its pixels were not read"
     if isinstance(error, UnidentifiedImageError):
         return f"the file is no image of a known format (it begins with {data[:8]!r})"
     if "truncated" in str(error).lower() or isinstance(error, EOFError):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -75,10 +77,58 @@ def test_a_truncated_png_is_named(tmp_path):
     assert "truncated" in (check_image(path).problem or "")
 
 
-def test_a_decompression_bomb_is_refused(tmp_path):
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
+
+def with_metadata(kind: bytes, head: bytes, content: bytes) -> bytes:
+    """A PNG of the ramp with one more chunk behind its header."""
+    buffer = io.BytesIO()
+    Image.fromarray(RAMP).convert("RGB").save(buffer, "PNG")
+    data = buffer.getvalue()
+    return data[:33] + chunk(kind, head + zlib.compress(content)) + data[33:]
+
+
+XMP = b"XML:com.adobe.xmp\0\1\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "content"),
+    [
+        (b"iCCP", b"x\0\0", bytes(1_300_000)),
+        (b"iTXt", XMP, b"<x/>" * 400_000),
+        (b"zTXt", b"Comment\0\0", bytes(9 << 20)),
+    ],
+)
+def test_large_metadata_beside_whole_pixels_is_no_damage(tmp_path, kind, head, content):
+    path = tmp_path / "x.png"
+    path.write_bytes(with_metadata(kind, head, content))
+    assert check_image(path).problem is None
+    assert np.array_equal(np.asarray(open_image(path))[..., 0], RAMP)
+
+
+def test_metadata_beyond_the_limit_is_called_by_its_name(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(with_metadata(b"iTXt", XMP, bytes(17 << 20)))
+    with pytest.raises(InputError, match=r"x\.png: the image carries more text .* than the limit of 16 MiB") as caught:
+        open_image(path)
+    assert "Save it without" in str(caught.value) and "again" not in str(caught.value)
+
+
+def test_sixteen_bits_take_no_more_memory_than_the_picture(tmp_path):
+    """Twelve million pixels; eight bytes for each would be 100 MB, several times over."""
+    path = tmp_path / "large.png"
+    Image.fromarray(np.zeros((3000, 4000), np.uint16)).save(path)
+    code = (
+        "import resource, sys; from pipeline.data.images import open_image; from PIL import Image; "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; open_image(sys.argv[1]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200_000  # KiB: 24 MB stored, 12 as grey, 48 as Pillow keeps RGB, and copies
+
+
+def test_a_decompression_bomb_is_refused(tmp_path):
     for side in (14_000, 60_000):  # above our limit, and above twice it, where Pillow itself raises
         header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
         path = tmp_path / "bomb.png"
