@@ -11,7 +11,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from pipeline.report import papers
 from pipeline.report.evaluations import Cell
-from pipeline.report.figures import ACCENT, COLOURS, QUIET, STYLE, safe, to_svg
+from pipeline.report.palette import looks
+from pipeline.report.panels import fit_range, legend, line
+from pipeline.report.statistics import mean_std
+from pipeline.report.svg import QUIET, STYLE, safe, to_svg
 from pipeline.report.tables import Column, Entry, Line, Table
 
 _LOSS = "ground_truth_loss"  # the answers' cross-entropy: the one loss that all methods share
@@ -30,13 +33,14 @@ def losses(table: Table) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _curve(entry: Entry) -> list[tuple[float, float]]:
-    """Return (epoch, loss averaged over the seeds that have it)."""
+def _curve(entry: Entry) -> list[tuple[float, float, float]]:
+    """Return (epoch, loss averaged over the seeds that have it, its standard deviation over them)."""
     by_epoch: dict[float, list[float]] = {}
     for cell in entry.done:
         for epoch, loss in _points(cell):
             by_epoch.setdefault(epoch, []).append(loss)
-    return [(epoch, sum(values) / len(values)) for epoch, values in sorted(by_epoch.items())]
+    averaged = {epoch: mean_std(values) for epoch, values in sorted(by_epoch.items())}
+    return [(epoch, mean, std or 0.0) for epoch, (mean, std) in averaged.items()]
 
 
 def _points(cell: Cell) -> list[tuple[float, float]]:
@@ -46,27 +50,30 @@ def _points(cell: Cell) -> list[tuple[float, float]]:
 
 def _draw(table: Table, lines: Sequence[Line], columns: Sequence[Column]) -> str:
     with mpl.rc_context({**STYLE, "svg.hashsalt": f"{table.study.study} losses {lines[0].backbone}"}):
-        figure = Figure(figsize=(max(4.2, min(8.4, 3.0 * len(columns))), 2.9), layout=ConstrainedLayoutEngine())
-        panels = figure.subplots(1, len(columns), squeeze=False)[0]
-        handles: dict[str, Any] = {}
-        others = iter(range(10**6))
-        colours = {
-            line: ACCENT if line.row == table.reference else COLOURS[next(others) % len(COLOURS)] for line in lines
-        }
-        for panel, column in zip(panels, columns, strict=True):
-            for line in lines:
-                curve = _curve(table.entries[line, column])
-                if curve:
-                    epochs, values = zip(*curve, strict=True)
-                    (drawn,) = panel.plot(epochs, values, color=colours[line], marker="o", markersize=3.5)
-                    handles.setdefault(line.title, drawn)
-            panel.set_title(papers.label("tasks", column.task))
-            panel.set_xlabel("epoch")
-            panel.xaxis.get_major_locator().set_params(integer=True)
-            panel.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.7)
-        panels[0].set_ylabel("loss of the answers (nats)")
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)))
-        return to_svg(figure)
+        return to_svg(figure(table, lines, columns))
+
+
+def figure(table: Table, lines: Sequence[Line], columns: Sequence[Column]) -> Figure:
+    """Return the losses of these lines, a panel a column."""
+    made = Figure(figsize=(max(5.6, min(8.4, 3.0 * len(columns))), 2.9), layout=ConstrainedLayoutEngine())
+    panels = made.subplots(1, len(columns), squeeze=False)[0]
+    handles: dict[str, Any] = {}
+    look = looks(table, lambda one: one.row)
+    for panel, column in zip(panels, columns, strict=True):
+        curves = {one: curve for one in lines if (curve := _curve(table.entries[one, column]))}
+        for one, curve in curves.items():
+            epochs, values, spread = zip(*curve, strict=True)
+            handles.setdefault(one.title, line(panel, epochs, values, spread, look[one.row]))
+        points = [point for curve in curves.values() for point in curve]
+        if points:
+            fit_range(panel, min(mean - std for _, mean, std in points), max(mean + std for _, mean, std in points))
+        panel.set_title(papers.label("tasks", column.task))
+        panel.set_xlabel("epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.7)
+    panels[0].set_ylabel("loss of the answers (nats)")
+    legend(made, handles)
+    return made
 
 
 def _words(lines: Sequence[Line], columns: Sequence[Column]) -> str:

@@ -10,13 +10,14 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.report.figures import ACCENT, COLOURS, QUIET, STYLE, standalone, to_svg
+from pipeline.report.palette import SERIES
+from pipeline.report.svg import QUIET, STYLE, standalone, to_svg
 
 RECORD = "pretraining.json"
 LINES = {
-    "seen": ("right word, asked before", ACCENT),
-    "unseen": ("right word, not asked before", COLOURS[0]),
-    "right_value": ("right value, any dialect", COLOURS[1]),
+    "seen": ("right word, asked before", SERIES[0]),
+    "unseen": ("right word, not asked before", SERIES[1]),
+    "right_value": ("right value, any dialect", SERIES[2]),
 }
 
 
@@ -42,13 +43,13 @@ def draw(folder: Path, out: Path) -> Path:
 
 def _vision(axes: Axes, records: list[dict[str, Any]]) -> None:
     steps = [record["step"] for record in records]
-    axes.plot(steps, [record["accuracy"] for record in records], color=ACCENT, marker="o", markersize=3.5)
+    axes.plot(steps, [record["accuracy"] for record in records], color=SERIES[0], marker="o", markersize=3.5)
     _finish(axes, "Attributes named right", "vision step")
 
 
 def _losses(axes: Axes, records: list[dict[str, Any]]) -> None:
     kinds = sorted({kind for record in records for kind in record["loss"]})
-    for kind, colour in zip(kinds, (ACCENT, *COLOURS), strict=False):
+    for kind, colour in zip(kinds, SERIES, strict=False):
         points = [(record["step"], record["loss"][kind]) for record in records if kind in record["loss"]]
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.5, label=kind)
     axes.set_yscale("log")

@@ -14,6 +14,7 @@ from pipeline.report import costs, papers
 from pipeline.report.evaluations import Cell
 from pipeline.report.files import shown
 from pipeline.report.findings import OPEN, Finding
+from pipeline.report.svg import safe
 from pipeline.report.tables import Column, Entry, Line, Table
 
 UI = "http://127.0.0.1:5000"  # where `hificl ui` listens
@@ -201,11 +202,13 @@ def _head(table: Table, column: Column) -> dict[str, str]:
 
 
 def _caption(table: Table, name: str) -> str:
-    spread = "Bands" if name.startswith("over-") else "Whiskers"
+    bars = name.startswith("bars-")
+    shown = [entry for entry in table.entries.values() if f"bars-{safe(entry.line.backbone)}" == name]
+    printed = [entry for entry in shown if entry.paper is not None]
+    own = any(not entry.comparable for entry in printed)
+    parts = [f"Above: ours. Below, hollow: the paper's{', on axes of their own' if own else ''}."] if printed else []
     repeated = any(entry.std is not None for entry in table.entries.values())
-    beside = not name.startswith("over-") and any(entry.paper is not None for entry in table.entries.values())
-    parts = ["Left: ours. Right, hollow: the paper's, on its own scale."] if beside else []
-    parts.append(f"{spread}: one standard deviation over seeds." if repeated else "One seed.")
+    parts.append(f"{'Whiskers' if bars else 'Bands'}: one standard deviation over seeds." if repeated else "One seed.")
     return " ".join(parts)
 
 

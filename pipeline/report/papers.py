@@ -121,6 +121,12 @@ def metric_facts(metric: str) -> dict[str, Any]:
     return known.get(_match(metric, known) or "", {})
 
 
+def method_look(method: str) -> tuple[str, str] | None:
+    """Return a method's colour and marker; None where labels.yaml has none."""
+    known = _labels()["methods"].get(method)
+    return (known["colour"], known["marker"]) if known else None
+
+
 def _find(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     name, _, table = path.partition(".")
     papers = _papers()

@@ -10,6 +10,7 @@ from pipeline.atomic import write_atomic
 from pipeline.config import Params
 from pipeline.report import evaluations as files_in
 from pipeline.report import figures
+from pipeline.report.svg import safe, standalone
 
 _FOLDER = "images/gallery"
 _HEAD = """# The report's pictures
@@ -63,8 +64,8 @@ def _section(study: str, params: Params, evaluations: Path, folder: Path) -> str
     if figure is None:
         return ""
     name, (svg, words) = figure
-    file = folder / f"{study}-{figures.safe(name)}.svg"
-    write_atomic(file, figures.standalone(svg))
+    file = folder / f"{study}-{safe(name)}.svg"
+    write_atomic(file, standalone(svg))
     note = f"\n{table.note}\n" if table.note else ""
     alt = " ".join(words.replace("[", "(").replace("]", ")").split())
     return f"## {table.study.title}\n\n![{alt}]({_FOLDER}/{file.name})\n{note}"

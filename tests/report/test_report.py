@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import statistics
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.report import figures, forget, load_table, write_index, write_study
+from pipeline.report import forget, load_table, write_index, write_study
 
 HOSTILE = "<script>alert(1)</script>|\"'&`$x_1$ [a](javascript:b)"
 COLUMNS = ["backbone", "task", "method", "metric", "value", "std", "seeds", "paper", "run_ids"]
@@ -218,6 +219,22 @@ def test_the_page_says_what_has_to_be_known(main: dict[str, Any]) -> None:
         assert words in text, words
 
 
+def test_a_caption_speaks_of_what_its_figure_shows(maker: Any) -> None:
+    losses = [{"epoch": epoch, "ground_truth_loss": 1 / epoch} for epoch in (1, 2)]
+    captions = {}
+    for study, paper in (("hificl-table1", "hificl.table1_main"), ("mine", None)):
+        cells = [maker.cell("hificl", "mini-vqa", 0) | {"epochs": losses}]
+        maker.study(study, cells)
+        write_study(study, maker.params(**{study: maker.definition(paper=paper)}), maker.folder, maker.folder.parent)
+        section = (maker.folder.parent / study / "section.html").read_text()
+        captions[study] = re.findall("<figcaption>(.*?)</figcaption>", section)
+    assert captions["hificl-table1"] == [
+        "Above: ours. Below, hollow: the paper&#39;s, on axes of their own. One seed.",
+        "One seed.",  # the losses: no paper prints them
+    ]
+    assert captions["mine"] == ["One seed.", "One seed."]
+
+
 def test_the_markdown_has_what_training_cost(main: dict[str, Any]) -> None:
     lines = (main["out"] / "hificl-table1.md").read_text().splitlines()
     (hificl,) = (line for line in lines if line.startswith("| HiFICL"))
@@ -273,19 +290,6 @@ def test_metrics_are_flat(main: dict[str, Any]) -> None:
     assert len(metrics) == len(main["maker"].rows) * 3 - 1
     assert all(isinstance(value, float) for value in metrics.values())
     assert "mini-idefics2/mini-vqa/hificl/accuracy" in metrics
-
-
-def test_figures_follow_the_scheme_and_the_hero_is_written(main: dict[str, Any], tmp_path: Path) -> None:
-    svg = (main["out"] / "hificl-table1/figures/bars-mini-idefics2.svg").read_text()
-    assert "currentColor" in svg
-    assert "prefers-color-scheme:dark" in svg
-    assert ElementTree.fromstring(svg).get("viewBox")  # noqa: S314
-    table = load_table("hificl-table1", main["params"], main["maker"].folder)
-    written = figures.hero(table, tmp_path / "images" / "result")
-    assert [file.suffix for file in written] == [".svg", ".png"]
-    assert written[1].read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(InputError, match="no cell with a number"):
-        figures.hero(table, tmp_path / "x", backbone="none")
 
 
 def test_the_gallery_shows_answers_side_by_side(maker: Any) -> None:
