@@ -131,6 +131,19 @@ def _sweep(commands: Any) -> None:
 
     _settable(_add(commands, "studies", studies, "every study: its paper's table or figure, its trials done and open"))
 
+    def trials(args: argparse.Namespace) -> Any:
+        from pipeline.config import load
+        from pipeline.sweep.trials import trial_rows
+
+        params = load(overrides=args.set, profile=args.profile)
+        return [row.model_dump(mode="json") for row in trial_rows(params, args.study or params.run.studies)]
+
+    sub = _add(commands, "trials", trials, "what would train and be scored: every setting, and where it comes from")
+    sub.add_argument("--study", action="append", metavar="S", help="a study (default: the profile's)")
+    sub.add_argument("--profile", metavar="P", help="a profile (default: params.yaml's)")
+    sub.add_argument("--json", action="store_true", help="a list of objects")
+    _settable(sub)
+
 
 def _repeated(flag: str, values: list[str]) -> list[str]:
     return [word for value in values for word in (flag, value)]

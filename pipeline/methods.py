@@ -47,6 +47,19 @@ def facts_of(method: str, options: dict[str, Any]) -> Facts:
     return _schema(method).checked(options, method).facts()
 
 
+def defaults(method: str) -> dict[str, Any]:
+    """Return the training settings that the method brings, where they are not those of all methods."""
+    if not is_trained(method):
+        return {}
+    rate = facts_of(method, {}).learning_rate
+    return {} if rate == Facts().learning_rate else {"learning_rate": rate}
+
+
+def num_shots(method: str, options: dict[str, Any]) -> int:
+    """Return how many demonstrations a method without training puts before a question; 0: it puts none."""
+    return int(validate_options(method, options).get("num_shots", 0))
+
+
 def published_decoding(method: str) -> Decoding:
     """Return how the method's published code decodes."""
     return _schema(method).published_decoding

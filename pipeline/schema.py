@@ -1,4 +1,4 @@
-"""The sections of params.yaml, typed; `pipeline.config` reads the file."""
+"""The sections of params.yaml, of a profile and of a study, typed; `pipeline.config` reads the files."""
 
 from __future__ import annotations
 
@@ -15,18 +15,35 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Whole = Literal["whole"]  # all of an official split
+
+
+class Sizes(Section):
+    """How many samples of one task are drawn, where that is not what all tasks have."""
+
+    num_train: Annotated[int, Field(ge=1)] | None = None
+    num_selection: Annotated[int, Field(ge=1)] | None = None
+    num_evaluation: Annotated[int, Field(ge=1)] | Whole | None = None
+
+
 class Subsample(Section):
     """Stage `subsample`: how many samples are drawn, and by which seed."""
 
     seed: int = 0
     num_train: int = Field(1000, ge=1)
     num_selection: int = Field(500, ge=1)
-    num_evaluation: int | None = Field(None, ge=1)  # None: the whole official split
+    num_evaluation: Annotated[int, Field(ge=1)] | Whole = "whole"
+    tasks: dict[str, Sizes] = {}  # by task, where it is another number than for all
     training_answer: Literal["most-frequent", "first"] = "most-frequent"  # of a question's ten
     prompt: Literal["papers", "published"] = (
         "papers"  # whose wording; published: MimIC's code, where it knows the backbone
     )
     splits: dict[str, str] = {}  # how a task's data set is divided, where not as it was published: {coco: karpathy}
+
+    def of(self, task: str) -> Subsample:
+        """Return the same with the sizes of `task`."""
+        own = self.tasks.get(task, Sizes()).model_dump(exclude_none=True)
+        return self.model_copy(update=own)
 
 
 class Train(Section):
@@ -133,7 +150,10 @@ class Tracking(Section):
 
 
 class Protocol(Section):
-    """Choices that move numbers, turned on together; laid over the sections of the same names, below the profile."""
+    """Choices that move numbers, turned on together; laid over the sections of the same names, below the profile.
+
+    What a paper's own scripts have beside that stands in `pipeline/papers/settings.yaml`, with the protocol's name.
+    """
 
     subsample: dict[str, Any] = {}
     train: dict[str, Any] = {}
@@ -146,7 +166,7 @@ class Profile(Section):
     backbones: list[str] = Field(min_length=1)
     tasks: list[str] = Field(min_length=1)
     studies: list[str] = Field(min_length=1)
-    data_root: str
+    data_root: str = "data/real"
     sources: dict[str, dict[str, Any]] = {}  # over `backbones`: where weights come from
     subsample: dict[str, Any] = {}
     train: dict[str, Any] = {}
@@ -186,6 +206,19 @@ class Study(Section):
     measured: dict[str, Any] = {}  # the measure's own settings
     reference: str | None = None  # the row that others are compared with; None: the paper's own method
     note: str | None = None  # shown above the table
+    without: dict[str, str] = {}  # rows that a profile cannot run, each with its reason, which the report says
+
+    def notes(self) -> str | None:
+        """Return the note, with the rows that are left out."""
+        left = "; ".join(f"{self.methods[row].label or row} ({why})" for row, why in self.without.items())
+        return " ".join(filter(None, [self.note, f"Left out here: {left}." if left else None])) or None
+
+    @model_validator(mode="after")
+    def _known_rows(self) -> Study:
+        for row in self.without:
+            if row not in self.methods:
+                raise ValueError(f"without names '{row}', which is no row; the rows are {', '.join(self.methods)}")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -204,27 +237,55 @@ class Study(Section):
         return data
 
 
-class Params(Section):
-    """The whole file."""
+class Sources(Section):
+    """Where every backbone's weights come from, by name."""
 
-    profiles: dict[str, Profile]
-    run: Profile
+    of: dict[str, BackboneSource]
+
+
+class ParamsFile(Section):
+    """params.yaml as a user writes it, with the profiles and studies beside it."""
+
+    profile: str | None = None
+    run: Profile | None = None  # a whole profile instead of a name
+    profiles: dict[str, dict[str, Any]]
+    studies: dict[str, Study]
+    protocol: str | None = None
+    protocols: dict[str, Protocol] = {}
+    subsample: Subsample = Subsample()
+    train: Train = Train()
+    methods: dict[str, dict[str, Any]] = {}
+    sweep: Sweep = Sweep()
+    evaluate: Evaluate = Evaluate()
+    backbones: dict[str, BackboneSource] = {}
+    miniature: Miniature = Miniature()
+    tracking: Tracking = Tracking()
+
+
+class Explicit(Section):
+    """What the user set in params.yaml or by `--set`; wins over profile, paper, method and study."""
+
+    train: dict[str, Any] = {}
+    methods: dict[str, dict[str, Any]] = {}
+
+
+class Params(Section):
+    """params.yaml with the profiles and studies beside it, every section resolved."""
+
+    profile: str
+    run: Profile  # the profile of that name
+    explicit: Explicit = Explicit()
+    profiles: dict[str, dict[str, Any]]
     protocols: dict[str, Protocol] = {}
     protocol: str | None = None  # one of `protocols`; None: every choice as its own section has it
     miniature: Miniature = Miniature()
     backbones: dict[str, BackboneSource] = {}
     subsample: Subsample = Subsample()
     train: Train = Train()
-    methods: dict[str, dict[str, Any]] = {}
     sweep: Sweep = Sweep()
     evaluate: Evaluate = Evaluate()
     tracking: Tracking = Tracking()
     studies: dict[str, Study]
-
-    @property
-    def profile(self) -> str:
-        """Name of the profile that `run:` points to ('custom' when it equals none)."""
-        return next((name for name, profile in self.profiles.items() if profile == self.run), "custom")
 
     def backbone_source(self, name: str) -> BackboneSource:
         """Return where the weights of `name` come from."""

@@ -11,55 +11,83 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import PARAMS, load
-from pipeline.errors import InputError, WorkError, nearest
-from pipeline.schema import Profile
+from pipeline.config import FOLDERS, PARAMS, load
+from pipeline.errors import InputError, WorkError
 
-RUN_LINE = re.compile(r"^run: \*[\w-]+.*$", re.MULTILINE)
-LINKS = (".venv", "pipeline", "checkpoints", "weights")
+PROFILE_LINE = re.compile(r"^profile:.*$", re.MULTILINE)
+LINKS = (".venv", "pipeline", "stages", "checkpoints", "weights", *FOLDERS.values())
+_REAL, _MADE = "data/real", "data/miniature"
 
 
 def create(folder: Path, *, profile: str, data: Path | None = None) -> None:
     """Make (or bring up to date) the workspace `folder` for `profile`.
 
-    It is a DVC project without Git of its own: the code, the environment and the weights are links into this one,
-    `params.yaml` differs in the one line that names the profile, and `data/real` points to `data`.
+    It is a DVC project without Git of its own: the code, the environment, the weights, profiles and studies are links
+    into this one, `params.yaml` differs in the one line that names the profile, and `data/real` points to `data`.
 
     Raises:
-        InputError: no such profile, no such data folder, or not called from a project's root.
+        InputError: no such profile, no such data folder, a link in it that leads nowhere, or not called from a
+            project's root.
     """
     root = Path.cwd()
-    params = load(root / PARAMS)
-    if profile not in params.profiles:
-        raise InputError(f"unknown profile '{profile}'", where=PARAMS, way_out=nearest(profile, params.profiles))
-    text, count = RUN_LINE.subn(f"run: *{profile}", (root / PARAMS).read_text(encoding="utf-8"))
+    params = load(root / PARAMS, profile=profile)
+    text, count = PROFILE_LINE.subn(f"profile: {profile}", (root / PARAMS).read_text(encoding="utf-8"))
     if count != 1:
-        raise InputError(
-            "has no line `run: *PROFILE`", where=PARAMS, way_out="Write `run: *mini` for the default profile"
-        )
-    if data is not None and not data.is_dir():
-        raise InputError("no such folder", where=str(data), way_out="Give the folder of the official files as --data")
+        raise InputError("has no line `profile: NAME`", where=PARAMS, way_out="Write `profile: mini`")
+    if data is not None:
+        check_links(data)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / PARAMS, text)
-    _write(folder / "dvc.yaml", yaml.safe_dump({"stages": _stages(root, params.profiles[profile])}, sort_keys=False))
+    stages = _stages(root, made_here=params.run.data_root == _MADE, given=data is not None)
+    _write(folder / "dvc.yaml", yaml.safe_dump({"stages": stages}, sort_keys=False))
     for name in LINKS:
         _link(folder / name, root / name)
     if data is not None:
         (folder / "data").mkdir(exist_ok=True)
-        _link(folder / "data/real", data.resolve())
+        _link(folder / _REAL, data.resolve())
     if not (folder / ".dvc").is_dir():
         dvc(folder, "init", "--no-scm", "--quiet")
         dvc(folder, "config", "core.analytics", "false")
 
 
-def _stages(root: Path, profile: Profile) -> dict[str, Any]:
-    """Return the stages of dvc.yaml that a profile needs in a workspace; `backbone` is the root's own."""
+def check_links(data: Path) -> None:
+    """See that a data folder is there, and no link in it leads nowhere: DVC reads every file below it.
+
+    Raises:
+        InputError: it is not so.
+    """
+    if not data.is_dir():
+        raise InputError("no such folder", where=str(data), way_out="Give the folder of the official files as --data")
+    seen: set[Path] = set()
+    for parent, folders, files in os.walk(data, followlinks=True):
+        real = Path(parent).resolve()
+        if real in seen:  # links that go round in a circle
+            folders.clear()
+        seen.add(real)
+        for name in files:
+            path = Path(parent, name)
+            if path.is_symlink() and not path.exists():
+                raise InputError(
+                    f"is a link to {path.readlink()}, which is not there", where=str(path),
+                    way_out="Remove the link, or bring back what it points to",
+                )  # fmt: skip
+
+
+def _stages(root: Path, *, made_here: bool, given: bool) -> dict[str, Any]:
+    """Return the stages of dvc.yaml that a workspace needs; `backbone` is the root's own.
+
+    Args:
+        root: the project's root.
+        made_here: whether the profile reads the miniature's world, and not official files.
+        given: whether the workspace has official files.
+    """
     stages: dict[str, Any] = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    del stages["backbone"]
-    if profile.data_root not in stages["world"]["outs"]:  # it reads nothing of the miniature
-        del stages["world"]
-        for stage in stages.values():
-            stage["deps"] = [dep for dep in stage.get("deps", []) if dep != "checkpoints"]
+    gone = {"backbone"} if made_here else {"backbone", "world"}
+    absent = set() if given else {_REAL}
+    absent |= set() if made_here else {_MADE, "checkpoints"}
+    stages = {name: stage for name, stage in stages.items() if name not in gone}
+    for stage in stages.values():
+        stage["deps"] = [dep for dep in stage.get("deps", []) if dep not in absent]
     return stages
 
 

@@ -1,8 +1,7 @@
-"""DVC stage: a study's tables and figures; without a study, the page over all of them."""
+"""DVC stage: the tables and figures of the profile's studies, and the page over all that are evaluated."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from pipeline import report
@@ -14,12 +13,11 @@ EVALUATIONS, REPORTS = Path("evaluations"), Path("reports")
 
 
 def main(params: Params) -> None:
-    if len(sys.argv) > 1:
-        report.write_study(sys.argv[1], params, EVALUATIONS, REPORTS)
-    else:
-        index = report.write_index(params, EVALUATIONS, REPORTS)
-        tracked.log(params, EVALUATIONS, Path.cwd())
-        index.say_findings(params.run.studies)
+    for study in params.run.studies:
+        report.write_study(study, params, EVALUATIONS, REPORTS)
+    index = report.write_index(params, EVALUATIONS, REPORTS)
+    tracked.log(params, EVALUATIONS, Path.cwd())
+    index.say_findings(params.run.studies)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,18 @@
-"""DVC stage: draw the samples of every task, or of those named, and write their manifests."""
+"""DVC stage: draw the samples of every task that the profile's studies need, or of those named."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from pipeline.config import Params, data_root
-from pipeline.data.subsample import draw
-from pipeline.progress import bar
-from pipeline.tasks import tasks
+from pipeline.config import Params
+from pipeline.sweep.draw import draw_task
+from pipeline.sweep.space import needed
 from stages.common import run
 
 
 def main(params: Params) -> None:
-    sizes = params.subsample
-    for task in sys.argv[1:] or params.run.tasks:
-        with bar(f"subsample {task}") as progress:
-            divided = tasks.get(task).with_splits(sizes.splits.get(task, "official"))
-            manifest = draw(
-                divided, data_root(params), seed=sizes.seed, num_train=sizes.num_train,
-                num_selection=sizes.num_selection, num_evaluation=sizes.num_evaluation,
-                training_answer=sizes.training_answer, prompt=sizes.prompt, progress=progress,
-            )  # fmt: skip
-        manifest.save(Path("data/manifests") / task / "manifest.json")
+    for task in sys.argv[1:] or needed(params, params.run.studies)[1]:
+        draw_task(params, task)
 
 
 if __name__ == "__main__":

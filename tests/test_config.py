@@ -1,29 +1,103 @@
+"""params.yaml, profiles/ and studies/: what lies over what, what DVC may write, and mistakes named."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline.config import load
+from pipeline.config import FOLDERS, load
 from pipeline.errors import InputError
 from tests.conftest import ROOT
 
 
-def test_the_shipped_params_are_valid_for_every_profile(tmp_path):
-    text = (ROOT / "params.yaml").read_text()
-    for profile in yaml.safe_load(text)["profiles"]:
-        path = tmp_path / f"{profile}.yaml"
-        path.write_text(text.replace("run: *mini", f"run: *{profile}"))
-        assert load(path).profile == profile
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    for kind in FOLDERS:
+        shutil.copytree(ROOT / kind, tmp_path / kind)
+    return tmp_path
 
 
-def test_the_profile_lies_over_the_sections():
+def changed(project: Path, section: str, values: dict) -> Path:
+    path = project / "params.yaml"
+    raw = yaml.safe_load(path.read_text())
+    raw[section] = {**(raw.get(section) or {}), **values}
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+@pytest.mark.parametrize("profile", sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml")))
+def test_the_shipped_params_are_valid_for_every_profile(project, profile):
+    path = project / "params.yaml"
+    path.write_text(path.read_text().replace("profile: mini ", f"profile: {profile} "))
+    assert load(path).profile == profile == load(ROOT / "params.yaml", profile=profile).profile
+
+
+def test_the_profile_lies_over_the_defaults_and_what_is_set_over_the_profile(project):
     params = load(ROOT / "params.yaml")
     assert params.run.train["micro_batch_size"] == params.train.micro_batch_size == 8
     assert params.train.weight_decay == 0.05  # untouched by the profile
-
-
-def test_a_value_set_on_the_command_line_wins_over_the_profile():
     assert load(ROOT / "params.yaml", overrides=["train.micro_batch_size=3"]).train.micro_batch_size == 3
+    assert load(changed(project, "train", {"micro_batch_size": 3})).train.micro_batch_size == 3
+    assert load(changed(project, "train", {"micro_batch_size": None})).train.micro_batch_size == 8
+
+
+def test_a_profile_extends_another():
+    claims, mini = (load(ROOT / "params.yaml", profile=name) for name in ("mini-claims", "mini"))
+    assert claims.run.studies != mini.run.studies and claims.train == mini.train
+    with pytest.raises(InputError, match="profile 'b'.*extends itself"):
+        load(ROOT / "params.yaml", ["profiles.a={extends: b}", "profiles.b={extends: a}"], profile="a")
+    with pytest.raises(InputError, match=r"extends unknown profile 'minni'.*Did you mean 'mini'"):
+        load(ROOT / "params.yaml", ["profiles.a={extends: minni}"], profile="a")
+
+
+def test_a_whole_profile_may_stand_in_the_file(tmp_path):
+    """As before there were profiles/; the records of runs are rerun so. Its sections lie below the profile."""
+    run = {"backbones": ["b"], "tasks": ["t"], "studies": ["s"], "train": {"epochs": 2}}
+    study = {"title": "t", "backbones": ["b"], "tasks": ["t"], "methods": {"hificl": None}}
+    raw = {"profiles": {"own": run}, "run": run, "studies": {"s": study}, "train": {"epochs": 7, "accumulation": 4}}
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    params = load(path)
+    assert (params.profile, params.train.epochs, params.train.accumulation) == ("own", 2, 4)
+    assert params.explicit.train == {} and load(path, ["train.epochs=9"]).train.epochs == 9
+    path.write_text(yaml.safe_dump({**raw, "profile": "own"}))
+    with pytest.raises(InputError, match="both `profile` and `run`"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [("0.001", "  learning_rate: 0.001"), ("1e-5", "  learning_rate: 1e-05"), ("null", None)],
+)
+def test_dvc_writes_one_line_and_every_profile_still_loads(project, value, line):
+    """What `dvc exp run -S` does to the file."""
+    before = (project / "params.yaml").read_text().splitlines()
+    code = "import sys; from dvc.utils.hydra import apply_overrides; apply_overrides('params.yaml', sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", code, f"train.learning_rate={value}"], cwd=project, check=True)
+    after = (project / "params.yaml").read_text().splitlines()
+    assert len(after) == len(before)
+    assert [new.split("#")[0].rstrip() for old, new in zip(before, after) if old != new] == ([line] if line else [])
+    for path in (project / "profiles").glob("*.yaml"):
+        params = load(project / "params.yaml", profile=path.stem)
+        assert params.explicit.train == ({"learning_rate": float(value)} if line else {})
+
+
+@pytest.mark.parametrize("kind", ["profiles", "studies"])
+@pytest.mark.parametrize("name", ["my study", "Größe", "a/b", "-x", "x;y", ""])
+def test_a_name_that_cannot_be_a_files_is_refused_at_once(project, kind, name):
+    with pytest.raises(InputError, match="cannot be the name of one of the .*letters"):
+        load(changed(project, kind, {name: yaml.safe_load((ROOT / "studies/hificl-table1.yaml").read_text())}))
+
+
+def test_names_with_dots_are_fine(project):
+    shutil.copy(project / "studies/hificl-table1.yaml", project / "studies/lora-lr-0.01.yaml")
+    assert "lora-lr-0.01" in load(project / "params.yaml").studies
 
 
 @pytest.mark.parametrize(
@@ -34,14 +108,11 @@ def test_a_value_set_on_the_command_line_wins_over_the_profile():
         (("train", {"epochs": 0}), ["train.epochs", "greater than or equal to 1", "0"]),
         (("studdies", {}), ["unknown key 'studdies'", "studies"]),
         (("evaluate", {"generation": {"num_beam": 3}}), ["num_beam", "num_beams"]),
+        (("subsample", {"num_evaluation": "hole"}), ["subsample.num_evaluation", "hole", "whole"]),
     ],
 )
-def test_a_mistake_is_named_with_the_way_out(tmp_path, change, words):
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
-    key, value = change
-    raw[key] = {**raw.get(key, {}), **value}
-    path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(raw))
+def test_a_mistake_is_named_with_the_way_out(project, change, words):
+    path = changed(project, *change)
     with pytest.raises(InputError) as caught:
         load(path)
     assert str(path) in str(caught.value)
@@ -50,14 +121,24 @@ def test_a_mistake_is_named_with_the_way_out(tmp_path, change, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_mistake_in_the_profile_is_found(tmp_path):
-    path = tmp_path / "params.yaml"
-    text = (
-        (ROOT / "params.yaml").read_text().replace("micro_batch_size: 8, accumulation", "micro_batch: 8, accumulation")
-    )
-    path.write_text(text)
-    with pytest.raises(InputError, match=r"unknown key 'micro_batch'.*micro_batch_size"):
-        load(path)
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("profiles/mini.yaml", ("micro_batch_size: 8", "micro_batch: 8"), ["micro_batch'", "micro_batch_size"]),
+        ("profiles/mini.yaml", ("tasks:", "task:"), ["profile 'mini'", "tasks"]),
+        ("profiles/mini.yaml", ("icl-16:", "icl-17:"), ["hificl-table1", "icl-17", "icl-16"]),
+        ("studies/hificl-table2.yaml", ("methods:", "method:"), ["studies.hificl-table2", "method"]),
+        ("profiles/real.yaml", ("backbones:", "backbones: ["), ["profiles/real.yaml", "YAML"]),
+    ],
+)
+def test_a_mistake_in_a_profile_or_study_is_found(project, file, change, words):
+    path = project / file
+    assert change[0] in path.read_text()
+    path.write_text(path.read_text().replace(*change, 1))
+    with pytest.raises(InputError) as caught:
+        load(project / "params.yaml")
+    for word in words:
+        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["run: [", "- a", "\x00"])
@@ -71,3 +152,11 @@ def test_no_yaml_is_said_so(tmp_path, text):
 def test_a_missing_file_is_said_so():
     with pytest.raises(InputError, match="no such file"):
         load(Path("nowhere/params.yaml"))
+
+
+def test_the_data_folder_is_one_that_dvc_sees(monkeypatch):
+    from pipeline.config import data_root
+
+    monkeypatch.setenv("HIFICL_DATA_ROOT", "/nowhere")
+    with pytest.raises(InputError, match="HIFICL_DATA_ROOT.*data/miniature"):
+        data_root(load(ROOT / "params.yaml"))

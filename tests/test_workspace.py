@@ -24,7 +24,7 @@ def test_it_has_the_stages_that_its_data_need(tmp_path: Path, monkeypatch, profi
         stages = yaml.safe_load((tmp_path / "beside/dvc.yaml").read_text())["stages"]
         assert next(iter(stages)) == first and "backbone" not in stages
         assert ("checkpoints" in stages["train"]["deps"]) == takes_checkpoints
-    assert f"\nrun: *{profile}" in (tmp_path / "beside/params.yaml").read_text()
+    assert f"\nprofile: {profile}\n" in (tmp_path / "beside/params.yaml").read_text()
     assert (tmp_path / "beside/checkpoints").resolve() == ROOT / "checkpoints"
 
 

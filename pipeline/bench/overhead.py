@@ -17,6 +17,7 @@ import yaml
 from pipeline import workspace
 from pipeline.bench._timing import Findings, quartiles, report
 from pipeline.errors import WorkError
+from pipeline.plain_yaml import read_file
 
 STUDY = "overhead"
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,22 +81,26 @@ def _prepare(
     finally:
         os.chdir(before)
     shutil.copy(ROOT / "dvc.lock", folder / "dvc.lock")  # the backbones are made
-    params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
-    params["studies"] = {
-        STUDY: {
-            "title": "The sweep that is timed", "backbones": ["idefics2-8b-base"], "tasks": ["vqav2"],
-            "methods": {"hificl": {"search": {
-                "rank": list(ranks), "num_virtual_tokens": list(tokens), "learning_rate": list(rates),
-            }}},
-        }
+    study = {
+        "title": "The sweep that is timed", "backbones": ["idefics2-8b-base"], "tasks": ["vqav2"],
+        "methods": {"hificl": {"search": {
+            "rank": list(ranks), "num_virtual_tokens": list(tokens), "learning_rate": list(rates),
+        }}},
     }  # fmt: skip
-    for section in (params, params["run"]):  # of studies that are gone
-        section.pop("study_changes", None)
-    params["run"].update(studies=[STUDY], tasks=["mini-vqa"], backbones=["mini-idefics2"])
-    params["run"]["sweep"] = {"pack": pack}
-    params["run"]["train"]["num_train_samples"] = samples
+    profile = {
+        "extends": "mini", "studies": [STUDY], "tasks": ["mini-vqa"], "backbones": ["mini-idefics2"],
+        "sweep": {"pack": pack}, "train": {"num_train_samples": samples},
+        "subsample": {"num_train": samples, "num_evaluation": 20},
+    }  # fmt: skip
+    params = read_file(folder / "params.yaml")
+    params["profile"] = STUDY
     params["miniature"].update(num_train_images=2 * samples + 800, num_val_images=40)
-    params["run"]["subsample"].update(num_train=samples, num_evaluation=20)
+    for kind, content in (("studies", study), ("profiles", profile)):
+        own = folder / kind  # a link so far, into the root's
+        shutil.copytree(own.resolve(), own.with_name("copied"))
+        own.unlink()
+        own.with_name("copied").rename(own)
+        (own / f"{STUDY}.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
     for words in (["-m", "stages.world"], ["-m", "stages.subsample", "mini-vqa"]):
         _timed(folder, *words)

@@ -9,7 +9,7 @@ stays frozen.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
@@ -81,14 +81,19 @@ class Forecast:
 
 
 def forecast(
-    trials: Iterable[TrialConfig], *, evaluated: int, images: int, rates: Rates, prompt: Prompt | None = None
+    trials: Iterable[TrialConfig],
+    *,
+    evaluated: Mapping[str, int],
+    images: Mapping[str, int],
+    rates: Rates,
+    prompt: Prompt | None = None,
 ) -> Forecast:
     """Return what trials on real backbones are expected to take.
 
     Args:
         trials: trained or not.
-        evaluated: samples that each trial is scored on.
-        images: images of a task that any trial sees: training, selection and evaluation.
+        evaluated: samples that each trial is scored on, by task.
+        images: that any trial of a task sees, by task: training, selection and evaluation.
         rates: of the GPU.
         prompt: lengths.
 
@@ -115,8 +120,8 @@ def forecast(
         costs = made[trial.backbone]
         if (trial.backbone, trial.task) not in seen:
             seen.add((trial.backbone, trial.task))
-            hours["vision"] += rates.hours(costs.image.forward * images)
-        spent = _spent(trial, costs, evaluated, rates)
+            hours["vision"] += rates.hours(costs.image.forward * images[trial.task])
+        spent = _spent(trial, costs, evaluated[trial.task], rates)
         if spent["teacher"]:
             teachers[_shared(trial)].append(spent["teacher"])
         for part, value in spent.items():

@@ -125,12 +125,12 @@ def _doctor(commands: Any, add: Add) -> None:
         from pipeline.config import load
         from pipeline.lineage.doctor import examine
 
-        found = examine(load(overrides=[]), Path.cwd(), args.profile)
+        found = examine(load(profile=args.profile), Path.cwd())
         bad = [check["name"] for check in found["checks"] if check["state"] == "missing"]
         _say_and_fail(found, f"missing for profile '{found['profile']}': {', '.join(bad)}" if bad else None)
 
     sub = add(commands, "doctor", func, "check data, weights, Java, GPUs, Ray, MLflow and disk")
-    sub.add_argument("--profile", metavar="P", help="a profile of params.yaml (default: the one that run: names)")
+    sub.add_argument("--profile", metavar="P", help="a profile of params.yaml (default: params.yaml's)")
 
 
 def _gc(commands: Any, add: Add) -> None:

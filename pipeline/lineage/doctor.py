@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline import backbones
-from pipeline.config import PARAMS, Params, data_root, load
+from pipeline.config import Params, data_root
 from pipeline.copies import main_checkout
-from pipeline.errors import HificlError, InputError, nearest
+from pipeline.errors import HificlError, InputError
+from pipeline.sweep.forecast import as_given
+from pipeline.sweep.plan import make_plan
+from pipeline.sweep.run import places
+from pipeline.sweep.space import cells, needed, unheard
 from pipeline.tasks import tasks
 from pipeline.tracking import store
 from pipeline.tracking.provenance import versions
@@ -37,32 +39,16 @@ class Finding:
     way_out: str | None = None
 
 
-def examine(params: Params, root: Path, profile: str | None = None) -> dict[str, Any]:
-    """Return `profile`, `checks` and `ok` for a profile of params.yaml.
-
-    Raises:
-        InputError: no such profile.
-    """
-    if profile is not None:
-        params = _under(params, profile)
+def examine(params: Params, root: Path) -> dict[str, Any]:
+    """Return `profile`, `checks` and `ok` for the profile of `params`."""
     checks: list[Finding] = []
-    for group in (_python, _data, _weights, _java, _gpus, _ray, _mlflow, _disk):
+    for group in (_python, _studies, _data, _weights, _java, _gpus, _ray, _mlflow, _disk):
         checks += group(params, root)
     return {
-        "profile": profile or params.profile,
+        "profile": params.profile,
         "ok": not any(check.state == MISSING for check in checks),
         "checks": [asdict(check) for check in checks],
     }
-
-
-def _under(params: Params, profile: str) -> Params:
-    """Return the parameters as they would be with `run:` on another profile."""
-    if profile not in params.profiles:
-        raise InputError(
-            f"unknown profile '{profile}'", where="--profile", way_out=nearest(profile, list(params.profiles))
-        )
-    value = params.profiles[profile].model_dump(mode="json")
-    return load(PARAMS, overrides=[f"run={yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()}"])
 
 
 def _tried(name: str, work: Callable[[], str], way_out: str | None = None) -> Finding:
@@ -79,9 +65,20 @@ def _python(params: Params, root: Path) -> Iterator[Finding]:
     yield Finding("packages", MISSING if gone else OK, ", ".join(gone) or "all there", "make setup" if gone else None)
 
 
+def _studies(params: Params, root: Path) -> Iterator[Finding]:
+    """Whether the profile can give what its studies ask for, as far as params.yaml tells."""
+    studies = params.run.studies
+    asked = [cell for study in studies for cell in cells(params, study, as_given(params))]
+    yield _tried(
+        "studies", lambda: f"{len(make_plan(params, asked, places(root)).trials)} trials in {', '.join(studies)}"
+    )
+    for number, line in enumerate(unheard(params, asked), start=1):
+        yield Finding(f"setting {number}", NOTE, line)
+
+
 def _data(params: Params, root: Path) -> Iterator[Finding]:
     folder = data_root(params)
-    for name in params.run.tasks:
+    for name in needed(params, params.run.studies)[1]:
         task = tasks.get(name).with_splits(params.subsample.splits.get(name, "official"))
 
         def official(task: Any = task) -> str:
@@ -97,7 +94,7 @@ def _data(params: Params, root: Path) -> Iterator[Finding]:
 
 
 def _weights(params: Params, root: Path) -> Iterator[Finding]:
-    for name in params.run.backbones:
+    for name in needed(params, params.run.studies)[0]:
         source = params.backbone_source(name)
         yield _tried(
             f"weights of {name}",
@@ -108,7 +105,7 @@ def _weights(params: Params, root: Path) -> Iterator[Finding]:
 def _java(params: Params, root: Path) -> Iterator[Finding]:
     from pipeline.scores.java import find_java
 
-    captions = [name for name in params.run.tasks if tasks.get(name).metric == "CIDEr"]
+    captions = [name for name in needed(params, params.run.studies)[1] if tasks.get(name).metric == "CIDEr"]
 
     def runs() -> str:
         java = find_java()
@@ -169,7 +166,7 @@ def _disk(params: Params, root: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(root).free / 2**30
     published = any(
         params.backbone_source(name).variant == "published" and backbones.get(name).hub_id
-        for name in params.run.backbones
+        for name in needed(params, params.run.studies)[0]
     )
     wanted = _DISK_GIB["published" if published else "tiny"]
     enough = free >= wanted

@@ -9,8 +9,10 @@ from pipeline import report
 from pipeline.config import Params
 from pipeline.errors import InputError, nearest
 from pipeline.report import tracked
+from pipeline.sweep.draw import draw_task
 from pipeline.sweep.evaluation import evaluate
 from pipeline.sweep.run import places, sweep
+from pipeline.sweep.space import needed
 from pipeline.workspace import dvc
 
 
@@ -29,7 +31,7 @@ def run(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
     for name in studies:
         if name not in params.studies:
             raise InputError(f"unknown study '{name}'", way_out=nearest(name, params.studies))
-    _draw_samples(params, root)
+    _draw_samples(params, studies, root)
     sweep(params, studies, root)
     evaluate(params, studies, root)
     evaluations, out = root / "evaluations", root / "reports"
@@ -42,8 +44,14 @@ def run(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
     return {"page": str(index.page), "studies": files}
 
 
-def _draw_samples(params: Params, root: Path) -> None:
-    """Let DVC draw the samples that are not there yet: on a fresh clone a study is one command too."""
+def _draw_samples(params: Params, studies: list[str], root: Path) -> None:
+    """Draw the samples that are not there yet: on a fresh clone a study is one command too."""
     where = places(root)
-    if not all(where.manifest(task).is_file() for task in params.run.tasks) and (root / ".dvc").is_dir():
-        dvc(root, "repro", "subsample", shown=True)
+
+    def absent() -> list[str]:
+        return [task for task in needed(params, studies)[1] if not where.manifest(task).is_file()]
+
+    if absent() and (root / ".dvc").is_dir():
+        dvc(root, "repro", "subsample", shown=True)  # what the profile's own studies need
+    for task in absent():
+        draw_task(params, task, root)

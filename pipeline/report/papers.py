@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import papers
 from pipeline.errors import InputError, nearest
 from pipeline.plain_yaml import read_file
 
+_FIGURES = Path(papers.__file__).with_name("papers.yaml")
 # a fraction and a ratio are the same number; a percentage is a hundred times it
 _HUNDREDTHS = {"fraction": 1.0, "ratio": 1.0, "percent": 100.0}
 _SIGNS = {"percent": "%", "times": "x", "l2": "L2"}
@@ -156,7 +158,7 @@ def _match(name: str, known: Any) -> str | None:
 
 @functools.cache
 def _papers() -> dict[str, Any]:
-    return read_file(Path(__file__).with_name("papers.yaml"))
+    return read_file(_FIGURES)
 
 
 @functools.cache

@@ -137,7 +137,7 @@ def build(study: StudyFile, params: Params, evaluations: Path) -> Table:
             entries[line, column] = _entry(line, column, cells, study, path, params)
     axes = list(dict.fromkeys(axis for line in lines for axis, _ in line.vary))
     reference = (definition.reference if definition else None) or _reference(study, lines)
-    table = Table(study, columns, lines, entries, reference, axes, definition.note if definition else None)
+    table = Table(study, columns, lines, entries, reference, axes, definition.notes() if definition else None)
     for column in columns:
         for _, group in table.groups():
             _mark([entries[line, column] for line in group])

@@ -67,6 +67,7 @@ def _evaluate(params: Params, studies: list[str], root: Path | None) -> None:
     spooled = SpooledTracker(tracker, where.runs / SPOOL)
     spooled.deliver()
     problems = dict(_score(params, plan, todo, out, spooled, store)) if todo else {}
+    missing: dict[str, str] = {}
     for study in studies:
         of_study = [cell for cell in cells if cell.study == study]
         mine = [_record(cell, chosen[cell.name], out, store, problems) for cell in of_study]
@@ -77,6 +78,8 @@ def _evaluate(params: Params, studies: list[str], root: Path | None) -> None:
         ]
         numbers = measured(params, study, scored, out, tracker)
         mine = [_overlaid(row, numbers.get(cell.name)) for cell, row in zip(of_study, mine, strict=True)]
+        rows = zip(of_study, mine, strict=True)
+        missing |= {cell.name: row["error"] or row["status"] for cell, row in rows if row["status"] != "done"}
         record = {
             "schema": SCHEMA, "study": study, "title": params.studies[study].title, "profile": params.profile,
             "selection": params.train.selection, "protocol": params.protocol, "cells": mine,
@@ -90,6 +93,12 @@ def _evaluate(params: Params, studies: list[str], root: Path | None) -> None:
         raise WorkError(
             f"{len(problems)} of {len(jobs)} trials could not be scored; the first, {key}: {why}", where="evaluate"
         )
+    if missing:
+        name, why = next(iter(missing.items()))
+        raise WorkError(
+            f"{len(missing)} of {len(cells)} cells have no number; the first, {name}: {why}", where="evaluate",
+            way_out="Run `dvc repro train`, or `hificl sweep`; what is scored is kept",
+        )  # fmt: skip
 
 
 def candidates(params: Params, cell: Cell, store: TrialStore) -> list[tuple[Point, TrialConfig]]:

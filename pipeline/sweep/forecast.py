@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from pipeline.config import PARAMS, Params, load
+from pipeline.config import Params, load
 from pipeline.cost.hours import Rates, forecast
 from pipeline.cost.steps import Prompt
-from pipeline.errors import InputError, nearest
+from pipeline.errors import InputError
 from pipeline.sweep.space import Digests, cells, points
+from pipeline.tasks import tasks
 from pipeline.trial import TrialConfig
-from pipeline.workspace import RUN_LINE
 
 REAL = "real"
 WHOLE_SPLIT = 10_000  # stands for a split that is evaluated whole, whose size only its files tell
@@ -39,10 +37,10 @@ def plan(
         raise InputError(f"at least one GPU is needed, got {gpus}", where="--gpus")
     if not 0 < rates.utilisation <= 1:
         raise InputError(f"a share between 0 and 1 is needed, got {rates.utilisation}", where="--utilisation")
-    params = _under(profile, overrides)
+    params = load(overrides=overrides or [], profile=profile)
     found = trials(params, study)
-    evaluated = params.evaluate.num_evaluation_samples or params.subsample.num_evaluation or WHOLE_SPLIT
-    images = params.subsample.num_train + params.subsample.num_selection + evaluated
+    evaluated = {task: evaluated_samples(params, task) for task in params.run.tasks}
+    images = {task: _drawn(params, task) + count for task, count in evaluated.items()}
     prompt = Prompt()
     result = forecast(found, evaluated=evaluated, images=images, rates=rates, prompt=prompt)
     total = result.total
@@ -60,27 +58,29 @@ def plan(
     }  # fmt: skip
 
 
-def trials(params: Params, study: str) -> list[TrialConfig]:
-    """Return the trials of a study, each once, with nothing read from disk."""
-    digests = Digests(
+def evaluated_samples(params: Params, task: str) -> int:
+    """Return how many samples of a task are scored, as far as params.yaml and the official split's size tell."""
+    whole = tasks.get(task).official_evaluation or WHOLE_SPLIT
+    drawn = params.subsample.of(task).num_evaluation
+    return min(params.evaluate.num_evaluation_samples or whole, whole if drawn == "whole" else drawn)
+
+
+def _drawn(params: Params, task: str) -> int:
+    sizes = params.subsample.of(task)
+    return sizes.num_train + sizes.num_selection
+
+
+def as_given(params: Params) -> Digests:
+    """Return what stands for digests where nothing is read: the sizes that params.yaml asks for."""
+    return Digests(
         backbones=dict.fromkeys(params.run.backbones, _AS_GIVEN),
         manifests=dict.fromkeys(params.run.tasks, _AS_GIVEN),
-        train_sizes=dict.fromkeys(params.run.tasks, params.subsample.num_train),
+        train_sizes={task: params.subsample.of(task).num_train for task in params.run.tasks},
     )
+
+
+def trials(params: Params, study: str) -> list[TrialConfig]:
+    """Return the trials of a study, each once, with nothing read from disk."""
+    digests = as_given(params)
     found = (cell.trial(point) for cell in cells(params, study, digests) for point in points(cell, params))
     return list({trial.key: trial for trial in found}.values())
-
-
-def _under(profile: str, overrides: list[str] | None) -> Params:
-    """Read params.yaml as it were with `run: *profile`."""
-    params = load(overrides=overrides)
-    if profile not in params.profiles:
-        raise InputError(f"unknown profile '{profile}'", where=PARAMS, way_out=nearest(profile, params.profiles))
-    text = RUN_LINE.sub(f"run: *{profile}", Path(PARAMS).read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / PARAMS
-        path.write_text(text, encoding="utf-8")
-        return load(path, overrides)
-
-
-__all__ = ["plan", "trials"]

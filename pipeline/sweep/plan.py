@@ -10,8 +10,9 @@ from typing import Any
 
 from pipeline import methods
 from pipeline.config import Params
+from pipeline.errors import InputError
 from pipeline.request import TrialRequest
-from pipeline.sweep.space import Cell, points
+from pipeline.sweep.space import Cell, corners, points
 from pipeline.sweep.store import TrialStore
 from pipeline.trial import KEY_LENGTH, Kind, TrialConfig, canonical, digest, engine_packs
 
@@ -111,14 +112,31 @@ def teacher_key(config: TrialConfig) -> str | None:
 
 
 def make_plan(params: Params, cells: Iterable[Cell], places: Places) -> Plan:
-    """Lay out the trials of `cells`; those that several cells share appear once."""
+    """Lay out the trials of `cells`; those that several cells share appear once.
+
+    Raises:
+        InputError: what some of them ask for cannot be had; all of them are named.
+    """
     plan = Plan(params, places)
+    problems: dict[str, InputError] = {}
     for cell in cells:
         plan.cells[cell.name] = cell
-        if params.sweep.search == "optuna" and cell.search:
-            continue  # its points are asked for one after another
-        for point in points(cell, params):
-            config = cell.trial(point)
-            plan.trials.setdefault(config.key, config)
-            plan.cell_of.setdefault(config.key, cell.name)
+        asked_later = params.sweep.search == "optuna" and cell.search  # its points are asked for one after another
+        for point in corners(cell) if asked_later else points(cell, params):
+            try:
+                config = cell.trial(point)
+            except InputError as error:
+                problems.setdefault(cell.name, error)
+                continue
+            if not asked_later:
+                plan.trials.setdefault(config.key, config)
+                plan.cell_of.setdefault(config.key, cell.name)
+    if problems:
+        first, *others = problems.values()
+        more = f" (and {len(others)} more: {_some(list(problems)[1:])})" if others else ""
+        raise InputError(first.what + more, where=first.where, way_out=first.way_out)
     return plan
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

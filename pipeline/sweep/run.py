@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline import backbones
@@ -15,7 +16,7 @@ from pipeline.sweep.logbook import Logbook, datasets_of
 from pipeline.sweep.naming import description
 from pipeline.sweep.plan import Places, Plan, make_plan
 from pipeline.sweep.signals import in_order
-from pipeline.sweep.space import Cell, Digests, cells
+from pipeline.sweep.space import Cell, Digests, cells, needed, unheard
 from pipeline.sweep.store import TrialStore
 from pipeline.sweep.supervisor import Driver, train
 from pipeline.sweep.view import View
@@ -32,20 +33,21 @@ def places(root: Path | None = None) -> Places:
     return Places(runs=root / "runs", manifests=root / "data/manifests", cache=root / "cache/visual")
 
 
-def digests_of(params: Params, where: Places) -> Digests:
-    """Return the digests of the profile's backbones and manifests.
+def digests_of(params: Params, studies: Iterable[str], where: Places) -> Digests:
+    """Return the digests of the backbones and manifests that studies need.
 
     Raises:
         InputError: weights or a manifest are missing.
     """
     manifests = {}
-    for task in params.run.tasks:
+    names, tasks = needed(params, studies)
+    for task in tasks:
         path = where.manifest(task)
         if not path.exists():
-            raise InputError("no manifest", where=str(path), way_out="Run `dvc repro subsample` first")
+            raise InputError("no manifest", where=str(path), way_out=f"Run `python -m stages.subsample {task}` first")
         manifests[task] = Manifest.load(path)
     return Digests(
-        backbones={name: backbones.digest_of(name, params.backbone_source(name)) for name in params.run.backbones},
+        backbones={name: backbones.digest_of(name, params.backbone_source(name)) for name in names},
         manifests={task: manifest.digest for task, manifest in manifests.items()},
         train_sizes={task: len(manifest.splits["train"]) for task, manifest in manifests.items()},
     )
@@ -53,7 +55,7 @@ def digests_of(params: Params, where: Places) -> Digests:
 
 def all_cells(params: Params, studies: list[str], where: Places) -> list[Cell]:
     """Return the cells of several studies, in their order."""
-    known = digests_of(params, where)
+    known = digests_of(params, studies, where)
     return [cell for study in studies for cell in cells(params, study, known)]
 
 
@@ -68,6 +70,8 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
     """
     where = places(root)
     plan = make_plan(params, all_cells(params, studies, where), where)
+    for line in unheard(params, plan.cells.values()):
+        say(f"note: {line}")
     store = TrialStore(where.runs)
     with store.lock("a sweep"), in_order():
         # its imports take as long as opening MLflow does

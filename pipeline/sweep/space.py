@@ -1,22 +1,30 @@
-"""From a study in params.yaml to its cells, and from a cell and a point of its space to a `TrialConfig`."""
+"""From a study to its cells, and from a cell and a point of its space to a `TrialConfig`.
+
+A setting is looked up in this order, the later one winning: the default, the method, the paper (`pipeline.papers`), the
+protocol, the profile, the study, what the user set (params.yaml, `--set`), the study's row, what the study varies.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import backbones, methods
 from pipeline.config import Params, Study, StudyMethod, Train, validate
 from pipeline.errors import InputError, nearest
+from pipeline.papers import settings
 from pipeline.tasks import tasks
 from pipeline.trial import TrialConfig
 
 Point = dict[str, Any]
 TRAIN_FIELDS = set(Train.model_fields)
+INSIDE = 0.381966  # of a range: no whole number by chance
+EXPLICIT = "params.yaml"  # or --set
 PAPERS_FULL_SIZE = 1000  # below this many samples the papers train for twice the epochs
 
 
@@ -47,6 +55,8 @@ class Cell:
     options: dict[str, Any]
     search: dict[str, Any]
     digests: Digests = field(repr=False)
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False)  # where a setting's value comes from
+    overruled: Mapping[str, str] = field(default_factory=dict, repr=False)  # explicit settings, and what wins over them
 
     @property
     def name(self) -> str:
@@ -68,12 +78,7 @@ class Cell:
             "num_train_samples": train.num_train_samples,
         }
         available = self.digests.train_sizes[self.task]
-        if train.num_train_samples > available:
-            raise InputError(
-                f"{train.num_train_samples} training samples are asked for, {self.task} has {available}",
-                where=self.name,
-                way_out="Raise subsample.num_train or lower train.num_train_samples",
-            )
+        self._check_pool(train, options, available)
         if train.num_train_samples < available:
             shared["sample_draw"] = train.sample_draw
         if not methods.is_trained(self.method):
@@ -93,6 +98,26 @@ class Cell:
             compile=_compile(train, self.name),
             **{name: getattr(train, name) for name in _SHARED},
         )
+
+    def _check_pool(self, train: Train, options: dict[str, Any], available: int) -> None:
+        """See that the pool holds what is asked for: it would be found out only after hours of training else."""
+        pool = train.num_train_samples
+        if pool > available:
+            raise InputError(
+                f"{pool} training samples are asked for, {self.task} has {available}", where=self.name,
+                way_out=f"Raise subsample.num_train to {pool}, or lower num_train_samples",
+            )  # fmt: skip
+        teacher = methods.is_trained(self.method) and methods.facts_of(self.method, options).teacher
+        shots = train.num_shots if teacher else methods.num_shots(self.method, options)
+        # a query is never among its own demonstrations; with replacement one sample is enough
+        least = (2 if train.demonstration_draw == "without-replacement" else 1) if teacher else 1
+        most = pool if not teacher else pool - 1 if least == 2 else shots
+        if shots > most:
+            raise InputError(
+                f"{shots} demonstrations are asked for, the pool of {self.task} has {pool} samples", where=self.name,
+                way_out=f"Raise num_train_samples above {shots}, lower num_shots, or name the row under `without` "
+                "in the profile's study_changes",
+            )  # fmt: skip
 
 
 _SHARED = (
@@ -135,6 +160,38 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
     Raises:
         InputError: unknown study, method, backbone, task, field or option.
     """
+    study, pairs = _pairs(params, study_name)
+    found = [
+        _cell(params, study_name, study, row_name, row, pair, vary, seed, digests)
+        for pair in pairs
+        for row_name, row in study.methods.items()
+        if row_name not in study.without
+        if pair[1] in (row.backbones or study.backbones) and pair[3] in (row.tasks or study.tasks)
+        for vary in _grid(study.vary)
+        for seed in study.seeds
+    ]
+    # a varied field that a method does not have (rank of zero-shot) would repeat its cell under other names
+    unique: dict[tuple[Any, ...], Cell] = {}
+    for cell in found:
+        unique.setdefault((cell.row, cell.backbone, cell.task, cell.seed, str(sorted(cell.vary.items()))), cell)
+    return list(unique.values())
+
+
+def needed(params: Params, studies: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the profile's backbones and tasks that the studies ask for; it may name more.
+
+    Raises:
+        InputError: an unknown study, or one that the profile has nothing for.
+    """
+    pairs = [pair for study in studies for pair in _pairs(params, study)[1]]
+    have = {pair[0] for pair in pairs}, {pair[2] for pair in pairs}
+    return [name for name in params.run.backbones if name in have[0]], [
+        name for name in params.run.tasks if name in have[1]
+    ]
+
+
+def _pairs(params: Params, study_name: str) -> tuple[Study, list[tuple[str, str, str, str]]]:
+    """Return a study, and the profile's backbones and tasks for it, each with the part that it plays."""
     if study_name not in params.studies:
         raise InputError(
             f"unknown study '{study_name}'", where="run.studies", way_out=nearest(study_name, params.studies)
@@ -154,19 +211,7 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
             where=f"studies.{study_name}",
             way_out=f"The study asks for {study.backbones} and {study.tasks}",
         )
-    found = [
-        _cell(params, study_name, study, row_name, row, pair, vary, seed, digests)
-        for pair in pairs
-        for row_name, row in study.methods.items()
-        if pair[1] in (row.backbones or study.backbones) and pair[3] in (row.tasks or study.tasks)
-        for vary in _grid(study.vary)
-        for seed in study.seeds
-    ]
-    # a varied field that a method does not have (rank of zero-shot) would repeat its cell under other names
-    unique: dict[tuple[Any, ...], Cell] = {}
-    for cell in found:
-        unique.setdefault((cell.row, cell.backbone, cell.task, cell.seed, str(sorted(cell.vary.items()))), cell)
-    return list(unique.values())
+    return study, pairs
 
 
 def _part(params: Params, name: str, own: str, asked: list[str]) -> str | None:
@@ -178,28 +223,47 @@ def _cell(
     params: Params, study_name: str, study: Study, row_name: str, row: StudyMethod,
     pair: tuple[str, str, str, str], vary: Point, seed: int, digests: Digests,
 ) -> Cell:  # fmt: skip
+    backbone, paper_backbone, task, paper_task = pair
     where = f"studies.{study_name}.methods.{row_name}"
     known = TRAIN_FIELDS | set(methods.option_names(row.method))
     vary = {name: value for name, value in vary.items() if name in known}
-    train: Train = params.train
-    options: dict[str, Any] = {}
-    for layer, source in (
-        (params.methods.get(row.method, {}), f"methods.{row.method}"),
-        (study.train, f"studies.{study_name}.train"),
-        (row.set, where),
-        (vary, f"studies.{study_name}.vary"),
-    ):
-        train, options = _apply(row.method, train, options, layer, where=source)
     for name in row.search:
         if name not in known:
             raise InputError(f"search over unknown field '{name}'", where=where, way_out=nearest(name, known))
+    train = Train()
+    options: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    own = {name: value for name, value in params.explicit.train.items() if name in TRAIN_FIELDS}
+    explicit = {**own, **params.explicit.methods.get(row.method, {})}
+    for layer, source in (
+        (methods.defaults(row.method), "method"),
+        *((rule.set, rule.source) for rule in settings.rules(
+            study.paper, study_name, row.method, paper_backbone, paper_task, params.protocol
+        )),
+        (params.protocols[params.protocol].train if params.protocol else {}, f"protocol {params.protocol}"),
+        (params.run.train, f"profile {params.profile}"),
+        (params.run.methods.get(row.method, {}), f"profile {params.profile}"),
+        (study.train, f"study {study_name}"),
+        (explicit, EXPLICIT),
+        (row.set, f"study {study_name}, row {row_name}"),
+        (vary, f"study {study_name}, vary"),
+    ):  # fmt: skip
+        train, options = _apply(row.method, train, options, layer, where=f"{where} ({source})")
+        sources.update(dict.fromkeys(_written(layer), source))
+    searched = dict.fromkeys(row.search, f"study {study_name}, search of row {row_name}")
+    won = {**sources, **searched}
     methods.validate_options(row.method, options)
-    backbone, paper_backbone, task, paper_task = pair
     return Cell(
         study=study_name, row=row_name, label=row.label or row_name, method=row.method, backbone=backbone,
         paper_backbone=paper_backbone, task=task, paper_task=paper_task, vary=vary, seed=seed, train=train,
-        options=options, search=row.search, digests=digests,
+        options=options, search=row.search, digests=digests, sources=won,
+        overruled={name: won[name] for name in explicit if won[name] != EXPLICIT},
     )  # fmt: skip
+
+
+def _written(layer: Mapping[str, Any]) -> list[str]:
+    """Return the settings that a layer writes: `epochs` alone is meant for every number of samples."""
+    return [*layer, *(["epochs_below_1000"] if "epochs" in layer and "epochs_below_1000" not in layer else [])]
 
 
 def _apply(
@@ -209,6 +273,8 @@ def _apply(
     own = set(methods.option_names(method))
     changed: dict[str, Any] = {}
     options = dict(options)
+    if "epochs" in layer and "epochs_below_1000" not in layer:
+        layer = {**layer, "epochs_below_1000": layer["epochs"]}
     for name, value in layer.items():
         if name in own:
             options[name] = value
@@ -250,6 +316,57 @@ def points(cell: Cell, params: Params) -> list[Point]:
         for _ in range(params.sweep.num_samples)
     ]
     return [point for i, point in enumerate(drawn) if point not in drawn[:i]]
+
+
+def corners(cell: Cell) -> list[Point]:
+    """Return points of a searched space to try beforehand: every listed value, the ends of a range and one inside.
+
+    Each stands beside the first value of the other fields. What one of them cannot be is said before anything trains.
+    """
+    tried: dict[str, list[Any]] = {}
+    for name, domain in cell.search.items():
+        if isinstance(domain, list):
+            tried[name] = domain
+            continue
+        kind, (low, high) = parse_range(domain, name)
+        tried[name] = [low, high, int((low + high) // 2) if kind == "randint" else low + (high - low) * INSIDE]
+    first = {name: values[0] for name, values in tried.items() if values}
+    return [{**first, name: value} for name, values in tried.items() for value in values]
+
+
+def unheard(params: Params, cells: Iterable[Cell]) -> list[str]:
+    """Return a line for every setting of the user's own that does not reach all trials that it is meant for."""
+    cells = list(cells)
+    given: list[tuple[str, str | None, str, Any]] = [
+        ("train", None, name, value) for name, value in params.explicit.train.items()
+    ]
+    for own, options in params.explicit.methods.items():
+        given += [(f"methods.{own}", own, name, value) for name, value in options.items()]
+    lines = []
+    for section, method, name, value in given:
+        said = f"{section}.{name}={value}"
+        meant = [cell for cell in cells if method in (None, cell.method) and _uses(cell, name)]
+        if not meant:
+            lines.append(f"{said} changes nothing here: no trial of these studies uses it")
+        winners = Counter(cell.overruled[name] for cell in meant if name in cell.overruled)
+        for winner, count in winners.items():
+            lines.append(f"{said} does not reach {count} of {len(meant)} cells: {winner} sets {name}; change it there")
+    return lines
+
+
+_OF_A_TEACHER = ("num_shots", "demonstration_draw", "alignment_weight")
+_WITHOUT_TRAINING = ("num_train_samples", "sample_draw", "precision")
+
+
+def _uses(cell: Cell, name: str) -> bool:
+    """Whether a setting of `train` or of the method decides anything in a cell."""
+    if name in methods.option_names(cell.method):
+        return True
+    if not methods.is_trained(cell.method):
+        return name in _WITHOUT_TRAINING
+    if name == "epochs_below_1000":
+        return cell.train.num_train_samples < PAPERS_FULL_SIZE
+    return name not in _OF_A_TEACHER or methods.facts_of(cell.method, cell.options).teacher is not None
 
 
 def draw(domain: Any, generator: random.Random, name: str) -> Any:

@@ -98,6 +98,7 @@ class Task(ABC):
         stemmed_references: the references are stems (`scores.stems`), so that predictions may be brought to that form.
         one_pool: the data set has no train split of its own, so that all splits are drawn from the same
             files by `data.subsample`, no image in two of them.
+        official_evaluation: samples of the whole official evaluation split; None: its files tell.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Task(ABC):
     max_new_tokens: int
     one_pool: bool = False
     stemmed_references: bool = False
+    official_evaluation: int | None = None
 
     def with_splits(self, name: str) -> Task:
         """Return the task with its samples divided as `name` says; here only `official` is known.

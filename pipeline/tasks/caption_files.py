@@ -88,6 +88,7 @@ class CaptionTask(Task):
     max_new_tokens: int = 20
     metric: str = "CIDEr"
     unit: Literal["percent", "fraction"] = "fraction"
+    official_evaluation: int | None = None
 
     def files(self, root: Path, split: Split) -> tuple[Path, ...]:
         """Return the files of `split`; see `Task.files`."""

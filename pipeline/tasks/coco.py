@@ -46,5 +46,5 @@ class KarpathyCoco(KarpathyTask, CaptionTask):
         return image_id, {"image_id": image_id, "file_name": file_name}
 
 
-COCO = CocoCaptions(name="coco", stands_for="coco", folders=FOLDERS)
+COCO = CocoCaptions(name="coco", stands_for="coco", folders=FOLDERS, official_evaluation=40_504)
 tasks.add(COCO.name, COCO)

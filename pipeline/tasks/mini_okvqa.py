@@ -7,6 +7,8 @@ from dataclasses import replace
 from pipeline.tasks import tasks
 from pipeline.tasks.okvqa import OKVQA
 
+IMAGE = "COCO_{subset}_{image_id:012d}.png"
 tasks.add(
-    "mini-okvqa", replace(OKVQA, name="mini-okvqa", image="COCO_{subset}_{image_id:012d}.png", stemmed_references=False)
+    "mini-okvqa",
+    replace(OKVQA, name="mini-okvqa", image=IMAGE, stemmed_references=False, official_evaluation=None),
 )

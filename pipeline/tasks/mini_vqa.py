@@ -7,4 +7,5 @@ from dataclasses import replace
 from pipeline.tasks import tasks
 from pipeline.tasks.vqav2 import VQAV2
 
-tasks.add("mini-vqa", replace(VQAV2, name="mini-vqa", image="COCO_{subset}_{image_id:012d}.png"))
+IMAGE = "COCO_{subset}_{image_id:012d}.png"
+tasks.add("mini-vqa", replace(VQAV2, name="mini-vqa", image=IMAGE, official_evaluation=None))

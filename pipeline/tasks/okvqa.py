@@ -15,6 +15,7 @@ OKVQA = VqaTask(
     folders=("okvqa", "ok_vqa", "OK-VQA", "."),
     questions="OpenEnded_mscoco_{subset}_questions.json",
     annotations="mscoco_{subset}_annotations.json",
+    official_evaluation=5_046,
     stemmed_references=True,
 )
 tasks.add(OKVQA.name, OKVQA)

@@ -55,6 +55,7 @@ class VqaTask(Task):
     metric: str = "accuracy"
     unit: Literal["percent", "fraction"] = "percent"
     stemmed_references: bool = False
+    official_evaluation: int | None = None
 
     def files(self, root: Path, split: Split) -> tuple[Path, ...]:
         """Return the files of `split`; see `Task.files`."""

@@ -11,5 +11,6 @@ VQAV2 = VqaTask(
     folders=("vqav2", "VQAv2", "."),
     questions="v2_OpenEnded_mscoco_{subset}_questions.json",
     annotations="v2_mscoco_{subset}_annotations.json",
+    official_evaluation=214_354,
 )
 tasks.add(VQAV2.name, VQAV2)

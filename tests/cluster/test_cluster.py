@@ -26,8 +26,7 @@ EPOCHS = 4
 @pytest.fixture(scope="module")
 def up(cluster: Cluster) -> Cluster:
     def edit(raw):
-        raw["run"]["train"]["epochs_below_1000"] = EPOCHS
-        raw["profiles"]["tiny"] = raw["run"]
+        raw["profiles"]["tiny"]["train"]["epochs_below_1000"] = EPOCHS
         two = {"method": "hificl", "rank": 2, "world_size": 2, "micro_batch_size": 2, "accumulation": 1}
         raw["studies"]["small"]["methods"] = {
             "alone": {"method": "hificl", "search": {"rank": [1, 2]}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def trial(method: str, **fields: Any) -> TrialConfig:
 
 
 def expected(*trials: TrialConfig, rates: Rates | None = None) -> Any:
-    return forecast(trials, evaluated=100, images=210, rates=rates or Rates())
+    return forecast(trials, evaluated=defaultdict(lambda: 100), images=defaultdict(lambda: 210), rates=rates or Rates())
 
 
 def test_trials_that_see_the_same_demonstrations_share_a_teacher() -> None:

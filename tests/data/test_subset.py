@@ -42,7 +42,7 @@ def test_each_seed_draws_its_own_and_a_smaller_draw_lies_within_a_larger() -> No
 
 @pytest.mark.parametrize(("size", "expected"), [(100, "by-seed"), (1000, "first")])
 def test_only_a_part_of_the_split_has_a_draw_in_its_key(size: int, expected: str) -> None:
-    known = load(ROOT / "params.yaml", [f"run.train.num_train_samples={size}", "run.train.sample_draw=by-seed"])
+    known = load(ROOT / "params.yaml", [f"train.num_train_samples={size}", "train.sample_draw=by-seed"])
     names = known.run.backbones, known.run.tasks
     digests = Digests(*({name: name for name in part} for part in names), dict.fromkeys(names[1], 1000))
     trials = {cell.row: cell.trial({}) for cell in cells(known, "miniature-comparison", digests)}

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import yaml
+from pipeline.config import FOLDERS
+from tests.e2e.conftest import change
 
 SITUATIONS: dict[str, Callable[[Path], AbstractContextManager[None]]] = {}
 
@@ -70,7 +71,7 @@ def no_data(folder: Path) -> Iterator[None]:
 
 @situation
 def no_weights(folder: Path) -> Iterator[None]:
-    with _params(folder, lambda raw: raw["run"].update(sources={})):
+    with _params(folder, lambda raw: raw["profiles"]["tiny"].update(sources={})):
         yield
 
 
@@ -123,12 +124,11 @@ def no_store(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _params(folder: Path, edit: Callable[[dict], None]) -> Iterator[None]:
-    path = folder / "params.yaml"
-    text = path.read_text(encoding="utf-8")
-    raw = yaml.safe_load(text)
-    edit(raw)
-    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    files = [folder / "params.yaml", *(path for kind in FOLDERS for path in (folder / kind).glob("*.yaml"))]
+    before = {path: path.read_text(encoding="utf-8") for path in files}
+    change(folder, edit)
     try:
         yield
     finally:
-        path.write_text(text, encoding="utf-8")
+        for path, text in before.items():
+            path.write_text(text, encoding="utf-8")

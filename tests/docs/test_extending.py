@@ -37,17 +37,16 @@ def extended(tmp_path_factory):
         (made.folder / package).symlink_to(code / package)
     data = (made.folder / "data/real").resolve()
     (data / "vqav2").rename(data / "pets-vqa")
-    studies = yaml.safe_load(STUDY)["studies"]
-    (name,) = studies
+    name, study = re.fullmatch(r"# studies/([\w-]+)\.yaml\n(.*)", STUDY, re.DOTALL).groups()
+    studies = {name: yaml.safe_load(study)}
 
     def edit(raw):
         raw["studies"] = studies
-        raw["run"] = {
+        raw["profiles"]["tiny"] = {
             **TINY, "backbones": ["idefics2-8b"], "tasks": ["pets-vqa"], "studies": [name],
             "sources": {"idefics2-8b": {"variant": "tiny"}},
             "train": {**TINY["train"], "epochs_below_1000": 1},
         }  # fmt: skip
-        raw["profiles"] = {"tiny": raw["run"]}
 
     made.change(edit)
     return made, name, code

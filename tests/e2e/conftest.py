@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.config import FOLDERS
 from pipeline.data.synthetic import SyntheticSize, write_images, write_vqav2
 from tests.conftest import ROOT
 from tests.terminal import Terminal
@@ -45,6 +46,23 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+def change(folder: Path, edit) -> None:
+    """Let `edit` change params.yaml, with the profiles and studies in it by name; each goes to its own file."""
+    path = folder / "params.yaml"
+    raw = yaml.safe_load(path.read_text())
+    for kind in FOLDERS:
+        raw[kind] = {file.stem: yaml.safe_load(file.read_text()) for file in (folder / kind).glob("*.yaml")}
+    edit(raw)
+    for kind in FOLDERS:
+        if (folder / kind).is_symlink():
+            (folder / kind).unlink()
+        shutil.rmtree(folder / kind, ignore_errors=True)
+        (folder / kind).mkdir()
+        for name, content in raw.pop(kind).items():
+            (folder / kind / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+
+
 class Project:
     """A workspace folder, and the commands a user would give in it."""
 
@@ -76,10 +94,7 @@ class Project:
         )  # fmt: skip
 
     def change(self, edit) -> None:
-        path = self.folder / "params.yaml"
-        raw = yaml.safe_load(path.read_text())
-        edit(raw)
-        path.write_text(yaml.safe_dump(raw, sort_keys=False))
+        change(self.folder, edit)
 
 
 def make_project(folder: Path) -> Project:
@@ -99,7 +114,7 @@ def make_project(folder: Path) -> Project:
     project = Project(folder)
 
     def edit(raw):
-        raw["run"] = TINY
+        raw["profile"] = "tiny"
         raw["profiles"] = {"tiny": TINY}
         raw["studies"] = {"small": STUDY}
         raw["tracking"]["system_metrics"] = False

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main
+from pipeline.config import FOLDERS
 from pipeline.report import forget
 from tests.conftest import ROOT
 from tests.e2e.conftest import Project, copied
@@ -177,7 +178,7 @@ def test_what_cannot_be_reproduced_is_said_before_any_work(copy, capfd):
     manifest.write_text(kept.replace(image, f"gone-{image}"))
     assert hificl(capfd, "reproduce", by_method["mimic"])[0] == 2
     manifest.write_text(kept)
-    copy.change(lambda raw: raw["run"]["sources"]["idefics2-8b-base"].update(seed=7))
+    copy.change(lambda raw: raw["profiles"]["tiny"]["sources"]["idefics2-8b-base"].update(seed=7))
     status, _, line = hificl(capfd, "reproduce", by_method["mimic"])
     assert status == 2 and "the weights changed" in line
 
@@ -205,6 +206,8 @@ def test_the_doctor_says_what_is_there_and_how_to_get_the_rest(here, capfd, tmp_
         check["name"] for check in found["checks"]
     }
     shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    for kind in FOLDERS:
+        shutil.copytree(ROOT / kind, tmp_path / kind)
     monkeypatch.chdir(tmp_path)
     status, found, line = hificl(capfd, "doctor", "--profile", "real")
     missing = {check["name"]: check for check in found["checks"] if check["state"] == "missing"}

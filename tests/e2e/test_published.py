@@ -23,13 +23,13 @@ def project(tmp_path_factory):
 
     def edit(raw):
         raw["protocol"] = "published"
-        raw["run"].update(tasks=["okvqa"], evaluate={})
-        raw["run"]["train"] = {**raw["run"]["train"], "epochs_below_1000": 1}
+        raw["profiles"]["tiny"].update(tasks=["okvqa"], evaluate={})
+        raw["profiles"]["tiny"]["train"] = {**raw["profiles"]["tiny"]["train"], "epochs_below_1000": 1}
         raw["studies"]["small"].update(tasks=["okvqa"], methods=METHODS)
 
     made.change(edit)
     made.shown = {}
-    for stage in (("subsample", "okvqa"), ("train",), ("evaluate",), ("report", "small"), ("report",)):
+    for stage in (("subsample", "okvqa"), ("train",), ("evaluate",), ("report",)):
         # in a terminal, where progress is a live view and not lines
         made.shown[" ".join(stage)] = made.in_terminal("-m", f"stages.{stage[0]}", *stage[1:])
     return made

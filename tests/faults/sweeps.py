@@ -198,9 +198,9 @@ def make_sweep(folder: Path) -> Sweep:
 
     def edit(raw: dict[str, Any]) -> None:
         raw["studies"] = {"small": STUDY}
-        for section in (raw, raw["run"]):
-            section.pop("study_changes", None)
-        raw["run"].update(
+        raw["profile"] = "tiny"
+        raw["profiles"]["tiny"] = {**raw["profiles"]["mini"], "study_changes": {}}
+        raw["profiles"]["tiny"].update(
             studies=["small"], tasks=["mini-vqa"], backbones=["mini-idefics2"], methods={},
             sweep={"pack": 1, "slots": 1},
             subsample={"num_train": 16, "num_selection": 8, "num_evaluation": 8},
@@ -221,7 +221,7 @@ def make_sweep(folder: Path) -> Sweep:
 
 
 def set_sweep(sweep: Sweep, **values: Any) -> None:
-    sweep.change(lambda raw: raw["run"]["sweep"].update(values))
+    sweep.change(lambda raw: raw["profiles"]["tiny"]["sweep"].update(values))
 
 
 def set_tracking(sweep: Sweep, **values: Any) -> None:

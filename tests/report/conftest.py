@@ -41,7 +41,9 @@ class Maker:
     @staticmethod
     def params(**studies: dict[str, Any]) -> Params:
         profile = {"backbones": ["mini-idefics2"], "tasks": list(TASKS), "studies": list(studies), "data_root": "data"}
-        return Params.model_validate({"profiles": {"mini": profile}, "run": profile, "studies": studies})
+        return Params.model_validate(
+            {"profile": "mini", "profiles": {"mini": profile}, "run": profile, "studies": studies}
+        )
 
     @staticmethod
     def definition(**more: Any) -> dict[str, Any]:

@@ -1,0 +1,209 @@
+"""What the papers' studies train with under `real`: every trial beside pipeline/papers/settings.yaml."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from pipeline.config import load
+from pipeline.errors import InputError
+from pipeline.papers import settings
+from pipeline.sweep.forecast import as_given
+from pipeline.sweep.plan import Places, make_plan
+from pipeline.sweep.space import cells, needed, unheard
+from pipeline.sweep.trials import trial_rows
+from tests.conftest import ROOT
+
+TABLE_6 = {  # written down a second time, by hand
+    "llava-interleave-7b": {"vqav2": 8, "okvqa": 4, "coco": 8},
+    "idefics2-8b-base": {"vqav2": 8, "okvqa": 16, "coco": 4},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows():
+    params = load(ROOT / "params.yaml", ["subsample.num_train=8000"], profile="real")
+    printed = [name for name, study in params.studies.items() if study.paper]
+    return {name: trial_rows(params, [name]) for name in printed}, params
+
+
+def all_of(rows, paper):
+    return [(name, row) for name, found in rows[0].items() if name.startswith(paper) for row in found if row.epochs]
+
+
+def test_every_study_of_the_papers_can_be_laid_out_under_real(rows):
+    assert len(rows[0]) >= 21 and all(rows[0].values())
+
+
+def test_each_trial_has_what_its_paper_gives_unless_the_study_asks_otherwise(rows):
+    by_hand, params = Counter(), rows[1]
+    for name, row in [*all_of(rows, "hificl"), *all_of(rows, "mimic")]:
+        cell_of = {cell.name: cell for cell in cells(params, name, as_given(params))}
+        assert cell_of
+        wanted = {}
+        for rule in settings.rules(params.studies[name].paper, name, row.method, row.backbone, row.task):
+            wanted.update(rule.set)
+        own = {**row.options, **row.model_dump()}
+        below = row.num_train_samples < 1000
+        for field, value in wanted.items():
+            if field == ("epochs" if below else "epochs_below_1000") or (field == "num_shots" and not row.num_shots):
+                continue
+            shown = "epochs" if field == "epochs_below_1000" else field
+            if row.sources[shown].startswith("study"):  # what the row fixes, or the study varies
+                by_hand[shown] += 1
+                continue
+            got = own[shown]
+            assert (value.items() <= got.items()) if isinstance(value, dict) else got == value, (name, row.row, shown)
+    assert set(by_hand) <= {"rank", "num_train_samples", "num_shots"}, by_hand
+
+
+def test_the_studies_have_the_numbers_that_the_papers_print(rows):
+    hificl = all_of(rows, "hificl")
+    for name, row in hificl:
+        assert (row.weight_decay, row.precision, row.warmup_ratio) == (0.05, "fp16", 0.1), (name, row.row)
+        assert (row.micro_batch_size, row.accumulation) == (2, 2)
+        assert row.epochs == (5 if row.num_train_samples >= 1000 else 10), (name, row.row)
+        assert row.learning_rate == (5e-4 if row.method == "lora" else 5e-3), (name, row.row)
+        if row.method == "hificl":
+            assert row.options["num_virtual_tokens"] == 8
+            if "rank" not in row.vary and name != "hificl-table8":
+                assert row.options["rank"] == TABLE_6.get(row.backbone, {}).get(row.task, 8), (name, row)
+        if row.method == "mimic":
+            assert row.options["shift"] == ("linear" if row.backbone == "llava-interleave-7b" else "vector"), name
+            assert row.num_shots == (32 if row.backbone == "idefics-9b" else 8)
+    for name, row in all_of(rows, "mimic"):
+        assert (row.weight_decay, row.precision) == (1e-3, "fp16"), (name, row.row)
+        assert row.learning_rate == (5e-4 if row.method in ("lora", "lora-mini") else 5e-3), (name, row.row)
+        full = {"live": 10, "mimic+lora": 1}.get(row.method, 5)
+        below = {"mimic+lora": 1}.get(row.method, 10)
+        assert row.epochs == (full if row.num_train_samples >= 1000 else below), (name, row.row)
+        if row.num_shots and "num_shots" not in row.vary and name != "mimic-table10":
+            assert row.num_shots == (32 if row.backbone == "idefics-9b" else 8), (name, row.row)
+    assert {row.num_train_samples for row in rows[0]["mimic-table9"]} == {8000}
+    assert {row.alignment_weight for row in rows[0]["mimic-table9"] if row.method == "mimic"} == {0.7}
+    (combined,) = {row.options["lora"]["rank"] for row in rows[0]["mimic-table12"] if row.method == "mimic+lora"}
+    assert combined == 16
+
+
+def test_the_rows_of_the_papers_are_there(rows):
+    made = {name: {row.row for row in found} for name, found in rows[0].items()}
+    assert {"live", "mimic"} <= made["hificl-figure6"]
+    assert {row.backbone for row in rows[0]["hificl-table6"]} == {"llava-interleave-7b", "idefics2-8b-base"}
+    assert {row.vary["num_train_samples"] for row in rows[0]["mimic-figure7"]} == {100, 300, 500, 700, 1000}
+
+
+def test_evaluation_sizes_are_the_tasks_own(rows):
+    sizes = {row.task: row.num_evaluation for found in rows[0].values() for row in found}
+    assert sizes["vqav2"] == 10_000 and sizes["okvqa"] == 5_046 and sizes["coco"] == 40_504
+
+
+def test_the_published_protocol_has_its_scripts_epochs_and_weight_decay():
+    params = load(ROOT / "params.yaml", ["protocol=published"], profile="real")
+    trained = [row for row in trial_rows(params, ["hificl-table1"]) if row.epochs]
+    assert {(row.epochs, row.weight_decay) for row in trained} == {(3, 0.001)}
+    (combined,) = {
+        row.options["lora"]["rank"] for row in trial_rows(params, ["mimic-table12"]) if row.method == "mimic+lora"
+    }
+    assert combined == 1
+
+
+def test_only_what_the_studies_need_is_drawn_and_loaded():
+    params = load(ROOT / "params.yaml", profile="real")
+    assert needed(params, ["hificl-table1"]) == (
+        ["idefics2-8b-base", "llava-interleave-7b"],
+        ["vqav2", "okvqa", "coco"],
+    )
+    assert needed(params, ["mimic-table11"]) == (["idefics-9b"], ["vqav2", "okvqa"])
+
+
+# -- what the user sets ------------------------------------------------------------------------------------------------
+
+
+def settings_of(study: str, *overrides: str, profile: str = "mini"):
+    params = load(ROOT / "params.yaml", list(overrides), profile=profile)
+    return params, trial_rows(params, [study])
+
+
+def test_what_the_user_sets_wins_over_profile_paper_and_method():
+    params, rows = settings_of("hificl-table1", "train.learning_rate=0.001")
+    trained = [row for row in rows if row.epochs]
+    assert {row.learning_rate for row in trained} == {0.001} and len({row.method for row in trained}) == 4
+    assert {row.sources["learning_rate"] for row in trained} == {"params.yaml"}
+    assert unheard(params, cells(params, "hificl-table1", as_given(params))) == []
+
+
+def test_epochs_are_epochs_for_any_number_of_samples():
+    _, rows = settings_of("hificl-figure4", "train.epochs=3")
+    assert {row.epochs for row in rows if row.method != "icl-k"} == {3}
+    _, rows = settings_of("hificl-figure4", "train.epochs=3", "train.epochs_below_1000=4")
+    assert {(row.num_train_samples >= 1000, row.epochs) for row in rows if row.epochs} == {(True, 3), (False, 4)}
+
+
+@pytest.mark.parametrize(
+    ("study", "override", "says"),
+    [
+        ("hificl-figure4", "train.num_train_samples=500", "study hificl-figure4, vary sets num_train_samples"),
+        ("hificl-table1", "methods.lora.rank=4", "row lora-r16 sets rank"),
+        ("miniature-search", "train.learning_rate=0.1", "search of row hificl sets learning_rate"),
+        ("hificl-table1", "methods.lora-mini.rank=4", "changes nothing here"),
+        ("hificl-table8", "train.num_shots=4", "changes nothing here"),
+        ("hificl-table8", "train.epochs_below_1000=4", "changes nothing here"),
+    ],
+)
+def test_a_setting_that_does_not_reach_its_trials_is_named_with_the_one_that_wins(study, override, says):
+    params, _ = settings_of(study, override)
+    lines = unheard(params, cells(params, study, as_given(params)))
+    assert any(says in line and override.partition("=")[0] in line for line in lines), lines
+
+
+# -- what cannot be ----------------------------------------------------------------------------------------------------
+
+
+OWN = "studies.own={title: o, backbones: [idefics2-8b-base], tasks: [vqav2], methods: {hificl: {search: SPACE}}}"
+
+
+def plan(study: str, *overrides: str, profile: str = "real-check"):
+    params = load(ROOT / "params.yaml", list(overrides), profile=profile)
+    return make_plan(params, cells(params, study, as_given(params)), Places(ROOT / "runs", ROOT / "data", None))
+
+
+def test_the_profiles_give_what_their_studies_ask_for():
+    for profile in (path.stem for path in (ROOT / "profiles").glob("*.yaml")):
+        for study in load(ROOT / "params.yaml", profile=profile).run.studies:
+            assert plan(study, profile=profile).trials
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["profiles.real-check.study_changes={}"], r"16 demonstrations are asked for.*pool.*8 samples \(and 5 more: "),
+        (["train.num_shots=8"], "8 demonstrations are asked for.*pool of vqav2 has 8"),
+        (["train.num_train_samples=13"], "13 training samples are asked for, vqav2 has 12"),
+    ],
+)
+def test_what_a_pool_cannot_give_is_said_before_anything_trains(overrides, says):
+    with pytest.raises(InputError, match=says):
+        plan("hificl-table1", *overrides)
+
+
+@pytest.mark.parametrize("search", ["grid", "random", "optuna"])
+@pytest.mark.parametrize(
+    ("space", "says"),
+    [
+        ("{num_train_samples: [20, 5000]}", "5000 training samples are asked for, mini-vqa has 1000"),
+        ("{rank: [1, 0]}", "rank.*greater than or equal to 1, got 0"),
+        ("{rank: [2, two]}", "rank.*got 'two'"),
+    ],
+)
+def test_a_point_that_cannot_be_is_named_whatever_the_search(search, space, says):
+    own = OWN.replace("SPACE", space)
+    with pytest.raises(InputError, match=says):
+        plan("own", own, f"sweep.search={search}", "sweep.num_samples=20", profile="mini")
+
+
+@pytest.mark.parametrize("space", ["{num_train_samples: {randint: [20, 5000]}}", "{rank: {uniform: [1, 9]}}"])
+def test_a_range_with_points_that_cannot_be_is_named(space):
+    own = OWN.replace("SPACE", space)
+    with pytest.raises(InputError, match="own/mini-idefics2/mini-vqa/hificl|method 'hificl'"):
+        plan("own", own, "sweep.search=optuna", profile="mini")
