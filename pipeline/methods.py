@@ -8,6 +8,7 @@ from pipeline import adapters
 from pipeline.adapters.options import Decoding, Facts, Options
 from pipeline.baselines import baselines
 from pipeline.errors import InputError, nearest
+from pipeline.trial import TrialConfig
 
 
 def names() -> list[str]:
@@ -58,6 +59,16 @@ def defaults(method: str) -> dict[str, Any]:
 def num_shots(method: str, options: dict[str, Any]) -> int:
     """Return how many demonstrations a method without training puts before a question; 0: it puts none."""
     return int(validate_options(method, options).get("num_shots", 0))
+
+
+def recorded_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a record, with what options that it does not name were before there were any."""
+    return _schema(method).completed(options)
+
+
+def facts(config: TrialConfig) -> Facts:
+    """Return how a trial is trained: one that is planned, or one that was recorded."""
+    return facts_of(config.method, recorded_options(config.method, config.options))
 
 
 def published_decoding(method: str) -> Decoding:

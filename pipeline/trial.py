@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Kind = tuple[str, str]  # of a teacher's target: "hidden" and the point where states are taken, or "logits" and ""
+State = Literal["attention", "residual-mid", "mlp", "residual"]  # of a decoder layer (`backbones.states`)
+Kind = tuple[Literal["hidden"], State] | tuple[Literal["logits"], Literal[""]]  # of a teacher's target
 # Trials in one forward pass at most. Measured: beyond these a CPU gains nothing, and Tune keeps a process for each.
 MOST_PACKED = {"cuda": 8, "cpu": 4}
 KEY_LENGTH = 16  # hex digits: 64 bits, no collision to fear in millions of trials

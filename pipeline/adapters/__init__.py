@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from pipeline.adapters.attach import Pack, attach
-from pipeline.adapters.base import CONFIG_FILE, METHODS, WEIGHTS_FILE, Adapter, Backbone
+from pipeline.adapters.base import CONFIG_FILE, METHODS, WEIGHTS_FILE, Adapter, Backbone, HiddenAdapter, parts_of
 from pipeline.adapters.options import Facts, Options
 from pipeline.backbones.decoder import decoder_of
+from pipeline.backbones.states import modules_at
 from pipeline.errors import InputError
 
 MAX_CONFIG = 1 << 20  # bytes
@@ -93,13 +94,16 @@ def create(name: str, model: nn.Module, *, seed: int = 0, **options: Any) -> Ada
         The adapter: fp32 parameters on the device of the decoder's first layer. Call its `train()` for dropout.
 
     Raises:
-        InputError: unknown method or option, or a model without a decoder.
+        InputError: unknown method or option, or a model without a decoder or without what the method edits.
     """
     method = METHODS.get(name)
     checked = method.Options.checked(options, name)
     spec = decoder_of(model)
     device = next(spec.attentions[0].parameters()).device
-    return method.build(model, spec, checked, seed, device).eval()
+    adapter = method.build(model, spec, checked, seed, device).eval()
+    for _, part in parts_of([adapter], HiddenAdapter):
+        modules_at(spec, part.state)  # said here if this decoder has no such state, before anything is trained
+    return adapter
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -133,16 +137,17 @@ def load(folder: Path | str, model: nn.Module) -> Adapter:
     config = read_config(folder)
     Backbone(**config["backbone"]).check(decoder_of(model), str(folder))
     weights = _inside(Path(folder), WEIGHTS_FILE)
-    _planned(config, model, str(folder)).check_weights(weights)
-    adapter = create(config["method"], model, **config["options"])
+    options = METHODS.get(config["method"]).Options.completed(config["options"])
+    _planned(config["method"], options, model, str(folder)).check_weights(weights)
+    adapter = create(config["method"], model, **options)
     adapter.read_weights(weights)
     return adapter
 
 
-def _planned(config: Mapping[str, Any], model: nn.Module, where: str) -> Adapter:
+def _planned(name: str, given: Mapping[str, Any], model: nn.Module, where: str) -> Adapter:
     """Return the adapter on the meta device, where a shape of any size costs nothing."""
-    method = METHODS.get(config["method"])
-    options = method.Options.checked(config["options"], config["method"])
+    method = METHODS.get(name)
+    options = method.Options.checked(given, name)
     try:
         return method.build(model, decoder_of(model), options, 0, torch.device("meta"))
     except (RuntimeError, OverflowError, TypeError) as error:

@@ -15,6 +15,7 @@ from pipeline.adapters.edits import AttentionEdit, HiddenEdit, Rows
 from pipeline.adapters.interface import edited_attention
 from pipeline.adapters.weights import WeightsEdit, edited_weights
 from pipeline.backbones.decoder import DecoderSpec, decoder_of
+from pipeline.backbones.states import modules_at
 from pipeline.errors import InputError
 
 
@@ -115,7 +116,7 @@ def attach(
         if attention:
             stack.enter_context(_edited_attention(spec, AttentionEdit(attention, pack._rows, spec)))
         if hidden:
-            stack.enter_context(_edited_hidden(spec, HiddenEdit(hidden, pack._rows)))
+            stack.enter_context(_edited_hidden(spec, hidden, pack._rows))
         yield pack
 
 
@@ -160,7 +161,7 @@ def _continues(kwargs: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _edited_hidden(spec: DecoderSpec, edit: HiddenEdit) -> Iterator[None]:
+def _edited_hidden(spec: DecoderSpec, parts: Mapping[int, HiddenAdapter], rows: Rows) -> Iterator[None]:
     if spec.decoder in _HIDDEN:
         raise InputError(
             "an adapter of hidden states is attached to this model already",
@@ -169,10 +170,12 @@ def _edited_hidden(spec: DecoderSpec, edit: HiddenEdit) -> Iterator[None]:
     _HIDDEN[spec.decoder] = True
     try:
         with _hooks() as hooks:
-            hooks.append(spec.decoder.register_forward_pre_hook(lambda module, args: edit.refresh()))
-            for index, layer in enumerate(spec.layers):
-                # first in line, so that whoever records hidden states sees the edited one
-                hooks.append(layer.register_forward_hook(edit.hook(index), prepend=True))
+            for state in sorted({part.state for part in parts.values()}):
+                edit = HiddenEdit({index: part for index, part in parts.items() if part.state == state}, rows)
+                hooks.append(spec.decoder.register_forward_pre_hook(edit.before))
+                for index, module in enumerate(modules_at(spec, state)):
+                    # first in line, so that whoever records hidden states sees the edited one
+                    hooks.append(module.register_forward_hook(edit.hook(index), prepend=True))
             yield
     finally:
         del _HIDDEN[spec.decoder]

@@ -1,7 +1,7 @@
 """`Adapter`: what every trained method is, and the registry that its file enters.
 
 A method edits the decoder in one or more of three places, and says so by the class it derives from:
-`AttentionAdapter` (virtual tokens beside the context), `HiddenAdapter` (the hidden state after the FFN) or
+`AttentionAdapter` (virtual tokens beside the context), `HiddenAdapter` (what every layer's FFN gives) or
 `WeightsAdapter` (low-rank updates of projections). Parameters are fp32, stacked over layers.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -218,10 +218,12 @@ class AttentionAdapter(Adapter):
 
 
 class HiddenAdapter(Adapter):
-    """A method that edits the hidden state after every decoder layer's FFN."""
+    """A method that edits the output of every decoder layer's FFN, or the residual stream behind it."""
+
+    state: Literal["mlp", "residual"] = "mlp"  # what is edited
 
     def forward(self) -> dict[str, Tensor]:
-        """Return `shift` [L, D]: h <- (h + shift) rescaled to the norm of h."""
+        """Return `shift` [L, D]: with x what is edited, x <- (x + shift) rescaled to the norm of x."""
         raise NotImplementedError
 
 

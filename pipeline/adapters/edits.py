@@ -203,7 +203,7 @@ def _stack(made: dict[int, dict[str, Tensor]], count: int, shape: tuple[int, int
 
 
 class HiddenEdit:
-    """Shift hidden states and restore their norm: h <- (h + shift) |h| / |h + shift| (LIVE).
+    """Shift states of every layer and restore their norm: h <- (h + shift) |h| / |h + shift| (LIVE).
 
     Args:
         parts: adapters of hidden states by their number in the pack; rows of the others stay as they are.
@@ -224,8 +224,12 @@ class HiddenEdit:
         stacked = torch.stack([made.get(i, torch.zeros_like(like)) for i in range(self.rows.count)], 1)
         self._shifts = stacked.unbind(0)
 
+    def before(self, module: Any, args: Any) -> None:
+        """Refresh, as the decoder's forward pre-hook."""
+        self.refresh()
+
     def hook(self, layer: int) -> Callable[..., Any]:
-        """Return the forward hook of one decoder layer."""
+        """Return the forward hook of the module that gives one layer's states."""
 
         def edit(module: Any, args: Any, output: Any) -> Any:
             if isinstance(output, tuple):

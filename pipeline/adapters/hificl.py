@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.adapters.base import METHODS, AttentionAdapter, Init
-from pipeline.adapters.options import Decoding, Facts, Options
+from pipeline.adapters.options import Decoding, Facts, Options, TeacherOptions
 from pipeline.adapters.products import no_autocast
 from pipeline.backbones.decoder import DecoderSpec
 
@@ -17,7 +17,7 @@ _KEY_STD = 0.01
 _QUIET = 4.0  # alpha_init "identity": the virtual tokens start with Z1 of about exp(-4) in all
 
 
-class HiFICLOptions(Options):
+class HiFICLOptions(TeacherOptions):
     """HiFICL's options; the four after `rank` are Table 2's ablations."""
 
     published_decoding: ClassVar[Decoding] = Decoding(num_beams=1, length_penalty=1.0, max_new_tokens=20)
@@ -26,12 +26,11 @@ class HiFICLOptions(Options):
     lowrank_k: bool = True
     lowrank_v: bool = True
     alpha: Literal["full", "one"] = "full"
-    teacher: bool = False
     alpha_init: Literal["paper", "identity"] = "paper"
 
     def facts(self) -> Facts:
         """Cross-entropy alone (Eq. 4); with a teacher, MimIC's alignment and half of it."""
-        return Facts().aligned() if self.teacher else Facts()
+        return self.taught(Facts())
 
 
 @METHODS.register("hificl")

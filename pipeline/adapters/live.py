@@ -1,8 +1,9 @@
-"""LIVE: a learned vector added to every layer's hidden state, the norm kept."""
+"""LIVE: a learned vector added to the output of every layer's FFN, the norm kept."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -17,6 +18,8 @@ _DIRECTION_STD, _MAGNITUDE = 0.01, 0.1
 class LIVEOptions(Options):
     """LIVE's options."""
 
+    later: ClassVar[Mapping[str, Any]] = {"point": "residual"}
+    point: Literal["mlp", "residual"] = "mlp"  # what is shifted: the FFN's output, or the residual stream behind it
     magnitude_learning_rate: float | None = Field(default=None, gt=0)  # None: twice the trial's (1e-2 beside 5e-3)
 
     def facts(self) -> Facts:
@@ -26,8 +29,9 @@ class LIVEOptions(Options):
 
 @METHODS.register("live")
 class LIVE(HiddenAdapter):
-    """After each layer's FFN, h <- (h + a u) |h| / |h + a u| (LIVE).
+    """After each layer's FFN, m <- (m + a u) |m| / |m + a u| (LIVE).
 
+    m is the FFN's output, before it is added to the residual stream; with `point: residual` the stream itself.
     u in R^D ~ N(0, 0.01^2), a a scalar of 0.1 at the start. Trainable: L (D + 1).
     """
 
@@ -38,6 +42,7 @@ class LIVE(HiddenAdapter):
 
     def __init__(self, options: LIVEOptions, spec: DecoderSpec, init: Init) -> None:
         super().__init__(options, spec, init)
+        self.state = options.point
         self.direction = init.normal(spec.num_layers, spec.hidden_size, std=_DIRECTION_STD)
         self.magnitude = init.full(spec.num_layers, 1, value=_MAGNITUDE)
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import nn
 
 from pipeline.adapters.base import METHODS, Init, WeightsAdapter
-from pipeline.adapters.options import Facts, Options
+from pipeline.adapters.options import Facts, Options, TeacherOptions
 from pipeline.backbones.decoder import DecoderSpec
 from pipeline.errors import InputError
 
@@ -20,7 +20,7 @@ _NAME = "hificl"
 _LEARNING_RATE = 5e-4
 
 
-class LoRAOptions(Options):
+class LoRAOptions(TeacherOptions):
     """LoRA's options; alpha is 2 r unless given."""
 
     rank: int = Field(default=16, ge=1)
@@ -28,12 +28,11 @@ class LoRAOptions(Options):
     dropout: float = Field(default=0.05, ge=0, lt=1)
     targets: tuple[str, ...] = Field(default=("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
     scope: Literal["all", "decoder"] = "all"  # all: vision tower and connector too, wherever the names occur
-    teacher: bool = False
 
     def facts(self) -> Facts:
         """Cross-entropy alone; with a teacher, MimIC's alignment and half of it (MimIC Table 11)."""
-        facts = Facts(learning_rate=_LEARNING_RATE, trains_vision=self.scope == "all", drops=self.dropout > 0)
-        return facts.aligned() if self.teacher else facts
+        own = Facts(learning_rate=_LEARNING_RATE, trains_vision=self.scope == "all", drops=self.dropout > 0)
+        return self.taught(own)
 
 
 class LoRAMiniOptions(LoRAOptions):

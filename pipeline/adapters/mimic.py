@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from pipeline.adapters.base import METHODS, AttentionAdapter, Init
@@ -11,6 +13,7 @@ from pipeline.adapters.options import Facts, Options
 from pipeline.backbones.decoder import DecoderSpec
 
 _SHIFT_STD, _GATE_STD = 0.001, 0.02
+_OUTPUT: dict[str, Literal["mlp", "attention"]] = {"ffn": "mlp", "attention": "attention"}
 
 
 class MimICOptions(Options):
@@ -18,10 +21,27 @@ class MimICOptions(Options):
 
     shift: Literal["vector", "blend", "linear"] = "vector"
     alignment: Literal["ffn", "attention"] = "ffn"
+    # the output of the FFN or the attention, by `alignment`, or the residual stream once that output was added
+    point: Literal["mlp", "attention", "residual"] = Field(default_factory=lambda given: _OUTPUT[given["alignment"]])
+
+    @field_validator("point")
+    @classmethod
+    def _of_its_alignment(cls, point: str, info: ValidationInfo) -> str:
+        output = _OUTPUT.get(info.data.get("alignment", ""), point)
+        if point not in (output, "residual"):
+            raise ValueError(f"with alignment '{info.data['alignment']}' it is '{output}' or 'residual'")
+        return point
+
+    @classmethod
+    def completed(cls, recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """Before there was a point, the residual stream was compared after the FFN, and the attention's output."""
+        point = "attention" if recorded.get("alignment") == "attention" else "residual"
+        return super().completed({"point": point, **recorded})
 
     def facts(self) -> Facts:
         """Alignment with the teacher's hidden states plus half the cross-entropy."""
-        return Facts(alignment=self.alignment).aligned()
+        middle = self.point == "residual" and self.alignment == "attention"
+        return Facts(state="residual-mid" if middle else self.point).aligned()
 
 
 @METHODS.register("mimic")

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from pipeline.errors import InputError, nearest
-from pipeline.trial import Kind
+from pipeline.trial import Kind, State
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Facts:
 
     Attributes:
         teacher: None, or what is taken from the frozen model on demonstrations and query: hidden states or logits.
-        alignment: where hidden states are compared: after the FFN or after self-attention.
+        state: which of a layer's hidden states are compared.
         alignment_weight: factor on the teacher's loss (MSE of hidden states, or KL of logits).
         ground_truth_weight: factor on the cross-entropy of the answer.
         learning_rate: the paper's.
@@ -28,7 +28,7 @@ class Facts:
     """
 
     teacher: Literal["hidden", "logits"] | None = None
-    alignment: Literal["ffn", "attention"] = "ffn"
+    state: State = "mlp"
     alignment_weight: float = 0.0
     ground_truth_weight: float = 1.0
     learning_rate: float = 5e-3
@@ -39,7 +39,9 @@ class Facts:
     @property
     def kind(self) -> Kind | None:
         """What a teacher's pass has to give; None without a teacher."""
-        return None if self.teacher is None else (self.teacher, self.alignment if self.teacher == "hidden" else "")
+        if self.teacher is None:
+            return None
+        return ("hidden", self.state) if self.teacher == "hidden" else ("logits", "")
 
     def aligned(self) -> Facts:
         """Return the same with MimIC's loss: alignment of hidden states + 0.5 cross-entropy (Sec. 3.2, lambda)."""
@@ -66,6 +68,8 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     published_decoding: ClassVar[Decoding] = Decoding()
+    # Options that came later, with the values that records and adapters of before mean by leaving them out.
+    later: ClassVar[Mapping[str, Any]] = {}
 
     def facts(self) -> Facts:
         """Return how the method is trained with these options."""
@@ -88,6 +92,33 @@ class Options(BaseModel):
                 known = nearest(str(first["loc"][-1]), _section(cls, first["loc"][:-1]).model_fields)
                 raise InputError(f"unknown option '{name}'", where=where, way_out=known) from None
             raise InputError(f"{name}: {first['msg']}, got {first.get('input')!r}", where=where) from None
+
+    @classmethod
+    def completed(cls, recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of a record or a saved adapter with those that its time did not know."""
+        found = {**cls.later, **recorded}
+        for name, field in cls.model_fields.items():
+            section = field.annotation
+            if isinstance(section, type) and issubclass(section, Options):
+                found[name] = section.completed(found.get(name, {}))
+        return found
+
+
+class TeacherOptions(Options):
+    """Options of a method that can be taught by MimIC's loss besides its own."""
+
+    later: ClassVar[Mapping[str, Any]] = {"point": "residual"}
+    teacher: bool = False
+    point: Literal["mlp", "residual"] = "mlp"  # what is compared: the FFN's output, or the residual stream behind it
+
+    def taught(self, facts: Facts) -> Facts:
+        """Return `facts` with MimIC's alignment and half the cross-entropy, where there is a teacher."""
+        return replace(facts, state=self.point).aligned() if self.teacher else facts
+
+    @model_serializer(mode="wrap")
+    def _plain(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the point where nothing is compared: trials that differ in nothing share a key."""
+        return {name: value for name, value in serialise(self).items() if self.teacher or name != "point"}
 
 
 def _section(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:

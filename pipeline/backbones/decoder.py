@@ -16,7 +16,7 @@ class DecoderSpec:
 
     Attributes:
         decoder: the module whose forward runs the layers.
-        layers: the decoder layers, bottom first; a layer's output is the hidden state after its FFN.
+        layers: the decoder layers, bottom first; a layer's output is the residual stream.
         attentions: the self-attention module of each layer (cross-attention blocks are not among them).
         num_layers, num_heads, num_kv_heads, head_dim, hidden_size: sizes, read off the modules.
         text_config: the configuration that the attention modules read.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline import adapters
 from pipeline.adapters.base import Adapter
+from pipeline.backbones.states import recorded
 from pipeline.bench._shapes import Bench
 from pipeline.train import loss
 
@@ -67,38 +67,25 @@ class Aligned(Trained):
 
     def __call__(self, ids: Tensor, *, pixels: bool = False, targets: Sequence[Tensor] | None = None) -> None:
         """Run one step; `targets` are the teacher's states by sample, [L, T, D] (None: random ones, made once)."""
-        with recorded(self.bench) as states:
+        batch, length = ids.shape
+        with recorded(self.bench.spec, "mlp", lambda state: state.flatten(0, 1)) as states:
             hidden = self.bench.hidden(self.bench.inputs(ids, pixels=pixels))
-        targets = targets or self._targets(states)
-        imitation = loss.alignment(states, targets, range(len(ids)), [ids.shape[1]] * len(ids)).mean()
+        targets = targets or self._targets(states, batch, length)
+        imitation = loss.alignment(states, targets).mean()
         self.finish(imitation + 0.5 * self.truth(hidden, ids))
 
-    def _targets(self, states: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _targets(self, states: Sequence[Tensor], batch: int, length: int) -> Sequence[Tensor]:
         if not hasattr(self, "_made"):
-            self._made = list(torch.randn_like(torch.stack(list(states), 1)))
+            self._made = torch.randn_like(torch.stack(list(states))).split([length] * batch, 1)
         return self._made
-
-
-@contextmanager
-def recorded(bench: Bench) -> Any:
-    """Collect every layer's hidden state, bottom first, inside the block."""
-    seen: list[Tensor] = []
-    hooks = [
-        layer.register_forward_hook(lambda module, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
-        for layer in bench.spec.layers
-    ]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def teach(bench: Bench, ids: Tensor, length: int, *, pixels: bool = False) -> list[Tensor]:
     """Return the frozen model's states of the last `length` tokens behind demonstrations, by sample, [L, length, D]."""
-    with torch.no_grad(), recorded(bench) as states:
+    places = loss.tails(range(len(ids)), [ids.shape[1]] * len(ids), [length] * len(ids), ids.shape[1], ids.device)
+    with torch.no_grad(), recorded(bench.spec, "mlp", loss.at(places)) as states:
         bench.hidden(bench.inputs(ids, pixels=pixels))
-    return list(torch.stack([state[:, -length:] for state in states], 1))
+    return list(torch.stack(states).split(length, 1))
 
 
 def floor_step(bench: Bench) -> Step:

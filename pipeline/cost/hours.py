@@ -141,7 +141,7 @@ def _shared(trial: TrialConfig) -> tuple[Any, ...]:
 
 def _spent(trial: TrialConfig, costs: Costs, evaluated: int, rates: Rates) -> dict[str, float]:
     """Return one trial's GPU-hours by part, its images' own pass left out where it is shared."""
-    facts = methods.facts_of(trial.method, trial.options)
+    facts = methods.facts(trial)
     decoder = costs.decoder
     own_vision = costs.image.forward if facts.trains_vision else 0.0
     spent = dict.fromkeys(PARTS, 0.0)

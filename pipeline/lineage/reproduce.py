@@ -7,10 +7,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import backbones
+from pipeline import backbones, methods
 from pipeline.config import Params
 from pipeline.data.manifest import Manifest
 from pipeline.errors import InputError
@@ -61,7 +62,10 @@ def reproduce(
     say(f"training {record.config['method']} on {record.config['task']} again, seed {record.config['seed']}")
     with _folder(keep) as private:
         if here:
-            again = rerun(record, params, manifest, repository, private / "store")
+            # this code may have options that the run's had not: they are what they were then, not today's defaults
+            options = methods.recorded_options(record.config["method"], record.config["options"])
+            told = replace(record, config={**record.config, "options": options})
+            again = rerun(told, params, manifest, repository, private / "store")
         else:
             with checked_out(repository, record.provenance, private / "code") as code:
                 again = rerun(record, params, manifest, code, private / "store")

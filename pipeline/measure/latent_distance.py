@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline import adapters, methods
 from pipeline.backbones.decoder import decoder_of
+from pipeline.backbones.states import recorded
 from pipeline.data.collate import collate
 from pipeline.data.manifest import Manifest
 from pipeline.data.prompt import draw_demos
@@ -21,8 +22,8 @@ from pipeline.data.subset import training_samples
 from pipeline.measure.base import Job, Measure, Numbers, measures
 from pipeline.train.resident import Resident
 from pipeline.train.scoring import fitted
-from pipeline.train.teacher import recorded
 from pipeline.train.workbench import Workbench
+from pipeline.trial import State
 
 _BATCH = 16
 
@@ -31,12 +32,14 @@ _BATCH = 16
 class LatentDistance(Measure):
     """mean over samples x and layers l of || h_l(x) - h_l([k demonstrations ; x]) ||_2.
 
-    h_l is the hidden state after layer l's FFN at the position that the first answer token is generated from. The
-    demonstrations are drawn for each query by the trial's seed, the same for all rows.
+    h_l is what layer l's FFN gives (`point: mlp`), or the residual stream behind it (`residual`), at the position that
+    the first answer token is generated from. The demonstrations are drawn for each query by the trial's seed, the same
+    for all rows.
     """
 
     num_shots: int = Field(32, ge=1)
     num_samples: int = Field(200, ge=1)
+    point: Literal["mlp", "residual"] = "mlp"
     metric: ClassVar[str | None] = "latent_distance"
     units: ClassVar[dict[str, str]] = {"latent_distance": "l2"}
 
@@ -51,9 +54,10 @@ class LatentDistance(Measure):
             samples = manifest.splits[job.evaluation.split][: self.num_samples]
             key = (config.backbone_digest, *config.pool)
             if key not in targets:
-                targets[key] = _states(resident, manifest, samples, self._demonstrations(job, manifest, samples))
+                demonstrations = self._demonstrations(job, manifest, samples)
+                targets[key] = _states(self.point, resident, manifest, samples, demonstrations)
             with _in_place(job, resident, manifest, samples) as shown:
-                mine = _states(resident, manifest, samples, shown)
+                mine = _states(self.point, resident, manifest, samples, shown)
             found.append({"latent_distance": (mine - targets[key]).norm(dim=-1).mean().item()})
         return found
 
@@ -83,18 +87,18 @@ def _in_place(
 
 @torch.no_grad()
 def _states(
-    resident: Resident, manifest: Manifest, samples: Sequence[Sample], shots: Sequence[Sequence[Sample]]
+    point: State, resident: Resident, manifest: Manifest, samples: Sequence[Sample], shots: Sequence[Sequence[Sample]]
 ) -> Tensor:
     """Return the states at the last prompt token, [N, L, D], in fp32."""
     loaded, root = resident.loaded, manifest.image_root
     encoded = resident.prompts(manifest, samples, shots, answer=False)
-    layers = decoder_of(loaded.model)
+    spec = decoder_of(loaded.model)
     parts = []
     for start in range(0, len(encoded), _BATCH):
         rows = encoded[start : start + _BATCH]
         visual = resident.visual.get([image for row in rows for image in row.images], root)
         batch = collate(rows, loaded, side="left", visual=visual).to(loaded.device)
-        with recorded(layers, "ffn") as states:
+        with recorded(spec, point, lambda state: state[:, -1].clone()) as states:
             loaded.model.model(**batch.model_inputs(loaded), use_cache=False)
-        parts.append(torch.stack([state[:, -1].float().cpu() for state in states], dim=1))
+        parts.append(torch.stack([state.float().cpu() for state in states], dim=1))
     return torch.cat(parts)

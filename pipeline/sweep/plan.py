@@ -71,7 +71,7 @@ class Plan:
         """The kinds of targets that are asked for of each teacher's pass."""
         found: dict[str, set[Kind]] = {}
         for config in self.trials.values():
-            kind = methods.facts_of(config.method, config.options).kind if config.trained else None
+            kind = methods.facts(config).kind if config.trained else None
             if kind is not None:
                 found.setdefault(teacher_key(config) or "", set()).add(kind)
         return {key: tuple(sorted(kinds)) for key, kinds in found.items()}
@@ -95,7 +95,7 @@ def pack_key(config: TrialConfig) -> str | None:
     """
     if not config.trained or not engine_packs(config):
         return None
-    facts = methods.facts_of(config.method, config.options)
+    facts = methods.facts(config)
     if not facts.packable:
         return None
     shared = [config.backbone, config.backbone_digest, config.precision, config.engine, config.zero_stage]
@@ -104,7 +104,7 @@ def pack_key(config: TrialConfig) -> str | None:
 
 def teacher_key(config: TrialConfig) -> str | None:
     """Return what is equal for trials whose teacher sees the same micro-batches behind the same demonstrations."""
-    if not config.trained or methods.facts_of(config.method, config.options).kind is None:
+    if not config.trained or methods.facts(config).kind is None:
         return None
     resident = [config.backbone, config.backbone_digest, config.precision]
     batches = [config.micro_batch_size, config.accumulation, config.world_size]

@@ -96,6 +96,10 @@ class Fold:
         shaped = (made[0].view(shape), made[1].view(-1, width), made[2].view(shape), mask)
         return cls(*(x.to(like.device) for x in shaped))
 
+    def where(self, places: Tensor) -> Tensor:
+        """Return where tokens of the flattened batch, B x T, stand in the flattened folded rows."""
+        return self.places.flatten()[places]
+
     def spread(self, hidden: Tensor) -> Tensor:
         """Return states [K, L, D] as [B, T, D]; those of pads mean nothing."""
         return hidden.flatten(0, 1)[self.places]

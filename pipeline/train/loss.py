@@ -5,7 +5,7 @@ Shape letters: B samples, T positions, D decoder width, N answer tokens of the b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,24 +59,39 @@ def cross_entropy(logits: Tensor, targets: Tensor, rows: Tensor, batch: int) -> 
     return mean_by_row(F.cross_entropy(logits, targets, reduction="none"), rows, batch)
 
 
-def alignment(student: Sequence[Tensor], teacher: Sequence[Tensor], rows: Sequence[int], ends: Sequence[int]) -> Tensor:
+def tails(
+    rows: Sequence[int], ends: Sequence[int], counts: Sequence[int], width: int, device: torch.device | str
+) -> Tensor:
+    """Return the last m tokens of every sample as places in a flattened batch [B x T], one sample after another, [N].
+
+    Args:
+        rows: the row of each of the S samples.
+        ends: where the sample ends in its row.
+        counts: m of each sample.
+        width: T.
+        device: of the result.
+    """
+    samples = zip(rows, ends, counts, strict=True)
+    places = [row * width + place for row, end, m in samples for place in range(end - m, end)]
+    return torch.tensor(places, device=device)
+
+
+def at(places: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what takes the states [N, D] at `places` (see `tails`) out of a layer's [B, T, D]."""
+    return lambda hidden: hidden.flatten(0, 1)[places.to(hidden.device)]
+
+
+def alignment(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """MimIC's L_align: mean over layers of the MSE of hidden states at the query and answer positions, [S].
 
     Args:
-        student: hidden states by layer, L tensors [B, T, D], of the query alone.
+        student: hidden states by layer, L tensors [N, D], of the S samples' queries alone, one after another.
         teacher: S tensors [L, m, D]: the same tokens behind the demonstrations, m of them.
-        rows: the student's row of each of the S samples.
-        ends: where the sample ends in its row; the m tokens before it are compared.
     """
     counts = [target.shape[1] for target in teacher]
-    device = student[0].device
-    row = torch.tensor([r for r, m in zip(rows, counts, strict=True) for _ in range(m)], device=device)
-    position = [p for end, m in zip(ends, counts, strict=True) for p in range(end - m, end)]
-    place = torch.tensor(position, device=device)
-    sample = torch.tensor([s for s, m in enumerate(counts) for _ in range(m)], device=device)
-    # one gather a layer and one difference for all: a product a row and layer would be all overhead
-    mine = torch.stack([wide(hidden[row, place]) for hidden in student])
-    gaps = (mine - wide(torch.cat(list(teacher), 1))).square().mean((0, 2))
+    sample = torch.tensor([s for s, m in enumerate(counts) for _ in range(m)], device=student[0].device)
+    # one difference for all: a product a row and layer would be all overhead
+    gaps = (wide(torch.stack(list(student))) - wide(torch.cat(list(teacher), 1))).square().mean((0, 2))
     return mean_by_row(gaps, sample, len(counts))
 
 

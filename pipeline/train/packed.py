@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from pipeline.adapters.attach import Pack
 from pipeline.backbones.decoder import decoder_of
+from pipeline.backbones.states import recorded
 from pipeline.data.collate import Batch
 from pipeline.train import loss
 from pipeline.train.folded import Fold, folded
-from pipeline.train.resident import Resident, Target
+from pipeline.train.resident import Resident
 from pipeline.train.run import Part, TrialRun
-from pipeline.train.teacher import recorded
+from pipeline.trial import State
 
 Losses = dict[str, Tensor]  # "train_loss" and its parts, scalars
 Work = Sequence[tuple[int, TrialRun, Part]]  # each with its number in the pack
@@ -47,19 +49,18 @@ def losses(resident: Resident, pack: Pack, work: Work) -> list[Losses]:
         pack.rows = torch.tensor([number for number, *_ in work])
         images = iter(batch.image_counts)
         pack.images = tuple(sum(next(images) for _ in part.ids) for *_, part in work)
-    points = {run.facts.alignment for _, run, _ in work if run.facts.teacher == "hidden"}
+    compared = _compared(work, batch)
     with ExitStack() as stack:
-        states: dict[str, list[Tensor]] = {
-            point: stack.enter_context(recorded(spec, point)) for point in sorted(points)
+        states = {
+            state: stack.enter_context(recorded(spec, state, loss.at(fold.where(mine.places) if fold else mine.places)))
+            for state, mine in compared.items()
         }
         stack.enter_context(folded(spec, fold))
         hidden = model.model(**batch.model_inputs(resident.loaded), use_cache=False).last_hidden_state
-    if fold is not None:
-        states = {point: [fold.spread(state) for state in seen] for point, seen in states.items()}
     rows, positions, targets = loss.shifted(batch.labels)
     logits = loss.logits_at(model, hidden, rows, positions)
     truth = loss.cross_entropy(logits, targets, rows, len(batch))
-    imitated = _imitation(work, batch, states, logits, rows)
+    imitated = _imitation(work, compared, states, logits, rows)
     ends = list(accumulate(len(part.ids) for _, _, part in work))
     found = []
     for (number, run, part), end in zip(work, ends, strict=True):
@@ -86,29 +87,55 @@ def _fold(resident: Resident, batch: Batch, work: Work) -> Fold | None:
     )
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """What of a batch is compared with the teacher in one state, for all trials at once.
+
+    Attributes:
+        places: of the tokens, sample by sample, in the flattened batch.
+        targets: of the samples.
+        owners: each sample's trial, by its number in the pack.
+    """
+
+    places: Tensor
+    targets: list[Tensor]
+    owners: list[int]
+
+
+def _compared(work: Work, batch: Batch) -> dict[State, _Compared]:
+    lengths, ids, row = batch.lengths.tolist(), batch.input_ids, 0
+    found: dict[State, list[tuple[int, int, Tensor]]] = {}
+    for number, run, part in work:
+        for target in part.targets:
+            if target.hidden is not None:
+                found.setdefault(run.facts.state, []).append((number, row, target.hidden))
+            row += 1
+        row += len(part.ids) - len(part.targets)
+    placed = {}
+    for state, samples in found.items():
+        rows = [row for _, row, _ in samples]
+        counts = [target.shape[1] for *_, target in samples]
+        places = loss.tails(rows, [lengths[row] for row in rows], counts, ids.shape[1], ids.device)
+        placed[state] = _Compared(places, [target for *_, target in samples], [number for number, *_ in samples])
+    return placed
+
+
 def _imitation(
-    work: Work, batch: Batch, states: dict[str, list[Tensor]], logits: Tensor, rows: Tensor
+    work: Work, compared: dict[State, _Compared], states: dict[State, list[Tensor]], logits: Tensor, rows: Tensor
 ) -> dict[int, Tensor]:
     """Return the summed distance to the teacher of every trial that has one, by its number in the pack."""
-    lengths = batch.lengths.tolist()
     found: dict[int, Tensor] = {}
-    aligned: dict[str, list[tuple[int, int, Target]]] = {}
     start = 0
     for number, run, part in work:
         end = start + len(part.ids)
-        if run.facts.teacher == "hidden":
-            mine = zip([number] * len(part.ids), range(start, end), part.targets, strict=True)
-            aligned.setdefault(run.facts.alignment, []).extend(mine)
-        elif run.facts.teacher == "logits":
+        if run.facts.teacher == "logits":
             of_mine = (rows >= start) & (rows < end)
             taught = torch.cat([t.logits for t in part.targets if t.logits is not None])
             found[number] = loss.divergence(logits[of_mine], taught, rows[of_mine] - start, end - start).sum()
         start = end
-    for point, samples in aligned.items():  # all trials that are compared at one point, at once
-        teacher = [target.hidden for *_, target in samples if target.hidden is not None]
-        places = [row for _, row, _ in samples]
-        apart = loss.alignment(states[point], teacher, places, [lengths[row] for row in places])
-        owners = [number for number, *_ in samples]
-        for number in set(owners):
-            found[number] = apart[torch.tensor([owner == number for owner in owners], device=apart.device)].sum()
+    for state, mine in compared.items():
+        apart = loss.alignment(states[state], mine.targets)
+        owners = torch.tensor(mine.owners, device=apart.device)
+        for number in set(mine.owners):
+            found[number] = apart[owners == number].sum()
     return found

@@ -90,9 +90,10 @@ class TrialRun:
         self.prompts = resident.alone(manifest, self.samples, answer=True)
         # what all of them begin with, an instruction, is computed once a step where that pays
         self.head = common_head([one.input_ids for one in self.prompts], resident.loaded.image_token_id)
-        self.facts = methods.facts_of(config.method, config.options)
+        self.facts = methods.facts(config)
         model = resident.loaded.model
-        self.adapter = adapters.create(config.method, model, seed=config.seed, **config.options)
+        options = methods.recorded_options(config.method, config.options)
+        self.adapter = adapters.create(config.method, model, seed=config.seed, **options)
         self.adapter.to(resident.device)
         self.kinds: set[Kind] = set(kinds) if self.facts.kind is None else {*kinds, self.facts.kind}
         self.teacher = Teacher(resident, manifest, self.samples, config, self.facts) if self.facts.teacher else None

@@ -69,7 +69,7 @@ def answer(
     options: dict[str, Any] = {
         "max_new_tokens": evaluation.max_new_tokens, "num_beams": evaluation.num_beams,
         "length_penalty": evaluation.length_penalty, "batch_size": batch_size, "part": part,
-        "from_pixels": methods.facts_of(first.method, first.options).trains_vision,
+        "from_pixels": methods.facts(first).trains_vision,
     }  # fmt: skip
     model = resident.loaded.model
     found: dict[str, Any] = {}

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.adapters.options import Facts
-from pipeline.backbones.decoder import DecoderSpec, decoder_of
+from pipeline.backbones.decoder import decoder_of
+from pipeline.backbones.states import modules_at, recorded
 from pipeline.data.collate import Batch
 from pipeline.data.manifest import Manifest
 from pipeline.data.prompt import Encoded, draw_demos
 from pipeline.data.sample import Sample
 from pipeline.errors import WorkError
-from pipeline.train.loss import logits_at, shifted
+from pipeline.train import loss
 from pipeline.train.resident import Resident, Target
 from pipeline.trial import Kind, TrialConfig
-
-
-@contextmanager
-def recorded(spec: DecoderSpec, point: str) -> Iterator[list[Tensor]]:
-    """Collect each layer's hidden state after its FFN, or its self-attention's output, in order of the layers."""
-    seen: list[Tensor] = []
-
-    def keep(module: nn.Module, args: object, output: object) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)  # type: ignore[arg-type]
-
-    modules = spec.layers if point == "ffn" else spec.attentions
-    hooks = [module.register_forward_hook(keep) for module in modules]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class Teacher:
@@ -46,6 +30,9 @@ class Teacher:
         pool: training samples that demonstrations are drawn from.
         config: the trial's; how many are drawn, by which seed, with replacement or without (`draw_demos`).
         facts: whether hidden states or logits are compared, and where.
+
+    Raises:
+        InputError: the decoder's layers do not have the states that are compared.
     """
 
     def __init__(
@@ -55,6 +42,8 @@ class Teacher:
         self.pool = {sample.sample_id: sample for sample in pool}
         self.ids = list(self.pool)
         self.spec = decoder_of(resident.loaded.model)
+        if facts.teacher == "hidden":
+            modules_at(self.spec, facts.state)
 
     def demonstrations(self, sample: Sample, epoch: int) -> list[Sample]:
         """Return the demonstrations of one sample in one epoch, drawn anew each time."""
@@ -90,27 +79,27 @@ class Teacher:
         shots = [self.demonstrations(sample, epoch) for sample in samples]
         prompts = self.resident.prompts(self.manifest, samples, shots, answer=True)
         batch = self.resident.batch(prompts, self.manifest)
-        model = self.resident.loaded.model
-        points = sorted({point for teacher, point in kinds if teacher == "hidden"})
+        model, image = self.resident.loaded.model, self.resident.loaded.image_token_id
+        counts = [query_length(mine, behind, image) for mine, behind in zip(encoded, prompts, strict=True)]
+        # of long rows only the ends are compared, and kept
+        ids = batch.input_ids
+        ends = loss.at(loss.tails(range(len(prompts)), list(map(len, prompts)), counts, ids.shape[1], ids.device))
+        wanted = {kind[1] for kind in kinds if kind[0] == "hidden"}
         with ExitStack() as stack:
-            states = {point: stack.enter_context(recorded(self.spec, point)) for point in points}
+            states = {state: stack.enter_context(recorded(self.spec, state, ends)) for state in sorted(wanted)}
             hidden = model.model(**batch.model_inputs(self.resident.loaded), use_cache=False).last_hidden_state
-        found: dict[Kind, list[Target]] = {kind: [] for kind in kinds}
-        for row, (mine, behind) in enumerate(zip(encoded, prompts, strict=True)):
-            count = query_length(mine, behind, self.resident.loaded.image_token_id)
-            end = len(behind)
-            for teacher, point in kinds:
-                if teacher == "hidden":
-                    target = Target(torch.stack([h[row, end - count : end] for h in states[point]]), None)
-                else:
-                    target = Target(None, self._logits(batch, hidden, row))
-                found[teacher, point].append(target)
+        found: dict[Kind, list[Target]] = {}
+        for kind in kinds:
+            if kind[0] == "hidden":
+                found[kind] = [Target(mine, None) for mine in torch.stack(states[kind[1]]).split(counts, 1)]
+            else:
+                found[kind] = [Target(None, self._logits(batch, hidden, row)) for row in range(len(prompts))]
         return found
 
     def _logits(self, batch: Batch, hidden: Tensor, row: int) -> Tensor:
-        rows, positions, _ = shifted(batch.labels)
+        rows, positions, _ = loss.shifted(batch.labels)
         mine = rows == row
-        return logits_at(self.resident.loaded.model, hidden, rows[mine], positions[mine])
+        return loss.logits_at(self.resident.loaded.model, hidden, rows[mine], positions[mine])
 
 
 def query_length(alone: Encoded, behind: Encoded, image_token_id: int) -> int:

@@ -16,12 +16,14 @@ OTHERS = ["mistral", "qwen2", "llama", "llava_next", "llava_onevision", "qwen3_v
 
 
 @pytest.mark.parametrize("family", OTHERS)
-@pytest.mark.parametrize("method", ["hificl", "mimic", "live"])
-def test_other_families(family: str, method: str, tiny: Any, inputs: Any) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"), [("hificl", {}), ("mimic", {}), ("live", {}), ("live", {"point": "residual"})]
+)
+def test_other_families(family: str, method: str, options: dict[str, Any], tiny: Any, inputs: Any) -> None:
     model = tiny(family)
     batch = inputs(model)
     base = logits(model, batch)
-    adapter = stirred(adapters.create(method, model))
+    adapter = stirred(adapters.create(method, model, **options))
     with adapters.attach(model, adapter):
         edited = model(**batch).logits
         edited.square().mean().backward()
@@ -70,13 +72,14 @@ def test_a_sliding_window_is_respected(tiny: Any, inputs: Any) -> None:
     assert moved[:4].all() and not moved[4:].any()
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(tiny: Any, inputs: Any) -> None:
+@pytest.mark.parametrize("method", ["hificl", "live"])
+def test_gradient_checkpointing_gives_the_same_gradients(method: str, tiny: Any, inputs: Any) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = tiny("idefics2", dtype=torch.float64).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        adapter = stirred(adapters.create("hificl", model)).double()
+        adapter = stirred(adapters.create(method, model)).double()
         with adapters.attach(model, adapter):
             model(**inputs(model), use_cache=False).logits.square().mean().backward()
         gradients.append([p.grad for p in adapter.parameters()])

@@ -24,6 +24,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("hificl", {"teacher": True}),
     ("mimic", {"shift": "blend"}),
     ("mimic", {"shift": "linear"}),
+    ("live", {"point": "residual"}),
     ("lora", {"scope": "decoder", "rank": 2}),
 ]
 each_variant = pytest.mark.parametrize(
@@ -52,8 +53,7 @@ def test_attach_edits_and_leaves_no_trace(
     assert spec.text_config.to_dict() == text and spec.text_config._attn_implementation == "sdpa"
     assert [p.requires_grad for p in model.parameters()] == flags
     assert [n for n, _ in model.named_modules()] == names and set(vars(model)) == attributes
-    hooked = [m for m in model.modules() if m._forward_pre_hooks and m is spec.decoder]
-    assert not hooked and not any(layer._forward_hooks for layer in spec.layers)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in spec.decoder.modules())
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -23,6 +23,7 @@ PACKS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "variants": [("hificl", {"alpha": "one"}), ("hificl", {}), ("hificl", {"alpha_init": "identity"})],
     "mimic": [("mimic", {}), ("mimic", {"shift": "blend"}), ("mimic", {"shift": "linear"})],
     "live": [("live", {}), ("live", {}), ("live", {})],
+    "points": [("live", {}), ("live", {"point": "residual"}), ("hificl", {})],
     "all": [("hificl", {"num_virtual_tokens": 3}), ("mimic", {}), ("live", {}), ("mimic", {"shift": "linear"})],
 }
 ROWS = [2, 0, 1, 0, 2]

@@ -54,7 +54,7 @@ def test_trials_without_a_teacher_share_none_and_other_demonstrations_are_anothe
     search = [key for key in KEYS if PLAN.trials[key].method in ("mimic", "live") and PLAN.trials[key].num_shots == 8]
     assert len({of[key] for key in search}) == len({PLAN.trials[key].task for key in search})
     request = PLAN.request_of(PLAN.trials[search[0]])
-    assert set(request.kinds) >= {("hidden", "ffn"), ("logits", "")}
+    assert set(request.kinds) >= {("hidden", "mlp"), ("logits", "")}
 
 
 def test_a_slot_prefers_its_own_teacher_then_one_that_nobody_has_and_a_lost_trial_goes_first():

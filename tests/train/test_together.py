@@ -25,7 +25,10 @@ MIXED = [
     ("hificl", {"teacher": True, "loss_span": "sequence"}),
     ("mimic", {"shift": "linear", "micro_batch_size": 4, "accumulation": 1}),
     ("mimic", {"alignment": "attention", "num_train_samples": 9}),
+    ("mimic", {"alignment": "attention", "point": "residual"}),
+    ("mimic", {"point": "residual", "seed": 1}),
     ("live", {}),
+    ("live", {"point": "residual"}),
 ]
 LORAS = [
     ("lora", {"rank": 2}),
@@ -130,7 +133,7 @@ def test_a_teachers_pass_serves_trials_that_come_later_and_changes_nothing(bench
         return len(seen), reports
 
     mimic, live = (trial(method, tmp_path / method, epochs=1) for method in ("mimic", "live"))
-    kinds = (("hidden", "ffn"), ("logits", ""))
+    kinds = (("hidden", "mlp"), ("logits", ""))
     train(bench, [trial("mimic", tmp_path / "first", epochs=1)])
     bench.together.resident.targets.clear()
     alone, lost_alone = teacher_passes(live)

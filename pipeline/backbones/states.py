@@ -1,0 +1,176 @@
+"""The states inside a decoder layer that are compared and edited, and the modules at which they can be had.
+
+With h a layer's input, a what its self-attention gives and m what its feed-forward net (FFN, a module mostly called
+`mlp`) gives, a layer computes the residual stream h + a + m. Its four states by name:
+
+    attention      a
+    residual-mid   h + a
+    mlp            m
+    residual       h + a + m, the layer's output
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.backbones.decoder import DecoderSpec
+from pipeline.errors import InputError
+from pipeline.trial import State
+
+_RESIDUAL = "Set point: residual, the layer's own output, which every decoder has"
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """What a layer has between its input and its output.
+
+    Attributes:
+        mlp: its feed-forward net.
+        reader: the module that reads the residual stream between attention and FFN; None in a parallel block.
+    """
+
+    mlp: nn.Module
+    reader: nn.Module | None
+
+
+_INSIDE: WeakKeyDictionary[nn.Module, list[_Inside]] = WeakKeyDictionary()  # by decoder
+
+
+def modules_at(spec: DecoderSpec, state: State) -> list[nn.Module]:
+    """Return the module of each layer whose output the state is; of `residual-mid` the modules that read it.
+
+    Raises:
+        InputError: the decoder's layers have no such state, or none that one module gives.
+    """
+    if state == "residual":
+        return spec.layers
+    if state == "attention":
+        return spec.attentions
+    inside = _inside(spec)
+    if state == "mlp":
+        return [layer.mlp for layer in inside]
+    readers = [layer.reader for layer in inside if layer.reader is not None]
+    if len(readers) < len(inside):
+        raise InputError(
+            f"a decoder layer of {spec.model_type} does not read the residual stream between attention and FFN",
+            way_out="Set point: attention",
+        )
+    return readers
+
+
+@contextmanager
+def recorded(spec: DecoderSpec, state: State, keep: Callable[[Tensor], Tensor] = lambda x: x) -> Iterator[list[Tensor]]:
+    """Collect a state of every layer, in order of the layers, as it is after any edit.
+
+    Args:
+        spec: the decoder.
+        state: which.
+        keep: what of a layer's [B, T, D] is kept; the rest is let go as soon as the model has used it.
+
+    Raises:
+        InputError: as `modules_at`.
+    """
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(keep(output[0] if isinstance(output, tuple) else output))
+
+    def note_input(module: nn.Module, args: Any) -> None:
+        seen.append(keep(args[0]))
+
+    modules = modules_at(spec, state)
+    if state == "residual-mid":
+        hooks = [module.register_forward_pre_hook(note_input) for module in modules]
+    else:
+        hooks = [module.register_forward_hook(note) for module in modules]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _inside(spec: DecoderSpec) -> list[_Inside]:
+    """Find every layer's FFN, once a decoder."""
+    if spec.decoder not in _INSIDE:
+        pairs = zip(spec.layers, spec.attentions, strict=True)
+        found = [_found(layer, attention, spec) for layer, attention in pairs]
+        if any(parameter.is_meta for parameter in spec.decoder.parameters()):
+            return found  # not tried: it has no numbers
+        _INSIDE[spec.decoder] = found
+    return _INSIDE[spec.decoder]
+
+
+def _found(layer: nn.Module, attention: nn.Module, spec: DecoderSpec) -> _Inside:
+    """Take the one child with matrices beside self-attention for the FFN, and try whether it is."""
+    others = {name: child for name, child in layer.named_children() if child is not attention}
+    matrices = {name: child for name, child in others.items() if any(p.dim() > 1 for p in child.parameters())}
+    if len(matrices) != 1:
+        names = f" ({', '.join(matrices)})" if matrices else ""
+        what = f"a decoder layer of {spec.model_type} has {len(matrices)} feed-forward modules{names}"
+        raise InputError(what, way_out=_RESIDUAL)
+    ((name, mlp),) = matrices.items()
+    like = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
+    if like.is_meta:
+        return _Inside(mlp, None)
+    try:
+        return _Inside(mlp, _tried(layer, attention, mlp, spec.hidden_size, like))
+    except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
+        what = f"a decoder layer of {spec.model_type} does not add the output of its {name} to the residual stream"
+        raise InputError(f"{what} ({error})", way_out=_RESIDUAL) from None
+
+
+@torch.no_grad()
+def _tried(layer: nn.Module, attention: nn.Module, mlp: nn.Module, width: int, like: Tensor) -> nn.Module | None:
+    """Run the layer with given outputs a of attention and m of the FFN; return who reads h + a.
+
+    Small whole numbers, whose sums every dtype holds: what comes out is h + a + m to the bit, or something else is
+    done to them (a norm behind the FFN, a factor).
+
+    Raises:
+        ValueError: what comes out is not h + a + m.
+        TypeError, AttributeError, RuntimeError, KeyError: the layer asks for something else of its parts.
+    """
+    generator = torch.Generator().manual_seed(0)
+    made = (torch.randint(-8, 9, (1, 2, width), generator=generator) for _ in range(3))
+    h, a, m = (one.to(like.device, like.dtype) for one in made)
+    needed = list(inspect.signature(layer.forward).parameters.values())[1:]
+    nothing = {one.name: None for one in needed if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD}
+    readers: list[nn.Module] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].shape == h.shape and torch.equal(args[0], h + a):
+            readers.append(module)
+
+    hooks = [child.register_forward_pre_hook(look) for child in layer.children()]
+    try:
+        with _giving(attention, (a, None)), _giving(mlp, m):
+            out: Any = layer.forward(h, **nothing)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    out = out[0] if isinstance(out, tuple) else out
+    if not torch.equal(out, h + a + m):
+        raise ValueError("it is scaled or normed first")
+    return readers[0] if len(readers) == 1 else None
+
+
+@contextmanager
+def _giving(module: nn.Module, value: Any) -> Iterator[None]:
+    """Let a module give `value` whatever it is called with."""
+    had = module.__dict__.get("forward")
+    module.forward = lambda *args, **kwargs: value  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if had is not None:
+            module.forward = had
