@@ -360,8 +360,8 @@ _WITHOUT_TRAINING = ("num_train_samples", "sample_draw", "precision")
 
 def _uses(cell: Cell, name: str) -> bool:
     """Whether a setting of `train` or of the method decides anything in a cell."""
-    if name in methods.option_names(cell.method):
-        return True
+    if name in methods.option_names(cell.method):  # one that decides nothing beside the others is left out
+        return name in methods.validate_options(cell.method, cell.options)
     if not methods.is_trained(cell.method):
         return name in _WITHOUT_TRAINING
     if name == "epochs_below_1000":

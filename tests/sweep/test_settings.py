@@ -147,6 +147,7 @@ def test_epochs_are_epochs_for_any_number_of_samples():
         ("hificl-table1", "methods.lora.rank=4", "row lora-r16 sets rank"),
         ("miniature-search", "train.learning_rate=0.1", "search of row hificl sets learning_rate"),
         ("hificl-table1", "methods.lora-mini.rank=4", "changes nothing here"),
+        ("hificl-table1", "methods.hificl.point=residual", "changes nothing here"),
         ("hificl-table8", "train.num_shots=4", "changes nothing here"),
         ("hificl-table8", "train.epochs_below_1000=4", "changes nothing here"),
     ],
