@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipeline import plain_yaml
 from pipeline.config import FOLDERS, PARAMS, load
 from pipeline.errors import InputError, WorkError
 
@@ -39,7 +38,7 @@ def create(folder: Path, *, profile: str, data: Path | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / PARAMS, text)
     stages = _stages(root, made_here=params.run.data_root == _MADE, given=data is not None)
-    _write(folder / "dvc.yaml", yaml.safe_dump({"stages": stages}, sort_keys=False))
+    _write(folder / "dvc.yaml", plain_yaml.write({"stages": stages}))
     for name in LINKS:
         _link(folder / name, root / name)
     if data is not None:
@@ -81,7 +80,7 @@ def _stages(root: Path, *, made_here: bool, given: bool) -> dict[str, Any]:
         made_here: whether the profile reads the miniature's world, and not official files.
         given: whether the workspace has official files.
     """
-    stages: dict[str, Any] = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    stages: dict[str, Any] = plain_yaml.read_file(root / "dvc.yaml")["stages"]
     gone = {"backbone"} if made_here else {"backbone", "world"}
     absent = set() if given else {_REAL}
     absent |= set() if made_here else {_MADE, "checkpoints"}

@@ -18,7 +18,7 @@ from pipeline.plain_yaml import read_file
 from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PAPERS = read_file(ROOT / "pipeline/report/papers.yaml")
+PAPERS = read_file(ROOT / "pipeline/papers/papers.yaml")
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def test_every_literal_is_read_as_dvc_reads_it(text, value):
 
 
 def test_the_projects_own_files_are_read_as_dvc_reads_them():
-    files = [*ROOT.glob("*.yaml"), *(ROOT / "pipeline").rglob("*.yaml")]
+    files = [path for form in ("*", "pipeline/**/*", "profiles/*", "studies/*") for path in ROOT.glob(f"{form}.yaml")]
     assert {"params.yaml", "dvc.yaml", "papers.yaml"} <= {path.name for path in files}
     for path in files:
         assert read_file(path) == loads_yaml(path.read_text(encoding="utf-8")), path

@@ -12,12 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pipeline import workspace
+from pipeline import plain_yaml, workspace
 from pipeline.bench._timing import Findings, quartiles, report
 from pipeline.errors import WorkError
-from pipeline.plain_yaml import read_file
 
 STUDY = "overhead"
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +89,7 @@ def _prepare(
         "sweep": {"pack": pack}, "train": {"num_train_samples": samples},
         "subsample": {"num_train": samples, "num_evaluation": 20},
     }  # fmt: skip
-    params = read_file(folder / "params.yaml")
+    params = plain_yaml.read_file(folder / "params.yaml")
     params["profile"] = STUDY
     params["miniature"].update(num_train_images=2 * samples + 800, num_val_images=40)
     for kind, content in (("studies", study), ("profiles", profile)):
@@ -100,8 +97,8 @@ def _prepare(
         shutil.copytree(own.resolve(), own.with_name("copied"))
         own.unlink()
         own.with_name("copied").rename(own)
-        (own / f"{STUDY}.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+        (own / f"{STUDY}.yaml").write_text(plain_yaml.write(content), encoding="utf-8")
+    (folder / "params.yaml").write_text(plain_yaml.write(params), encoding="utf-8")
     for words in (["-m", "stages.world"], ["-m", "stages.subsample", "mini-vqa"]):
         _timed(folder, *words)
     return folder

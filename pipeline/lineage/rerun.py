@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipeline import plain_yaml
 from pipeline.config import Params
 from pipeline.data.manifest import Manifest
 from pipeline.digests import folder_digest
@@ -54,7 +53,7 @@ def rerun(record: RunRecord, params: Params, manifest: Manifest, code: Path, fol
         WorkError: a stage failed; its last line is in the message.
     """
     folder.mkdir(parents=True)
-    (folder / "params.yaml").write_text(yaml.safe_dump(_params(record, params), sort_keys=False), encoding="utf-8")
+    (folder / "params.yaml").write_text(plain_yaml.write(_params(record, params)), encoding="utf-8")
     (folder / "pipeline").symlink_to(code / "pipeline")
     (folder / "stages").symlink_to(code / "stages")
     here = replace(manifest, image_root=manifest.image_root.resolve())

@@ -250,13 +250,15 @@ def _cell(
     ):  # fmt: skip
         train, options = _apply(row.method, train, options, layer, where=f"{where} ({source})")
         sources.update(dict.fromkeys(_written(layer), source))
+    given = {**train.model_dump(), **methods.validate_options(row.method, options)}
     searched = dict.fromkeys(row.search, f"study {study_name}, search of row {row_name}")
     won = {**sources, **searched}
-    methods.validate_options(row.method, options)
     return Cell(
         study=study_name, row=row_name, label=row.label or row_name, method=row.method, backbone=backbone,
-        paper_backbone=paper_backbone, task=task, paper_task=paper_task, vary=vary, seed=seed, train=train,
-        options=options, search=row.search, digests=digests, sources=won,
+        paper_backbone=paper_backbone, task=task, paper_task=paper_task, seed=seed, train=train, options=options,
+        vary={name: given[name] for name in vary},  # as the trial has it: a number where it was written as text
+        search={name: _distinct(domain) if isinstance(domain, list) else domain for name, domain in row.search.items()},
+        digests=digests, sources=won,
         overruled={name: won[name] for name in explicit if won[name] != EXPLICIT},
     )  # fmt: skip
 
@@ -293,6 +295,11 @@ def _grid(axes: Mapping[str, list[Any]]) -> Iterator[Point]:
         yield dict(zip(names, values, strict=True))
 
 
+def _distinct(values: list[Any]) -> list[Any]:
+    """Return the values without repetitions: 1e-3 and 0.001 are one."""
+    return [value for i, value in enumerate(values) if value not in values[:i]]
+
+
 def points(cell: Cell, params: Params) -> list[Point]:
     """Return the points of a cell's space under grid or random search.
 
@@ -315,7 +322,7 @@ def points(cell: Cell, params: Params) -> list[Point]:
         {name: draw(domain, generator, name) for name, domain in cell.search.items()}
         for _ in range(params.sweep.num_samples)
     ]
-    return [point for i, point in enumerate(drawn) if point not in drawn[:i]]
+    return _distinct(drawn)
 
 
 def corners(cell: Cell) -> list[Point]:
@@ -388,12 +395,13 @@ def parse_range(domain: Any, name: str) -> tuple[str, tuple[float, float]]:
     kinds = ("uniform", "loguniform", "randint")
     if isinstance(domain, dict) and len(domain) == 1:
         kind, bounds = next(iter(domain.items()))
-        if kind in kinds and isinstance(bounds, list) and len(bounds) == 2 and bounds[0] < bounds[1]:
+        numbers = isinstance(bounds, list) and all(type(bound) in (int, float) for bound in bounds)
+        if kind in kinds and numbers and len(bounds) == 2 and bounds[0] < bounds[1]:
             if kind == "loguniform" and bounds[0] <= 0:
                 raise InputError(f"loguniform bounds of '{name}' must be above 0, got {bounds}", where="search")
             return kind, (bounds[0], bounds[1])
     raise InputError(
         f"search domain of '{name}' is {domain!r}",
         where="search",
-        way_out=f"Give a list, or one of {kinds} with [low, high]",
+        way_out=f"Give a list, or one of {kinds} with [low, high], two numbers",
     )

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import load
 from pipeline.errors import InputError
-from pipeline.sweep.space import Digests, cells
+from pipeline.sweep.space import Digests, cells, points
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,3 +54,38 @@ def test_a_profile_lays_its_changes_over_a_study(params, tmp_path):
         load(ROOT / "params.yaml", ["run.study_changes.hificl-figure9={title: x}"])
     with pytest.raises(InputError, match="study_changes.hificl-figure7"):
         load(ROOT / "params.yaml", ["run.study_changes.hificl-figure7={lay: table}"])
+
+
+def own(text: str, *settings: str):
+    study = f"{{title: own, backbones: [idefics2-8b-base], tasks: [vqav2], {text}}}"
+    made = load(ROOT / "params.yaml", [f"studies.own={study}", *settings])
+    return made, of(made, "own")
+
+
+@pytest.mark.parametrize("search", ["grid", "random"])
+def test_points_equal_in_value_are_one_point(search):
+    written = "methods: {hificl: {search: {learning_rate: [1e-3, 0.001, 1.0e-3, 5e-3], rank: [8, 8.0]}}}"
+    made, (cell,) = own(written, f"sweep.search={search}", "sweep.num_samples=30")
+    found = points(cell, made)
+    assert sorted(point["learning_rate"] for point in found) == [0.001, 0.005]
+    assert len({cell.trial(point).key for point in found}) == 2
+
+
+def test_the_bounds_of_a_range_are_numbers_however_they_are_written():
+    setting = "methods: {hificl: {search: {learning_rate: {loguniform: [%s]}}}}"
+    drawn = [
+        [point["learning_rate"] for point in points(cell, made)]
+        for bounds in ("1e-5, 5e-3", "0.00001, 0.005")
+        for made, (cell,) in [own(setting % bounds, "sweep.search=random", "sweep.num_samples=5")]
+    ]
+    assert drawn[0] == drawn[1] and all(1e-5 <= rate <= 5e-3 for rate in drawn[0]) and len(set(drawn[0])) == 5
+    for bounds in ("'1e-5', '5e-3'", "1e-5, high", "false, true", "1e-5", "5e-3, 1e-5"):
+        made, (cell,) = own(setting % bounds, "sweep.search=random")
+        with pytest.raises(InputError, match="search domain of 'learning_rate'.*two numbers"):
+            points(cell, made)
+
+
+def test_a_curves_axis_holds_numbers_each_once():
+    _, found = own("methods: {hificl: {}}, vary: {learning_rate: [1e-3, '5e-2', 0.001], num_train_samples: [1e2, 200]}")
+    assert [tuple(cell.vary.values()) for cell in found] == [(0.001, 100), (0.001, 200), (0.05, 100), (0.05, 200)]
+    assert all([type(value) for value in cell.vary.values()] == [float, int] for cell in found)
