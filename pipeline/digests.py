@@ -16,6 +16,19 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def stamp(path: Path) -> tuple[int, ...]:
+    """Return what a file's content cannot change without, and what is known without reading it.
+
+    The time of the last change of the file's entry is among it: a copy with the old file's size and time (`cp -p`,
+    `rsync -t`) has another.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    state = path.stat()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
 def folder_digest(folder: Path) -> str | None:
     """Return the sha256 (hex) over names and bytes of a folder's files; None where there is no file.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.atomic import write_atomic
 from pipeline.backbones.base import IMAGE_BACKEND, Backbone
+from pipeline.digests import stamp
 from pipeline.errors import InputError, WorkError
 
 CHECKPOINTS = "checkpoints"  # the miniatures' folder, beside params.yaml
@@ -125,7 +126,7 @@ def digest_of_folder(folder: Path) -> str:
     """Return the sha256 over name and sha256 of every deciding file of a published layout.
 
     A big file's sha256 is taken from the hub cache's own file name where the folder is one, else remembered in the
-    user's cache folder by path, size and time of change, so that 16 GB are read once.
+    user's cache folder by path and `digests.stamp`, so that 16 GB are read once.
     """
     files = sorted({path for pattern in _DECIDING for path in folder.glob(pattern)})
     total = hashlib.sha256(f"image_backend={IMAGE_BACKEND}\n".encode())
@@ -139,10 +140,9 @@ def digest_of_file(path: Path) -> str:
     real = path.resolve()
     if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return real.name  # the hub's cache files big blobs under their sha256
-    state = real.stat()
-    if state.st_size < _BIG:
+    if real.stat().st_size < _BIG:
         return hashlib.sha256(real.read_bytes()).hexdigest()
-    identity = json.dumps([str(real), state.st_size, state.st_mtime_ns])
+    identity = json.dumps([str(real), *stamp(real)])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hificl-lab" / "sha256"
     note = cache / hashlib.sha256(identity.encode()).hexdigest()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import struct
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from pipeline.data.parquet import cell_bytes, is_cell
 from pipeline.errors import InputError
@@ -22,6 +23,15 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit for a picture of 0.5 GB as RGB; C
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
 _BAND = 256  # rows
+_TURNS: dict[object, Image.Transpose] = {  # by EXIF orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # What one piece of a PNG's text or its colour profile may unpack to. Pillow's own limit of 1 MiB refuses whole
 # pictures: printers' profiles and XMP have several.
 MAX_METADATA = 16 << 20
@@ -44,7 +54,7 @@ def open_image(path: Path | str) -> Image.Image:
     them (Pillow's `convert("RGB")`, which the published pipelines call); 16-bit greyscale is scaled by
     255/65535, because `convert` would clip everything above 255 to white. EXIF orientation is not
     applied: the published pipelines read COCO and Flickr30k without it, and the human answers of VQAv2
-    were given to the stored orientation.
+    were given to the stored orientation. `upright` applies it to a picture that somebody hands in.
 
     Raises:
         InputError: the file is missing, no picture, cut short, or unreasonably large; the path is named.
@@ -53,8 +63,35 @@ def open_image(path: Path | str) -> Image.Image:
     try:
         data = read_image_bytes(path)
     except OSError as error:
-        raise _problem(path, _os_problem(error)) from error
+        raise _problem(path, os_problem(error)) from error
     return decode_image(data, str(path))
+
+
+def upright(data: bytes, name: str) -> bytes | None:
+    """Return the picture as its camera wants it shown, stored anew without loss; None where it is stored so.
+
+    For pictures that people hand in, such as a telephone's; those of data sets are read as they are stored.
+
+    Raises:
+        InputError: as `open_image`.
+    """
+    try:
+        with _opened(data) as image:
+            turn = _TURNS.get(_orientation(image))
+            if turn is None:
+                return None
+            buffer = io.BytesIO()
+            _to_rgb(image).transpose(turn).save(buffer, "PPM")
+            return buffer.getvalue()
+    except _DECODE_ERRORS as error:
+        raise _problem(name, _decode_problem(error, data)) from error
+
+
+def _orientation(image: Image.Image) -> object:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except (*_DECODE_ERRORS, struct.error):  # broken EXIF beside whole pixels
+        return None
 
 
 def read_image_bytes(path: Path | str) -> bytes:
@@ -75,6 +112,15 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         raise _problem(name, _decode_problem(error, data)) from error
 
 
+def size_of(data: bytes, name: str) -> tuple[int, int]:
+    """Return height and width of the picture in `data`, as stored, from its header alone."""
+    try:
+        with _opened(data) as image:
+            return image.height, image.width
+    except _DECODE_ERRORS as error:
+        raise _problem(name, _decode_problem(error, data)) from error
+
+
 def check_image(path: Path) -> CheckedImage:
     """Read and decode the file to its last row; never raises for a bad file.
 
@@ -84,7 +130,7 @@ def check_image(path: Path) -> CheckedImage:
     try:
         data = read_image_bytes(path)
     except OSError as error:
-        return CheckedImage(path, "", _os_problem(error))
+        return CheckedImage(path, "", os_problem(error))
     digest = hashlib.sha256(data).hexdigest()
     try:
         with _opened(data) as image:
@@ -165,10 +211,11 @@ def _problem(path: Path | str, what: str) -> InputError:
     return InputError(what, where=str(path), way_out=f"{way_out}, or take it out of the data")
 
 
-def _os_problem(error: OSError) -> str:
-    if isinstance(error, FileNotFoundError):
+def os_problem(error: OSError) -> str:
+    """Return what a message says about an image that cannot be read."""
+    if isinstance(error, FileNotFoundError) and error.filename is not None:  # a shard that lacks it has no file name
         return "the image file does not exist"
-    return f"the image file cannot be read ({error.strerror})"
+    return f"the image file cannot be read ({error.strerror or error})"
 
 
 def _decode_problem(error: Exception, data: bytes) -> str:

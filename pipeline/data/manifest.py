@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.atomic import write_atomic
+from pipeline.data.image_files import changed
 from pipeline.data.images import check_images, problems_error
 from pipeline.data.sample import PromptStyle, Sample
 from pipeline.errors import InputError
@@ -101,8 +102,7 @@ class Manifest:
             if checked.problem is not None:
                 bad.append(checked)
             elif expected and checked.sha256 != expected:
-                what = f"its bytes changed since the draw (SHA-256 {checked.sha256[:12]}, was {expected[:12]})"
-                bad.append(replace(checked, problem=what))
+                bad.append(replace(checked, problem=changed(checked.sha256, expected)))
         if bad:
             raise problems_error(bad, where=f"manifest of {self.task}")
 

@@ -7,11 +7,15 @@ that an `ImageRef.path` can point to it as it points to a file.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+from pipeline.digests import stamp
 from pipeline.errors import InputError
 
 _CELL = re.compile(r"(?P<file>.+\.parquet)#(?P<row>\d+)/(?P<column>[^/]+)(?:/(?P<number>\d+))?")
@@ -22,9 +26,16 @@ def cell_name(file: str, row: int, column: str, number: int | None = None) -> st
     return f"{file}#{row}/{column}" + ("" if number is None else f"/{number}")
 
 
+def place(path: str) -> tuple[str, int, str]:
+    """Return what sorts images as they lie: a shard's by row, so that each of its groups is read once."""
+    found = _CELL.fullmatch(path)
+    return (path, 0, "") if found is None else (found["file"], int(found["row"]), path)
+
+
 def is_cell(path: Path | str) -> bool:
     """Tell whether `path` names an image inside a shard."""
-    return ".parquet#" in str(path)
+    found = _CELL.fullmatch(str(path))
+    return found is not None and Path(found["file"]).is_file()  # a folder may be called so, with its mark and all
 
 
 def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -67,12 +78,10 @@ def cell_bytes(path: Path | str) -> bytes:
     found = _CELL.fullmatch(str(path))
     if found is None:
         raise OSError(2, "no such place in a Parquet file")
-    file, row = Path(found["file"]), int(found["row"])
     try:
-        images = _column_block(file, file.stat().st_mtime_ns, row, found["column"])
+        image = _cell(Path(found["file"]), int(found["row"]), found["column"])
     except InputError as error:
         raise OSError(5, str(error)) from error
-    image = images.get(row)
     if found["number"] is not None and isinstance(image, list):
         image = image[int(found["number"])] if int(found["number"]) < len(image) else None
     if not isinstance(image, dict) or not image.get("bytes"):
@@ -100,21 +109,38 @@ def _damaged(path: Path, what: str, error: Exception) -> InputError:
     )
 
 
+_READING = Lock()  # of groups: several threads that ask for one wait for the first
+
+
+def _cell(path: Path, row: int, column: str) -> Any:
+    """Return a cell's value; None where the shard has no such row or column."""
+    with _READING:
+        mark = stamp(path)
+        ends, columns = _groups(path, mark)
+        group = bisect_right(ends, row)
+        if group == len(ends) or column not in columns:
+            return None
+        block = _column_of_group(path, mark, group, column)
+    return block[row - (ends[group - 1] if group else 0)].as_py()
+
+
+# The stamp is part of the keys: a replaced file is read again.
+@lru_cache(maxsize=64)
+def _groups(path: Path, mark: tuple[int, ...]) -> tuple[tuple[int, ...], frozenset[str]]:
+    """Return the row number at which each row group ends, and the columns' names."""
+    del mark
+    file = _opened(path)
+    counts = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+    return tuple(accumulate(counts)), frozenset(file.schema_arrow.names)
+
+
 @lru_cache(maxsize=4)
-def _column_block(path: Path, modified: int, row: int, column: str) -> dict[int, Any]:
-    """Return the images of the row's group by row number; the groups of such files hold some 100 rows."""
+def _column_of_group(path: Path, mark: tuple[int, ...], group: int, column: str) -> Any:
+    """Return one column of a row group; the groups of such files hold some 100 rows."""
     import pyarrow
 
-    del modified  # part of the key: a replaced file is read again
-    file = _opened(path)
-    first = 0
-    for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        if row < first + count and column in file.schema_arrow.names:
-            try:
-                block = file.read_row_group(group, columns=[column])[column].to_pylist()
-            except (OSError, ValueError, pyarrow.ArrowException) as error:
-                raise _damaged(path, f"is damaged in row group {group}", error) from error
-            return dict(enumerate(block, start=first))
-        first += count
-    return {}
+    del mark
+    try:
+        return _opened(path).read_row_group(group, columns=[column])[column]
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise _damaged(path, f"is damaged in row group {group}", error) from error

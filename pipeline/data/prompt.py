@@ -10,12 +10,12 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING
 
 from pipeline.backbones.base import Backbone, RoleLines
+from pipeline.data import image_files
 from pipeline.data.sample import ImageRef, PromptStyle, Sample
 from pipeline.errors import InputError, WorkError
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.tasks.base import PromptTemplate
 
 Span = tuple[int, int]
+Sizes = tuple[image_files.Size, ...]  # of a prompt's images
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,17 +180,28 @@ def stop_strings(template: PromptTemplate, backbone: Backbone, style: PromptStyl
 
 
 def encode(
-    loaded: Loaded, rendered: Rendered, *, image_sizes: Sequence[tuple[int, int]] | None = None, root: Path | str = ""
+    loaded: Loaded, rendered: Rendered, *, image_sizes: Sequence[image_files.Size] | None = None, root: Path | str = ""
 ) -> Encoded:
     """Return one prompt's token ids; see `encode_all`."""
-    return encode_all(loaded, [rendered], image_sizes=[image_sizes], root=root)[0]
+    return encode_all(loaded, [rendered], image_sizes=None if image_sizes is None else [image_sizes], root=root)[0]
+
+
+def sizes_that_matter(loaded: Loaded, rendered: Sequence[Rendered], root: Path | str = "") -> list[Sizes]:
+    """Return each prompt's image sizes, or nothing for a backbone whose number of tokens does not depend on them.
+
+    Raises:
+        InputError: an image cannot be read, or is no longer what was drawn.
+    """
+    if not loaded.family.sized:
+        return [()] * len(rendered)
+    return [tuple(image_files.size(image, root) for image in one.images) for one in rendered]
 
 
 def encode_all(
     loaded: Loaded,
     rendered: Sequence[Rendered],
     *,
-    image_sizes: Sequence[Sequence[tuple[int, int]] | None] | None = None,
+    image_sizes: Sequence[Sequence[image_files.Size]] | None = None,
     root: Path | str = "",
 ) -> list[Encoded]:
     """Return the token ids of prompts, with images expanded as the real processor expands them.
@@ -197,9 +209,8 @@ def encode_all(
     Args:
         loaded: the backbone in use.
         rendered: prompts.
-        image_sizes: for each prompt (height, width) of its images. Only backbones whose number of tokens depends on
-            them read sizes; where they are not given, the image files are asked.
-        root: the data root of the image files.
+        image_sizes: for each prompt (height, width) of its images, where they matter; None: they are read.
+        root: the data root of the images.
 
     Raises:
         InputError: a prompt is longer than the backbone reads, or an image's size is needed and cannot be read.
@@ -208,13 +219,7 @@ def encode_all(
     if not rendered:
         return []
     family, processor = loaded.family, loaded.processor
-    sizes: list[Sequence[tuple[int, int]] | None]
-    sizes = list(image_sizes) if image_sizes is not None else [None] * len(rendered)
-    if family.sized:
-        sizes = [
-            size if size is not None else [_image_size(Path(root) / image.path) for image in r.images]
-            for r, size in zip(rendered, sizes, strict=True)
-        ]
+    sizes = sizes_that_matter(loaded, rendered, root) if image_sizes is None else image_sizes
     texts = [family.expand(r.text, processor, size) for r, size in zip(rendered, sizes, strict=True)]
     ids, offsets = family.tokenise(loaded.tokenizer, texts)
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
@@ -242,18 +247,6 @@ def _shots_that_fit(rendered: Rendered, num_tokens: int, longest: int) -> str:
     turn = -(-num_tokens // (rendered.num_shots + 1))  # rounded up: the instruction takes a little, too
     fit = longest // turn - 1
     return f"About {max(fit, 0)} of {rendered.num_shots} demonstrations fit: lower num_shots"
-
-
-@lru_cache(maxsize=1 << 20)
-def _image_size(path: Path) -> tuple[int, int]:
-    """Return (height, width), from the file's header alone."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except OSError as error:
-        raise InputError(f"the image's size cannot be read ({error})", where=str(path)) from error
 
 
 def _tokens_between(places: Sequence[Span], start: int, end: int, sample_id: int | str) -> Span:

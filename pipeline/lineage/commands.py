@@ -108,7 +108,7 @@ def _predict(commands: Any, add: Add) -> None:
         from pipeline.lineage.predict import answer
 
         return answer(
-            Path(args.adapter), Path(args.image), question=args.question, task_name=args.task,
+            Path(args.adapter), args.image, question=args.question, task_name=args.task,
             max_new_tokens=args.max_new_tokens,
         )  # fmt: skip
 

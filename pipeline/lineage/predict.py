@@ -9,14 +9,14 @@ from pipeline.train.answering import Answerer
 
 
 def answer(
-    folder: Path, image: Path, *, question: str | None = None, task_name: str | None = None,
+    folder: Path, image: str | Path, *, question: str | None = None, task_name: str | None = None,
     max_new_tokens: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return what the adapter's backbone says to an image, as the logged models do (`tracking.served`).
 
     Args:
         folder: an adapter's folder of a trial (`runs/KEY/adapter`).
-        image: the image's file.
+        image: the image's file, or its content in base64; EXIF orientation is applied.
         question: for tasks that ask one.
         task_name: whose prompt and post-processing are used; None: the adapter's own.
         max_new_tokens: None: the task's own.

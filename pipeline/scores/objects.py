@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from pipeline.digests import stamp
 from pipeline.errors import InputError
 from pipeline.scores.files import id_field, read_json, section, shown, text_field
 
@@ -26,18 +27,17 @@ def categories_of(paths: Iterable[str | Path]) -> dict[str, list[str]]:
     return found
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> tuple[int, ...]:
     try:
-        stat = path.stat()
+        return stamp(path)
     except OSError:
-        return 0, 0  # reading it says what is wrong
-    return stat.st_mtime_ns, stat.st_size
+        return ()  # reading it says what is wrong
 
 
 # A process scores many trials against the same file, and COCO's takes seconds to read; a replaced file is read again.
 @lru_cache(maxsize=2)
-def _categories(path: Path, stamp: tuple[int, int]) -> Mapping[str, tuple[str, ...]]:
-    del stamp
+def _categories(path: Path, mark: tuple[int, ...]) -> Mapping[str, tuple[str, ...]]:
+    del mark
     content = read_json(path)
     names = {
         id_field(row, "id", f"{path}, category {number}"): text_field(row, "name", f"{path}, category {number}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pipeline import adapters, backbones
 from pipeline.adapters.base import Adapter
 from pipeline.backbones.load import Loaded
 from pipeline.config import PARAMS, BackboneSource, load
-from pipeline.data.images import check_images, problems_error
+from pipeline.data.images import decode_image, os_problem, read_image_bytes, size_of, upright
 from pipeline.data.prompt import encode_all, render, stop_strings
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
@@ -26,7 +26,9 @@ from pipeline.evaluate.generate import generate
 from pipeline.tasks import tasks
 from pipeline.train.visual_tokens import VisualTokens
 
-_LONGEST_PATH = 4096  # characters; a longer text is no file's name
+_INLINE = "the image in base64"
+_SHOWN = 80  # characters of what is neither
+_WAY_OUT = "Give an image's path, or its content in base64"
 
 
 class Answerer:
@@ -58,7 +60,8 @@ class Answerer:
         """Return what the backbone says to an image.
 
         Args:
-            image: a file's path, or its content in base64 (a data URI too).
+            image: a file's path (or `shard.parquet#ROW/COLUMN`), or its content in base64 (a data URI too). EXIF
+                orientation is applied.
             question: for tasks that ask one.
             max_new_tokens: None: the task's own.
 
@@ -72,9 +75,6 @@ class Answerer:
         """
         self._check_question(question)
         with _as_file(image) as file:
-            bad = [checked for checked in check_images([file]) if checked.problem is not None]
-            if bad:
-                raise problems_error(bad, where=str(file))
             text = self._generate(file, question, max_new_tokens or self.task.max_new_tokens)
         return {
             "answer": self.task.postprocess(text), "text": text, "question": question,
@@ -125,22 +125,41 @@ class Answerer:
 
 @contextmanager
 def _as_file(image: str | Path) -> Iterator[Path]:
-    """Give an image as a file: a path as it is, base64 written out for as long as it is needed."""
-    text = str(image)
-    if len(text) <= _LONGEST_PATH and not text.startswith("data:") and (Path(text).exists() or "." in text):
-        yield Path(text)
-        return
-    try:
-        content = base64.b64decode(text.rpartition("base64,")[2], validate=True)
-    except (binascii.Error, ValueError):
-        shown = text if len(text) <= 80 else f"{text[:77]}..."
-        raise InputError(
-            f"'{shown}' is neither a file nor an image in base64", where="image", way_out="Give a path or base64"
-        ) from None
+    """Give a whole, upright picture as a file: where it is, or written out for as long as it is needed."""
+    name, data = _given(str(image))
+    turned = upright(data, name)
+    if turned is None:
+        decode_image(data, name)
+        if name != _INLINE:
+            yield Path(name)
+            return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "image"
-        file.write_bytes(content)
+        file.write_bytes(turned or data)
         yield file
+
+
+def _given(text: str) -> tuple[str, bytes]:
+    """Return what messages call a picture, and its bytes: from where the text says, or from the text itself."""
+    problem = "neither a file nor an image in base64"
+    shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    inline = text.startswith("data:")
+    if not inline:
+        try:
+            return text, read_image_bytes(text)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            problem = os_problem(error)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise InputError(os_problem(error), where=shown, way_out=_WAY_OUT) from error
+        except ValueError:
+            pass  # a NUL, which no path has
+    with suppress(ValueError, InputError):
+        data = base64.b64decode("".join(text.rpartition("base64,")[2].split()), validate=True)
+        if not inline:
+            size_of(data, _INLINE)  # a file's name may happen to be base64
+        return _INLINE, data
+    raise InputError(problem, where=shown, way_out=_WAY_OUT)
 
 
 def _source(name: str, project: Path) -> BackboneSource:

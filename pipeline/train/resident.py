@@ -14,7 +14,7 @@ from pipeline import backbones
 from pipeline.config import BackboneSource
 from pipeline.data.collate import Batch, Span, collate
 from pipeline.data.manifest import Manifest
-from pipeline.data.prompt import Encoded, encode_all, render
+from pipeline.data.prompt import Encoded, Rendered, Sizes, encode_all, render, sizes_that_matter
 from pipeline.data.sample import Sample
 from pipeline.errors import InputError
 from pipeline.request import TrialRequest
@@ -74,7 +74,8 @@ class Resident:
         self.targets: Recent[tuple, list[Target]] = Recent(TEACHER_BYTES, lambda made: sum(one.bytes for one in made))
         self.kinds: set[Kind] = set()  # of target that are made in one pass: those that are asked for soon
         self._manifests: dict[Path, Manifest] = {}
-        self._alone: Recent[tuple[str, bool, int | str], Encoded] = Recent(PROMPTS_ALONE, lambda _: 1)
+        # by all that their tokens come from: splits and manifests may give one id to different samples
+        self._alone: Recent[tuple[Rendered, Sizes], Encoded] = Recent(PROMPTS_ALONE, lambda _: 1)
 
     @staticmethod
     def key(config: TrialConfig) -> tuple[str, str, str]:
@@ -103,10 +104,11 @@ class Resident:
             samples: any of it.
             answer: whether the answer stands behind the prompt, as in training.
         """
-        keys = [(manifest.digest, answer, sample.sample_id) for sample in samples]
+        rendered = self._rendered(manifest, samples, [()] * len(samples), answer)
+        keys = list(zip(rendered, sizes_that_matter(self.loaded, rendered, manifest.image_root), strict=True))
         found = {key: encoded for key in keys if (encoded := self._alone.get(key)) is not None}
-        missing = {key: sample for key, sample in zip(keys, samples, strict=True) if key not in found}
-        made = self.prompts(manifest, list(missing.values()), [()] * len(missing), answer=answer) if missing else []
+        missing = list(dict.fromkeys(key for key in keys if key not in found))
+        made = encode_all(self.loaded, [text for text, _ in missing], image_sizes=[sizes for _, sizes in missing])
         for key, encoded in zip(missing, made, strict=True):
             found[key] = self._alone.put(key, encoded)
         return [found[key] for key in keys]
@@ -115,12 +117,16 @@ class Resident:
         self, manifest: Manifest, queries: Sequence[Sample], demos: Sequence[Sequence[Sample]], *, answer: bool
     ) -> list[Encoded]:
         """Return prompts with demonstrations."""
+        return encode_all(self.loaded, self._rendered(manifest, queries, demos, answer), root=manifest.image_root)
+
+    def _rendered(
+        self, manifest: Manifest, queries: Sequence[Sample], demos: Sequence[Sequence[Sample]], answer: bool
+    ) -> list[Rendered]:
         task = tasks.get(manifest.task)
-        rendered = [
+        return [
             render(task.template, self.loaded.backbone, query, shots, answer=answer, style=manifest.prompt)
             for query, shots in zip(queries, demos, strict=True)
         ]
-        return encode_all(self.loaded, rendered, root=manifest.image_root)
 
     def batch(
         self, encoded: Sequence[Encoded], manifest: Manifest | Sequence[Manifest], *,

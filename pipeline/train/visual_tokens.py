@@ -11,6 +11,7 @@ import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +21,23 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.backbones.base import IMAGE_BACKEND, Pixels
-from pipeline.data.images import decode_image, read_image_bytes
-from pipeline.data.sample import ImageRef
-from pipeline.errors import InputError
+from pipeline.data import image_files
+from pipeline.data.image_files import Image
+from pipeline.data.images import decode_image
 from pipeline.train.recent import Recent
 
 if TYPE_CHECKING:
     from pipeline.backbones.load import Loaded
 
-Image = ImageRef | Path | str
 GIB = 1 << 30
+_CODE = ("pillow", "torch", "transformers")  # what reads pictures and computes on them
 
 
 class VisualTokens:
     """Visual tokens by image, each computed once.
 
-    The key is the image file's sha256, the processor's settings and the backbone's digest: the same picture under two
-    names is one entry, and nothing computed with other weights is ever read.
+    The key is the sha256 of the image's bytes, the processor's settings, the backbone's digest and the versions of what
+    computes: the same picture under two names is one entry, and nothing computed with other weights is ever read.
 
     Args:
         loaded: the backbone; its vision tower and connector must stay as loaded.
@@ -63,7 +64,6 @@ class VisualTokens:
         self._pixels: Recent[str, Pixels] = Recent(
             memory_bytes, lambda pixels: sum(part.nbytes for part in pixels.values())
         )
-        self._digests: dict[str, str] = {}
 
     def get(self, images: Sequence[Image], root: Path | str = "") -> list[Tensor]:
         """Return the visual tokens [T, D] of every image, in order, on the CPU.
@@ -75,7 +75,7 @@ class VisualTokens:
         Raises:
             InputError: an image cannot be read.
         """
-        keys = [self._sha256(image, root) for image in images]
+        keys = [image_files.digest(image, root) for image in images]
         found: dict[str, Tensor] = {}
         missing: dict[str, Image] = {}
         for key, image in zip(keys, images, strict=True):
@@ -113,7 +113,7 @@ class VisualTokens:
             root: the data root.
         """
         dtype = self.loaded.dtype
-        blocks = [[self._processed(self._sha256(image, root), image, root) for image in row] for row in rows]
+        blocks = [[self._processed(image_files.digest(image, root), image, root) for image in row] for row in rows]
         stacked = self.loaded.family.stack(blocks)
         return {name: part.to(dtype) if part.is_floating_point() else part for name, part in stacked.items()}
 
@@ -147,20 +147,11 @@ class VisualTokens:
     def _processed(self, key: str, image: Image, root: Path | str, *, keep: bool = True) -> Pixels:
         pixels = self._pixels.get(key)
         if pixels is None:
-            data = _read(image, root)
-            picture = decode_image(data, str(_path(image, root)))
+            picture = decode_image(image_files.read(image, root), str(image_files.located(image, root)))
             pixels = self.loaded.family.process(self.loaded.processor, picture)
             if keep:
                 self._pixels.put(key, pixels)
         return pixels
-
-    def _sha256(self, image: Image, root: Path | str) -> str:
-        if isinstance(image, ImageRef) and image.sha256:
-            return image.sha256
-        path = str(_path(image, root))
-        if path not in self._digests:
-            self._digests[path] = hashlib.sha256(_read(image, root)).hexdigest()
-        return self._digests[path]
 
 
 class DiskStore:
@@ -192,7 +183,8 @@ class DiskStore:
                 checksum = (file.metadata() or {}).get("crc32")
                 tensor = file.get_tensor("tokens")
             if str(_crc32(tensor)) == checksum:
-                os.utime(path)  # the time of last use, which the removal goes by
+                with suppress(OSError):  # another user's, or a read-only disk: as good as any
+                    os.utime(path)  # the time of last use, which the removal goes by
                 return tensor
         except FileNotFoundError:
             return None
@@ -250,6 +242,7 @@ def _settings_digest(loaded: Loaded) -> str:
         "dtype": str(loaded.dtype),
         "processor": loaded.processor.image_processor.to_dict(),
         "class": type(loaded.processor.image_processor).__name__,
+        "code": {name: version(name) for name in _CODE},
         "backend": IMAGE_BACKEND,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
@@ -258,18 +251,3 @@ def _settings_digest(loaded: Loaded) -> str:
 def _crc32(tensor: Tensor) -> int:
     data: Any = tensor.contiguous().view(torch.uint8).numpy()
     return zlib.crc32(data)
-
-
-def _path(image: Image, root: Path | str) -> Path:
-    return Path(root) / (image.path if isinstance(image, ImageRef) else image)
-
-
-def _read(image: Image, root: Path | str) -> bytes:
-    path = _path(image, root)
-    try:
-        return read_image_bytes(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(
-            f"the image file cannot be read ({reason})", where=str(path), way_out="Check the data root, or get it again"
-        ) from error

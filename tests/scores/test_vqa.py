@@ -43,6 +43,16 @@ def test_the_two_normalisations_differ_only_where_annotators_agree():
     assert official.per_question == {"agree": 0.0, "differ": 100.0}
 
 
+def test_an_empty_prediction_is_right_against_an_article():
+    """Articles are dropped on both sides, by the official program too; docs/tasks.md says so."""
+    references = {"articles": ["the"] * 4 + ["a"] * 3 + ["dog"] * 3, "all": ["a"] * 10}
+    for nothing in ("", "the", " "):
+        predictions = dict.fromkeys(references, nothing)
+        assert vqa.vqa_accuracy(predictions, references).per_question == {"articles": 100.0, "all": 100.0}
+        official = vqa.vqa_accuracy(predictions, references, "official")
+        assert official.per_question == {"articles": 100.0, "all": 0.0}  # ten equal answers are compared as they are
+
+
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=10), st.sampled_from("abc"))
 def test_closed_form_is_the_leave_one_out_mean(references, answer):
     # Letters that normalisation leaves alone, save the article.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from pipeline import tasks
@@ -13,7 +11,7 @@ from pipeline.data.images import open_image
 from pipeline.data.subsample import draw
 from pipeline.errors import InputError
 from pipeline.scores.__main__ import main
-from tests.tasks.conftest import failure
+from tests.tasks.conftest import failure, make_mme_shards
 
 
 def test_mme_reads_both_layouts_and_keeps_pairs_together(mme):
@@ -68,22 +66,8 @@ def test_mme_equals_the_command_on_its_result_files(mme, tmp_path, capsys):
 
 
 def test_mme_from_shards_equals_mme_from_folders(mme, tmp_path_factory):
-    task, root = tasks.get("mme"), tmp_path_factory.mktemp("shards")
+    task, root = tasks.get("mme"), make_mme_shards(tmp_path_factory.mktemp("shards"))
     folders = list(task.read(mme, "evaluation"))
-    (root / "mme" / "data").mkdir(parents=True)
-    records = [
-        {
-            "question_id": f"{sample.meta['category']}/{sample.meta['image']}",
-            "image": {"bytes": (mme / sample.images[0].path).read_bytes(), "path": None},
-            "question": sample.question,
-            "answer": sample.target,
-            "category": sample.meta["category"],
-        }
-        for sample in folders
-    ]
-    for shard in range(2):
-        table = pyarrow.Table.from_pylist(records[56 * shard : 56 * (shard + 1)])
-        pyarrow.parquet.write_table(table, root / f"mme/data/test-{shard:05d}-of-00002-ab.parquet", row_group_size=10)
     shards = list(task.read(root, "evaluation"))
     for one, other in zip(folders, shards, strict=True):
         assert (one.sample_id, one.question, one.target) == (other.sample_id, other.question, other.target)

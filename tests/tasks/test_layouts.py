@@ -1,0 +1,55 @@
+"""Wherever a task's pictures lie, in folders or in cells of shards, every backbone reads them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline import backbones, tasks
+from pipeline.data.collate import collate
+from pipeline.data.image_files import digest, read, size
+from pipeline.data.images import open_image
+from pipeline.data.prompt import encode_all, render
+from pipeline.data.subsample import draw
+from pipeline.train.visual_tokens import VisualTokens
+from tests.tasks.conftest import LAYOUTS
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def drawn(request, tmp_path_factory):
+    """The manifest of a layout."""
+    name, make = LAYOUTS[request.param]
+    root = make(tmp_path_factory.mktemp("layout"))
+    return draw(tasks.get(name), root, seed=0, num_train=4, num_selection=2, num_evaluation=2)
+
+
+def test_every_task_has_its_layouts():
+    assert {name for name, _ in LAYOUTS.values()} == {n for n in tasks.names() if tasks.get(n).stands_for == n}
+
+
+@pytest.mark.parametrize("name", backbones.names())
+def test_every_backbone_reads_every_layout(drawn, name, tiny):
+    loaded, task = tiny(name), tasks.get(drawn.task)
+    query, demonstration = drawn.splits["evaluation"][0], drawn.splits["train"][0]
+    prompts = encode_all(
+        loaded,
+        [render(task.template, loaded.backbone, query, [demonstration], answer=True, style=drawn.prompt)],
+        root=drawn.image_root,
+    )
+    visual = VisualTokens(loaded).get(list(prompts[0].images), drawn.image_root)
+    places = prompts[0].input_ids.count(loaded.image_token_id)
+    tokens = len(visual) if name == "idefics-9b" else sum(image[..., 0].numel() for image in visual)
+    assert places == tokens > 0
+    with torch.no_grad():
+        logits = loaded.model(**collate(prompts, loaded, visual=visual).model_inputs(loaded)).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_bytes_digest_and_size_are_those_of_the_draw(drawn):
+    for samples in drawn.splits.values():
+        for image in (image for sample in samples for image in sample.images):
+            picture = open_image(drawn.image_root / image.path)
+            assert size(image, drawn.image_root) == (picture.height, picture.width)
+            assert size(image.path, drawn.image_root) == (picture.height, picture.width)
+            assert digest(image.path, drawn.image_root) == image.sha256
+            assert read(image, drawn.image_root) == read(image.path, drawn.image_root)
