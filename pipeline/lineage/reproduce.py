@@ -62,14 +62,17 @@ def reproduce(
     say(f"training {record.config['method']} on {record.config['task']} again, seed {record.config['seed']}")
     with _folder(keep) as private:
         if here:
-            # this code may have options that the run's had not: they are what they were then, not today's defaults
-            options = methods.recorded_options(record.config["method"], record.config["options"])
-            told = replace(record, config={**record.config, "options": options})
-            again = rerun(told, params, manifest, repository, private / "store")
+            again = rerun(as_then(record), params, manifest, repository, private / "store")
         else:
             with checked_out(repository, record.provenance, private / "code") as code:
                 again = rerun(record, params, manifest, code, private / "store")
     return {**_compared(record, again, allowed), "environment": environment}
+
+
+def as_then(record: RunRecord) -> RunRecord:
+    """Return a record for today's code: options that its own code did not have are what they were, not the defaults."""
+    options = methods.recorded_options(record.config["method"], record.config["options"])
+    return replace(record, config={**record.config, "options": options})
 
 
 def _same_data(record: RunRecord, root: Path) -> Manifest:
