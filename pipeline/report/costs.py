@@ -56,8 +56,13 @@ def known(table: Table) -> list[Cost]:
     return [cost for cost in COSTS if any(getattr(cell, cost.field) for cell in table.study.cells)]
 
 
+def values(cost: Cost, table: Table, line: Line) -> list[float]:
+    """Return what a row's cells have in one column, where they have something."""
+    cells = [cell for entry in table.row(line) for cell in entry.cells]
+    return [float(value) for value in (getattr(cell, cost.field) for cell in cells) if value]
+
+
 def of_row(cost: Cost, table: Table, line: Line) -> str:
     """Return a row's entry in one column; nothing where nothing is known."""
-    cells = [cell for entry in table.row(line) for cell in entry.cells]
-    values = [float(value) for value in (getattr(cell, cost.field) for cell in cells) if value]
-    return cost.text(values) if values else ""
+    known_here = values(cost, table, line)
+    return cost.text(known_here) if known_here else ""

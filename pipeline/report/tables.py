@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.config import Params
 from pipeline.report import papers
 from pipeline.report.evaluations import Cell, StudyFile, read_evaluation
-from pipeline.report.statistics import Difference, mean_std, paired_bootstrap
+from pipeline.report.statistics import Difference, interval, mean_std, paired_bootstrap
 
 _TOLERANCE = 1e-3  # relative: a score that differs more from its samples' mean is no mean over samples
 
@@ -61,6 +61,7 @@ class Entry:
         comparable: whether ours stands on the paper's own backbone and task.
         mark: `best`, `second` or nothing, among the rows of the same backbone.
         difference: ours minus the reference row's, on the same samples.
+        interval: of 95 % over samples, of the mean over seeds; None where the number is no mean over samples.
     """
 
     line: Line
@@ -74,6 +75,7 @@ class Entry:
     comparable: bool
     mark: str = ""
     difference: Difference | None = None
+    interval: tuple[float, float] | None = None
 
     @property
     def done(self) -> list[Cell]:
@@ -102,6 +104,7 @@ class Table:
     reference: str | None
     axes: list[str] = field(default_factory=list)
     note: str | None = None
+    paper: str | None = None
 
     def groups(self) -> list[tuple[str, list[Line]]]:
         """Return the lines by backbone, in the study's order."""
@@ -137,11 +140,16 @@ def build(study: StudyFile, params: Params, evaluations: Path) -> Table:
             entries[line, column] = _entry(line, column, cells, study, path, params)
     axes = list(dict.fromkeys(axis for line in lines for axis, _ in line.vary))
     reference = (definition.reference if definition else None) or _reference(study, lines)
-    table = Table(study, columns, lines, entries, reference, axes, definition.notes() if definition else None)
+    note = definition.notes() if definition else None
+    table = Table(study, columns, lines, entries, reference, axes, note, path)
     for column in columns:
         for _, group in table.groups():
             _mark([entries[line, column] for line in group])
-    _compare(table, functools.cache(lambda key: sample_scores(key, evaluations)))
+    scores = functools.cache(lambda key: sample_scores(key, evaluations))
+    _compare(table, scores)
+    for entry in entries.values():
+        if entry.column.metric is None:
+            entry.interval = _interval(entry, scores)
     return table
 
 
@@ -229,6 +237,12 @@ def _compare(table: Table, scores: Any) -> None:
         if same:
             ours, theirs = by_sample(entry, scores), by_sample(table.entries[same[0], column], scores)
             entry.difference = paired_bootstrap(ours, theirs)
+
+
+def _interval(entry: Entry, scores: Any) -> tuple[float, float] | None:
+    units = {scores(cell.evaluation)[0] for cell in entry.done if cell.evaluation}
+    top = papers.convert(100.0, "percent", entry.unit) if units == {"percent"} else None  # a percentage is bounded
+    return interval(list(by_sample(entry, scores).values()), top)
 
 
 def by_sample(entry: Entry, scores: Any) -> dict[str, float]:

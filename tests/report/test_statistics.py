@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.report.statistics import mean_std, paired_bootstrap
+from pipeline.report.statistics import interval, mean_std, paired_bootstrap
 
 
 def test_mean_and_sample_deviation() -> None:
@@ -41,3 +41,23 @@ def test_only_shared_samples_count_and_equal_seeds_give_equal_intervals() -> Non
     assert (found.mean, found.num_samples, found.clear) == (0.0, 2, False)
     assert found == paired_bootstrap(a, b)
     assert paired_bootstrap(a, {"1": 1.0}) is None
+
+
+def test_the_interval_of_a_share_is_wilsons_and_of_a_mean_students() -> None:
+    assert interval([100.0] * 6, top=100.0) == pytest.approx((60.96657, 100.0))
+    assert interval([1.0] * 30 + [0.0] * 70, top=1.0) == pytest.approx((0.218949, 0.395849), rel=1e-5)
+    half = 3.182446 * math.sqrt(7) / 2  # three degrees of freedom
+    assert interval([1.0, 2.0, 4.0, 7.0]) == pytest.approx((3.5 - half, 3.5 + half), abs=0.01 * half)
+    assert interval([3.0]) is None and interval([]) is None and interval([], top=1.0) is None
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(3)
+    hits = {"share": 0, "mean": 0}
+    for _ in range(2000):
+        share = interval(list((draw.random(40) < 0.8).astype(float)), top=1.0)
+        mean = interval(list(draw.normal(5, 2, 40)))
+        assert share is not None and mean is not None
+        hits["share"] += share[0] <= 0.8 <= share[1]
+        hits["mean"] += mean[0] <= 5 <= mean[1]
+    assert all(0.93 < count / 2000 < 0.97 for count in hits.values()), hits
