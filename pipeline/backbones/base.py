@@ -102,6 +102,8 @@ class Backbone:
         parameters: number of parameters of the real configuration, as published or counted.
         never_generated: roles of special tokens that stand for images and are kept out of generated text.
         placeholder: the text of one image in an unexpanded prompt; None: the image token alone.
+        added_tokens: what its tokenizer reads as one token wherever it stands, the special tokens among it; known once
+            it is loaded.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Backbone:
     published_roles: RoleLines | None = None
     never_generated: tuple[str, ...] = ("image",)
     placeholder: str | None = None
+    added_tokens: tuple[str, ...] = ()
 
     def config_for(self, variant: str) -> dict[str, Any]:
         """Return the configuration of a variant ('published' and 'meta': the real one; 'tiny')."""
@@ -127,6 +130,11 @@ class Backbone:
     def processor_for(self, variant: str) -> dict[str, Any]:
         """Return the processor's settings of a variant."""
         return merged(self.processor, self.tiny_processor) if variant == "tiny" else copy.deepcopy(dict(self.processor))
+
+    @property
+    def reserved(self) -> frozenset[str]:
+        """What text of the data must not hold, because it would be read as something else than text."""
+        return frozenset(self.special_tokens.values()) | frozenset(self.added_tokens)
 
     @property
     def image_token(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +30,7 @@ class Loaded:
         model: the transformers model; no parameter requires a gradient.
         processor: the real processor class (None for meta).
         tokenizer: the processor's tokenizer (None for meta).
-        backbone: its facts.
+        backbone: its facts, with what its tokenizer adds to them.
         digest: sha256 (hex) over configuration, tokenizer, processor and weights; for tiny over configuration and seed.
         variant: published, tiny or meta.
         folder: where published weights came from.
@@ -212,6 +212,8 @@ def _ready(loaded: Loaded) -> Loaded:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = loaded.backbone.special_tokens["pad"]
+    # A tokenizer knows more than the roles: tools, spare ones, and Idefics2's end of a turn, for which there is no row.
+    loaded.backbone = replace(loaded.backbone, added_tokens=tuple(sorted(tokenizer.get_added_vocab())))
     # The published generation settings may sample; ours decode deterministically unless a caller says otherwise.
     loaded.model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=loaded.eos_token_ids, pad_token_id=tokenizer.pad_token_id

@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING
@@ -164,13 +165,21 @@ def _answer(text: str, backbone: Backbone) -> str:
 
 
 def neutral(text: str, backbone: Backbone) -> str:
-    """Return `text` with a space inside anything that the tokenizer would read as a special token.
+    """Return `text` with a space inside anything that the tokenizer would read as a token of its own.
 
-    A question that says `<image>` would otherwise ask for one image more than there is.
+    A question that says `<image>` would otherwise ask for one image more than there is, and one that says
+    `<end_of_utterance>` for a token that Idefics2's base model does not have.
     """
-    for special in sorted(set(backbone.special_tokens.values()), key=lambda s: (-len(s), s)):
-        text = text.replace(special, f"{special[0]} {special[1:]}")
+    for token in _longest_first(backbone.reserved):
+        if token in text:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
+
+
+@lru_cache(maxsize=32)
+def _longest_first(tokens: frozenset[str]) -> tuple[str, ...]:
+    # a letter, or white space, that has a token is text whichever way it is read
+    return tuple(sorted((t for t in tokens if len(t.strip()) > 1), key=lambda t: (-len(t), t)))
 
 
 def stop_strings(template: PromptTemplate, backbone: Backbone, style: PromptStyle = "papers") -> tuple[str, ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import AddedToken
 
 from pipeline import backbones
 from pipeline.data.prompt import draw_demos, encode, encode_all, render, stop_strings
@@ -185,6 +187,38 @@ def test_special_tokens_in_the_data_stay_text(name, tiny):
     for token in special:
         if token != unknown:
             assert encoded.input_ids.count(token) == reference.input_ids.count(token)
+
+
+EXTRA = ("<tool_call>", "<|object_ref_start|>", "[PAD7]", "<end_of_utterance>", "<extra", "<extra_id_0>", "q", "  ")
+
+
+@pytest.mark.parametrize("name", backbones.names())
+@pytest.mark.parametrize("more", [(), EXTRA], ids=["its own", "and others"])
+def test_tokens_that_only_the_tokenizer_knows_stay_text(name, more):
+    """Every added token: in a question and in an answer, alone, twice, and glued to letters."""
+    load = sys.modules["pipeline.backbones.load"]
+    loaded = backbones.load(name, variant="tiny")
+    tokenizer, embedding = loaded.tokenizer, loaded.model.get_input_embeddings()
+    rows = embedding.num_embeddings + getattr(embedding, "num_additional_embeddings", 0)
+    for number, text in enumerate(more):  # past the embedding's end, as Idefics2's is
+        tokenizer.add_tokens([AddedToken(text, normalized=False, special=bool(number % 2))])
+    loaded = load._ready(loaded)
+    added = tokenizer.get_added_vocab()
+    assert set(more) | set(loaded.backbone.special_tokens.values()) <= set(added) == set(loaded.backbone.added_tokens)
+    plain = encode(loaded, render(VQA, loaded.backbone, sample(0), answer=True), image_sizes=[(56, 56)])
+    for token in (token for token in added if len(token.strip()) > 1):
+        said = f"{token[0]} {token[1:]}"
+        for text, stays in ((token, said), (token * 2, said * 2), (f"a{token}b", f"a{said}b")):
+            asked = sample(0, question=text, target=text)
+            encoded = encode(loaded, render(VQA, loaded.backbone, asked, answer=True), image_sizes=[(56, 56)])
+            for known in added.values():
+                if known != tokenizer.unk_token_id:
+                    assert encoded.input_ids.count(known) == plain.input_ids.count(known)
+            assert max(encoded.input_ids) < rows
+            start, end = encoded.answer_span
+            answer = tokenizer.decode(encoded.input_ids[start:end], skip_special_tokens=True)
+            assert answer.strip() == stays
+            assert stays in tokenizer.decode(encoded.input_ids[encoded.query_start : start], skip_special_tokens=True)
 
 
 def test_line_breaks_inside_an_answer_become_spaces(tiny):
