@@ -9,15 +9,17 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
-from pipeline.report.palette import SERIES
+from pipeline.report.palette import DASHES, SERIES
+from pipeline.report.panels import fit_range
 from pipeline.report.svg import QUIET, STYLE, standalone, to_svg
 
 RECORD = "pretraining.json"
 LINES = {
-    "seen": ("right word, asked before", SERIES[0]),
-    "unseen": ("right word, not asked before", SERIES[1]),
-    "right_value": ("right value, any dialect", SERIES[2]),
+    "seen": "right word, asked before",
+    "unseen": "right word, not asked before",
+    "right_value": "right value, any dialect",
 }
 
 
@@ -43,16 +45,19 @@ def draw(folder: Path, out: Path) -> Path:
 
 def _vision(axes: Axes, records: list[dict[str, Any]]) -> None:
     steps = [record["step"] for record in records]
-    axes.plot(steps, [record["accuracy"] for record in records], color=SERIES[0], marker="o", markersize=3.5)
+    shares = [record["accuracy"] for record in records]
+    axes.plot(steps, shares, color=SERIES[0], marker="o", markersize=3.5)
+    fit_range(axes, min(shares), max(shares))
     _finish(axes, "Attributes named right", "vision step")
 
 
 def _losses(axes: Axes, records: list[dict[str, Any]]) -> None:
     kinds = sorted({kind for record in records for kind in record["loss"]})
-    for kind, colour in zip(kinds, SERIES, strict=False):
+    for kind, colour, dash in zip(kinds, SERIES, DASHES, strict=False):
         points = [(record["step"], record["loss"][kind]) for record in records if kind in record["loss"]]
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.5, label=kind)
+        axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, linewidth=1.5, label=kind)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.legend(fontsize=8)
@@ -60,10 +65,9 @@ def _losses(axes: Axes, records: list[dict[str, Any]]) -> None:
 
 
 def _emergence(axes: Axes, records: list[dict[str, Any]]) -> None:
-    for name, (label, colour) in LINES.items():
-        axes.plot(
-            [r["step"] for r in records], [r[name] for r in records], color=colour, linewidth=1.5, label=label
-        )  # fmt: skip
+    steps = [record["step"] for record in records]
+    for (name, label), colour, dash in zip(LINES.items(), SERIES, DASHES, strict=False):
+        axes.plot(steps, [r[name] for r in records], color=colour, linestyle=dash, linewidth=1.5, label=label)
     axes.set_ylim(0, 1.45)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.legend(fontsize=7.5, loc="upper left")

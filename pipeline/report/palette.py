@@ -18,7 +18,7 @@ MARKERS = "os^DXPv<>hp*d8H"
 # series that are no methods, as a miniature's losses by kind
 SERIES = ("#1872f7", "#b15c08", "#2e9e7b", "#c234b5", "#336877", "#de8308", "#983648", "#9f97b9")
 _SHADES = ((0.0, "white"), (0.45, "white"), (0.3, "black"))  # of a method's rows: its colour, lighter, darker
-_DASHES = ("-", "--", ":", "-.")
+DASHES = ("-", "--", ":", "-.")
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -75,4 +75,4 @@ def _look(method: str, turn: int) -> Look:
     colour, marker = of_method(method)
     share, toward = _SHADES[turn % len(_SHADES)]
     red, green, blue = (a + share * (b - a) for a, b in zip(to_rgb(colour), to_rgb(toward), strict=True))
-    return Look(to_hex((red, green, blue)), marker, _DASHES[turn % len(_DASHES)], filled=turn % 2 == 0)
+    return Look(to_hex((red, green, blue)), marker, DASHES[turn % len(DASHES)], filled=turn % 2 == 0)

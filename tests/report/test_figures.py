@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -11,7 +13,7 @@ import matplotlib as mpl
 import pytest
 from matplotlib.figure import Figure
 
-from pipeline.report import bars, curves, figures, load_table, papers
+from pipeline.report import bars, curves, emergence, figures, load_table, papers
 from pipeline.report.palette import of_method
 from pipeline.report.svg import STYLE
 
@@ -221,3 +223,17 @@ def test_a_picture_has_a_size_and_may_shrink(maker: Any) -> None:
         assert int(picture.get("height") or 0) == pytest.approx(height * 96 / 72, abs=1)
         assert "currentColor" in svg
     assert "prefers-color-scheme:dark" in figures.standalone(svg)
+
+
+def test_a_pretraining_shows_its_losses_in_readable_numbers_and_shares_that_do_not_exaggerate(tmp_path: Path) -> None:
+    steps = (100, 200, 300)
+    decoder = [
+        {"step": step, "loss": {"vqa": 300 / step, "facts": 60 / step}} | dict.fromkeys(emergence.LINES, step / 300)
+        for step in steps
+    ]
+    vision = [{"step": step, "accuracy": 0.96 + step / 10_000} for step in steps]
+    (tmp_path / emergence.RECORD).write_text(json.dumps({"vision": vision, "decoder": decoder}))
+    picture = ElementTree.parse(emergence.draw(tmp_path, tmp_path / "out.svg"))  # noqa: S314 - our own
+    words = [node.text for node in picture.iter() if node.tag.endswith("text")]
+    assert {"vqa", "facts", *emergence.LINES.values(), "0.2", "0.5", "1", "2"} <= set(words)
+    assert "0.80" in words  # at least a fifth of the axis, for shares of 0.97 to 0.99
