@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import time
+from collections import Counter
 
 import pytest
 
-from tests.e2e.conftest import make_project
+from tests.e2e.conftest import copied, make_project
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -134,6 +136,18 @@ def test_a_tracking_store_out_of_reach_stops_before_any_work(project):
     before = when_done(project)
     done = project.python("-m", "pipeline", "sweep", "--set", "tracking.uri=http://127.0.0.1:9", check=False)
     assert done.returncode == 2 and "127.0.0.1:9" in done.stderr and when_done(project) == before
+
+
+def test_evaluate_fails_where_a_cell_has_no_number(project, tmp_path):
+    copy = copied(project, tmp_path / "copy")
+    config = next(p for p in (copy.folder / "runs").glob("*/config.json") if '"mimic"' in p.read_text())
+    shutil.rmtree(config.parent)
+    done = copy.python("-m", "stages.evaluate", check=False)
+    assert done.returncode == 1, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert "1 of 4 cells have no number" in line and "small/idefics2-8b-base/vqav2/mimic" in line
+    study = json.loads((copy.folder / "evaluations/studies/small.json").read_text())
+    assert Counter(cell["status"] for cell in study["cells"]) == {"done": 3, "failed": 1}
 
 
 def test_a_killed_sweep_goes_on_without_training_twice(tmp_path):
