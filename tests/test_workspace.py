@@ -35,3 +35,16 @@ def test_unknown_profiles_and_missing_data_are_named(tmp_path: Path, monkeypatch
     with pytest.raises(InputError, match="no such folder"):
         create(tmp_path / "beside", profile="real", data=tmp_path / "nowhere")
     assert not (tmp_path / "beside").exists()
+
+
+def test_a_link_in_the_data_that_leads_nowhere_is_named_before_any_work(tmp_path: Path, monkeypatch) -> None:
+    """DVC reads every file below its dependencies, and says no more than Errno 2."""
+    monkeypatch.chdir(ROOT)
+    data = tmp_path / "data"
+    (data / "vqav2").mkdir(parents=True)
+    (data / "round").symlink_to(data)  # a circle is no fault
+    create(tmp_path / "fine", profile="real-check", data=data)
+    (data / "vqav2/old").symlink_to("/nowhere/old-annotations")
+    with pytest.raises(InputError, match=r"data/vqav2/old: is a link to /nowhere/old-annotations, which is not there"):
+        create(tmp_path / "beside", profile="real-check", data=data)
+    assert not (tmp_path / "beside").exists()
