@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
+
+from pipeline.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -156,6 +158,19 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class SizeRule:
+    """What a published processor asks of a picture's size.
+
+    Attributes:
+        says: the rule, as a sentence.
+        holds: whether a picture of some height and width keeps it.
+    """
+
+    says: str
+    holds: Callable[[int, int], bool]
+
+
 class Family(ABC):
     """How the checkpoints of one transformers architecture are built, fed and read.
 
@@ -169,6 +184,7 @@ class Family(ABC):
     # Whether a token's states follow from the tokens that it sees and its position alone, so that what several prompts
     # begin with is computed once: generation can go on from its keys and values, training can fold it.
     shares_prefix: ClassVar[bool] = True
+    size_rules: ClassVar[tuple[SizeRule, ...]] = ()  # most processors take pictures of any size
     # Which configuration keys hold the ids of which special tokens.
     token_keys: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}
 
@@ -241,6 +257,19 @@ class Family(ABC):
         """Return token ids and character offsets of expanded texts, special tokens of the start included."""
         out = tokenizer(list(texts), return_offsets_mapping=True, return_attention_mask=False)
         return out["input_ids"], out["offset_mapping"]
+
+    def check_size(self, height: int, width: int, where: str) -> None:
+        """Check that the published processor takes a picture of this size.
+
+        Raises:
+            InputError: it does not; `where` is what the message calls the picture.
+        """
+        for rule in self.size_rules:
+            if not rule.holds(height, width):
+                raise InputError(
+                    f"{width} x {height} pixels: {rule.says}", where=where,
+                    way_out="Take it out of the data, or use another backbone",
+                )  # fmt: skip
 
     @abstractmethod
     def process(self, processor: Any, image: Image.Image) -> Pixels:

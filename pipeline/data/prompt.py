@@ -199,11 +199,15 @@ def sizes_that_matter(loaded: Loaded, rendered: Sequence[Rendered], root: Path |
     """Return each prompt's image sizes, or nothing for a backbone whose number of tokens does not depend on them.
 
     Raises:
-        InputError: an image cannot be read, or is no longer what was drawn.
+        InputError: an image cannot be read, is no longer what was drawn, or has a size that the backbone does not take.
     """
     if not loaded.family.sized:
         return [()] * len(rendered)
-    return [tuple(image_files.size(image, root) for image in one.images) for one in rendered]
+    sizes = [tuple(image_files.size(image, root) for image in one.images) for one in rendered]
+    for one, mine in zip(rendered, sizes, strict=True):
+        for image, size in zip(one.images, mine, strict=True):
+            loaded.family.check_size(*size, where=str(image_files.located(image, root)))
+    return sizes
 
 
 def encode_all(

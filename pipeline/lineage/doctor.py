@@ -17,6 +17,7 @@ from pipeline.config import Params, data_root
 from pipeline.copies import main_checkout
 from pipeline.errors import HificlError, InputError
 from pipeline.sweep.forecast import as_given
+from pipeline.sweep.pictures import check_pictures, has_rules
 from pipeline.sweep.plan import make_plan
 from pipeline.sweep.run import places
 from pipeline.sweep.space import cells, needed, unheard
@@ -42,7 +43,7 @@ class Finding:
 def examine(params: Params, root: Path) -> dict[str, Any]:
     """Return `profile`, `checks` and `ok` for the profile of `params`."""
     checks: list[Finding] = []
-    for group in (_python, _studies, _data, _weights, _java, _gpus, _ray, _mlflow, _disk):
+    for group in (_python, _studies, _data, _weights, _pictures, _java, _gpus, _ray, _mlflow, _disk):
         checks += group(params, root)
     return {
         "profile": params.profile,
@@ -91,6 +92,18 @@ def _data(params: Params, root: Path) -> Iterator[Finding]:
         if made_here and found.state == MISSING:
             found = Finding(found.name, NOTE, "not made yet; dvc repro makes it", "dvc repro world")
         yield found
+
+
+def _pictures(params: Params, root: Path) -> Iterator[Finding]:
+    """Whether the backbones take the pictures that are drawn already."""
+    asked = [cell for study in params.run.studies for cell in cells(params, study, as_given(params))]
+    for backbone, task in sorted({(cell.backbone, cell.task) for cell in asked if has_rules(cell.backbone)}):
+        path = places(root).manifest(task)
+        if path.exists():
+            yield _tried(
+                f"pictures of {task} for {backbone}",
+                lambda path=path, backbone=backbone: f"all {check_pictures(path, backbone)}",  # type: ignore[misc]
+            )
 
 
 def _weights(params: Params, root: Path) -> Iterator[Finding]:

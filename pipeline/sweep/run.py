@@ -14,6 +14,7 @@ from pipeline.progress import say
 from pipeline.sweep.journal import Journal
 from pipeline.sweep.logbook import Logbook, datasets_of
 from pipeline.sweep.naming import description
+from pipeline.sweep.pictures import check_all
 from pipeline.sweep.plan import Places, Plan, make_plan
 from pipeline.sweep.signals import in_order
 from pipeline.sweep.space import Cell, Digests, cells, needed, unheard
@@ -74,6 +75,7 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
         say(f"note: {line}")
     store = TrialStore(where.runs)
     with store.lock("a sweep"), in_order():
+        check_all(plan, store)
         # its imports take as long as opening MLflow does
         driver = Driver() if plan.open_keys(store) or plan.searched else None
         try:

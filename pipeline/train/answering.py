@@ -18,6 +18,7 @@ from pipeline import adapters, backbones
 from pipeline.adapters.base import Adapter
 from pipeline.backbones.load import Loaded
 from pipeline.config import PARAMS, BackboneSource, load
+from pipeline.data import image_files
 from pipeline.data.images import decode_image, os_problem, read_image_bytes, size_of, upright
 from pipeline.data.prompt import encode_all, render, stop_strings
 from pipeline.data.sample import ImageRef, Sample
@@ -75,6 +76,8 @@ class Answerer:
         """
         self._check_question(question)
         with _as_file(image) as file:
+            where = str(image) if file == Path(image) else "the image given"
+            backbones.get(self.origin["backbone"]).family.check_size(*image_files.size(file), where)
             text = self._generate(file, question, max_new_tokens or self.task.max_new_tokens)
         return {
             "answer": self.task.postprocess(text), "text": text, "question": question,

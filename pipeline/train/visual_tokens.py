@@ -147,7 +147,9 @@ class VisualTokens:
     def _processed(self, key: str, image: Image, root: Path | str, *, keep: bool = True) -> Pixels:
         pixels = self._pixels.get(key)
         if pixels is None:
-            picture = decode_image(image_files.read(image, root), str(image_files.located(image, root)))
+            where = str(image_files.located(image, root))
+            picture = decode_image(image_files.read(image, root), where)
+            self.loaded.family.check_size(picture.height, picture.width, where)
             pixels = self.loaded.family.process(self.loaded.processor, picture)
             if keep:
                 self._pixels.put(key, pixels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 
+import PIL.Image
 import pytest
 import torch
 
@@ -53,6 +54,38 @@ def test_reuse_gives_the_same_logits_to_the_bit(loaded, pictures):
     other = collate(rows, loaded, visual=visual.get(["5.png", "6.png"], pictures))
     if [v.shape for v in other.visual] == [v.shape for v in reused.visual]:
         assert not torch.allclose(loaded.model(**other.model_inputs(loaded)).logits, first)
+
+
+SIZES = [(1, 1), (1, 50), (50, 1), (3, 200), (200, 3), (3, 3), (1, 200), (1, 201), (1000, 1), (10, 2500), (2500, 10)]
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_thin_and_tiny_pictures_are_read_or_refused_by_name(loaded, width, height, tmp_path):
+    """The text has a place for each visual token of the picture; or both ways name the file, its size and the rule."""
+    noise = torch.randint(256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    PIL.Image.fromarray(noise.numpy()).save(tmp_path / "thin.png")
+    sample = Sample("vqav2", 0, (ImageRef("thin.png"),), "What?", "", ())
+    rendered = [render(TEMPLATE, loaded.backbone, sample)]
+    thin = max(width, height) > 200 * min(width, height)
+    if loaded.family.model_type == "qwen3_vl" and thin:
+        says = rf"thin\.png: {width} x {height} pixels: Qwen3-VL reads no picture more than 200 times as wide as high"
+        with pytest.raises(InputError, match=says):
+            encode_all(loaded, rendered, root=tmp_path)
+        with pytest.raises(InputError, match=says):
+            VisualTokens(loaded).get(["thin.png"], tmp_path)
+        with pytest.raises(ValueError, match="aspect ratio"):  # the rule is the processor's own
+            loaded.family.process(loaded.processor, PIL.Image.open(tmp_path / "thin.png"))
+        return
+    (prompt,) = encode_all(loaded, rendered, root=tmp_path)
+    (tokens,) = VisualTokens(loaded).get(["thin.png"], tmp_path)
+    places = prompt.input_ids.count(loaded.image_token_id)
+    assert places == (1 if loaded.family.model_type == "idefics" else tokens[..., 0].numel())
+
+
+def test_a_strip_that_would_be_padded_to_a_huge_square_is_refused(tiny, tmp_path):
+    PIL.Image.new("RGB", (60_000, 1)).save(tmp_path / "strip.png")  # 60,000 x 60,000: 10 GB
+    with pytest.raises(InputError, match=r"strip\.png: 60000 x 1 pixels: LLaVA-OneVision pads a picture to a square"):
+        VisualTokens(tiny("llava-onevision-qwen2-7b")).get(["strip.png"], tmp_path)
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from typing_extensions import override
 
-from pipeline.backbones.base import Family, Pixels, replace_in_order
+from pipeline.backbones.base import Family, Pixels, SizeRule, replace_in_order
 from pipeline.backbones.families.tokenizers import llama_tokenizer, qwen2_tokenizer
+from pipeline.data.images import MAX_PIXELS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,6 +74,12 @@ class LlavaOnevisionFamily(_Tiled):
     """
 
     model_type = "llava_onevision"
+    size_rules: ClassVar = (
+        SizeRule(
+            f"LLaVA-OneVision pads a picture to a square, which may have {MAX_PIXELS} pixels",
+            lambda height, width: max(height, width) ** 2 <= MAX_PIXELS,
+        ),
+    )
     token_keys: ClassVar = {"image_token_index": "image", "video_token_index": "video"}
     config_name = "LlavaOnevisionConfig"
     model_name = "LlavaOnevisionForConditionalGeneration"

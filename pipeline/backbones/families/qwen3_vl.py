@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pipeline.backbones.base import Family, Pixels, replace_in_order
+from pipeline.backbones.base import Family, Pixels, SizeRule, replace_in_order
 from pipeline.backbones.families.tokenizers import qwen2_tokenizer
 
 if TYPE_CHECKING:
@@ -26,6 +26,12 @@ class Qwen3VLFamily(Family):
     model_type = "qwen3_vl"
     shares_prefix = False  # positions are counted from the sizes of all images
     sized = True
+    size_rules: ClassVar = (
+        SizeRule(
+            "Qwen3-VL reads no picture more than 200 times as wide as high, or as high as wide",
+            lambda height, width: max(height, width) <= 200 * min(height, width),
+        ),
+    )
     token_keys: ClassVar = {
         "image_token_id": "image",
         "video_token_id": "video",

@@ -1,0 +1,62 @@
+"""Whether a backbone's published processor takes the pictures that were drawn, asked before anything is trained."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pipeline import backbones
+from pipeline.data import image_files
+from pipeline.data.manifest import Manifest
+from pipeline.data.sample import ImageRef
+from pipeline.errors import InputError
+from pipeline.sweep.plan import Plan
+from pipeline.sweep.store import TrialStore
+
+_NAMED = 5  # pictures of one message
+_THREADS = 8
+
+
+def has_rules(backbone: str) -> bool:
+    """Whether there are pictures that the backbone does not take."""
+    return bool(backbones.get(backbone).family.size_rules)
+
+
+def check_pictures(path: Path, backbone: str) -> int:
+    """Read the sizes of all pictures of a manifest; return how many there are.
+
+    Raises:
+        InputError: some are not what the backbone takes, with file, size and rule; or cannot be read.
+    """
+    manifest, family = Manifest.load(path), backbones.get(backbone).family
+    images = list(dict.fromkeys(i for samples in manifest.splits.values() for one in samples for i in one.images))
+
+    def problem(image: ImageRef) -> str | None:
+        size = image_files.size(image, manifest.image_root)
+        try:
+            family.check_size(*size, where=str(image_files.located(image, manifest.image_root)))
+        except InputError as error:
+            return f"{error.where}: {error.what}"
+        return None
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        bad = [found for found in threads.map(problem, images) if found]
+    if bad:
+        more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        raise InputError(
+            f"{backbone} does not take {len(bad)} of {len(images)} pictures: {'; '.join(bad[:_NAMED])}{more}",
+            where=manifest.task, way_out="Take them out of the data and draw again, or leave the backbone out",
+        )  # fmt: skip
+    return len(images)
+
+
+def check_all(plan: Plan, store: TrialStore) -> None:
+    """Check the pictures of every trial that is not done, for the backbones that have rules.
+
+    Raises:
+        InputError: see `check_pictures`.
+    """
+    known = {(one.backbone, one.task) for key, one in plan.trials.items() if not store.finished(key)}
+    for backbone, task in sorted(known | {(cell.backbone, cell.task) for cell in plan.searched}):
+        if has_rules(backbone):
+            check_pictures(plan.places.manifest(task), backbone)
