@@ -43,6 +43,7 @@ def fit_range(axes: Axes, low: float, high: float) -> None:
 
 def spaced(axes: Axes, where: Sequence[float], labels: Sequence[str]) -> list[str]:
     """Return the labels of an x axis, empty where one would run into the next; the last one stays."""
+    axes.get_xlim()  # settles the limits, which transData takes as they are
     inches = axes.transAxes.inverted().transform(axes.transData.transform([(at, 0.0) for at in where]))[:, 0] * _PANEL
     kept, left = list(labels), float("inf")
     for place in range(len(labels) - 1, -1, -1):

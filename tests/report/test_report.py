@@ -228,6 +228,13 @@ def test_a_number_leads_to_its_run_and_a_run_to_a_server_that_others_reach(main:
         assert (uri in page) is linked
 
 
+def test_a_number_whose_task_has_no_score_leads_nowhere(maker: Any) -> None:
+    maker.study("mine", [maker.cell("hificl", "mini-vqa", 0) | {"value": None, "metrics": {"chair_s": 0.04}}])
+    known = maker.params(mine=maker.definition(paper=None, metrics=["chair_s"]))
+    page = Page(study_page("mine", known, maker.folder)[1])
+    assert "#" not in page.links
+
+
 def test_a_study_of_no_paper_speaks_of_none_and_of_its_six_samples(new_maker: Any, tmp_path: Path) -> None:
     maker = new_maker(tmp_path / "evaluations", num_samples=6)
     cells = [maker.cell(row, "mini-vqa", seed) for row in ("hificl", "live") for seed in (0, 1)] + [
