@@ -25,11 +25,11 @@ setup: .venv/.ready  ## the private environment, everything pinned
 repro: setup     ## the main job on the miniature: data, sweep, evaluation, report
 	@test -d .dvc || { echo 'not a DVC project: .dvc is missing' >&2; exit 2; }
 	$(BIN)/dvc repro
-	@$(BIN)/hificl where
+	@$(BIN)/hificl where --table
 
 repro-real: setup  ## every stage on official files: make repro-real DATA=folder
 	$(BIN)/hificl workspace work/real-check --profile real-check --data $(DATA)
-	cd work/real-check && .venv/bin/dvc repro && .venv/bin/hificl where
+	cd work/real-check && .venv/bin/dvc repro && .venv/bin/hificl where --table
 
 test: setup      ## the test suite, two workers side by side
 	$(BIN)/python -m pytest -n 2 --dist loadscope

@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from pipeline import adapters, backbones
 from pipeline.errors import InputError
 from pipeline.plain_yaml import read
+from pipeline.terminal import Answer, short, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
-def count(backbone: str, method: str, settings: list[str]) -> dict[str, Any]:
-    """Return `{"trainable": int, "modules": {...}}` of a method on a backbone's real configuration.
+@dataclass(frozen=True)
+class Count(Answer):
+    """The parameters that a method trains, in all and by module."""
+
+    backbone: str
+    method: str
+    options: dict[str, Any]
+    trainable: int
+    modules: dict[str, int]
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields."""
+        return asdict(self)
+
+    def shown(self) -> Iterator[RenderableType]:
+        """Give the sum, and a row for the modules that have one name but for the layer's number."""
+        yield f"{self.method} on {self.backbone}: {self.trainable:,} trainable parameters"
+        yield f"options: {short(self.options)}\n"
+        alike: dict[str, list[int]] = {}
+        for name, size in self.modules.items():
+            alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(size)
+        rows = table("module", "how many", "parameters", right=("how many", "parameters"))
+        for name, sizes in alike.items():
+            rows.add_row(name, str(len(sizes)), f"{sum(sizes):,}")
+        yield rows
+
+
+def count(backbone: str, method: str, settings: list[str]) -> Count:
+    """Return what a method trains on a backbone's real configuration.
 
     Args:
         backbone: a registered backbone.
@@ -29,5 +63,4 @@ def count(backbone: str, method: str, settings: list[str]) -> dict[str, Any]:
     checked = adapters.check_options(method, options)
     model = backbones.load(backbone, variant="meta").model
     adapter = adapters.create(method, model, **checked)
-    return {"backbone": backbone, "method": method, "options": checked, "trainable": adapter.num_trainable(),
-            "modules": adapter.modules_trainable()}  # fmt: skip
+    return Count(backbone, method, checked, adapter.num_trainable(), adapter.modules_trainable())

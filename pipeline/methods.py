@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline import adapters
+from pipeline.adapters.base import METHODS
 from pipeline.adapters.options import Decoding, Facts, Options
 from pipeline.baselines import baselines
 from pipeline.errors import InputError, nearest
@@ -69,6 +70,12 @@ def recorded_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
 def facts(config: TrialConfig) -> Facts:
     """Return how a trial is trained: one that is planned, or one that was recorded."""
     return facts_of(config.method, recorded_options(config.method, config.options))
+
+
+def summary(method: str) -> str:
+    """Return the method in a line."""
+    kind: type[object] = METHODS.get(method) if is_trained(method) else baselines.get(method)
+    return (kind.__doc__ or "").partition("\n")[0]
 
 
 def published_decoding(method: str) -> Decoding:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 LINE_SECONDS = 10.0  # between two plain lines of one piece of work
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 class Report(Protocol):
@@ -25,7 +25,7 @@ class Report(Protocol):
 
 def say(text: str) -> None:
     """Print one line."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 @contextmanager

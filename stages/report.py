@@ -17,7 +17,7 @@ def main(params: Params) -> None:
         report.write_study(study, params, EVALUATIONS, REPORTS)
     index = report.write_index(params, EVALUATIONS, REPORTS)
     tracked.log(params, EVALUATIONS, Path.cwd())
-    index.say_findings(params.run.studies)
+    index.say(params.run.studies)
 
 
 if __name__ == "__main__":

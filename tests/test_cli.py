@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
+from pipeline import backbones, methods, tasks
+from pipeline.cli import _parser
 from tests.conftest import ROOT
 
 
@@ -33,7 +36,12 @@ def test_parameters_are_counted_on_the_real_configuration():
         (["params", "--backbone", "idefics2-8b-base", "--method", "hificl", "--set", "rnak=4"], ["rnak", "rank"]),
         (["bench", "subsampel"], ["unknown benchmark", "Known"]),
         (["sweep", "--set", "train.epoch=2"], ["train", "epoch", "epochs"]),
-        (["no-such-command"], ["no-such-command"]),
+        (["studdy"], ["unknown command 'studdy'", "Did you mean 'study'", "hificl --help"]),
+        (["score", "captoin"], ["captoin", "Did you mean 'caption'"]),
+        (["sweep", "--stdy", "x"], ["--stdy", "Did you mean '--study'", "hificl sweep --help"]),
+        (["--verison"], ["--verison", "Did you mean '--version'"]),
+        (["bench", "step", "--device=gpu"], ["--device", "'gpu'", "cpu, cuda"]),
+        (["where", "there"], ["unknown argument 'there'"]),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(args, words):
@@ -45,11 +53,38 @@ def test_bad_input_is_one_line_and_status_2(args, words):
         assert word in line
 
 
-def test_help_lists_the_commands():
+def test_help_lists_every_command_once_in_a_line_of_its_group():
     done = hificl("--help")
     assert done.returncode == 0
-    for command in ("sweep", "studies", "score", "params", "workspace", "pretrain", "bench", "ui"):
-        assert command in done.stdout
+    lines = done.stdout.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    verbs = _parser()._subparsers._group_actions[0].choices
+    for verb in verbs:
+        assert len([line for line in lines if line.startswith(f"  {verb} ")]) == 1, verb
+    for group in ("run:", "look:", "check:", "names:", "numbers:", "miniature:", "cluster:", "options:"):
+        assert group in lines
+    assert {"sweep", "studies", "score", "params", "workspace", "pretrain", "bench", "ui"} <= verbs.keys()
+
+
+def test_the_version_is_said_with_its_commit():
+    done = hificl("--version")
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"hificl-lab {version('hificl-lab')}, commit {head}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "registry", "one"),
+    [
+        ("methods", methods, {"name": "lora", "trained": True}),
+        ("backbones", backbones, {"name": "mini-llava", "class": "LlavaForConditionalGeneration"}),
+        ("tasks", tasks, {"name": "mini-vqa", "metric": "accuracy", "stands_for": "vqav2"}),
+    ],
+)
+def test_all_that_can_be_named_is_listed(kind, registry, one):
+    rows = json.loads(hificl(kind).stdout)
+    assert [row["name"] for row in rows] == registry.names()
+    assert one.items() <= next(row for row in rows if row["name"] == one["name"]).items()
 
 
 def test_half_a_letter_of_a_result_file_is_printed_as_json_spells_it(tmp_path):

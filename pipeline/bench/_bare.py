@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import load
-from pipeline.sweep.plan import make_plan
-from pipeline.sweep.run import all_cells, places
+from pipeline.sweep.plan import all_cells, make_plan, places
 from pipeline.train.workbench import Workbench, use_threads
 
 

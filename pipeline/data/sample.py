@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 PromptStyle = Literal["papers", "published"]  # whose wording a prompt has: the papers', or the published code's roles
@@ -54,9 +54,18 @@ class Sample:
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest's record of this sample."""
-        record = asdict(self)
-        if self.demonstration is None:  # left out, so that manifests drawn before the field have the same digest
-            del record["demonstration"]
+        # field by field: `dataclasses.asdict` copies deeply, which is most of what reading a manifest takes
+        record = {
+            "task": self.task,
+            "sample_id": self.sample_id,
+            "images": [{"path": image.path, "sha256": image.sha256} for image in self.images],
+            "question": self.question,
+            "target": self.target,
+            "references": self.references,
+            "meta": self.meta,
+        }
+        if self.demonstration is not None:  # left out, so that manifests drawn before the field have the same digest
+            record["demonstration"] = self.demonstration
         return record
 
     @classmethod

@@ -18,8 +18,7 @@ from pipeline.copies import main_checkout
 from pipeline.errors import HificlError, InputError
 from pipeline.sweep.forecast import as_given
 from pipeline.sweep.pictures import check_pictures, has_rules
-from pipeline.sweep.plan import make_plan
-from pipeline.sweep.run import places
+from pipeline.sweep.plan import make_plan, places
 from pipeline.sweep.space import cells, needed, unheard
 from pipeline.tasks import tasks
 from pipeline.tracking import store

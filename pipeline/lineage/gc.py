@@ -9,8 +9,7 @@ from typing import Any
 
 from pipeline.config import Params
 from pipeline.errors import HificlError, InputError
-from pipeline.sweep.plan import make_plan
-from pipeline.sweep.run import all_cells, places
+from pipeline.sweep.plan import all_cells, make_plan, places
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import Tracker
 

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.manifest import Manifest
+from pipeline.errors import nearest
+from pipeline.tasks import tasks
+from pipeline.terminal import Answer, short
 from pipeline.train.answering import Answerer
+
+
+@dataclass(frozen=True)
+class Predicted(Answer):
+    """What an adapter's backbone said to an image."""
+
+    said: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """Return all that is known of the answer."""
+        return self.said
+
+    def shown(self) -> Iterator[str]:
+        """Give the answer, who gave it, and what is to be known of the question."""
+        yield self.said["answer"]
+        said = self.said
+        yield f"\n{said['method']} on {said['backbone']}, {said['task']}, trial {short(said['trial'])}"
+        if self.said.get("note"):
+            yield f"note: {self.said['note']}"
 
 
 def answer(
     folder: Path, image: str | Path, *, question: str | None = None, task_name: str | None = None,
     max_new_tokens: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> Predicted:  # fmt: skip
     """Return what the adapter's backbone says to an image, as the logged models do (`tracking.served`).
 
     Args:
@@ -22,11 +47,25 @@ def answer(
         max_new_tokens: None: the task's own.
 
     Returns:
-        What `Answerer.answer` gives, and `image`.
+        What `Answerer.answer` gives, `image` and, where the miniature's world has no such question, a `note`.
 
     Raises:
         InputError: no adapter of a trial, no such image, a question too many or too few, or weights that are
             missing or not those that the adapter was trained on.
     """
     found = Answerer(folder, task_name=task_name).answer(image, question, max_new_tokens)
-    return {**found, "image": str(image)}
+    note = _unheard(found["task"], question, Path("data/manifests"))
+    return Predicted({**found, "image": str(image), **({"note": note} if note else {})})
+
+
+def _unheard(task_name: str, question: str | None, manifests: Path) -> str | None:
+    """Return that the miniature was never asked such a question; its world has a few, and its own words for answers."""
+    path = manifests / task_name / "manifest.json"
+    if question is None or tasks.get(task_name).stands_for == task_name or not path.is_file():
+        return None
+    asked = {
+        sample.question for samples in Manifest.load(path).splits.values() for sample in samples if sample.question
+    }
+    if question in asked:  # to the letter: the miniature's tokenizer knows no other spelling
+        return None
+    return f"{task_name} was never asked '{question}', so the answer means nothing. {nearest(question, asked)}"

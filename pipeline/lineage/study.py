@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,33 @@ from pipeline.errors import InputError, nearest
 from pipeline.report import tracked
 from pipeline.sweep.draw import draw_task
 from pipeline.sweep.evaluation import evaluate
-from pipeline.sweep.run import places, sweep
+from pipeline.sweep.plan import places
+from pipeline.sweep.run import sweep
 from pipeline.sweep.space import needed
+from pipeline.terminal import Answer
 from pipeline.workspace import dvc
 
 
-def run(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Reported(Answer):
+    """Where the reports of studies are; what they say was said on standard error when they were made."""
+
+    page: str
+    studies: dict[str, list[str]]
+
+    def record(self) -> dict[str, Any]:
+        """Return the page, and the files by study."""
+        return asdict(self)
+
+    def shown(self) -> Iterator[str]:
+        """Give the files by study."""
+        yield from ("tables: " + ", ".join(files) for files in self.studies.values())
+
+
+def run(studies: list[str], params: Params, root: Path) -> Reported:
     """Train, evaluate and report studies; what is done already is not done again.
 
-    What became of the claims about these studies is said at the end.
+    The result tables, and what became of the claims about these studies, are said at the end.
 
     Returns:
         The report's files by study, and the page.
@@ -39,9 +59,9 @@ def run(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
         report.write_study(name, params, evaluations, out)
     index = report.write_index(params, evaluations, out)
     tracked.log(params, evaluations, root)
-    index.say_findings(studies)
+    index.say(studies)
     files = {name: [f"{out / name}.{end}" for end in ("md", "csv")] for name in studies}
-    return {"page": str(index.page), "studies": files}
+    return Reported(str(index.page), files)
 
 
 def _draw_samples(params: Params, studies: list[str], root: Path) -> None:

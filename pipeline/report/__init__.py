@@ -8,10 +8,11 @@ from pathlib import Path
 
 from pipeline.atomic import write_atomic
 from pipeline.config import Params
-from pipeline.progress import say
+from pipeline.progress import console, say
 from pipeline.report import curves, figures, files, findings, page, papers, tables
 from pipeline.report import evaluations as files_in
 from pipeline.report.gallery import gallery
+from pipeline.report.results import Results
 
 __all__ = ["Index", "forget", "load_table", "study_page", "write_index", "write_study"]
 
@@ -64,18 +65,25 @@ class Index:
 
     Attributes:
         page: the page over all studies.
+        tables: every study that has been evaluated, by name.
         findings: every claim with its verdict.
     """
 
     page: Path
+    tables: dict[str, tables.Table]
     findings: list[findings.Finding]
 
-    def say_findings(self, studies: Iterable[str]) -> None:
-        """Say what became of the claims about these studies; claims that nothing was measured for are left out."""
-        about = set(studies)
-        for one in self.findings:
-            if one.claim.study in about and one.verdict != findings.OPEN:
-                say(str(one))
+    def say(self, studies: Iterable[str]) -> None:
+        """Show what studies came out as, and what became of the claims about them; say where the page is.
+
+        A study that is not evaluated and claims that nothing was measured for are left out.
+        """
+        for name in [name for name in studies if name in self.tables]:
+            console.print("", Results(self.tables[name]), "")
+            for one in self.findings:
+                if one.claim.study == name and one.verdict != findings.OPEN:
+                    say(f"{one.verdict}: {one.claim.claim} ({one.claim.paper})")
+        say(f"\nreport: {self.page.resolve()}")
 
 
 def write_index(params: Params, evaluations: Path, out: Path) -> Index:
@@ -92,7 +100,7 @@ def write_index(params: Params, evaluations: Path, out: Path) -> Index:
     html = page.page(tables_in, [section for _, _, section in rendered], params, found)
     write_atomic(out / "findings.md", findings.to_markdown(found))
     write_atomic(out / "index.html", html)
-    return Index(out / "index.html", found)
+    return Index(out / "index.html", dict(zip(order, tables_in, strict=True)), found)
 
 
 def study_page(study: str, params: Params, evaluations: Path) -> tuple[tables.Table, str]:

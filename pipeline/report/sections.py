@@ -36,7 +36,7 @@ def study(
         "gone": len(table.study.cells) - done(table),
         "code": code(table.study.provenance),
         "notes": every,
-        "problems": _problems(table.study.cells),
+        "problems": problems(table.study.cells),
         "costs": columns,
         "heads": [_head(table, column) for column in table.columns],
         "groups": [
@@ -154,7 +154,7 @@ def _caption(table: Table, name: str) -> str:
     return " ".join(parts)
 
 
-def _problems(cells: Sequence[Cell]) -> list[str]:
+def problems(cells: Sequence[Cell]) -> list[str]:
     """Return what is not there, one sentence for all seeds of the same trouble."""
     seeds: dict[tuple[str, str], list[int]] = {}
     for cell in cells:

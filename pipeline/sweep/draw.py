@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.config import Params, data_root
 from pipeline.data.subsample import draw
 from pipeline.progress import bar
-from pipeline.sweep.run import places
+from pipeline.sweep.plan import places
 from pipeline.tasks import tasks
 
 

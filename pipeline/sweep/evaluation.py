@@ -19,8 +19,8 @@ from pipeline.errors import HificlError, WorkError
 from pipeline.progress import bar, say
 from pipeline.sweep.measures import measured
 from pipeline.sweep.models import register_chosen
-from pipeline.sweep.plan import Plan, make_plan
-from pipeline.sweep.run import SPOOL, all_cells, places
+from pipeline.sweep.plan import Plan, all_cells, make_plan, places
+from pipeline.sweep.run import SPOOL
 from pipeline.sweep.signals import in_order
 from pipeline.sweep.space import Cell, Point, points
 from pipeline.sweep.store import TrialStore

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+_LONGEST = 200  # characters of a fact in a sentence
+
 
 class Journal:
     """Appends events and reads new ones.
@@ -41,6 +43,8 @@ class Journal:
 
 
 def sentence(row: dict[str, Any]) -> str:
-    """Return an event as the user reads it."""
-    facts = {name: value for name, value in row.items() if name not in ("time", "event")}
-    return f"{row['event']}: " + ", ".join(f"{name} {value}" for name, value in facts.items())
+    """Return an event as the user reads it: one line, of what others say the beginning (Ray says pages)."""
+    facts = {name: str(value) for name, value in row.items() if name not in ("time", "event")}
+    begun = {name: text.partition("\n")[0][:_LONGEST] for name, text in facts.items()}
+    more = " (all of it in runs/journal.jsonl)" if begun != facts else ""
+    return f"{row['event']}: " + ", ".join(f"{name} {text}" for name, text in begun.items()) + more

@@ -17,11 +17,21 @@ def run_name(cell: Cell, config: TrialConfig, *, with_backbone: bool) -> str:
         config: the trial.
         with_backbone: whether trials of several backbones stand beside each other.
     """
+    parts = parts_of(cell, config)
+    del parts["study"]
+    if not with_backbone:
+        del parts["backbone"]
+    return " ".join([*parts.values(), config.key[:6]])
+
+
+def parts_of(cell: Cell, config: TrialConfig) -> dict[str, str]:
+    """Return what a trial is told apart by, kind by kind: its row, its task, ..., what varies and is searched, seed."""
     values = {**config.model_dump(mode="json"), **config.options}
     points = {**cell.vary, **{name: values[name] for name in cell.search if name in values}}
-    place = [cell.row, cell.task, *([cell.backbone] if with_backbone else [])]
-    return " ".join([*place, *(f"{name}={_short(value)}" for name, value in points.items()), f"seed={config.seed}",
-                     config.key[:6]])  # fmt: skip
+    return {
+        "row": cell.row, "task": cell.task, "backbone": cell.backbone, "study": cell.study,
+        **{name: f"{name}={_short(value)}" for name, value in points.items()}, "seed": f"seed={config.seed}",
+    }  # fmt: skip
 
 
 def description(params: Params, study: str, num_trials: int) -> str:

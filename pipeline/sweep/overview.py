@@ -2,27 +2,92 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Params
 from pipeline.errors import HificlError
-from pipeline.sweep.plan import make_plan
-from pipeline.sweep.run import all_cells, places
+from pipeline.sweep.plan import Inputs, make_plan, places
+from pipeline.sweep.space import cells
 from pipeline.sweep.store import TrialStore
+from pipeline.terminal import GOOD, Answer, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
-def overview(params: Params) -> dict[str, Any]:
-    """Return title, paper's table and the number of trials done and open by study, under the current profile."""
-    where = places()
-    store = TrialStore(where.runs)
-    found: dict[str, Any] = {}
-    for name, study in params.studies.items():
-        row: dict[str, Any] = {"title": study.title, "paper": study.paper, "in_profile": name in params.run.studies}
-        try:
-            plan = make_plan(params, all_cells(params, [name], where), where)
-            done = sum(store.finished(key) for key in plan.trials)
-            row.update(trials=len(plan.trials), done=done, open=len(plan.trials) - done)
-        except HificlError as error:
-            row["not_ready"] = str(error)
-        found[name] = row
-    return found
+@dataclass(frozen=True)
+class State:
+    """A study, and how many of its trials are done; `not_ready` says why they cannot be told.
+
+    Attributes:
+        title: what it is.
+        paper: its table or figure (`hificl.table1_main`).
+        in_profile: whether `dvc repro` runs it.
+        trials: how many it has; None where it is not ready.
+        done: of these.
+        open: likewise.
+        not_ready: why this profile cannot run it, or cannot yet.
+    """
+
+    title: str
+    paper: str | None
+    in_profile: bool
+    trials: int | None = None
+    done: int | None = None
+    open: int | None = None
+    not_ready: str | None = None
+
+
+@dataclass(frozen=True)
+class Overview(Answer):
+    """The studies by name, under a profile."""
+
+    profile: str
+    studies: dict[str, State]
+
+    def record(self) -> dict[str, Any]:
+        """Return a study's fields by its name, those that it has."""
+        always = ("title", "paper")
+        return {
+            name: {key: value for key, value in asdict(state).items() if value is not None or key in always}
+            for name, state in self.studies.items()
+        }
+
+    def shown(self) -> Iterator[RenderableType]:
+        """Give a row a study, those of the profile marked, and below why others have no trials here."""
+        rows = table("study", "what it is", "done", "trials", right=("done", "trials"))
+        for name, state in self.studies.items():
+            whole = state.trials is not None and state.done == state.trials
+            numbers = ["-" if count is None else str(count) for count in (state.done, state.trials)]
+            mark = "*" if state.in_profile else " "
+            rows.add_row(f"{mark} {name}", state.title, *numbers, style=GOOD if whole else "")
+        yield rows
+        yield f"\n* run by `dvc repro` under profile {self.profile}; any other by `hificl study NAME`"
+        reasons: dict[str, list[str]] = {}
+        for name, state in self.studies.items():
+            if state.not_ready:
+                reasons.setdefault(state.not_ready, []).append(name)
+        for reason, names in reasons.items():
+            yield f"- {', '.join(names) if len(names) < len(self.studies) else 'every study'}: {reason}"
+
+
+def overview(params: Params) -> Overview:
+    """Return how far the trials of every study are, under the current profile."""
+    inputs = Inputs(params, places())
+    found = {
+        name: State(study.title, study.paper, name in params.run.studies, **_counts(name, inputs))
+        for name, study in params.studies.items()
+    }
+    return Overview(params.profile, found)
+
+
+def _counts(study: str, inputs: Inputs) -> dict[str, Any]:
+    try:
+        plan = make_plan(inputs.params, cells(inputs.params, study, inputs.digests([study])), inputs.where)
+        store = TrialStore(inputs.where.runs)
+        done = sum(store.finished(key) for key in plan.trials)
+    except HificlError as error:
+        return {"not_ready": str(error)}
+    return {"trials": len(plan.trials), "done": done, "open": len(plan.trials) - done}

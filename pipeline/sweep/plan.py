@@ -1,18 +1,20 @@
-"""Which trials a sweep runs, and how Tune's configuration of a trial leads to its request."""
+"""Which trials a sweep runs, from what they start, and how Tune's configuration of one leads to its request."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline import methods
+from pipeline import backbones, methods
 from pipeline.config import Params
+from pipeline.data.manifest import Manifest
 from pipeline.errors import InputError
 from pipeline.request import TrialRequest
-from pipeline.sweep.space import Cell, corners, points
+from pipeline.sweep.space import Cell, Digests, cells, corners, needed, points
 from pipeline.sweep.store import TrialStore
 from pipeline.trial import KEY_LENGTH, Kind, TrialConfig, canonical, digest, engine_packs
 
@@ -28,6 +30,51 @@ class Places:
     def manifest(self, task: str) -> Path:
         """Return the path of a task's manifest."""
         return self.manifests / task / "manifest.json"
+
+
+def places(root: Path | None = None) -> Places:
+    """Return where the project below `root` (default: the current folder) keeps things."""
+    root = (root or Path.cwd()).resolve()
+    return Places(runs=root / "runs", manifests=root / "data/manifests", cache=root / "cache/visual")
+
+
+class Inputs:
+    """What trials start from: weights and manifests, each read once for all studies that ask for it."""
+
+    def __init__(self, params: Params, where: Places) -> None:
+        self.params, self.where = params, where
+        self._backbone, self._manifest = functools.cache(self._read_backbone), functools.cache(self._read_manifest)
+
+    def digests(self, studies: Iterable[str]) -> Digests:
+        """Return the digests of the backbones and manifests that studies need.
+
+        Raises:
+            InputError: weights or a manifest are missing.
+        """
+        names, tasks = needed(self.params, studies)
+        manifests = {task: self._manifest(task) for task in tasks}
+        return Digests(
+            backbones={name: self._backbone(name) for name in names},
+            manifests={task: digest for task, (digest, _) in manifests.items()},
+            train_sizes={task: size for task, (_, size) in manifests.items()},
+        )
+
+    def _read_backbone(self, name: str) -> str:
+        return backbones.digest_of(name, self.params.backbone_source(name))
+
+    def _read_manifest(self, task: str) -> tuple[str, int]:
+        """Return its digest, and how many samples train."""
+        path = self.where.manifest(task)
+        if not path.exists():
+            raise InputError("no manifest", where=str(path), way_out=f"Run `python -m stages.subsample {task}` first")
+        manifest = Manifest.load(path)
+        return manifest.digest, len(manifest.splits["train"])
+
+
+def all_cells(params: Params, studies: list[str], where: Places) -> list[Cell]:
+    """Return the cells of several studies, in their order."""
+    known = Inputs(params, where).digests(studies)
+    return [cell for study in studies for cell in cells(params, study, known)]
 
 
 @dataclass

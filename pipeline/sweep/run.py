@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline import backbones
 from pipeline.config import Params
-from pipeline.data.manifest import Manifest
-from pipeline.errors import InputError, WorkError
+from pipeline.errors import WorkError
 from pipeline.progress import say
 from pipeline.sweep.journal import Journal
 from pipeline.sweep.logbook import Logbook, datasets_of
 from pipeline.sweep.naming import description
 from pipeline.sweep.pictures import check_all
-from pipeline.sweep.plan import Places, Plan, make_plan
+from pipeline.sweep.plan import Plan, all_cells, make_plan, places
 from pipeline.sweep.signals import in_order
-from pipeline.sweep.space import Cell, Digests, cells, needed, unheard
+from pipeline.sweep.space import unheard
 from pipeline.sweep.store import TrialStore
 from pipeline.sweep.supervisor import Driver, train
 from pipeline.sweep.view import View
@@ -26,38 +23,6 @@ from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import canonical, digest
 
 SPOOL = ".spool"  # below runs/
-
-
-def places(root: Path | None = None) -> Places:
-    """Return where the project below `root` (default: the current folder) keeps things."""
-    root = (root or Path.cwd()).resolve()
-    return Places(runs=root / "runs", manifests=root / "data/manifests", cache=root / "cache/visual")
-
-
-def digests_of(params: Params, studies: Iterable[str], where: Places) -> Digests:
-    """Return the digests of the backbones and manifests that studies need.
-
-    Raises:
-        InputError: weights or a manifest are missing.
-    """
-    manifests = {}
-    names, tasks = needed(params, studies)
-    for task in tasks:
-        path = where.manifest(task)
-        if not path.exists():
-            raise InputError("no manifest", where=str(path), way_out=f"Run `python -m stages.subsample {task}` first")
-        manifests[task] = Manifest.load(path)
-    return Digests(
-        backbones={name: backbones.digest_of(name, params.backbone_source(name)) for name in names},
-        manifests={task: manifest.digest for task, manifest in manifests.items()},
-        train_sizes={task: len(manifest.splits["train"]) for task, manifest in manifests.items()},
-    )
-
-
-def all_cells(params: Params, studies: list[str], where: Places) -> list[Cell]:
-    """Return the cells of several studies, in their order."""
-    known = digests_of(params, studies, where)
-    return [cell for study in studies for cell in cells(params, study, known)]
 
 
 def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.config import Params, Scalar
+from pipeline.config import Params
 from pipeline.errors import InputError
 from pipeline.sweep.forecast import as_given, evaluated_samples
-from pipeline.sweep.plan import Places
-from pipeline.sweep.run import digests_of, places
+from pipeline.sweep.plan import Inputs, Places, places
 from pipeline.sweep.space import PAPERS_FULL_SIZE, Cell, Digests, cells, corners, points
 from pipeline.sweep.store import TrialStore
+from pipeline.terminal import Answer, short, table
 from pipeline.trial import TrialConfig
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 
 class TrialRow(BaseModel):
@@ -63,11 +68,72 @@ class TrialRow(BaseModel):
     done: bool
     sources: dict[str, str]
 
-    def facts(self) -> dict[str, Scalar]:
-        """Return the settings that a table shows, by name."""
-        own = {name: value for name, value in self.options.items() if isinstance(value, bool | int | float | str)}
-        shown = ("num_shots", "num_train_samples", "epochs", "learning_rate", "weight_decay", "precision", "seed")
-        return {**own, **{name: getattr(self, name) for name in shown}}
+
+@dataclass(frozen=True)
+class Trials(Answer):
+    """The trials of some studies."""
+
+    rows: list[TrialRow]
+
+    def record(self) -> list[dict[str, Any]]:
+        """Return a record a trial."""
+        return [row.model_dump(mode="json") for row in self.rows]
+
+    def shown(self) -> Iterator[RenderableType]:
+        """Give each study's trials by what differs between them, and below every setting and where it comes from."""
+        for study in dict.fromkeys(row.study for row in self.rows):
+            rows = [row for row in self.rows if row.study == study]
+            yield f"{study}: {len(rows)} trials, {sum(row.done for row in rows)} done\n"
+            yield _by_trial(rows)
+            yield ""
+            yield _by_setting(rows)
+            yield ""
+
+
+def _by_trial(rows: Sequence[TrialRow]) -> Table:
+    """Return a row a trial, with the settings that are not the same in all that have them."""
+    facts, options = [_settings(row) for row in rows], [_options(row) for row in rows]
+    differ, own = _differing(facts), _differing(options)
+    heads = [name.replace("_", "\n") for name in differ]  # narrow as the numbers below them
+    made = table("row", *heads, *(["options"] if own else []), "done", right=heads[differ.count("task") :])
+    for row, fact, option in zip(rows, facts, options, strict=True):
+        mine = " ".join(f"{name}={option[name]}" for name in own if name in option)
+        cells = [*(fact[name] for name in differ), *([mine] if own else [])]
+        made.add_row(row.row, *cells, "yes" if row.done else "")
+    return made
+
+
+def _by_setting(rows: Sequence[TrialRow]) -> Table:
+    """Return a row a setting: its values, and where they come from."""
+    facts = [{**_settings(row), **_options(row)} for row in rows]
+    made = table("setting", "value", "from")
+    for name in dict.fromkeys(name for one in facts for name in one):
+        having = [(row, one[name]) for row, one in zip(rows, facts, strict=True) if name in one]
+        values = dict.fromkeys(value for _, value in having)
+        sources = dict.fromkeys(row.sources[name] for row, _ in having if name in row.sources)
+        made.add_row(name, ", ".join(values), ", ".join(sources) or "the study and the profile")
+    return made
+
+
+def _differing(facts: Sequence[Mapping[str, str]]) -> list[str]:
+    names = dict.fromkeys(name for one in facts for name in one)
+    return [name for name in names if len({one[name] for one in facts if name in one}) > 1]
+
+
+def _settings(row: TrialRow) -> dict[str, str]:
+    """Return what all methods have, as a table shows it."""
+    return {name: short(getattr(row, name)) for name in _SHOWN}
+
+
+def _options(row: TrialRow) -> dict[str, str]:
+    """Return the method's own options."""
+    return {name: short(value) for name, value in row.options.items() if not isinstance(value, dict | list)}
+
+
+_SHOWN = (
+    "task", "backbone", "num_train_samples", "num_shots", "epochs", "learning_rate", "weight_decay", "precision",
+    "seed", "num_evaluation",
+)  # fmt: skip
 
 
 def trial_rows(params: Params, studies: Sequence[str]) -> list[TrialRow]:
@@ -91,7 +157,7 @@ def trial_rows(params: Params, studies: Sequence[str]) -> list[TrialRow]:
 
 def _digests(params: Params, studies: Sequence[str], where: Places) -> Digests | None:
     try:
-        return digests_of(params, studies, where)
+        return Inputs(params, where).digests(studies)
     except InputError:  # no weights, or nothing drawn
         return None
 

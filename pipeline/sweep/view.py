@@ -1,39 +1,103 @@
-"""The progress of a sweep: trials done and running, the best score of each cell so far, time left."""
+"""The progress of a sweep: what runs now and how far it is, what ended last, the best so far by task, time left."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from rich.cells import cell_len
+from rich.console import Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
+from pipeline.errors import HificlError
 from pipeline.progress import console, say
 from pipeline.sweep.journal import sentence
+from pipeline.sweep.naming import parts_of
 from pipeline.sweep.pace import Pace
 from pipeline.sweep.plan import Plan
+from pipeline.sweep.store import TrialStore
+from pipeline.tasks import tasks
+from pipeline.terminal import BAD, QUIET, table
+from pipeline.trial import TrialConfig
 
 LINE_SECONDS = 15.0
+_REMEMBERED = 100  # trials that ended last
+_FIXED = 24  # columns of a row beside its name
+_ROWS = 4  # at least, before there is room for the best
+
+
+@dataclass
+class _Trial:
+    """One trial as it is shown.
+
+    Attributes:
+        parts: what tells it apart from the others, by kind (`naming.parts_of`).
+        config: None: one that a searcher asked for, and that nobody knows yet.
+        epoch: how many are behind it.
+        score: the last on the selection split.
+        state: done or failed; nothing while it runs.
+    """
+
+    parts: dict[str, str]
+    config: TrialConfig | None
+    epoch: int = 0
+    score: float | None = None
+    state: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its readable name among the others."""
+        return " ".join(self.parts.values())
+
+    @property
+    def epochs(self) -> str:
+        """The epoch that runs, or the last one, and of how many."""
+        if self.config is None:
+            return str(self.epoch)
+        now = self.epoch if self.state else min(self.epoch + 1, self.config.epochs)
+        return f"{now}/{self.config.epochs}"
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The best of a task: by its metric, or by the loss where that chooses."""
+
+    metric: str
+    objective: float
+    row: str
+
+    def __str__(self) -> str:
+        return f"{self.metric} {abs(self.objective):.3g}"
 
 
 class View:
-    """A live table in a terminal; lines elsewhere."""
+    """A live view in a terminal; lines elsewhere."""
 
     def __init__(self, plan: Plan, todo: Sequence[str], points: int = 0) -> None:
         self.plan, self.total = plan, len(todo) + points
         self.pace = Pace({key: plan.trials[key] for key in todo}, points)
+        self.shared, self._parts = _parts(plan, todo)
         self.ended, self.failed = 0, 0
-        self.running: set[str] = set()
-        self.best: dict[str, float] = {}
+        self.running: dict[str, _Trial] = {}
+        self.last: deque[_Trial] = deque(maxlen=_REMEMBERED)
+        self.best: dict[str, _Best] = {}
         self.last_line = 0.0
-        self.live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+        self._lock = threading.Lock()  # the live view is drawn by a thread of its own
+        live = Live(console=console, refresh_per_second=2, transient=True, get_renderable=self._drawn)
+        self.live = live if console.is_terminal else None
 
     def __enter__(self) -> View:
         if self.live:
             self.live.start()
-        self._show(force=True)
+        self._say(force=True)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -43,8 +107,9 @@ class View:
 
     def on_start(self, key: str) -> None:
         """See `tuner.Watcher`."""
-        self.running.add(key)
-        self._show()
+        with self._lock:
+            self._trial(key)
+        self._say()
 
     def on_event(self, row: dict[str, Any]) -> None:
         """Say what went wrong, and how it goes on."""
@@ -53,23 +118,55 @@ class View:
 
     def on_report(self, key: str, report: dict[str, Any]) -> None:
         """See `tuner.Watcher`."""
-        if report.get("seconds") is not None:  # an error has none
-            self.pace.on_epoch(key, int(report["epoch"]), float(report["seconds"]))
-        cell = self.plan.cell_of.get(key)
-        score = report.get("objective")
-        if cell is not None and score is not None:
-            self.best[cell] = max(score, self.best.get(cell, score))
-        self._show()
+        with self._lock:
+            trial = self._trial(key)
+            if report.get("seconds") is not None:  # an error has none
+                trial.epoch = int(report["epoch"])
+                self.pace.on_epoch(key, trial.epoch, float(report["seconds"]))
+            objective = report.get("objective")
+            if objective is not None:
+                trial.score = abs(objective)  # a loss counts as its negative
+                self._compare(trial, objective)
+        self._say()
 
     def on_end(self, key: str, error: str | None) -> None:
         """See `tuner.Watcher`."""
-        self.running.discard(key)
-        self.pace.on_end(key)
-        self.ended += 1
-        self.failed += error is not None
+        with self._lock:
+            trial = self._trial(key)
+            trial.state = "failed" if error is not None else "done"
+            self.last.appendleft(self.running.pop(key))
+            self.pace.on_end(key)
+            self.ended += 1
+            self.failed += error is not None
         if error is not None:
-            print(f"trial {key} failed: {error}", file=sys.stderr, flush=True)
-        self._show()
+            named = f" ({trial.name})" if trial.name != key else ""
+            print(f"trial {key}{named} failed: {error}", file=sys.stderr, flush=True)
+        self._say()
+
+    def _trial(self, key: str) -> _Trial:
+        if key not in self.running:
+            config = self.plan.trials.get(key) or self._asked(key)
+            self.running[key] = _Trial(self._parts.get(key) or {"name": config.name if config else key}, config)
+        trial = self.running[key]
+        if trial.config is None and (config := self._asked(key)):
+            trial.parts, trial.config = {"name": config.name}, config
+        return trial
+
+    def _asked(self, key: str) -> TrialConfig | None:
+        """Return what a searcher asked for, once its slot has begun it."""
+        try:
+            return TrialStore(self.plan.places.runs).config(key)
+        except HificlError:
+            return None
+
+    def _compare(self, trial: _Trial, objective: float) -> None:
+        if trial.config is None:
+            return
+        task = trial.config.task
+        metric = "loss" if trial.config.selection_metric == "loss" else tasks.get(task).metric
+        if task not in self.best or objective > self.best[task].objective:
+            row = " ".join(text for kind, text in trial.parts.items() if kind not in ("task", "study"))
+            self.best[task] = _Best(metric, objective, row)
 
     def _left(self) -> str:
         seconds = self.pace.left()
@@ -78,22 +175,87 @@ class View:
         return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
     def _line(self) -> str:
-        failed = f", {self.failed} failed" if self.failed else ""
-        best = f", best so far {max(self.best.values()):.3g}" if self.best else ""
-        return (
-            f"trials: {self.ended} of {self.total} done{failed}, {len(self.running)} running{best}, {self._left()} left"
-        )
+        by_metric = {one.metric: one for one in sorted(self.best.values(), key=lambda one: one.objective)}
+        said = [
+            f"{self.ended} of {self.total} done",
+            f"{self.failed} failed" if self.failed else "",
+            f"{len(self.running)} running" if self.running else "",
+            f"best {', '.join(map(str, by_metric.values()))}" if by_metric else "",
+            f"{self._left()} left" if self.ended < self.total else "",
+        ]
+        return f"trials: {', '.join(filter(None, said))}"
 
-    def _show(self, force: bool = False) -> None:
-        if self.live is None:
-            now = time.monotonic()
-            if force or now - self.last_line > LINE_SECONDS or self.ended == self.total:
-                self.last_line = now
-                print(self._line(), file=sys.stderr, flush=True)
-            return
-        table = Table(title=self._line(), title_justify="left", box=None)
-        table.add_column("cell")
-        table.add_column("best so far", justify="right")
-        for cell, score in sorted(self.best.items())[-20:]:
-            table.add_row(cell, f"{score:.4g}")
-        self.live.update(table)
+    def _say(self, force: bool = False) -> None:
+        now = time.monotonic()
+        if self.live is None and (force or now - self.last_line > LINE_SECONDS or self.ended == self.total):
+            self.last_line = now
+            print(self._line(), file=sys.stderr, flush=True)
+
+    def _drawn(self) -> RenderableType:
+        with self._lock:
+            best = [
+                f"best {task}: {one} ({one.row})" if one.row else f"best {task}: {one}"
+                for task, one in self.best.items()
+            ]
+            above: list[RenderableType] = [self._bar(), *([Text(self.shared, style=QUIET)] if self.shared else [])]
+            room = console.height - 4 - _lines(self.shared, console.width)  # bar, heads, their line, the cursor's
+            below = list(map(_one_line, best)) if room - len(best) > _ROWS else []
+            return Group(*above, self._rows(room - len(below)), *below)
+
+    def _bar(self) -> Table:
+        """Return how much is done: a trial that runs counts by its epochs."""
+        halves = sum(one.epoch / one.config.epochs for one in self.running.values() if one.config and one.config.epochs)
+        row = Table.grid(expand=True, padding=(0, 1))
+        row.add_column(ratio=1)
+        row.add_column(no_wrap=True)
+        said = Text(f"{self.ended} of {self.total}")
+        if self.failed:
+            said.append(f", {self.failed} failed", style=BAD)
+        said.append(f", {self._left()} left")
+        row.add_row(ProgressBar(total=max(1, self.total), completed=self.ended + halves), said)
+        return row
+
+    def _rows(self, room: int) -> Table:
+        """Return what runs, then what ended last, as far as there is room."""
+        made = table("trial", "epoch", "score", "", right=("epoch", "score"))
+        made.columns[0].no_wrap = False  # a long name takes two lines rather than lose what tells it apart
+        width = max(8, console.width - _FIXED)
+        for trial in [*self.running.values(), *self.last]:
+            room -= _lines(trial.name, width)
+            if room < 0:
+                break
+            score = "" if trial.score is None else f"{trial.score:.4g}"
+            style = BAD if trial.state == "failed" else QUIET if trial.state else ""
+            made.add_row(trial.name, trial.epochs, score, trial.state or "runs", style=style)
+        return made
+
+
+def _one_line(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def _lines(text: str, width: int) -> int:
+    """Return how many lines a text takes, no less than it will."""
+    return -(-cell_len(text) // width)
+
+
+def _parts(plan: Plan, todo: Sequence[str]) -> tuple[str, dict[str, dict[str, str]]]:
+    """Return what all trials have in common, and what tells each apart, by kind; the study only where it has to."""
+    parts = {key: parts_of(plan.cells[plan.cell_of[key]], plan.trials[key]) for key in todo if key in plan.cell_of}
+    values = {kind: dict.fromkeys(one.get(kind) for one in parts.values()) for kind in _kinds(parts)}
+    common = {kind for kind, seen in values.items() if len(seen) == 1}
+    if len(parts) == 1:
+        common -= {"task", "row"}  # a name is left
+    without = {tuple(text for kind, text in one.items() if kind != "study") for one in parts.values()}
+    if len(without) == len(parts):
+        common.add("study")
+    shared = [", ".join(map(str, seen)) for kind, seen in values.items() if kind in common]
+    own = {key: {kind: text for kind, text in one.items() if kind not in common} for key, one in parts.items()}
+    return "; ".join(shared), own
+
+
+def _kinds(parts: Mapping[str, Mapping[str, str]]) -> dict[str, None]:
+    return dict.fromkeys(kind for one in parts.values() for kind in one)
+
+
+__all__ = ["LINE_SECONDS", "View"]

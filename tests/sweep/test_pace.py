@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def _trial(method: str, **changed: object) -> TrialConfig:
-    values = {"backbone": "b", "backbone_digest": "x", "task": "t", "manifest_digest": "m", "method": method}
+    values = {"backbone": "b", "backbone_digest": "x", "task": "mini-vqa", "manifest_digest": "m", "method": method}
     return TrialConfig(**{**values, "epochs": 2, "num_train_samples": 100, **changed})
 
 
@@ -83,6 +83,6 @@ def test_the_line_tells_all_points_and_survives_a_failure(
         view.on_report("asked", {"epoch": 0, "error": "out of memory"})
         view.on_end("asked", "out of memory")
     said = capsys.readouterr().err
-    assert "trials: 0 of 3 done, 1 running, ? left" in said
+    assert "trials: 0 of 3 done, 1 running, best accuracy 50, ? left" in said
     assert "trial asked failed: out of memory" in said
-    assert said.splitlines()[-1] == "trials: 1 of 3 done, 1 failed, 1 running, 40 s left"
+    assert said.splitlines()[-1] == "trials: 1 of 3 done, 1 failed, 1 running, best accuracy 50, 40 s left"

@@ -1,0 +1,80 @@
+"""What `argparse` lacks: help by groups, the nearest name for a misspelt one, and two ways to print an answer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from pipeline.errors import nearest
+
+Command = Callable[[argparse.Namespace], Any]
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the nearest name that there is."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        print(f"error: {message.rstrip('.')}. See `{self.prog} --help`", file=sys.stderr)
+        sys.exit(2)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Refuse what is not known where it stands: a verb knows its options, who parses above it does not."""
+        found, extra = super().parse_known_args(args, namespace)
+        if extra:
+            word = next((word for word in extra if word.startswith("-")), extra[0]).partition("=")[0]
+            options = [name for name in self._option_string_actions if name.startswith("--")]
+            hint = f". {nearest(word, options)}" if word.startswith("-") else ""
+            self.error(f"unknown {'option' if hint else 'argument'} '{word}'{hint}")
+        return found, extra
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            what = f"value of {action.option_strings[-1]}" if action.option_strings else f"{action.metavar}".lower()
+            self.error(f"unknown {what} '{value}'. {nearest(str(value), map(str, action.choices))}")
+
+
+class CommandLine(Parser):
+    """A program of many verbs, which its help lists by group, one line each."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._verbs = self.add_subparsers(metavar="COMMAND", parser_class=Parser)
+        self._groups: dict[str, dict[str, str]] = {}
+
+    def verb(self, group: str, name: str, func: Command, text: str, *, answers: bool = False) -> Parser:
+        """Add a verb.
+
+        Args:
+            group: where the help lists it.
+            name: the verb.
+            func: what it does; what it returns is printed.
+            text: a line about it.
+            answers: whether that is a `terminal.Answer`, which can be shown as a table too.
+        """
+        sub = self.family(group, name, text)
+        sub.set_defaults(func=func)
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        if answers:
+            form = sub.add_mutually_exclusive_group()
+            for form_name, where in (("json", "a pipe"), ("table", "a terminal")):
+                text = f"print {form_name if form_name == 'table' else 'JSON'}, as into {where}"
+                form.add_argument(f"--{form_name}", dest="form", action="store_const", const=form_name, help=text)
+        return sub
+
+    def family(self, group: str, name: str, text: str) -> Parser:
+        """Add a verb that has verbs of its own."""
+        self._groups.setdefault(group, {})[name] = text
+        sub: Parser = self._verbs.add_parser(name, help=text, description=text)
+        return sub
+
+    def format_help(self) -> str:
+        """Return the verbs by group, and the options."""
+        width = 2 + max(len(name) for verbs in self._groups.values() for name in verbs)
+        options = {", ".join(one.option_strings): str(one.help) for one in self._actions if one.option_strings}
+        lines = [self.format_usage().strip(), "", str(self.description)]
+        for title, rows in {**self._groups, "options": options}.items():
+            lines += ["", f"{title}:", *(f"  {name:{width}}{text}" for name, text in rows.items())]
+        return "\n".join([*lines, "", f"`{self.prog} COMMAND --help` says more."]) + "\n"

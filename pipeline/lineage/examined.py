@@ -1,0 +1,42 @@
+"""What `hificl doctor` found, for people: a row a check, and the way out of what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.terminal import BAD, GOOD, Answer, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_STYLES = {"ok": GOOD, "missing": BAD}
+
+
+@dataclass(frozen=True)
+class Examined(Answer):
+    """The answer of `doctor.examine`."""
+
+    found: Mapping[str, Any]
+
+    def record(self) -> Any:
+        """Return the answer."""
+        return self.found
+
+    @property
+    def problem(self) -> str | None:
+        """What is missing."""
+        bad = [check["name"] for check in self.found["checks"] if check["state"] == "missing"]
+        return f"missing for profile '{self.found['profile']}': {', '.join(bad)}" if bad else None
+
+    def shown(self) -> Iterator[RenderableType]:
+        """Give a row a check."""
+        from rich.text import Text
+
+        made = table("checked", "state", "what was found", title=f"profile {self.found['profile']}")
+        for check in self.found["checks"]:
+            way_out = f"\n-> {check['way_out']}" if check["way_out"] and check["state"] != "ok" else ""
+            state = Text(check["state"], style=_STYLES.get(check["state"], ""))
+            made.add_row(check["name"], state, f"{check['detail']}{way_out}")
+        yield made
