@@ -1,10 +1,11 @@
 # Two commands on a fresh machine: `make repro` and `make test`. Each sets up .venv by itself.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-PYTHON ?= python3
+# Paths reach a recipe through its environment, between quotes: a name may hold a space, a quote or a dollar sign.
+export PYTHON ?= python3
 BIN := .venv/bin
 UV := uv==0.13.8
-DATA ?= ../shared/data
+export DATA ?= ../shared/data
 export RAY_USAGE_STATS_ENABLED := 0
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -15,28 +16,29 @@ help:            ## what can be made
 
 setup: .venv/.ready  ## the private environment, everything pinned
 .venv/.ready: requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
-	$(PYTHON) -m venv .venv
+	@"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	"$$PYTHON" -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
-	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --compile-bytecode -r requirements.txt
-	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .
+	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --quiet --compile-bytecode -r requirements.txt
+	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 repro: setup     ## the main job on the miniature: data, sweep, evaluation, report
 	@test -d .dvc || { echo 'not a DVC project: .dvc is missing' >&2; exit 2; }
+	@test -e .git || $(BIN)/dvc config --local core.no_scm true  # a copy without git: DVC asks to be told
 	$(BIN)/dvc repro
 	@$(BIN)/hificl where --table
 
 repro-real: setup  ## every stage on official files: make repro-real DATA=folder
-	$(BIN)/hificl workspace work/real-check --profile real-check --data $(DATA)
+	$(BIN)/hificl workspace work/real-check --profile real-check --data "$$DATA"
 	cd work/real-check && .venv/bin/dvc repro && .venv/bin/hificl where --table
 
 test: setup      ## the test suite, two workers side by side
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
-TABLE ?=
+export TABLE ?=
 test-faults: setup  ## every kind of fault, injected into a real sweep; TABLE=docs/faults.md keeps what was seen
-	HIFICL_FAULTS_TABLE=$(TABLE) $(BIN)/python -m pytest -m faults tests/faults
+	HIFICL_FAULTS_TABLE="$$TABLE" $(BIN)/python -m pytest -m faults tests/faults
 
 test-cluster: setup  ## a cluster of network namespaces: ray up, a sweep with a node lost, ray down (needs root)
 	$(BIN)/python -m pytest -m cluster tests/cluster -rs
@@ -60,7 +62,7 @@ pictures: setup  ## the pictures of the documentation, after make repro: the gal
 	$(BIN)/python -m tests.views . docs/images
 
 pins: setup      ## newer versions into requirements.txt
-	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --all-extras \
+	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --all-extras \
 		pyproject.toml | sed '1i # Everything that `make setup` installs, pinned. Made by `make pins` from pyproject.toml.' > requirements.new
 	mv requirements.new requirements.txt
 

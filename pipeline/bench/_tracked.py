@@ -17,11 +17,12 @@ from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import FINISHED, Tracker
 from pipeline.tracking.spool import SpooledTracker
+from pipeline.tracking.store import sqlite_file, sqlite_uri
 
 
 def stores(where: Path) -> Iterator[tuple[str, str]]:
     """Yield name and address of the stores that are measured."""
-    yield "sqlite", f"sqlite:///{where / 'mlflow.db'}"
+    yield "sqlite", sqlite_uri(where / "mlflow.db")
     if uri := os.environ.get("HIFICL_BENCH_POSTGRES"):
         yield "postgresql", uri
 
@@ -107,10 +108,10 @@ def _copy(uri: str, key: str, copies: list[str]) -> None:
 
 def _bytes(uri: str) -> int:
     """Return what a store takes on disk."""
-    if uri.startswith("sqlite"):
-        file = uri.removeprefix("sqlite:///")
+    file = sqlite_file(uri)
+    if file is not None:
         with _database(uri) as connection:
             connection.execute(sqlalchemy.text("PRAGMA wal_checkpoint(TRUNCATE)"))
-        return Path(file).stat().st_size
+        return file.stat().st_size
     with _database(uri) as connection:
         return int(connection.execute(sqlalchemy.text("select pg_database_size(current_database())")).scalar_one())

@@ -17,6 +17,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.digests import folder_digest
 from pipeline.errors import WorkError
 from pipeline.lineage.record import RunRecord
+from pipeline.tracking import store
 from pipeline.tracking.runs import Tracker
 from pipeline.trial import EvaluationConfig, TrialConfig
 
@@ -147,7 +148,7 @@ def _run(stage: str, folder: Path, code: Path) -> None:
 def _result(folder: Path, *, scored: bool) -> Again:
     (done,) = (folder / "runs").glob("*/done.json")
     key = done.parent.name
-    tracker = Tracker(f"sqlite:///{folder / 'mlflow.db'}", folder)
+    tracker = Tracker(store.sqlite_uri(folder / "mlflow.db"), folder)
     run_id = tracker.find_run(key)
     if run_id is None:
         raise WorkError(f"trial {key} has no run", where=str(folder))

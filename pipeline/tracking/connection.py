@@ -107,7 +107,7 @@ class Connection:
         except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
             if isinstance(error, FileNotFoundError):
                 raise  # a file of ours, not the store
-            where, cause = store.shown(self.uri), str(error).strip().splitlines()[0]
+            where, cause = store.shown(self.uri), (str(error).strip() or type(error).__name__).splitlines()[0]
             if "out-of-date database schema" in str(error):
                 way_out = f"Save a copy, then run: mlflow db upgrade {where}"
                 raise InputError(

@@ -55,7 +55,7 @@ def start(folder: Path, *, host: str, port: int, database: str | None, artifacts
         )  # fmt: skip
     folder = folder.expanduser().resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    database = database or os.environ.get("MLFLOW_BACKEND_STORE_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+    database = database or os.environ.get("MLFLOW_BACKEND_STORE_URI") or store.sqlite_uri(folder / "mlflow.db")
     if urlsplit(database).password:
         raise InputError(
             "has a password in it, which every process of the server would pass on", where="--database",
@@ -74,7 +74,7 @@ def start(folder: Path, *, host: str, port: int, database: str | None, artifacts
         "MLFLOW_AUTH_ADMIN_PASSWORD": password,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": _secret(folder / "session-key", 32),
         "MLFLOW_BACKEND_STORE_URI": database,
-        "MLFLOW_ARTIFACTS_DESTINATION": artifacts or str(folder / "artifacts"),
+        "MLFLOW_ARTIFACTS_DESTINATION": artifacts or (folder / "artifacts").as_uri(),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # four more processes, for features that nobody uses here
     }
     command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--host", host]
@@ -119,7 +119,7 @@ def _auth_config(folder: Path) -> Path:
     config = configparser.ConfigParser()
     config["mlflow"] = {
         "default_permission": "NO_PERMISSIONS",
-        "database_uri": f"sqlite:///{folder / 'auth.db'}",
+        "database_uri": store.sqlite_uri(folder / "auth.db").replace("%", "%%"),  # which would begin a reference
         "admin_username": USER,
         "auth_cache_ttl_seconds": "60",  # a password's hash takes longer than the call it opens
     }

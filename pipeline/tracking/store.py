@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import sqlalchemy
 from sqlalchemy import event
@@ -34,7 +34,7 @@ def resolve(uri: str | None, root: Path) -> str:
         InputError: an address of no kind that MLflow can keep runs in.
     """
     if uri is None:
-        return f"sqlite:///{root / 'mlflow.db'}"
+        return sqlite_uri(root / "mlflow.db")
     scheme = urlsplit(uri).scheme
     if scheme in ("http", "https", "databricks"):
         return uri.rstrip("/")
@@ -42,8 +42,24 @@ def resolve(uri: str | None, root: Path) -> str:
         raise InputError("MLflow no longer keeps runs in plain files", where=uri, way_out="Write sqlite:///mlflow.db")
     url = _url(uri)
     if url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:":
-        return f"sqlite:///{(root / url.database).resolve()}"
+        return sqlite_uri((root / url.database).resolve())
     return uri
+
+
+def sqlite_uri(file: Path) -> str:
+    """Return the address of an SQLite file.
+
+    As the eye reads it, or, where that would be read as another file (a folder's name holds a percent sign or a
+    question mark), escaped and with the driver named.
+
+    Raises:
+        InputError: SQLAlchemy has no address for it.
+    """
+    # With the driver, because MLflow makes the folder of a plain address beforehand, with the escapes in its name.
+    for address in (f"sqlite:///{file}", f"sqlite+pysqlite:///{quote(str(file))}"):
+        if sqlite_file(address) == file:
+            return address
+    raise InputError("has no address as an SQLite store", where=str(file), way_out="Rename the folder")
 
 
 def shown(uri: str) -> str:
@@ -63,7 +79,8 @@ def is_database(uri: str) -> bool:
 
 def sqlite_file(uri: str) -> Path | None:
     """Return the file of an SQLite store, None for every other kind."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    url = make_url(uri) if uri.startswith("sqlite") else None
+    return Path(url.database) if url is not None and url.database else None
 
 
 def probe(uri: str) -> None:

@@ -37,7 +37,7 @@ def serve(folder: Path, uri: str | None, *, host: str, port: int) -> None:
         say(f"warning: {host} can be reached from other machines, and this server asks nobody for a password")
     say(f"MLflow on http://{host}:{port} (Ctrl-C ends it)")
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
-    files = ["--artifacts-destination", str(main_checkout(folder) / "mlartifacts")]
+    files = ["--artifacts-destination", (main_checkout(folder) / "mlartifacts").as_uri()]
     # in the environment, not among the arguments: the address may hold a password. Jobs are processes of their own that
     # nothing here asks for.
     own = {"MLFLOW_BACKEND_STORE_URI": address, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

@@ -27,15 +27,20 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def root(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with closing(sqlite3.connect(empty_store)) as source, closing(sqlite3.connect(tmp_path / "mlflow.db")) as copy:
+    return checkout(tmp_path, empty_store)
+
+
+def checkout(folder: Path, empty_store: Path) -> Path:
+    """Make a folder with a commit and a copy of the empty store."""
+    with closing(sqlite3.connect(empty_store)) as source, closing(sqlite3.connect(folder / "mlflow.db")) as copy:
         source.backup(copy)
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    (tmp_path / ".gitignore").write_text("ml*\n")
-    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    (folder / ".gitignore").write_text("ml*\n")
+    subprocess.run(["git", "add", "."], cwd=folder, check=True)
     subprocess.run(
-        ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "first"], cwd=tmp_path, check=True
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "first"], cwd=folder, check=True
     )
-    return tmp_path
+    return folder
 
 
 @pytest.fixture

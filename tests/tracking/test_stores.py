@@ -11,12 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline.errors import InputError
+from pipeline.tracking import server, store
 from pipeline.tracking.runs import FINISHED, KILLED, Tracker
+from tests import odd_paths
 from tests.conftest import ROOT
-from tests.tracking.conftest import ask, statuses
+from tests.free_port import free_port
+from tests.tracking.conftest import ask, checkout, open_both, statuses
 
 KILLED_CHILD = """
 import sys, time
@@ -127,3 +131,59 @@ def test_files_go_where_the_setting_says(root: Path) -> None:
     places = dict(ask(root, "select name, artifact_location from experiments"))
     assert places["placed"] == (root / "elsewhere/files").as_uri() + "/placed"
     assert places["in-s3"] == "s3://bucket/path/in-s3"
+
+
+@pytest.mark.parametrize("name", odd_paths.NAMES)
+def test_the_store_and_its_files_lie_in_the_project_whatever_it_is_called(
+    tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / name).mkdir()
+    root = checkout(tmp_path / name, empty_store)
+    (root / "scores.json").write_text('{"a": 1}')
+    (root / "adapter").mkdir()
+    (root / "adapter/adapter_config.json").write_text("{}")
+    began = time.monotonic()
+    tracker = Tracker(None, root)
+    tracker.prepare(["study"])
+    assert time.monotonic() - began < 30
+    _, child = open_both(tracker)
+    tracker.log_epochs(child, [{"epoch": 0, "loss": 1.0}])
+    tracker.log_adapter(child, root / "adapter")
+    tracker.log_evaluation(child, {"score": 2.0}, root / "scores.json")
+    tracker.close_all(FINISHED)
+    assert store.sqlite_file(tracker.uri) == root / "mlflow.db"
+    again = Tracker(tracker.uri, root)  # as an address that somebody wrote
+    assert again.uri == tracker.uri
+    assert again.read_run(child)["metrics"] == {"loss": 1.0, "score": 2.0}
+    copy = again._client.download_artifacts(child, "evaluation/scores.json", str(root))
+    assert Path(copy).read_text() == '{"a": 1}'
+    kept = {path.name for path in (root / "mlartifacts").rglob("*") if path.is_file()}
+    assert {"scores.json", "adapter_config.json", "provenance.json"} <= kept
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.slow
+def test_a_server_keeps_its_things_in_a_folder_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder, port, root = tmp_path.joinpath("kept", *odd_paths.NAMES), free_port(), tmp_path / "project"
+    root.mkdir()
+    (root / "scores.json").write_text('{"a": 1}')
+    before = set(psutil.Process().children(recursive=True))
+    try:
+        server.start(folder, host="127.0.0.1", port=port, database=None, artifacts=None, detach=True)
+        tracker = Tracker(f"http://127.0.0.1:{port}", root)
+        tracker.prepare(["study"])
+        parent, _ = open_both(tracker)
+        tracker.log_evaluation(parent, {"score": 2.0}, root / "scores.json")
+        assert [one.path for one in tracker._client.list_artifacts(parent, "evaluation")] == ["evaluation/scores.json"]
+        tracker.close_all(FINISHED)
+    finally:
+        for process in set(psutil.Process().children(recursive=True)) - before:
+            process.kill()
+    assert {"mlflow.db", "auth.db", "password"} <= {path.name for path in folder.iterdir()}
+    assert [path.name for path in (folder / "artifacts").rglob("*.json") if "evaluation" in path.parts] == [
+        "scores.json"
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "kept", "project"}
