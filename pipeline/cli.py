@@ -122,7 +122,7 @@ def _run(line: CommandLine) -> None:
         "--submit", action="store_true", help="as a job of the Ray cluster whose head this is, and follow it"
     )
     how.add_argument("--attach", action="store_true", help="follow the sweep that was submitted from this folder")
-    sub.add_argument("--study", action="append", metavar="S", help="a study of params.yaml (default: the profile's)")
+    sub.add_argument("--study", action="append", metavar="S", help="a study (default: the profile's)")
     _settable(sub)
 
     def workspace(args: argparse.Namespace) -> None:

@@ -92,7 +92,7 @@ def _doctor(line: CommandLine) -> None:
         return Examined(examine(load(profile=args.profile), Path.cwd()))
 
     sub = line.verb("check", "doctor", func, "data, weights, Java, GPUs, Ray, MLflow and disk", answers=True)
-    sub.add_argument("--profile", metavar="P", help="a profile of params.yaml (default: params.yaml's)")
+    sub.add_argument("--profile", metavar="P", help="a profile (default: params.yaml's)")
 
 
 def _gc(line: CommandLine) -> None:

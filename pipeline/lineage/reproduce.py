@@ -19,10 +19,10 @@ from pipeline.lineage.record import RunRecord, read_record
 from pipeline.lineage.rerun import Again, rerun
 from pipeline.lineage.worktree import check_code, checked_out
 from pipeline.progress import say
-from pipeline.tracking.provenance import code_root, code_version, versions
+from pipeline.tracking.provenance import code_root, code_version, machine, versions
 from pipeline.tracking.runs import Tracker
 
-# what a score may differ by where sums are not taken in one fixed order: on a GPU, over ranks, in a pack
+# what a score may differ by where sums come in another order: on a GPU, over ranks, in a pack, on another processor
 TOLERANCES = {"percent": 1.0, "fraction": 0.02}
 _MEASURED = ("seconds", "memory_bytes")  # metrics that end so are measurements of the machine
 
@@ -37,7 +37,7 @@ def reproduce(
         run_id: an MLflow run of a finished trial.
         params: the project's: where weights lie, and which tracking store.
         root: the project's folder.
-        tolerance: what the numbers may differ by; None: 0 for a run on one CPU process, else `TOLERANCES`.
+        tolerance: what the numbers may differ by; None: 0 for a run in one process on this CPU, else `TOLERANCES`.
         here: run the code as it is now instead of the run's commit.
         keep: keep the private store in this folder.
 
@@ -95,13 +95,19 @@ def _same_weights(record: RunRecord, params: Params) -> None:
 
 
 def _tolerance(record: RunRecord) -> float:
-    machine = record.provenance.get("machine") or {}
     # `packed` is with how many trials it really shared a pass; runs of before it was kept say what was allowed
     packed = record.tags.get("packed") or record.tags.get("pack", "1")
     alone = record.config.get("world_size", 1) == 1 and packed == "1"
-    solo = alone and not machine.get("gpus")
+    gpus = (record.provenance.get("machine") or {}).get("gpus")
+    solo = alone and not gpus and _other_processor(record) is None
     unit = (record.evaluation or {}).get("unit", "percent")
     return 0.0 if solo else TOLERANCES.get(unit, TOLERANCES["percent"])
+
+
+def _other_processor(record: RunRecord) -> str | None:
+    """Return the processor that a run was made on, where it is not this machine's."""
+    recorded = (record.provenance.get("machine") or {}).get("cpu")
+    return recorded if recorded not in (None, machine()["cpu"]) else None
 
 
 def _environment(record: RunRecord, repository: Path, here: bool) -> dict[str, Any]:
@@ -123,6 +129,9 @@ def _environment(record: RunRecord, repository: Path, here: bool) -> dict[str, A
     if differ:
         pairs = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in differ.items())
         notes.append(f"other versions than the run's: {pairs}")
+    other = _other_processor(record)
+    if other is not None:
+        notes.append(f"another processor than the run's, {other}: it sums in another order")
     return {"notes": notes, "versions_differ": differ, "recorded_machine": origin.get("machine")}
 
 

@@ -1,4 +1,4 @@
-"""`hificl study`: one study of params.yaml from its trials to its report, beside the profile's own."""
+"""`hificl study`: one study from its trials to its report, beside the profile's own."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def plan(
     """Return the GPU-hours of a study on the real backbones.
 
     Args:
-        study: of params.yaml.
+        study: its name.
         gpus: over which trials are spread.
         rates: of a GPU.
         profile: whose settings count.

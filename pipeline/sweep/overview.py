@@ -1,4 +1,4 @@
-"""Every study of params.yaml: its table or figure, and how far its trials are."""
+"""Every study: its table or figure, and how far its trials are."""
 
 from __future__ import annotations
 

@@ -1,0 +1,32 @@
+"""What a number may differ by when it is made again: nothing, where nothing can sum in another order."""
+
+import pytest
+
+from pipeline.lineage.record import RunRecord
+from pipeline.lineage.reproduce import _environment, _tolerance
+from pipeline.tracking.provenance import machine
+from tests.conftest import ROOT
+
+
+def made(unit="percent", packed="1", world_size=1, **on):
+    record = {"machine": {**machine(), "gpus": [], **on}, "versions": {}}
+    return RunRecord("id", {"world_size": world_size}, {"unit": unit}, {}, record, {"packed": packed})
+
+
+def test_alone_on_this_processor_it_is_nothing():
+    assert _tolerance(made()) == 0.0
+    assert _tolerance(RunRecord("id", {}, None, {}, {}, {})) == 0.0  # a machine was not recorded
+
+
+@pytest.mark.parametrize(
+    "record", [made(packed="2"), made(world_size=2), made(gpus=["H100"]), made(cpu="another processor")]
+)
+def test_where_sums_come_in_another_order_it_is_not(record):
+    assert _tolerance(record) == 1.0
+    assert _tolerance(RunRecord(**{**vars(record), "evaluation": {"unit": "fraction"}})) == 0.02
+
+
+def test_another_processor_is_named():
+    notes = _environment(made(cpu="another processor"), ROOT, here=False)["notes"]
+    assert any("another processor than the run's, another processor" in note for note in notes)
+    assert not any("processor" in note for note in _environment(made(), ROOT, here=False)["notes"])
