@@ -6,6 +6,7 @@ export PYTHON ?= python3
 BIN := .venv/bin
 UV := uv==0.13.8
 export DATA ?= ../shared/data
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true

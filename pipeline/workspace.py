@@ -106,6 +106,12 @@ def _link(link: Path, target: Path) -> None:
     link.symlink_to(os.path.relpath(target, link.parent.resolve()), target_is_directory=True)
 
 
+def active() -> dict[str, str]:
+    """Return this process's environment with its own programs first on PATH: dvc.yaml's `python` is this Python."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, "PATH": path}
+
+
 def dvc(folder: Path, *args: str, shown: bool = False) -> None:
     """Run dvc in a folder; `shown` lets its output through.
 
@@ -114,7 +120,7 @@ def dvc(folder: Path, *args: str, shown: bool = False) -> None:
     """
     # DVC is started as the program it is: its Python interface would pull it into every import of this module
     words = [sys.executable, "-m", "dvc", *args]
-    done = subprocess.run(words, cwd=folder, capture_output=not shown, text=True, check=False)
+    done = subprocess.run(words, cwd=folder, capture_output=not shown, text=True, check=False, env=active())
     if done.returncode:
         raise WorkError(f"dvc {args[0]} failed: {(done.stderr or '').strip()[-300:]}".rstrip(": "), where=str(folder))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pipeline.errors import InputError
-from pipeline.workspace import create
+from pipeline.workspace import create, dvc
 from tests.conftest import ROOT
 
 
@@ -48,3 +50,12 @@ def test_a_link_in_the_data_that_leads_nowhere_is_named_before_any_work(tmp_path
     with pytest.raises(InputError, match=r"data/vqav2/old: is a link to /nowhere/old-annotations, which is not there"):
         create(tmp_path / "beside", profile="real-check", data=data)
     assert not (tmp_path / "beside").exists()
+
+
+def test_dvc_finds_the_python_that_it_was_started_with(tmp_path, monkeypatch):
+    (tmp_path / "say.py").write_text("import pathlib, sys; pathlib.Path('where').write_text(sys.prefix)")
+    (tmp_path / "dvc.yaml").write_text("stages: {one: {cmd: python say.py, outs: [where]}}")
+    monkeypatch.setenv("PATH", os.defpath)
+    dvc(tmp_path, "init", "--no-scm", "--quiet")
+    dvc(tmp_path, "repro", "--quiet")
+    assert (tmp_path / "where").read_text() == sys.prefix

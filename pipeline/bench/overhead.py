@@ -113,7 +113,7 @@ def _timed(folder: Path, *words: str) -> float:
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**workspace.active(), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     if done.returncode:
         raise WorkError(f"{' '.join(words)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")

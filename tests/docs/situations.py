@@ -71,7 +71,12 @@ def no_data(folder: Path) -> Iterator[None]:
 
 @situation
 def no_weights(folder: Path) -> Iterator[None]:
-    with _params(folder, lambda raw: raw["profiles"]["tiny"].update(sources={})):
+    with _params(
+        folder,
+        lambda raw: raw["profiles"]["tiny"].update(
+            sources={"idefics2-8b-base": {"weights": "weights/idefics2-8b-base"}}
+        ),
+    ):
         yield
 
 
