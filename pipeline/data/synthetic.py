@@ -86,8 +86,8 @@ def write_images(root: Path, names: Iterable[str], *, width: int = 640, height: 
 def _write_list(path: Path, header: dict[str, object], name: str, records: Iterator[str]) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(json.dumps(header)[:-1] + f', "{name}": [')
-        for number, record in enumerate(records):
-            file.write(f", {record}" if number else record)
+        file.write(next(records, ""))
+        file.writelines(f", {record}" for record in records)
         file.write("]}")
 
 
@@ -101,9 +101,9 @@ def _ids(size: SyntheticSize, first_image: int) -> Iterator[tuple[int, int, int]
 
 
 def _questions(size: SyntheticSize, first_image: int) -> Iterator[str]:
+    texts = [json.dumps(_KINDS[n % len(_KINDS)][2].format(noun)) for n, noun in enumerate(_NOUNS)]
     for number, question_id, image_id in _ids(size, first_image):
-        text = _KINDS[number % len(_KINDS)][2].format(_NOUNS[number % len(_NOUNS)])
-        yield f'{{"image_id": {image_id}, "question": {json.dumps(text)}, "question_id": {question_id}}}'
+        yield f'{{"image_id": {image_id}, "question": {texts[number % len(texts)]}, "question_id": {question_id}}}'
 
 
 def _annotations(size: SyntheticSize, first_image: int) -> Iterator[str]:
