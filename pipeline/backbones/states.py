@@ -152,7 +152,7 @@ def _tried(layer: nn.Module, attention: nn.Module, mlp: nn.Module, width: int, l
 
     hooks = [child.register_forward_pre_hook(look) for child in layer.children()]
     try:
-        with _giving(attention, (a, None)), _giving(mlp, m):
+        with _instead(layer, {attention: (a, None), mlp: m}):
             out: Any = layer.forward(h, **nothing)
     finally:
         for hook in hooks:
@@ -163,14 +163,24 @@ def _tried(layer: nn.Module, attention: nn.Module, mlp: nn.Module, width: int, l
     return readers[0] if len(readers) == 1 else None
 
 
+class _Gives(nn.Module):
+    """Gives a value whatever it is called with."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.value
+
+
 @contextmanager
-def _giving(module: nn.Module, value: Any) -> Iterator[None]:
-    """Let a module give `value` whatever it is called with."""
-    had = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: value  # type: ignore[method-assign]
+def _instead(layer: nn.Module, values: dict[nn.Module, Any]) -> Iterator[None]:
+    """Put modules that give these values in the place of some of a layer's, whose own hooks see nothing of it."""
+    had = {name: child for name, child in layer.named_children() if child in values}
     try:
+        for name, child in had.items():
+            layer._modules[name] = _Gives(values[child])
         yield
     finally:
-        del module.forward
-        if had is not None:
-            module.forward = had
+        layer._modules.update(had)

@@ -67,6 +67,16 @@ def test_a_layers_states_are_its_sums(family: str, tiny: Any, inputs: Any) -> No
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_to_find_the_ffn_disturbs_no_one_who_listens(tiny: Any, inputs: Any) -> None:
+    model = tiny("mistral")
+    spec, batch = decoder_of(model), inputs(model)
+    names = [name for name, _ in model.named_modules()]
+    with recorded(spec, "attention") as a, recorded(spec, "residual") as out, recorded(spec, "mlp") as m:
+        assert not a and not out and [name for name, _ in model.named_modules()] == names
+        logits(model, batch)
+    assert {len(seen) for seen in (a, out, m)} == {3} and {tuple(x.shape) for x in (*a, *out, *m)} == {(2, 12, 32)}
+
+
 def test_a_parallel_block_has_an_ffn_and_no_stream_before_it(inputs: Any) -> None:
     model = parallel().double().eval()
     spec, batch = decoder_of(model), inputs(model)
