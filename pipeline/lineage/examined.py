@@ -31,12 +31,15 @@ class Examined(Answer):
         return f"missing for profile '{self.found['profile']}': {', '.join(bad)}" if bad else None
 
     def shown(self) -> Iterator[RenderableType]:
-        """Give a row a check."""
+        """Give a row a check, and below what to do about those that are not in order."""
         from rich.text import Text
 
         made = table("checked", "state", "what was found", title=f"profile {self.found['profile']}")
         for check in self.found["checks"]:
-            way_out = f"\n-> {check['way_out']}" if check["way_out"] and check["state"] != "ok" else ""
             state = Text(check["state"], style=_STYLES.get(check["state"], ""))
-            made.add_row(check["name"], state, f"{check['detail']}{way_out}")
+            made.add_row(check["name"], state, check["detail"])
         yield made
+        yield ""
+        for check in self.found["checks"]:
+            if check["way_out"] and check["state"] != "ok":
+                yield f"{check['name']}: {check['way_out']}"

@@ -215,8 +215,10 @@ class View:
         row.add_row(ProgressBar(total=max(1, self.total), completed=self.ended + halves), said)
         return row
 
-    def _rows(self, room: int) -> Table:
+    def _rows(self, room: int) -> RenderableType:
         """Return what runs, then what ended last, as far as there is room."""
+        if not self.running and not self.last:
+            return Text("Ray starts, and loads the backbone", style=QUIET)
         made = table("trial", "epoch", "score", "", right=("epoch", "score"))
         made.columns[0].no_wrap = False  # a long name takes two lines rather than lose what tells it apart
         width = max(8, console.width - _FIXED)
