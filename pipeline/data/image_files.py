@@ -7,9 +7,12 @@ have it, so what is computed from an image and kept under its digest is never an
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.data.images import os_problem, read_image_bytes, size_of
+from pipeline.data.parquet import place
 from pipeline.data.sample import ImageRef
 from pipeline.errors import InputError
 
@@ -17,6 +20,7 @@ Image = ImageRef | Path | str
 Size = tuple[int, int]  # height, width, as stored
 
 _SIZES: dict[str, Size] = {}  # by digest
+_THREADS = 8
 
 
 def located(image: Image, root: Path | str = "") -> Path:
@@ -36,7 +40,7 @@ def read(image: Image, root: Path | str = "") -> bytes:
     except OSError as error:
         way_out = "Check the data root, or get it again"
         raise InputError(os_problem(error), where=str(path), way_out=way_out) from error
-    wanted = image.sha256 if isinstance(image, ImageRef) else ""
+    wanted = _key(image)
     if wanted and (found := hashlib.sha256(data).hexdigest()) != wanted:
         raise InputError(
             changed(found, wanted), where=str(path), way_out="Draw the samples again, or put the old file back"
@@ -55,21 +59,29 @@ def digest(image: Image, root: Path | str = "") -> str:
     Raises:
         InputError: as `read`.
     """
-    if isinstance(image, ImageRef) and image.sha256:
-        return image.sha256
-    return hashlib.sha256(read(image, root)).hexdigest()
+    return _key(image) or hashlib.sha256(read(image, root)).hexdigest()
 
 
-def size(image: Image, root: Path | str = "") -> Size:
-    """Return height and width, from the header; remembered by digest where it is known.
+def sizes(images: Sequence[Image], root: Path | str = "") -> list[Size]:
+    """Return each image's height and width, from the header; remembered by digest where it is known.
 
     Raises:
         InputError: as `read`, or it is no image.
     """
-    key = image.sha256 if isinstance(image, ImageRef) else ""
-    if key in _SIZES:
-        return _SIZES[key]
-    found = size_of(read(image, root), str(located(image, root)))
-    if key:
-        _SIZES[key] = found
-    return found
+    unknown = {image for image in images if _key(image) not in _SIZES}
+    found: dict[Image, Size] = {}
+    if unknown:
+        # as they lie, because of a shard as many rows are read as hang together
+        order = sorted(unknown, key=lambda image: place(str(located(image, root))))
+        with ThreadPoolExecutor(min(_THREADS, len(order))) as threads:
+            found = dict(zip(order, threads.map(lambda image: _read_size(image, root), order), strict=True))
+        _SIZES.update({_key(image): size for image, size in found.items() if _key(image)})
+    return [found[image] if image in found else _SIZES[_key(image)] for image in images]
+
+
+def _key(image: Image) -> str:
+    return image.sha256 if isinstance(image, ImageRef) else ""
+
+
+def _read_size(image: Image, root: Path | str) -> Size:
+    return size_of(read(image, root), str(located(image, root)))

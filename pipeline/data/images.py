@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
-from pipeline.data.parquet import cell_bytes, is_cell
+from pipeline.data.parquet import cell_bytes, is_cell, place
 from pipeline.errors import InputError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a picture of 0.5 GB as RGB; COCO's largest have 0.4 million
@@ -147,18 +147,20 @@ def check_images(paths: Iterable[Path], *, progress: Callable[[int], None] | Non
 
     Args:
         paths: the files.
-        progress: called with 1 after each file.
+        progress: called with 1 after each file; none is looked at twice.
 
     Returns:
         One entry a path; those with a `problem` are the bad ones. All are looked at, none stops the rest.
     """
-    results = []
+    given = list(paths)
+    found: dict[Path, CheckedImage] = {}
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        for checked in threads.map(check_image, paths):
-            results.append(checked)
+        # as they lie, because of a shard as many rows are read as hang together
+        for checked in threads.map(check_image, sorted(set(given), key=lambda path: place(str(path)))):
+            found[checked.path] = checked
             if progress is not None:
                 progress(1)
-    return results
+    return [found[path] for path in given]
 
 
 def problems_error(problems: Iterable[CheckedImage], *, where: str) -> InputError:

@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING
@@ -203,11 +204,12 @@ def sizes_that_matter(loaded: Loaded, rendered: Sequence[Rendered], root: Path |
     """
     if not loaded.family.sized:
         return [()] * len(rendered)
-    sizes = [tuple(image_files.size(image, root) for image in one.images) for one in rendered]
-    for one, mine in zip(rendered, sizes, strict=True):
-        for image, size in zip(one.images, mine, strict=True):
-            loaded.family.check_size(*size, where=str(image_files.located(image, root)))
-    return sizes
+    images = [image for one in rendered for image in one.images]
+    sizes = image_files.sizes(images, root)
+    for image, size in zip(images, sizes, strict=True):
+        loaded.family.check_size(*size, where=str(image_files.located(image, root)))
+    left = iter(sizes)
+    return [tuple(islice(left, len(one.images))) for one in rendered]
 
 
 def encode_all(

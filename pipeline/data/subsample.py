@@ -28,7 +28,6 @@ from typing import Literal
 from pipeline.data.files import file_digest
 from pipeline.data.images import CheckedImage, check_images, problems_error
 from pipeline.data.manifest import Manifest, Source
-from pipeline.data.parquet import place
 from pipeline.data.sample import PromptStyle, Sample
 from pipeline.errors import InputError
 from pipeline.progress import Report
@@ -245,7 +244,7 @@ def _first(entries: Iterator[Entry], count: int | None) -> Iterator[Entry]:
 
 
 def _check(root: Path, entries: Iterable[Entry], checked: dict[str, CheckedImage], report: Report, split: str) -> None:
-    new = sorted({image for entry in entries for image in entry.images if image not in checked}, key=place)
+    new = list(dict.fromkeys(image for entry in entries for image in entry.images if image not in checked))
     done = 0
 
     def one_more(count: int) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 from pipeline import backbones
 from pipeline.config import Params
+from pipeline.data import image_files
 from pipeline.data.manifest import Manifest
+from pipeline.data.parquet import place as in_shard
 from pipeline.digests import file_digest, folder_digest
 from pipeline.errors import HificlError, InputError
 from pipeline.lineage import place as places
@@ -214,8 +216,11 @@ class _Walk:
 
     def _images(self, base: Path, images: dict[str, str]) -> None:
         wrong = 0
-        for name, known in sorted(images.items()):
-            found = _digest_of(base / name)
+        for name, known in sorted(images.items(), key=lambda item: in_shard(item[0])):
+            try:
+                found = image_files.digest(name, base)  # a file's, or that of a cell in a shard
+            except InputError:
+                found = None
             if found != known:
                 wrong += 1
                 self.checks.compare("image", base / name, known, found)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline import backbones
 from pipeline.data import image_files
 from pipeline.data.manifest import Manifest
-from pipeline.data.sample import ImageRef
 from pipeline.errors import InputError
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
 
 _NAMED = 5  # pictures of one message
-_THREADS = 8
 
 
 def has_rules(backbone: str) -> bool:
@@ -30,17 +27,12 @@ def check_pictures(path: Path, backbone: str) -> int:
     """
     manifest, family = Manifest.load(path), backbones.get(backbone).family
     images = list(dict.fromkeys(i for samples in manifest.splits.values() for one in samples for i in one.images))
-
-    def problem(image: ImageRef) -> str | None:
-        size = image_files.size(image, manifest.image_root)
+    bad = []
+    for image, size in zip(images, image_files.sizes(images, manifest.image_root), strict=True):
         try:
             family.check_size(*size, where=str(image_files.located(image, manifest.image_root)))
         except InputError as error:
-            return f"{error.where}: {error.what}"
-        return None
-
-    with ThreadPoolExecutor(_THREADS) as threads:
-        bad = [found for found in threads.map(problem, images) if found]
+            bad.append(f"{error.where}: {error.what}")
     if bad:
         more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         raise InputError(

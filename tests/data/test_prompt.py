@@ -128,7 +128,7 @@ def test_sizes_are_read_from_the_files_where_they_matter(tiny, pictures):
     rendered = render(VQA, loaded.backbone, sample(3), [sample(4)])
     sizes = [(30, 90), (40, 56)]
     assert encode(loaded, rendered, root=pictures) == encode(loaded, rendered, image_sizes=sizes)
-    with pytest.raises(InputError, match=r"4\.png"):
+    with pytest.raises(InputError, match=r"[34]\.png"):
         encode(loaded, rendered, root=pictures / "elsewhere")
 
 

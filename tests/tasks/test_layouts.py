@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from pipeline import backbones, tasks
 from pipeline.data.collate import collate
-from pipeline.data.image_files import digest, read, size
+from pipeline.data.image_files import digest, read, sizes
 from pipeline.data.images import open_image
 from pipeline.data.prompt import encode_all, render
 from pipeline.data.subsample import draw
+from pipeline.lineage.checks import SAME, Checks
+from pipeline.lineage.trace import _Walk
 from pipeline.train.visual_tokens import VisualTokens
 from tests.tasks.conftest import LAYOUTS
 
@@ -49,7 +53,14 @@ def test_bytes_digest_and_size_are_those_of_the_draw(drawn):
     for samples in drawn.splits.values():
         for image in (image for sample in samples for image in sample.images):
             picture = open_image(drawn.image_root / image.path)
-            assert size(image, drawn.image_root) == (picture.height, picture.width)
-            assert size(image.path, drawn.image_root) == (picture.height, picture.width)
+            assert sizes([image], drawn.image_root)[0] == (picture.height, picture.width)
+            assert sizes([image.path], drawn.image_root)[0] == (picture.height, picture.width)
             assert digest(image.path, drawn.image_root) == image.sha256
             assert read(image, drawn.image_root) == read(image.path, drawn.image_root)
+
+
+def test_a_trace_finds_the_pictures_where_they_lie(drawn):
+    walk = SimpleNamespace(checks=Checks())
+    images = {i.path: i.sha256 for samples in drawn.splits.values() for one in samples for i in one.images}
+    _Walk._images(walk, drawn.image_root, images)
+    assert [check.state for check in walk.checks._made.values()] == [SAME]

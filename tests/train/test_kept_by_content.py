@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 from dataclasses import replace
 
 import pyarrow
@@ -12,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.image_files import size
+from pipeline.data.image_files import sizes
+from pipeline.data.images import check_images
 from pipeline.data.manifest import Manifest
-from pipeline.data.parquet import cell_name
+from pipeline.data.parquet import _column_of_group, cell_name
 from pipeline.data.prompt import encode_all, render
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.digests import file_digest
@@ -71,7 +73,7 @@ def test_nothing_is_kept_under_the_digest_of_another_picture(tiny, tmp_path):
     drawn = ImageRef("a.png", file_digest(tmp_path / "a.png"))
     (tmp_path / "a.png").write_bytes(png(2, (200, 64)))
     visual = VisualTokens(loaded, tmp_path / "cache")
-    for ask in (lambda: visual.get([drawn], tmp_path), lambda: size(drawn, tmp_path)):
+    for ask in (lambda: visual.get([drawn], tmp_path), lambda: sizes([drawn], tmp_path)[0]):
         with pytest.raises(InputError, match=r"a\.png: its bytes changed since the draw .* Draw the samples again"):
             ask()
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
@@ -88,21 +90,33 @@ def test_a_shard_in_anothers_place_is_read_again(tmp_path):
         rows = [{"image": {"bytes": picture.getvalue(), "path": None}}]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     place = tmp_path / cell_name("test.parquet", 0, "image")
-    assert size(place) == (20, 40)
+    assert sizes([place])[0] == (20, 40)
     before = shard.stat()
     content = other.read_bytes()
     assert len(content) == before.st_size
     shard.write_bytes(content)
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert shard.stat().st_mtime_ns == before.st_mtime_ns
-    assert size(place) == (40, 20)
+    assert sizes([place])[0] == (40, 20)
+
+
+def test_a_shards_row_groups_are_read_one_after_another_however_their_rows_are_asked_for(tmp_path):
+    rows = [{"image": {"bytes": png(n, (10 + n, 8)), "path": None}} for n in range(120)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=10)
+    order = random.Random(0).sample(range(120), 120)
+    places = [tmp_path / cell_name("t.parquet", row, "image") for row in order]
+    before = _column_of_group.cache_info().misses
+    assert sizes(places) == [(8, 10 + row) for row in order]
+    assert [one.path for one in check_images(places)] == places
+    # twice twelve groups, and a few again for a thread that was late; a read a row would be some 160
+    assert _column_of_group.cache_info().misses - before <= 48
 
 
 def test_a_folder_may_be_called_like_a_shard(tmp_path):
     folder = tmp_path / "a.parquet#1"
     folder.mkdir()
     (folder / "x.png").write_bytes(png(3, (12, 9)))
-    assert size(folder / "x.png") == (9, 12)
+    assert sizes([folder / "x.png"])[0] == (9, 12)
 
 
 def test_an_entry_that_may_not_be_touched_is_as_good(tmp_path, monkeypatch):
