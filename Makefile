@@ -15,12 +15,17 @@ export MLFLOW_DISABLE_TELEMETRY := true
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
-setup: .venv/.ready  ## the private environment, everything pinned
+# TORCH=cpu: torch and torchvision from PyTorch's own index of builds without CUDA, and none of CUDA's libraries
+TORCH ?=
+$(if $(filter-out cpu,$(TORCH)),$(error TORCH is cpu or nothing, not $(TORCH)))
+CUDA_ONLY := ^((cuda|nvidia)-|triton=)
+setup: .venv/.ready  ## the private environment, everything pinned; TORCH=cpu leaves CUDA out
 .venv/.ready: requirements.txt pyproject.toml
-	@"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	@"$$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and f"Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}: make setup PYTHON=python3.13")'
 	"$$PYTHON" -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
-	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --quiet --compile-bytecode -r requirements.txt
+	grep -vE '$(if $(TORCH),$(CUDA_ONLY),^#)' requirements.txt | VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install \
+		--quiet --compile-bytecode $(if $(TORCH),--torch-backend cpu) -r -
 	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -63,8 +68,9 @@ pictures: setup  ## the pictures of the documentation, after make repro: the gal
 	$(BIN)/python -m tests.views . docs/images
 
 pins: setup      ## newer versions into requirements.txt
-	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --all-extras \
-		pyproject.toml | sed '1i # Everything that `make setup` installs, pinned. Made by `make pins` from pyproject.toml.' > requirements.new
+	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip compile --quiet --upgrade --universal --no-annotate --no-header \
+		--all-extras pyproject.toml | grep -vE "; .*== '(win32|emscripten)'" | \
+		sed '1i # Everything that `make setup` installs, pinned, for Linux and macOS. Made by `make pins` from pyproject.toml.' > requirements.new
 	mv requirements.new requirements.txt
 
 clean:           ## what the pipeline made; never data of yours, checkpoints or the environment

@@ -13,6 +13,7 @@ from email.parser import Parser
 
 import jsonschema
 import pytest
+from packaging.requirements import Requirement
 
 from pipeline.plain_yaml import read_file
 from tests.conftest import ROOT
@@ -89,3 +90,52 @@ def test_a_wheel_holds_the_licence_and_what_the_code_reads(wheel):
     files = (path for top in ("pipeline", "stages") for path in (ROOT / top).rglob("*") if path.is_file())
     missing = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts} - names
     assert not missing, "package-data of pyproject.toml leaves these out"
+
+
+def pins(text):
+    return [Requirement(line) for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def here(requirements, system, machine, python):
+    environment = {"sys_platform": system, "platform_machine": machine, "python_full_version": f"{python}.0",
+                   "python_version": python, "platform_system": {"linux": "Linux", "darwin": "Darwin"}[system],
+                   "implementation_name": "cpython", "platform_python_implementation": "CPython"}  # fmt: skip
+    return {one.name: one for one in requirements if one.marker is None or one.marker.evaluate(environment)}
+
+
+CUDA = re.compile(r"(cuda|nvidia)-.*|triton")
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize(("system", "machine"), [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")])
+def test_the_pins_are_whole_on_linux_and_macos(system, machine, python):
+    found = here(pins((ROOT / "requirements.txt").read_text()), system, machine, python)
+    assert all(str(one.specifier).startswith("==") and not one.url for one in found.values())
+    asked = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+    for one in here([Requirement(line) for line in asked], system, machine, python).values():
+        name = re.sub(r"[-_.]+", "-", one.name.lower())
+        assert name in found and one.specifier.contains(str(found[name].specifier).removeprefix("=="))
+    assert (system == "linux") == ("deepspeed" in found) == any(CUDA.fullmatch(name) for name in found)
+
+
+def test_setup_without_cuda_leaves_out_cuda_alone():
+    done = subprocess.run(
+        ["make", "--dry-run", "--always-make", ".venv/.ready", "TORCH=cpu"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (command,) = [line for line in done.stdout.replace("\\\n", " ").splitlines() if "-r -" in line]
+    assert "--torch-backend cpu" in command
+    kept = subprocess.run(["bash", "-c", command.split("|  VIRTUAL_ENV")[0].split("| VIRTUAL_ENV")[0]], cwd=ROOT,
+                          capture_output=True, text=True, check=True).stdout  # fmt: skip
+    whole = {one.name for one in pins((ROOT / "requirements.txt").read_text())}
+    left_out = whole - {one.name for one in pins(kept)}
+    assert left_out == {name for name in whole if CUDA.fullmatch(name)} and len(left_out) > 15
+    assert {"torch", "torchvision"} <= whole - left_out
+
+
+def test_setup_refuses_another_torch():
+    done = subprocess.run(["make", "-n", "setup", "TORCH=rocm"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "TORCH is cpu or nothing, not rocm" in done.stderr

@@ -16,6 +16,7 @@ from pipeline import backbones
 from pipeline.config import Params, data_root
 from pipeline.copies import main_checkout
 from pipeline.errors import HificlError, InputError
+from pipeline.sweep.engines import check_engines
 from pipeline.sweep.forecast import as_given
 from pipeline.sweep.pictures import check_pictures, has_rules
 from pipeline.sweep.plan import make_plan, places
@@ -61,7 +62,9 @@ def _tried(name: str, work: Callable[[], str], way_out: str | None = None) -> Fi
 
 def _python(params: Params, root: Path) -> Iterator[Finding]:
     yield Finding("python", OK, f"{platform.python_version()} at {sys.executable}")
-    gone = [name for name, version in versions().items() if version is None]
+    if platform.system() != "Linux":
+        yield Finding("system", NOTE, f"{platform.system()} {platform.machine()}: everything is tested on Linux alone")
+    gone = [name for name, version in versions().items() if version is None and name != "deepspeed"]  # see _studies
     yield Finding("packages", MISSING if gone else OK, ", ".join(gone) or "all there", "make setup" if gone else None)
 
 
@@ -69,9 +72,12 @@ def _studies(params: Params, root: Path) -> Iterator[Finding]:
     """Whether the profile can give what its studies ask for, as far as params.yaml tells."""
     studies = params.run.studies
     asked = [cell for study in studies for cell in cells(params, study, as_given(params))]
-    yield _tried(
-        "studies", lambda: f"{len(make_plan(params, asked, places(root)).trials)} trials in {', '.join(studies)}"
-    )
+
+    def laid_out() -> str:
+        trials = make_plan(params, asked, places(root)).trials
+        return f"{len(trials)} trials in {', '.join(studies)}; {check_engines(trials.values())}"
+
+    yield _tried("studies", laid_out)
     for number, line in enumerate(unheard(params, asked), start=1):
         yield Finding(f"setting {number}", NOTE, line)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.config import Params
 from pipeline.errors import WorkError
 from pipeline.progress import say
+from pipeline.sweep.engines import check_open
 from pipeline.sweep.journal import Journal
 from pipeline.sweep.logbook import Logbook, datasets_of
 from pipeline.sweep.naming import description
@@ -40,6 +41,7 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
         say(f"note: {line}")
     store = TrialStore(where.runs)
     with store.lock("a sweep"), in_order():
+        check_open(plan, store)
         check_all(plan, store)
         # its imports take as long as opening MLflow does
         driver = Driver() if plan.open_keys(store) or plan.searched else None

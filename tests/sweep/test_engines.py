@@ -1,0 +1,56 @@
+"""DeepSpeed is for Linux: what needs it says so before anything trains, and nothing else does."""
+
+import importlib.util
+
+import pytest
+
+from pipeline.config import load
+from pipeline.errors import InputError
+from pipeline.lineage.doctor import examine
+from pipeline.sweep.engines import check_engines
+from pipeline.sweep.forecast import as_given
+from pipeline.sweep.space import cells
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def without_deepspeed(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
+    )
+
+
+def trials(*settings):
+    params = load(ROOT / "params.yaml", settings)
+    return [cell.trial({}) for cell in cells(params, "hificl-table1", as_given(params))]
+
+
+SHARDED = [["train.zero_stage=2"], ["train.offload=cpu", "train.zero_stage=2"], ["train.engine=deepspeed"]]
+
+
+@pytest.mark.parametrize("settings", SHARDED)
+def test_zero_without_deepspeed_is_refused_with_the_way_out(without_deepspeed, settings):
+    with pytest.raises(
+        InputError, match=r"12 trials ask for ZeRO.*DeepSpeed.*not installed. Set train.zero_stage to 0"
+    ) as said:
+        check_engines(trials(*settings))
+    assert "\n" not in str(said.value)
+    assert check_engines(trials()) == "12 trained by torch"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("settings", SHARDED)
+def test_with_deepspeed_it_is_trained_by_it(settings):
+    assert check_engines(trials(*settings)) == "12 trained by deepspeed"
+
+
+def test_the_doctor_says_it(without_deepspeed, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = {
+        name: examine(load(overrides=chosen), ROOT)["checks"] for name, chosen in (("mini", []), ("zero", SHARDED[0]))
+    }
+    states = {name: {check["name"]: check for check in checks}["studies"] for name, checks in found.items()}
+    assert states["mini"]["state"] == "ok" and "trained by torch" in states["mini"]["detail"]
+    assert states["zero"]["state"] == "missing" and "train.zero_stage to 0" in states["zero"]["way_out"]
+    assert {check["name"]: check["state"] for check in found["mini"]}["packages"] == "ok"
