@@ -170,7 +170,7 @@ def _extended(name: str, profiles: dict[str, Any], seen: tuple[str, ...]) -> dic
 
 
 def _studies(studies: dict[str, Study], run: Profile, run_at: str) -> dict[str, Study]:
-    """Return every study, with the profile's changes laid over it."""
+    """Return every study in the order in which reports have them, with the profile's changes laid over it."""
     changed = {}
     for name, change in run.study_changes.items():
         if name not in studies:
@@ -178,7 +178,13 @@ def _studies(studies: dict[str, Study], run: Profile, run_at: str) -> dict[str, 
                 f"unknown study '{name}'", where=f"{run_at}: study_changes", way_out=nearest(name, studies)
             )
         changed[name] = validate(Study, merge(studies[name].model_dump(), change), f"{run_at}: study_changes.{name}")
-    return {**studies, **changed}
+    first = {name: place for place, name in enumerate(run.studies)}  # the profile's own, then the others as 1, 2, 10
+    order = sorted(studies, key=lambda name: (first.get(name, len(first)), _natural(name)))
+    return {name: changed.get(name, studies[name]) for name in order}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _mapping(path: Path) -> dict[str, Any]:

@@ -160,3 +160,10 @@ def test_the_data_folder_is_one_that_dvc_sees(monkeypatch):
     monkeypatch.setenv("HIFICL_DATA_ROOT", "/nowhere")
     with pytest.raises(InputError, match="HIFICL_DATA_ROOT.*data/miniature"):
         data_root(load(ROOT / "params.yaml"))
+
+
+def test_the_profiles_own_studies_come_first_and_the_others_in_natural_order():
+    names = list(load(ROOT / "params.yaml").studies)
+    assert names[:2] == ["hificl-table1", "hificl-figure7"] and names.index("hificl-figure4") < names.index(
+        "hificl-figure10"
+    )
