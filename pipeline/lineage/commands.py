@@ -87,9 +87,8 @@ def _doctor(line: CommandLine) -> None:
     def func(args: argparse.Namespace) -> Answer:
         from pipeline.config import load
         from pipeline.lineage.doctor import examine
-        from pipeline.lineage.examined import Examined
 
-        return Examined(examine(load(profile=args.profile), Path.cwd()))
+        return examine(load(profile=args.profile), Path.cwd())
 
     sub = line.verb("check", "doctor", func, "data, weights, Java, GPUs, Ray, MLflow and disk", answers=True)
     sub.add_argument("--profile", metavar="P", help="a profile (default: params.yaml's)")

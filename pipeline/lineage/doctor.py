@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import backbones
 from pipeline.config import Params, data_root
@@ -22,10 +22,15 @@ from pipeline.sweep.pictures import check_pictures, has_rules
 from pipeline.sweep.plan import make_plan, places
 from pipeline.sweep.space import cells, needed, unheard
 from pipeline.tasks import tasks
+from pipeline.terminal import BAD, GOOD, Answer, table
 from pipeline.tracking import store
 from pipeline.tracking.provenance import versions
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 OK, MISSING, NOTE = "ok", "missing", "note"
+_STYLES = {OK: GOOD, MISSING: BAD}
 _DISK_GIB = {"tiny": 1.0, "published": 5.0}  # run state, caches and MLflow; weights are looked at by themselves
 _SHARED_MEMORY_GIB = 0.5  # below, Ray writes its objects to the disk
 
@@ -40,16 +45,41 @@ class Finding:
     way_out: str | None = None
 
 
-def examine(params: Params, root: Path) -> dict[str, Any]:
-    """Return `profile`, `checks` and `ok` for the profile of `params`."""
+@dataclass(frozen=True)
+class Examination(Answer):
+    """What a profile needs, thing by thing."""
+
+    profile: str
+    checks: list[Finding]
+
+    def record(self) -> dict[str, Any]:
+        """Return `profile`, `ok` and `checks`."""
+        return {"profile": self.profile, "ok": self.problem is None, "checks": [asdict(check) for check in self.checks]}
+
+    @property
+    def problem(self) -> str | None:
+        """What is missing."""
+        bad = [check.name for check in self.checks if check.state == MISSING]
+        return f"missing for profile '{self.profile}': {', '.join(bad)}" if bad else None
+
+    def shown(self) -> Iterator[RenderableType]:
+        """Give a row a check, and below what to do about those that are not in order."""
+        from rich.text import Text
+
+        made = table("checked", "state", "what was found", title=f"profile {self.profile}")
+        for check in self.checks:
+            made.add_row(check.name, Text(check.state, style=_STYLES.get(check.state, "")), check.detail)
+        yield made
+        yield ""
+        yield from (f"{one.name}: {one.way_out}" for one in self.checks if one.way_out and one.state != OK)
+
+
+def examine(params: Params, root: Path) -> Examination:
+    """Return what the profile of `params` needs, and whether it is here."""
     checks: list[Finding] = []
     for group in (_python, _studies, _data, _weights, _pictures, _java, _gpus, _ray, _mlflow, _disk):
         checks += group(params, root)
-    return {
-        "profile": params.profile,
-        "ok": not any(check.state == MISSING for check in checks),
-        "checks": [asdict(check) for check in checks],
-    }
+    return Examination(params.profile, checks)
 
 
 def _tried(name: str, work: Callable[[], str], way_out: str | None = None) -> Finding:

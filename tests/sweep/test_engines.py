@@ -48,7 +48,8 @@ def test_with_deepspeed_it_is_trained_by_it(settings):
 def test_the_doctor_says_it(without_deepspeed, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = {
-        name: examine(load(overrides=chosen), ROOT)["checks"] for name, chosen in (("mini", []), ("zero", SHARDED[0]))
+        name: examine(load(overrides=chosen), ROOT).record()["checks"]
+        for name, chosen in (("mini", []), ("zero", SHARDED[0]))
     }
     states = {name: {check["name"]: check for check in checks}["studies"] for name, checks in found.items()}
     assert states["mini"]["state"] == "ok" and "trained by torch" in states["mini"]["detail"]

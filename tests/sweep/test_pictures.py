@@ -53,7 +53,7 @@ def test_only_the_backbone_that_has_a_rule_asks(project, monkeypatch):
     monkeypatch.chdir(project)
     path = places(project).manifest("vqav2")
     assert check_pictures(path, "idefics2-8b-base") > 8
-    checks = {check["name"]: check for check in examine(load(), project)["checks"]}
+    checks = {check["name"]: check for check in examine(load(), project).record()["checks"]}
     found = checks["pictures of vqav2 for qwen3-vl-8b"]
     assert found["state"] == "missing" and RULE in found["detail"] and found["way_out"]
     assert "pictures of vqav2 for idefics2-8b-base" not in checks
