@@ -98,7 +98,12 @@ def test_a_second_repro_does_nothing(project):
 def test_one_more_value_trains_only_the_new_trial(project):
     before = when_done(project)
     project.change(lambda raw: raw["studies"]["small"]["methods"]["hificl"]["search"].update(rank=[1, 2, 3]))
-    project.python("-m", "dvc", "repro")
+    done = project.python("-m", "dvc", "repro")
+    shown = (done.stdout + done.stderr).splitlines()
+    head = next(number for number, line in enumerate(shown) if line.endswith("(small)"))
+    rows = [line.split()[0] for line in shown[head:] if line and line[0].isalnum()]
+    assert {"zero-shot", "hificl"} <= set(rows) and f"report: {project.folder / 'reports/index.html'}" in shown[head:]
+    assert "\x1b" not in done.stderr
     after = when_done(project)
     assert {key: after[key] for key in before} == before and len(after) == len(before) + 1
     metrics = project.python("-m", "dvc", "metrics", "show")
