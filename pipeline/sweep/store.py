@@ -2,6 +2,7 @@
 
     runs/<key>/config.json      the TrialConfig and where it came from
     runs/<key>/metrics.jsonl    one line an epoch
+    runs/<key>/losses.jsonl     one line an epoch: the training loss of every step
     runs/<key>/checkpoint/      the last two epochs' states, for resuming (`train.checkpoint`)
     runs/<key>/adapter/         the chosen epoch's adapter
     runs/<key>/done.json        written last, by an atomic rename: the trial is done
@@ -24,7 +25,7 @@ from pipeline.atomic import write_atomic
 from pipeline.digests import folder_digest
 from pipeline.errors import InputError, WorkError
 from pipeline.progress import say
-from pipeline.trial import TrialConfig
+from pipeline.trial import LOSSES, TrialConfig
 
 FINAL = ("finished", "diverged")  # ends that training again would only repeat
 _WAIT_SECONDS = 1.0
@@ -100,7 +101,14 @@ class TrialStore:
 
     def epochs(self, key: str) -> list[dict[str, Any]]:
         """Return the metrics by epoch; a line torn by a crash is left out."""
-        path = self.folder(key) / "metrics.jsonl"
+        return list(self._lines(key, "metrics.jsonl").values())
+
+    def losses(self, key: str) -> dict[int, list[float]]:
+        """Return the training loss of every step by epoch; trials of before it was kept have none."""
+        return {epoch: row["train_loss"] for epoch, row in self._lines(key, LOSSES).items()}
+
+    def _lines(self, key: str, name: str) -> dict[int, dict[str, Any]]:
+        path = self.folder(key) / name
         rows: dict[int, dict[str, Any]] = {}
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -109,7 +117,7 @@ class TrialStore:
                 except json.JSONDecodeError:
                     continue
                 rows[row["epoch"]] = row  # an epoch run again after a crash replaces its first try
-        return [rows[epoch] for epoch in sorted(rows)]
+        return dict(sorted(rows.items()))
 
     def all_keys(self) -> list[str]:
         """Return the keys of all trials, open and done."""

@@ -28,7 +28,7 @@ from pipeline.train.order import batches, share_of
 from pipeline.train.resident import Resident, Target
 from pipeline.train.spent import Memory, flops_per_sample
 from pipeline.train.teacher import Teacher
-from pipeline.trial import Kind, TrialConfig
+from pipeline.trial import LOSSES, Kind, TrialConfig
 
 Report = dict[str, Any]
 
@@ -56,6 +56,7 @@ class _Epoch:
 
     order: list[list[int]]
     sums: dict[str, float] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)  # of each step
     steps: int = 0
     gradient_norm: float = 0.0
     factor: float = 0.0
@@ -179,6 +180,7 @@ class TrialRun:
         epoch, config = self._epoch, self.config
         for name, value in losses.items():
             epoch.sums[name] = epoch.sums.get(name, 0.0) + value / self.per_epoch
+        epoch.losses.append(losses["train_loss"])
         epoch.factor = cosine_with_warmup(self.step, self.per_epoch * config.epochs, config.warmup_ratio)
         epoch.gradient_norm = self.engine.step(epoch.factor)
         epoch.seconds += seconds
@@ -204,8 +206,9 @@ class TrialRun:
             seconds: what scoring took of the trial's share.
         """
         epoch = self._epoch
+        means = dict(zip(epoch.sums, self._over_ranks(list(epoch.sums.values())), strict=True))
         report: Report = {
-            "epoch": self.number, **self._over_ranks(epoch.sums), "gradient_norm": epoch.gradient_norm,
+            "epoch": self.number, **means, "gradient_norm": epoch.gradient_norm,
             "learning_rate": self.config.learning_rate * epoch.factor, **selected,
             "seconds": epoch.seconds + seconds, "train_seconds": epoch.seconds,
         }  # fmt: skip
@@ -215,6 +218,7 @@ class TrialRun:
             self._save_adapter()
         self.rows.append(report)
         self.peak = max(self.peak, self.memory.peak or 0)
+        self._save_losses(self._over_ranks(epoch.losses))
         self._save_checkpoint()
         self._epoch = self._next_epoch()
         if self.finished:
@@ -241,15 +245,15 @@ class TrialRun:
             return _Epoch([])
         return _Epoch(batches(len(self.samples), self.global_batch, self.config.seed, self.number))
 
-    def _over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
+    def _over_ranks(self, values: list[float]) -> list[float]:
+        """Add up what each rank's share has given."""
         if self.world == 1:
-            return dict(sums)
-        names = sorted(sums)
-        values = torch.tensor([sums[name] for name in names], dtype=torch.float64)
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
         if self.resident.device != "cpu":
-            values = values.to(self.resident.device)
-        dist.all_reduce(values)
-        return dict(zip(names, values.tolist(), strict=True))
+            total = total.to(self.resident.device)
+        dist.all_reduce(total)
+        return total.tolist()
 
     # -- keeping -----------------------------------------------------------------------------------------------------
 
@@ -264,6 +268,17 @@ class TrialRun:
             started = time.perf_counter()
             with folder_atomic(self.folder / "adapter") as temporary:
                 self.adapter.save_pretrained(temporary, extra=extra)
+            self.keeping += time.perf_counter() - started
+
+    def _save_losses(self, losses: list[float]) -> None:
+        """Keep the epoch's curve; before its checkpoint, so that no epoch that is kept lacks it."""
+        if self.rank == 0:
+            started = time.perf_counter()
+            path = self.folder / LOSSES
+            before = path.read_text(encoding="utf-8") if path.exists() else ""
+            # a step's loss is a sum of fp32 numbers, which have seven digits
+            row = {"epoch": self.epochs_done, "train_loss": [float(f"{value:.7g}") for value in losses]}
+            write_atomic(path, f"{before}{json.dumps(row)}\n")
             self.keeping += time.perf_counter() - started
 
     def _save_checkpoint(self) -> None:

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 from pipeline import adapters, methods
 from pipeline.request import TrialRequest
+from pipeline.sweep.store import TrialStore
 from pipeline.train.workbench import Workbench
 from tests.free_port import free_port
 
@@ -25,10 +26,12 @@ def without_dropout(method: str) -> dict:
     return {"dropout": 0.0} if "dropout" in names else {"lora": {"dropout": 0.0}} if "lora" in names else {}
 
 
-def train(bench: Workbench, request: TrialRequest) -> tuple[float, float]:
+def train(bench: Workbench, request: TrialRequest) -> tuple[float, ...]:
+    """Return an epoch's loss and score, and the loss of every step."""
     bench.admit(request)
     (report,) = bench.advance()
-    return report["train_loss"], report["selection_score"]
+    store = TrialStore(Path(request.folder).parent)
+    return report["train_loss"], report["selection_score"], *store.losses(request.key).get(1, ())
 
 
 def _rank(rank: int, port: int, requests: list[TrialRequest], queue) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.sweep.store import TrialStore
 from pipeline.train.workbench import Workbench
 
 EPOCHS = 3
@@ -25,10 +26,12 @@ def bench() -> Workbench:
 
 
 def whole_state(folder: Path) -> dict:
-    """Losses, schedule and scores by epoch, and the digests of adapter, optimiser and chosen epoch's adapter."""
+    """Losses by step, schedule and scores by epoch, digests of adapter, optimiser and the chosen epoch's adapter."""
     state = json.loads((folder / f"checkpoint/epoch-{EPOCHS:04d}/state.json").read_text())
     rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in state["rows"]]
-    return {"rows": rows, "best": state["best"], "files": state["files"],
+    losses = TrialStore(folder.parent).losses(folder.name)
+    assert [row["train_loss"] for row in rows] == [pytest.approx(sum(one) / len(one)) for one in losses.values()]
+    return {"rows": rows, "losses": losses, "best": state["best"], "files": state["files"],
             "adapter": json.loads((folder / "done.json").read_text())["adapter_digest"]}  # fmt: skip
 
 
@@ -56,3 +59,6 @@ def test_a_resumed_trial_equals_an_undisturbed_one(bench, trial, tmp_path, name)
     torn.write_bytes(torn.read_bytes()[:-1])
     assert go_on(bench, cut, 2) == 1  # the generation before
     assert whole_state(Path(cut.folder)) == whole_state(Path(whole.folder))
+    steps = -(-whole.config.num_train_samples // (whole.config.micro_batch_size * whole.config.accumulation))
+    losses = whole_state(Path(whole.folder))["losses"]
+    assert {epoch: len(one) for epoch, one in losses.items()} == dict.fromkeys(range(1, EPOCHS + 1), steps)

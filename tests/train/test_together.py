@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
+from pipeline.sweep.store import TrialStore
 from pipeline.train.capacity import Capacity
 from pipeline.train.run import Part
 from pipeline.train.together import cut
@@ -72,6 +73,9 @@ def test_a_pack_loses_what_its_trials_lose_alone(bench, trial, tmp_path, name):
     for key, reports in together.items():
         assert [r["selection_score"] for r in reports] == pytest.approx([r["selection_score"] for r in alone[key]])
         assert reports[-1]["status"] == "finished" and (tmp_path / "together" / key / "done.json").exists()
+        steps, others = (TrialStore(tmp_path / place).losses(key) for place in ("together", "alone"))
+        assert list(steps) == list(others) == [report["epoch"] for report in reports]
+        assert all(steps[epoch] == pytest.approx(others[epoch], abs=1e-5) for epoch in steps)
 
 
 def test_in_double_precision_a_pack_loses_the_same(trial, tmp_path, monkeypatch):
