@@ -47,7 +47,7 @@ def track(place: tuple[str, str], plan: Plan, where: Path, measured: int, found:
     found.file(f"{name}_trial_ms_full", [1000 * one for one in full])
     again = Tracker(uri, where)
     parent = again.open_sweep(study, tags={"sweep_key": "scale"}, description="")
-    logbook = Logbook(_spooled(again, plan), store, plan, {study: parent}, {})
+    logbook = Logbook(_spooled(again, plan), store, plan, {study: parent})
     start = time.perf_counter()
     for key in keys[: measured // 2]:
         logbook.record(key)
@@ -65,7 +65,7 @@ def _spooled(tracker: Tracker, plan: Plan) -> SpooledTracker:
 
 def _log(tracker: Tracker, store: TrialStore, plan: Plan, parents: dict[str, str], keys: list[str]) -> list[float]:
     """Return the seconds that each trial's calls take, from its start to its end."""
-    logbook = Logbook(_spooled(tracker, plan), store, plan, parents, {})
+    logbook = Logbook(_spooled(tracker, plan), store, plan, parents)
     seconds = []
     for key in keys:
         start = time.perf_counter()

@@ -9,6 +9,8 @@ from typing import Any
 from pipeline import methods
 from pipeline.errors import InputError
 from pipeline.lineage.keys import key_of
+from pipeline.rounding import rounded
+from pipeline.tracking.reading import LEDGER_FILE
 from pipeline.tracking.runs import FINISHED, Tracker
 from pipeline.trial import TrialConfig
 
@@ -23,7 +25,7 @@ class RunRecord:
         run_id: of the run.
         config: the trial's configuration, as its code version wrote it.
         evaluation: the newest score's record (configuration, value, predictions); None where it was never scored.
-        metrics: last values by name.
+        metrics: last values by name, with all their digits.
         provenance: `commit`, `dirty`, `diff`, `versions`, `machine`; empty where nothing was recorded.
         tags: the run's tags.
     """
@@ -64,10 +66,31 @@ def read_record(tracker: Tracker, run_id: str) -> RunRecord:
             "the run's params do not give its key: they were changed, or another version of the code wrote them",
             where=run_id,
         )
-    return RunRecord(
-        run_id, config, _newest_score(tracker, run_id, run["metrics"]), run["metrics"],
-        tracker.provenance_of(run_id), tags,
-    )  # fmt: skip
+    evaluation = _newest_score(tracker, run_id, run["metrics"])
+    metrics = exact(tracker, run_id, run["metrics"], evaluation)
+    return RunRecord(run_id, config, evaluation, metrics, tracker.provenance_of(run_id), tags)
+
+
+def exact(
+    tracker: Tracker, run_id: str, metrics: dict[str, float], evaluation: dict[str, Any] | None
+) -> dict[str, float]:
+    """Return a run's metrics with all their digits: MLflow's are rounded, the run's files are not.
+
+    Args:
+        tracker: the store.
+        run_id: a trial's run.
+        metrics: its last values by name.
+        evaluation: its newest score's record.
+    """
+    lines = (tracker.read_artifact(run_id, LEDGER_FILE) or "").splitlines()
+    scores = {f"test_{name}": value for name, value in ((evaluation or {}).get("metrics") or {}).items()}
+    known = {**(json.loads(lines[-1]) if lines else {}), **scores}
+    found = dict(metrics)
+    for name, value in metrics.items():
+        whole = known.get(name)
+        if isinstance(whole, int | float) and rounded(whole) == rounded(value):
+            found[name] = float(whole)
+    return found
 
 
 def _newest_score(tracker: Tracker, run_id: str, metrics: dict[str, float]) -> dict[str, Any] | None:
@@ -77,7 +100,8 @@ def _newest_score(tracker: Tracker, run_id: str, metrics: dict[str, float]) -> d
         if "measure" in record or "evaluation" not in record:
             continue  # a measurement of something else than a score
         found = record
-        if metrics.get(f"test_{record['metric']}") == record["value"]:
+        logged = metrics.get(f"test_{record['metric']}")
+        if logged is not None and rounded(logged) == rounded(record["value"]):
             return record
     return found
 

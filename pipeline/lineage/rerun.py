@@ -16,7 +16,7 @@ from pipeline.config import Params
 from pipeline.data.manifest import Manifest
 from pipeline.digests import folder_digest
 from pipeline.errors import WorkError
-from pipeline.lineage.record import RunRecord
+from pipeline.lineage.record import RunRecord, exact
 from pipeline.tracking import store
 from pipeline.tracking.runs import Tracker
 from pipeline.trial import EvaluationConfig, TrialConfig
@@ -34,7 +34,7 @@ class Again:
 
     Attributes:
         key: the trial's key.
-        metrics: last values by name, as MLflow has them.
+        metrics: last values by name, with all their digits.
         evaluation: the score's record, or None where the first time was not scored.
         adapter_digest: of the adapter; None for a method without training.
         commit: the code version that ran.
@@ -158,6 +158,6 @@ def _result(folder: Path, *, scored: bool) -> Again:
         (path,) = (folder / "evaluations").glob("*.json")
         evaluation = json.loads(path.read_text(encoding="utf-8"))
     return Again(
-        key, run["metrics"], evaluation, folder_digest(done.parent / "adapter"),
+        key, exact(tracker, run_id, run["metrics"], evaluation), evaluation, folder_digest(done.parent / "adapter"),
         run["tags"].get("mlflow.source.git.commit"),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from pipeline.lineage.checks import DIFFERS, MISSING, SAME, UNRECORDED, Check, C
 from pipeline.lineage.keys import key_of
 from pipeline.lineage.place import Place
 from pipeline.report.evaluations import Cell, study_names
+from pipeline.rounding import rounded
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.provenance import code_root, has_commit
 from pipeline.tracking.runs import Tracker
@@ -156,7 +157,9 @@ class _Walk:
             return {"run_id": cell.run_id}
         self.checks.compare("run's trial", cell.run_id, cell.trial, run["tags"].get("trial_key"))
         if not cell.measurement:
-            self.checks.compare("run's metric", cell.run_id, cell.value, run["metrics"].get(f"test_{cell.metric}"))
+            logged = run["metrics"].get(f"test_{cell.metric}")
+            shown = None if cell.value is None else rounded(cell.value)  # as MLflow's metrics are
+            self.checks.compare("run's metric", cell.run_id, shown, None if logged is None else rounded(logged))
         return {
             "run_id": cell.run_id, "name": run["tags"].get("mlflow.runName"), "study": run["study"],
             "status": run["status"], "parent": run["tags"].get("mlflow.parentRunId"),

@@ -14,13 +14,15 @@ from typing import Any
 from pipeline import methods
 from pipeline.atomic import write_atomic
 from pipeline.config import Params
-from pipeline.digests import file_digest, folder_digest
+from pipeline.digests import file_digest
 from pipeline.errors import HificlError, WorkError
 from pipeline.progress import bar, say
 from pipeline.sweep.measures import measured
 from pipeline.sweep.models import register_chosen
+from pipeline.sweep.naming import experiment_note
 from pipeline.sweep.plan import Plan, all_cells, make_plan, places
 from pipeline.sweep.run import SPOOL
+from pipeline.sweep.scores import COSTS, Scores
 from pipeline.sweep.signals import in_order
 from pipeline.sweep.space import Cell, Point, points
 from pipeline.sweep.store import TrialStore
@@ -30,7 +32,6 @@ from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import EvaluationConfig, TrialConfig
 
 SCHEMA = 1
-COSTS = ("trainable_parameters", "train_seconds", "train_flops", "peak_memory_bytes")  # of a trained trial
 CURVES = ("epoch", "train_loss", "ground_truth_loss", "alignment_loss", "selection_score")  # of a trial, for figures
 
 
@@ -63,10 +64,14 @@ def _evaluate(params: Params, studies: list[str], root: Path | None) -> None:
     todo = [job for key, job in jobs.items() if not (out / f"{key}.json").exists()]
     say(f"{len(jobs)} trials to score, {len(jobs) - len(todo)} are scored")
     tracker = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
-    tracker.prepare(studies)
+    tracker.prepare(studies, {study: experiment_note(params, study, cells) for study in studies})
     spooled = SpooledTracker(tracker, where.runs / SPOOL)
     spooled.deliver()
-    problems = dict(_score(params, plan, todo, out, spooled, store)) if todo else {}
+    log = Scores(spooled, plan, store, out)
+    for key, (scored_trial, _) in jobs.items():
+        if (out / f"{key}.json").exists():
+            log.show(scored_trial, key)
+    problems = dict(_score(params, plan, todo, out, log)) if todo else {}
     missing: dict[str, str] = {}
     for study in studies:
         of_study = [cell for cell in cells if cell.study == study]
@@ -147,14 +152,13 @@ def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
 
 
 def _score(
-    params: Params, plan: Plan, todo: list[tuple[TrialConfig, EvaluationConfig]], out: Path, spooled: SpooledTracker,
-    store: TrialStore,
-) -> Iterator[tuple[str, str]]:  # fmt: skip
+    params: Params, plan: Plan, todo: list[tuple[TrialConfig, EvaluationConfig]], out: Path, log: Scores
+) -> Iterator[tuple[str, str]]:
     """Score trials on the cluster; yield (evaluation key, error) of those that fail."""
     from pipeline.sweep.evaluators import score_all  # starts Ray
 
-    tracker = spooled.tracker
     left_out: dict[str, None] = {}  # in order, and each once: every trial of a task lacks the same file
+    configs = {evaluation.key: config for config, evaluation in todo}
     with bar("evaluate") as progress:
         progress(0, len(todo))
         jobs = [(plan.request_of(config), evaluation) for config, evaluation in todo]
@@ -163,15 +167,9 @@ def _score(
             if isinstance(result, HificlError | Exception):
                 yield key, str(result)
                 continue
-            run_id = tracker.find_run(result["trial"])
-            path = out / f"{key}.json"
-            record = {"schema": SCHEMA, **result, "run_id": run_id, **_origin(plan, result["trial"], tracker)}
-            write_atomic(path, json.dumps(record, indent=0, sort_keys=True))
-            if run_id is not None:
-                scores = {f"test_{name}": value for name, value in result["metrics"].items()}
-                done = store.done(result["trial"]) or {}
-                costs = {name: float(done[name]) for name in COSTS if done.get(name)}
-                spooled.log_evaluation(run_id, {**scores, **costs}, path)
+            record = {"schema": SCHEMA, **result, "run_id": log.run_of(result["trial"]), **log.origin(result["trial"])}
+            write_atomic(out / f"{key}.json", json.dumps(record, indent=0, sort_keys=True))
+            log.show(configs[key], key)
             left_out.update(dict.fromkeys(result["details"].get("left_out", ())))
     for line in left_out:
         say(f"left out: {line}")
@@ -184,12 +182,6 @@ def _overlaid(record: dict[str, Any], numbers: dict[str, Any] | None) -> dict[st
     if "error" in numbers:
         return {**record, **numbers, "status": "failed", "value": None, "metrics": {}}
     return {**record, **numbers, "metrics": {**record["metrics"], **numbers["metrics"]}}
-
-
-def _origin(plan: Plan, trial: str, tracker: Tracker) -> dict[str, Any]:
-    """Return what the score was made from: the adapter's digest and the code that scored it."""
-    code = {name: tracker.provenance[name] for name in ("commit", "dirty")}
-    return {"adapter_digest": folder_digest(plan.places.runs / trial / "adapter"), "scored_by": code}
 
 
 def _record(

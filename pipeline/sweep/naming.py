@@ -1,9 +1,11 @@
-"""What runs are called and what stands on a study's page in MLflow."""
+"""What runs are called and what is written on their pages in MLflow."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from pipeline import methods
 from pipeline.config import Params
 from pipeline.sweep.space import Cell
 from pipeline.trial import TrialConfig
@@ -34,12 +36,49 @@ def parts_of(cell: Cell, config: TrialConfig) -> dict[str, str]:
     }  # fmt: skip
 
 
-def description(params: Params, study: str, num_trials: int) -> str:
+def experiment_note(params: Params, study: str, cells: Iterable[Cell]) -> str:
+    """Return what a study's experiment says of itself, in Markdown."""
+    definition, mine = params.studies[study], [cell for cell in cells if cell.study == study]
+    rows = dict.fromkeys(cell.label for cell in mine)
+    places = (
+        (f"`{name}`" for name in dict.fromkeys(getattr(one, kind) for one in mine)) for kind in ("task", "backbone")
+    )
+    tasks, backbones = (", ".join(names) for names in places)
+    text = [definition.title, f"{', '.join(rows)}; for {tasks} on {backbones}, profile `{params.profile}`."]
+    return "\n\n".join([*text, *filter(None, [definition.notes()])])
+
+
+def sweep_note(params: Params, study: str, num_trials: int) -> str:
     """Return what a study's parent run says of itself, in Markdown."""
     definition = params.studies[study]
-    lines = [f"**{definition.title}**"]
+    lines = [definition.title]
     lines.append(f"{num_trials} trials, profile `{params.profile}`, seeds {', '.join(map(str, definition.seeds))}. "
                  f"`hificl study {study}` runs it again, `hificl trace` leads from a number to its run.")  # fmt: skip
+    return "\n\n".join(lines)
+
+
+def trial_note(cell: Cell | None, config: TrialConfig, title: str) -> str:
+    """Return what a trial's run says of itself, in Markdown: what was trained on what, and for which study.
+
+    Args:
+        cell: the cell that asked for the trial first, where one did.
+        config: the trial.
+        title: the study's.
+    """
+    row = cell.label if cell else config.method
+    if config.trained:
+        step = config.micro_batch_size * config.accumulation * config.world_size
+        rate = _short(config.learning_rate)
+        samples = f"trained on {config.num_train_samples} samples for {config.epochs} epochs"
+        done = f"{samples}, {step} a step, learning rate {rate}"
+    else:
+        shots = methods.num_shots(config.method, config.options)
+        done = f"nothing is trained; {f'{shots} demonstrations' if shots else 'no demonstration'} before each question"
+    options = ", ".join(f"{name} {_short(value)}" for name, value in config.options.items())
+    lines = [
+        f"{row} on `{config.backbone}` for `{config.task}`, seed {config.seed}: {done}.",
+        f"{f'{options}. ' if options else ''}Asked for by *{title}*{f', `{cell.study}`' if cell else ''}.",
+    ]
     return "\n\n".join(lines)
 
 

@@ -10,8 +10,8 @@ from pipeline.errors import WorkError
 from pipeline.progress import say
 from pipeline.sweep.engines import check_open
 from pipeline.sweep.journal import Journal
-from pipeline.sweep.logbook import Logbook, datasets_of
-from pipeline.sweep.naming import description
+from pipeline.sweep.logbook import Logbook
+from pipeline.sweep.naming import experiment_note, sweep_note
 from pipeline.sweep.pictures import check_all
 from pipeline.sweep.plan import Plan, all_cells, make_plan, places
 from pipeline.sweep.signals import in_order
@@ -47,7 +47,7 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
         driver = Driver() if plan.open_keys(store) or plan.searched else None
         try:
             direct = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
-            direct.prepare(studies)
+            direct.prepare(studies, {study: experiment_note(params, study, plan.cells.values()) for study in studies})
             if direct.provenance["note"]:
                 say(f"note: the runs have no commit: {direct.provenance['note']}")
             tracker = SpooledTracker(direct, where.runs / SPOOL)
@@ -80,9 +80,7 @@ def _sweep(
     todo = plan.open_keys(store)
     say(f"{len(known)} trials in {len(plan.cells)} cells of {len(studies)} studies; {len(known) - len(todo)} are done")
     parents = {study: _open_parent(tracker, params, study, plan) for study in studies}
-    digests = {c.task: c.manifest_digest for c in plan.trials.values()}
-    datasets = {task: datasets_of(plan.places.manifest(task), task, value) for task, value in digests.items()}
-    logbook = Logbook(spooled, store, plan, parents, datasets)
+    logbook = Logbook(spooled, store, plan, parents)
     for key in todo:
         store.open(plan.trials[key], tracker.provenance)
     logbook.record_done(known.keys() - set(todo))
@@ -112,7 +110,7 @@ def _open_parent(tracker: Tracker, params: Params, study: str, plan: Plan) -> st
     return tracker.open_sweep(
         study,
         tags={"sweep_key": digest(canonical(mine))[:16], "profile": params.profile},
-        description=description(params, study, len(mine)),
+        description=sweep_note(params, study, len(mine)),
         system_metrics=params.tracking.system_metrics,
     )
 

@@ -17,8 +17,11 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.copies import main_checkout
 from pipeline.errors import InputError, WorkError
+from pipeline.progress import say
 from pipeline.tracking import store
+from pipeline.tracking.moved import follow
 from pipeline.tracking.provenance import provenance
+from pipeline.tracking.showing import experiment_tags
 
 for _name in ("alembic", "mlflow.system_metrics", "mlflow.store.db"):
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -65,6 +68,9 @@ class Connection:
                 store.tune_sqlite()
             client = MlflowClient(self.uri)
             client.search_experiments(max_results=1)  # the first call creates the tables
+            file = store.sqlite_file(self.uri)
+            for place in follow(file, self.artifacts) if file and self.artifacts else ():
+                say(f"note: MLflow's files are in {self.artifacts} now, not in {place}")
         return client
 
     def experiment(self, study: str) -> str:
@@ -75,12 +81,18 @@ class Connection:
                 found = client.get_experiment_by_name(study)
                 if found is None:
                     place = f"{self.artifacts.rstrip('/')}/{study}" if self.artifacts else None
-                    self._experiments[study] = client.create_experiment(study, artifact_location=place)
+                    made = client.create_experiment(study, artifact_location=place)
                 else:
+                    made = found.experiment_id
                     if found.lifecycle_stage != "active":
-                        client.restore_experiment(found.experiment_id)
-                    self._experiments[study] = found.experiment_id
+                        client.restore_experiment(made)
+                self._tag_experiment(made, experiment_tags(found.tags if found else {}))
+            self._experiments[study] = made
         return self._experiments[study]
+
+    def _tag_experiment(self, experiment: str, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self._client.set_experiment_tag(experiment, key, value)
 
     def _find(self, study: str, tags: Mapping[str, str]) -> Run | None:
         query = " and ".join(f"tags.`{key}` = '{plain(value)}'" for key, value in tags.items() if value)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlflow
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from pipeline.tracking import store
 from pipeline.tracking.connection import pages
 from pipeline.tracking.packaging import write_flavor
 from pipeline.tracking.writing import Writer
@@ -107,17 +109,15 @@ class Models(Writer):
             if first:
                 self._made(one)
             flavor = Path(temporary) / "model"
-            write_flavor(flavor, model_id=model_id, task=one.task, project=self.root, about=about)
+            write_flavor(flavor, model_id=model_id, task=one.task, about=about)
             self._client.log_model_artifacts(model_id, str(flavor))
             objective = "" if one.objective is None else repr(one.objective)
-            # by its place: the store of a database looks `models:/ID` up under the process-wide address, not its own
-            local = store.is_database(self.uri)
-            place = self._client.get_logged_model(model_id).artifact_location if local else f"models:/{model_id}"
-            return self._client.create_model_version(
-                one.name, place, run.info.run_id, model_id=model_id,
-                tags={"trial_key": one.trial, "objective": objective, "protocol": one.protocol},
-                description=f"{run.info.run_name}, `hificl predict --adapter runs/{one.trial}/adapter`",
-            )  # fmt: skip
+            with _process_wide(self.uri):
+                return self._client.create_model_version(
+                    one.name, f"models:/{model_id}", run.info.run_id, model_id=model_id,
+                    tags={"trial_key": one.trial, "objective": objective, "protocol": one.protocol},
+                    description=f"{run.info.run_name}, `hificl predict --adapter runs/{one.trial}/adapter`",
+                )  # fmt: skip
 
     def _made(self, one: Chosen) -> None:
         text = f"{one.method} on {one.backbone} for {one.task}; `{BEST}` has the highest score on the selection split."
@@ -135,3 +135,16 @@ class Models(Writer):
         with self._talking():
             if self._client.get_registered_model(name).aliases.get(BEST) != str(best.version):
                 self._client.set_registered_model_alias(name, BEST, str(best.version))
+
+
+@contextmanager
+def _process_wide(uri: str) -> Iterator[None]:
+    """Let MLflow's process-wide address be `uri`: a database's registry looks a model up there, not in itself."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # nothing in this package sets it
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before

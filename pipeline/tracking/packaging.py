@@ -25,14 +25,13 @@ for _name in ("mlflow.pyfunc", "mlflow.models.model"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 
-def write_flavor(out: Path, *, model_id: str, task: str, project: Path, about: dict[str, str]) -> None:
+def write_flavor(out: Path, *, model_id: str, task: str, about: dict[str, str]) -> None:
     """Write what has to lie beside an adapter's own files for `mlflow.pyfunc.load_model`.
 
     Args:
         out: a folder that does not exist yet.
         model_id: of the logged model that holds the adapter's files at its top.
         task: whose prompt is used; it decides whether there is a question.
-        project: whose params.yaml says where the backbone's weights lie.
         about: kept as the model's metadata.
     """
     asks = tasks.get(task).template.asks
@@ -42,7 +41,7 @@ def write_flavor(out: Path, *, model_id: str, task: str, project: Path, about: d
     known = versions()
     model = Model(model_id=model_id)
     mlflow.pyfunc.save_model(
-        out, python_model=str(CODE), input_example=_example(asks), model_config={"project": str(project)},
+        out, python_model=str(CODE), input_example=_example(asks), model_config={"project": ""},
         signature=ModelSignature(inputs=Schema(columns), outputs=Schema([ColSpec(DataType.string)])),
         # given, so that MLflow does not load the model to find out; the project itself comes from its checkout
         pip_requirements=[f"{name}=={known[name]}" for name in _NEEDED if known[name]],

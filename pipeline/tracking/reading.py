@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from pipeline.errors import InputError
@@ -15,6 +17,23 @@ from pipeline.tracking import store
 from pipeline.tracking.connection import Connection, plain
 
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
+PROVENANCE, DIFF = "provenance/provenance.json", "provenance/uncommitted.diff"
+LEDGER_FILE = "ledger/metrics.jsonl"  # a trial's metrics by epoch, as its folder has them
+EVALUATIONS = "evaluations"  # the tag that names those whose answers are logged
+LAYOUT = {"mlflow.hificl.layout": "2"}  # of a trial's run; one of before has no description, step losses, inputs by use
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What MLflow has of a trial.
+
+    Attributes:
+        run_id: its run: a finished one before any other, the newest first.
+        evaluations: keys of those whose answers it has.
+    """
+
+    run_id: str
+    evaluations: frozenset[str]
 
 
 class Reader(Connection):
@@ -27,9 +46,17 @@ class Reader(Connection):
 
     def find_run(self, key: str) -> str | None:
         """Return the id of a trial's run by its key: a finished one before any other, the newest first."""
-        runs = self._search(f"tags.trial_key = '{plain(key)}'")
-        runs.sort(key=lambda run: (run.info.status == FINISHED, run.info.start_time, run.info.run_id))
+        runs = sorted(self._search(f"tags.trial_key = '{plain(key)}'"), key=_rank)
         return runs[-1].info.run_id if runs else None
+
+    def logged(self, keys: Collection[str]) -> dict[str, Logged]:
+        """Return what the store has of trials, in one search; those without a run are left out."""
+        found = {}
+        for run in sorted(self._search("tags.kind = 'trial'") if keys else [], key=_rank):
+            key = run.data.tags.get("trial_key", "")
+            if key in keys:
+                found[key] = Logged(run.info.run_id, frozenset(run.data.tags.get(EVALUATIONS, "").split()))
+        return found
 
     def trial_runs(self, keys: Collection[str]) -> list[str]:
         """Return the ids of all runs of the given trials, sorted."""
@@ -37,12 +64,16 @@ class Reader(Connection):
         return sorted(run.info.run_id for run in runs if run.data.tags.get("trial_key") in keys)
 
     def ended_trials(self, study: str, parent: str) -> dict[str, tuple[str, str]]:
-        """Return status and adapter digest ("" without one) of a sweep's trials whose runs have ended, by key."""
+        """Return status and adapter digest ("" without one) of a sweep's trials whose runs have ended, by key.
+
+        A run of an older layout has things to come, so it counts as not ended.
+        """
         query = f"tags.`mlflow.parentRunId` = '{plain(parent)}' and attributes.status != 'RUNNING'"
         found = {}
         for run in self._search(query, [self.experiment(study)]):
             tags = run.data.tags
-            found[tags.get("trial_key", "")] = (run.info.status, tags.get("adapter_digest", ""))
+            if tags.items() >= LAYOUT.items():
+                found[tags.get("trial_key", "")] = (run.info.status, tags.get("adapter_digest", ""))
         return found
 
     def read_run(self, run_id: str) -> dict[str, Any]:
@@ -101,4 +132,5 @@ class Reader(Connection):
         return {}
 
 
-PROVENANCE, DIFF = "provenance/provenance.json", "provenance/uncommitted.diff"
+def _rank(run: Run) -> tuple[bool, int, str]:
+    return run.info.status == FINISHED, run.info.start_time, run.info.run_id

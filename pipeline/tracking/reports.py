@@ -10,6 +10,7 @@ from pathlib import Path
 from mlflow.entities import Run, RunTag
 
 from pipeline.digests import folder_digest
+from pipeline.rounding import rounded
 from pipeline.tracking.connection import plain
 from pipeline.tracking.models import Models
 from pipeline.tracking.writing import text_of
@@ -78,5 +79,6 @@ class Reports(Models):
         if changed:
             with self._talking():
                 self._client.log_batch(run.info.run_id, tags=changed)
-        if run.data.metrics.get("table_value") != one.value:
+        known = run.data.metrics.get("table_value")
+        if known is None or rounded(known) != rounded(one.value):
             self.log_evaluation(run.info.run_id, {"table_value": one.value}, None)

@@ -13,11 +13,12 @@ from typing import Any
 from mlflow.entities import Param, Run, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from pipeline.tracking import owner, store
-from pipeline.tracking.connection import StoreAway
-from pipeline.tracking.reading import FAILED, FINISHED, KILLED
+from pipeline.tracking import inputs, owner, showing, store
+from pipeline.tracking.connection import StoreAway, pages
+from pipeline.tracking.inputs import Input
+from pipeline.tracking.reading import FAILED, FINISHED, KILLED, LAYOUT
 from pipeline.tracking.reports import REPORT, Reports
-from pipeline.tracking.writing import MAX_PARAMS, Opened, chunks, dataset_input, text_of
+from pipeline.tracking.writing import MAX_PARAMS, Opened, chunks, text_of
 
 __all__ = ["FAILED", "FINISHED", "KILLED", "Tracker", "code_tags"]
 
@@ -39,15 +40,33 @@ class Tracker(Reports):
 
     # -- before anything runs ------------------------------------------------------------------------------------
 
-    def prepare(self, studies: Sequence[str]) -> None:
+    def prepare(self, studies: Sequence[str], notes: Mapping[str, str] | None = None) -> None:
         """Create the store and an experiment for each study; call it in one process, before any other opens it.
+
+        Args:
+            studies: their names.
+            notes: what a study's experiment says of itself (markdown); a link to its table follows the first line.
 
         Raises:
             InputError: the store cannot be reached (said within seconds), or is of another MLflow version.
         """
         self._client  # noqa: B018 - opened, so that the tables exist also where there is no study yet
         for study in studies:
-            self.experiment(study)
+            experiment = self.experiment(study)
+            if notes and study in notes:
+                head, _, rest = notes[study].partition("\n")
+                text = f"{head} ([as a table]({showing.table_link(experiment)}))\n{rest}"
+                with self._talking():
+                    known = self._client.get_experiment(experiment).tags
+                    self._tag_experiment(experiment, showing.note_tags(known, text))
+
+    def bring_up(self) -> None:
+        """Let the experiments of an older store open as those that are made now."""
+        sweeps = {run.info.experiment_id for run in self._search("tags.kind = 'sweep'")}
+        with self._talking():
+            for one in pages(self._client.search_experiments):
+                if one.experiment_id in sweeps:
+                    self._tag_experiment(one.experiment_id, showing.experiment_tags(one.tags))
 
     def sweep_leftovers(self) -> int:
         """End as KILLED what ended processes of this machine left RUNNING; return how many runs that were."""
@@ -76,8 +95,9 @@ class Tracker(Reports):
         own = {"kind": "sweep", "sweep_key": key, "study": study}
         name = f"{study} {key[:6]}".strip()
         run_id = self._start(study, found, name=name, tags={**tags, **own}, parent=None)
-        page = f"#/experiments/{self.experiment(study)}/runs/{run_id}/artifacts/{REPORT}/{study}.html"
-        self.tag(run_id, {"mlflow.note.content": f"{description}\n\n[Tables and figures]({page})"})
+        page = showing.run_link(self.experiment(study), run_id, f"{REPORT}/{study}.html")
+        known = found.data.tags if found else {}
+        self.tag(run_id, showing.note_tags(known, f"{description}\n\n[Tables and figures]({page})", ours=True))
         self.log_provenance(run_id, self.provenance)
         if system_metrics:
             monitor = SystemMetricsMonitor(run_id, resume_logging=found is not None, tracking_uri=self.uri)
@@ -93,9 +113,10 @@ class Tracker(Reports):
         key: str,
         name: str,
         params: Mapping[str, Any],
-        datasets: Sequence[Mapping[str, str]],
+        datasets: Sequence[Input],
         tags: Mapping[str, Any],
         made_by: Mapping[str, Any] | None = None,
+        description: str = "",
     ) -> str:
         """Open the child run of a trial: the one of the same key under the same parent if there is one.
 
@@ -105,27 +126,34 @@ class Tracker(Reports):
             key: the trial's content key.
             name: what the run is called.
             params: what the number depends on; logged once, since MLflow lets no parameter change.
-            datasets: the run's inputs, each with `name`, `source`, `digest` (DVC's) and `context`.
+            datasets: the run's inputs.
             tags: further tags.
             made_by: provenance of the process that started the trial; None: of this one. A sweep that only finds
                 a trial done must not put its own commit on it.
+            description: what the run's page says (markdown); what leads on from it follows.
 
         Returns:
             The run's id.
         """
         code = made_by or self.provenance
         found = self._find(study, {"trial_key": key, "mlflow.parentRunId": parent})
-        own = {"kind": "trial", "study": study, "trial_key": key, "mlflow.parentRunId": parent}
+        own = {"kind": "trial", "study": study, "trial_key": key, "mlflow.parentRunId": parent, **LAYOUT}
         run_id = self._start(study, found, name=name, tags={**code_tags(code), **tags, **own}, parent=parent)
         if found is None:
             self.log_provenance(run_id, code)
         known = found.data.params if found else {}
         new = [Param(name, text_of(value)) for name, value in params.items() if name not in known]
+        page = showing.run_link(self.experiment(study), parent, f"{REPORT}/{study}.html")
+        text = f"{description}\n\n[The study's tables and figures]({page}). `hificl reproduce {run_id}` runs it again."
+        note = showing.note_tags(found.data.tags if found else {}, text) if description else {}
+        used = found.inputs.dataset_inputs if found and found.inputs else []
         with self._talking():
             for chunk in chunks(new, MAX_PARAMS):
                 self._client.log_batch(run_id, params=chunk)
-            if datasets and not (found and found.inputs and found.inputs.dataset_inputs):
-                self._client.log_inputs(run_id, [dataset_input(row) for row in datasets])
+            if note:
+                self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in note.items()])
+            if data := inputs.missing(used, datasets):
+                self._client.log_inputs(run_id, data)
         return run_id
 
     def adopt(self, run_id: str) -> None:
@@ -158,7 +186,7 @@ class Tracker(Reports):
         with self._talking():
             if error is not None:
                 self._client.set_tag(run_id, "error", error)
-            self._client.set_terminated(run_id, status)
+            self._client.set_terminated(run_id, status, opened.ended)
         del self._open[run_id]
         if opened.parent is None:
             store.checkpoint(self.uri)
@@ -196,7 +224,9 @@ class Tracker(Reports):
             else:
                 run_id = found.info.run_id
                 if run_id not in self._open:
-                    self._open[run_id] = Opened(parent, self._stored_steps(run_id))
+                    # a trial that finished is not trained again: what is added to its run takes none of its time
+                    ended = found.info.end_time if parent and found.info.status == FINISHED else None
+                    self._open[run_id] = Opened(parent, self._stored_steps(run_id), ended=ended)
                 every.update(_earlier_commits(found.data.tags, every))
                 self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in every.items()])
                 self._client.update_run(run_id, status="RUNNING", name=name)

@@ -16,17 +16,18 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 class AdapterModel(PythonModel):
     """An adapter on its frozen backbone: images and questions in, answers out.
 
-    The backbone's weights are those that the params.yaml of `model_config["project"]` names, or, where that folder is
-    not on this machine, the params.yaml of the current folder.
+    The backbone's weights are those that the params.yaml of `model_config["project"]` names; without one, that of the
+    project whose store the model lies in, or else that of the current folder.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
         """Read what the adapter is; weights are loaded at the first answer."""
         from pipeline.train.answering import Answerer
 
-        recorded = Path(context.model_config.get("project") or "")
-        project = recorded if (recorded / "params.yaml").is_file() else Path()
-        self._answerer = Answerer(Path(context.artifacts["adapter"]), project=project)
+        adapter = Path(context.artifacts["adapter"])
+        given = context.model_config.get("project")
+        around = (folder for folder in adapter.resolve().parents if (folder / "params.yaml").is_file())
+        self._answerer = Answerer(adapter, project=Path(given) if given else next(around, Path()))
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None

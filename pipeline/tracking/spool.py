@@ -23,6 +23,7 @@ from pipeline.errors import HificlError, WorkError
 from pipeline.progress import say
 from pipeline.tracking import store
 from pipeline.tracking.connection import StoreAway
+from pipeline.tracking.inputs import Input
 from pipeline.tracking.runs import Tracker
 from pipeline.trial import digest
 
@@ -120,13 +121,20 @@ class SpooledTracker:
         made = self._do("open_trial", run, study=study, parent=parent, key=key, **facts)
         return made or run
 
-    def log_epochs(self, run_id: str, rows: Sequence[Mapping[str, float]]) -> None:
+    def log_epochs(
+        self, run_id: str, rows: Sequence[Mapping[str, float]], losses: Sequence[tuple[int, float]] = ()
+    ) -> None:
         """See `Tracker.log_epochs`."""
-        self._do("log_epochs", run_id, rows=[dict(row) for row in rows], at=time.time_ns() // 1_000_000)
+        now = time.time_ns() // 1_000_000
+        self._do("log_epochs", run_id, rows=[dict(row) for row in rows], at=now, losses=list(losses))
 
     def tag(self, run_id: str, tags: Mapping[str, Any]) -> None:
         """See `Tracker.tag`."""
         self._do("tag", run_id, tags=dict(tags))
+
+    def log_ledger(self, run_id: str, file: Path) -> None:
+        """See `Tracker.log_ledger`."""
+        self._do("log_ledger", run_id, file=str(file))
 
     def log_adapter(self, run_id: str, folder: Path) -> None:
         """See `Tracker.log_adapter`."""
@@ -135,6 +143,10 @@ class SpooledTracker:
     def log_evaluation(self, run_id: str, metrics: Mapping[str, float], file: Path) -> None:
         """See `Tracker.log_evaluation`."""
         self._do("log_evaluation", run_id, metrics=dict(metrics), file=str(file))
+
+    def log_answers(self, run_id: str, file: Path, data: Input) -> None:
+        """See `Tracker.log_answers`."""
+        self._do("log_answers", run_id, file=str(file), data=data)
 
     def close(self, run_id: str, status: str, error: str | None = None) -> None:
         """See `Tracker.close`."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from pipeline.copies import main_checkout
 from pipeline.errors import InputError
 from pipeline.progress import say
-from pipeline.tracking import store
+from pipeline.tracking import page, store
+from pipeline.tracking.runs import Tracker
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -35,8 +36,12 @@ def serve(folder: Path, uri: str | None, *, host: str, port: int) -> None:
         raise InputError("the store is a server with its own page", where=address, way_out="Open it in a browser")
     if host not in LOOPBACK:
         say(f"warning: {host} can be reached from other machines, and this server asks nobody for a password")
+    Tracker(address, folder).bring_up()
+    if not page.options():
+        say("note: the page opens on GenAI; choose Model training there, or run `make setup` again")
     say(f"MLflow on http://{host}:{port} (Ctrl-C ends it)")
     command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    command += page.options()
     files = ["--artifacts-destination", (main_checkout(folder) / "mlartifacts").as_uri()]
     # in the environment, not among the arguments: the address may hold a password. Jobs are processes of their own that
     # nothing here asks for.

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, RunTag
+from mlflow.entities import LoggedModelOutput, Metric, RunTag
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from pipeline.digests import folder_digest
 from pipeline.errors import WorkError
-from pipeline.tracking.reading import DIFF, PROVENANCE, Reader
+from pipeline.rounding import rounded
+from pipeline.tracking import answers, inputs, showing
+from pipeline.tracking.inputs import Input
+from pipeline.tracking.reading import DIFF, EVALUATIONS, LEDGER_FILE, PROVENANCE, Reader
 
-_MAX_METRICS, MAX_PARAMS, _MAX_DIGEST = 1000, 100, 36  # MLflow's limits of one call, and of a digest's length
+_MAX_METRICS, MAX_PARAMS = 1000, 100  # MLflow's limits of one call
+STEP_LOSS = "step/train_loss"  # a section of its own among the charts, beside the epochs' means in `train_loss`
 
 
 @dataclass
@@ -26,6 +31,7 @@ class Opened:
     parent: str | None = None
     steps: set[tuple[str, int]] = field(default_factory=set)
     monitor: SystemMetricsMonitor | None = None
+    ended: int | None = None  # when it had ended before, in ms since 1970
 
 
 class Writer(Reader):
@@ -47,24 +53,35 @@ class Writer(Reader):
         with self._talking():
             self._client.log_batch(run_id, tags=[RunTag(key, text_of(value)) for key, value in tags.items()])
 
-    def log_epochs(self, run_id: str, rows: Sequence[Mapping[str, float]], at: int | None = None) -> None:
+    def log_epochs(
+        self, run_id: str, rows: Sequence[Mapping[str, float]], at: int | None = None,
+        losses: Sequence[tuple[int, float]] = (),
+    ) -> None:  # fmt: skip
         """Log metrics by epoch in one call; what the run already has at an epoch is not logged again.
 
         Args:
             run_id: the trial's run.
             rows: one mapping per epoch, with `epoch` (the step) beside the metrics; None values are left out.
             at: when that was, in ms since 1970; None: now.
+            losses: optimiser steps and the training loss there.
         """
-        steps, now, new = self._steps(run_id), at or _now(), {}
-        for row in rows:
-            step = int(row["epoch"])
-            for name, value in row.items():
-                if name != "epoch" and value is not None and (name, step) not in steps:
-                    new[name, step] = Metric(name, float(value), now, step)
+        steps, now = self._steps(run_id), at or _now()
+        points = [(name, int(row["epoch"]), value) for row in rows for name, value in row.items() if name != "epoch"]
+        points += [(STEP_LOSS, step, value) for step, value in losses]
+        new = {
+            (name, step): Metric(name, rounded(value), now, step)
+            for name, step, value in points
+            if value is not None and (name, step) not in steps
+        }
         with self._talking():
             for chunk in chunks(list(new.values()), _MAX_METRICS):
                 self._client.log_batch(run_id, metrics=chunk)
                 steps.update((metric.key, metric.step) for metric in chunk)
+
+    def log_ledger(self, run_id: str, file: Path | str) -> None:
+        """Keep a trial's metrics by epoch with all their digits, which are what a run that is made again must have."""
+        with self._talking():
+            self._client.log_artifact(run_id, str(file), str(Path(LEDGER_FILE).parent))
 
     def log_adapter(self, run_id: str, folder: Path | str) -> None:
         """Keep a trained adapter as the run's logged model; the same files are not kept twice.
@@ -114,27 +131,39 @@ class Writer(Reader):
             last = {metric.key: metric for metric in self._client.get_run(run_id).data._metric_objs}
             for name, value in metrics.items():
                 before = last.get(name)
-                if value is None or (before is not None and before.value == float(value)):
+                if value is None or (before is not None and rounded(before.value) == rounded(value)):
                     continue
-                new.append(Metric(name, float(value), now, before.step + 1 if before else 0))
+                new.append(Metric(name, rounded(value), now, before.step + 1 if before else 0))
             for chunk in chunks(new, _MAX_METRICS):
                 self._client.log_batch(run_id, metrics=chunk)
             if file is not None:
                 self._client.log_artifact(run_id, str(file), "evaluation")
+
+    def log_answers(self, run_id: str, file: Path | str, data: Input) -> None:
+        """Show what an evaluation scored: its samples as an input, and a table of some answers with their pictures.
+
+        Args:
+            run_id: the trial's run; it may be closed.
+            file: the evaluation's file, whose name is its key.
+            data: the samples.
+        """
+        file = Path(file)
+        record = json.loads(file.read_text(encoding="utf-8"))
+        with self._talking(), tempfile.TemporaryDirectory() as folder:
+            run = self._client.get_run(run_id)
+            if new := inputs.missing(run.inputs.dataset_inputs if run.inputs else [], [data]):
+                self._client.log_inputs(run_id, new)
+            table = answers.TAG if answers.write(record, self.root, Path(folder)) else {}
+            self._client.log_artifacts(run_id, folder)
+            keys = dict.fromkeys([*run.data.tags.get(EVALUATIONS, "").split(), file.stem])
+            tags = {**showing.SCORED, **table, EVALUATIONS: " ".join(keys)}  # last: what was cut off is logged again
+            self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def _steps(self, run_id: str) -> set[tuple[str, int]]:
         if run_id not in self._open:  # opened by another process: nothing is remembered, so ask
             with self._talking():
                 return self._stored_steps(run_id)
         return self._open[run_id].steps
-
-
-def dataset_input(row: Mapping[str, str]) -> DatasetInput:
-    """Return a run's input (`name`, `source`, `digest`, `context`) as MLflow keeps it."""
-    # MLflow cuts off at 36 characters (an md5 has 32); the whole digest stands in the source
-    source = json.dumps({"uri": row["source"], "digest": row["digest"]})
-    dataset = Dataset(row["name"], row["digest"][:_MAX_DIGEST], "local", source)
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", row["context"])])
 
 
 def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -1,30 +1,112 @@
+"""The stage `evaluate` around its scoring, which is put in: what is said, written and logged of each score."""
+
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
+from pipeline.bench._simulated import make_plan
+from pipeline.bench._timing import Findings
 from pipeline.sweep import evaluation, evaluators
+from pipeline.sweep.logbook import Logbook
+from pipeline.sweep.scores import Scores
+from pipeline.sweep.store import TrialStore
+from pipeline.tracking.runs import FINISHED, Tracker
+from pipeline.tracking.spool import SpooledTracker
+from pipeline.tracking.store import Unreachable
+from pipeline.trial import EvaluationConfig
 
 
-def test_what_a_score_left_out_is_said_once(tmp_path, monkeypatch):
-    said, logged = [], {}
-    result = {"metrics": {"CIDEr": 1.0}, "details": {"left_out": ["coco: no CHAIR: not there"]}}
-    done = [("a", {**result, "trial": "t1"}), ("b", {**result, "trial": "t2"})]
-    chair = {"metrics": {"CIDEr": 1.0, "CHAIRs": 0.5}, "details": {}, "trial": "t3"}
-    monkeypatch.setattr(evaluators, "score_all", lambda params, jobs: iter([*done, ("c", chair)]))
+@pytest.fixture
+def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Three trained trials with their runs, and what scoring them would give."""
+    plan, _ = make_plan(tmp_path, 3, Findings())
+    store, out = TrialStore(plan.places.runs), tmp_path / "evaluations"
+    tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path)
+    parent = tracker.open_sweep("study", tags={"sweep_key": "k"}, description="")
+    logbook = Logbook(SpooledTracker(tracker, tmp_path / ".spool"), store, plan, {"study": parent})
+    todo, results = [], []
+    for number, (key, config) in enumerate(plan.trials.items()):
+        store.open(config, {})
+        store.finish(key, {"status": "finished", "epochs": 0, "train_flops": 12 * number, "peak_memory_bytes": None})
+        logbook.record(key)
+        asked = EvaluationConfig(trial=key)
+        todo.append((config, asked))
+        predictions = [{"sample_id": 7, "prediction": "red", "score": 1.0, "question": "Which colour?",
+                        "references": ["red"], "image": "data/7.png"}]  # fmt: skip
+        left_out = [] if number else ["coco: no CHAIR: not there"]
+        results.append((asked.key, {
+            "trial": key, "metrics": {"CIDEr": 1 / 3}, "metric": "CIDEr", "value": 1 / 3, "num_samples": 40,
+            "details": {"left_out": left_out * 2}, "predictions": predictions,
+            "evaluation": asked.model_dump(mode="json"),
+        }))  # fmt: skip
+    tracker.close(parent, FINISHED)
+    monkeypatch.setattr(evaluators, "score_all", lambda params, jobs: iter(results))
+    return SimpleNamespace(plan=plan, store=store, out=out, tracker=tracker, todo=todo, folder=tmp_path)
+
+
+def run(scored: SimpleNamespace) -> SpooledTracker:
+    spooled = SpooledTracker(scored.tracker, scored.folder / ".spool")
+    log = Scores(spooled, scored.plan, scored.store, scored.out)
+    assert not list(evaluation._score(None, scored.plan, scored.todo, scored.out, log))
+    return spooled
+
+
+def records(scored: SimpleNamespace) -> list[dict]:
+    return [json.loads((scored.out / f"{asked.key}.json").read_text()) for _, asked in scored.todo]
+
+
+def test_what_a_score_left_out_is_said_once(scored, monkeypatch):
+    said: list[str] = []
     monkeypatch.setattr(evaluation, "say", said.append)
-    plan = SimpleNamespace(request_of=lambda config: config, places=SimpleNamespace(runs=tmp_path))
-    mlflow = SimpleNamespace(
-        find_run=lambda trial: f"run of {trial}",
-        provenance={"commit": "0", "dirty": False},
-    )
-    tracker = SimpleNamespace(tracker=mlflow, log_evaluation=lambda run, scores, path: logged.update({run: scores}))
-    for trial in ("t1", "t2", "t3"):
-        (tmp_path / trial / "adapter").mkdir(parents=True)
-    records = {"t3": {"train_flops": 12, "peak_memory_bytes": None}}
-    store = SimpleNamespace(done=records.get)
-    assert not list(evaluation._score(None, plan, [], tmp_path, tracker, store))
+    run(scored)
     assert said == ["left out: coco: no CHAIR: not there"]
-    assert logged["run of t3"] == {"test_CIDEr": 1.0, "test_CHAIRs": 0.5, "train_flops": 12.0}
-    assert logged["run of t1"] == {"test_CIDEr": 1.0}
-    assert json.loads((tmp_path / "c.json").read_text())["metrics"] == chair["metrics"]
+
+
+def test_a_score_is_with_its_run_with_its_costs_samples_and_some_answers(scored):
+    run(scored)
+    for number, (config, asked) in enumerate(scored.todo):
+        logged = scored.tracker.read_run(scored.tracker.find_run(config.key))
+        assert records(scored)[number]["run_id"] == logged["run_id"]
+        costs = {"train_flops": 12.0 * number} if number else {}
+        assert logged["metrics"] == {"test_CIDEr": 0.333333, **costs}
+        assert "Which colour?" in scored.tracker.read_artifact(logged["run_id"], "answers.json")
+        assert logged["tags"]["evaluations"] == asked.key
+        inputs = {one["context"]: (one["name"], json.loads(one["source"])) for one in logged["datasets"]}
+        assert {context: name for context, (name, _) in inputs.items()} == {
+            "training": "mini-vqa/train", "selection": "mini-vqa/selection", "evaluation": "mini-vqa/evaluation",
+        }  # fmt: skip
+        assert {source["uri"] for _, source in inputs.values()} == {"manifests/mini-vqa/manifest.json"}
+        assert inputs["evaluation"][1]["samples"] == "40 of evaluation, first"
+
+
+def test_a_store_that_goes_away_meanwhile_loses_no_score_and_gets_it_later(scored, monkeypatch):
+    gone = scored.tracker.log_evaluation
+
+    def away(*_, **__):
+        raise Unreachable("the MLflow store cannot be reached", where="there")
+
+    monkeypatch.setattr(scored.tracker, "log_evaluation", away)
+    spooled = run(scored)
+    assert spooled.waiting == 6
+    assert all(record["run_id"] and record["value"] == 1 / 3 for record in records(scored))
+    monkeypatch.setattr(scored.tracker, "log_evaluation", gone)
+    assert spooled.deliver()
+    assert all(logged.evaluations for logged in scored.tracker.logged({c.key for c, _ in scored.todo}).values())
+
+
+def test_scores_that_mlflow_lacks_are_shown_by_their_files(scored):
+    run(scored)
+    config, asked = scored.todo[0]
+    run_id = scored.tracker.find_run(config.key)
+    scored.tracker._client.delete_tag(run_id, "evaluations")  # a store of before
+    spooled = SpooledTracker(scored.tracker, scored.folder / ".spool")
+    log = Scores(spooled, scored.plan, scored.store, scored.out)
+    log.show(config, asked.key)
+    logged = scored.tracker.read_run(run_id)
+    assert logged["tags"]["evaluations"] == asked.key and len(logged["datasets"]) == 3
+    history = scored.tracker._client.get_metric_history(run_id, "test_CIDEr")
+    assert [one.step for one in history] == [0]

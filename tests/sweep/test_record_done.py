@@ -29,7 +29,7 @@ def opened(made) -> tuple[Tracker, Logbook]:
     tracker = Tracker(f"sqlite:///{where / 'mlflow.db'}", where)
     tracker.prepare(["study"])
     parent = tracker.open_sweep("study", tags={"sweep_key": "k"}, description="")
-    return tracker, Logbook(tracker, store, plan, {"study": parent}, {})
+    return tracker, Logbook(tracker, store, plan, {"study": parent})
 
 
 def test_what_mlflow_has_is_passed_over_and_what_it_lacks_is_mended(made):

@@ -66,7 +66,7 @@ def open_both(tracker: Tracker, key: str = "abc", **params: Any) -> tuple[str, s
 
 
 def ask(root: Path, query: str) -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(f"file:{root / 'mlflow.db'}?mode=ro", uri=True)) as store:
+    with closing(sqlite3.connect(f"{(root / 'mlflow.db').as_uri()}?mode=ro", uri=True)) as store:
         return store.execute(query).fetchall()
 
 

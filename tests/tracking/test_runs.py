@@ -39,8 +39,7 @@ def test_a_trial_is_a_child_with_commit_inputs_and_parameters(tracker: Tracker, 
     )
     assert record["metrics"] == {"loss": 1.0, "score": 50.0}
     (dataset,) = record["datasets"]
-    assert dataset["digest"] == "d" * 36
-    assert "d" * 64 in dataset["source"]
+    assert len(dataset["digest"]) == 12 and "d" * 64 in dataset["source"]
     assert dataset["context"] == "train"
     assert statuses(root) == {parent: FINISHED, child: FINISHED}
 

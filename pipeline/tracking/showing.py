@@ -1,0 +1,60 @@
+"""What makes MLflow's page show a study as a reader wants it: the experiment's kind, its table, and what is written.
+
+MLflow's page opens an experiment by its kind, or, in newer versions, by a switch that each browser keeps, which
+`hificl ui` sets (`pipeline.tracking.page`). A view that is saved in an experiment's tag has an address.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from pipeline.trial import digest
+
+TABLE = "table"  # the saved view's name in an address
+NOTE = "mlflow.note.content"
+_WRITTEN = "mlflow.note.digest"  # of the note that was written here: one that a reader has changed is left alone
+_KIND, _VIEW = "mlflow.experimentKind", f"mlflow.sharedViewState.{TABLE}"
+_GUESSED = ("", "no_inferred_type")  # and all that end with "_inferred": the page's own guesses
+_COLUMNS = ("metrics.`table_value`", "tags.`table.row`", "tags.`table.column`", "attributes.`Models`")
+_STATE = {
+    "searchFilter": "tags.`table.row` != ''", "orderByKey": "tags.`table.row`", "orderByAsc": True, "startTime": "ALL",
+    "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs",
+    "selectedColumns": list(_COLUMNS),
+}  # fmt: skip
+# the page unfolds a sweep's run for children of this type
+SCORED = {"mlflow.runType": "evaluation"}
+
+
+def experiment_tags(known: Mapping[str, str]) -> dict[str, str]:
+    """Return the tags that an experiment lacks to open on its runs, with the study's table as a saved view."""
+    wanted = {_VIEW: json.dumps(_STATE)}
+    kind = known.get(_KIND, "")
+    if kind in _GUESSED or kind.endswith("_inferred"):
+        wanted[_KIND] = "custom_model_development"
+    return {key: value for key, value in wanted.items() if known.get(key) != value}
+
+
+def note_tags(known: Mapping[str, str], text: str, *, ours: bool = False) -> dict[str, str]:
+    """Return the tags that set a description; none where it says that already, or a reader has changed it.
+
+    Args:
+        known: the tags of the experiment or run.
+        text: Markdown.
+        ours: whether a description of before digests were kept was written here.
+    """
+    before, written = known.get(NOTE), known.get(_WRITTEN)
+    if before is not None and (digest(before) != written if written else not ours):
+        return {}
+    wanted = {NOTE: text, _WRITTEN: digest(text)}
+    return {} if all(known.get(key) == value for key, value in wanted.items()) else wanted
+
+
+def table_link(experiment: str) -> str:
+    """Return the address of an experiment's runs as the study's table, within MLflow's page."""
+    return f"#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={TABLE}"
+
+
+def run_link(experiment: str, run_id: str, path: str = "") -> str:
+    """Return the address of a run, or of one of its artifacts, within MLflow's page."""
+    return f"#/experiments/{experiment}/runs/{run_id}{f'/artifacts/{path}' if path else ''}"
