@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from pipeline.config import BackboneSource, load
 from pipeline.request import TrialRequest
 from pipeline.sweep.plan import Places, Plan
 from pipeline.sweep.store import TrialStore
-from pipeline.trial import TrialConfig
+from pipeline.trial import LOSSES, TrialConfig
 
 PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
-EPOCHS = 2
+EPOCHS, STEPS = 2, 250  # as a trial of the miniature has in an epoch
 METRICS = ("train_loss", "ground_truth_loss", "alignment_loss", "selection_score", "objective", "train_seconds")
 
 
@@ -77,8 +78,10 @@ class SimulatedSlot:
         for key in sorted(self.keys):
             self.epoch[key] += 1
             row = {"epoch": self.epoch[key], **dict.fromkeys(METRICS, 0.123456789)}
-            with (self.store.folder(key) / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(f"{row}\n".replace("'", '"'))
+            losses = {"epoch": self.epoch[key], "train_loss": [0.1234567] * STEPS}
+            for name, line in (("metrics.jsonl", row), (LOSSES, losses)):
+                with (self.store.folder(key) / name).open("a", encoding="utf-8") as file:
+                    file.write(f"{json.dumps(line)}\n")
             done = self.epoch[key] >= EPOCHS
             if done:
                 self.store.finish(key, {"status": "finished", "epochs": EPOCHS, "objective": 0.1})

@@ -33,9 +33,9 @@ class Scores:
         self._logged = tracker.tracker.logged(set(store.all_keys()))
 
     def run_of(self, trial: str) -> str | None:
-        """Return the run of a trial, where it has one."""
-        logged = self._logged.get(trial)
-        return logged.run_id if logged else None
+        """Return the newest run of a trial, where it has one."""
+        runs = self._logged.get(trial)
+        return runs[-1].run_id if runs else None
 
     def origin(self, trial: str) -> dict[str, Any]:
         """Return what a score was made from: the adapter's digest and the code that scored it."""
@@ -43,14 +43,19 @@ class Scores:
         return {"adapter_digest": folder_digest(self.store.folder(trial) / "adapter"), "scored_by": code}
 
     def show(self, config: TrialConfig, evaluation: str) -> None:
-        """Log an evaluation by its file: scores, costs, samples and some answers; what is there already is left."""
-        logged, path = self._logged.get(config.key), self.out / f"{evaluation}.json"
-        if logged is None or evaluation in logged.evaluations:
+        """Log an evaluation by its file with every run of its trial: scores, costs, samples and some answers.
+
+        A run that has it already is left as it is.
+        """
+        lacking = [run.run_id for run in self._logged.get(config.key, []) if evaluation not in run.evaluations]
+        if not lacking:
             return
+        path = self.out / f"{evaluation}.json"
         record = json.loads(path.read_text(encoding="utf-8"))
         scores = {f"test_{name}": value for name, value in record["metrics"].items()}
         done = self.store.done(config.key) or {}
         costs = {name: float(done[name]) for name in COSTS if done.get(name)}
-        self.tracker.log_evaluation(logged.run_id, {**scores, **costs}, path)
-        split, number = record["evaluation"]["split"], record["num_samples"]
-        self.tracker.log_answers(logged.run_id, path, scored_by(config, self.plan.places, split, number))
+        samples = scored_by(config, self.plan.places, record["evaluation"]["split"], record["num_samples"])
+        for run_id in lacking:
+            self.tracker.log_evaluation(run_id, {**scores, **costs}, path)
+            self.tracker.log_answers(run_id, path, samples)

@@ -21,7 +21,7 @@ FILE, IMAGES = "answers.json", "table_images/answers"
 TAG = {"mlflow.loggedArtifacts": json.dumps([{"path": FILE, "type": "table"}])}
 SAMPLES = 16  # of an evaluation, evenly spread over it: the same ones for all trials of a task
 _SIDE, _TEXT = 128, 600  # pixels of a thumbnail, characters of a text: at most 0.3 MB a table
-_COLUMNS = ("sample", "image", "question", "references", "answer", "score")
+_COLUMNS = ("sample", "image", "answer", "references", "score", "question")  # answers are compared first, by sample
 
 
 def write(record: Mapping[str, Any], project: Path, out: Path) -> bool:
@@ -41,9 +41,9 @@ def write(record: Mapping[str, Any], project: Path, out: Path) -> bool:
         one = every[index * len(every) // number]
         score = one.get("score")
         rows.append([
-            str(one["sample_id"]), _picture(project / one["image"], index, out), _short(one.get("question")),
-            _short("; ".join(dict.fromkeys(one.get("references") or []))), _short(one["prediction"]),
-            None if score is None else rounded(score),
+            str(one["sample_id"]), _picture(project / one["image"], index, out), _short(one["prediction"]),
+            _short("; ".join(dict.fromkeys(one.get("references") or []))), None if score is None else rounded(score),
+            _short(one.get("question")),
         ])  # fmt: skip
     (out / FILE).write_text(json.dumps({"columns": _COLUMNS, "data": rows}, ensure_ascii=False), encoding="utf-8")
     return True

@@ -69,8 +69,8 @@ class Connection:
             client = MlflowClient(self.uri)
             client.search_experiments(max_results=1)  # the first call creates the tables
             file = store.sqlite_file(self.uri)
-            for place in follow(file, self.artifacts) if file and self.artifacts else ():
-                say(f"note: MLflow's files are in {self.artifacts} now, not in {place}")
+            for line in follow(file, self.artifacts) if file and self.artifacts else ():
+                say(f"note: {line}")
         return client
 
     def experiment(self, study: str) -> str:

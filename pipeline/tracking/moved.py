@@ -19,7 +19,7 @@ _SECONDS = 60  # for other writers
 
 
 def follow(file: Path, artifacts: str) -> list[str]:
-    """Point a store at its files where they are now; return the places that they were looked for before.
+    """Point a store at its files where they are now; return a sentence for each place where they were looked for.
 
     Nothing is changed while the old folder is there: a copied project reads and writes the first one's files.
 
@@ -39,7 +39,7 @@ def follow(file: Path, artifacts: str) -> list[str]:
                 for column in columns:
                     change = f"update {table} set {column} = ? || substr({column}, ?) where substr({column}, 1, ?) = ?"  # noqa: S608
                     store.execute(change, (new, len(place) + 1, len(place) + 1, f"{place}/"))
-    return sorted(old)
+    return [f"MLflow's files are in {here} now, not in {_path(place)}" for place in sorted(old)]
 
 
 def _is_elsewhere(location: str, here: Path) -> bool:

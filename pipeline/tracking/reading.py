@@ -25,10 +25,10 @@ LAYOUT = {"mlflow.hificl.layout": "2"}  # of a trial's run; one of before has no
 
 @dataclass(frozen=True)
 class Logged:
-    """What MLflow has of a trial.
+    """A run of a trial.
 
     Attributes:
-        run_id: its run: a finished one before any other, the newest first.
+        run_id: of the run.
         evaluations: keys of those whose answers it has.
     """
 
@@ -49,13 +49,14 @@ class Reader(Connection):
         runs = sorted(self._search(f"tags.trial_key = '{plain(key)}'"), key=_rank)
         return runs[-1].info.run_id if runs else None
 
-    def logged(self, keys: Collection[str]) -> dict[str, Logged]:
-        """Return what the store has of trials, in one search; those without a run are left out."""
-        found = {}
+    def logged(self, keys: Collection[str]) -> dict[str, list[Logged]]:
+        """Return the runs of trials by key, one a sweep, in one search; the last is the one that `find_run` gives."""
+        found: dict[str, list[Logged]] = {}
         for run in sorted(self._search("tags.kind = 'trial'") if keys else [], key=_rank):
             key = run.data.tags.get("trial_key", "")
             if key in keys:
-                found[key] = Logged(run.info.run_id, frozenset(run.data.tags.get(EVALUATIONS, "").split()))
+                have = frozenset(run.data.tags.get(EVALUATIONS, "").split())
+                found.setdefault(key, []).append(Logged(run.info.run_id, have))
         return found
 
     def trial_runs(self, keys: Collection[str]) -> list[str]:

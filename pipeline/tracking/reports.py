@@ -16,6 +16,7 @@ from pipeline.tracking.models import Models
 from pipeline.tracking.writing import text_of
 
 REPORT = "report"  # the artifact folder
+_PLACE = ("table.row", "table.column")  # tags
 _METRIC = re.compile(r"[^\w./ :-]")  # what MLflow does not allow in a metric's name
 
 
@@ -67,14 +68,23 @@ class Reports(Models):
         self.log_evaluation(parent.info.run_id, values, None)
         trials = self._search("tags.kind = 'trial'", [parent.info.experiment_id])
         children = {run.info.run_id: run for run in trials}
-        for one in {one.run_id: one for one in reversed(shown)}.values():  # a run in two rows: the first
-            if one.run_id in children:
-                self._place(children[one.run_id], one)
+        places = {one.run_id: one for one in reversed(shown)}  # a run in two rows: the first
+        for run_id, run in children.items():
+            if run_id in places:
+                self._place(run, places[run_id])
+            else:
+                self._displace(run)
         self.tag(parent.info.run_id, {"report_digest": digest})  # last: what was cut off is logged again
         return True
 
+    def _displace(self, run: Run) -> None:
+        with self._talking():
+            for key in _PLACE:
+                if key in run.data.tags:  # of a table of before
+                    self._client.delete_tag(run.info.run_id, key)
+
     def _place(self, run: Run, one: Shown) -> None:
-        tags = {"table.row": one.row, "table.column": one.column}
+        tags = dict(zip(_PLACE, (one.row, one.column), strict=True))
         changed = [RunTag(key, text_of(value)) for key, value in tags.items() if run.data.tags.get(key) != value]
         if changed:
             with self._talking():

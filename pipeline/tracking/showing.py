@@ -16,11 +16,12 @@ NOTE = "mlflow.note.content"
 _WRITTEN = "mlflow.note.digest"  # of the note that was written here: one that a reader has changed is left alone
 _KIND, _VIEW = "mlflow.experimentKind", f"mlflow.sharedViewState.{TABLE}"
 _GUESSED = ("", "no_inferred_type")  # and all that end with "_inferred": the page's own guesses
+_NAME = "attributes.`Run Name`"
 _COLUMNS = ("metrics.`table_value`", "tags.`table.row`", "tags.`table.column`", "attributes.`Models`")
 _STATE = {
     "searchFilter": "tags.`table.row` != ''", "orderByKey": "tags.`table.row`", "orderByAsc": True, "startTime": "ALL",
     "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs",
-    "selectedColumns": list(_COLUMNS),
+    "selectedColumns": list(_COLUMNS), "columnOrder": [_NAME], "columnWidths": {_NAME: 280},
 }  # fmt: skip
 # the page unfolds a sweep's run for children of this type
 SCORED = {"mlflow.runType": "evaluation"}

@@ -95,13 +95,17 @@ def test_a_store_that_goes_away_meanwhile_loses_no_score_and_gets_it_later(score
     assert all(record["run_id"] and record["value"] == 1 / 3 for record in records(scored))
     monkeypatch.setattr(scored.tracker, "log_evaluation", gone)
     assert spooled.deliver()
-    assert all(logged.evaluations for logged in scored.tracker.logged({c.key for c, _ in scored.todo}).values())
+    runs = scored.tracker.logged({config.key for config, _ in scored.todo})
+    assert len(runs) == 3 and all(one.evaluations for every in runs.values() for one in every)
 
 
 def test_scores_that_mlflow_lacks_are_shown_by_their_files(scored):
     run(scored)
     config, asked = scored.todo[0]
     run_id = scored.tracker.find_run(config.key)
+    parent = scored.tracker.open_sweep("study", tags={"sweep_key": "another"}, description="")
+    later = scored.tracker.open_trial("study", parent, key=config.key, name="n", params={}, datasets=[], tags={})
+    scored.tracker.close_all(FINISHED)
     scored.tracker._client.delete_tag(run_id, "evaluations")  # a store of before
     spooled = SpooledTracker(scored.tracker, scored.folder / ".spool")
     log = Scores(spooled, scored.plan, scored.store, scored.out)
@@ -110,3 +114,4 @@ def test_scores_that_mlflow_lacks_are_shown_by_their_files(scored):
     assert logged["tags"]["evaluations"] == asked.key and len(logged["datasets"]) == 3
     history = scored.tracker._client.get_metric_history(run_id, "test_CIDEr")
     assert [one.step for one in history] == [0]
+    assert scored.tracker.read_run(later)["metrics"]["test_CIDEr"] == 0.333333  # a sweep that found it done

@@ -186,4 +186,7 @@ def test_a_report_is_kept_once_and_its_runs_know_their_places(tracker: Tracker, 
     (folder / "study.html").write_text("<p>another table")
     assert tracker.log_report("study", folder, [Shown(child, "01 HiFICL", "1 vqa", 60.0)], {"hificl rank=8/vqa": 60.0})
     assert tracker.read_run(child)["metrics"]["table_value"] == 60.0
+    (folder / "study.html").write_text("<p>a table without it")
+    assert tracker.log_report("study", folder, [], {})
+    assert "table.row" not in tracker.read_run(child)["tags"]
     assert not tracker.log_report("nothing-of-it", folder, [], {})

@@ -167,7 +167,7 @@ def test_some_answers_are_a_table_with_pictures(
     record = tracker.read_run(child)
     assert record["tags"]["evaluations"] == "0123" and record["tags"]["mlflow.runType"] == "evaluation"
     assert json.loads(record["tags"]["mlflow.loggedArtifacts"]) == [{"path": "answers.json", "type": "table"}]
-    assert tracker.logged({"abc"})["abc"].evaluations == {"0123"}
+    assert [one.evaluations for one in tracker.logged({"abc"})["abc"]] == [{"0123"}]
     (scored,) = [one for one in record["datasets"] if one["context"] == "evaluation"]
     assert json.loads(scored["source"])["uri"] == "data/manifests/vqa/manifest.json"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)  # where MLflow's reader of tables looks for runs
