@@ -18,17 +18,14 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
+from pipeline.tracking.showing import table_link
 from tests.chromium import SECONDS, Page, browser
 from tests.free_port import free_port
 
-# what a reader would set by hand: the assistant's side panel closed, and the columns of a study's table
+# what `hificl ui` sets in a new browser, where the plugin of its page is installed
 SETTINGS = """localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');
-localStorage.setItem('MLflowLocalStorage-1.1-ExperimentPage-["%s"]-ReactComponentState', JSON.stringify({
-  startTime: 'ALL', lifecycleFilter: 'Active', datasetsFilter: [], modelVersionFilter: 'All Runs',
-  selectedColumns: ['tags.`table.row`', 'tags.`table.column`', 'metrics.`table_value`', 'attributes.`Models`']}))"""
-SORTED = "searchFilter=tags.`table.row` != ''&orderByKey=tags.`table.row`&orderByAsc=true"
+localStorage.setItem('mlflow.workflowType_v1', '"machine_learning"')"""
 
 
 @dataclass(frozen=True)
@@ -89,12 +86,16 @@ def served(project: Path) -> Iterator[str]:
 
 
 def mlflow_views(page: Page, address: str, ids: Ids, out: Path, settle: float = 0.0) -> dict[str, str]:
-    """Go through list, compare, artifact and model views; return what is written on each."""
+    """Go through the views of a study, from its runs to one answer; return what is written on each."""
     runs = f"{address}/#/experiments/{ids.experiment}/runs"
     files = f"{runs}/{ids.parent}/artifacts/report"
     two = f"?runs={json.dumps(ids.trials)}&experiments={json.dumps([ids.experiment])}".replace(" ", "")
     views = {
-        "list": (f"{runs}?{quote(SORTED, safe='=&')}", [*ids.names, "table.row", "table_value"]),
+        "runs": (f"{address}/#/experiments/{ids.experiment}", [*ids.names, "as a table"]),
+        "list": (f"{address}/{table_link(ids.experiment)}", [*ids.names, "table.row", "table_value"]),
+        "trial": (f"{runs}/{ids.trials[0]}", ["trained on", "hificl reproduce", "step/train_loss"]),
+        "curve": (f"{runs}/{ids.trials[0]}/model-metrics", ["step (1)", "train_loss"]),
+        "answers": (f"{runs}/{ids.trials[0]}/artifacts/answers.json", ["View as table", "references", "question"]),
         "run": (f"{runs}/{ids.parent}", ["trials, profile", "Tables and figures"]),
         "compare": (f"{address}/#/compare-runs{two}", ["Comparing 2 Runs", "table_value"]),
         "artifact": (
@@ -106,7 +107,7 @@ def mlflow_views(page: Page, address: str, ids: Ids, out: Path, settle: float = 
     seen = {}
     page.go(address)
     page.wait("Experiments")
-    page.run(SETTINGS % ids.experiment)
+    page.run(SETTINGS)
     for name, (where, words) in views.items():
         page.go("about:blank")
         page.go(where)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.faults.sweeps import EPOCHS, Sweep, cmdline
+from tests.faults.sweeps import EPOCHS, STEPS, Sweep, cmdline
 
 SECONDS = {"seconds", "train_seconds"}  # what may differ between two runs of a trial
 
@@ -53,12 +53,16 @@ def mlflow_problems(database: Path, keys: dict[str, str], epochs: int = EPOCHS) 
         if sorted(key for key, *_ in runs) != sorted(keys):
             problems.append(f"runs of {sorted(key for key, *_ in runs)}, trials {sorted(keys)}")
         steps = dict(ask("select run_uuid, group_concat(step) from metrics where key='train_loss' group by run_uuid"))
+        points = dict(ask("select run_uuid, group_concat(step) from metrics where key='step/train_loss' group by 1"))
         for key, run, status in runs:
             if status != keys.get(key):
                 problems.append(f"{key} is {status}, not {keys.get(key)}")
             have = sorted(int(step) for step in steps.get(run, "").split(",") if step)
             if status == "FINISHED" and have != list(range(1, epochs + 1)):
                 problems.append(f"{key} has the steps {have}")
+            curve = sorted(int(step) for step in points.get(run, "").split(",") if step)
+            if status == "FINISHED" and curve != list(range(1, STEPS * epochs + 1)):
+                problems.append(f"{key} has losses of the steps {curve}")
         for table, what in (("inputs", "dataset input"), ("params", "parameter")):
             if not ask(f"select count(*) from {table}")[0][0]:
                 problems.append(f"no {what}")

@@ -23,6 +23,7 @@ from tests.e2e.conftest import Project
 
 MARK = "HIFICL_FAULT"
 EPOCHS = 3
+STEPS = 4  # of an epoch
 STUDY = {
     "title": "A sweep that is disturbed", "backbones": ["idefics2-8b-base"], "tasks": ["vqav2"],
     # a teacher, demonstrations that are drawn anew, dropout, and the method without either

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from pipeline.sweep.models import register_chosen
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import Tracker
 from pipeline.train.answering import Answerer
+from tests.conftest import ROOT
 from tests.e2e.conftest import copied
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -92,7 +95,8 @@ def test_it_answers_in_a_fresh_process_as_predict_does(project, client, tmp_path
 
 def test_nothing_in_it_is_pickled(client):
     version = client.get_model_version_by_alias("idefics2-8b-base_vqav2_hificl", "best")
-    place = Path(version.source.removeprefix("file://"))
+    assert version.source == f"models:/{version.model_id}"
+    place = Path(client.get_model_version_download_uri(version.name, version.version).removeprefix("file://"))
     files = {path.name for path in place.rglob("*") if path.is_file()}
     assert {"MLmodel", "served.py", "adapter_model.safetensors", "adapter_config.json", "input_example.json"} <= files
     assert not {name for name in files if Path(name).suffix in (".pkl", ".pickle", ".pt", ".bin")}
@@ -104,3 +108,26 @@ def test_an_image_is_a_file_or_base64(project):
     for wrong in ("no-such-file.png", "not base64!", "aGVsbG8="):
         with pytest.raises(InputError):
             own.answer(wrong, QUESTION)
+
+
+# where MLflow looks for files; it makes them absolute itself, and `tracking.moved` keeps them true
+PLACES = {
+    ("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"),
+    ("model_versions", "storage_location"),
+}  # fmt: skip
+
+
+def test_no_path_of_this_machine_is_in_what_mlflow_keeps(project):
+    with closing(sqlite3.connect(f"{(project.folder / 'mlflow.db').as_uri()}?mode=ro", uri=True)) as store:
+        tables = [name for (name,) in store.execute("select name from sqlite_master where type = 'table'")]
+        columns = [(table, row[1]) for table in tables for row in store.execute(f"pragma table_info({table})")]
+        found = {
+            (table, column)
+            for table, column in columns
+            for place in (project.folder, ROOT)
+            if store.execute(f"select 1 from {table} where instr({column}, ?) limit 1", (str(place),)).fetchone()  # noqa: S608
+        }
+    assert found == PLACES
+    files = [path for path in (project.folder / "mlartifacts").rglob("*") if path.is_file()]
+    places = [str(place).encode() for place in (project.folder, ROOT)]
+    assert len(files) > 20 and not [path for path in files if any(place in path.read_bytes() for place in places)]
