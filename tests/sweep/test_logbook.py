@@ -1,0 +1,100 @@
+"""What of a trial goes to MLflow: its loss by step, what its page says, which samples it names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.bench._simulated import make_plan
+from pipeline.bench._timing import Findings
+from pipeline.sweep.inputs import used_by
+from pipeline.sweep.logbook import POINTS, Logbook, curve
+from pipeline.sweep.naming import trial_note
+from pipeline.sweep.plan import Places
+from pipeline.sweep.store import TrialStore
+from pipeline.tracking.runs import FINISHED, Tracker
+from pipeline.trial import LOSSES, TrialConfig
+from tests.tracking.conftest import ask
+
+PLACES = Places(Path("/p/runs"), Path("/p/data/manifests"), None)
+
+
+def test_a_short_trial_has_every_step_and_a_long_one_the_means_of_equally_many():
+    short = {1: [3.0, 2.0], 2: [1.0, 0.5]}
+    assert curve(short, 2) == [(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)]
+    assert curve({2: short[2]}, 2) == [(3, 1.0), (4, 0.5)]  # live, one epoch after another
+    long = {epoch: [float(epoch * 251 + step) for step in range(251)] for epoch in (1, 2, 3)}
+    points = curve(long, 3)
+    assert POINTS / 2 < len(points) <= POINTS + 3 and [step for step, _ in points][-1] == 3 * 251
+    assert [point for epoch in long for point in curve({epoch: long[epoch]}, 3)] == points
+    before, total = 0, 0.0
+    for step, mean in points:  # no step is left out or taken twice
+        total, before = total + (step - before) * mean, step
+    assert total == pytest.approx(sum(sum(values) for values in long.values()))
+
+
+def test_an_epochs_losses_come_with_its_report_and_none_twice_after_a_kill(tmp_path: Path) -> None:
+    plan, _ = make_plan(tmp_path, 1, Findings())
+    ((key, config),) = plan.trials.items()
+    store = TrialStore(plan.places.runs)
+    folder = store.open(config, {})
+    rows = [{"epoch": epoch, "train_loss": 1 / 3} for epoch in (1, 2)]
+    losses = [{"epoch": epoch, "train_loss": [1 / 3] * 50} for epoch in (1, 2)]
+
+    def opened() -> tuple[Tracker, Logbook]:
+        tracker = Tracker(None, tmp_path)
+        parent = tracker.open_sweep("study", tags={"sweep_key": "k"}, description="")
+        return tracker, Logbook(tracker, store, plan, {"study": parent})
+
+    def steps() -> list[int]:
+        return [
+            step for (step,) in ask(tmp_path, "select step from metrics where key = 'step/train_loss' order by step")
+        ]
+
+    _, logbook = opened()
+    for number in (1, 2):
+        (folder / LOSSES).write_text("".join(json.dumps(row) + "\n" for row in losses[:number]))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:number]))
+        if number == 1:
+            logbook.on_report(key, {**rows[0], "pid": 7})
+            assert steps() == list(range(1, 51))
+    store.finish(key, {"status": "finished", "epochs": 2})  # and the process that logged is killed
+    tracker, again = opened()
+    for row in rows:
+        again.on_report(key, row)
+    again.on_end(key, None)
+    assert steps() == list(range(1, 101))
+    run = tracker.find_run(key) or ""
+    assert tracker.read_run(run)["status"] == FINISHED
+    assert json.loads((tracker.read_artifact(run, "ledger/metrics.jsonl") or "").splitlines()[-1]) == rows[1]
+    assert tracker.read_run(run)["metrics"] == {"train_loss": 0.333333, "step/train_loss": 0.333333}
+
+
+def config(method: str, **given) -> TrialConfig:
+    base = {"backbone": "b", "backbone_digest": "0", "task": "vqav2", "manifest_digest": "1", "num_train_samples": 100}
+    return TrialConfig(method=method, **{**base, **given})
+
+
+def test_a_trials_page_says_what_was_trained_on_what():
+    trained = config("hificl", options={"rank": 4}, epochs=5, micro_batch_size=2, accumulation=2, learning_rate=0.005)
+    note = trial_note(None, trained, "Table 1")
+    assert "on `b` for `vqav2`, seed 0: trained on 100 samples for 5 epochs, 4 a step, learning rate 0.005" in note
+    assert "rank 4" in note and "*Table 1*" in note
+    assert "8 demonstrations before each question" in trial_note(None, config("icl-k", options={"num_shots": 8}), "")
+    assert "no demonstration" in trial_note(None, config("zero-shot"), "")
+
+
+def test_a_run_names_the_samples_that_it_uses_relative_to_the_project():
+    drawn = {"sample_draw": "by-seed", "seed": 3, "epochs": 5, "num_selection_samples": 20}
+    training, selection = used_by(config("hificl", **drawn), PLACES)
+    assert training["source"] == selection["source"] == "data/manifests/vqav2/manifest.json"
+    assert (training["name"], training["context"], training.get("rows")) == ("vqav2/train", "training", 100)
+    assert training.get("samples") == "100 of train, by-seed 3"
+    assert (selection["name"], selection["context"], selection.get("rows")) == ("vqav2/selection", "selection", 20)
+    chosen_on_test = used_by(config("hificl", epochs=5, selection="test"), PLACES)[1]
+    assert (chosen_on_test["name"], chosen_on_test["context"]) == ("vqav2/evaluation", "selection")
+    (shown,) = used_by(config("icl-k", options={"num_shots": 8}), PLACES)
+    assert (shown["name"], shown["context"]) == ("vqav2/train", "demonstrations")
+    assert used_by(config("zero-shot"), PLACES) == []
