@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -116,7 +117,7 @@ class Connection:
         """Turn what the store can answer with into the project's own error."""
         try:
             yield
-        except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
+        except (MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
             if isinstance(error, FileNotFoundError):
                 raise  # a file of ours, not the store
             where, cause = store.shown(self.uri), (str(error).strip() or type(error).__name__).splitlines()[0]
