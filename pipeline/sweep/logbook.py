@@ -85,7 +85,6 @@ class Logbook:
             config = self._config(key)
             cell = self.plan.cells[self.plan.cell_of[key]] if key in self.plan.cell_of else None
             study = cell.study if cell else next(iter(self.parents))
-            title = self.plan.params.studies[study].title if study in self.plan.params.studies else study
             self._runs[key] = self.tracker.open_trial(
                 study,
                 self.parents[study],
@@ -93,7 +92,7 @@ class Logbook:
                 name=run_name(cell, config, with_backbone=self._several) if cell else config.name,
                 params=flat(config),
                 datasets=used_by(config, self.plan.places),
-                description=trial_note(cell, config, title),
+                description=trial_note(self.plan, config),
                 tags={
                     "profile": self.plan.params.profile,
                     "trial_config": canonical(config.model_dump(mode="json")),

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline import methods
 from pipeline.config import Params
+from pipeline.sweep.plan import Plan
 from pipeline.sweep.space import Cell
 from pipeline.trial import TrialConfig
 
@@ -57,14 +58,9 @@ def sweep_note(params: Params, study: str, num_trials: int) -> str:
     return "\n\n".join(lines)
 
 
-def trial_note(cell: Cell | None, config: TrialConfig, title: str) -> str:
-    """Return what a trial's run says of itself, in Markdown: what was trained on what, and for which study.
-
-    Args:
-        cell: the cell that asked for the trial first, where one did.
-        config: the trial.
-        title: the study's.
-    """
+def trial_note(plan: Plan, config: TrialConfig) -> str:
+    """Return what a trial's run says of itself, in Markdown: what was trained on what, and for which study."""
+    cell = plan.cells.get(plan.cell_of.get(config.key, ""))  # the one that asked for it first, where one did
     row = cell.label if cell else config.method
     if config.trained:
         step = config.micro_batch_size * config.accumulation * config.world_size
@@ -75,11 +71,9 @@ def trial_note(cell: Cell | None, config: TrialConfig, title: str) -> str:
         shots = methods.num_shots(config.method, config.options)
         done = f"nothing is trained; {f'{shots} demonstrations' if shots else 'no demonstration'} before each question"
     options = ", ".join(f"{name} {_short(value)}" for name, value in config.options.items())
-    lines = [
-        f"{row} on `{config.backbone}` for `{config.task}`, seed {config.seed}: {done}.",
-        f"{f'{options}. ' if options else ''}Asked for by *{title}*{f', `{cell.study}`' if cell else ''}.",
-    ]
-    return "\n\n".join(lines)
+    study = f"Asked for by *{plan.params.studies[cell.study].title}*, `{cell.study}`." if cell else ""
+    more = " ".join(filter(None, [options and f"{options}.", study]))
+    return f"{row} on `{config.backbone}` for `{config.task}`, seed {config.seed}: {done}.\n\n{more}".rstrip()
 
 
 def _short(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.digests import folder_digest
 from pipeline.sweep.inputs import scored_by
+from pipeline.sweep.naming import trial_note
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.spool import SpooledTracker
@@ -58,4 +59,4 @@ class Scores:
         samples = scored_by(config, self.plan.places, record["evaluation"]["split"], record["num_samples"])
         for run_id in lacking:
             self.tracker.log_evaluation(run_id, {**scores, **costs}, path)
-            self.tracker.log_answers(run_id, path, samples)
+            self.tracker.log_answers(run_id, path, samples, trial_note(self.plan, config))

@@ -13,9 +13,9 @@ from pipeline.digests import folder_digest
 from pipeline.rounding import rounded
 from pipeline.tracking.connection import plain
 from pipeline.tracking.models import Models
+from pipeline.tracking.showing import REPORT
 from pipeline.tracking.writing import text_of
 
-REPORT = "report"  # the artifact folder
 _PLACE = ("table.row", "table.column")  # tags
 _METRIC = re.compile(r"[^\w./ :-]")  # what MLflow does not allow in a metric's name
 

@@ -17,7 +17,7 @@ from pipeline.tracking import inputs, owner, showing, store
 from pipeline.tracking.connection import StoreAway, pages
 from pipeline.tracking.inputs import Input
 from pipeline.tracking.reading import FAILED, FINISHED, KILLED, LAYOUT
-from pipeline.tracking.reports import REPORT, Reports
+from pipeline.tracking.reports import Reports
 from pipeline.tracking.writing import MAX_PARAMS, Opened, chunks, text_of
 
 __all__ = ["FAILED", "FINISHED", "KILLED", "Tracker", "code_tags"]
@@ -95,7 +95,7 @@ class Tracker(Reports):
         own = {"kind": "sweep", "sweep_key": key, "study": study}
         name = f"{study} {key[:6]}".strip()
         run_id = self._start(study, found, name=name, tags={**tags, **own}, parent=None)
-        page = showing.run_link(self.experiment(study), run_id, f"{REPORT}/{study}.html")
+        page = showing.report_link(self.experiment(study), run_id, study)
         known = found.data.tags if found else {}
         self.tag(run_id, showing.note_tags(known, f"{description}\n\n[Tables and figures]({page})", ours=True))
         self.log_provenance(run_id, self.provenance)
@@ -143,8 +143,7 @@ class Tracker(Reports):
             self.log_provenance(run_id, code)
         known = found.data.params if found else {}
         new = [Param(name, text_of(value)) for name, value in params.items() if name not in known]
-        page = showing.run_link(self.experiment(study), parent, f"{REPORT}/{study}.html")
-        text = f"{description}\n\n[The study's tables and figures]({page}). `hificl reproduce {run_id}` runs it again."
+        text = showing.trial_text(self.experiment(study), parent, study, run_id, description)
         note = showing.note_tags(found.data.tags if found else {}, text) if description else {}
         used = found.inputs.dataset_inputs if found and found.inputs else []
         with self._talking():

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pipeline.trial import digest
 
 TABLE = "table"  # the saved view's name in an address
+REPORT = "report"  # the artifact folder of a sweep's report
 NOTE = "mlflow.note.content"
 _WRITTEN = "mlflow.note.digest"  # of the note that was written here: one that a reader has changed is left alone
 _KIND, _VIEW = "mlflow.experimentKind", f"mlflow.sharedViewState.{TABLE}"
@@ -56,6 +57,12 @@ def table_link(experiment: str) -> str:
     return f"#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={TABLE}"
 
 
-def run_link(experiment: str, run_id: str, path: str = "") -> str:
-    """Return the address of a run, or of one of its artifacts, within MLflow's page."""
-    return f"#/experiments/{experiment}/runs/{run_id}{f'/artifacts/{path}' if path else ''}"
+def report_link(experiment: str, sweep: str, study: str) -> str:
+    """Return the address of a study's report with its sweep's run, within MLflow's page."""
+    return f"#/experiments/{experiment}/runs/{sweep}/artifacts/{REPORT}/{study}.html"
+
+
+def trial_text(experiment: str, sweep: str, study: str, run_id: str, text: str) -> str:
+    """Return what a trial's run says: `text`, and what leads on from it."""
+    link = f"[The study's tables and figures]({report_link(experiment, sweep, study)})"
+    return f"{text}\n\n{link}. `hificl reproduce {run_id}` runs it again."

@@ -144,9 +144,9 @@ class SpooledTracker:
         """See `Tracker.log_evaluation`."""
         self._do("log_evaluation", run_id, metrics=dict(metrics), file=str(file))
 
-    def log_answers(self, run_id: str, file: Path, data: Input) -> None:
+    def log_answers(self, run_id: str, file: Path, data: Input, description: str) -> None:
         """See `Tracker.log_answers`."""
-        self._do("log_answers", run_id, file=str(file), data=data)
+        self._do("log_answers", run_id, file=str(file), data=data, description=description)
 
     def close(self, run_id: str, status: str, error: str | None = None) -> None:
         """See `Tracker.close`."""

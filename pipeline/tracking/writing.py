@@ -139,13 +139,14 @@ class Writer(Reader):
             if file is not None:
                 self._client.log_artifact(run_id, str(file), "evaluation")
 
-    def log_answers(self, run_id: str, file: Path | str, data: Input) -> None:
+    def log_answers(self, run_id: str, file: Path | str, data: Input, description: str = "") -> None:
         """Show what an evaluation scored: its samples as an input, and a table of some answers with their pictures.
 
         Args:
             run_id: the trial's run; it may be closed.
             file: the evaluation's file, whose name is its key.
             data: the samples.
+            description: what the run's page says where it says nothing yet (a run of before runs had descriptions).
         """
         file = Path(file)
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -156,7 +157,12 @@ class Writer(Reader):
             table = answers.TAG if answers.write(record, self.root, Path(folder)) else {}
             self._client.log_artifacts(run_id, folder)
             keys = dict.fromkeys([*run.data.tags.get(EVALUATIONS, "").split(), file.stem])
-            tags = {**showing.SCORED, **table, EVALUATIONS: " ".join(keys)}  # last: what was cut off is logged again
+            known, experiment = run.data.tags, run.info.experiment_id
+            sweep, study = known.get("mlflow.parentRunId", ""), known.get("study", "")
+            text = showing.trial_text(experiment, sweep, study, run_id, description)
+            note = showing.note_tags(known, text) if description and showing.NOTE not in known else {}
+            # last: what was cut off is logged again
+            tags = {**showing.SCORED, **table, **note, EVALUATIONS: " ".join(keys)}
             self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
     def _steps(self, run_id: str) -> set[tuple[str, int]]:

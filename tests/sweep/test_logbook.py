@@ -13,6 +13,7 @@ from pipeline.sweep.inputs import used_by
 from pipeline.sweep.logbook import POINTS, Logbook, curve
 from pipeline.sweep.naming import trial_note
 from pipeline.sweep.plan import Places
+from pipeline.sweep.space import Digests, cells
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import FINISHED, Tracker
 from pipeline.trial import LOSSES, TrialConfig
@@ -77,13 +78,22 @@ def config(method: str, **given) -> TrialConfig:
     return TrialConfig(method=method, **{**base, **given})
 
 
-def test_a_trials_page_says_what_was_trained_on_what():
+def test_a_trials_page_says_what_was_trained_on_what(tmp_path):
+    plan, _ = make_plan(tmp_path, 0, Findings())
     trained = config("hificl", options={"rank": 4}, epochs=5, micro_batch_size=2, accumulation=2, learning_rate=0.005)
-    note = trial_note(None, trained, "Table 1")
+    digests = Digests({"mini-idefics2": "0", "mini-llava": "1"}, {"mini-vqa": "2"}, {"mini-vqa": 100})
+    (cell, *_) = [
+        one
+        for one in cells(plan.params, "hificl-figure7", digests)
+        if one.task == "mini-vqa" and one.method == "hificl"
+    ]
+    plan.cells[cell.name], plan.cell_of[trained.key] = cell, cell.name
+    note = trial_note(plan, trained)
     assert "on `b` for `vqav2`, seed 0: trained on 100 samples for 5 epochs, 4 a step, learning rate 0.005" in note
-    assert "rank 4" in note and "*Table 1*" in note
-    assert "8 demonstrations before each question" in trial_note(None, config("icl-k", options={"num_shots": 8}), "")
-    assert "no demonstration" in trial_note(None, config("zero-shot"), "")
+    assert note.startswith(cell.label) and "rank 4" in note and "`hificl-figure7`" in note
+    shown = trial_note(plan, config("icl-k", options={"num_shots": 8}))
+    assert shown.startswith("icl-k on") and "8 demonstrations before each question" in shown
+    assert "no demonstration" in trial_note(plan, config("zero-shot"))
 
 
 def test_a_run_names_the_samples_that_it_uses_relative_to_the_project():
