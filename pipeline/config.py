@@ -67,8 +67,6 @@ __all__ = [
 ]
 
 PARAMS = "params.yaml"
-
-
 SECTIONS = ("subsample", "train", "sweep", "evaluate")  # what a protocol and a profile may change
 OWN = (*SECTIONS, "methods", "backbones", "miniature", "tracking")  # what params.yaml sets; empty values set nothing
 FOLDERS = {"profiles": "profiles", "studies": "studies"}  # beside params.yaml, a file an entry
@@ -80,7 +78,7 @@ def load(path: Path | str = PARAMS, overrides: Sequence[str] = (), profile: str 
 
     A section is laid over its defaults in this order: the protocol, the profile, what params.yaml sets, `overrides`.
     An empty value in params.yaml sets nothing. A file may also hold a whole profile under `run`, and profiles and
-    studies of its own; its sections then lie below that profile, as before there were files for each.
+    studies of its own; its sections then lie below protocol and profile, as before there were files for each.
 
     Args:
         path: params.yaml.
@@ -116,12 +114,12 @@ def _resolved(raw: dict[str, Any], where: str) -> Params:
                     f"'{name}' cannot be the name of one of the {kind}", where=where,
                     way_out="A name has letters (a-z), digits, '_', '-' and '.', and begins with a letter or digit",
                 )  # fmt: skip
-    name, run, run_at = _profile(raw, own, where)
-    explicit = own if file.run is None else dict.fromkeys(OWN, {})
     protocols = {**settings.protocols(), **file.protocols}
     if file.protocol is not None and file.protocol not in protocols:
         raise InputError(f"unknown protocol '{file.protocol}'", where=where, way_out=nearest(file.protocol, protocols))
     chosen = protocols[file.protocol] if file.protocol else Protocol()
+    name, run, run_at = _profile(raw, own, chosen, where)
+    explicit = own if file.run is None else dict.fromkeys(OWN, {})
     laid = {}
     for section in SECTIONS:
         merged = merge(merge(getattr(chosen, section, {}), getattr(run, section)), explicit[section])
@@ -134,7 +132,7 @@ def _resolved(raw: dict[str, Any], where: str) -> Params:
     )  # fmt: skip
 
 
-def _profile(raw: dict[str, Any], own: dict[str, Any], where: str) -> tuple[str, Profile, str]:
+def _profile(raw: dict[str, Any], own: dict[str, Any], chosen: Protocol, where: str) -> tuple[str, Profile, str]:
     """Return name and content of the profile that is run, and where it stands."""
     profiles = raw["profiles"]
     if "run" in raw:
@@ -144,7 +142,8 @@ def _profile(raw: dict[str, Any], own: dict[str, Any], where: str) -> tuple[str,
         if not isinstance(run, dict):
             raise InputError(f"run must hold a profile, got {run!r}", where=where, way_out="Write `profile: NAME`")
         name = next((name for name, profile in profiles.items() if profile == run), "custom")
-        below = {section: own[section] for section in (*SECTIONS, "methods")} | {"sources": own["backbones"]}
+        below = {section: merge(own[section], getattr(chosen, section, {})) for section in SECTIONS}
+        below |= {"methods": own["methods"], "sources": own["backbones"]}
         return name, validate(Profile, merge(below, run), f"{where}: run"), f"{where}: run"
     name = raw.get("profile")
     if name is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import FOLDERS, load
+from pipeline.config import FOLDERS, OWN, load
 from pipeline.errors import InputError
 from tests.conftest import ROOT
 
@@ -66,6 +66,9 @@ def test_a_whole_profile_may_stand_in_the_file(tmp_path):
     params = load(path)
     assert (params.profile, params.train.epochs, params.train.accumulation) == ("own", 2, 4)
     assert params.explicit.train == {} and load(path, ["train.epochs=9"]).train.epochs == 9
+    spelt_out = {**raw, "protocol": "published", "train": {"loss_span": "answer"}}
+    path.write_text(yaml.safe_dump(spelt_out))
+    assert load(path).train.loss_span == load(path).run.train["loss_span"] == "sequence"  # and below a protocol
     path.write_text(yaml.safe_dump({**raw, "profile": "own"}))
     with pytest.raises(InputError, match="both `profile` and `run`"):
         load(path)
@@ -86,6 +89,13 @@ def test_dvc_writes_one_line_and_every_profile_still_loads(project, value, line)
     for path in (project / "profiles").glob("*.yaml"):
         params = load(project / "params.yaml", profile=path.stem)
         assert params.explicit.train == ({"learning_rate": float(value)} if line else {})
+
+
+def test_dvc_watches_every_section_and_those_who_use_weights_where_they_lie():
+    sections, dvc = (yaml.safe_load((ROOT / name).read_text()) for name in ("params.yaml", "dvc.yaml"))
+    watched = {name: {one.partition(".")[0] for one in of.get("params", [])} for name, of in dvc["stages"].items()}
+    assert set(OWN) | {"profile", "protocol"} == set(sections) == set().union(*watched.values())
+    assert "backbones" in watched["train"] and "backbones" in watched["evaluate"]
 
 
 @pytest.mark.parametrize("kind", ["profiles", "studies"])

@@ -89,7 +89,7 @@ class Index:
 def write_index(params: Params, evaluations: Path, out: Path) -> Index:
     """Write `index.html`, one page over all studies that have been evaluated, and `findings.md`.
 
-    Studies stand by name, and after them those that have no file any more.
+    Studies stand in the order of `Params.studies`, and after them those that have no file any more.
     """
     present = files_in.study_names(evaluations)
     order = [name for name in params.studies if name in present]

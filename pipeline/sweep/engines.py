@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 from pipeline.errors import InputError
 from pipeline.sweep.plan import Plan
-from pipeline.sweep.space import corners
 from pipeline.sweep.store import TrialStore
 from pipeline.trial import TrialConfig
 
@@ -34,5 +33,4 @@ def check_open(plan: Plan, store: TrialStore) -> None:
     Raises:
         InputError: see `check_engines`.
     """
-    searched = [cell.trial(point) for cell in plan.searched for point in corners(cell)]
-    check_engines([*(plan.trials[key] for key in plan.open_keys(store)), *searched])
+    check_engines([*(plan.trials[key] for key in plan.open_keys(store)), *plan.examples])

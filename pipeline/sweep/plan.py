@@ -128,6 +128,11 @@ class Plan:
         """The cells whose points a searcher asks for, one after another."""
         return [cell for cell in self.cells.values() if self.params.sweep.search == "optuna" and cell.search]
 
+    @property
+    def examples(self) -> list[TrialConfig]:
+        """Trials at the corners of the spaces that are searched so."""
+        return [cell.trial(point) for cell in self.searched for point in corners(cell)]
+
     def open_keys(self, store: TrialStore) -> list[str]:
         """Return the keys of trained trials that are not done, those of one backbone, and of one teacher, together."""
         todo = [key for key, config in self.trials.items() if config.trained and not store.finished(key)]

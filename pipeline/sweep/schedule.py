@@ -23,7 +23,7 @@ def make_scheduler(params: Params, plan: Plan) -> TrialScheduler:
     sweep = params.sweep
     if sweep.scheduler == "fifo":
         return FIFOScheduler()
-    longest = max((c.epochs for c in plan.trials.values()), default=params.train.epochs_below_1000)
+    longest = max(config.epochs for config in (*plan.trials.values(), *plan.examples))
     makers: dict[str, Callable[[], TrialScheduler]] = {
         "asha": lambda: AsyncHyperBandScheduler(
             time_attr=TIME, metric=METRIC, mode="max", max_t=longest, grace_period=sweep.grace_epochs,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import backbones, methods
-from pipeline.config import Params, Study, StudyMethod, Train, validate
+from pipeline.config import Params, Study, StudyMethod, Train, merge, validate
 from pipeline.errors import InputError, nearest
 from pipeline.papers import settings
 from pipeline.tasks import tasks
@@ -25,6 +25,7 @@ Point = dict[str, Any]
 TRAIN_FIELDS = set(Train.model_fields)
 INSIDE = 0.381966  # of a range: no whole number by chance
 EXPLICIT = "params.yaml"  # or --set
+TO_CHOOSE = ("selection", "num_selection_samples")  # what a method without training needs that chooses a layer
 PAPERS_FULL_SIZE = 1000  # below this many samples the papers train for twice the epochs
 
 
@@ -82,7 +83,7 @@ class Cell:
         if train.num_train_samples < available:
             shared["sample_draw"] = train.sample_draw
         if not methods.is_trained(self.method):
-            chosen_on = ("selection", "num_selection_samples") if methods.selects(self.method, options) else ()
+            chosen_on = TO_CHOOSE if methods.selects(self.method, options) else ()
             looked_at = {name: getattr(train, name) for name in chosen_on}
             return TrialConfig(**shared, precision=train.precision, **looked_at)
         facts = methods.facts_of(self.method, options)
@@ -109,10 +110,9 @@ class Cell:
             )  # fmt: skip
         teacher = methods.is_trained(self.method) and methods.facts_of(self.method, options).teacher
         shots = train.num_shots if teacher else methods.num_shots(self.method, options)
-        # a query is never among its own demonstrations; with replacement one sample is enough
-        least = (2 if train.demonstration_draw == "without-replacement" else 1) if teacher else 1
-        most = pool if not teacher else pool - 1 if least == 2 else shots
-        if shots > most:
+        if teacher and train.demonstration_draw == "with-replacement":
+            return
+        if shots > (pool - 1 if teacher else pool):  # a training sample is never among its own demonstrations
             raise InputError(
                 f"{shots} demonstrations are asked for, the pool of {self.task} has {pool} samples", where=self.name,
                 way_out=f"Raise num_train_samples above {shots}, lower num_shots, or name the row under `without` "
@@ -161,6 +161,9 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
         InputError: unknown study, method, backbone, task, field or option.
     """
     study, pairs = _pairs(params, study_name)
+    for source, given in ((f"profile {params.profile}", params.run.methods), (EXPLICIT, params.explicit.methods)):
+        for method, layer in given.items():  # those of other studies too: a misspelt one would be heard by none
+            _apply(method, Train(), {}, layer, where=f"methods.{method} ({source})")
     found = [
         _cell(params, study_name, study, row_name, row, pair, vary, seed, digests)
         for pair in pairs
@@ -194,7 +197,9 @@ def _pairs(params: Params, study_name: str) -> tuple[Study, list[tuple[str, str,
     """Return a study, and the profile's backbones and tasks for it, each with the part that it plays."""
     if study_name not in params.studies:
         raise InputError(
-            f"unknown study '{study_name}'", where="run.studies", way_out=nearest(study_name, params.studies)
+            f"unknown study '{study_name}'",
+            where=f"profile '{params.profile}'",
+            way_out=nearest(study_name, params.studies),
         )
     study = params.studies[study_name]
     pairs = [
@@ -233,8 +238,7 @@ def _cell(
     train = Train()
     options: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    own = {name: value for name, value in params.explicit.train.items() if name in TRAIN_FIELDS}
-    explicit = {**own, **params.explicit.methods.get(row.method, {})}
+    explicit = (params.explicit.train, params.explicit.methods.get(row.method, {}))
     for layer, source in (
         (methods.defaults(row.method), "method"),
         *((rule.set, rule.source) for rule in settings.rules(
@@ -244,7 +248,7 @@ def _cell(
         (params.run.train, f"profile {params.profile}"),
         (params.run.methods.get(row.method, {}), f"profile {params.profile}"),
         (study.train, f"study {study_name}"),
-        (explicit, EXPLICIT),
+        *((layer, EXPLICIT) for layer in explicit),
         (row.set, f"study {study_name}, row {row_name}"),
         (vary, f"study {study_name}, vary"),
     ):  # fmt: skip
@@ -259,7 +263,7 @@ def _cell(
         vary={name: given[name] for name in vary},  # as the trial has it: a number where it was written as text
         search={name: _distinct(domain) if isinstance(domain, list) else domain for name, domain in row.search.items()},
         digests=digests, sources=won,
-        overruled={name: won[name] for name in explicit if won[name] != EXPLICIT},
+        overruled={name: won[name] for layer in explicit for name in layer if won[name] != EXPLICIT},
     )  # fmt: skip
 
 
@@ -274,12 +278,11 @@ def _apply(
     """Lay `layer` over training fields and method options; a name that is neither is an error."""
     own = set(methods.option_names(method))
     changed: dict[str, Any] = {}
-    options = dict(options)
     if "epochs" in layer and "epochs_below_1000" not in layer:
         layer = {**layer, "epochs_below_1000": layer["epochs"]}
     for name, value in layer.items():
         if name in own:
-            options[name] = value
+            options = merge(options, {name: value})  # of a combined method's part, what is written alone changes
         elif name in TRAIN_FIELDS:
             changed[name] = value
         else:
@@ -362,15 +365,18 @@ def unheard(params: Params, cells: Iterable[Cell]) -> list[str]:
 
 
 _OF_A_TEACHER = ("num_shots", "demonstration_draw", "alignment_weight")
-_WITHOUT_TRAINING = ("num_train_samples", "sample_draw", "precision")
+_WITHOUT_TRAINING = ("num_train_samples", "precision")
 
 
 def _uses(cell: Cell, name: str) -> bool:
     """Whether a setting of `train` or of the method decides anything in a cell."""
     if name in methods.option_names(cell.method):  # one that decides nothing beside the others is left out
         return name in methods.validate_options(cell.method, cell.options)
+    if name == "sample_draw":
+        return cell.train.num_train_samples < cell.digests.train_sizes[cell.task]
     if not methods.is_trained(cell.method):
-        return name in _WITHOUT_TRAINING
+        chooses = methods.selects(cell.method, cell.options)
+        return name in _WITHOUT_TRAINING or (chooses and name in TO_CHOOSE)
     if name == "epochs_below_1000":
         return cell.train.num_train_samples < PAPERS_FULL_SIZE
     return name not in _OF_A_TEACHER or methods.facts_of(cell.method, cell.options).teacher is not None

@@ -39,8 +39,6 @@ def test_every_study_of_the_papers_can_be_laid_out_under_real(rows):
 def test_each_trial_has_what_its_paper_gives_unless_the_study_asks_otherwise(rows):
     by_hand, params = Counter(), rows[1]
     for name, row in [*all_of(rows, "hificl"), *all_of(rows, "mimic")]:
-        cell_of = {cell.name: cell for cell in cells(params, name, as_given(params))}
-        assert cell_of
         wanted = {}
         for rule in settings.rules(params.studies[name].paper, name, row.method, row.backbone, row.task):
             wanted.update(rule.set)
@@ -138,6 +136,27 @@ def test_epochs_are_epochs_for_any_number_of_samples():
     assert {row.epochs for row in rows if row.method != "icl-k"} == {3}
     _, rows = settings_of("hificl-figure4", "train.epochs=3", "train.epochs_below_1000=4")
     assert {(row.num_train_samples >= 1000, row.epochs) for row in rows if row.epochs} == {(True, 3), (False, 4)}
+    _, rows = settings_of("hificl-figure4", "train.epochs_below_1000=4", "methods.hificl.epochs=3")
+    assert {row.epochs for row in rows if row.method == "hificl"} == {3}
+
+
+def test_of_a_combined_methods_part_only_what_is_set_changes():
+    for protocol, rank in (("", 16), ("published", 1)):
+        _, rows = settings_of(
+            "mimic-table12", f"protocol={protocol}", "methods.mimic+lora.lora.dropout=0.1", profile="real"
+        )
+        parts = [row.options["lora"] for row in rows if row.method == "mimic+lora"]
+        assert {(part["rank"], part["dropout"]) for part in parts} == {(rank, 0.1)}
+
+
+@pytest.mark.parametrize("layer", ["methods", "profiles.mini.methods"])
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [("hifcl.rank=4", "unknown method 'hifcl'.*Did you mean 'hificl'"), ("mimic+lora.rnk=4", "unknown field 'rnk'")],
+)
+def test_a_misspelt_method_or_option_is_refused_though_no_study_here_asks_for_it(layer, setting, says):
+    with pytest.raises(InputError, match=says):
+        settings_of("hificl-table8", f"{layer}.{setting}")
 
 
 @pytest.mark.parametrize(
@@ -150,12 +169,23 @@ def test_epochs_are_epochs_for_any_number_of_samples():
         ("hificl-table1", "methods.hificl.point=residual", "changes nothing here"),
         ("hificl-table8", "train.num_shots=4", "changes nothing here"),
         ("hificl-table8", "train.epochs_below_1000=4", "changes nothing here"),
+        ("hificl-table8", "train.sample_draw=by-seed", "changes nothing here"),
     ],
 )
 def test_a_setting_that_does_not_reach_its_trials_is_named_with_the_one_that_wins(study, override, says):
     params, _ = settings_of(study, override)
     lines = unheard(params, cells(params, study, as_given(params)))
     assert any(says in line and override.partition("=")[0] in line for line in lines), lines
+
+
+@pytest.mark.parametrize("setting", ["num_selection_samples=10", "selection=test"])
+@pytest.mark.parametrize("method", ["function-vector", "task-vector"])
+def test_a_method_without_training_that_chooses_a_layer_hears_where_it_chooses(method, setting):
+    study = f"studies.own={{title: o, backbones: [idefics2-8b-base], tasks: [vqav2], methods: {{{method}: {{}}}}}}"
+    params = load(ROOT / "params.yaml", [study, f"train.{setting}"])
+    assert unheard(params, cells(params, "own", as_given(params))) == []
+    params = load(ROOT / "params.yaml", [study.replace("{}", "{layer: 1}"), f"train.{setting}"])
+    assert "changes nothing" in unheard(params, cells(params, "own", as_given(params)))[0]
 
 
 # -- what cannot be ----------------------------------------------------------------------------------------------------
