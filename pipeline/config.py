@@ -94,8 +94,7 @@ def load(path: Path | str = PARAMS, overrides: Sequence[str] = (), profile: str 
         files = {file.stem: _mapping(file) for file in sorted((path.parent / folder).glob("*.yaml"))}
         raw[section] = merge(files, _section(raw, section, str(path)))
     if profile is not None:
-        raw["profile"] = profile
-        raw.pop("run", None)
+        raw |= {"run": _named(profile, raw["profiles"], str(path))} if "run" in raw else {"profile": profile}
     for item in overrides:
         _override(raw, item)
     return _resolved(raw, str(path))
@@ -148,10 +147,15 @@ def _profile(raw: dict[str, Any], own: dict[str, Any], chosen: Protocol, where: 
     name = raw.get("profile")
     if name is None:
         raise InputError("no profile is named", where=where, way_out=f"Write `profile: NAME`. {nearest('', profiles)}")
+    at = f"profile '{name}'"
+    return str(name), validate(Profile, _named(name, profiles, where), at), at
+
+
+def _named(name: str, profiles: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a profile, complete."""
     if name not in profiles:
         raise InputError(f"unknown profile '{name}'", where=where, way_out=nearest(str(name), profiles))
-    at = f"profile '{name}'"
-    return str(name), validate(Profile, _extended(name, profiles, ()), at), at
+    return _extended(name, profiles, ())
 
 
 def _extended(name: str, profiles: dict[str, Any], seen: tuple[str, ...]) -> dict[str, Any]:

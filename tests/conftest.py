@@ -17,6 +17,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported; pipeline.sweep may come after it
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("shared", deadline=None)  # a busy machine is no fault of what is tested
+settings.load_profile("shared")
 
 # A suite that runs as a shell's background job (CI) has SIGINT ignored, and what it starts would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

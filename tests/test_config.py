@@ -66,6 +66,11 @@ def test_a_whole_profile_may_stand_in_the_file(tmp_path):
     params = load(path)
     assert (params.profile, params.train.epochs, params.train.accumulation) == ("own", 2, 4)
     assert params.explicit.train == {} and load(path, ["train.epochs=9"]).train.epochs == 9
+    path.write_text(yaml.safe_dump({**raw, "profiles": {"own": run, "other": {**run, "train": {"epochs": 3}}}}))
+    other = load(path, profile="other")
+    assert (other.profile, other.train.epochs, other.train.accumulation) == ("other", 3, 4)
+    with pytest.raises(InputError, match="unknown profile 'othre'.*Did you mean 'other'"):
+        load(path, profile="othre")
     spelt_out = {**raw, "protocol": "published", "train": {"loss_span": "answer"}}
     path.write_text(yaml.safe_dump(spelt_out))
     assert load(path).train.loss_span == load(path).run.train["loss_span"] == "sequence"  # and below a protocol
