@@ -193,7 +193,7 @@ def _origins(tables: list[Table]) -> list[dict[str, Any]]:
             facts.append(("Machine", ", ".join(named)))
         data = origin.get("data")
         if isinstance(data, dict) and data.get("params"):
-            facts.append(("params.yaml", f"md5 {data['params']}"))
+            facts.append(("params.yaml, profiles, studies", f"md5 {data['params']}"))
         entry = seen.setdefault(repr(facts), {"facts": facts, "names": []})
         entry["names"].append(table.study.study)
     return [{"facts": one["facts"], "studies": ", ".join(one["names"])} for one in seen.values()]

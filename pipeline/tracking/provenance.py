@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import FOLDERS, PARAMS
 from pipeline.errors import InputError
 from pipeline.plain_yaml import read_file
 
@@ -151,10 +152,14 @@ def machine() -> dict[str, Any]:
 
 
 def data_digests(root: Path | str) -> dict[str, Any]:
-    """Return `params` (md5 of params.yaml, or None) and `outs` ({path: md5} of every stage in dvc.lock)."""
+    """Return `params` (md5 of params.yaml, profiles and studies, or None) and `outs` ({path: md5} of dvc.lock)."""
     root = Path(root)
-    file = root / "params.yaml"
-    params = hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest() if file.is_file() else None
+    params = None
+    if (root / PARAMS).is_file():
+        written = hashlib.md5((root / PARAMS).read_bytes(), usedforsecurity=False)
+        for file in sorted(path for folder in FOLDERS.values() for path in (root / folder).glob("*.yaml")):
+            written.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+        params = written.hexdigest()
     outs: dict[str, str] = {}
     try:
         lock = read_file(root / LOCK)

@@ -41,6 +41,16 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_the_digest_of_the_parameters_is_of_profiles_and_studies_too(checkout: Path) -> None:
+    found = {provenance(checkout)["data"]["params"]}
+    for folder in ("profiles", "studies"):
+        (checkout / folder).mkdir()
+        for text in ("a: 1", "a: 2"):
+            (checkout / folder / "own.yaml").write_text(text)
+            found.add(provenance(checkout)["data"]["params"])
+    assert len(found) == 5
+
+
 def test_a_clean_checkout_has_its_commit_and_digests(checkout: Path) -> None:
     found = provenance(checkout)
     assert len(found["commit"]) == 40
