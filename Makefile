@@ -74,4 +74,4 @@ pins: setup      ## newer versions into requirements.txt
 	mv requirements.new requirements.txt
 
 clean:           ## what the pipeline made; never data of yours, checkpoints or the environment
-	rm -rf runs evaluations reports work cache data/manifests data/miniature
+	rm -rf runs evaluations reports dvc_plots work cache data/manifests data/miniature

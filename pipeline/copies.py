@@ -35,7 +35,7 @@ def is_copy(root: Path) -> bool:
 
 
 def join(root: Path) -> None:
-    """Link into a copy what it shares with its project; a project itself stays as it is."""
+    """Link a project's trials, kept features and weights into its copy; a project itself stays as it is."""
     if not is_copy(root):
         return
     home = main_checkout(root)
@@ -43,10 +43,22 @@ def join(root: Path) -> None:
         (home / name).mkdir(exist_ok=True)
     for name in _LINKED:
         _link(root / name, home / name)
-    official = home / _OFFICIAL
-    _link(root / _OFFICIAL, official)
-    for entry in official.iterdir() if official.is_dir() else ():
-        _link(root / _OFFICIAL / entry.name, entry)
+
+
+def link_official(root: Path) -> None:
+    """Link a project's official files into its copy, beside what Git holds of their folder.
+
+    File by file, in folders of the copy's own: DVC does not look behind a link to a folder.
+    """
+    official, mine = main_checkout(root) / _OFFICIAL, root / _OFFICIAL
+    if not is_copy(root):
+        return
+    _link(mine, official)
+    for parent, folders, files in os.walk(official):
+        here = mine / Path(parent).relative_to(official)
+        here.mkdir(exist_ok=True)
+        for name in [*files, *(name for name in folders if Path(parent, name).is_symlink())]:
+            _link(here / name, Path(parent, name))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from pipeline.terminal import Answer
 
 PROFILE_LINE = re.compile(r"^profile:.*$", re.MULTILINE)
 LINKS = (".venv", "pipeline", "stages", "checkpoints", "weights", *FOLDERS.values())
+PAGE = "page.html"  # what `dvc plots` fills, below .dvc
 _REAL, _MADE = "data/real", "data/miniature"
 
 
@@ -40,8 +41,8 @@ def create(folder: Path, *, profile: str, data: Path | None = None) -> None:
         check_links(data)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / PARAMS, text)
-    stages = _stages(root, made_here=params.run.data_root == _MADE, given=data is not None)
-    _write(folder / "dvc.yaml", plain_yaml.write({"stages": stages}))
+    pipeline = _pipeline(root, made_here=params.run.data_root == _MADE, given=data is not None)
+    _write(folder / "dvc.yaml", plain_yaml.write(pipeline))
     for name in LINKS:
         _link(folder / name, root / name)
     if data is not None:
@@ -50,6 +51,9 @@ def create(folder: Path, *, profile: str, data: Path | None = None) -> None:
     if not (folder / ".dvc").is_dir():
         dvc(folder, "init", "--no-scm", "--quiet")
         dvc(folder, "config", "core.analytics", "false")
+        dvc(folder, "config", "plots.html_template", PAGE)
+    for name in (PAGE, "plots"):
+        _link(folder / ".dvc" / name, root / ".dvc" / name)
 
 
 def check_links(data: Path) -> None:
@@ -75,22 +79,24 @@ def check_links(data: Path) -> None:
                 )  # fmt: skip
 
 
-def _stages(root: Path, *, made_here: bool, given: bool) -> dict[str, Any]:
-    """Return the stages of dvc.yaml that a workspace needs; `backbone` is the root's own.
+def _pipeline(root: Path, *, made_here: bool, given: bool) -> dict[str, Any]:
+    """Return dvc.yaml with the stages that a workspace needs; `backbone` is the root's own.
 
     Args:
         root: the project's root.
         made_here: whether the profile reads the miniature's world, and not official files.
         given: whether the workspace has official files.
     """
-    stages: dict[str, Any] = plain_yaml.read_file(root / "dvc.yaml")["stages"]
+    whole: dict[str, Any] = plain_yaml.read_file(root / "dvc.yaml")
     gone = {"backbone"} if made_here else {"backbone", "world"}
+    gone |= set() if given else {"official"}
     absent = set() if given else {_REAL}
     absent |= set() if made_here else {_MADE, "checkpoints"}
-    stages = {name: stage for name, stage in stages.items() if name not in gone}
+    stages = {name: stage for name, stage in whole["stages"].items() if name not in gone}
     for stage in stages.values():
-        stage["deps"] = [dep for dep in stage.get("deps", []) if dep not in absent]
-    return stages
+        if "deps" in stage:
+            stage["deps"] = [dep for dep in stage["deps"] if dep not in absent]
+    return {**whole, "stages": stages}
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""DVC stage: the tables and figures of the profile's studies, and the page over all that are evaluated."""
+"""DVC stage: the tables and figures of every study that is evaluated, the page over them, and the numbers for DVC."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from pathlib import Path
 from pipeline import report
 from pipeline.config import Params
 from pipeline.report import tracked
+from pipeline.report.evaluations import study_names
 from stages.common import run
 
 EVALUATIONS, REPORTS = Path("evaluations"), Path("reports")
 
 
 def main(params: Params) -> None:
-    for study in params.run.studies:
+    for study in study_names(EVALUATIONS):
         report.write_study(study, params, EVALUATIONS, REPORTS)
+    report.write_numbers(params, EVALUATIONS, Path.cwd())
     index = report.write_index(params, EVALUATIONS, REPORTS)
     tracked.log(params, EVALUATIONS, Path.cwd())
     index.say(params.run.studies)

@@ -40,8 +40,9 @@ def test_a_copy_trains_into_its_projects_store(project: Path, copy: Path) -> Non
 
 
 def test_a_copy_finds_the_official_files_and_keeps_what_git_holds(project: Path, copy: Path) -> None:
-    copies.join(copy)
+    copies.link_official(copy)
     assert (copy / "data/real/vqa/v2.json").read_text() == "the project's"
+    assert not (copy / "data/real/vqa").is_symlink()  # DVC would not look into it
     assert (copy / "data/real/README.md").read_text() == "of Git"
 
 
@@ -50,7 +51,7 @@ def test_official_files_behind_a_link_are_linked_as_one(project: Path, copy: Pat
     (project / "data/real").symlink_to("../elsewhere/files")
     (copy / "data/real/README.md").unlink()
     (copy / "data/real").rmdir()
-    copies.join(copy)
+    copies.link_official(copy)
     assert (copy / "data/real").is_symlink() and (copy / "data/real/vqa/v2.json").is_file()
 
 
@@ -74,6 +75,7 @@ def test_what_an_interrupted_experiment_scored_is_kept(project: Path, copy: Path
 def test_a_project_itself_stays_as_it_is(project: Path) -> None:
     before = sorted(project.iterdir())
     copies.join(project)
+    copies.link_official(project)
     with copies.shared_evaluations(project):
         pass
     assert sorted(project.iterdir()) == before and not (project / "cache").exists()

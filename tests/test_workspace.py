@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 @pytest.mark.parametrize(
     ("profile", "first", "takes_checkpoints"),
-    [("mini-claims", "world", True), ("real-check", "subsample", False)],
+    [("mini-claims", "world", True), ("real-check", "official", False)],
 )
 def test_it_has_the_stages_that_its_data_need(tmp_path: Path, monkeypatch, profile, first, takes_checkpoints) -> None:
     monkeypatch.chdir(ROOT)
@@ -25,6 +25,7 @@ def test_it_has_the_stages_that_its_data_need(tmp_path: Path, monkeypatch, profi
         create(tmp_path / "beside", profile=profile, data=data)
         stages = yaml.safe_load((tmp_path / "beside/dvc.yaml").read_text())["stages"]
         assert next(iter(stages)) == first and "backbone" not in stages
+        assert ("official" in stages) == (data is not None)
         assert ("checkpoints" in stages["train"]["deps"]) == takes_checkpoints
     assert f"\nprofile: {profile}\n" in (tmp_path / "beside/params.yaml").read_text()
     assert (tmp_path / "beside/checkpoints").resolve() == ROOT / "checkpoints"

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from pipeline.atomic import write_atomic
 from pipeline.config import Params
+from pipeline.copies import is_copy
 from pipeline.progress import console, say
 from pipeline.report import curves, figures, files, findings, page, papers, tables
 from pipeline.report import evaluations as files_in
 from pipeline.report.gallery import gallery
 from pipeline.report.results import Results
 
-__all__ = ["Index", "forget", "load_table", "study_page", "write_index", "write_study"]
+__all__ = ["Index", "forget", "load_table", "study_page", "write_index", "write_numbers", "write_study"]
 
 # what a study came out as, by the content of its file: the index shows what was written just before
 _rendered: dict[tuple[str, str, str], tuple[tables.Table, dict[str, tuple[str, str]], str]] = {}
@@ -30,7 +31,7 @@ def load_table(study: str, params: Params, evaluations: Path) -> tables.Table:
 
 
 def write_study(study: str, params: Params, evaluations: Path, out: Path) -> None:
-    """Write a study's report: `<study>.md`, `<study>.csv`, and a folder with `figures`, metrics and plots.
+    """Write a study's report: `<study>.md`, `<study>.csv`, `figures/<study>/*.svg` and `metrics/<study>.json`.
 
     Equal inputs give equal bytes.
 
@@ -43,20 +44,28 @@ def write_study(study: str, params: Params, evaluations: Path, out: Path) -> Non
     Raises:
         InputError: the study has not been evaluated, or its file breaks the schema.
     """
-    table, drawn, section = _render(study, params, evaluations)
-    folder = out / study
-    folder.mkdir(parents=True, exist_ok=True)
-    pictures = folder / "figures"
-    for stale in [*folder.glob("*.svg"), *pictures.glob("*.svg")]:
+    table, drawn, _ = _render(study, params, evaluations)
+    pictures = out / "figures" / study
+    for stale in pictures.glob("*.svg"):
         stale.unlink()
-    pictures.mkdir(exist_ok=True)
+    for folder in (pictures, out / "metrics"):
+        folder.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{study}.csv", files.to_csv(table))
     write_atomic(out / f"{study}.md", files.to_markdown(table, page.notes(table)))
-    write_atomic(folder / "metrics.json", files.to_metrics(table))
-    write_atomic(folder / "plot.json", files.to_plot(table))
-    write_atomic(folder / "section.html", section)
+    write_atomic(out / "metrics" / f"{study}.json", files.to_metrics(table))
     for name, (svg, _) in drawn.items():
         write_atomic(pictures / f"{name}.svg", figures.standalone(svg))
+
+
+def write_numbers(params: Params, evaluations: Path, out: Path) -> None:
+    """Write what DVC compares, `metrics.json` and `scores.csv`: the numbers of the profile's studies.
+
+    Raises:
+        InputError: a study has not been evaluated, or its file breaks the schema.
+    """
+    tables_in = [_render(study, params, evaluations)[0] for study in params.run.studies]
+    write_atomic(out / "metrics.json", files.to_summary(tables_in))
+    write_atomic(out / "scores.csv", files.to_scores(tables_in))
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,8 @@ class Index:
             for one in self.findings:
                 if one.claim.study == name and one.verdict != findings.OPEN:
                     say(f"{one.verdict}: {one.claim.claim} ({one.claim.paper})")
-        say(f"\nreport: {self.page.resolve()}")
+        if not is_copy(self.page.parent):  # DVC takes a copy away, and keeps what it wrote
+            say(f"\nreport: {self.page.resolve()}")
 
 
 def write_index(params: Params, evaluations: Path, out: Path) -> Index:

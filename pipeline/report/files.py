@@ -1,4 +1,4 @@
-"""What the report writes for machines: CSV, Markdown, and the JSON of `dvc metrics` and `dvc plots`."""
+"""What the report writes for machines: CSV, Markdown, and the numbers of `dvc metrics` and `dvc plots`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import csv
 import io
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.report import costs, papers
 from pipeline.report.tables import Entry, Table
 
 COLUMNS = ("backbone", "task", "method", "metric", "value", "std", "seeds", "paper", "run_ids")
+SCORES = ("study", "backbone", "task", "metric", "unit", "method", "value")
 
 
 def to_csv(table: Table) -> str:
@@ -67,35 +69,53 @@ def to_markdown(table: Table, notes: list[str]) -> str:
 
 
 def to_metrics(table: Table) -> str:
-    """Return the numbers by name, flat, for `dvc metrics`."""
-    rows = {
-        "/".join([line.backbone, entry.column.task, line.method, entry.metric]): _rounded(entry.value)
-        for line in table.lines
-        for entry in table.row(line)
-        if entry.value is not None
-    }
-    return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    """Return a study's numbers by task, metric and method, for `dvc metrics diff --targets`.
+
+    By backbone first, where it has several.
+    """
+    several = len(table.groups()) > 1
+    found: dict[str, Any] = {}
+    for line in table.lines:
+        for entry in table.row(line):
+            if entry.value is not None:
+                place = [*([line.backbone] if several else []), entry.column.task, entry.metric, line.method]
+                _put(found, place, _printed(entry))
+    return _json(found)
 
 
-def to_plot(table: Table) -> str:
-    """Return a record a number, with the varied axes as fields, for `dvc plots`."""
-    rows: list[dict[str, Any]] = [
-        {
-            "cell": f"{entry.column.task} {line.method}",
-            "backbone": line.backbone,
-            "task": entry.column.task,
-            "method": line.row,
-            "metric": entry.metric,
-            **dict(line.vary),
-            "value": _rounded(entry.value),
-            "std": _rounded(entry.std),
-            "paper": _rounded(entry.paper),
-        }
-        for line in table.lines
-        for entry in table.row(line)
-        if entry.value is not None
-    ]
-    return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+def to_scores(tables: Sequence[Table]) -> str:
+    """Return a row a number of several studies, for `dvc plots`; without its run, so that equal numbers are equal."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(SCORES)
+    for table in tables:
+        for line in table.lines:
+            for entry in table.row(line):
+                if entry.value is not None:
+                    where = (table.study.study, line.backbone, entry.column.task, entry.metric, entry.unit)
+                    writer.writerow((*where, line.method, shown(entry.value, entry.unit)))
+    return buffer.getvalue()
+
+
+def to_summary(tables: Sequence[Table]) -> str:
+    """Return the few numbers of `dvc metrics show` and `dvc exp show`: by task, the score of a study's own method.
+
+    That is the row which has its paper's name, else the last row, at the last point of a curve. Of several studies with
+    the same row the first decides. Method and backbone are named where there are several.
+    """
+    rows: dict[tuple[str, str, str], float] = {}
+    for table in tables:
+        for backbone, lines in table.groups():
+            own = [line for line in lines if line.row == table.study.study.partition("-")[0]]
+            line = (own or lines)[-1]
+            for entry in table.row(line):
+                if entry.column.metric is None and _is_score(entry):
+                    rows.setdefault((entry.column.task, line.row, backbone), _printed(entry))
+    several = [len({place[level] for place in rows}) > 1 for level in (1, 2)]
+    found: dict[str, Any] = {}
+    for (task, *further), value in rows.items():
+        _put(found, [task, *(name for name, wanted in zip(further, several, strict=True) if wanted)], value)
+    return _json(found)
 
 
 def number(value: float | None) -> str:
@@ -108,8 +128,22 @@ def shown(value: float, unit: str) -> str:
     return f"{value:.{papers.decimals(unit)}f}"
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
+def _is_score(entry: Entry) -> bool:
+    return entry.value is not None and all(cell.measurement is None for cell in entry.done)
+
+
+def _printed(entry: Entry) -> float:
+    return float(shown(entry.value or 0.0, entry.unit))
+
+
+def _put(tree: dict[str, Any], place: Sequence[str], value: float) -> None:
+    for name in place[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[place[-1]] = value
+
+
+def _json(tree: dict[str, Any]) -> str:
+    return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
 def _md_entry(entry: Entry) -> str:

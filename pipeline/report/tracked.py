@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,8 +15,6 @@ from pipeline.report import papers, study_page, write_study
 from pipeline.report.tables import Table
 from pipeline.tracking.reports import Shown
 from pipeline.tracking.runs import Tracker
-
-_FOR_DVC = ("metrics.json", "plot.json", "section.html")  # what a reader of MLflow has no use for
 
 
 def log(params: Params, evaluations: Path, root: Path) -> list[str]:
@@ -32,8 +31,7 @@ def log(params: Params, evaluations: Path, root: Path) -> list[str]:
                 out = Path(folder)
                 write_study(study, params, evaluations, out)
                 write_atomic(out / f"{study}.html", html)
-                for name in _FOR_DVC:
-                    (out / study / name).unlink()
+                shutil.rmtree(out / "metrics")  # for DVC; a reader of MLflow has no use for them
                 if tracker.log_report(study, out, _shown(table), _means(table)):
                     logged.append(study)
     except HificlError as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline import methods
+from pipeline import copies, methods
 from pipeline.atomic import write_atomic
 from pipeline.config import Params
 from pipeline.digests import file_digest
@@ -43,14 +43,15 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None) -> No
     Raises:
         WorkError: some trials are missing or could not be scored; the others are done.
     """
-    with in_order():
-        _evaluate(params, studies, root)
+    root = root or Path.cwd()
+    store = TrialStore(places(root).runs)
+    held = store.lock("an evaluation", wait=copies.is_copy(root))
+    with in_order(), held, copies.shared_evaluations(root):
+        _evaluate(params, studies, root, store)
 
 
-def _evaluate(params: Params, studies: list[str], root: Path | None) -> None:
-    where = places(root)
-    out = where.runs.parent / "evaluations"
-    store = TrialStore(where.runs)
+def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore) -> None:
+    where, out = places(root), root.resolve() / "evaluations"
     cells = all_cells(params, studies, where)
     plan = make_plan(params, cells, where)
     chosen = {cell.name: _choose(params, cell, store) for cell in cells}
@@ -63,7 +64,7 @@ def _evaluate(params: Params, studies: list[str], root: Path | None) -> None:
             jobs[config.key] = (store.config(trial), config)
     todo = [job for key, job in jobs.items() if not (out / f"{key}.json").exists()]
     say(f"{len(jobs)} trials to score, {len(jobs) - len(todo)} are scored")
-    tracker = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
+    tracker = Tracker(params.tracking.uri, root, params.tracking.artifacts)
     tracker.prepare(studies, {study: experiment_note(params, study, cells) for study in studies})
     spooled = SpooledTracker(tracker, where.runs / SPOOL)
     spooled.deliver()

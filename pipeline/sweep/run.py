@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from pipeline import copies
 from pipeline.config import Params
 from pipeline.errors import WorkError
 from pipeline.progress import say
@@ -40,9 +41,8 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
     for line in unheard(params, plan.cells.values()):
         say(f"note: {line}")
     store = TrialStore(where.runs)
-    with store.lock("a sweep"), in_order():
+    with in_order(), store.lock("a sweep", wait=copies.is_copy(where.runs.parent)):
         check_open(plan, store)
-        check_all(plan, store)
         # its imports take as long as opening MLflow does
         driver = Driver() if plan.open_keys(store) or plan.searched else None
         try:

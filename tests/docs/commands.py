@@ -21,7 +21,7 @@ NOT_RUN: dict[str, str] = {
     r"make (repro|test|setup|check|bench|clean|test-\w+|repro-real|pictures)\b.*": "runs for minutes, in CI of its own",
     r"(source|cd) .*": "a shell's own",
     r"dvc repro( .*)?": "run by tests/e2e/test_pipeline.py; the new task's by test_extending.py",
-    r"dvc (plots|metrics) .*": "run by tests/e2e/test_pipeline.py",
+    r"dvc (exp|metrics|params|plots|queue) .*": "run by tests/e2e/test_experiments.py",
     r"hificl ui.*": "a server: run by tests/tracking/test_ui.py",
     r"hificl reproduce .*": "trains: run by tests/e2e/test_lineage.py",
     r"hificl study (prefix-beside-hificl)": "run by tests/docs/test_extending.py",

@@ -107,7 +107,7 @@ def test_one_more_value_trains_only_the_new_trial(project):
     after = when_done(project)
     assert {key: after[key] for key in before} == before and len(after) == len(before) + 1
     metrics = project.python("-m", "dvc", "metrics", "show")
-    assert "small" in metrics.stdout
+    assert "vqav2" in metrics.stdout
 
 
 def test_a_trial_that_lacks_only_its_end_is_ended_and_not_trained(project):

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.report import forget, load_table, study_page, write_index, write_study
+from pipeline.report import forget, load_table, study_page, write_index, write_numbers, write_study
 
 HOSTILE = "<script>alert(1)</script>|\"'&`$x_1$ [a](javascript:b)"
 COLUMNS = ["backbone", "task", "method", "metric", "value", "std", "seeds", "paper", "run_ids"]
@@ -114,9 +114,10 @@ def test_varied_axes_and_further_metrics_are_rows(maker: Any) -> None:
         ("hificl rank=8", "chair_s"),
     ]
     assert [row["value"] for row in rows if row["metric"] == "chair_s"] == ["4", "4"]
-    folder = maker.folder.parent / "hificl-figure7"
-    assert [file.name for file in folder.glob("figures/*.svg")] == ["over-rank.svg"]
-    assert [record["rank"] for record in json.loads((folder / "plot.json").read_text())] == [1, 1, 8, 8]
+    pictures = maker.folder.parent / "figures/hificl-figure7"
+    assert [file.name for file in pictures.iterdir()] == ["over-rank.svg"]
+    metrics = json.loads((maker.folder.parent / "metrics/hificl-figure7.json").read_text())
+    assert metrics["mini-coco"]["chair_s"] == {"hificl rank=1": 4.0, "hificl rank=8": 4.0}
 
 
 def test_best_and_second_share_a_mark_when_they_print_alike(maker: Any) -> None:
@@ -151,8 +152,7 @@ def test_a_difference_from_the_paper_is_shown_on_the_papers_own_backbone_only(ma
         sources = {"idefics2-8b-base": {"variant": variant}}
         here = type(known).model_validate({**known.model_dump(), "backbones": sources})
         maker.study("hificl-table1", [maker.cell("hificl", "mini-vqa", 0) | more])
-        write_study("hificl-table1", here, maker.folder, maker.folder.parent)
-        pages[name] = (maker.folder.parent / "hificl-table1" / "section.html").read_text()
+        pages[name] = study_page("hificl-table1", here, maker.folder)[1]
     assert "paper 72.08 (+0.50)" in pages["own"]
     assert all(
         "paper 72.08" in page and "(+" not in page and "(−" not in page.split("<details>")[0]
@@ -292,8 +292,7 @@ def test_a_caption_speaks_of_what_its_figure_shows(maker: Any) -> None:
     for study, paper in (("hificl-table1", "hificl.table1_main"), ("mine", None)):
         cells = [maker.cell("hificl", "mini-vqa", 0) | {"epochs": losses}]
         maker.study(study, cells)
-        write_study(study, maker.params(**{study: maker.definition(paper=paper)}), maker.folder, maker.folder.parent)
-        section = (maker.folder.parent / study / "section.html").read_text()
+        section = study_page(study, maker.params(**{study: maker.definition(paper=paper)}), maker.folder)[1]
         captions[study] = re.findall("<figcaption>(.*?)</figcaption>", section)
     assert captions["hificl-table1"] == [
         "Above: ours. Below, hollow: the paper&#39;s, on axes of their own. One seed.",
@@ -336,7 +335,9 @@ def test_hostile_text_is_shown_not_run(maker: Any) -> None:
     assert "<script" not in markdown
     (head,) = (line for line in markdown.splitlines() if line.startswith("| method"))
     assert head.replace("\\|", "").count("|") == 3 + 4  # the method, the task, and what training cost
-    for svg in (out / "hificl-table1").glob("figures/*.svg"):
+    pictures = list((out / "figures/hificl-table1").glob("*.svg"))
+    assert pictures
+    for svg in pictures:
         assert not [node for node in ElementTree.parse(svg).iter() if node.tag.endswith("script")]  # noqa: S314
     assert rows_of(out / "hificl-table1.csv")[0]["task"] == HOSTILE
 
@@ -347,23 +348,51 @@ def test_the_same_inputs_give_the_same_bytes(main: dict[str, Any], tmp_path: Pat
     write_study("hificl-table1", main["params"], main["maker"].folder, again)
     write_index(main["params"], main["maker"].folder, again)
     files = {file.relative_to(again): file.read_bytes() for file in again.rglob("*") if file.is_file()}
-    assert len(files) == 8
+    assert len(files) == 6
     before = {file.relative_to(main["out"]): file.read_bytes() for file in main["out"].rglob("*") if file.is_file()}
     assert files == before
 
 
-def test_metrics_are_flat(main: dict[str, Any]) -> None:
-    metrics = json.loads((main["out"] / "hificl-table1" / "metrics.json").read_text())
-    assert len(metrics) == len(main["maker"].rows) * 3 - 1
-    assert all(isinstance(value, float) for value in metrics.values())
-    assert "mini-idefics2/mini-vqa/hificl/accuracy" in metrics
+def test_a_studys_metrics_are_by_task_metric_and_method(main: dict[str, Any]) -> None:
+    metrics = json.loads((main["out"] / "metrics/hificl-table1.json").read_text())
+    rows = {row["method"]: row for row in rows_of(main["out"] / "hificl-table1.csv") if row["task"] == "mini-vqa"}
+    assert {row: round(float(rows[row]["value"]), 2) for row in rows} == metrics["mini-vqa"]["accuracy"]
+    assert "live" not in metrics["mini-coco"]["CIDEr"]  # it has no number
+
+
+def test_dvcs_numbers_are_few_and_their_plot_has_all(maker: Any, tmp_path: Path) -> None:
+    cells = maker.table("hificl-table1")
+    maker.study("hificl-figure7", [maker.cell("hificl", "mini-vqa", 0, vary={"rank": 1})])
+    known = maker.params(**{"hificl-table1": maker.definition(), "hificl-figure7": maker.definition()})
+    write_numbers(known, maker.folder, tmp_path)
+    mine = {(c["task"], c["seed"]): c["value"] for c in cells if c["row"] == "hificl"}
+    means = {task: statistics.mean(value for (of, _), value in mine.items() if of == task) for task, _ in mine}
+    summary = json.loads((tmp_path / "metrics.json").read_text())
+    assert summary == {task: pytest.approx(mean, abs=0.005) for task, mean in means.items()}
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(maker.rows) * 3 - 1 + 1
+    assert rows[-1]["method"] == "hificl rank=1" and rows[-1]["study"] == "hificl-figure7"
+    (coco,) = (row for row in rows if (row["method"], row["task"]) == ("hificl", "mini-coco"))
+    assert (coco["metric"], coco["unit"]) == ("CIDEr", "ratio") and float(coco["value"]) == summary["mini-coco"]
+
+
+def test_dvcs_numbers_name_methods_and_backbones_where_there_are_several(maker: Any, tmp_path: Path) -> None:
+    cells = [maker.cell("hificl", "mini-vqa", 0), maker.cell("hificl", "mini-vqa", 0) | {"backbone": "mini-llava"}]
+    maker.study("hificl-table1", cells)
+    maker.study("mimic-main", [maker.cell("mimic", "mini-vqa", 0), maker.cell("live", "mini-vqa", 0)])
+    known = maker.params(**{"hificl-table1": maker.definition(), "mimic-main": maker.definition()})
+    write_numbers(known, maker.folder, tmp_path)
+    summary = json.loads((tmp_path / "metrics.json").read_text())
+    assert {method: list(found) for method, found in summary["mini-vqa"].items()} == {
+        "hificl": ["mini-idefics2", "mini-llava"], "mimic": ["mini-idefics2"],
+    }  # fmt: skip
 
 
 def test_the_gallery_shows_answers_side_by_side(maker: Any) -> None:
     maker.study("hificl-figure8", [maker.cell(row, "mini-vqa", 0) for row in ("zero-shot", "hificl")])
     known = maker.params(**{"hificl-figure8": maker.definition(paper=None, layout="gallery")})
-    write_study("hificl-figure8", known, maker.folder, maker.folder.parent)
-    section = (maker.folder.parent / "hificl-figure8" / "section.html").read_text()
+    section = study_page("hificl-figure8", known, maker.folder)[1]
     assert section.count('class="right"') >= 4
     assert "word" in section
 
