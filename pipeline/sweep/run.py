@@ -43,6 +43,7 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
     store = TrialStore(where.runs)
     with in_order(), store.lock("a sweep", wait=copies.is_copy(where.runs.parent)):
         check_open(plan, store)
+        check_all(plan, store)
         # its imports take as long as opening MLflow does
         driver = Driver() if plan.open_keys(store) or plan.searched else None
         try:
