@@ -46,14 +46,18 @@ def join(root: Path) -> None:
 
 
 def link_official(root: Path) -> None:
-    """Link a project's official files into its copy, beside what Git holds of their folder.
+    """Link a project's official files into its copy.
 
-    File by file, in folders of the copy's own: DVC does not look behind a link to a folder.
+    File by file, in folders of the copy's own: DVC does not look behind a link to a folder in there. Where the
+    project's own folder is a link, the copy's is one too.
     """
     official, mine = main_checkout(root) / _OFFICIAL, root / _OFFICIAL
     if not is_copy(root):
         return
-    _link(mine, official)
+    if official.is_symlink():
+        _link(mine, official)
+        return
+    mine.mkdir(parents=True, exist_ok=True)
     for parent, folders, files in os.walk(official):
         here = mine / Path(parent).relative_to(official)
         here.mkdir(exist_ok=True)

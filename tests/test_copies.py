@@ -14,7 +14,7 @@ def project(tmp_path: Path) -> Path:
     for name in ("runs/aaa/done.json", "evaluations/e1.json", "evaluations/measures/m1.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
-    for name in ("evaluations/studies/small.json", "data/real/README.md", "data/real/vqa/v2.json"):
+    for name in ("evaluations/studies/small.json", "data/real/vqa/v2.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("the project's")
     (tmp_path / "elsewhere").mkdir()
@@ -25,8 +25,7 @@ def project(tmp_path: Path) -> Path:
 @pytest.fixture
 def copy(project: Path) -> Path:
     folder = project / ".dvc/tmp/exps/standalone/tmp1"
-    (folder / "data/real").mkdir(parents=True)
-    (folder / "data/real/README.md").write_text("of Git")
+    folder.mkdir(parents=True)
     return folder
 
 
@@ -39,18 +38,15 @@ def test_a_copy_trains_into_its_projects_store(project: Path, copy: Path) -> Non
     assert (project / "runs/bbb").is_dir() and (project / "cache/visual").is_dir()
 
 
-def test_a_copy_finds_the_official_files_and_keeps_what_git_holds(project: Path, copy: Path) -> None:
+def test_a_copy_finds_the_official_files(project: Path, copy: Path) -> None:
     copies.link_official(copy)
     assert (copy / "data/real/vqa/v2.json").read_text() == "the project's"
     assert not (copy / "data/real/vqa").is_symlink()  # DVC would not look into it
-    assert (copy / "data/real/README.md").read_text() == "of Git"
 
 
 def test_official_files_behind_a_link_are_linked_as_one(project: Path, copy: Path) -> None:
     (project / "data/real").rename(project / "elsewhere/files")
     (project / "data/real").symlink_to("../elsewhere/files")
-    (copy / "data/real/README.md").unlink()
-    (copy / "data/real").rmdir()
     copies.link_official(copy)
     assert (copy / "data/real").is_symlink() and (copy / "data/real/vqa/v2.json").is_file()
 

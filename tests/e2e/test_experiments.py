@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 OF_THE_PROJECT = (
     ".dvc/config", ".dvc/.gitignore", ".dvc/page.html", ".dvc/plots", ".dvcignore", ".gitignore", "checkpoints",
-    "data/real/README.md", "dvc.lock", "dvc.yaml", "params.yaml", "pipeline", "stages",
+    "dvc.lock", "dvc.yaml", "params.yaml", "pipeline", "stages",
 )  # fmt: skip
 TINY = {  # the miniature's files as if they were official ones
     "backbones": ["mini-idefics2"], "tasks": ["mini-vqa"], "studies": ["small"], "data_root": "data/real",
