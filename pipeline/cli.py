@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline import plain_paths
 from pipeline.arguments import CommandLine, Parser
 from pipeline.errors import HificlError, InputError
 from pipeline.lineage import commands as lineage
@@ -53,7 +54,13 @@ def main(argv: list[str] | None = None) -> None:
     if not hasattr(args, "func"):
         line.print_help(sys.stderr)
         sys.exit(2)
-    sys.exit(guarded(lambda: write(args.func(args), getattr(args, "form", None)), debug=args.debug))
+
+    def work() -> None:
+        if argv is None:
+            plain_paths.go_on_plainly()
+        write(args.func(args), getattr(args, "form", None))
+
+    sys.exit(guarded(work, debug=args.debug))
 
 
 def _parser() -> CommandLine:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import copies
+from pipeline import copies, plain_paths
 from pipeline.cli import INTERRUPTED, guarded
 from pipeline.config import FOLDERS, PARAMS, Params, load
 from pipeline.errors import WorkError
@@ -17,6 +17,7 @@ def run(stage: Callable[[Params], None]) -> None:
     """Run a stage on params.yaml and exit with its status."""
 
     def work() -> None:
+        plain_paths.go_on_plainly()
         copies.join(Path.cwd())
         before = _written()
         stage(load())

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import backbones
+from pipeline import backbones, plain_paths
 from pipeline.config import Params, data_root
 from pipeline.copies import main_checkout
 from pipeline.errors import HificlError, InputError
@@ -24,7 +23,7 @@ from pipeline.sweep.space import cells, needed, unheard
 from pipeline.tasks import tasks
 from pipeline.terminal import BAD, GOOD, Answer, table
 from pipeline.tracking import store
-from pipeline.tracking.provenance import versions
+from pipeline.tracking.provenance import code_root, code_version, refused, versions
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -77,7 +76,7 @@ class Examination(Answer):
 def examine(params: Params, root: Path) -> Examination:
     """Return what the profile of `params` needs, and whether it is here."""
     checks: list[Finding] = []
-    for group in (_python, _studies, _data, _weights, _pictures, _java, _gpus, _ray, _mlflow, _disk):
+    for group in (_python, _code, _studies, _data, _weights, _pictures, _java, _gpus, _ray, _mlflow, _disk):
         checks += group(params, root)
     return Examination(params.profile, checks)
 
@@ -96,6 +95,18 @@ def _python(params: Params, root: Path) -> Iterator[Finding]:
         yield Finding("system", NOTE, f"{platform.system()} {platform.machine()}: everything is tested on Linux alone")
     gone = [name for name, version in versions().items() if version is None and name != "deepspeed"]  # see _studies
     yield Finding("packages", MISSING if gone else OK, ", ".join(gone) or "all there", "make setup" if gone else None)
+
+
+def _code(params: Params, root: Path) -> Iterator[Finding]:
+    """Whether runs can name their commit, and `dvc exp` can read it."""
+    code = code_root(root)
+    found = code_version(code)
+    if found["commit"] is None:
+        yield Finding("code", NOTE, f"runs will have no commit: {found['note']}")
+    elif (why := refused(code)) is not None:
+        yield Finding("code", NOTE, f"commit {found['commit'][:12]}; `dvc exp` and git itself refuse it: {why}")
+    else:
+        yield Finding("code", OK, f"commit {found['commit'][:12]}{', changed since' if found['dirty'] else ''}")
 
 
 def _studies(params: Params, root: Path) -> Iterator[Finding]:
@@ -151,16 +162,11 @@ def _weights(params: Params, root: Path) -> Iterator[Finding]:
 
 
 def _java(params: Params, root: Path) -> Iterator[Finding]:
-    from pipeline.scores.java import find_java
+    from pipeline.scores.java import find_java, java_version
 
     captions = [name for name in needed(params, params.run.studies)[1] if tasks.get(name).metric == "CIDEr"]
 
-    def runs() -> str:
-        java = find_java()
-        done = subprocess.run([str(java), "-version"], capture_output=True, text=True, check=False)
-        return f"{(done.stderr or done.stdout).splitlines()[0]} at {java}"
-
-    found = _tried("java", runs)
+    found = _tried("java", lambda: f"{java_version()} at {find_java()}")
     if found.state == MISSING and not captions:
         found = Finding(found.name, NOTE, f"{found.detail} (no caption task needs it)", found.way_out)
     yield found
@@ -184,8 +190,11 @@ def _ray(params: Params, root: Path) -> Iterator[Finding]:
     except importlib.metadata.PackageNotFoundError:
         yield Finding("ray", MISSING, "not installed", "make setup")
         return
-    place = params.sweep.address or "a private cluster on this machine"
-    yield Finding("ray", OK, f"{version}, {place}")
+
+    def place() -> str:
+        return params.sweep.address or f"a private cluster on this machine, its files below {plain_paths.ray_folder()}"
+
+    yield _tried("ray", lambda: f"{version}, {place()}")
     memory = Path("/dev/shm")  # noqa: S108 - looked at, not written to
     if memory.is_dir():
         free = shutil.disk_usage(memory).free / 2**30

@@ -130,6 +130,19 @@ def run_java(arguments: Sequence[str], text: str, *, folder: Path | None = None)
     Raises:
         InputError, WorkError: no Java, or the program failed.
     """
+    return _run(arguments, text, folder)[0]
+
+
+def java_version() -> str:
+    """Return what the runtime says of itself.
+
+    Raises:
+        InputError, WorkError: no Java, or it does not start.
+    """
+    return "".join(_run(["-version"], "", None)).partition("\n")[0]
+
+
+def _run(arguments: Sequence[str], text: str, folder: Path | None) -> tuple[str, str]:
     with _started(arguments, folder, subprocess.PIPE) as process:
         try:
             out, errors = process.communicate(text.encode("utf-8", "replace"))
@@ -137,7 +150,7 @@ def run_java(arguments: Sequence[str], text: str, *, folder: Path | None = None)
             process.kill()
     if process.returncode:
         raise _failure(process.returncode, errors or out, _name(arguments))
-    return out.decode("utf-8", "replace")
+    return out.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
 
 
 def _started(arguments: Sequence[str], folder: Path | None, errors: int | IO[bytes]) -> subprocess.Popen[bytes]:

@@ -1,4 +1,4 @@
-"""The process that drives Ray for a sweep: `python -m pipeline.sweep.driver FD`, started by `sweep.supervisor`.
+"""The process that drives Ray for a stage: `python -m pipeline.sweep.driver FD`, started by `sweep.supervisor`.
 
 Ray ends or blocks a process whose cluster is gone, and cannot be started again in it. So the process that holds the
 trial store's lock and MLflow never imports Ray, and this one may die at any moment: another takes its place.
@@ -54,10 +54,10 @@ class Relay:
 
 
 def main(pipe: Connection) -> None:
-    """Take plan, keys and params from the pipe, run the trials, and say how it ended."""
+    """Take a `work.Work` from the pipe, do it, and say how it ended."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     relay = Relay(pipe)
-    from pipeline.sweep.tuner import cluster, run_trials  # while the supervisor opens MLflow
+    import pipeline.sweep.tuner  # noqa: F401 - while the supervisor opens MLflow
 
     try:
         work = pipe.recv()
@@ -65,22 +65,25 @@ def main(pipe: Connection) -> None:
         return
     if work == STOP:  # before there was work
         return
-    plan, keys, params = work
     threading.Thread(target=_end_with_supervisor, args=(pipe,), daemon=True, name="supervisor").start()
-    try:
-        with cluster(params.sweep), _watched(relay):
-            run_trials(plan, keys, params, [relay])
-        relay.send("ended")
-    except HificlError as error:
-        relay.send("error", error)
-    except KeyboardInterrupt:
-        pass
-    except BaseException as error:
-        traceback.print_exc()
-        relay.send("lost", f"{type(error).__name__}: {error}")
+    with suppress(KeyboardInterrupt):  # the stage's word; it may come while the last message is under way
+        _do(work, relay)
     with suppress(KeyboardInterrupt):
         reap(os.environ[MARK])
     os._exit(0)  # nothing is left to do, and Python's own way out takes a second
+
+
+def _do(work: Any, relay: Relay) -> None:
+    from pipeline.sweep.tuner import cluster
+
+    try:
+        with cluster(work.params.sweep), _watched(relay):
+            work.run(relay)
+        relay.send("ended")
+    except HificlError as error:
+        relay.send("error", error)
+    except (Exception, SystemExit) as error:
+        relay.send("lost", f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
 def _end_with_supervisor(pipe: Connection) -> None:
@@ -117,7 +120,7 @@ def _watched(relay: Relay) -> Iterator[None]:
             dead = [name for name, one in own.items() if not alive(one)]
             if dead or time.monotonic() - heard > CLUSTER_SECONDS:
                 why = f"Ray's {dead[0]} died" if dead else f"Ray did not answer for {CLUSTER_SECONDS:.0f} s"
-                relay.send("lost", why)
+                relay.send("lost", why, "")
                 reap(os.environ[MARK])
                 os._exit(1)
             relay.send("alive")

@@ -15,8 +15,9 @@ from pipeline import copies, methods
 from pipeline.atomic import write_atomic
 from pipeline.config import Params
 from pipeline.digests import file_digest
-from pipeline.errors import HificlError, WorkError
+from pipeline.errors import WorkError
 from pipeline.progress import bar, say
+from pipeline.sweep import answers
 from pipeline.sweep.measures import measured
 from pipeline.sweep.models import register_chosen
 from pipeline.sweep.naming import experiment_note
@@ -26,6 +27,7 @@ from pipeline.sweep.scores import COSTS, Scores
 from pipeline.sweep.signals import in_order
 from pipeline.sweep.space import Cell, Point, points
 from pipeline.sweep.store import TrialStore
+from pipeline.sweep.supervisor import Driver, ahead
 from pipeline.tasks import tasks
 from pipeline.tracking.runs import Tracker
 from pipeline.tracking.spool import SpooledTracker
@@ -64,15 +66,16 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore)
             jobs[config.key] = (store.config(trial), config)
     todo = [job for key, job in jobs.items() if not (out / f"{key}.json").exists()]
     say(f"{len(jobs)} trials to score, {len(jobs) - len(todo)} are scored")
-    tracker = Tracker(params.tracking.uri, root, params.tracking.artifacts)
-    tracker.prepare(studies, {study: experiment_note(params, study, cells) for study in studies})
-    spooled = SpooledTracker(tracker, where.runs / SPOOL)
-    spooled.deliver()
-    log = Scores(spooled, plan, store, out)
-    for key, (scored_trial, _) in jobs.items():
-        if (out / f"{key}.json").exists():
-            log.show(scored_trial, key)
-    problems = dict(_score(params, plan, todo, out, log)) if todo else {}
+    with ahead(bool(todo)) as driver:
+        tracker = Tracker(params.tracking.uri, root, params.tracking.artifacts)
+        tracker.prepare(studies, {study: experiment_note(params, study, cells) for study in studies})
+        spooled = SpooledTracker(tracker, where.runs / SPOOL)
+        spooled.deliver()
+        log = Scores(spooled, plan, store, out)
+        for key, (scored_trial, _) in jobs.items():
+            if (out / f"{key}.json").exists():
+                log.show(scored_trial, key)
+        problems = dict(_score(params, plan, todo, out, log, driver)) if todo else {}
     missing: dict[str, str] = {}
     for study in studies:
         of_study = [cell for cell in cells if cell.study == study]
@@ -153,19 +156,18 @@ def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
 
 
 def _score(
-    params: Params, plan: Plan, todo: list[tuple[TrialConfig, EvaluationConfig]], out: Path, log: Scores
-) -> Iterator[tuple[str, str]]:
+    params: Params, plan: Plan, todo: list[tuple[TrialConfig, EvaluationConfig]], out: Path, log: Scores,
+    driver: Driver | None,
+) -> Iterator[tuple[str, str]]:  # fmt: skip
     """Score trials on the cluster; yield (evaluation key, error) of those that fail."""
-    from pipeline.sweep.evaluators import score_all  # starts Ray
-
     left_out: dict[str, None] = {}  # in order, and each once: every trial of a task lacks the same file
     configs = {evaluation.key: config for config, evaluation in todo}
     with bar("evaluate") as progress:
         progress(0, len(todo))
         jobs = [(plan.request_of(config), evaluation) for config, evaluation in todo]
-        for number, (key, result) in enumerate(score_all(params, jobs), start=1):
+        for number, (key, result) in enumerate(answers.score_all(params, jobs, driver), start=1):
             progress(number, len(todo))
-            if isinstance(result, HificlError | Exception):
+            if isinstance(result, Exception):
                 yield key, str(result)
                 continue
             record = {"schema": SCHEMA, **result, "run_id": log.run_of(result["trial"]), **log.origin(result["trial"])}

@@ -18,7 +18,7 @@ from pipeline.measure.base import Job as Measured
 from pipeline.measure.base import Measure
 from pipeline.request import TrialRequest
 from pipeline.sweep.nodes import work_in
-from pipeline.sweep.tuner import cluster, count_slots
+from pipeline.sweep.tuner import count_slots
 from pipeline.sweep.units import Complete, Job, Ledger, Unit, split, units
 from pipeline.train.scoring import Answers, Part
 from pipeline.trial import EvaluationConfig
@@ -48,28 +48,28 @@ class Evaluator:
         return kind.run(self.bench, jobs)
 
 
-def measure_all(params: Params, kind: Measure, jobs: list[Measured]) -> list[dict[str, float]]:
-    """Measure jobs in one process that has its slot for itself.
+def measure(params: Params, kind: Measure, jobs: list[Measured]) -> list[dict[str, float]]:
+    """Measure jobs on the current cluster, in a process of their own that has its slot for itself.
 
     Raises:
-        HificlError: what the measure says.
+        Exception: what the measure raises, or Ray where the process dies.
     """
-    with cluster(params.sweep):
-        alone = _evaluator(params)
-        try:
-            return ray.get(alone.measure.remote(kind, jobs))
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None
+    alone = _evaluator(params)
+    try:
+        return ray.get(alone.measure.remote(kind, jobs))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    finally:
+        ray.kill(alone)
 
 
 def score_all(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Any]]:
-    """Yield (evaluation key, record or exception) in the order of completion.
+    """Score trials on the current cluster; yield (evaluation key, record or exception) in the order of completion.
 
     A call whose process dies is made again up to `sweep.retry.max_attempts` times. Where one of several trials that
     answer together is in the way, they answer one by one.
     """
-    with cluster(params.sweep):
-        yield from _Scoring(params, jobs).run()
+    yield from _Scoring(params, jobs).run()
 
 
 def _evaluator(params: Params) -> Any:

@@ -13,10 +13,10 @@ from typing import Any
 from pipeline.atomic import write_atomic
 from pipeline.config import Params, data_root
 from pipeline.digests import file_digest
-from pipeline.errors import HificlError
 from pipeline.measure.base import Job, Measure, create
 from pipeline.progress import bar
 from pipeline.request import TrialRequest
+from pipeline.sweep import answers
 from pipeline.sweep.space import Cell
 from pipeline.tracking.runs import Tracker
 from pipeline.trial import KEY_LENGTH, EvaluationConfig, digest
@@ -55,13 +55,18 @@ def measured(params: Params, study: str, scored: Sequence[Scored], out: Path, tr
     problems: dict[str, str] = {}
     # rows are measured in alternation, so one that is new is measured together with those it is compared with
     open_groups = [rows for rows in groups.values() if not all(files[cell.name].exists() for cell, _, _ in rows)]
+    jobs = [[_job(params, row, out) for row in rows] for rows in open_groups]
     with bar(definition.measure) as progress:
-        for number, rows in enumerate(open_groups):
-            progress(number, len(open_groups))
-            try:
-                _measure(params, definition.measure, kind, rows, files, out, tracker)
-            except (HificlError, OSError) as error:
-                problems.update({cell.name: str(error) for cell, _, _ in rows})
+        progress(0, len(open_groups))
+        for ended, (number, result) in enumerate(answers.measure_all(params, kind, jobs), start=1):
+            progress(ended, len(open_groups))
+            rows = open_groups[number]
+            if isinstance(result, Exception):
+                problems.update({cell.name: str(result) for cell, _, _ in rows})
+            else:
+                _keep(
+                    definition.measure, kind, jobs[number], result, [files[cell.name] for cell, _, _ in rows], tracker
+                )
     return _related(kind, definition.measure, definition.reference, groups, files, problems, out)
 
 
@@ -76,25 +81,26 @@ def _key(name: str, kind: Measure, evaluation: EvaluationConfig, rows: Sequence[
     return digest(of)[:KEY_LENGTH]
 
 
-def _measure(
-    params: Params, name: str, kind: Measure, rows: Sequence[Scored], files: Mapping[str, Path], out: Path,
+def _job(params: Params, row: Scored, out: Path) -> Job:
+    cell, request, evaluation = row
+    record = json.loads((out / f"{evaluation.key}.json").read_text(encoding="utf-8"))
+    return Job(cell.row, request, evaluation, record, str(data_root(params).resolve()))
+
+
+def _keep(
+    name: str, kind: Measure, jobs: Sequence[Job], numbers: Sequence[dict[str, float]], files: Sequence[Path],
     tracker: Tracker,
 ) -> None:  # fmt: skip
-    from pipeline.sweep.evaluators import measure_all  # starts Ray
-
-    jobs = []
-    for cell, request, evaluation in rows:
-        record = json.loads((out / f"{evaluation.key}.json").read_text(encoding="utf-8"))
-        jobs.append(Job(cell.row, request, evaluation, record, str(data_root(params).resolve())))
-    for (cell, request, evaluation), job, numbers in zip(rows, jobs, measure_all(params, kind, jobs), strict=True):
+    """Write what each trial of a group was measured as, and log it."""
+    for job, measured_as, file in zip(jobs, numbers, files, strict=True):
         record = {
-            "trial": request.key, "measure": name, "settings": kind.model_dump(mode="json"),
-            "evaluation": evaluation.model_dump(mode="json"), "run_id": job.scored.get("run_id"), "numbers": numbers,
-            "machine": tracker.provenance["machine"],
+            "trial": job.request.key, "measure": name, "settings": kind.model_dump(mode="json"),
+            "evaluation": job.evaluation.model_dump(mode="json"), "run_id": job.scored.get("run_id"),
+            "numbers": measured_as, "machine": tracker.provenance["machine"],
         }  # fmt: skip
-        write_atomic(files[cell.name], json.dumps(record, indent=1, sort_keys=True))
+        write_atomic(file, json.dumps(record, indent=1, sort_keys=True))
         if record["run_id"]:
-            tracker.log_evaluation(record["run_id"], numbers, files[cell.name])
+            tracker.log_evaluation(record["run_id"], measured_as, file)
 
 
 def _related(

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline import plain_paths
 from pipeline.errors import InputError
 
 SECONDS = 120.0  # for all nodes' answers; a fresh worker process takes a few
@@ -24,6 +25,7 @@ def _reader(packages: tuple[str, ...]) -> Callable[[], Version]:
         import hashlib
         import importlib.util
         import platform
+        import sys
         from importlib import metadata
         from pathlib import Path
 
@@ -41,14 +43,16 @@ def _reader(packages: tuple[str, ...]) -> Callable[[], Version]:
             for file in files:
                 content.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
         code = content.hexdigest()[:12] if found is not None else "not installed"
-        return {"code": code, "python": platform.python_version(), **{name: version(name) for name in packages}}
+        versions = {name: version(name) for name in packages}
+        return {"code": code, "python": platform.python_version(), "executable": sys.executable, **versions}
 
     return read
 
 
 def code_version() -> Version:
     """Return this process's `code` (digest of the package `pipeline`), `python` and package versions."""
-    return _reader(PACKAGES)()
+    read = _reader(PACKAGES)()
+    return {what: value for what, value in read.items() if what != "executable"}
 
 
 def require(expected: Version) -> None:
@@ -95,7 +99,9 @@ def check_nodes() -> int:
         )
     for answer in ready:
         name = nodes[asked[answer]]["NodeManagerAddress"]
-        _compare(name, _answer(name, answer), mine)
+        its = _answer(name, answer)
+        _compare(name, its, mine)
+        plain_paths.require_plain(its["executable"], f"node {name}")
     return len(nodes)
 
 

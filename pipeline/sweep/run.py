@@ -18,7 +18,7 @@ from pipeline.sweep.plan import Plan, all_cells, make_plan, places
 from pipeline.sweep.signals import in_order
 from pipeline.sweep.space import unheard
 from pipeline.sweep.store import TrialStore
-from pipeline.sweep.supervisor import Driver, train
+from pipeline.sweep.supervisor import Driver, ahead, train
 from pipeline.sweep.view import View
 from pipeline.tracking.runs import FAILED, FINISHED, KILLED, Tracker
 from pipeline.tracking.spool import SpooledTracker
@@ -44,9 +44,7 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
     with in_order(), store.lock("a sweep", wait=copies.is_copy(where.runs.parent)):
         check_open(plan, store)
         check_all(plan, store)
-        # its imports take as long as opening MLflow does
-        driver = Driver() if plan.open_keys(store) or plan.searched else None
-        try:
+        with ahead(bool(plan.open_keys(store) or plan.searched)) as driver:
             direct = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
             direct.prepare(studies, {study: experiment_note(params, study, plan.cells.values()) for study in studies})
             if direct.provenance["note"]:
@@ -61,9 +59,6 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
             except BaseException:
                 tracker.close_all(KILLED)
                 raise
-        finally:
-            if driver is not None:
-                driver.end()
     if failed:
         key, why = next(iter(failed.items()))
         raise WorkError(

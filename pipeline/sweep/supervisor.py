@@ -1,16 +1,17 @@
-"""Runs the sweep's driver process, starts another when it or its cluster is lost, and leaves no process behind."""
+"""Runs a stage's driver process, starts another when it or its cluster is lost, and leaves no process behind."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import subprocess
-import sys
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from pipeline import plain_paths
 from pipeline.config import Params
 from pipeline.errors import InputError, WorkError
 from pipeline.sweep import signals
@@ -19,6 +20,7 @@ from pipeline.sweep.journal import Journal
 from pipeline.sweep.limits import DRIVER_SECONDS, POLL_SECONDS, STARTING_SECONDS, STOPPING_SECONDS
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
+from pipeline.sweep.work import Training, Work
 
 
 class Lost(Exception):
@@ -26,30 +28,34 @@ class Lost(Exception):
 
 
 class Driver:
-    """One driver process; it imports Ray while its supervisor opens MLflow."""
+    """One driver process; it imports Ray while its stage opens MLflow.
+
+    Raises:
+        InputError: there is no place for what Ray needs on this machine.
+    """
 
     def __init__(self) -> None:
         self.mark = uuid.uuid4().hex
         self.works = False
-        self.seen: set[str] = set()  # trials that it took up, those that a searcher asked for included
-        self.ends: dict[str, str | None] = {}  # the error, if any, of each trial whose end it has told of
+        plain_paths.ray_folder()
+        python = plain_paths.python()
         self.pipe, theirs = multiprocessing.Pipe()
         with theirs:
             # in a session of its own: Ctrl-C reaches the supervisor alone, which ends it in order
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.sweep.driver", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                [python, "-m", "pipeline.sweep.driver", str(theirs.fileno())], pass_fds=[theirs.fileno()],
                 env={**os.environ, MARK: self.mark}, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
-    def run(self, plan: Plan, keys: list[str], params: Params, watchers: list[Any], journal: Journal) -> None:
-        """Train the trials `keys`; see `tuner.run_trials`.
+    def messages(self, work: Work) -> Iterator[tuple[Any, ...] | None]:
+        """Do work; yield what it tells, and None where for a moment there is nothing.
 
         Raises:
             Lost: the driver or its cluster died, gave up, or gives no sign of life.
             InputError: what it says.
         """
         try:
-            self.pipe.send((plan, keys, params))
+            self.pipe.send(work)
         except OSError:
             raise Lost("the driver died at its start") from None
         self.works = True
@@ -57,32 +63,26 @@ class Driver:
         while True:
             signals.check()
             try:
-                news = self.pipe.poll(POLL_SECONDS)
-                message = self.pipe.recv() if news else None
+                message = self.pipe.recv() if self.pipe.poll(POLL_SECONDS) else None
             except (EOFError, OSError):
                 raise Lost(f"the driver died (status {self.process.wait()})") from None
-            for row in journal.news():
-                for watcher in watchers:
-                    if hasattr(watcher, "on_event"):
-                        watcher.on_event(row)
             if message is None:
                 if time.monotonic() > silent_at:
                     raise Lost("the driver gives no sign of life")
+                yield None
                 continue
             silent_at = time.monotonic() + DRIVER_SECONDS
             what, *facts = message
             if what == "ended":
                 return
-            if what == "error" and isinstance(facts[0], InputError):
-                raise facts[0]
-            if what in ("error", "lost"):
-                raise Lost(str(facts[0]))
-            if what == "on_end" and facts[1] != PROXY_DIED:
-                self.ends[facts[0]] = facts[1]
-            if what != "alive":
-                self.seen.add(facts[0])
-                for watcher in watchers:
-                    getattr(watcher, what)(*facts)
+            if what == "error":
+                raise facts[0] if isinstance(facts[0], InputError) else Lost(str(facts[0]))
+            if what == "lost":
+                why, trace = facts
+                lost = Lost(why)
+                lost.add_note(trace)  # for --debug
+                raise lost
+            yield None if what == "alive" else message
 
     def end(self) -> None:
         """End the driver and every process of its private cluster."""
@@ -97,6 +97,44 @@ class Driver:
             self.process.kill()
             self.process.wait()
         reap(self.mark)
+
+
+@contextmanager
+def ahead(wanted: bool) -> Iterator[Driver | None]:
+    """Give a driver that was started beforehand, where one is wanted, and end it with the block."""
+    driver = Driver() if wanted else None
+    try:
+        yield driver
+    finally:
+        if driver is not None:
+            driver.end()
+
+
+class Attempts:
+    """Counts how often a driver was lost with nothing done in between.
+
+    Args:
+        params: the project's.
+        stage: whose driver it is.
+        note: where a loss is noted.
+    """
+
+    def __init__(self, params: Params, stage: str, note: Callable[..., None]) -> None:
+        self.count, self.most, self.stage, self.note = 0, params.sweep.retry.max_attempts, stage, note
+
+    def lost(self, why: Lost, *, progress: bool) -> None:
+        """Count and note a loss.
+
+        Raises:
+            WorkError: it was one too many.
+        """
+        self.count = 1 if progress else self.count + 1
+        self.note(f"the driver of stage {self.stage} is lost", why=str(why), attempt=self.count)
+        if self.count >= self.most:
+            raise WorkError(
+                f"gave up after {self.count} attempts: {why}", where=self.stage,
+                way_out="What had finished is kept; mend the cause and run the same command again",
+            ) from why  # fmt: skip
 
 
 def train(
@@ -120,38 +158,44 @@ def train(
         WorkError: the driver was lost `sweep.retry.max_attempts` times, with no epoch in between.
     """
     store, journal = TrialStore(plan.places.runs), Journal(plan.places.runs)
-    most, attempts = params.sweep.retry.max_attempts, 0
+    attempts = Attempts(params, "train", journal.note)
     for key in todo:
         store.reopen(key)  # from here on an end is this sweep's
     mine, told, errors = set(todo), set[str](), dict[str, str]()
     behind = _progress(store, mine)
     while todo or adaptive:
         driver, first = first or Driver(), None
-        why = "its process died"
+        lost = Lost("its process died")
+        ends: dict[str, str | None] = {}  # of the trials whose end it has told of
         try:
-            driver.run(plan, todo, params, watchers, journal)
+            for message in driver.messages(Training(plan, todo, params)):
+                for row in journal.news():
+                    for watcher in watchers:
+                        if hasattr(watcher, "on_event"):
+                            watcher.on_event(row)
+                if message is None:
+                    continue
+                what, key, *facts = message
+                mine.add(key)  # those that a searcher asked for included
+                if what == "on_end" and facts[0] != PROXY_DIED:
+                    ends[key] = facts[0]
+                for watcher in watchers:
+                    getattr(watcher, what)(key, *facts)
             adaptive = False
-        except Lost as lost:
-            why = str(lost)
+        except Lost as error:
+            lost = error
         finally:
             driver.end()
-        errors |= {key: error for key, error in driver.ends.items() if error is not None}
-        mine |= driver.seen
-        told |= driver.ends.keys()
+        errors |= {key: error for key, error in ends.items() if error is not None}
+        told |= ends.keys()
         told |= _tell(store, mine - told, watchers)
         # a trial that failed has its end too, unless the disk is full; one without lost its way, not its state
         todo = [key for key in todo if store.done(key) is None and key not in errors]
         if not todo and not adaptive:
             break
         now = _progress(store, mine)
-        attempts = 1 if now > behind else attempts + 1
+        attempts.lost(lost, progress=now > behind)
         behind = now
-        journal.note("the sweep's driver is lost", why=why, attempt=attempts)
-        if attempts >= most:
-            raise WorkError(
-                f"gave up after {attempts} attempts: {why}", where="train",
-                way_out="Finished trials and epochs are kept; mend the cause and run the same command again",
-            )  # fmt: skip
     return errors
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ import ray
 from ray import tune
 from ray._private import ray_constants
 
+from pipeline import plain_paths
 from pipeline.config import Params, Sweep
 from pipeline.errors import InputError, WorkError
 from pipeline.request import Requests
@@ -87,7 +89,8 @@ def cluster(sweep: Sweep) -> Iterator[None]:
     """Connect to the cluster that `sweep.address` names, or start a private one for the time of the block.
 
     Raises:
-        InputError: no cluster answers at the address, or a node of it runs other code.
+        InputError: no cluster answers at the address, or a node of it runs other code; there is no place for a private
+            one, or its processes cannot be started below this path.
     """
     if ray.is_initialized():
         yield
@@ -95,8 +98,10 @@ def cluster(sweep: Sweep) -> Iterator[None]:
     ensure_token()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if sweep.address is None:
+        for path in (sys.executable, ray.__file__):
+            plain_paths.require_plain(path, "this environment")
         # also where another one runs; without a dashboard
-        options.update(address="local", include_dashboard=False)
+        options.update(address="local", include_dashboard=False, _temp_dir=str(plain_paths.ray_folder() / "ray"))
     else:
         options.update(address=sweep.address)
     with nullcontext() if sweep.address else _on_loopback():

@@ -177,6 +177,15 @@ def has_commit(root: Path | str, commit: str) -> bool:
     return _git(Path(root), "cat-file", "-e", f"{commit}^{{commit}}") is not None
 
 
+def refused(root: Path) -> str | None:
+    """Return why git as everybody calls it does not read the checkout; None where it does."""
+    try:
+        done = _run_git(root, "rev-parse", "HEAD", command=["git", "-C", str(root)])
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None if done.returncode == 0 else " ".join(done.stderr.removeprefix("fatal: ").split())
+
+
 def git_command(folder: Path) -> list[str]:
     """Return git's command in a folder whose own code is the one that runs.
 
@@ -196,14 +205,14 @@ def _git(root: Path, *arguments: str, environment: Mapping[str, str] | None = No
 
 
 def _run_git(
-    root: Path, *arguments: str, environment: Mapping[str, str] | None = None
+    root: Path, *arguments: str, environment: Mapping[str, str] | None = None, command: list[str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     # without optional locks: a reading command must not disturb a commit that somebody makes meanwhile; and a name with
     # a star is a name
     own = {"GIT_OPTIONAL_LOCKS": "0", "GIT_LITERAL_PATHSPECS": "1", "LC_ALL": "C", **(environment or {})}
     return subprocess.run(
-        [*git_command(root), *arguments], capture_output=True, text=True, errors="replace", timeout=_GIT_SECONDS,
-        env={**os.environ, **own}, check=False,
+        [*(command or git_command(root)), *arguments], capture_output=True, text=True, errors="replace",
+        env={**os.environ, **own}, check=False, timeout=_GIT_SECONDS,
     )  # fmt: skip
 
 

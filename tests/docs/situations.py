@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -51,6 +52,15 @@ def _adapter(folder: Path) -> Path:
 @situation
 def a_project(folder: Path) -> Iterator[None]:
     yield
+
+
+@situation
+def a_long_ray_folder(folder: Path) -> Iterator[None]:
+    os.environ["RAY_TMPDIR"] = "/tmp/slurm_jobdir_1355700/tmp.t0016/user/scratch"
+    try:
+        yield
+    finally:
+        del os.environ["RAY_TMPDIR"]
 
 
 @situation

@@ -76,23 +76,23 @@ def report(sweep: Sweep) -> list[dict[str, str]]:
     """
     from pipeline import report as reports
     from pipeline.config import load
-    from pipeline.sweep import evaluation, evaluators
+    from pipeline.sweep import answers, evaluation
 
-    before, pooled = Path.cwd(), evaluators.score_all
+    before, pooled = Path.cwd(), answers.score_all
     os.chdir(sweep.folder)
     try:
-        evaluators.score_all = score_here  # type: ignore[assignment]
+        answers.score_all = score_here  # type: ignore[assignment]
         params = load()
         evaluation.evaluate(params, ["small"])
         reports.write_study("small", params, Path("evaluations"), Path("reports"))
     finally:
-        evaluators.score_all = pooled
+        answers.score_all = pooled
         os.chdir(before)
     with (sweep.folder / "reports/small.csv").open(newline="") as file:
         return [{k: v for k, v in row.items() if k != "run_ids"} for row in csv.DictReader(file)]
 
 
-def score_here(params: Any, jobs: list[Any]) -> Iterator[tuple[str, Any]]:
+def score_here(params: Any, jobs: list[Any], first: Any = None) -> Iterator[tuple[str, Any]]:
     from pipeline.train.workbench import Workbench
 
     bench = Workbench(batch_size=params.evaluate.generation.batch_size)

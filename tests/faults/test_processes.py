@@ -79,7 +79,7 @@ def test_ray_itself(sweep, reference, fault, part, kind):
     seconds = next_epoch_after(sweep, killed)
     assert sweep.ended() == 0, sweep.log
     survived(sweep, reference)
-    (lost,) = sweep.events("the sweep's driver is lost")
+    (lost,) = sweep.events("the driver of stage train is lost")
     assert lost["attempt"] == 1
     fault(kind, again=seconds)
 

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.bench._simulated import make_plan
 from pipeline.bench._timing import Findings
-from pipeline.sweep import evaluation, evaluators
+from pipeline.sweep import answers, evaluation
 from pipeline.sweep.logbook import Logbook
 from pipeline.sweep.scores import Scores
 from pipeline.sweep.store import TrialStore
@@ -44,14 +44,14 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             "evaluation": asked.model_dump(mode="json"),
         }))  # fmt: skip
     tracker.close(parent, FINISHED)
-    monkeypatch.setattr(evaluators, "score_all", lambda params, jobs: iter(results))
+    monkeypatch.setattr(answers, "score_all", lambda params, jobs, driver: iter(results))
     return SimpleNamespace(plan=plan, store=store, out=out, tracker=tracker, todo=todo, folder=tmp_path)
 
 
 def run(scored: SimpleNamespace) -> SpooledTracker:
     spooled = SpooledTracker(scored.tracker, scored.folder / ".spool")
     log = Scores(spooled, scored.plan, scored.store, scored.out)
-    assert not list(evaluation._score(None, scored.plan, scored.todo, scored.out, log))
+    assert not list(evaluation._score(None, scored.plan, scored.todo, scored.out, log, None))
     return spooled
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pipeline.digests import file_digest
-from pipeline.sweep import evaluators, measures
+from pipeline.sweep import answers, measures
 from pipeline.trial import EvaluationConfig
 
 
@@ -24,11 +24,12 @@ def scored(row: str, folder: Path):
 def test_a_row_of_two_studies_keeps_both_numbers(tmp_path, monkeypatch):
     seconds = iter(range(1, 100))  # each time another time
 
-    def measure_all(params, kind, jobs):
+    def measure_all(params, kind, groups):
         same = {"flops_per_sample": 2.0, "peak_bytes": 3.0}
-        return [{"milliseconds_per_sample": float(next(seconds)), **same} for _ in jobs]
+        for number, jobs in enumerate(groups):
+            yield number, [{"milliseconds_per_sample": float(next(seconds)), **same} for _ in jobs]
 
-    monkeypatch.setattr(evaluators, "measure_all", measure_all)
+    monkeypatch.setattr(answers, "measure_all", measure_all)
     monkeypatch.setattr(measures, "data_root", lambda params: tmp_path)
     study = SimpleNamespace(measure="training_cost", measured={}, reference="hificl")
     params = SimpleNamespace(studies={"first": study, "second": study})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from pipeline.errors import WorkError
 from pipeline.sweep import supervisor
+from pipeline.sweep.work import Training
 
 
 class Heard:
@@ -27,19 +29,15 @@ class Played:
 
     def __init__(self, root, writes: dict[str, str | None], tells: set[str]) -> None:
         self.root, self.writes, self.tells = root, writes, tells
-        self.ends: dict[str, str | None] = {}
-        self.seen: set[str] = set()
 
-    def run(self, plan: Any, keys: list[str], params: Any, watchers: list[Any], journal: Any) -> None:
+    def messages(self, work: Training) -> Iterator[tuple[str, ...]]:
         for key, error in self.writes.items():
-            assert key in keys
+            assert key in work.keys
             status = "failed" if error else "finished"
             (self.root / key).mkdir(parents=True, exist_ok=True)
             (self.root / key / "done.json").write_text(json.dumps({"status": status, "error": error}))
             if key in self.tells:
-                self.ends[key] = error
-                for watcher in watchers:
-                    watcher.on_end(key, error)
+                yield "on_end", key, error
         raise supervisor.Lost("its cluster died")
 
     def end(self) -> None:
