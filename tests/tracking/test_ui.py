@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.tracking import page as plugin
+from pipeline.tracking.showing import table_link
 from tests.chromium import PROGRAM, browser
 from tests.views import find, mlflow_views, served
 
@@ -43,3 +44,5 @@ def test_a_new_browser_opens_on_the_studies_and_a_study_on_its_runs(project, tmp
         page.run("[...document.querySelectorAll('a')].find(one => one.innerText === 'small').click()")
         assert "Traces" in page.wait("Runs", "Model registry", *ids.names)
         assert page.run("location.hash").startswith(f"#/experiments/{ids.experiment}/runs?")
+        links = "[...document.querySelectorAll('a')].filter(one => one.innerText === 'as a table').map(one => one.hash)"
+        assert page.run(links) == [table_link(ids.experiment)]
