@@ -69,8 +69,8 @@ def test_a_whole_profile_may_stand_in_the_file(tmp_path):
     path.write_text(yaml.safe_dump({**raw, "profiles": {"own": run, "other": {**run, "train": {"epochs": 3}}}}))
     other = load(path, profile="other")
     assert (other.profile, other.train.epochs, other.train.accumulation) == ("other", 3, 4)
-    with pytest.raises(InputError, match="unknown profile 'oter'.*Did you mean 'other'"):
-        load(path, profile="oter")
+    with pytest.raises(InputError, match="unknown profile 'others'.*Did you mean 'other'"):
+        load(path, profile="others")
     spelt_out = {**raw, "protocol": "published", "train": {"loss_span": "answer"}}
     path.write_text(yaml.safe_dump(spelt_out))
     assert load(path).train.loss_span == load(path).run.train["loss_span"] == "sequence"  # and below a protocol

@@ -32,7 +32,7 @@ TINY = {  # the miniature's files as if they were official ones
     "evaluate": {"generation": {"batch_size": 50}},
 }  # fmt: skip
 STUDY = {
-    "title": "A small study", "backbones": ["mini-idefics2"], "tasks": ["mini-vqa"],
+    "title": "A small study", "backbones": ["idefics2-8b-base"], "tasks": ["vqav2"],
     "methods": {"zero-shot": None, "hificl": None},
 }  # fmt: skip
 COLUMNS = 100
