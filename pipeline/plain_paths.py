@@ -30,8 +30,16 @@ def go_on_plainly() -> None:
     """Call this program again through a link, where its environment's path is not plain; else do nothing.
 
     Raises:
-        InputError: there is no place for the link.
+        InputError: there is no place for the link, or the current folder's name is no text.
     """
+    here = os.fsencode(Path.cwd())
+    try:
+        here.decode()
+    except UnicodeDecodeError:
+        raise InputError(
+            "the folder's path is no text in UTF-8, which DVC and MLflow keep paths in",
+            where=here.decode("ascii", "backslashreplace"), way_out="Rename the folder",
+        ) from None  # fmt: skip
     program = python()
     if program != sys.executable:
         sys.stdout.flush()

@@ -50,6 +50,20 @@ print(sys.executable, sys.prefix, yaml.__file__, plain_paths.python(), sep="\\n"
     assert Path(prefix).parent == folder and folder.stat().st_mode & 0o777 == 0o700
 
 
+def test_a_folder_whose_name_is_no_text_is_said_at_once(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/na\xefve"))
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "doctor"], cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {tmp_path}/na\\xefve: the folder's path is no text in UTF-8, which DVC and MLflow keep paths in. "
+        "Rename the folder\n"
+    )
+
+
 def test_an_environment_of_a_plain_path_is_called_by_it():
     assert plain_paths.python() == sys.executable
 
