@@ -27,9 +27,9 @@ TINY = {  # the miniature's files as if they were official ones
     "backbones": ["mini-idefics2"], "tasks": ["mini-vqa"], "studies": ["small"], "data_root": "data/real",
     "sources": {"mini-idefics2": {"weights": "checkpoints/mini-idefics2"}},
     "methods": {"hificl": {"learning_rate": 0.03}},
-    "subsample": {"num_train": 64, "num_selection": 16, "num_evaluation": 100},
+    "subsample": {"num_train": 64, "num_selection": 16, "num_evaluation": 60},
     "train": {"num_train_samples": 64, "num_selection_samples": 16, "num_shots": 2, "epochs": 1, "precision": "fp32"},
-    "evaluate": {"generation": {"batch_size": 50}},
+    "evaluate": {"generation": {"batch_size": 60}},
 }  # fmt: skip
 STUDY = {
     "title": "A small study", "backbones": ["idefics2-8b-base"], "tasks": ["vqav2"],
