@@ -100,14 +100,15 @@ def to_scores(tables: Sequence[Table]) -> str:
 def to_summary(tables: Sequence[Table]) -> str:
     """Return the few numbers of `dvc metrics show` and `dvc exp show`: by task, the score of a study's own method.
 
-    That is the row which has its paper's name, else the last row, at the last point of a curve. Of several studies with
-    the same row the first decides. Method and backbone are named where there are several.
+    That is the row which has its paper's name, else the last that trains, else the last, and of a curve the last point.
+    Of several studies with the same row the first decides. Method and backbone are named where there are several.
     """
     rows: dict[tuple[str, str, str], float] = {}
     for table in tables:
         for backbone, lines in table.groups():
             own = [line for line in lines if line.row == table.study.study.partition("-")[0]]
-            line = (own or lines)[-1]
+            trained = [line for line in lines if any(c.trainable_parameters for e in table.row(line) for c in e.cells)]
+            line = (own or trained or lines)[-1]
             for entry in table.row(line):
                 if entry.column.metric is None and _is_score(entry):
                     rows.setdefault((entry.column.task, line.row, backbone), _printed(entry))

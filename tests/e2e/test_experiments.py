@@ -82,7 +82,11 @@ class Clone:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Clone:
-    folder = tmp_path_factory.mktemp("experiments") / "clone"
+    return make_clone(tmp_path_factory.mktemp("experiments") / "clone")
+
+
+def make_clone(folder: Path) -> Clone:
+    """A clone whose pipeline has run once."""
     for name in OF_THE_PROJECT:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
@@ -91,11 +95,11 @@ def clone(tmp_path_factory) -> Clone:
             shutil.copy(ROOT / name, folder / name)
     for kind, name, content in (("profiles", "tiny", TINY), ("studies", "small", STUDY)):
         (folder / kind).mkdir()
-        (folder / kind / f"{name}.yaml").write_text(yaml.safe_dump(content))
+        (folder / kind / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     params = (folder / "params.yaml").read_text()
     for field, value in (
         ("profile", "tiny"),
-        ("num_train_images", "60"),
+        ("num_train_images", "100"),
         ("num_val_images", "60"),
         ("system_metrics", "false"),
     ):

@@ -377,6 +377,19 @@ def test_dvcs_numbers_are_few_and_their_plot_has_all(maker: Any, tmp_path: Path)
     assert (coco["metric"], coco["unit"]) == ("CIDEr", "ratio") and float(coco["value"]) == summary["mini-coco"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "chosen"), [(("mimic", "hificl", "zero-shot"), "hificl"), (("icl-8", "zero-shot"), "zero-shot")]
+)
+def test_dvcs_number_of_an_own_study_is_of_its_last_row_that_trains(
+    maker: Any, tmp_path: Path, rows: tuple[str, ...], chosen: str
+) -> None:
+    cells = {row: maker.cell(row, "mini-vqa", 0) for row in rows}
+    maker.study("mine", list(cells.values()))
+    write_numbers(maker.params(mine=maker.definition(paper=None)), maker.folder, tmp_path)
+    summary = json.loads((tmp_path / "metrics.json").read_text())
+    assert summary == {"mini-vqa": pytest.approx(cells[chosen]["value"], abs=0.005)}
+
+
 def test_dvcs_numbers_name_methods_and_backbones_where_there_are_several(maker: Any, tmp_path: Path) -> None:
     cells = [maker.cell("hificl", "mini-vqa", 0), maker.cell("hificl", "mini-vqa", 0) | {"backbone": "mini-llava"}]
     maker.study("hificl-table1", cells)
