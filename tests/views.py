@@ -94,7 +94,7 @@ def mlflow_views(page: Page, address: str, ids: Ids, out: Path, settle: float = 
         "runs": (f"{address}/#/experiments/{ids.experiment}", [*ids.names, "as a table"]),
         "list": (f"{address}/{table_link(ids.experiment)}", [*ids.names, "table.row", "table_value"]),
         "trial": (f"{runs}/{ids.trials[0]}", ["trained on", "hificl reproduce", "step/train_loss"]),
-        "curve": (f"{runs}/{ids.trials[0]}/model-metrics", ["step (1)", "train_loss"]),
+        "curve": (f"{runs}/{ids.trials[0]}/model-metrics", ["step", "(1)", "train_loss"]),
         "answers": (f"{runs}/{ids.trials[0]}/artifacts/answers.json", ["View as table", "references", "question"]),
         "run": (f"{runs}/{ids.parent}", ["trials, profile", "Tables and figures"]),
         "compare": (f"{address}/#/compare-runs{two}", ["Comparing 2 Runs", "table_value"]),

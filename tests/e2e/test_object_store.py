@@ -74,7 +74,7 @@ def test_a_study_keeps_its_files_there_and_its_model_is_loaded_from_there(bucket
     image = sorted((project.folder / "data/real/images").rglob("*.jpg"))[0]
     rows = [{"image": str(image), "question": QUESTION}]
     asked = [sys.executable, "-c", LOAD, uri, f"models:/{name}@best", json.dumps(rows)]
-    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ})
+    done = subprocess.run(asked, cwd=project.folder, capture_output=True, text=True, check=False, env={**os.environ})
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads(done.stdout.strip().splitlines()[-1])["answers"]
     assert len(answers) == 1

@@ -37,7 +37,7 @@ def project(tmp_path_factory):
 
 def test_a_terminal_shows_what_is_going_on(project):
     assert "okvqa: reading the train answers" in project.shown["subsample okvqa"]
-    assert "best so far" in project.shown["train"]
+    assert "Ray starts" in project.shown["train"] and " of 2, " in project.shown["train"]
     assert all("Traceback" not in text for text in project.shown.values())
 
 

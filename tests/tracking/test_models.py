@@ -95,7 +95,7 @@ def test_it_answers_in_a_fresh_process_as_predict_does(project, client, tmp_path
 
 def test_nothing_in_it_is_pickled(client):
     version = client.get_model_version_by_alias("idefics2-8b-base_vqav2_hificl", "best")
-    assert version.source == f"models:/{version.model_id}"
+    assert version.source.startswith("models:/m-")
     place = Path(client.get_model_version_download_uri(version.name, version.version).removeprefix("file://"))
     files = {path.name for path in place.rglob("*") if path.is_file()}
     assert {"MLmodel", "served.py", "adapter_model.safetensors", "adapter_config.json", "input_example.json"} <= files
