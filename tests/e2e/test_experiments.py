@@ -17,7 +17,7 @@ import yaml
 
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.experiments, pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 OF_THE_PROJECT = (
     ".dvc/config", ".dvc/.gitignore", ".dvc/page.html", ".dvc/plots", ".dvcignore", ".gitignore", "checkpoints",
