@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
 from pipeline.errors import InputError, nearest
+from pipeline.invalid import validate
 from pipeline.papers import settings
 from pipeline.plain_yaml import read
 from pipeline.schema import (
@@ -63,7 +62,6 @@ __all__ = [
     "data_root",
     "load",
     "merge",
-    "validate",
 ]
 
 PARAMS = "params.yaml"
@@ -122,7 +120,7 @@ def _resolved(raw: dict[str, Any], where: str) -> Params:
     laid = {}
     for section in SECTIONS:
         merged = merge(merge(getattr(chosen, section, {}), getattr(run, section)), explicit[section])
-        laid[section] = validate(ParamsFile.model_fields[section].annotation, merged, f"{run_at}: {section}")
+        laid[section] = validate(type(getattr(file, section)), merged, f"{run_at}: {section}")
     return Params(
         profile=name, run=run, explicit=Explicit(train=explicit["train"], methods=explicit["methods"]),
         profiles=raw["profiles"], studies=_studies(file.studies, run, run_at), protocols=protocols,
@@ -259,46 +257,3 @@ def _override(raw: dict[str, Any], item: str) -> None:
         if not isinstance(node, dict):
             raise InputError(f"'{part}' of '{key}' is no section", where="--set")
     node[parts[-1]] = read(text, f"--set {key}")
-
-
-def validate(model: Any, raw: Any, where: str) -> Any:
-    """Return `raw` as a `model`.
-
-    Raises:
-        InputError: the first complaint, with the field's path below `where`.
-    """
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        raise _explain(model, error, where) from None
-
-
-def _explain(model: type[BaseModel], error: ValidationError, where: str) -> InputError:
-    """Turn the first of pydantic's complaints into one line with a way out."""
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(model, first["loc"][:-1])
-        return InputError(f"unknown key '{field}'", where=where, way_out=nearest(str(first["loc"][-1]), known))
-    # of a field that may be one thing or another there is a complaint for each, whose place ends with its name
-    same = [one for one in error.errors() if one["loc"][:-1] == first["loc"][:-1] and one["input"] == first["input"]]
-    if len(same) > 1:
-        field = ".".join(str(part) for part in first["loc"][:-1])
-    says = "; or ".join(one["msg"] for one in same)
-    count = f" (and {error.error_count() - len(same)} more)" if error.error_count() > len(same) else ""
-    return InputError(f"{field}: {says}, got {first.get('input')!r}{count}", where=where)
-
-
-def _fields_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
-    """Names of the fields of the section that `loc` leads to."""
-    current: Any = model
-    for part in loc:
-        field = getattr(current, "model_fields", {}).get(part)
-        annotation = field.annotation if field else current
-        arguments = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
-        current = (
-            annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel)
-            else (arguments[0] if arguments else current)
-        )
-    return list(getattr(current, "model_fields", {}))

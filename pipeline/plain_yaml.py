@@ -71,6 +71,25 @@ def write(value: Any) -> str:
     return text.getvalue()
 
 
+def with_value(text: str, where: str, key: str, value: Any) -> str:
+    """Return a document with the value of one of its keys replaced; comments and everything else stay as written.
+
+    Raises:
+        InputError: as `read` has it, or the document is no mapping with that key.
+    """
+    known = read(text, where)
+    if not isinstance(known, dict) or key not in known:
+        raise InputError(f"has no key '{key}'", where=where, way_out=f"Write a line `{key}: {value}`")
+    editor = YAML()  # keeps comments, order and quotes
+    editor.preserve_quotes = True
+    editor.width = MAX_CHARACTERS
+    document = editor.load(text)
+    document[key] = value
+    edited = io.StringIO()
+    editor.dump(document, edited)
+    return edited.getvalue()
+
+
 class _ADate(Exception):
     pass
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from pipeline.config import FOLDERS, PARAMS, load
 from pipeline.errors import InputError, WorkError
 from pipeline.terminal import Answer
 
-PROFILE_LINE = re.compile(r"^profile:.*$", re.MULTILINE)
 LINKS = (".venv", "pipeline", "stages", "checkpoints", "weights", *FOLDERS.values())
 PAGE = "page.html"  # what `dvc plots` fills, below .dvc
 _REAL, _MADE = "data/real", "data/miniature"
@@ -34,9 +32,7 @@ def create(folder: Path, *, profile: str, data: Path | None = None) -> None:
     """
     root = Path.cwd()
     params = load(root / PARAMS, profile=profile)
-    text, count = PROFILE_LINE.subn(f"profile: {profile}", (root / PARAMS).read_text(encoding="utf-8"))
-    if count != 1:
-        raise InputError("has no line `profile: NAME`", where=PARAMS, way_out="Write `profile: mini`")
+    text = plain_yaml.with_value((root / PARAMS).read_text(encoding="utf-8"), PARAMS, "profile", profile)
     if data is not None:
         check_links(data)
     folder.mkdir(parents=True, exist_ok=True)

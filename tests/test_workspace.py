@@ -27,7 +27,10 @@ def test_it_has_the_stages_that_its_data_need(tmp_path: Path, monkeypatch, profi
         assert next(iter(stages)) == first and "backbone" not in stages
         assert ("official" in stages) == (data is not None)
         assert ("checkpoints" in stages["train"]["deps"]) == takes_checkpoints
-    assert f"\nprofile: {profile}\n" in (tmp_path / "beside/params.yaml").read_text()
+    lines = [(path / "params.yaml").read_text().splitlines() for path in (ROOT, tmp_path / "beside")]
+    changed = [(before, after) for before, after in zip(*lines, strict=True) if before != after]
+    assert [after.partition("#")[0].strip() for _, after in changed] == [f"profile: {profile}"]
+    assert all(after.partition("#")[2] == before.partition("#")[2] for before, after in changed)
     assert (tmp_path / "beside/checkpoints").resolve() == ROOT / "checkpoints"
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-from pipeline.errors import InputError, nearest
+from pipeline.invalid import validate
 from pipeline.trial import Kind, State
 
 
@@ -82,16 +82,7 @@ class Options(BaseModel):
         Raises:
             InputError: unknown option (with the nearest name), or a value that does not fit.
         """
-        try:
-            return cls.model_validate(dict(given))
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            where = f"method '{method}'"
-            if first["type"] == "extra_forbidden":
-                known = nearest(str(first["loc"][-1]), _section(cls, first["loc"][:-1]).model_fields)
-                raise InputError(f"unknown option '{name}'", where=where, way_out=known) from None
-            raise InputError(f"{name}: {first['msg']}, got {first.get('input')!r}", where=where) from None
+        return validate(cls, dict(given), f"method '{method}'", noun="option")
 
     @classmethod
     def completed(cls, recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,12 +110,3 @@ class TeacherOptions(Options):
     def _plain(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out the point where nothing is compared: trials that differ in nothing share a key."""
         return {name: value for name, value in serialise(self).items() if self.teacher or name != "point"}
-
-
-def _section(model: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel]:
-    """Return the options class that `path` leads to (the parts of a combined method are sections)."""
-    for part in path:
-        annotation = model.model_fields[str(part)].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-    return model

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from pipeline.errors import InputError, nearest
+from pipeline.invalid import validate
 from pipeline.registry import Registry
 from pipeline.request import TrialRequest
 from pipeline.train.workbench import Workbench
@@ -78,13 +78,7 @@ def create(name: str, settings: Mapping[str, Any], where: str) -> Measure:
     Raises:
         InputError: no such measure, or a setting that it does not have.
     """
-    kind = measures.get(name)
-    try:
-        return kind.model_validate(dict(settings))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{name}: {first['msg']}", where=where, way_out=nearest(name, kind.model_fields)) from None
+    return validate(measures.get(name), dict(settings), where, noun="setting")
 
 
 def middle(values: Sequence[float]) -> float:

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import backbones, methods
-from pipeline.config import Params, Study, StudyMethod, Train, merge, validate
+from pipeline.config import Params, Study, StudyMethod, Train, merge
 from pipeline.errors import InputError, nearest
+from pipeline.invalid import validate
 from pipeline.papers import settings
 from pipeline.tasks import tasks
 from pipeline.trial import TrialConfig

@@ -1,0 +1,30 @@
+"""Every door turns pydantic's complaints into the same line."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.invalid import validate
+from pipeline.measure.base import create
+from pipeline.methods import validate_options
+from pipeline.schema import Train
+
+
+@pytest.mark.parametrize(
+    ("door", "line"),
+    [
+        (lambda: validate(Train, {"epoch": 2}, "f.yaml"), "f.yaml: unknown key 'epoch'. Did you mean 'epochs'? Known"),
+        (lambda: validate(Train, {"epochs": "x"}, "f.yaml", way_out="Mend it"),
+         "f.yaml: epochs: Input should be a valid integer, unable to parse string as an integer, got 'x'. Mend it"),
+        (lambda: validate(Train, [], "f.yaml"), "f.yaml: Input should be a valid dictionary or instance of Train"),
+        (lambda: create("latent_distance", {"shots": 2}, "studies.s"),
+         "studies.s: unknown setting 'shots'. Did you mean 'num_shots'?"),
+        (lambda: validate_options("mimic+lora", {"lora": {"rnak": 2}}),
+         "method 'mimic+lora': unknown option 'lora.rnak'. Did you mean 'rank'?"),
+    ],
+)  # fmt: skip
+def test_the_line_names_place_field_value_and_way_out(door, line):
+    with pytest.raises(InputError) as refused:
+        door()
+    assert str(refused.value).startswith(line)
