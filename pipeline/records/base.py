@@ -1,0 +1,173 @@
+"""A record: a frozen model with a schema number, which reads what earlier code wrote and says what is wrong in a line.
+
+A file names its number as `schema`; one of before there were numbers has none and counts as 0. What differs between
+two numbers is in `Record.upgrades`, one function a step. A number that this code does not know is newer: nothing is
+guessed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from pipeline.errors import InputError
+from pipeline.progress import say
+
+# as JSON has them: neither a string nor a truth value is a number
+Number = Annotated[float, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=0)]
+Flag = Annotated[bool, Field(strict=True)]
+Json = dict[str, JsonValue]  # an object as it was written, whose fields another room knows
+
+_NEWER = "newer_schema"
+_SHOWN = 80  # characters of a value in an error
+
+
+class NewerRecord(InputError):
+    """A file was written by newer code."""
+
+
+class Frozen(BaseModel):
+    """A part of a record."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Record(Frozen):
+    """One file, or one line of a file.
+
+    Attributes:
+        number: of the schema that is written.
+        upgrades: from a number to the next one; a number that is not there needs no change.
+        sparse: whether what is None is left out of the file.
+    """
+
+    number: ClassVar[int] = 1
+    upgrades: ClassVar[Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]]] = {}
+    sparse: ClassVar[bool] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgraded(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "schema" not in data:
+            return data
+        fields = dict(data)
+        number = fields.pop("schema")
+        if type(number) is not int or number < 0:
+            raise PydanticCustomError("schema", "schema is no number of a schema")
+        if number > cls.number:
+            problem = f"schema {number} was written by newer code, this code knows {cls.number}"
+            raise PydanticCustomError(_NEWER, "{problem}", {"problem": problem})
+        for step in range(number, cls.number):
+            fields = cls.upgrades[step](fields) if step in cls.upgrades else fields
+        return fields
+
+    @model_serializer(mode="wrap")
+    def _numbered(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {"schema": self.number, **handler(self)}
+
+    @classmethod
+    def parse(cls, text: str | bytes, where: str, way_out: str) -> Self:
+        """Read a record.
+
+        Args:
+            text: the JSON.
+            where: the file, for the error.
+            way_out: what to do about a record that is damaged.
+
+        Raises:
+            InputError: it is damaged or no such record; the message names file and field.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"damaged: {error}", where=where, way_out=way_out) from None
+        if isinstance(data, dict):
+            data.setdefault("schema", 0)
+        return valid(cls, data, where, way_out)
+
+    @classmethod
+    def read(cls, path: Path, way_out: str) -> Self:
+        """Read the record that is a file.
+
+        Raises:
+            FileNotFoundError: there is none.
+            InputError: as `parse`, or it cannot be read.
+        """
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise InputError(f"not readable: {error.strerror}", where=str(path), way_out=way_out) from None
+        return cls.parse(content, str(path), way_out)
+
+    def text(self, indent: int | None = 1) -> str:
+        """Return the record as its file has it: equal records give equal bytes."""
+        return json.dumps(self.model_dump(exclude_none=self.sparse), indent=indent, sort_keys=True)
+
+
+M = TypeVar("M", bound=BaseModel)
+R = TypeVar("R", bound=Record)
+
+
+def valid(model: type[M], data: Any, where: str, way_out: str) -> M:
+    """Return `data` as a model.
+
+    Raises:
+        InputError: it is none; one line that names the field.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        if first["type"] == _NEWER:
+            raise NewerRecord(first["msg"], where=where, way_out="Use the code that wrote it, or newer") from None
+        field = ".".join(str(part) for part in first["loc"]) or model.__name__
+        shown = repr(first["input"])
+        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        problem = "is missing" if first["type"] == "missing" else f"{first['msg']}, got {shown}"
+        raise InputError(f"{field}: {problem}", where=where, way_out=way_out) from None
+
+
+def lines(model: type[R], path: Path, way_out: str) -> Iterator[R]:
+    """Yield a record for each line of a file; a last line that a crash has torn is left out, which is said.
+
+    Raises:
+        InputError: another line is damaged; the message names it.
+    """
+    if not path.exists():
+        return
+    rows = path.read_bytes().split(b"\n")
+    for number, row in enumerate(rows, start=1):
+        if not row.strip():
+            continue
+        try:
+            yield model.parse(row, f"{path}:{number}", way_out)
+        except NewerRecord:
+            raise
+        except InputError as error:
+            if number < len(rows):  # a line that is whole ends with a newline, after which there is an empty rest
+                raise
+            say_once(f"warning: {error.where}: the last line was torn by a crash and is left out")
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print a line about a file that is read again and again."""
+    say(text)
