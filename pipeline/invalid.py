@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline.errors import InputError, nearest
 
 M = TypeVar("M", bound=BaseModel)
+_SHOWN = 80  # characters of a value in an error
 
 
 def validate(model: type[M], raw: Any, where: str, *, noun: str = "key", way_out: str | None = None) -> M:
@@ -35,18 +36,25 @@ def _explained(
 ) -> InputError:
     complaints = error.errors()
     first, parent = complaints[0], complaints[0]["loc"][:-1]
-    field = ".".join(str(part) for part in first["loc"])
+    field = _path(first["loc"])
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, parent)
         return InputError(f"unknown {noun} '{field}'", where=where, way_out=nearest(str(first["loc"][-1]), known))
     # of a field that may be one thing or another there is a complaint for each, whose place ends with its name
     same = [other for other in complaints if other["loc"][:-1] == parent and other["input"] == first["input"]]
     if len(same) > 1:
-        field = ".".join(str(part) for part in parent)
+        field = _path(parent)
     says = "; or ".join(complaint["msg"] for complaint in same)
     more = f" (and {len(complaints) - len(same)} more)" if len(complaints) > len(same) else ""
-    what = f"{field}: {says}, got {first['input']!r}{more}" if field else f"{says}{more}"
+    value = repr(first["input"])
+    got = f", got {value if len(value) <= _SHOWN else f'{value[:_SHOWN]}...'}"
+    what = f"{field}: {says}{'' if first['type'] == 'missing' else got}{more}" if field else f"{says}{more}"
     return InputError(what, where=where, way_out=way_out)
+
+
+def _path(parts: tuple[Any, ...]) -> str:
+    """Return where a field stands, in one line whatever a file calls it."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in ".".join(map(str, parts)))
 
 
 def _fields_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:

@@ -19,13 +19,12 @@ from pydantic import (
     Field,
     JsonValue,
     SerializerFunctionWrapHandler,
-    ValidationError,
     model_serializer,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from pipeline.errors import InputError
+from pipeline.invalid import validate
 from pipeline.progress import say
 
 # as JSON has them: neither a string nor a truth value is a number
@@ -34,12 +33,13 @@ Count = Annotated[int, Field(strict=True, ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
 Json = dict[str, JsonValue]  # an object as it was written, whose fields another room knows
 
-_NEWER = "newer_schema"
-_SHOWN = 80  # characters of a value in an error
-
 
 class NewerRecord(InputError):
     """A file was written by newer code."""
+
+
+class _Newer(Exception):  # which pydantic lets through
+    """As `NewerRecord`, where the file is not known."""
 
 
 class Frozen(BaseModel):
@@ -69,10 +69,9 @@ class Record(Frozen):
         fields = dict(data)
         number = fields.pop("schema")
         if type(number) is not int or number < 0:
-            raise PydanticCustomError("schema", "schema is no number of a schema")
+            raise ValueError("no schema has such a number")
         if number > cls.number:
-            problem = f"schema {number} was written by newer code, this code knows {cls.number}"
-            raise PydanticCustomError(_NEWER, "{problem}", {"problem": problem})
+            raise _Newer(f"schema {number} was written by newer code, this code knows {cls.number}")
         for step in range(number, cls.number):
             fields = cls.upgrades[step](fields) if step in cls.upgrades else fields
         return fields
@@ -99,7 +98,10 @@ class Record(Frozen):
             raise InputError(f"damaged: {error}", where=where, way_out=way_out) from None
         if isinstance(data, dict):
             data.setdefault("schema", 0)
-        return valid(cls, data, where, way_out)
+        try:
+            return validate(cls, data, where, noun="field", way_out=way_out)
+        except _Newer as error:
+            raise NewerRecord(str(error), where=where, way_out="Use the code that wrote it, or newer") from None
 
     @classmethod
     def read(cls, path: Path, way_out: str) -> Self:
@@ -122,27 +124,7 @@ class Record(Frozen):
         return json.dumps(self.model_dump(exclude_none=self.sparse), indent=indent, sort_keys=True)
 
 
-M = TypeVar("M", bound=BaseModel)
 R = TypeVar("R", bound=Record)
-
-
-def valid(model: type[M], data: Any, where: str, way_out: str) -> M:
-    """Return `data` as a model.
-
-    Raises:
-        InputError: it is none; one line that names the field.
-    """
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        if first["type"] == _NEWER:
-            raise NewerRecord(first["msg"], where=where, way_out="Use the code that wrote it, or newer") from None
-        field = ".".join(str(part) for part in first["loc"]) or model.__name__
-        shown = repr(first["input"])
-        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-        problem = "is missing" if first["type"] == "missing" else f"{first['msg']}, got {shown}"
-        raise InputError(f"{field}: {problem}", where=where, way_out=way_out) from None
 
 
 def lines(model: type[R], path: Path, way_out: str) -> Iterator[R]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from pipeline.records.base import Count, Flag, Frozen, Json, Number, Record, valid
+from pipeline.invalid import validate
+from pipeline.records.base import Count, Flag, Frozen, Json, Number, Record
 from pipeline.records.epoch import EpochReport, Status
 from pipeline.trial import TrialConfig
 
@@ -114,7 +115,7 @@ class TrialRecord(Record):
         Raises:
             InputError: this code does not know it; the message names the field.
         """
-        return valid(TrialConfig, self.config, where, AGAIN)
+        return validate(TrialConfig, self.config, where, noun="field", way_out=AGAIN)
 
     def resumed(self, later: Self) -> Self:
         """Return the record of a trial that other code goes on with."""

@@ -129,8 +129,8 @@ def test_whatever_a_file_holds_gives_the_record_or_one_line(data):
         record = parsed(model, json.dumps(changed))
     except InputError as error:
         line = str(error)
-        assert line.startswith("some/file.json: ") and "\n" not in line and len(line) < 400
-        assert line.endswith(". Do this") or "newer" in line
+        assert line.startswith("some/file.json: ") and "\n" not in line and len(line) < 900
+        assert line.endswith(". Do this") or "newer" in line or "unknown field" in line
     else:
         assert parsed(model, record.text()).text() == record.text()
 
@@ -172,11 +172,11 @@ def mutations(draw, tree):
     ("name", "change", "said"),
     [
         ("done.json", {"status": "gone"}, r"done.json: status: Input should be 'finished'.*got 'gone'. Remove the"),
-        ("done.json", {"objecttive": "0.5"}, r"objecttive: Input should be a valid number, got '0.5'"),
+        ("done.json", {"objective": "0.5"}, r"objective: Input should be a valid number, got '0.5'"),
         ("done.json", {"epochs": -1}, r"epochs: Input should be greater than or equal to 0, got -1"),
-        ("done.json", {"typo": 1}, r"typo: Extra inputs are not permitted, got 1"),
+        ("done.json", {"typo": 1}, r"done.json: unknown field 'typo'. Known: adapter_digest,"),
         ("done.json", {"schema": 2}, r"done.json: schema 2 was written by newer code, this code knows 1. Use the code"),
-        ("done.json", {"schema": True}, r"schema is no number of a schema"),
+        ("done.json", {"schema": True}, r"done.json: .*no schema has such a number"),
         ("config.json", {"config": {"backbone": 3}}, r"config.json: backbone: Input should be a valid string, got 3"),
         ("config.json", {"provenance": {"schema": 9}}, r"schema 9 was written by newer code"),
     ],
@@ -198,7 +198,7 @@ def test_a_torn_last_line_is_left_out_and_said_once(tmp_path, capsys):
         file.write('{"epoch": 3, "obj')
     assert [row.epoch for row in folder.epochs()] == [row.epoch for row in folder.epochs()] == [1, 2]
     assert capsys.readouterr().err.count(f"{folder.metrics}:3: the last line was torn by a crash") == 1
-    folder.metrics.write_text('{"epoch": 1}\n{"epoch": 2, "object\n{"epoch": 3}\n')
+    folder.metrics.write_text('{"epoch": 1}\n{"epoch": 2, "obj\n{"epoch": 3}\n')
     with pytest.raises(InputError, match=r"metrics.jsonl:2: damaged: .*Remove the trial's folder"):
         folder.epochs()
 
@@ -214,10 +214,10 @@ def test_an_epoch_run_again_replaces_its_first_try(tmp_path):
 
 
 def test_a_report_is_found_among_what_ray_tune_adds():
-    fields = {"epoch": 3, "objecttive": 0.5, "pid": 7, "done": False, "time_total_s": 1.5, "config": {"trial": "x"}}
+    fields = {"epoch": 3, "objective": 0.5, "pid": 7, "done": False, "time_total_s": 1.5, "config": {"trial": "x"}}
     report = EpochReport.of(fields)
-    assert report == EpochReport(epoch=3, objective=0.5) and report.metrics == {"objecttive": 0.5}
-    assert json.loads(report.text(None)) == {"schema": 1, "epoch": 3, "objecttive": 0.5}
+    assert report == EpochReport(epoch=3, objective=0.5) and report.metrics == {"objective": 0.5}
+    assert json.loads(report.text(None)) == {"schema": 1, "epoch": 3, "objective": 0.5}
 
 
 def test_the_end_has_the_digest_of_the_adapter_as_it_is(tmp_path):
