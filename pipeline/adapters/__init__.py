@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.adapters.attach import Pack, attach
+from pipeline.adapters.attach import attach
 from pipeline.adapters.base import CONFIG_FILE, METHODS, WEIGHTS_FILE, Adapter, Backbone, HiddenAdapter, parts_of
 from pipeline.adapters.options import Facts, Options
+from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.decoder import decoder_of
 from pipeline.backbones.states import modules_at
 from pipeline.errors import InputError
@@ -28,6 +29,7 @@ __all__ = [
     "Facts",
     "Options",
     "Pack",
+    "PackRows",
     "attach",
     "check_options",
     "create",
@@ -36,7 +38,6 @@ __all__ = [
     "names",
     "options_of",
     "read_config",
-    "teacher_of",
 ]
 
 
@@ -70,15 +71,6 @@ def facts_of(name: str, given: Mapping[str, Any] | None = None) -> Facts:
         InputError: as `check_options`.
     """
     return options_of(name).checked(given or {}, name).facts()
-
-
-def teacher_of(name: str, given: Mapping[str, Any] | None = None) -> str | None:
-    """Return what the method takes from a teacher: None, `hidden` or `logits`.
-
-    Raises:
-        InputError: as `check_options`.
-    """
-    return facts_of(name, given).teacher
 
 
 def create(name: str, model: nn.Module, *, seed: int = 0, **options: Any) -> Adapter:

@@ -8,75 +8,21 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.adapters.base import Adapter, AttentionAdapter, HiddenAdapter, WeightsAdapter, parts_of
-from pipeline.adapters.edits import AttentionEdit, HiddenEdit, Rows
+from pipeline.adapters.edits import AttentionEdit, HiddenEdit
 from pipeline.adapters.interface import edited_attention
+from pipeline.adapters.pack import Pack, PackRows
 from pipeline.adapters.weights import WeightsEdit, edited_weights
 from pipeline.backbones.decoder import DecoderSpec, decoder_of
 from pipeline.backbones.states import modules_at
 from pipeline.errors import InputError
 
 
-class Pack:
-    """Adapters that share one frozen backbone; row b of a batch uses `adapters[rows[b]]`.
-
-    Args:
-        adapters: one, or several of packable methods (methods, sizes and variants may differ).
-        rows: [B], the adapter of each row; None with a single adapter. It may be set anew before every step. In
-            `generate` with beams a row's beams follow it.
-
-    Raises:
-        InputError: a method that does not pack, or rows that name no adapter.
-    """
-
-    def __init__(self, adapters: Adapter | Sequence[Adapter], rows: Tensor | Sequence[int] | None = None) -> None:
-        self.adapters: list[Adapter] = [adapters] if isinstance(adapters, Adapter) else list(adapters)
-        if not self.adapters:
-            raise InputError("a pack needs an adapter")
-        if len(self.adapters) > 1:
-            for adapter in self.adapters:
-                if not adapter.packable:
-                    raise InputError(f"method '{adapter.name}' does not pack", way_out="Attach it alone")
-        self._rows = Rows(len(self.adapters))
-        self.rows = rows  # type: ignore[assignment]
-
-    @property
-    def rows(self) -> Tensor | None:
-        """The adapter of each row of the batch, [B]."""
-        return self._rows.index
-
-    @rows.setter
-    def rows(self, rows: Tensor | Sequence[int] | None) -> None:
-        self._rows.set(rows)
-
-    def seed(self, seeds: Mapping[int, int]) -> None:
-        """Start each adapter's stream of dropout masks anew; `seeds` by the adapter's number."""
-        self._rows.seed(seeds)
-
-    @property
-    def widths(self) -> dict[int, int]:
-        """The length that an adapter's own rows are padded to where it is alone: its dropout masks have that shape."""
-        return self._rows.widths
-
-    @widths.setter
-    def widths(self, widths: dict[int, int]) -> None:
-        self._rows.widths = widths
-
-    @property
-    def images(self) -> tuple[int, ...]:
-        """How many images each row of the batch has, for adapters of a vision tower; () says one each."""
-        return self._rows.images
-
-    @images.setter
-    def images(self, images: tuple[int, ...]) -> None:
-        self._rows.images = images
-
-
 @contextmanager
 def attach(
-    model: nn.Module, adapter: Adapter | Sequence[Adapter] | Pack, rows: Tensor | Sequence[int] | None = None
+    model: nn.Module, adapter: Adapter | Sequence[Adapter] | Pack, rows: PackRows | Sequence[int] | None = None
 ) -> Iterator[Pack]:
     """Let `model` compute with the adapter inside the block; on leaving, everything is as it was.
 
@@ -89,7 +35,7 @@ def attach(
         rows: see `Pack`.
 
     Yields:
-        The pack, whose `rows` may be set before every step.
+        The pack; `Pack.use` names the rows before every step.
 
     Raises:
         InputError: the adapter was made for another backbone, or the same place is edited already.
@@ -97,12 +43,12 @@ def attach(
     if isinstance(adapter, Pack):
         pack = adapter
         if rows is not None:
-            pack.rows = rows  # type: ignore[assignment]
+            pack.use(rows)
     else:
         pack = Pack(adapter, rows)
     spec = decoder_of(model)
-    for one in pack.adapters:
-        one.backbone.check(spec, f"method '{one.name}'")
+    for member in pack.adapters:
+        member.backbone.check(spec, f"method '{member.name}'")
     attention = dict(parts_of(pack.adapters, AttentionAdapter))
     hidden = dict(parts_of(pack.adapters, HiddenAdapter))
     weights = dict(parts_of(pack.adapters, WeightsAdapter))
@@ -112,11 +58,11 @@ def attach(
             for part in weights.values():
                 stack.enter_context(part.injected(model))
         elif weights:
-            stack.enter_context(edited_weights(model, WeightsEdit(weights, pack._rows, spec)))
+            stack.enter_context(edited_weights(model, WeightsEdit(weights, pack, spec)))
         if attention:
-            stack.enter_context(_edited_attention(spec, AttentionEdit(attention, pack._rows, spec)))
+            stack.enter_context(_edited_attention(spec, AttentionEdit(attention, pack, spec)))
         if hidden:
-            stack.enter_context(_edited_hidden(spec, hidden, pack._rows))
+            stack.enter_context(_edited_hidden(spec, hidden, pack))
         yield pack
 
 
@@ -161,7 +107,7 @@ def _continues(kwargs: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _edited_hidden(spec: DecoderSpec, parts: Mapping[int, HiddenAdapter], rows: Rows) -> Iterator[None]:
+def _edited_hidden(spec: DecoderSpec, parts: Mapping[int, HiddenAdapter], pack: Pack) -> Iterator[None]:
     if spec.decoder in _HIDDEN:
         raise InputError(
             "an adapter of hidden states is attached to this model already",
@@ -171,7 +117,7 @@ def _edited_hidden(spec: DecoderSpec, parts: Mapping[int, HiddenAdapter], rows: 
     try:
         with _hooks() as hooks:
             for state in sorted({part.state for part in parts.values()}):
-                edit = HiddenEdit({index: part for index, part in parts.items() if part.state == state}, rows)
+                edit = HiddenEdit({index: part for index, part in parts.items() if part.state == state}, pack)
                 hooks.append(spec.decoder.register_forward_pre_hook(edit.before))
                 for index, module in enumerate(modules_at(spec, state)):
                     # first in line, so that whoever records hidden states sees the edited one

@@ -115,11 +115,6 @@ class Adapter(nn.Module):
         return self.facts.trains_vision
 
     @property
-    def needs_visual_gradient(self) -> bool:
-        """Same as `trains_vision`: visual tokens cannot be cached."""
-        return self.facts.trains_vision
-
-    @property
     def packable(self) -> bool:
         """Whether several such adapters can share one forward pass."""
         return self.facts.packable

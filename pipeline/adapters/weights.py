@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapters.edits import Rows
+from pipeline.adapters.pack import Pack
 from pipeline.backbones.decoder import DecoderSpec
 from pipeline.errors import InputError
 
@@ -21,12 +21,12 @@ class WeightsEdit:
 
     Args:
         parts: adapters of weights by their number in the pack; rows of the others stay as they are.
-        rows: which row uses which, and each adapter's stream of dropout masks.
+        pack: knows which row uses which, and each adapter's stream of dropout masks.
         spec: the decoder; modules outside it see one row an image.
     """
 
-    def __init__(self, parts: Mapping[int, Any], rows: Rows, spec: DecoderSpec) -> None:
-        self.parts, self.rows = dict(parts), rows
+    def __init__(self, parts: Mapping[int, Any], pack: Pack, spec: DecoderSpec) -> None:
+        self.parts, self.pack = dict(parts), pack
         self.inside = {id(module) for layer in spec.layers for module in layer.modules()}
 
     @property
@@ -39,7 +39,7 @@ class WeightsEdit:
         if x.dim() != 3:
             raise InputError(f"{name} is fed {x.dim()}-dimensional inputs, whose rows are not known")
         inside = id(linear) in self.inside
-        rows = self.rows.of(x.shape[0], x.device) if inside else self.rows.of_images(x.shape[0], x.device)
+        rows = self.pack.of_rows(x.shape[0], x.device) if inside else self.pack.of_images(x.shape[0], x.device)
         if rows is None:
             raise InputError("a single adapter is PEFT's to compute", way_out="Use `LoRA.injected`")
         a, b = self._of(name, linear)
@@ -52,7 +52,7 @@ class WeightsEdit:
         widest = max(part.options.rank for part in self.parts.values())
         device = linear.weight.device
         a, b = [], []
-        for index in range(self.rows.count):
+        for index in range(len(self.pack.adapters)):
             part = self.parts.get(index)
             if part is None or name not in part.module_names():
                 a.append(torch.zeros(widest, linear.in_features, device=device))
@@ -73,9 +73,9 @@ class WeightsEdit:
         for index, p in dropping.items():
             mine = (rows == index).nonzero()[:, 0]
             if len(mine):
-                width = min(self.rows.widths.get(index, x.shape[1]), x.shape[1]) if inside else x.shape[1]
+                width = self.pack.width_of(index, x.shape[1]) if inside else x.shape[1]
                 drawn = torch.empty(len(mine), width, x.shape[2], dtype=x.dtype, device=x.device)
-                drawn.bernoulli_(1 - p, generator=self.rows.generator(index, x.device))
+                drawn.bernoulli_(1 - p, generator=self.pack.generator(index, x.device))
                 mask[mine, :width] = drawn / (1 - p)
         return x * mask
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from pipeline.data.prompt import Encoded
-from pipeline.data.sample import ImageRef
 
 if TYPE_CHECKING:
     from pipeline.backbones.load import Loaded
@@ -36,12 +35,8 @@ class Batch:
         lengths: [B] int64, real tokens of a row.
         position_ids: [B, T] int64, counted from a row's first real token.
         attention_mask: [B, T] int64 where rows are padded on the left, None on the right.
-        query_starts: [B] int64, where the query's own turn begins in the padded row.
-        answer_spans: [B, 2] int64, the answer's tokens in the padded row; empty spans for open queries.
-        trial: [B] int64, which trial of a pack a row belongs to.
         sample_ids: of the rows' queries.
-        images: the rows' images, in row order.
-        image_counts: how many of them each row has.
+        image_counts: how many images each row has.
         visual: N tensors [V, D] of visual tokens computed before, or None.
         pixels: the model's pixel arguments, or None.
     """
@@ -51,11 +46,7 @@ class Batch:
     lengths: Tensor
     position_ids: Tensor
     attention_mask: Tensor | None
-    query_starts: Tensor
-    answer_spans: Tensor
-    trial: Tensor
     sample_ids: tuple[int | str, ...]
-    images: tuple[ImageRef, ...]
     image_counts: tuple[int, ...]
     visual: tuple[Tensor, ...] | None = None
     pixels: Mapping[str, Tensor] | None = None
@@ -95,7 +86,6 @@ def collate(
     *,
     span: Span | Sequence[Span] = "answer",
     side: Literal["right", "left"] = "right",
-    trial: Sequence[int] | None = None,
     visual: Sequence[Tensor] | None = None,
     pixels: Mapping[str, Tensor] | None = None,
 ) -> Batch:
@@ -107,24 +97,19 @@ def collate(
         span: which tokens are trained: the answer (HiFICL Eq. 4), or all of the query's turn and answer but the
             image tokens, as the published code does; one for all rows, or one a row.
         side: `right` for training, `left` for generation.
-        trial: for each row the trial it belongs to; None: all to trial 0.
         visual: visual tokens [V, D] of all rows' images, in order.
         pixels: or the model's pixel arguments for all rows.
     """
     rows, width = len(encoded), max(len(e) for e in encoded)
-    if trial is not None and len(trial) != rows:
-        raise ValueError(f"{rows} rows, but {len(trial)} entries in trial")
     input_ids = torch.full((rows, width), loaded.tokenizer.pad_token_id, dtype=torch.long)
     labels = torch.full((rows, width), IGNORED, dtype=torch.long)
     lengths = torch.tensor([len(e) for e in encoded])
     shifts = [width - len(e) if side == "left" else 0 for e in encoded]
-    spans = []
     spans_of = [span] * rows if isinstance(span, str) else list(span)
     for row, (e, shift) in enumerate(zip(encoded, shifts, strict=True)):
         ids = torch.tensor(e.input_ids)
         input_ids[row, shift : shift + len(e)] = ids
         start, end = e.answer_span or (len(e), len(e))
-        spans.append((start + shift, end + shift))
         first = start if spans_of[row] == "answer" else e.query_start
         labels[row, shift + first : shift + end] = ids[first:end]
     labels[torch.isin(input_ids, torch.tensor(loaded.never_generated))] = IGNORED
@@ -137,11 +122,7 @@ def collate(
         lengths=lengths,
         position_ids=positions,
         attention_mask=mask,
-        query_starts=torch.tensor([e.query_start for e in encoded]) + torch.tensor(shifts),
-        answer_spans=torch.tensor(spans),
-        trial=torch.zeros(rows, dtype=torch.long) if trial is None else torch.tensor(list(trial)),
         sample_ids=tuple(e.sample_id for e in encoded),
-        images=tuple(image for e in encoded for image in e.images),
         image_counts=tuple(len(e.images) for e in encoded),
         visual=None if visual is None else tuple(visual),
         pixels=pixels,

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pipeline.adapters.pack import Pack, PackRows
 from pipeline.data.collate import collate
 from pipeline.data.prompt import Encoded
 from pipeline.evaluate.prefix import Prefix, common_head, without_head
 
 if TYPE_CHECKING:
-    from pipeline.adapters.attach import Pack
     from pipeline.backbones.load import Loaded
     from pipeline.train.visual_tokens import VisualTokens
 
@@ -127,7 +127,7 @@ def generate(
             images = {"visual": visual_tokens.get([image for row in rows for image in row.images], root)}
         batch = collate(rows, loaded, side="left", **images).to(device)
         if pack is not None:
-            pack.rows, pack.images = [members[i] for i in chosen], batch.image_counts  # type: ignore[assignment]
+            pack.use(PackRows(tuple(members[i] for i in chosen), batch.image_counts))
         inputs = prefix.before(batch, loaded) if prefix else batch.model_inputs(loaded)
         width = inputs["input_ids"].shape[1]
         stop = _StopAt(loaded.tokenizer, stop_strings, width)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.adapters.pack import Pack
 from pipeline.data.manifest import Manifest
 from pipeline.data.prompt import stop_strings
 from pipeline.data.sample import Sample
@@ -12,7 +13,6 @@ from pipeline.evaluate.generate import generate, of_part
 from pipeline.tasks import tasks
 
 if TYPE_CHECKING:
-    from pipeline.adapters.attach import Pack
     from pipeline.train.resident import Resident
 
 Demonstrations = Callable[[Sample], list[Sample]]

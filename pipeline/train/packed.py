@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from pipeline.adapters.attach import Pack
+from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.decoder import decoder_of
 from pipeline.backbones.states import recorded
 from pipeline.data.collate import Batch
@@ -42,13 +42,13 @@ def losses(resident: Resident, pack: Pack, work: Work) -> list[Losses]:
     model, spec = resident.loaded.model, decoder_of(resident.loaded.model)
     fold = _fold(resident, batch, work)
     if fold is None:
-        pack.widths = {number: max(len(run.prompts[i]) for i in part.ids) for number, run, part in work}
-        pack.rows = torch.tensor([number for number, _, part in work for _ in part.ids])
-        pack.images = batch.image_counts
+        widths = {number: max(len(run.prompts[i]) for i in part.ids) for number, run, part in work}
+        numbers = tuple(number for number, _, part in work for _ in part.ids)
+        pack.use(PackRows(numbers, batch.image_counts, widths))
     else:
-        pack.rows = torch.tensor([number for number, *_ in work])
         images = iter(batch.image_counts)
-        pack.images = tuple(sum(next(images) for _ in part.ids) for *_, part in work)
+        counts = tuple(sum(next(images) for _ in part.ids) for *_, part in work)
+        pack.use(PackRows(tuple(number for number, *_ in work), counts))
     compared = _compared(work, batch)
     with ExitStack() as stack:
         states = {

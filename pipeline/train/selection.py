@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline import adapters
-from pipeline.adapters.attach import Pack
+from pipeline.adapters.pack import Pack, PackRows
 from pipeline.data.sample import Sample
 from pipeline.evaluate.predict import predict_each
 from pipeline.train import loss
@@ -64,7 +64,7 @@ def _losses(resident: Resident, run: TrialRun, pack: Pack, number: int, samples:
     for start in range(0, len(encoded), BATCH):
         rows_of = encoded[start : start + BATCH]
         batch = resident.batch(rows_of, run.manifest, span=run.config.loss_span, pixels=run.facts.trains_vision)
-        pack.rows, pack.images = [number] * len(batch), batch.image_counts  # type: ignore[assignment]
+        pack.use(PackRows((number,) * len(batch), batch.image_counts))
         hidden = model.model(**batch.model_inputs(resident.loaded), use_cache=False).last_hidden_state
         rows, positions, targets = loss.shifted(batch.labels)
         values = loss.cross_entropy(loss.logits_at(model, hidden, rows, positions), targets, rows, len(batch))

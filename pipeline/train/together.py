@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from pipeline import adapters
-from pipeline.adapters.attach import Pack
 from pipeline.adapters.base import WeightsAdapter, parts_of
+from pipeline.adapters.pack import Pack
 from pipeline.errors import WorkError
 from pipeline.progress import say
 from pipeline.train.capacity import Capacity

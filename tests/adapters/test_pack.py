@@ -55,7 +55,7 @@ def test_rows_equal_their_adapter_alone(
     batch = inputs(model, batch=len(rows))
     weights = torch.randn(len(rows), generator=torch.Generator().manual_seed(5)).to(dtype)
     together = made(model, PACKS[pack], dtype)
-    with adapters.attach(model, together, rows=torch.tensor(rows)):
+    with adapters.attach(model, together, rows=rows):
         packed = model(**batch).logits
         (packed.square().mean((1, 2)) * weights).sum().backward()
     for i, alone in enumerate(made(model, PACKS[pack], dtype)):
@@ -76,11 +76,11 @@ def test_rows_may_change_between_steps_and_beams_follow_their_row(tiny: Any, inp
     settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3, "pad_token_id": 0, "suppress_tokens": [299]}
     with adapters.attach(model, together, rows=[0, 0]) as pack:
         for rows in ([0, 1], [2, 1], [1, 1]):
-            pack.rows = rows
+            pack.use(rows)
             with torch.no_grad():
                 found = model(**batch).logits
             generated = model.generate(**batch, **settings)
-            assert pack.rows.tolist() == rows
+            assert pack.rows == adapters.PackRows(tuple(rows))
             expected = [None, None]
             pack_of_one = [made(model, PACKS["ragged"], torch.float64)[r] for r in rows]
             for b, adapter in enumerate(pack_of_one):
@@ -114,10 +114,12 @@ def test_rows_are_checked(tiny: Any, inputs: Any) -> None:
         with pytest.raises(InputError, match="rows"):
             model(**batch)
         with pytest.raises(InputError, match="from 0 to 2"):
-            pack.rows = [0, 3, 1]
-        pack.rows = [0, 1]
+            pack.use([0, 3, 1])
+        pack.use([0, 1])
         with pytest.raises(InputError, match="3 rows"):
             model(**batch)
+        with pytest.raises(InputError, match="3 rows, and 2 numbers of images"):
+            adapters.PackRows((0, 1, 2), images=(1, 1))
 
 
 def test_a_method_that_does_not_pack_is_refused(tiny: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.adapters.attach import Pack, attach
+from pipeline.adapters.attach import attach
+from pipeline.adapters.pack import Pack
 from pipeline.backbones.decoder import decoder_of
 from pipeline.errors import InputError
 from pipeline.train.packed import losses

@@ -1,0 +1,135 @@
+"""`Pack`: adapters that share one frozen backbone, and `PackRows`: which of them each row of a batch uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipeline.adapters.base import Adapter
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True)
+class PackRows:
+    """What a pack has to know of the rows of the next forward pass.
+
+    Attributes:
+        adapters: the number in the pack of each row's adapter. In `generate` with beams a row's beams follow it.
+        images: how many images each row has, for adapters of a vision tower; () says one each.
+        widths: by adapter, the length that its own rows are padded to where it is alone: its dropout masks have that
+            shape.
+
+    Raises:
+        InputError: another number of rows in `images`.
+    """
+
+    adapters: tuple[int, ...]
+    images: tuple[int, ...] = ()
+    widths: Mapping[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.images and len(self.images) != len(self.adapters):
+            raise InputError(f"{len(self.adapters)} rows, and {len(self.images)} numbers of images")
+
+
+class Pack:
+    """Adapters that share one frozen backbone; each row of a batch uses its own (`PackRows`).
+
+    Args:
+        adapters: one, or several of packable methods (methods, sizes and variants may differ).
+        rows: of the first forward passes; none is needed with a single adapter.
+
+    Raises:
+        InputError: a method that does not pack, or rows that name no adapter.
+    """
+
+    def __init__(self, adapters: Adapter | Sequence[Adapter], rows: PackRows | Sequence[int] | None = None) -> None:
+        self.adapters: list[Adapter] = [adapters] if isinstance(adapters, Adapter) else list(adapters)
+        if not self.adapters:
+            raise InputError("a pack needs an adapter")
+        if len(self.adapters) > 1:
+            for adapter in self.adapters:
+                if not adapter.packable:
+                    raise InputError(f"method '{adapter.name}' does not pack", way_out="Attach it alone")
+        self._rows: PackRows | None = None
+        self._placed: dict[tuple[int, torch.device], Tensor] = {}
+        self._seeds: dict[int, int] = {}
+        self._generators: dict[int, torch.Generator] = {}
+        if rows is not None:
+            self.use(rows)
+
+    @property
+    def rows(self) -> PackRows | None:
+        """The rows of the next forward passes; set by `use` alone."""
+        return self._rows
+
+    def use(self, rows: PackRows | Sequence[int]) -> None:
+        """Say which adapter each row of the next forward passes uses.
+
+        Args:
+            rows: all that there is to say, or the numbers of the adapters alone.
+
+        Raises:
+            InputError: a row names no adapter.
+        """
+        if not isinstance(rows, PackRows):
+            rows = PackRows(tuple(int(number) for number in rows))
+        if not rows.adapters or min(rows.adapters) < 0 or max(rows.adapters) >= len(self.adapters):
+            last = len(self.adapters) - 1
+            raise InputError(f"rows must be adapter numbers from 0 to {last}, one for each row of the batch")
+        self._rows, self._placed = rows, {}
+
+    def seed(self, seeds: Mapping[int, int]) -> None:
+        """Start each adapter's stream of dropout masks anew; `seeds` by the adapter's number."""
+        self._seeds, self._generators = dict(seeds), {}
+
+    def generator(self, number: int, device: torch.device) -> torch.Generator:
+        """Return one adapter's stream of dropout masks."""
+        if number not in self._generators:
+            seed = self._seeds.get(number, torch.initial_seed())
+            self._generators[number] = torch.Generator(device).manual_seed(seed)
+        return self._generators[number]
+
+    def width_of(self, number: int, padded: int) -> int:
+        """Return how long one adapter's rows are without the others', in a batch of length `padded`."""
+        return padded if self._rows is None else min(self._rows.widths.get(number, padded), padded)
+
+    def of_rows(self, batch: int, device: torch.device) -> Tensor | None:
+        """Return the adapter of each row of a batch of `batch`, [batch]; None where there is one adapter alone.
+
+        Raises:
+            InputError: several adapters and no rows, or a batch of another size.
+        """
+        if len(self.adapters) == 1:
+            return None
+        if self._rows is None:
+            raise InputError(
+                f"{len(self.adapters)} adapters are attached and no row says which it uses",
+                way_out="Call pack.use(rows) before the forward pass",
+            )
+        numbers = self._rows.adapters
+        if batch % len(numbers):
+            raise InputError(f"the batch has {batch} rows and the pack was told of {len(numbers)}")
+        key = (batch, device)
+        if key not in self._placed:
+            self._placed[key] = torch.tensor(numbers, device=device).repeat_interleave(batch // len(numbers))
+        return self._placed[key]
+
+    def of_images(self, count: int, device: torch.device) -> Tensor:
+        """Return the adapter of each image of a batch of `count`, [count].
+
+        Raises:
+            InputError: the vision tower sees another number: one that cuts images into tiles does not pack.
+        """
+        rows = None if self._rows is None else self.of_rows(len(self._rows.adapters), device)
+        if rows is not None and self._rows is not None and self._rows.images:
+            rows = rows.repeat_interleave(torch.tensor(self._rows.images, device=device))
+        if rows is None or len(rows) != count:
+            raise InputError(
+                f"the vision tower sees {count} pictures and the rows have {0 if rows is None else len(rows)}",
+                way_out="Train adapters of this backbone's vision tower alone (sweep.pack: 1)",
+            )
+        return rows
