@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.bench._timing import Findings, quartiles, report
 from pipeline.bench.overhead import _prepare, _timed
+from pipeline.sweep.journal import Journal
 
 
 def run(
@@ -36,8 +37,8 @@ def run(
             place = _prepare(Path(folder) / "work", ranks, (8,), (0.0025, 0.005), num_train_samples, 1)
             _timed(place, "-m", "stages.train")
             ends = [json.loads(path.read_text(encoding="utf-8")) for path in (place / "runs").glob("*/done.json")]
-            rows = (place / "runs/journal.jsonl").read_text(encoding="utf-8").splitlines()
-        ended = next(row for row in map(json.loads, reversed(rows)) if row["event"] == "sweep ended")
+            rows = Journal(place / "runs", whole=True).news()
+        ended = next(row for row in reversed(rows) if row["event"] == "sweep ended")
         kept, trained = sum(end["keeping_seconds"] for end in ends), sum(end["seconds"] for end in ends)
         shares["keeping_over_training"].append(kept / (kept + trained))
         shares["spool_over_sweep"].append(ended["spool_seconds"] / ended["seconds"])

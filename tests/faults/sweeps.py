@@ -135,12 +135,7 @@ class Sweep(Project):
         return found
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        path = self.runs / "journal.jsonl"
-        if not path.exists():
-            return []
-        journal = Journal(self.runs)
-        journal._seen = 0
-        return [row for row in journal.news() if row["event"] == name]
+        return [row for row in Journal(self.runs, whole=True).news() if row["event"] == name]
 
     def workers(self) -> list[int]:
         """Process ids of the newest slot's workers."""
