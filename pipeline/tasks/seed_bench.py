@@ -2,7 +2,7 @@
 
 Read from the release's `SEED-Bench.json` and folder of pictures, or from the Parquet shards of its Hub copy.
 The videos of dimensions 10 to 12 are not distributed with the benchmark; their questions are left out, as
-in the papers, and not counted as missing images.
+in MimIC's code, and not counted as missing images. MimIC's text describes SEED-Bench-2; docs/tasks.md.
 """
 
 from __future__ import annotations
