@@ -174,6 +174,13 @@ def make_plan(params: Params, cells: Iterable[Cell], places: Places) -> Plan:
     for cell in cells:
         plan.cells[cell.name] = cell
         asked_later = params.sweep.search == "optuna" and cell.search  # its points are asked for one after another
+        if asked_later and "world_size" in cell.search:
+            problems[cell.name] = InputError(
+                "Optuna asks for points one after another, and slots of another number of ranks would have to be made "
+                "for each", where=f"studies.{cell.study}.methods.{cell.row}.search.world_size",
+                way_out="Put world_size under the study's `vary`, or set sweep.search to grid or random",
+            )  # fmt: skip
+            continue
         for point in corners(cell) if asked_later else points(cell, params):
             try:
                 config = cell.trial(point)

@@ -27,6 +27,7 @@ from pipeline.sweep.plan import Plan
 from pipeline.sweep.proxy import TrialProxy
 from pipeline.sweep.schedule import PerCellOptuna, make_scheduler
 from pipeline.sweep.signals import kept
+from pipeline.sweep.space import Cell
 from pipeline.sweep.token import ensure_token
 from pipeline.trial import MOST_PACKED
 
@@ -179,18 +180,22 @@ def run_trials(
 
     Returns when every one has ended; which ones failed is in the trial store.
     """
-    adaptive = plan.searched
-    total = len(keys) + len(adaptive) * params.sweep.num_samples
-    if total == 0:
-        return
-    sizes = {plan.trials[key].world_size for key in keys} or {params.train.world_size}
-    for world_size in sorted(sizes):
-        mine = [key for key in keys if plan.trials[key].world_size == world_size]
-        _run(plan, mine, adaptive if world_size == max(sizes) else [], params, watchers, world_size, actor)
+    for world_size, mine, asked in by_world_size(plan, keys):
+        _run(plan, mine, asked, params, watchers, world_size, actor)
+
+
+def by_world_size(plan: Plan, keys: list[str]) -> list[tuple[int, list[str], list[Cell]]]:
+    """Return the trials `keys`, and the cells that Optuna searches, by the ranks that they train on."""
+    of_key = {key: plan.trials[key].world_size for key in keys}
+    of_cell = {cell.name: cell.train.world_size for cell in plan.searched}
+    return [
+        (size, [key for key in keys if of_key[key] == size], [c for c in plan.searched if of_cell[c.name] == size])
+        for size in sorted({*of_key.values(), *of_cell.values()})
+    ]
 
 
 def _run(
-    plan: Plan, keys: list[str], adaptive: list[Any], params: Params, watchers: list[Watcher], world: int, actor: Any
+    plan: Plan, keys: list[str], adaptive: list[Cell], params: Params, watchers: list[Watcher], world: int, actor: Any
 ) -> None:  # fmt: skip
     slots = count_slots(params.sweep, world, len(keys) + len(adaptive) * params.sweep.num_samples)
     run_ahead = params.sweep.scheduler == "fifo"
