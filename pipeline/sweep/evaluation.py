@@ -85,7 +85,7 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore)
             for cell, row in zip(of_study, mine, strict=True)
             if row["status"] == "done"
         ]
-        numbers = measured(params, study, scored, out, tracker)
+        numbers = measured(params, study, scored, out, spooled)
         mine = [_overlaid(row, numbers.get(cell.name)) for cell, row in zip(of_study, mine, strict=True)]
         rows = zip(of_study, mine, strict=True)
         missing |= {cell.name: row["error"] or row["status"] for cell, row in rows if row["status"] != "done"}

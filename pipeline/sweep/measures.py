@@ -18,7 +18,7 @@ from pipeline.progress import bar
 from pipeline.request import TrialRequest
 from pipeline.sweep import answers
 from pipeline.sweep.space import Cell
-from pipeline.tracking.runs import Tracker
+from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import KEY_LENGTH, EvaluationConfig, digest
 
 Chosen = Mapping[str, Any]
@@ -26,7 +26,9 @@ Scored = tuple[Cell, TrialRequest, EvaluationConfig]
 FOLDER = "measures"
 
 
-def measured(params: Params, study: str, scored: Sequence[Scored], out: Path, tracker: Tracker) -> dict[str, Any]:
+def measured(
+    params: Params, study: str, scored: Sequence[Scored], out: Path, tracker: SpooledTracker
+) -> dict[str, Any]:  # fmt: skip
     """Return, by cell name, what a study's cells were measured as; measure what is not measured yet.
 
     Args:
@@ -34,7 +36,7 @@ def measured(params: Params, study: str, scored: Sequence[Scored], out: Path, tr
         study: its name.
         scored: its scored cells.
         out: folder of the evaluations.
-        tracker: where numbers are logged.
+        tracker: where numbers are logged; a store that is away takes them later.
 
     Returns:
         For each cell `measure`, `measurement` (file), `measurement_digest`, and either `metric`, `unit`, `value`,
@@ -89,14 +91,14 @@ def _job(params: Params, row: Scored, out: Path) -> Job:
 
 def _keep(
     name: str, kind: Measure, jobs: Sequence[Job], numbers: Sequence[dict[str, float]], files: Sequence[Path],
-    tracker: Tracker,
+    tracker: SpooledTracker,
 ) -> None:  # fmt: skip
     """Write what each trial of a group was measured as, and log it."""
     for job, measured_as, file in zip(jobs, numbers, files, strict=True):
         record = {
             "trial": job.request.key, "measure": name, "settings": kind.model_dump(mode="json"),
             "evaluation": job.evaluation.model_dump(mode="json"), "run_id": job.scored.get("run_id"),
-            "numbers": measured_as, "machine": tracker.provenance["machine"],
+            "numbers": measured_as, "machine": tracker.tracker.provenance["machine"],
         }  # fmt: skip
         write_atomic(file, json.dumps(record, indent=1, sort_keys=True))
         if record["run_id"]:
