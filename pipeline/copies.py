@@ -65,6 +65,19 @@ def link_official(root: Path) -> None:
             _link(here / name, Path(parent, name))
 
 
+def unwatched(folder: Path) -> str | None:
+    """Say which links to folders lie below a folder: DVC passes over them and sees no change behind one."""
+    links = [Path(at, name) for at, folders, _ in os.walk(folder) for name in folders if Path(at, name).is_symlink()]
+    if not links:
+        return None
+    first, *others = sorted(links)
+    named = f"{first} and {len(others)} more are links to folders" if others else f"{first} is a link to a folder"
+    return f"{named}: DVC does not look behind, and draws nothing anew when files there change"
+
+
+UNWATCHED_WAY_OUT = f"Link {_OFFICIAL} itself, or files one by one; or run `dvc repro -fs subsample` after a change"
+
+
 @contextmanager
 def shared_evaluations(root: Path) -> Iterator[None]:
     """Let a copy have its project's evaluations, and the project those that the block adds."""

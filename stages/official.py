@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline import copies
 from pipeline.config import Params, data_root
+from pipeline.progress import say
 from stages.common import run
 
 FOLDER = Path("data/real")
@@ -15,6 +16,8 @@ def main(params: Params) -> None:
     if data_root(params) == FOLDER:  # another profile reads none of them, and DVC would read all
         copies.link_official(Path.cwd())
     FOLDER.mkdir(parents=True, exist_ok=True)
+    if (links := copies.unwatched(FOLDER)) is not None:
+        say(f"note: {links}. {copies.UNWATCHED_WAY_OUT}")
 
 
 if __name__ == "__main__":

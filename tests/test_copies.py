@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import copies
+from pipeline.config import load
+from pipeline.lineage import doctor
+from stages import official
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -80,3 +84,21 @@ def test_a_project_itself_stays_as_it_is(project: Path) -> None:
 def test_a_copys_project_is_the_folder_that_dvc_keeps_it_in(project: Path, copy: Path) -> None:
     assert copies.main_checkout(copy) == project.resolve() and copies.is_copy(copy)
     assert copies.main_checkout(project) == project.resolve() and not copies.is_copy(project)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_link_to_a_folder_is_named_by_the_stage_and_by_the_doctor(project: Path, monkeypatch, capsys, whole) -> None:
+    if whole:  # which DVC follows
+        (project / "data/real").rename(project / "elsewhere/files")
+        (project / "data/real").symlink_to("../elsewhere/files")
+    monkeypatch.chdir(project)
+    params = load(ROOT / "params.yaml", profile="real")
+    (project / "data/real/one.json").symlink_to(project / "params.yaml")  # a file's content DVC reads
+    official.main(params)
+    assert capsys.readouterr().err == ""
+    (project / "data/real/vqa/images").symlink_to(project / "elsewhere")
+    official.main(params)
+    assert capsys.readouterr().err.startswith("note: data/real/vqa/images is a link to a folder: DVC ")
+    (project / "data/real/coco").symlink_to(project / "elsewhere")
+    (found,) = (one for one in doctor._data(params, project) if one.name == "links")
+    assert found.state == doctor.NOTE and found.detail.startswith("data/real/coco and 1 more are links to folders")

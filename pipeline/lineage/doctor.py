@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import backbones, plain_paths
 from pipeline.config import Params, data_root
-from pipeline.copies import main_checkout
+from pipeline.copies import UNWATCHED_WAY_OUT, main_checkout, unwatched
 from pipeline.errors import HificlError, InputError
 from pipeline.sweep.engines import check_engines
 from pipeline.sweep.forecast import as_given
@@ -138,6 +138,8 @@ def _data(params: Params, root: Path) -> Iterator[Finding]:
         if made_here and found.state == MISSING:
             found = Finding(found.name, NOTE, "not made yet; dvc repro makes it", "dvc repro world")
         yield found
+    if (links := unwatched(folder)) is not None:
+        yield Finding("links", NOTE, links, UNWATCHED_WAY_OUT)
 
 
 def _pictures(params: Params, root: Path) -> Iterator[Finding]:
