@@ -1,22 +1,24 @@
-"""The queue in front of the resident pool: which slot trains which trials, and what becomes of their reports.
+"""The Ray actor in front of the resident pool: it hands trials to slots and their reports back.
 
 Ray Tune decides which trials live; its actors (`sweep.proxy`) hand their trial to this actor and wait for reports. A
 slot (`sweep.slot`) trains one trial, or several that share forward passes. A worker that dies, hangs or is killed costs
-its slot a rebuild and its trials the time since the last epoch's checkpoint; they are the next that a free slot takes.
+its slot a rebuild and its trials the time since the last epoch's checkpoint. Who trains where is decided in
+`pool.queue`; here is what waits, writes and asks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
 from pipeline.config import Sweep
-from pipeline.errors import HificlError, InputError, WorkError
+from pipeline.errors import WorkError
+from pipeline.pool.queue import Decision, Failed, Queue, Requeued, SlotState, Stopped, is_of_one_trial
 from pipeline.request import TrialRequest
 from pipeline.sweep.journal import Journal
 from pipeline.sweep.slot import Slot, SlotLost
@@ -26,28 +28,12 @@ Resolve = Callable[[dict[str, Any]], TrialRequest]
 Report = dict[str, Any]  # one epoch's metrics with "epoch", "trial_key" and "done"; or {"error": ...}
 
 
-@dataclass(eq=False)
-class _Trial:
-    request: TrialRequest
+@dataclass
+class _Mailbox:
+    """What a trial has reported, for the actor that waits for it."""
+
     reports: list[Report] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
-    allowed: int = 1  # epochs the scheduler has asked for so far
-    attempts: int = 0  # failures since its last epoch
-    lost_at: float | None = None  # when its last slot was lost
-    stopped: bool = False
-    ended: bool = False
-    alone: bool = False  # after a pack of it failed: whose fault it was shows when each trains alone
-
-    @property
-    def packable(self) -> bool:
-        """Whether it may share a slot with others."""
-        return self.request.pack_key is not None and not self.alone
-
-    def deliver(self, report: Report) -> None:
-        self.reports.append(report)
-        self.attempts = 0
-        self.ended = self.ended or bool(report.get("done") or "error" in report)
-        self.news.set()
 
 
 @ray.remote(num_cpus=0, max_concurrency=10000)
@@ -68,55 +54,51 @@ class Dispatcher:
     def __init__(
         self, resolve: Resolve, sweep: Sweep, store_root: str, slots: int, world_size: int, run_ahead: bool, home: str
     ) -> None:
-        self.resolve, self.sweep, self.run_ahead = resolve, sweep, run_ahead
+        self.resolve, self.world_size = resolve, world_size
         self.store, self.journal = TrialStore(store_root), Journal(store_root)
-        self.trials: dict[str, _Trial] = {}
-        self.queue: list[_Trial] = []
+        self.queue = Queue(slots, sweep.retry.max_attempts, run_ahead=run_ahead)
         self.queued = asyncio.Event()
+        self.mail: dict[str, _Mailbox] = {}
+        self.lost_at: dict[str, float] = {}  # when a trial's slot was lost
         self.slots = [Slot(sweep, world_size, home) for _ in range(slots)]
         self.loops: list[asyncio.Task] = []
-        self.failure: str | None = None
 
     async def start(self) -> None:
         """Build the slots; returns at once, the queue is served as slots come up."""
-        self.loops = [asyncio.ensure_future(self._serve(slot)) for slot in self.slots]
+        pairs = zip(self.slots, self.queue.slots, strict=True)
+        self.loops = [asyncio.ensure_future(self._serve(slot, state)) for slot, state in pairs]
 
     async def submit(self, tune_config: dict[str, Any]) -> str:
         """Queue a trial and return its key; one that the ledger knows as done is replayed from it."""
         request = self.resolve(tune_config)
-        trial = self.trials.get(request.key)
-        if trial is not None and not trial.ended:
-            return request.key
+        key = request.key
+        if self.queue.is_open(key):
+            return key
         self.store.open(request.config, {})
-        trial = self.trials[request.key] = _Trial(request)
-        done = self.store.done(request.key)
-        if done is not None and done["status"] in FINAL:
-            rows = self.store.epochs(request.key)
-            for row in rows:
-                trial.deliver({**row, "trial_key": request.key, "done": row is rows[-1]})
-            if not rows:
-                trial.deliver({"epoch": 0, "trial_key": request.key, "done": True})
-            return request.key
-        self.store.reopen(request.key)
-        self._enqueue(trial)
-        return request.key
+        end = self.store.done(key)
+        done = end is not None and end["status"] in FINAL
+        self.mail[key] = _Mailbox()
+        self.queue.submit(request, done=done)
+        if done:
+            rows = self.store.epochs(key) or [{"epoch": 0}]
+            self._deliver({**row, "trial_key": key, "done": row is rows[-1]} for row in rows)
+        else:
+            self.store.reopen(key)
+            self.queued.set()
+        return key
 
     async def next(self, key: str, seen: int) -> Report:
         """Wait for report number `seen` (0-based) of a trial; asking for it allows that epoch to be trained."""
-        trial = self.trials[key]
-        trial.allowed = max(trial.allowed, seen + 1)
-        while len(trial.reports) <= seen:
-            trial.news.clear()
-            await trial.news.wait()
-        return trial.reports[seen]
+        mail = self.mail[key]
+        self.queue.allow(key, seen + 1)
+        while len(mail.reports) <= seen:
+            mail.news.clear()
+            await mail.news.wait()
+        return mail.reports[seen]
 
     async def stop(self, key: str) -> None:
         """Stop a trial; what it has learned stays in its checkpoint."""
-        trial = self.trials.get(key)
-        if trial is None or trial.ended:
-            return
-        trial.stopped = True
-        trial.news.set()
+        self._carry_out(self.queue.stop(key))
 
     async def pids(self) -> list[list[int]]:
         """Return the process ids of every slot's workers."""
@@ -130,161 +112,106 @@ class Dispatcher:
         for slot in self.slots:
             slot.drop()
 
-    async def _serve(self, slot: Slot) -> None:
-        mine: list[_Trial] = []
+    async def _serve(self, slot: Slot, state: SlotState) -> None:
         while True:
             try:
-                await self._wanted()
-                if not slot.workers and not await self._built(slot):
+                while not self.queue.waiting:
+                    self.queued.clear()
+                    await self.queued.wait()
+                if not state.built and not await self._built(slot, state):
                     continue
-                mine = self._first(slot)
-                while mine:
-                    await self._round(slot, mine)
+                self.queue.take(state)
+                while state.trials:
+                    await self._round(slot, state)
             except SlotLost as lost:
-                self._lost(slot, mine, f"{lost}", retry=True)
+                self._lost(slot, state, lost, str(lost))
             except ray.exceptions.RayTaskError as error:
-                # an exception may have left ranks at different collectives, so the slot is built anew; memory and disk
-                # may be free again in a new process, an input is as wrong as before
-                self._lost(slot, mine, str(error.cause), retry=not isinstance(error.cause, InputError))
+                self._lost(slot, state, error.cause, str(error.cause))
             except Exception as error:
-                self._lost(slot, mine, f"{type(error).__name__}: {error}", retry=True)
+                self._lost(slot, state, error, f"{type(error).__name__}: {error}")
 
-    async def _wanted(self) -> None:
-        """Wait until the queue holds a trial, if only one that was stopped while it waited."""
-        while not self.queue:
-            self.queued.clear()
-            await self.queued.wait()
-
-    def _first(self, slot: Slot) -> list[_Trial]:
-        """Take the next trial for a slot from the queue; nothing if another slot was quicker."""
-        while self.queue:
-            trial = self._fitting(slot)
-            self.queue.remove(trial)
-            if not trial.stopped:
-                slot.teacher = trial.request.teacher_key or slot.teacher
-                return [trial]
-            self._stopped(trial)
-        return []
-
-    def _fitting(self, slot: Slot) -> _Trial:
-        """Return one whose teacher's targets the slot has in memory, or that no other slot has; or the first."""
-        if self.queue[0].attempts:  # it was lost, and has waited long enough
-            return self.queue[0]
-        others = {other.teacher for other in self.slots if other is not slot} - {None}
-        mine = (t for t in self.queue if t.request.teacher_key is not None and t.request.teacher_key == slot.teacher)
-        free = (t for t in self.queue if t.request.teacher_key not in others)
-        return next(mine, None) or next(free, self.queue[0])
-
-    def _stopped(self, trial: _Trial) -> None:
-        self._finish(trial, {"status": "stopped", "epochs": len(trial.reports)})
-        trial.ended = True
-
-    async def _built(self, slot: Slot) -> bool:
-        """Build a slot; trials fail only where no slot at all can be built any more."""
+    async def _built(self, slot: Slot, state: SlotState) -> bool:
         started = time.monotonic()
         try:
             await slot.build()
         except Exception as error:
             slot.drop()
-            slot.failures += 1
             why = f"no slot can be built: {type(error).__name__}: {error}"
-            self.journal.note("slot not built", why=why, attempt=slot.failures)
-            if all(not one.workers and one.failures >= self.sweep.retry.max_attempts for one in self.slots):
-                for trial in self.queue:
-                    self._fail(trial, why)
-                self.queue.clear()
+            decisions = self.queue.not_built(state, why)
+            self.journal.note("slot not built", why=why, attempt=state.failures)
+            self._carry_out(decisions)
             await asyncio.sleep(1)
             return False
-        slot.failures = 0
+        self.queue.built(state)
         self.journal.note("slot built", seconds=round(time.monotonic() - started, 2), pids=slot.pids)
         return True
 
-    async def _round(self, slot: Slot, mine: list[_Trial]) -> None:
+    async def _round(self, slot: Slot, state: SlotState) -> None:
         """Let the slot's trials train until one of them completes an epoch."""
-        for trial in list(mine):
-            await self._admit(slot, mine, trial)
-        room = await slot.room() if mine and mine[0].packable else 0
-        for trial in self._more(mine, room):
-            mine.append(trial)
-            await self._admit(slot, mine, trial)
-        while not self.run_ahead and any(not t.stopped and len(t.reports) >= t.allowed for t in mine):
+        await self._admit(slot, state)
+        if self.queue.partners(state):
+            self.queue.join(state, await slot.room())
+            await self._admit(slot, state)
+        while self.queue.must_wait(state):
             await asyncio.sleep(0.01)
-        for trial in [trial for trial in mine if trial.stopped]:
-            await slot.evict(trial.request.key)
-            self._stopped(trial)
-            mine.remove(trial)
-        if not mine:
-            return
-        for report in await slot.advance():
-            trial = self.trials[report["trial_key"]]
-            # a trial whose last epoch was checkpointed but not closed repeats that epoch's report to say it is done
-            if report["epoch"] > len(trial.reports) or report["done"]:
-                trial.deliver(report)
-        for trial in [trial for trial in mine if trial.ended]:
-            slot.keys.discard(trial.request.key)
-            mine.remove(trial)
+        stopped = self.queue.release_stopped(state)
+        self._carry_out(stopped)
+        for decision in stopped:
+            await slot.evict(decision.trial.key)
+        if state.trials:
+            self._deliver(await slot.advance())
+        slot.keys.difference_update(trial.key for trial in self.queue.release_ended(state))
 
-    def _more(self, mine: list[_Trial], room: int) -> list[_Trial]:
-        """Take from the queue what may join the slot's trials, and leave the other slots their share."""
-        if not mine:
-            return []
-        waiting = [t for t in self.queue if t.packable and t.request.pack_key == mine[0].request.pack_key]
-        share = -(-(len(waiting) + len(mine)) // len(self.slots)) - len(mine)
-        taken = waiting[: max(0, min(room, share))]
-        self.queue = [trial for trial in self.queue if trial not in taken]
-        return [trial for trial in taken if not trial.stopped]
+    async def _admit(self, slot: Slot, state: SlotState) -> None:
+        for trial in [trial for trial in state.trials if trial.key not in slot.keys]:
+            key = trial.key
+            try:
+                start = await slot.admit(trial.request)
+            except ray.exceptions.RayTaskError as error:
+                if not is_of_one_trial(error.cause, self.world_size):
+                    raise
+                slot.keys.discard(key)
+                self._carry_out(self.queue.refuse(state, trial, error.cause))
+                continue
+            if key in self.lost_at:
+                seconds = round(time.monotonic() - self.lost_at.pop(key), 2)
+                self.journal.note("trial trains again", trial=key, after_epoch=start, seconds=seconds)
+            # a trial resumed from its checkpoint reports the epochs behind it
+            behind = self.store.epochs(key)[trial.reports : start]
+            self._deliver({**row, "trial_key": key, "done": False} for row in behind)
 
-    async def _admit(self, slot: Slot, mine: list[_Trial], trial: _Trial) -> None:
-        if trial.request.key in slot.keys:
-            return
-        try:
-            start = await slot.admit(trial.request)
-        except ray.exceptions.RayTaskError as error:
-            if not isinstance(error.cause, HificlError) or len(slot.workers) > 1:
-                raise
-            slot.keys.discard(trial.request.key)
-            mine.remove(trial)  # its own fault; the others go on
-            self._again(trial, str(error.cause), retry=not isinstance(error.cause, InputError))
-            return
-        if trial.lost_at is not None:
-            seconds = round(time.monotonic() - trial.lost_at, 2)
-            self.journal.note("trial trains again", trial=trial.request.key, after_epoch=start, seconds=seconds)
-            trial.lost_at = None
-        # a trial resumed from its checkpoint reports the epochs behind it
-        for row in self.store.epochs(trial.request.key)[len(trial.reports) : start]:
-            trial.deliver({**row, "trial_key": trial.request.key, "done": False})
-
-    def _lost(self, slot: Slot, mine: list[_Trial], why: str, *, retry: bool) -> None:
-        """Give up a slot; its trials are tried again, each alone where it is not clear which one failed."""
-        self.journal.note("slot lost", why=why, trials=[trial.request.key for trial in mine], pids=slot.pids)
+    def _lost(self, slot: Slot, state: SlotState, error: BaseException, why: str) -> None:
+        keys = [trial.key for trial in state.trials]
+        self.journal.note("slot lost", why=why, trials=keys, pids=slot.pids)
         slot.drop()
-        several = len(mine) > 1
-        for trial in mine:
-            trial.alone = trial.alone or several
-            trial.lost_at = time.monotonic()
-            self._again(trial, why, retry=retry or several)
-        mine.clear()
+        self.lost_at |= dict.fromkeys(keys, time.monotonic())
+        self._carry_out(self.queue.lose(state, error, why))
 
-    def _again(self, trial: _Trial, why: str, *, retry: bool) -> None:
-        """Put a trial at the head of the queue, or let it fail where its attempts are used up."""
-        trial.attempts += 1
-        if retry and trial.attempts < self.sweep.retry.max_attempts:
-            self._enqueue(trial, first=True)
-        else:
-            self._fail(trial, why)
+    def _carry_out(self, decisions: Iterable[Decision]) -> None:
+        for decision in decisions:
+            trial, key = decision.trial, decision.trial.key
+            match decision:
+                case Requeued():
+                    self.queued.set()
+                case Stopped():
+                    self._finish(key, {"status": "stopped", "epochs": trial.reports})
+                case Failed(why=why):
+                    self.journal.note("trial failed", trial=key, why=why, attempts=trial.attempts)
+                    self._finish(key, {"status": "failed", "error": why, "attempts": trial.attempts})
+                    self._put({"error": why, "trial_key": key, "epoch": trial.reports})
 
-    def _fail(self, trial: _Trial, why: str) -> None:
-        attempts = trial.attempts
-        self.journal.note("trial failed", trial=trial.request.key, why=why, attempts=attempts)
-        self._finish(trial, {"status": "failed", "error": why, "attempts": attempts})
-        trial.deliver({"error": why, "trial_key": trial.request.key, "epoch": len(trial.reports)})
-
-    def _finish(self, trial: _Trial, record: dict[str, Any]) -> None:
+    def _finish(self, key: str, record: dict[str, Any]) -> None:
         try:
-            self.store.finish(trial.request.key, record)
+            self.store.finish(key, record)
         except WorkError as error:  # the disk is full: the trial stays open, which is as true
-            self.journal.note("end not written", trial=trial.request.key, why=str(error))
+            self.journal.note("end not written", trial=key, why=str(error))
 
-    def _enqueue(self, trial: _Trial, *, first: bool = False) -> None:
-        self.queue.insert(0 if first else len(self.queue), trial)
-        self.queued.set()
+    def _deliver(self, reports: Iterable[Report]) -> None:
+        for report in reports:
+            if self.queue.report(report["trial_key"], report["epoch"], done=report["done"]):
+                self._put(report)
+
+    def _put(self, report: Report) -> None:
+        mail = self.mail[report["trial_key"]]
+        mail.reports.append(report)
+        mail.news.set()

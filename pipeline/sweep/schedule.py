@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +30,9 @@ def make_scheduler(params: Params, plan: Plan) -> TrialScheduler:
             time_attr=TIME, metric=METRIC, mode="max", max_t=longest, grace_period=sweep.grace_epochs,
             reduction_factor=sweep.reduction_factor,
         ),
+        # a pause would free nothing, for a trial's actor holds no slot, and its results would count twice afterwards
         "median": lambda: MedianStoppingRule(
-            time_attr=TIME, metric=METRIC, mode="max", grace_period=sweep.grace_epochs
+            time_attr=TIME, metric=METRIC, mode="max", grace_period=sweep.grace_epochs, min_time_slice=math.inf,
         ),
     }  # fmt: skip
     return PerCell(makers[sweep.scheduler], lambda trial: _cell_of(plan, trial.config))

@@ -38,8 +38,6 @@ class Slot:
         self.pids: list[int] = []
         self.near: list[int] = []  # those of this machine
         self.keys: set[str] = set()  # of the trials that its workers hold
-        self.teacher: str | None = None  # whose targets its workers hold, as `TrialRequest.teacher_key`
-        self.failures = 0  # to build it, one after another
 
     async def build(self) -> None:
         """Start the workers, connect them, load what every trial needs."""
@@ -77,7 +75,6 @@ class Slot:
     def drop(self) -> None:
         """End the workers."""
         self.keys.clear()
-        self.teacher = None
         for worker in self.workers:
             ray.kill(worker)
         for pid in self.near:  # a stopped process hears nothing of what Ray asks of it

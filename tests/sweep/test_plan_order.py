@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import load
-from pipeline.sweep.dispatcher import Dispatcher, _Trial
 from pipeline.sweep.order import in_lanes
 from pipeline.sweep.plan import Places, make_plan, teacher_key
 from pipeline.sweep.space import Digests, cells
@@ -55,24 +53,3 @@ def test_trials_without_a_teacher_share_none_and_other_demonstrations_are_anothe
     assert len({of[key] for key in search}) == len({PLAN.trials[key].task for key in search})
     request = PLAN.request_of(PLAN.trials[search[0]])
     assert set(request.kinds) >= {("hidden", "mlp"), ("logits", "")}
-
-
-def test_a_slot_prefers_its_own_teacher_then_one_that_nobody_has_and_a_lost_trial_goes_first():
-    def waiting(teacher, attempts=0):
-        return _Trial(SimpleNamespace(teacher_key=teacher), attempts=attempts)
-
-    mine, other = SimpleNamespace(teacher="a"), SimpleNamespace(teacher="b")
-    dispatcher = SimpleNamespace(slots=[mine, other])
-    choose = Dispatcher.__ray_metadata__.modified_class._fitting
-
-    def chosen(*queue):
-        dispatcher.queue = list(queue)
-        return choose(dispatcher, mine)
-
-    b, a, c, none = (waiting(teacher) for teacher in ("b", "a", "c", None))
-    assert chosen(b, c, a) is a
-    assert chosen(b, c) is c
-    assert chosen(b, none) is none
-    assert chosen(b) is b
-    lost = waiting("b", attempts=1)
-    assert chosen(lost, a) is lost

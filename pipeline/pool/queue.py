@@ -1,0 +1,256 @@
+"""Which trial trains where, who shares a slot, and what becomes of the trials of a lost one: decisions, nothing else.
+
+Nothing here knows Ray, a clock, a file or a process. The dispatcher asks, and does what it is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pipeline.errors import HificlError, InputError
+from pipeline.request import TrialRequest
+
+
+@dataclass(eq=False)
+class Trial:
+    """One trial, from its submission to its end.
+
+    Attributes:
+        request: what a slot is told of it.
+        reports: how many it has delivered, one an epoch.
+        allowed: epochs that the scheduler has asked for so far.
+        attempts: failures since its last report.
+        stopped: the scheduler has stopped it.
+        ended: it finished, diverged, was stopped or failed.
+        alone: it shares a slot with no other: a pack of it failed, and whose fault it was shows when each trains alone.
+    """
+
+    request: TrialRequest
+    key: str = field(init=False)
+    reports: int = 0
+    allowed: int = 1
+    attempts: int = 0
+    stopped: bool = False
+    ended: bool = False
+    alone: bool = False
+
+    def __post_init__(self) -> None:
+        self.key = self.request.key  # a hash of the whole configuration: computed once
+
+    @property
+    def pack_key(self) -> str | None:
+        """What the trials of a pack have in common; None: it trains alone."""
+        return None if self.alone else self.request.pack_key
+
+
+@dataclass(eq=False)
+class SlotState:
+    """What the queue knows of a slot.
+
+    Attributes:
+        trials: that train in it.
+        teacher: whose targets its workers hold, as `TrialRequest.teacher_key`.
+        built: whether it has workers.
+        failures: to build it, one after another.
+    """
+
+    trials: list[Trial] = field(default_factory=list)
+    teacher: str | None = None
+    built: bool = False
+    failures: int = 0
+
+
+@dataclass(frozen=True)
+class Requeued:
+    """The trial is tried again, before those that have not begun."""
+
+    trial: Trial
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The trial ends where the scheduler stopped it."""
+
+    trial: Trial
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The trial ends for `why`; it will not be tried again."""
+
+    trial: Trial
+    why: str
+
+
+Decision = Requeued | Stopped | Failed
+
+
+def is_of_one_trial(error: BaseException, ranks: int) -> bool:
+    """Whether an error at a trial's admission leaves the slot's other trials as they were.
+
+    Several ranks may stand at different collectives after any error, and an unforeseen one may have broken the process.
+    """
+    return isinstance(error, HificlError) and ranks == 1
+
+
+class Queue:
+    """The trials of a sweep, and the slots that they train in.
+
+    Args:
+        slots: how many.
+        max_attempts: after how many failures without an epoch in between a trial, or the building of all slots, is
+            given up.
+        run_ahead: whether a trial goes on before the scheduler has seen its last epoch (right for FIFO alone).
+    """
+
+    def __init__(self, slots: int, max_attempts: int, *, run_ahead: bool) -> None:
+        self.max_attempts, self.run_ahead = max_attempts, run_ahead
+        self.trials: dict[str, Trial] = {}
+        self.waiting: list[Trial] = []
+        self.slots = [SlotState() for _ in range(slots)]
+
+    # -- what Tune asks for --------------------------------------------------------------------------------------------
+
+    def is_open(self, key: str) -> bool:
+        """Whether the trial was submitted and has not ended."""
+        return key in self.trials and not self.trials[key].ended
+
+    def submit(self, request: TrialRequest, *, done: bool) -> Trial:
+        """Take a trial up; one that the ledger knows as done does not wait for a slot."""
+        trial = self.trials[request.key] = Trial(request)
+        if not done:
+            self.waiting.append(trial)
+        return trial
+
+    def allow(self, key: str, epochs: int) -> None:
+        """Note that the scheduler asks for a trial's first `epochs` reports."""
+        trial = self.trials[key]
+        trial.allowed = max(trial.allowed, epochs)
+
+    def stop(self, key: str) -> list[Decision]:
+        """Stop a trial: at once where it waits, before its next epoch where it trains (`release_stopped`)."""
+        if not self.is_open(key):
+            return []
+        trial = self.trials[key]
+        trial.stopped = True
+        if trial not in self.waiting:
+            return []
+        self.waiting.remove(trial)
+        return [self._stop(trial)]
+
+    # -- what a slot asks for ------------------------------------------------------------------------------------------
+
+    def take(self, slot: SlotState) -> None:
+        """Give an empty slot its next trial, where one waits.
+
+        One that was lost goes first; then one whose teacher's targets the slot has in memory, or that no other slot
+        has; or the first.
+        """
+        if not self.waiting:
+            return
+        trial = self.waiting[0]
+        if not trial.attempts:
+            others = {other.teacher for other in self.slots if other is not slot} - {None}
+            own = [t for t in self.waiting if slot.teacher is not None and t.request.teacher_key == slot.teacher]
+            free = [t for t in self.waiting if t.request.teacher_key not in others]
+            trial = (own or free or self.waiting)[0]
+        self.waiting.remove(trial)
+        slot.trials.append(trial)
+        slot.teacher = trial.request.teacher_key or slot.teacher
+
+    def partners(self, slot: SlotState) -> list[Trial]:
+        """Return the waiting trials that may share the slot with those that train in it."""
+        key = slot.trials[0].pack_key if slot.trials else None
+        return [trial for trial in self.waiting if key is not None and trial.pack_key == key]
+
+    def join(self, slot: SlotState, room: int) -> None:
+        """Let up to `room` partners join a slot's trials, and leave the other slots their share."""
+        partners = self.partners(slot)
+        share = -(-(len(partners) + len(slot.trials)) // len(self.slots)) - len(slot.trials)
+        for trial in partners[: max(0, min(room, share))]:
+            self.waiting.remove(trial)
+            slot.trials.append(trial)
+
+    def must_wait(self, slot: SlotState) -> bool:
+        """Whether a trial of the slot may not begin its next epoch before the scheduler has seen its last one."""
+        return not self.run_ahead and any(t.reports >= t.allowed and not t.stopped for t in slot.trials)
+
+    def release_stopped(self, slot: SlotState) -> list[Decision]:
+        """End those of a slot's trials that the scheduler has stopped."""
+        stopped = [trial for trial in slot.trials if trial.stopped]
+        slot.trials = [trial for trial in slot.trials if not trial.stopped]
+        return [self._stop(trial) for trial in stopped]
+
+    # -- what comes of it ----------------------------------------------------------------------------------------------
+
+    def report(self, key: str, epoch: int, *, done: bool) -> bool:
+        """Count a report, and return whether it is news.
+
+        A trial whose last epoch was checkpointed but not closed repeats that epoch's report to say that it is done.
+        """
+        trial = self.trials[key]
+        if epoch <= trial.reports and not done:
+            return False
+        trial.reports += 1
+        trial.attempts = 0
+        trial.ended = trial.ended or done
+        return True
+
+    def release_ended(self, slot: SlotState) -> list[Trial]:
+        """Take out of a slot what has ended."""
+        ended = [trial for trial in slot.trials if trial.ended]
+        slot.trials = [trial for trial in slot.trials if not trial.ended]
+        return ended
+
+    def refuse(self, slot: SlotState, trial: Trial, error: BaseException) -> list[Decision]:
+        """Take a trial out of a slot that could not admit it; the others go on."""
+        slot.trials.remove(trial)
+        return self._again([trial], str(error), retry=not isinstance(error, InputError))
+
+    def lose(self, slot: SlotState, error: BaseException, why: str) -> list[Decision]:
+        """Give up a slot; its trials are tried again, each alone where it is not clear which one failed.
+
+        Memory and disk may be free again in a new process; an input is as wrong as before.
+        """
+        lost, slot.trials, slot.teacher, slot.built = slot.trials, [], None, False
+        several = len(lost) > 1
+        for trial in lost:
+            trial.alone = trial.alone or several
+        return self._again(lost, why, retry=several or not isinstance(error, InputError))
+
+    def built(self, slot: SlotState) -> None:
+        """Note that a slot has its workers."""
+        slot.built, slot.failures = True, 0
+
+    def not_built(self, slot: SlotState, why: str) -> list[Decision]:
+        """Note that a slot could not be built; where none at all can be built any more, what waits fails."""
+        slot.failures += 1
+        if any(other.built or other.failures < self.max_attempts for other in self.slots):
+            return []
+        waiting, self.waiting = self.waiting, []
+        return [self._fail(trial, why) for trial in waiting]
+
+    def _again(self, trials: Sequence[Trial], why: str, *, retry: bool) -> list[Decision]:
+        """Put trials at the head of the queue; one fails where its attempts are used up."""
+        decisions: list[Decision] = []
+        for trial in trials:
+            trial.attempts += 1
+            if trial.stopped:
+                decisions.append(self._stop(trial))
+            elif retry and trial.attempts < self.max_attempts:
+                decisions.append(Requeued(trial))
+            else:
+                decisions.append(self._fail(trial, why))
+        self.waiting[:0] = [decision.trial for decision in decisions if isinstance(decision, Requeued)]
+        return decisions
+
+    @staticmethod
+    def _stop(trial: Trial) -> Stopped:
+        trial.ended = True
+        return Stopped(trial)
+
+    @staticmethod
+    def _fail(trial: Trial, why: str) -> Failed:
+        trial.ended = True
+        return Failed(trial, why)

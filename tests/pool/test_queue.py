@@ -1,0 +1,425 @@
+"""The queue's decisions: by example, and as properties of slots that finish, fail, refuse and are lost at random."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pipeline.config import BackboneSource
+from pipeline.errors import InputError, WorkError
+from pipeline.pool.queue import Failed, Queue, Requeued, SlotState, Stopped, Trial, is_of_one_trial
+from pipeline.request import TrialRequest
+from pipeline.trial import TrialConfig
+
+WRONG, TRANSIENT = InputError("no such file"), WorkError("no memory")
+
+
+def request(number: int, teacher: str | None = None, pack: str | None = None) -> TrialRequest:
+    config = TrialConfig(
+        backbone="b", backbone_digest="0", task="t", manifest_digest="1", method="hificl", seed=number
+    )  # fmt: skip
+    return TrialRequest(config, "", "", BackboneSource(), pack_key=pack, teacher_key=teacher)
+
+
+def a_queue(*requests: TrialRequest, slots: int = 1, max_attempts: int = 3, run_ahead: bool = True):
+    """A queue of trials in front of slots that are built."""
+    queue = Queue(slots, max_attempts, run_ahead=run_ahead)
+    trials = [queue.submit(one, done=False) for one in requests]
+    for slot in queue.slots:
+        queue.built(slot)
+    return queue, trials
+
+
+def taken(queue: Queue, slot: SlotState) -> Trial:
+    slot.trials.clear()
+    queue.take(slot)
+    return slot.trials[0]
+
+
+# -- which trial is next -----------------------------------------------------------------------------------------------
+
+
+def test_a_slot_takes_its_own_teacher_then_one_that_no_other_slot_has_then_the_first():
+    def first_of(*teachers: str | None) -> str | None:
+        queue, _ = a_queue(*(request(n, teacher) for n, teacher in enumerate(teachers)), slots=2)
+        here, other = queue.slots
+        here.teacher, other.teacher = "a", "b"
+        return taken(queue, here).request.teacher_key
+
+    assert first_of("b", "c", "a") == "a"
+    assert first_of("b", "c") == "c"
+    assert first_of("b", None) is None
+    assert first_of("b") == "b"
+
+
+def test_a_fresh_slot_takes_what_came_first_and_remembers_its_teacher():
+    queue, trials = a_queue(*(request(n, teacher) for n, teacher in enumerate(["a", "a", None, "b"])), slots=1)
+    (slot,) = queue.slots
+    assert [taken(queue, slot) for _ in range(4)] == trials
+    assert slot.teacher == "b"
+    assert queue.waiting == []
+    slot.trials.clear()
+    queue.take(slot)
+    assert slot.trials == []
+
+
+def test_a_trial_without_a_teacher_leaves_the_slot_its_targets_and_is_not_drawn_to_a_slot_without():
+    queue, trials = a_queue(request(0), request(1, "a"), slots=2)
+    assert taken(queue, queue.slots[0]) is trials[0]
+    queue, trials = a_queue(request(0, "b"), request(1))
+    (slot,) = queue.slots
+    slot.teacher = "a"
+    queue.waiting.reverse()
+    assert taken(queue, slot) is trials[1] and slot.teacher == "a"
+
+
+def test_what_was_lost_comes_before_a_teachers_trials_in_the_order_in_which_it_was_there():
+    queue, trials = a_queue(
+        request(0, "b", "p"), request(1, "b", "p"), request(2, "a"), request(3, "a"), slots=2, max_attempts=9
+    )
+    lost, other = queue.slots
+    queue.take(lost)
+    queue.join(lost, 1)
+    assert lost.trials == trials[:1], "the other slot keeps its share"
+    queue.slots.pop()
+    queue.join(lost, 1)
+    assert lost.trials == trials[:2]
+    queue.lose(lost, TRANSIENT, "it died")
+    assert queue.waiting == trials
+    other.teacher = "a"
+    assert [taken(queue, other) for _ in range(4)] == trials
+
+
+# -- packs -------------------------------------------------------------------------------------------------------------
+
+
+def test_only_trials_with_the_packs_key_join_and_none_beyond_the_room_or_the_slots_share():
+    mixed = [request(n, pack="p" if n % 2 == 0 else "q") for n in range(8)]
+    for slots, room, joined in [(1, 9, 4), (1, 2, 3), (1, 0, 1), (1, -3, 1), (2, 9, 2), (3, 9, 2), (4, 9, 1)]:
+        queue, trials = a_queue(*mixed, slots=slots)
+        queue.take(queue.slots[0])
+        assert queue.partners(queue.slots[0]) == [trials[2], trials[4], trials[6]]
+        queue.join(queue.slots[0], room)
+        assert queue.slots[0].trials == [trials[0], trials[2], trials[4], trials[6]][:joined], (slots, room)
+        assert len(queue.waiting) == 8 - joined
+
+
+def test_trials_without_a_key_share_nothing_and_an_empty_slot_has_no_partners():
+    queue, _ = a_queue(request(0), request(1))
+    (slot,) = queue.slots
+    assert queue.partners(slot) == []
+    queue.take(slot)
+    assert queue.partners(slot) == []
+    queue.join(slot, 9)
+    assert len(slot.trials) == 1
+
+
+def test_a_pack_that_failed_trains_apart_even_for_a_wrong_input_and_then_it_shows_whose_it_was():
+    queue, (a, b, c) = a_queue(*(request(n, pack="p") for n in range(3)))
+    (slot,) = queue.slots
+    queue.take(slot)
+    queue.join(slot, 1)
+    assert queue.lose(slot, WRONG, "no such file") == [Requeued(a), Requeued(b)]
+    assert (a.alone, b.alone, c.alone) == (True, True, False)
+    assert slot.trials == [] and not slot.built and slot.teacher is None
+    queue.built(slot)
+    queue.take(slot)
+    assert slot.trials == [a] and queue.partners(slot) == []
+    assert queue.lose(slot, WRONG, "no such file") == [Failed(a, "no such file")]
+    assert not queue.is_open(a.key) and queue.is_open(b.key)
+    queue.take(slot)
+    queue.report(b.key, 1, done=True)
+    assert queue.release_ended(slot) == [b] and slot.trials == []
+    queue.take(slot)
+    assert slot.trials == [c] and queue.partners(slot) == []
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_is_tried_max_attempts_times_and_gets_them_back_with_an_epoch():
+    queue, (trial,) = a_queue(request(0), max_attempts=3)
+    (slot,) = queue.slots
+    for epoch in (1, 2):
+        for _ in range(2):
+            queue.take(slot)
+            assert queue.lose(slot, TRANSIENT, "it died") == [Requeued(trial)]
+        assert trial.attempts == 2
+        queue.take(slot)
+        assert queue.report(trial.key, epoch, done=False) and trial.attempts == 0
+        queue.lose(slot, TRANSIENT, "it died")
+        assert trial.attempts == 1
+        trial.attempts = 0
+    for expected in (Requeued(trial), Requeued(trial), Failed(trial, "it died")):
+        queue.take(slot)
+        assert queue.lose(slot, TRANSIENT, "it died") == [expected]
+    assert trial.attempts == 3 and trial.ended and queue.waiting == []
+
+
+def test_one_attempt_means_one():
+    queue, (trial,) = a_queue(request(0), max_attempts=1)
+    queue.take(queue.slots[0])
+    assert queue.lose(queue.slots[0], TRANSIENT, "it died") == [Failed(trial, "it died")]
+
+
+def test_a_refused_trial_leaves_the_others_in_their_slot():
+    queue, (a, b, c) = a_queue(*(request(n, pack="p") for n in range(3)))
+    (slot,) = queue.slots
+    queue.take(slot)
+    queue.join(slot, 2)
+    assert queue.refuse(slot, b, TRANSIENT) == [Requeued(b)]
+    assert slot.trials == [a, c] and queue.waiting == [b] and not b.alone and slot.built
+    assert queue.refuse(slot, a, WRONG) == [Failed(a, "no such file")]
+    assert slot.trials == [c]
+
+
+def test_an_error_at_admission_is_the_trials_own_where_it_is_a_known_one_and_no_other_rank_waits():
+    assert is_of_one_trial(WRONG, 1) and is_of_one_trial(TRANSIENT, 1)
+    assert not is_of_one_trial(WRONG, 2)
+    assert not is_of_one_trial(RuntimeError("?"), 1)
+
+
+def test_what_waits_fails_only_when_no_slot_at_all_can_be_built():
+    queue, (a, b) = a_queue(request(0), request(1), slots=2, max_attempts=2)
+    first, second = queue.slots
+    first.built = second.built = False
+    assert queue.not_built(first, "no place") == [] and first.failures == 1
+    assert queue.not_built(first, "no place") == []
+    assert queue.not_built(second, "no place") == []
+    queue.built(first)
+    assert first.failures == 0
+    assert queue.not_built(second, "no place") == [], "the other one trains"
+    first.built = False
+    assert queue.not_built(first, "no place") == []
+    assert queue.not_built(first, "no place") == [Failed(a, "no place"), Failed(b, "no place")]
+    assert queue.waiting == [] and a.ended and b.ended
+
+
+# -- the scheduler's word ----------------------------------------------------------------------------------------------
+
+
+def test_a_slot_waits_for_the_scheduler_unless_it_may_run_ahead():
+    for run_ahead in (False, True):
+        queue, (a, b) = a_queue(request(0, pack="p"), request(1, pack="p"), run_ahead=run_ahead)
+        (slot,) = queue.slots
+        assert not queue.must_wait(slot)
+        queue.take(slot)
+        queue.join(slot, 1)
+        assert not queue.must_wait(slot), "the first epoch is allowed"
+        queue.report(a.key, 1, done=False)
+        assert queue.must_wait(slot) is not run_ahead
+        queue.allow(a.key, 2)
+        assert not queue.must_wait(slot)
+        queue.allow(a.key, 1)
+        assert a.allowed == 2, "a proxy that died asks again for what it has seen"
+        queue.report(b.key, 1, done=False)
+        assert queue.must_wait(slot) is not run_ahead
+        queue.stop(b.key)
+        assert not queue.must_wait(slot)
+
+
+def test_a_stopped_trial_leaves_its_slot_before_its_next_epoch_and_the_queue_at_once():
+    queue, (a, b, c) = a_queue(*(request(n, pack="p") for n in range(3)))
+    (slot,) = queue.slots
+    queue.take(slot)
+    queue.join(slot, 1)
+    assert queue.stop(a.key) == [] and not a.ended
+    assert queue.release_stopped(slot) == [Stopped(a)] and a.ended and slot.trials == [b]
+    assert queue.release_stopped(slot) == []
+    assert queue.stop(c.key) == [Stopped(c)] and queue.waiting == [] and c.ended
+    assert queue.stop(c.key) == [] and queue.stop("unknown") == []
+    queue.stop(b.key)
+    assert queue.lose(slot, TRANSIENT, "it died") == [Stopped(b)] and queue.waiting == []
+
+
+# -- reports and the ledger --------------------------------------------------------------------------------------------
+
+
+def test_a_report_counts_once_and_an_end_even_if_its_epoch_was_reported():
+    queue, (trial,) = a_queue(request(0))
+    assert queue.report(trial.key, 1, done=False)
+    assert not queue.report(trial.key, 1, done=False) and trial.reports == 1
+    assert queue.report(trial.key, 2, done=False) and trial.reports == 2 and not trial.ended
+    assert queue.report(trial.key, 2, done=True) and trial.ended
+    assert not queue.is_open(trial.key)
+
+
+def test_a_trial_of_the_ledger_waits_for_no_slot_and_an_ended_one_may_be_submitted_again():
+    queue, _ = a_queue()
+    known = queue.submit(request(0), done=True)
+    assert queue.waiting == [] and queue.is_open(known.key)
+    queue.report(known.key, 1, done=False)
+    queue.report(known.key, 2, done=True)
+    assert not queue.is_open(known.key) and not queue.is_open("unknown")
+    again = queue.submit(request(0), done=False)
+    assert again is not known and queue.waiting == [again] and queue.is_open(again.key)
+
+
+# -- everything at random ----------------------------------------------------------------------------------------------
+
+EPOCHS = 3
+
+
+class Pool(RuleBasedStateMachine):
+    """Slots that are built, take, pack, report, refuse and are lost, and a scheduler that stops."""
+
+    @initialize(slots=st.integers(1, 3), max_attempts=st.integers(1, 3), run_ahead=st.booleans())
+    def begin(self, slots: int, max_attempts: int, run_ahead: bool) -> None:
+        self.queue = Queue(slots, max_attempts, run_ahead=run_ahead)
+        self.trials: list[Trial] = []
+        self.ends: Counter[Trial] = Counter()
+        self.failures: Counter[Trial] = Counter()  # since the last epoch
+
+    def decided(self, decisions) -> None:
+        for decision in decisions:
+            if isinstance(decision, Requeued):
+                assert decision.trial in self.queue.waiting and not decision.trial.stopped
+            else:
+                assert decision.trial not in self.queue.waiting
+                self.ends[decision.trial] += 1
+
+    def failed(self, trials: list[Trial], error: Exception, decisions) -> None:
+        several = len(trials) > 1
+        for trial, decision in zip(trials, decisions, strict=True):
+            self.failures[trial] += 1
+            gives_up = self.failures[trial] >= self.queue.max_attempts or (error is WRONG and not several)
+            expected = Stopped if trial.stopped else Failed if gives_up else Requeued
+            assert decision.trial is trial and type(decision) is expected
+
+    def slot(self, data, *, empty: bool | None = None) -> SlotState | None:
+        fit = [s for s in self.queue.slots if s.built and (empty is None or empty is not bool(s.trials))]
+        return data.draw(st.sampled_from(fit)) if fit else None
+
+    @rule(teacher=st.sampled_from([None, "a", "b"]), pack=st.sampled_from([None, "p", "p", "q"]))
+    def submit(self, teacher: str | None, pack: str | None) -> None:
+        self.trials.append(self.queue.submit(request(len(self.trials), teacher, pack), done=False))
+
+    @rule(data=st.data(), works=st.booleans())
+    def build(self, data, works: bool) -> None:
+        for slot in self.queue.slots:
+            if not slot.built and self.queue.waiting:
+                if works:
+                    self.queue.built(slot)
+                else:
+                    self.decided(self.queue.not_built(slot, "no place"))
+
+    @rule(data=st.data(), room=st.integers(0, 4))
+    def take(self, data, room: int) -> None:
+        if (slot := self.slot(data, empty=True)) is None:
+            return
+        head = self.queue.waiting[:1]
+        self.queue.take(slot)
+        assert len(slot.trials) == len(head)
+        if head and head[0].attempts:
+            assert slot.trials == head
+        self.join(slot, room)
+
+    @rule(data=st.data(), room=st.integers(0, 4))
+    def fill(self, data, room: int) -> None:
+        if (slot := self.slot(data, empty=False)) is not None:
+            self.join(slot, room)
+
+    def join(self, slot: SlotState, room: int) -> None:
+        before, waiting = list(slot.trials), list(self.queue.waiting)
+        partners = self.queue.partners(slot)
+        self.queue.join(slot, room)
+        joined = slot.trials[len(before) :]
+        assert slot.trials[: len(before)] == before and joined == partners[: len(joined)]
+        assert len(joined) <= room
+        assert not joined or len(slot.trials) <= -(-(len(before) + len(partners)) // len(self.queue.slots))
+        assert self.queue.waiting == [trial for trial in waiting if trial not in joined]
+
+    @rule(data=st.data())
+    def train(self, data) -> None:
+        if (slot := self.slot(data, empty=False)) is None:
+            return
+        self.decided(self.queue.release_stopped(slot))
+        if self.queue.must_wait(slot):
+            assert not self.queue.run_ahead
+            return
+        for trial in slot.trials:
+            assert not trial.stopped
+            done = trial.reports + 1 == EPOCHS
+            assert self.queue.report(trial.key, trial.reports + 1, done=done)
+            self.failures[trial] = 0
+            self.ends[trial] += done
+            assert done or not self.queue.report(trial.key, trial.reports, done=False)
+        assert all(trial.ended for trial in self.queue.release_ended(slot))
+
+    @rule(data=st.data(), error=st.sampled_from([WRONG, TRANSIENT]))
+    def lose(self, data, error: Exception) -> None:
+        if (slot := self.slot(data)) is None:
+            return
+        trials = list(slot.trials)
+        decisions = self.queue.lose(slot, error, "lost")
+        self.failed(trials, error, decisions)
+        self.decided(decisions)
+        assert not slot.built and not slot.trials
+        assert len(trials) < 2 or all(trial.alone for trial in trials)
+
+    @rule(data=st.data(), error=st.sampled_from([WRONG, TRANSIENT]))
+    def refuse(self, data, error: Exception) -> None:
+        if (slot := self.slot(data, empty=False)) is None:
+            return
+        trial = data.draw(st.sampled_from(slot.trials))
+        decisions = self.queue.refuse(slot, trial, error)
+        self.failed([trial], error, decisions)
+        self.decided(decisions)
+
+    @precondition(lambda self: self.trials)
+    @rule(data=st.data(), epochs=st.integers(1, EPOCHS))
+    def allow(self, data, epochs: int) -> None:
+        self.queue.allow(data.draw(st.sampled_from(self.trials)).key, epochs)
+
+    @precondition(lambda self: self.trials)
+    @rule(data=st.data())
+    def stop(self, data) -> None:
+        self.decided(self.queue.stop(data.draw(st.sampled_from(self.trials)).key))
+
+    @invariant()
+    def every_open_trial_is_in_one_place_and_every_ended_one_in_none(self) -> None:
+        places = Counter([*self.queue.waiting, *(trial for slot in self.queue.slots for trial in slot.trials)])
+        for trial in self.trials:
+            assert places[trial] == (not trial.ended)
+            assert self.ends[trial] == trial.ended
+
+    @invariant()
+    def packs_share_a_key_and_attempts_are_bounded_and_nothing_stopped_waits(self) -> None:
+        for slot in self.queue.slots:
+            assert not slot.trials or slot.built
+            if len(slot.trials) > 1:
+                (key,) = {trial.pack_key for trial in slot.trials}
+                assert key is not None
+        assert not any(trial.stopped for trial in self.queue.waiting)
+        for trial in self.trials:
+            assert trial.attempts <= self.queue.max_attempts and (trial.ended or trial.attempts == self.failures[trial])
+
+    def teardown(self) -> None:
+        """Nothing goes wrong any more: every trial comes to its end, in so many rounds as there are epochs."""
+        for slot in self.queue.slots:
+            if not slot.built:
+                self.queue.built(slot)
+        for trial in self.trials:
+            self.queue.allow(trial.key, EPOCHS)
+        rounds = EPOCHS * len(self.trials) + 1
+        for _ in range(rounds):
+            for slot in self.queue.slots:
+                if not slot.trials:
+                    self.queue.take(slot)
+                self.decided(self.queue.release_stopped(slot))
+                for trial in slot.trials:
+                    done = trial.reports + 1 >= EPOCHS
+                    assert self.queue.report(trial.key, trial.reports + 1, done=done)
+                    self.ends[trial] += done
+                self.queue.release_ended(slot)
+        assert all(trial.ended for trial in self.trials)
+        assert all(self.ends[trial] == 1 for trial in self.trials)
+
+
+TestPool = Pool.TestCase
+TestPool.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+pytest.mark.timeout(120)(TestPool)
