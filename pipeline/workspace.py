@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import plain_yaml
 from pipeline.config import FOLDERS, PARAMS, load
 from pipeline.errors import InputError, WorkError
-from pipeline.terminal import Answer
 
 LINKS = (".venv", "pipeline", "stages", "checkpoints", "weights", *FOLDERS.values())
 PAGE = "page.html"  # what `dvc plots` fills, below .dvc
@@ -125,28 +122,3 @@ def dvc(folder: Path, *args: str, shown: bool = False) -> None:
     done = subprocess.run(words, cwd=folder, capture_output=not shown, text=True, check=False, env=active())
     if done.returncode:
         raise WorkError(f"dvc {args[0]} failed: {(done.stderr or '').strip()[-300:]}".rstrip(": "), where=str(folder))
-
-
-@dataclass(frozen=True)
-class Whereabouts(Answer):
-    """Where a folder's results are; None for what is not there yet."""
-
-    report: str | None
-    tables: str | None
-    runs: str | None
-
-    def record(self) -> dict[str, str | None]:
-        """Return the paths."""
-        return asdict(self)
-
-    def shown(self) -> Iterator[str]:
-        """Give a line a place, and how to look at it."""
-        yield f"report  {self.report or 'none yet: dvc repro'}"
-        yield f"tables  {f'{self.tables}/*.md and *.csv' if self.tables else 'none yet'}"
-        yield f"runs    {f'{self.runs}, in a browser by `hificl ui`' if self.runs else 'none yet'}"
-
-
-def whereabouts(folder: Path) -> Whereabouts:
-    """Return where the report, its tables and the MLflow store of a folder are."""
-    places = (folder / "reports/index.html", folder / "reports", folder / "mlflow.db")
-    return Whereabouts(*(str(path) if path.exists() else None for path in places))

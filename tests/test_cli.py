@@ -10,7 +10,7 @@ from importlib.metadata import version
 import pytest
 
 from pipeline import backbones, methods, tasks
-from pipeline.cli import _parser
+from pipeline.cli import command_line
 from tests.conftest import ROOT
 
 
@@ -58,7 +58,7 @@ def test_help_lists_every_command_once_in_a_line_of_its_group():
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert all(len(line) <= 80 for line in lines)
-    verbs = _parser()._subparsers._group_actions[0].choices
+    verbs = command_line()._subparsers._group_actions[0].choices
     for verb in verbs:
         assert len([line for line in lines if line.startswith(f"  {verb} ")]) == 1, verb
     for group in ("run:", "look:", "check:", "names:", "numbers:", "miniature:", "cluster:", "options:"):

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from pipeline.commands.plan import forecast as plan
 from pipeline.cost.hours import Rates, forecast
 from pipeline.errors import InputError
-from pipeline.sweep.forecast import plan
 from pipeline.trial import TrialConfig
 
 PROJECT = Path(__file__).resolve().parents[2]

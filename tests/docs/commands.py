@@ -19,7 +19,7 @@ PROMPT = "$ "
 # What is not run, and why. `hificl` commands are parsed all the same, `make` targets resolved, modules found.
 NOT_RUN: dict[str, str] = {
     r"make (repro|test|setup|check|bench|clean|test-\w+|repro-real|pictures)\b.*": "runs for minutes, in CI of its own",
-    r"(source|cd) .*": "a shell's own",
+    r"(source|cd|eval) .*": "a shell's own",
     r"dvc repro( .*)?": "run by tests/e2e/test_pipeline.py; the new task's by test_extending.py",
     r"dvc (exp|metrics|params|plots|queue) .*": "run by tests/e2e/test_experiments.py",
     r"hificl ui.*": "a server: run by tests/tracking/test_ui.py",

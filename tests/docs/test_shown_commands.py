@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from pipeline.cli import _parser
+from pipeline.cli import command_line
 from tests.conftest import ROOT
 from tests.docs.commands import PAGES, every, inline
 
@@ -37,9 +37,9 @@ def test_it_is_a_command_all_the_same(command):
     if program == "hificl":
         words = _filled(rest)
         if len(words) == 1:  # a command that is spoken of
-            assert words[0] in _parser()._subparsers._group_actions[0].choices
+            assert words[0] in command_line()._subparsers._group_actions[0].choices
         else:
-            assert hasattr(_parser().parse_args(words), "func")
+            assert hasattr(command_line().parse_args(words), "func")
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in rest if "=" not in word} <= set(targets)

@@ -111,7 +111,7 @@ def test_a_method_is_a_registered_name(folder, model, method):
 @pytest.mark.parametrize("extra", [{"backbone": "../../../tmp", "task": "vqav2"}, {"backbone": "x", "task": "../x"}])
 def test_predict_takes_no_path_from_an_adapter(folder, pictures, extra):
     """The backbone and the task that a folder names are looked up among the registered ones; a path is no name."""
-    from pipeline.lineage.predict import answer
+    from pipeline.commands.predict import answer
 
     change(folder, lambda config: config.update(extra=extra))
     with pytest.raises(InputError, match=r"unknown (backbone|task) '\.\./"):

@@ -4,9 +4,9 @@ import importlib.util
 
 import pytest
 
+from pipeline.commands.doctor import examine
 from pipeline.config import load
 from pipeline.errors import InputError
-from pipeline.lineage.doctor import examine
 from pipeline.sweep.engines import check_engines
 from pipeline.sweep.forecast import as_given
 from pipeline.sweep.space import cells

@@ -27,7 +27,8 @@ def test_the_stage_and_the_driver_import_what_they_need(module: str, not_needed:
     ("words", "not_needed"),
     [
         ("--help", "torch pydantic rich yaml numpy"),
-        ("where", "torch rich numpy"),
+        ("--help", "torch rich numpy pydantic ruamel transformers mlflow ray argcomplete"),
+        ("where", "torch rich numpy pydantic ruamel"),
         ("tasks", "torch rich"),
         ("studies", "ray mlflow transformers deepspeed matplotlib"),  # a method's options stand beside its modules
         ("methods", "ray mlflow transformers deepspeed matplotlib"),

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from pipeline import tasks
+from pipeline.commands.doctor import examine
+from pipeline.commands.predict import answer
 from pipeline.config import load
 from pipeline.data.subsample import draw
 from pipeline.errors import InputError
-from pipeline.lineage.doctor import examine
-from pipeline.lineage.predict import answer
 from pipeline.sweep.pictures import check_pictures
 from pipeline.sweep.run import places, sweep
 from tests.e2e.conftest import change, make_project

@@ -14,10 +14,10 @@ from pipeline.data.images import check_image, open_image
 from pipeline.data.manifest import Manifest
 from pipeline.data.subsample import draw
 from pipeline.errors import InputError
-from pipeline.scores.__main__ import main
 from pipeline.scores.mmmu_pro import read_options
 from pipeline.tasks.choice_files import letter_of
 from pipeline.tasks.seed_bench import CLOSING
+from tests.scoring import main
 from tests.tasks.conftest import failure
 
 

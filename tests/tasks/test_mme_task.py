@@ -10,7 +10,7 @@ from pipeline import tasks
 from pipeline.data.images import open_image
 from pipeline.data.subsample import draw
 from pipeline.errors import InputError
-from pipeline.scores.__main__ import main
+from tests.scoring import main
 from tests.tasks.conftest import failure, make_mme_shards
 
 

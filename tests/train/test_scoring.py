@@ -10,9 +10,9 @@ from pipeline import tasks
 from pipeline.data.manifest import Manifest
 from pipeline.miniature.world import object_synonyms
 from pipeline.scores import chair, objects
-from pipeline.scores.__main__ import main
 from pipeline.train.workbench import Workbench
 from pipeline.trial import EvaluationConfig
+from tests.scoring import main
 
 
 @pytest.fixture(scope="module")

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline import report
-from pipeline.config import Params
+from pipeline.commands.parser import CommandLine, settable, study_names
 from pipeline.errors import InputError, nearest
-from pipeline.report import tracked
-from pipeline.sweep.draw import draw_task
-from pipeline.sweep.evaluation import evaluate
-from pipeline.sweep.plan import places
-from pipeline.sweep.run import sweep
-from pipeline.sweep.space import needed
 from pipeline.terminal import Answer
-from pipeline.workspace import dvc
+
+if TYPE_CHECKING:
+    from pipeline.config import Params
+
+
+def register(line: CommandLine) -> None:
+    """Add the verb."""
+    parser = line.verb("run", "study", study, "one or more studies: train, evaluate, report", answers=True)
+    study_names(parser.add_argument("study", nargs="+", metavar="S", help="`hificl studies` lists them"))
+    settable(parser)
+
+
+def study(args: argparse.Namespace) -> Reported:
+    """Run the studies of the command line in the current folder."""
+    from pipeline.config import load
+
+    return run(args.study, load(overrides=args.set), Path.cwd())
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,11 @@ def run(studies: list[str], params: Params, root: Path) -> Reported:
         InputError: unknown study, or inputs that are not in order.
         WorkError: some trials failed; the others are done.
     """
+    from pipeline import report
+    from pipeline.report import tracked
+    from pipeline.sweep.evaluation import evaluate
+    from pipeline.sweep.run import sweep
+
     for name in studies:
         if name not in params.studies:
             raise InputError(f"unknown study '{name}'", way_out=nearest(name, params.studies))
@@ -66,6 +81,11 @@ def run(studies: list[str], params: Params, root: Path) -> Reported:
 
 def _draw_samples(params: Params, studies: list[str], root: Path) -> None:
     """Draw the samples that are not there yet: on a fresh clone a study is one command too."""
+    from pipeline.sweep.draw import draw_task
+    from pipeline.sweep.plan import places
+    from pipeline.sweep.space import needed
+    from pipeline.workspace import dvc
+
     where = places(root)
 
     def absent() -> list[str]:

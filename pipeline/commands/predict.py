@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.manifest import Manifest
+from pipeline.commands.parser import CommandLine
 from pipeline.errors import nearest
-from pipeline.tasks import tasks
 from pipeline.terminal import Answer, short
-from pipeline.train.answering import Answerer
+
+
+def register(line: CommandLine) -> None:
+    """Add the verb."""
+    parser = line.verb("look", "predict", predict, "an adapter's answer to a question about a picture", answers=True)
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="such as runs/KEY/adapter")
+    parser.add_argument("--image", required=True, metavar="F")
+    parser.add_argument("--question", metavar="Q", help="left out for a caption")
+    parser.add_argument("--task", help="whose prompt is used (default: the adapter's own)")
+    parser.add_argument("--max-new-tokens", type=int)
+
+
+def predict(args: argparse.Namespace) -> Predicted:
+    """Answer the question of the command line."""
+    return answer(
+        Path(args.adapter), args.image, question=args.question, task_name=args.task,
+        max_new_tokens=args.max_new_tokens,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,13 +70,18 @@ def answer(
         InputError: no adapter of a trial, no such image, a question too many or too few, or weights that are
             missing or not those that the adapter was trained on.
     """
-    found = Answerer(folder, task_name=task_name).answer(image, question, max_new_tokens)
-    note = _unheard(found["task"], question, Path("data/manifests"))
-    return Predicted({**found, "image": str(image), **({"note": note} if note else {})})
+    from pipeline.train.answering import Answerer
+
+    said = Answerer(folder, task_name=task_name).answer(image, question, max_new_tokens)
+    note = _unheard(said["task"], question, Path("data/manifests"))
+    return Predicted({**said, "image": str(image), **({"note": note} if note else {})})
 
 
 def _unheard(task_name: str, question: str | None, manifests: Path) -> str | None:
     """Return that the miniature was never asked such a question; its world has a few, and its own words for answers."""
+    from pipeline.data.manifest import Manifest
+    from pipeline.tasks import tasks
+
     path = manifests / task_name / "manifest.json"
     if question is None or tasks.get(task_name).stands_for == task_name or not path.is_file():
         return None

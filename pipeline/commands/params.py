@@ -1,19 +1,32 @@
-"""How many parameters a method trains on a real configuration; no weights, no memory."""
+"""`hificl params`: how many parameters a method trains on a real configuration; no weights, no memory."""
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline import adapters, backbones
+from pipeline.commands.parser import CommandLine, settable
 from pipeline.errors import InputError
-from pipeline.plain_yaml import read
 from pipeline.terminal import Answer, short, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+def register(line: CommandLine) -> None:
+    """Add the verb."""
+    parser = line.verb("check", "params", params, "a method's trainable parameters on a real backbone", answers=True)
+    parser.add_argument("--backbone", required=True)
+    parser.add_argument("--method", required=True)
+    settable(parser)
+
+
+def params(args: argparse.Namespace) -> Count:
+    """Count what the command line names."""
+    return count(args.backbone, args.method, args.set)
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,9 @@ def count(backbone: str, method: str, settings: list[str]) -> Count:
     Raises:
         InputError: unknown backbone, method or option.
     """
+    from pipeline import adapters, backbones
+    from pipeline.plain_yaml import read
+
     options = {}
     for item in settings:
         key, equals, text = item.partition("=")

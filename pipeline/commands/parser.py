@@ -1,10 +1,12 @@
-"""What `argparse` lacks: help by groups, the nearest name for a misspelt one, and two ways to print an answer."""
+"""What `argparse` lacks: help by groups, the nearest name for a misspelt one, completion, two forms of an answer."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.errors import nearest
@@ -70,6 +72,13 @@ class CommandLine(Parser):
         sub: Parser = self._verbs.add_parser(name, help=text, description=text)
         return sub
 
+    def complete(self) -> None:
+        """Answer a shell that asks how a word goes on, and end; see `hificl completion`."""
+        if "_ARGCOMPLETE" in os.environ:
+            import argcomplete
+
+            argcomplete.autocomplete(self)
+
     def format_help(self) -> str:
         """Return the verbs by group, and the options."""
         width = 2 + max(len(name) for verbs in self._groups.values() for name in verbs)
@@ -78,3 +87,25 @@ class CommandLine(Parser):
         for title, rows in {**self._groups, "options": options}.items():
             lines += ["", f"{title}:", *(f"  {name:{width}}{text}" for name, text in rows.items())]
         return "\n".join([*lines, "", f"`{self.prog} COMMAND --help` says more."]) + "\n"
+
+
+def settable(parser: Parser) -> None:
+    """Add `--set`."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of params.yaml"
+    )
+
+
+def study_names(action: argparse.Action) -> None:
+    """Let a shell complete the names of studies."""
+    _complete_files(action, "studies")
+
+
+def profile_name(action: argparse.Action) -> None:
+    """Let a shell complete the names of profiles."""
+    _complete_files(action, "profiles")
+
+
+def _complete_files(action: argparse.Action, folder: str) -> None:
+    names = lambda **_: sorted(file.stem for file in Path(folder).glob("*.yaml"))  # noqa: E731 - argcomplete calls it
+    setattr(action, "completer", names)  # noqa: B010 - argcomplete's own attribute, which argparse does not declare

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.commands import doctor
 from pipeline.config import load
-from pipeline.lineage import doctor
 from tests.conftest import ROOT
 
 

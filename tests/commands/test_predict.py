@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.commands.predict import Predicted, _unheard
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.lineage.predict import Predicted, _unheard
 from pipeline.miniature.lexicon import QUESTIONS
 
 ASKED = QUESTIONS[:8]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import os
 import platform
 import shutil
 import sys
@@ -11,27 +13,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import backbones, plain_paths
-from pipeline.config import Params, data_root
-from pipeline.copies import UNWATCHED_WAY_OUT, main_checkout, unwatched
+from pipeline import plain_paths
+from pipeline.commands.parser import CommandLine, profile_name
 from pipeline.errors import HificlError, InputError
-from pipeline.sweep.engines import check_engines
-from pipeline.sweep.forecast import as_given
-from pipeline.sweep.pictures import check_pictures, has_rules
-from pipeline.sweep.plan import make_plan, places
-from pipeline.sweep.space import cells, needed, unheard
-from pipeline.tasks import tasks
 from pipeline.terminal import BAD, GOOD, Answer, table
-from pipeline.tracking import store
-from pipeline.tracking.provenance import code_root, code_version, refused, versions
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from pipeline.config import Params
+    from pipeline.sweep.space import Cell
 
 OK, MISSING, NOTE = "ok", "missing", "note"
 _STYLES = {OK: GOOD, MISSING: BAD}
 _DISK_GIB = {"tiny": 1.0, "published": 5.0}  # run state, caches and MLflow; weights are looked at by themselves
 _SHARED_MEMORY_GIB = 0.5  # below, Ray writes its objects to the disk
+
+
+def register(line: CommandLine) -> None:
+    """Add the verb."""
+    parser = line.verb("check", "doctor", doctor, "data, weights, Java, GPUs, Ray, MLflow and disk", answers=True)
+    profile_name(parser.add_argument("--profile", metavar="P", help="a profile (default: params.yaml's)"))
+
+
+def doctor(args: argparse.Namespace) -> Examination:
+    """Examine the current folder."""
+    from pipeline.config import load
+
+    return examine(load(profile=args.profile), Path.cwd())
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,13 @@ def examine(params: Params, root: Path) -> Examination:
     return Examination(params.profile, checks)
 
 
+def _cells(params: Params) -> list[Cell]:
+    from pipeline.sweep.forecast import as_given
+    from pipeline.sweep.space import cells
+
+    return [cell for study in params.run.studies for cell in cells(params, study, as_given(params))]
+
+
 def _tried(name: str, work: Callable[[], str], way_out: str | None = None) -> Finding:
     try:
         return Finding(name, OK, work())
@@ -90,6 +106,8 @@ def _tried(name: str, work: Callable[[], str], way_out: str | None = None) -> Fi
 
 
 def _python(params: Params, root: Path) -> Iterator[Finding]:
+    from pipeline.tracking.provenance import versions
+
     yield Finding("python", OK, f"{platform.python_version()} at {sys.executable}")
     if platform.system() != "Linux":
         yield Finding("system", NOTE, f"{platform.system()} {platform.machine()}: everything is tested on Linux alone")
@@ -99,20 +117,25 @@ def _python(params: Params, root: Path) -> Iterator[Finding]:
 
 def _code(params: Params, root: Path) -> Iterator[Finding]:
     """Whether runs can name their commit, and `dvc exp` can read it."""
+    from pipeline.tracking.provenance import code_root, code_version, refused
+
     code = code_root(root)
-    found = code_version(code)
-    if found["commit"] is None:
-        yield Finding("code", NOTE, f"runs will have no commit: {found['note']}")
+    version = code_version(code)
+    if version["commit"] is None:
+        yield Finding("code", NOTE, f"runs will have no commit: {version['note']}")
     elif (why := refused(code)) is not None:
-        yield Finding("code", NOTE, f"commit {found['commit'][:12]}; `dvc exp` and git itself refuse it: {why}")
+        yield Finding("code", NOTE, f"commit {version['commit'][:12]}; `dvc exp` and git itself refuse it: {why}")
     else:
-        yield Finding("code", OK, f"commit {found['commit'][:12]}{', changed since' if found['dirty'] else ''}")
+        yield Finding("code", OK, f"commit {version['commit'][:12]}{', changed since' if version['dirty'] else ''}")
 
 
 def _studies(params: Params, root: Path) -> Iterator[Finding]:
     """Whether the profile can give what its studies ask for, as far as params.yaml tells."""
-    studies = params.run.studies
-    asked = [cell for study in studies for cell in cells(params, study, as_given(params))]
+    from pipeline.sweep.engines import check_engines
+    from pipeline.sweep.plan import make_plan, places
+    from pipeline.sweep.space import unheard
+
+    studies, asked = params.run.studies, _cells(params)
 
     def laid_out() -> str:
         trials = make_plan(params, asked, places(root)).trials
@@ -124,6 +147,11 @@ def _studies(params: Params, root: Path) -> Iterator[Finding]:
 
 
 def _data(params: Params, root: Path) -> Iterator[Finding]:
+    from pipeline.config import data_root
+    from pipeline.copies import UNWATCHED_WAY_OUT, unwatched
+    from pipeline.sweep.space import needed
+    from pipeline.tasks import tasks
+
     folder = data_root(params)
     for name in needed(params, params.run.studies)[1]:
         task = tasks.get(name).with_splits(params.subsample.splits.get(name, "official"))
@@ -144,8 +172,10 @@ def _data(params: Params, root: Path) -> Iterator[Finding]:
 
 def _pictures(params: Params, root: Path) -> Iterator[Finding]:
     """Whether the backbones take the pictures that are drawn already."""
-    asked = [cell for study in params.run.studies for cell in cells(params, study, as_given(params))]
-    for backbone, task in sorted({(cell.backbone, cell.task) for cell in asked if has_rules(cell.backbone)}):
+    from pipeline.sweep.pictures import check_pictures, has_rules
+    from pipeline.sweep.plan import places
+
+    for backbone, task in sorted({(cell.backbone, cell.task) for cell in _cells(params) if has_rules(cell.backbone)}):
         path = places(root).manifest(task)
         if path.exists():
             yield _tried(
@@ -155,6 +185,9 @@ def _pictures(params: Params, root: Path) -> Iterator[Finding]:
 
 
 def _weights(params: Params, root: Path) -> Iterator[Finding]:
+    from pipeline import backbones
+    from pipeline.sweep.space import needed
+
     for name in needed(params, params.run.studies)[0]:
         source = params.backbone_source(name)
         yield _tried(
@@ -165,6 +198,8 @@ def _weights(params: Params, root: Path) -> Iterator[Finding]:
 
 def _java(params: Params, root: Path) -> Iterator[Finding]:
     from pipeline.scores.java import find_java, java_version
+    from pipeline.sweep.space import needed
+    from pipeline.tasks import tasks
 
     captions = [name for name in needed(params, params.run.studies)[1] if tasks.get(name).metric == "CIDEr"]
 
@@ -206,7 +241,8 @@ def _ray(params: Params, root: Path) -> Iterator[Finding]:
 
 
 def _mlflow(params: Params, root: Path) -> Iterator[Finding]:
-    import os
+    from pipeline.copies import main_checkout
+    from pipeline.tracking import store
 
     def reached() -> str:
         uri = store.resolve(params.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None, main_checkout(root))
@@ -222,6 +258,9 @@ def _mlflow(params: Params, root: Path) -> Iterator[Finding]:
 
 
 def _disk(params: Params, root: Path) -> Iterator[Finding]:
+    from pipeline import backbones
+    from pipeline.sweep.space import needed
+
     free = shutil.disk_usage(root).free / 2**30
     published = any(
         params.backbone_source(name).variant == "published" and backbones.get(name).hub_id

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Params
+from pipeline.commands.parser import CommandLine
 from pipeline.errors import HificlError, InputError
-from pipeline.sweep.plan import all_cells, make_plan, places
-from pipeline.sweep.store import TrialStore
-from pipeline.tracking.runs import Tracker
+from pipeline.terminal import Answer, Facts
+
+if TYPE_CHECKING:
+    from pipeline.config import Params
+
+
+def register(line: CommandLine) -> None:
+    """Add the verb."""
+    parser = line.verb("check", "gc", gc, "show what no report refers to; --yes removes it", answers=True)
+    parser.add_argument("--yes", action="store_true", help="remove what is shown")
+
+
+def gc(args: argparse.Namespace) -> Answer:
+    """Show or remove it in the current folder."""
+    from pipeline.config import load
+
+    return Facts(collect(load(), Path.cwd(), remove=args.yes))
 
 
 def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
@@ -28,6 +43,9 @@ def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
     Raises:
         InputError: nothing was evaluated, so that nothing is referred to; or a sweep holds the store.
     """
+    from pipeline.sweep.store import TrialStore
+    from pipeline.tracking.runs import Tracker
+
     studies = sorted((root / "evaluations/studies").glob("*.json"))
     if not studies:
         raise InputError(
@@ -72,6 +90,8 @@ def _referred(studies: list[Path]) -> tuple[set[str], set[str]]:
 
 
 def _planned(params: Params, root: Path) -> set[str]:
+    from pipeline.sweep.plan import all_cells, make_plan, places
+
     where = places(root)
     try:
         return set(make_plan(params, all_cells(params, params.run.studies, where), where).trials)

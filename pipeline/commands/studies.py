@@ -1,20 +1,33 @@
-"""Every study: its table or figure, and how far its trials are."""
+"""`hificl studies`: every study, its table or figure, and how far its trials are."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Params
+from pipeline.commands.parser import CommandLine, settable
 from pipeline.errors import HificlError
-from pipeline.sweep.plan import Inputs, make_plan, places
-from pipeline.sweep.space import cells
-from pipeline.sweep.store import TrialStore
 from pipeline.terminal import GOOD, Answer, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from pipeline.config import Params
+    from pipeline.sweep.plan import Inputs
+
+
+def register(line: CommandLine) -> None:
+    """Add the verb."""
+    settable(line.verb("look", "studies", studies, "every study, its trials done and open", answers=True))
+
+
+def studies(args: argparse.Namespace) -> Overview:
+    """Look at the current folder's."""
+    from pipeline.config import load
+
+    return overview(load(overrides=args.set))
 
 
 @dataclass(frozen=True)
@@ -75,15 +88,21 @@ class Overview(Answer):
 
 def overview(params: Params) -> Overview:
     """Return how far the trials of every study are, under the current profile."""
+    from pipeline.sweep.plan import Inputs, places
+
     inputs = Inputs(params, places())
-    found = {
+    states = {
         name: State(study.title, study.paper, name in params.run.studies, **_counts(name, inputs))
         for name, study in params.studies.items()
     }
-    return Overview(params.profile, found)
+    return Overview(params.profile, states)
 
 
 def _counts(study: str, inputs: Inputs) -> dict[str, Any]:
+    from pipeline.sweep.plan import make_plan
+    from pipeline.sweep.space import cells
+    from pipeline.sweep.store import TrialStore
+
     try:
         plan = make_plan(inputs.params, cells(inputs.params, study, inputs.digests([study])), inputs.where)
         store = TrialStore(inputs.where.runs)

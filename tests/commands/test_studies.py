@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from pipeline import backbones
+from pipeline.commands.studies import overview
 from pipeline.config import load
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.sweep.overview import overview
 from pipeline.sweep.plan import all_cells, make_plan, places
 from pipeline.sweep.store import TrialStore
 from tests.conftest import ROOT

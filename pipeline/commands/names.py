@@ -1,0 +1,64 @@
+"""`hificl methods`, `hificl backbones`, `hificl tasks`: what can be named in params.yaml and on the command line."""
+
+from __future__ import annotations
+
+import argparse
+
+from pipeline.commands.parser import CommandLine
+from pipeline.terminal import Rows
+
+
+def register(line: CommandLine) -> None:
+    """Add the verbs."""
+    text = "what adapts a model: every method and its options"
+    line.verb("names", "methods", of_methods, text, answers=True)
+    text = "what is adapted: every backbone and its class"
+    line.verb("names", "backbones", of_backbones, text, answers=True)
+    text = "what is asked: every task and its score"
+    line.verb("names", "tasks", of_tasks, text, answers=True)
+
+
+def of_methods(_: argparse.Namespace) -> Rows:
+    """Return every method, with its options and their defaults."""
+    from pipeline import methods
+
+    rows = [
+        {
+            "name": name, "trained": methods.is_trained(name), "what": methods.summary(name),
+            "options": methods.validate_options(name, {}),
+        }
+        for name in methods.names()
+    ]  # fmt: skip
+    return Rows(rows, {"name": "method", "trained": "trained", "what": "what it does", "options": "options"})
+
+
+def of_backbones(_: argparse.Namespace) -> Rows:
+    """Return every backbone, with its class in transformers and its checkpoint."""
+    from pipeline import backbones
+
+    members = map(backbones.get, backbones.names())
+    rows = [
+        {
+            "name": member.name, "class": member.family.model_name, "parameters": member.parameters,
+            "checkpoint": member.hub_id, "stands_for": member.stands_for,
+        }
+        for member in members
+    ]  # fmt: skip
+    heads = {"name": "backbone", "class": "class", "parameters": "parameters", "stands_for": "stands for"}
+    return Rows(rows, heads)
+
+
+def of_tasks(_: argparse.Namespace) -> Rows:
+    """Return every task, with what it is scored by."""
+    from pipeline.tasks import tasks
+
+    members = map(tasks.get, tasks.names())
+    rows = [
+        {
+            "name": member.name, "metric": member.metric, "unit": member.unit, "question": member.template.asks,
+            "stands_for": member.stands_for if member.stands_for != member.name else None,
+        }
+        for member in members
+    ]  # fmt: skip
+    heads = {"name": "task", "metric": "metric", "unit": "unit", "question": "question", "stands_for": "stands for"}
+    return Rows(rows, heads)

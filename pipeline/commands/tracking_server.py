@@ -1,0 +1,30 @@
+"""`hificl tracking-server`: an MLflow server with a password, for a cluster's head."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pipeline.commands.parser import CommandLine
+
+
+def register(line: CommandLine) -> None:
+    """Add the verb."""
+    parser = line.verb("cluster", "tracking-server", serve, "an MLflow server with a password, for its head")
+    parser.add_argument("--folder", default="~/.hificl/tracking", help="its secrets, artifacts and log")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=5000)
+    text = "postgresql+psycopg://USER@HOST/NAME (default: SQLite in the folder)"
+    parser.add_argument("--database", metavar="URI", help=text)
+    parser.add_argument("--artifacts", metavar="PLACE", help="a folder or s3://... (default: in the folder)")
+    parser.add_argument("--detach", action="store_true", help="leave it running, and return when it answers")
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Start the server."""
+    from pipeline.tracking.server import start
+
+    start(
+        Path(args.folder), host=args.host, port=args.port, database=args.database, artifacts=args.artifacts,
+        detach=args.detach,
+    )  # fmt: skip

@@ -1,0 +1,231 @@
+"""Scores of official result files, as JSON has them: what `hificl score` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.scores import chair, mme, mmmu_pro, seed_bench, vqa
+from pipeline.scores.files import (
+    as_object,
+    id_field,
+    need,
+    read_json,
+    read_records,
+    results_by_id,
+    section,
+    shown,
+    some,
+    text_field,
+)
+from pipeline.scores.objects import categories_of
+from pipeline.scores.stems import stem_answer
+
+
+def score_vqa(
+    results: str, questions: str, annotations: str, *, normalise: str = "always", subset: bool = False,
+    stem: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Return VQA accuracy of an official result file.
+
+    Args:
+        results: file of answers.
+        questions: official file.
+        annotations: official file.
+        normalise: one of `vqa.NORMALISATIONS`.
+        subset: accept results for a part of the questions.
+        stem: compare the stems of the results (OK-VQA).
+
+    Raises:
+        InputError: a bad file; results for unknown questions; questions without annotation or, unless
+            `--subset` is given, without result.
+    """
+    predictions = results_by_id(results, "question_id", "answer")
+    asked = _ids(section(read_json(questions), "questions", questions), "question_id", questions)
+    annotated = _annotations(annotations, predictions)
+    unknown = [key for key in predictions if key not in asked]
+    if unknown:
+        raise InputError(
+            f"results for questions that are not in {questions} ({some(unknown)})",
+            where=str(results),
+            way_out="Give the questions file of the same split",
+        )
+    unannotated = [key for key in (predictions if subset else asked) if key not in annotated]
+    if unannotated:
+        raise InputError(
+            f"questions without annotation ({some(unannotated)})",
+            where=str(annotations),
+            way_out="Give the annotations file of the same split and release",
+        )
+    unanswered = [key for key in asked if key not in predictions]
+    if unanswered and not subset:
+        raise InputError(
+            f"questions without result ({some(unanswered)})",
+            where=str(results),
+            way_out="Answer every question, or pass --subset to score those that are answered",
+        )
+    if stem:
+        predictions = {key: stem_answer(answer) for key, answer in predictions.items()}
+    return vqa.vqa_accuracy(
+        predictions,
+        {key: annotated[key]["answers"] for key in predictions},
+        normalise,
+        answer_types=_named(annotated, "answer_type"),
+        question_types=_named(annotated, "question_type"),
+    ).as_dict()
+
+
+def _ids(rows: Sequence[Mapping[str, Any]], name: str, where: str) -> dict[str, None]:
+    return dict.fromkeys(id_field(row, name, f"{where}, record {number}") for number, row in enumerate(rows))
+
+
+def _annotations(path: str, wanted: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return {question id: annotation}; the answers of questions that are not `wanted` are left as they stand."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, row in enumerate(section(read_json(path), "annotations", path)):
+        where = f"{path}, annotation {number}"
+        key = id_field(row, "question_id", where)
+        if key in found:
+            raise InputError(
+                f"question_id {shown(key)} stands twice", where=where, way_out="Keep one annotation a question"
+            )
+        if key not in wanted:  # the official file has 20 times the questions that are usually scored
+            found[key] = row
+            continue
+        answers = section(row, "answers", where)
+        if not answers:
+            raise InputError("field 'answers' is empty", where=where, way_out="A question needs at least one answer")
+        found[key] = {
+            **row,
+            "answers": [text_field(answer, "answer", f"{where}, answer {at}") for at, answer in enumerate(answers)],
+        }
+    return found
+
+
+def _named(annotations: Mapping[str, Mapping[str, Any]], field: str) -> dict[str, str]:
+    return {key: row[field] for key, row in annotations.items() if isinstance(row.get(field), str)}
+
+
+def score_caption(results: str, annotations: str, metrics: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return the caption metrics of an official result file; only the images in it are scored.
+
+    Raises:
+        InputError: a bad file, or images without reference caption.
+        WorkError: Java is missing or failed.
+    """
+    # Only captions need pycocoevalcap and Java; the other scores run without them.
+    from pipeline.scores import caption
+
+    predictions = results_by_id(results, "image_id", "caption")
+    references = _captions(annotations)
+    _need(predictions, references, results, f"a reference caption in {annotations}")
+    # The published program goes through the images of the annotations file, and the tokenizer minds the order.
+    predictions = {key: predictions[key] for key in references if key in predictions}
+    asked = caption.METRICS if metrics is None else tuple(metrics)
+    numbers = caption.caption_scores(predictions, references, asked).as_dict()
+    lacking = caption.spice_missing()
+    if "SPICE" not in asked:
+        numbers["not_scored"] = {"SPICE": lacking or "its models are at hand; name it in --metrics"}
+    return numbers
+
+
+def _captions(path: str) -> dict[str, list[str]]:
+    """Return {image id: captions}, in the order of the file's images where it lists them."""
+    content = as_object(read_json(path), path)
+    images = section(content, "images", path) if "images" in content else []
+    found: dict[str, list[str]] = {
+        id_field(row, "id", f"{path}, image {number}"): [] for number, row in enumerate(images)
+    }
+    for number, row in enumerate(section(content, "annotations", path)):
+        where = f"{path}, annotation {number}"
+        found.setdefault(id_field(row, "image_id", where), []).append(text_field(row, "caption", where))
+    return {key: texts for key, texts in found.items() if texts}
+
+
+def _need(predictions: Mapping[str, str], known: Mapping[str, Any], results: str, what: str) -> None:
+    way_out = "Give the annotations of the same split, or drop these images"
+    need(predictions, known, what, where=str(results), way_out=way_out)
+
+
+def score_chair(
+    results: str, *, instances: Sequence[str] = (), captions: Sequence[str] = (), objects: str | None = None
+) -> dict[str, Any]:
+    """Return CHAIR of an official result file.
+
+    Raises:
+        InputError: a bad file, no ground truth or two, or images without ground truth.
+    """
+    annotated = bool(instances and captions)
+    if bool(objects) == bool(instances or captions) or not (objects or annotated):
+        raise InputError(
+            "the ground truth is not clear",
+            where="hificl score chair",
+            way_out="Give --instances and --captions together, or --objects alone",
+        )
+    predictions = results_by_id(results, "image_id", "caption")
+    if objects:
+        truth = _objects(objects)
+        _need(predictions, truth, results, f"objects in {objects}")
+    else:
+        categories = categories_of(instances)
+        references: dict[str, list[str]] = {}
+        for path in captions:
+            for key, texts in _captions(path).items():
+                if key in predictions:
+                    references.setdefault(key, []).extend(texts)
+        _need(predictions, categories, results, f"an entry in {', '.join(instances)}")
+        _need(predictions, references, results, f"a reference caption in {', '.join(captions)}")
+        truth = chair.ground_truth({key: categories[key] for key in predictions}, references)
+    numbers = chair.chair_scores(predictions, truth).as_dict()
+    for sentence in numbers["sentences"]:
+        sentence["image_id"] = _as_in_coco(sentence["image_id"])
+    return numbers
+
+
+def _as_in_coco(key: str) -> int | str:
+    return int(key) if key.isascii() and key.isdecimal() else key
+
+
+def _objects(path: str) -> dict[str, set[str]]:
+    found = {}
+    for key, names in as_object(read_json(path), path).items():
+        where = f"{path}, image {shown(key)}"
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError("an array of object names is expected", where=where, way_out='{"image_id": ["object"]}')
+        found[key] = {chair.category(name, where) for name in names}
+    return found
+
+
+def score_mme(results: str, *, subset: bool = False) -> dict[str, Any]:
+    """Return MME's points of an official result folder.
+
+    Raises:
+        InputError: a missing subtask, a line that lacks a column, a question without its partner.
+    """
+    return mme.mme_scores(mme.read_results(results, subset=subset)).as_dict()
+
+
+def score_seed_bench(results: str, questions: str | None = None) -> dict[str, Any]:
+    """Return the SEED-Bench accuracy of a result file.
+
+    Raises:
+        InputError: a bad file or row, or an unknown question.
+    """
+    rows = read_records(results)
+    known = None
+    if questions:
+        content = as_object(read_json(questions), questions)
+        known = seed_bench.questions(content, section(content, "questions", questions), questions)
+    return seed_bench.seed_bench_scores(rows, known, str(results)).as_dict()
+
+
+def score_mmmu_pro(results: str, *, seed: int = 0) -> dict[str, Any]:
+    """Return the MMMU-Pro accuracy of a result file.
+
+    Raises:
+        InputError: a bad file or row.
+    """
+    path = Path(results)
+    return mmmu_pro.mmmu_pro_scores(read_records(path), seed, str(path)).as_dict()
