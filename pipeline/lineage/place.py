@@ -11,7 +11,7 @@ from pipeline.config import Params
 from pipeline.errors import InputError, nearest
 from pipeline.report import papers
 from pipeline.report.files import number
-from pipeline.report.tables import Entry, Table
+from pipeline.report.tables import Table, TableEntry
 
 NUMBERS = ("value", "std", "seeds", "run_ids")  # the CSV's columns that trials stand behind
 _FORM = "Write FILE:ROW:COLUMN, such as reports/hificl-table1.csv:1:value or reports/hificl-table1.csv:hificl:coco"
@@ -31,7 +31,7 @@ class Place:
 
     study: str
     table: Table
-    entry: Entry
+    entry: TableEntry
     file: Path | None
     printed: str | None
 
@@ -100,11 +100,11 @@ def _csv_rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(handle))
 
 
-def _identity(entry: Entry) -> tuple[str, str, str, str]:
+def _identity(entry: TableEntry) -> tuple[str, str, str, str]:
     return entry.line.backbone, entry.column.task, entry.line.method, entry.metric
 
 
-def _of_csv(table: Table, row: dict[str, str], column: str, where: str) -> Entry:
+def _of_csv(table: Table, row: dict[str, str], column: str, where: str) -> TableEntry:
     wanted = tuple(row.get(name) or "" for name in ("backbone", "task", "method", "metric"))
     entry = next((entry for entry in table.entries.values() if _identity(entry) == wanted), None)
     if entry is None:
@@ -118,7 +118,7 @@ def _of_csv(table: Table, row: dict[str, str], column: str, where: str) -> Entry
     return entry
 
 
-def _named(table: Table, row: str, column: str, where: str) -> Entry:
+def _named(table: Table, row: str, column: str, where: str) -> TableEntry:
     rows = [entry for entry in table.entries.values() if row in _row_names(entry)]
     if not rows:
         known = {entry.line.method for entry in table.entries.values()}
@@ -136,25 +136,25 @@ def _named(table: Table, row: str, column: str, where: str) -> Entry:
     return found[0]
 
 
-def _row_names(entry: Entry) -> set[str]:
+def _row_names(entry: TableEntry) -> set[str]:
     line = entry.line
     names = {line.row, line.method, line.label, line.title}
     return names | {f"{backbone}/{name}" for name in names for backbone in (line.backbone, line.paper_backbone)}
 
 
-def _column_names(entry: Entry) -> set[str]:
+def _column_names(entry: TableEntry) -> set[str]:
     column = entry.column
     tasks = {column.task, column.paper_task, papers.label("tasks", column.task)}
     metrics = {entry.metric, papers.label("metrics", entry.metric)}
     return tasks | metrics | {f"{task}/{metric}" for task in tasks for metric in metrics} | set(NUMBERS)
 
 
-def _printed(rows: list[dict[str, str]], entry: Entry) -> str | None:
+def _printed(rows: list[dict[str, str]], entry: TableEntry) -> str | None:
     wanted = _identity(entry)
     names = ("backbone", "task", "method", "metric")
     return next((row.get("value") for row in rows if tuple(row.get(name) or "" for name in names) == wanted), None)
 
 
-def expected(entry: Entry) -> str:
+def expected(entry: TableEntry) -> str:
     """Return what the CSV must show for an entry."""
     return number(entry.value)

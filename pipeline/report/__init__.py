@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.atomic import write_atomic
 from pipeline.config import Params
@@ -12,13 +13,24 @@ from pipeline.copies import is_copy
 from pipeline.progress import console, say
 from pipeline.report import curves, figures, files, findings, page, papers, tables
 from pipeline.report import evaluations as files_in
-from pipeline.report.gallery import gallery
+from pipeline.report.gallery import answer_table
+from pipeline.report.notes import notes
 from pipeline.report.results import Results
+from pipeline.report.svg import Drawing, standalone
 
 __all__ = ["Index", "forget", "load_table", "study_page", "write_index", "write_numbers", "write_study"]
 
-# what a study came out as, by the content of its file: the index shows what was written just before
-_rendered: dict[tuple[str, str, str], tuple[tables.Table, dict[str, tuple[str, str]], str]] = {}
+
+class Rendered(NamedTuple):
+    """A study laid out, its figures by name, and its section of the page."""
+
+    table: tables.Table
+    figures: dict[str, Drawing]
+    section: str
+
+
+# by the content of the study's file: the index shows what was written just before
+_rendered: dict[tuple[str, str, str], Rendered] = {}
 
 
 def load_table(study: str, params: Params, evaluations: Path) -> tables.Table:
@@ -51,10 +63,10 @@ def write_study(study: str, params: Params, evaluations: Path, out: Path) -> Non
     for folder in (pictures, out / "metrics"):
         folder.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{study}.csv", files.to_csv(table))
-    write_atomic(out / f"{study}.md", files.to_markdown(table, page.notes(table)))
+    write_atomic(out / f"{study}.md", files.to_markdown(table, notes(table)))
     write_atomic(out / "metrics" / f"{study}.json", files.to_metrics(table))
     for name, (svg, _) in drawn.items():
-        write_atomic(pictures / f"{name}.svg", figures.standalone(svg))
+        write_atomic(pictures / f"{name}.svg", standalone(svg))
 
 
 def write_numbers(params: Params, evaluations: Path, out: Path) -> None:
@@ -75,12 +87,12 @@ class Index:
     Attributes:
         page: the page over all studies.
         tables: every study that has been evaluated, by name.
-        findings: every claim with its verdict.
+        claims: every claim with its verdict.
     """
 
     page: Path
     tables: dict[str, tables.Table]
-    findings: list[findings.Finding]
+    claims: list[findings.CheckedClaim]
 
     def say(self, studies: Iterable[str]) -> None:
         """Show what studies came out as, and what became of the claims about them; say where the page is.
@@ -89,9 +101,9 @@ class Index:
         """
         for name in [name for name in studies if name in self.tables]:
             console.print("", Results(self.tables[name]), "")
-            for one in self.findings:
-                if one.claim.study == name and one.verdict != findings.OPEN:
-                    say(f"{one.verdict}: {one.claim.claim} ({one.claim.paper})")
+            for checked in self.claims:
+                if checked.claim.study == name and checked.verdict != findings.OPEN:
+                    say(f"{checked.verdict}: {checked.claim.claim} ({checked.claim.paper})")
         if not is_copy(self.page.parent):  # DVC takes a copy away, and keeps what it wrote
             say(f"\nreport: {self.page.resolve()}")
 
@@ -106,11 +118,11 @@ def write_index(params: Params, evaluations: Path, out: Path) -> Index:
     order += [name for name in present if name not in params.studies]
     rendered = [_render(name, params, evaluations) for name in order]
     tables_in = [table for table, _, _ in rendered]
-    found = findings.findings(tables_in, evaluations)
-    html = page.page(tables_in, [section for _, _, section in rendered], params, found)
-    write_atomic(out / "findings.md", findings.to_markdown(found))
+    claims = findings.check_claims(tables_in, evaluations)
+    html = page.page(tables_in, [section for _, _, section in rendered], params, claims)
+    write_atomic(out / "findings.md", findings.claims_markdown(claims))
     write_atomic(out / "index.html", html)
-    return Index(out / "index.html", dict(zip(order, tables_in, strict=True)), found)
+    return Index(out / "index.html", dict(zip(order, tables_in, strict=True)), claims)
 
 
 def study_page(study: str, params: Params, evaluations: Path) -> tuple[tables.Table, str]:
@@ -119,7 +131,7 @@ def study_page(study: str, params: Params, evaluations: Path) -> tuple[tables.Ta
     return table, page.page([table], [section], params, [])
 
 
-def _render(study: str, params: Params, evaluations: Path) -> tuple[tables.Table, dict[str, tuple[str, str]], str]:
+def _render(study: str, params: Params, evaluations: Path) -> Rendered:
     definition = params.studies.get(study)
     read = files_in.read_study(study, evaluations)
     asked = f"{definition!r} {params.backbones!r} {params.tracking!r}"
@@ -127,10 +139,11 @@ def _render(study: str, params: Params, evaluations: Path) -> tuple[tables.Table
     if key not in _rendered:
         table = tables.build(read, params, evaluations)
         layout = definition.layout if definition else "table"
-        drawn = {**figures.draw(table, layout), **curves.losses(table)}
-        shown = gallery(table, evaluations) if layout == "gallery" else None
-        source = papers.source(definition.paper if definition else None)
-        _rendered[key] = (table, drawn, page.section(table, source, drawn, shown, page.ui_address(params)))
+        drawn = {**figures.draw_figures(table, layout), **curves.draw_losses(table)}
+        answers = answer_table(table, evaluations) if layout == "gallery" else None
+        printed = papers.paper_table(definition.paper if definition else None)
+        section = page.section_html(table, printed, drawn, answers, page.ui_address(params))
+        _rendered[key] = Rendered(table, drawn, section)
     return _rendered[key]
 
 

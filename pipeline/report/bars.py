@@ -16,7 +16,7 @@ from pipeline.report import papers
 from pipeline.report.palette import Look, looks
 from pipeline.report.panels import metric_words, wrapped
 from pipeline.report.svg import INK, QUIET, STYLE, to_svg
-from pipeline.report.tables import Column, Entry, Line, Table
+from pipeline.report.tables import Column, Line, Table, TableEntry
 
 _ACROSS = 4  # panels in a row at most
 _ROOM = 1.3  # of the longest bar: its number stands behind it
@@ -42,7 +42,7 @@ class _Panel:
     """
 
     column: Column
-    entry: Entry
+    entry: TableEntry
     bars: list[_Bar]
     printed: bool
     quantity: tuple[bool, str]
@@ -53,13 +53,13 @@ class _Panel:
         return max((bar.value + (bar.std or 0.0) for bar in self.bars if bar.value is not None), default=0.0)
 
 
-def draw(table: Table, lines: Sequence[Line]) -> str:
+def draw_bars(table: Table, lines: Sequence[Line]) -> str:
     """Return the bars of a backbone's lines as SVG."""
     with mpl.rc_context({**STYLE, "svg.hashsalt": f"{table.study.study} {lines[0].backbone}"}):
-        return to_svg(figure(table, lines))
+        return to_svg(bar_figure(table, lines))
 
 
-def figure(table: Table, lines: Sequence[Line]) -> Figure:
+def bar_figure(table: Table, lines: Sequence[Line]) -> Figure:
     """Return the figure: a column a task, or a metric where a task has several; ours, and below them the paper's."""
     rows = _rows(table, lines)
     across = max(len(row) for row in rows)
@@ -101,8 +101,8 @@ def _rows(table: Table, lines: Sequence[Line]) -> list[list[_Panel]]:
     rows = []
     for printed in (False, True):
         for task in tasks:
-            found = [_panel(table, lines, column, printed) for column in columns if task in (None, column.task)]
-            known = [panel for panel in found if any(bar.value is not None for bar in panel.bars)]
+            panels = [_panel(table, lines, column, printed) for column in columns if task in (None, column.task)]
+            known = [panel for panel in panels if any(bar.value is not None for bar in panel.bars)]
             rows += [known[start : start + _ACROSS] for start in range(0, len(known), _ACROSS)]
     return rows
 
@@ -118,8 +118,8 @@ def _panel(table: Table, lines: Sequence[Line], column: Column, printed: bool) -
         for entry in entries
     ]
     first = next((entry for entry in entries if entry.value is not None), entries[0])
-    own = printed and not first.comparable  # of another model: not to be measured with ours
-    return _Panel(column, first, bars, printed, (own, first.unit if first.unit == "times" else first.metric))
+    own_axis = printed and not first.comparable  # of another model: not to be measured with ours
+    return _Panel(column, first, bars, printed, (own_axis, first.unit if first.unit == "times" else first.metric))
 
 
 def _bars(axes: Axes, panel: _Panel, look: Sequence[Look], end: float, strong: Container[int]) -> None:

@@ -14,26 +14,27 @@ from pipeline.report.evaluations import Cell
 from pipeline.report.palette import looks
 from pipeline.report.panels import fit_range, legend, line
 from pipeline.report.statistics import mean_std
-from pipeline.report.svg import QUIET, STYLE, safe, to_svg
-from pipeline.report.tables import Column, Entry, Line, Table
+from pipeline.report.svg import QUIET, STYLE, Drawing, safe, to_svg
+from pipeline.report.tables import Column, Line, Table, TableEntry
 
 _LOSS = "ground_truth_loss"  # the answers' cross-entropy: the one loss that all methods share
 
 
-def losses(table: Table) -> dict[str, tuple[str, str]]:
-    """Return the figures of a study without varied axes: name -> (SVG text, what it shows in words)."""
+def draw_losses(table: Table) -> dict[str, Drawing]:
+    """Return the figures of a study without varied axes, by name."""
     if table.axes:
         return {}
-    found = {}
+    drawings = {}
     for backbone, lines in table.groups():
         columns = [c for c in table.columns if c.metric is None and any(_curve(table.entries[i, c]) for i in lines)]
         if columns:
             rows = [line for line in lines if any(_curve(table.entries[line, column]) for column in columns)]
-            found[f"loss-{safe(backbone)}"] = (_draw(table, rows, columns), _words(rows, columns))
-    return found
+            words = _words(rows, columns)
+            drawings[f"loss-{safe(backbone)}"] = Drawing(_draw(table, rows, columns), words)
+    return drawings
 
 
-def _curve(entry: Entry) -> list[tuple[float, float, float]]:
+def _curve(entry: TableEntry) -> list[tuple[float, float, float]]:
     """Return (epoch, loss averaged over the seeds that have it, its standard deviation over them)."""
     by_epoch: dict[float, list[float]] = {}
     for cell in entry.done:
@@ -50,20 +51,20 @@ def _points(cell: Cell) -> list[tuple[float, float]]:
 
 def _draw(table: Table, lines: Sequence[Line], columns: Sequence[Column]) -> str:
     with mpl.rc_context({**STYLE, "svg.hashsalt": f"{table.study.study} losses {lines[0].backbone}"}):
-        return to_svg(figure(table, lines, columns))
+        return to_svg(loss_figure(table, lines, columns))
 
 
-def figure(table: Table, lines: Sequence[Line], columns: Sequence[Column]) -> Figure:
+def loss_figure(table: Table, lines: Sequence[Line], columns: Sequence[Column]) -> Figure:
     """Return the losses of these lines, a panel a column."""
     made = Figure(figsize=(max(5.6, min(8.4, 3.0 * len(columns))), 2.9), layout=ConstrainedLayoutEngine())
     panels = made.subplots(1, len(columns), squeeze=False)[0]
     handles: dict[str, Any] = {}
-    look = looks(table, lambda one: one.row)
+    look = looks(table, lambda row: row.row)
     for panel, column in zip(panels, columns, strict=True):
-        curves = {one: curve for one in lines if (curve := _curve(table.entries[one, column]))}
-        for one, curve in curves.items():
+        curves = {row: curve for row in lines if (curve := _curve(table.entries[row, column]))}
+        for row, curve in curves.items():
             epochs, values, spread = zip(*curve, strict=True)
-            handles.setdefault(one.title, line(panel, epochs, values, spread, look[one.row]))
+            handles.setdefault(row.title, line(panel, epochs, values, spread, look[row.row]))
         points = [point for curve in curves.values() for point in curve]
         if points:
             fit_range(panel, min(mean - std for _, mean, std in points), max(mean + std for _, mean, std in points))

@@ -39,8 +39,8 @@ def write_into(path: Path, params: Params, evaluations: Path) -> int:
         if not asked & set(present):
             return None
         tables = [report.load_table(study, params, evaluations) for study in sorted(asked & set(present))]
-        found = [one for one in findings.findings(tables, evaluations) if one.claim.paper == name]
-        return "\n".join(findings.to_markdown(found).splitlines()[2:])
+        checked = [checked for checked in findings.check_claims(tables, evaluations) if checked.claim.paper == name]
+        return "\n".join(findings.claims_markdown(checked).splitlines()[2:])
 
     return fill(path, _MARKS, _WAY_OUT, made)
 

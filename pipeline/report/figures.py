@@ -13,21 +13,19 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from pipeline.report import bars, papers
 from pipeline.report.palette import Look, looks
 from pipeline.report.panels import fit_range, legend, line, metric_words, spaced
-from pipeline.report.svg import QUIET, STYLE, safe, standalone, to_svg
-from pipeline.report.tables import Column, Entry, Line, Table
-
-__all__ = ["draw", "safe", "standalone"]
+from pipeline.report.svg import QUIET, STYLE, Drawing, safe, to_svg
+from pipeline.report.tables import Column, Line, Table, TableEntry
 
 Name = tuple[str, tuple[tuple[str, Any], ...]]  # a curve: its row, and the varied axes that it does not run along
 
 
-def draw(table: Table, layout: str) -> dict[str, tuple[str, str]]:
-    """Return a study's figures: name -> (SVG text, what it shows in words)."""
+def draw_figures(table: Table, layout: str) -> dict[str, Drawing]:
+    """Return a study's figures by name."""
     if table.axes and layout != "table":
         axis = max(table.axes, key=lambda name: len({dict(line.vary).get(name) for line in table.lines}))
-        return {f"over-{safe(axis)}": (_curves(table, axis), _curve_words(table, axis))}
+        return {f"over-{safe(axis)}": Drawing(_curves(table, axis), _curve_words(table, axis))}
     return {
-        f"bars-{safe(backbone)}": (bars.draw(table, lines), _bar_words(table, lines))
+        f"bars-{safe(backbone)}": Drawing(bars.draw_bars(table, lines), _bar_words(table, lines))
         for backbone, lines in table.groups()
         if any(entry.value is not None for line in lines for entry in table.row(line))
     }
@@ -35,10 +33,10 @@ def draw(table: Table, layout: str) -> dict[str, tuple[str, str]]:
 
 def _curves(table: Table, axis: str) -> str:
     with mpl.rc_context({**STYLE, "svg.hashsalt": f"{table.study.study} {axis}"}):
-        return to_svg(curves(table, axis))
+        return to_svg(curve_figure(table, axis))
 
 
-def curves(table: Table, axis: str) -> Figure:
+def curve_figure(table: Table, axis: str) -> Figure:
     """Return the curves over one varied axis: a panel a backbone and column, a curve a row and point of other axes."""
     groups = table.groups()
     columns = [c for c in table.columns if any(table.entries[line, c].value is not None for line in table.lines)]
@@ -62,25 +60,25 @@ def _curve_panel(
     panel: Axes, table: Table, lines: Sequence[Line], column: Column, axis: str, look: dict[Name, Look],
     handles: dict[str, Any],
 ) -> None:  # fmt: skip
-    points: dict[Name, list[tuple[Any, Entry]]] = {}
-    for one in lines:
-        entry, at = table.entries[one, column], dict(one.vary).get(axis)
+    points: dict[Name, list[tuple[Any, TableEntry]]] = {}
+    for row in lines:
+        entry, at = table.entries[row, column], dict(row.vary).get(axis)
         if entry.value is not None and at is not None:
-            points.setdefault(_name(one, axis), []).append((at, entry))
-    every = [point for row in points.values() for point in row]
+            points.setdefault(_name(row, axis), []).append((at, entry))
+    every = [point for curve in points.values() for point in curve]
     numeric = all(isinstance(at, int | float) and not isinstance(at, bool) for at, _ in every)
     ticks = sorted({at for at, _ in every}, key=lambda at: (0, at) if numeric else (1, str(at)))
-    for name, row in points.items():
-        row.sort(key=lambda point: ticks.index(point[0]))
-        where = [at if numeric else ticks.index(at) for at, _ in row]
-        drawn = line(panel, where, [e.value or 0.0 for _, e in row], [e.std or 0.0 for _, e in row], look[name])
+    for name, curve in points.items():
+        curve.sort(key=lambda point: ticks.index(point[0]))
+        xs = [at if numeric else ticks.index(at) for at, _ in curve]
+        drawn = line(panel, xs, [e.value or 0.0 for _, e in curve], [e.std or 0.0 for _, e in curve], look[name])
         others = [f"{papers.label('axes', key)} = {value}" for key, value in name[1]]
-        handles.setdefault(", ".join([row[0][1].line.label, *others]), drawn)
+        handles.setdefault(", ".join([curve[0][1].line.label, *others]), drawn)
     if numeric and ticks and min(ticks) > 0 and max(ticks) / min(ticks) >= 8:
         panel.set_xscale("log")
     panel.minorticks_off()
-    where = [at if numeric else place for place, at in enumerate(ticks)]
-    panel.set_xticks(where, spaced(panel, where, [f"{at}" for at in ticks]))
+    xs = [at if numeric else place for place, at in enumerate(ticks)]
+    panel.set_xticks(xs, spaced(panel, xs, [f"{at}" for at in ticks]))
     panel.set_xlabel(papers.label("axes", axis))
     panel.set_ylabel(metric_words(table.entries[lines[0], column]))
     panel.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.7)

@@ -7,12 +7,13 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from pipeline.report import costs, papers
-from pipeline.report.tables import Entry, Table
+from pipeline.report.tables import Table, TableEntry
 
 COLUMNS = ("backbone", "task", "method", "metric", "value", "std", "seeds", "paper", "run_ids")
+Tree = dict[str, "Tree | float"]  # numbers by name, nested as `dvc metrics` shows them
+
 SCORES = ("study", "backbone", "task", "metric", "unit", "method", "value")
 
 
@@ -74,13 +75,13 @@ def to_metrics(table: Table) -> str:
     By backbone first, where it has several.
     """
     several = len(table.groups()) > 1
-    found: dict[str, Any] = {}
+    numbers: Tree = {}
     for line in table.lines:
         for entry in table.row(line):
             if entry.value is not None:
                 place = [*([line.backbone] if several else []), entry.column.task, entry.metric, line.method]
-                _put(found, place, _printed(entry))
-    return _json(found)
+                _put(numbers, place, _printed(entry))
+    return _json(numbers)
 
 
 def to_scores(tables: Sequence[Table]) -> str:
@@ -92,8 +93,8 @@ def to_scores(tables: Sequence[Table]) -> str:
         for line in table.lines:
             for entry in table.row(line):
                 if entry.value is not None:
-                    where = (table.study.study, line.backbone, entry.column.task, entry.metric, entry.unit)
-                    writer.writerow((*where, line.method, shown(entry.value, entry.unit)))
+                    names = (table.study.study, line.backbone, entry.column.task, entry.metric, entry.unit)
+                    writer.writerow((*names, line.method, format_value(entry.value, entry.unit)))
     return buffer.getvalue()
 
 
@@ -106,17 +107,17 @@ def to_summary(tables: Sequence[Table]) -> str:
     rows: dict[tuple[str, str, str], float] = {}
     for table in tables:
         for backbone, lines in table.groups():
-            own = [line for line in lines if line.row == table.study.study.partition("-")[0]]
+            named = [line for line in lines if line.row == table.study.study.partition("-")[0]]
             trained = [line for line in lines if any(c.trainable_parameters for e in table.row(line) for c in e.cells)]
-            line = (own or trained or lines)[-1]
+            line = (named or trained or lines)[-1]
             for entry in table.row(line):
                 if entry.column.metric is None and _is_score(entry):
                     rows.setdefault((entry.column.task, line.row, backbone), _printed(entry))
     several = [len({place[level] for place in rows}) > 1 for level in (1, 2)]
-    found: dict[str, Any] = {}
+    numbers: Tree = {}
     for (task, *further), value in rows.items():
-        _put(found, [task, *(name for name, wanted in zip(further, several, strict=True) if wanted)], value)
-    return _json(found)
+        _put(numbers, [task, *(name for name, wanted in zip(further, several, strict=True) if wanted)], value)
+    return _json(numbers)
 
 
 def number(value: float | None) -> str:
@@ -124,36 +125,38 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.6f}".rstrip("0").rstrip(".")
 
 
-def shown(value: float, unit: str) -> str:
+def format_value(value: float, unit: str) -> str:
     """Return a number as the papers print its unit."""
     return f"{value:.{papers.decimals(unit)}f}"
 
 
-def _is_score(entry: Entry) -> bool:
+def _is_score(entry: TableEntry) -> bool:
     return entry.value is not None and all(cell.measurement is None for cell in entry.done)
 
 
-def _printed(entry: Entry) -> float:
-    return float(shown(entry.value or 0.0, entry.unit))
+def _printed(entry: TableEntry) -> float:
+    return float(format_value(entry.value or 0.0, entry.unit))
 
 
-def _put(tree: dict[str, Any], place: Sequence[str], value: float) -> None:
+def _put(tree: Tree, place: Sequence[str], value: float) -> None:
     for name in place[:-1]:
-        tree = tree.setdefault(name, {})
+        branch = tree.setdefault(name, {})
+        assert isinstance(branch, dict)  # noqa: S101 - every number stands at the same depth
+        tree = branch
     tree[place[-1]] = value
 
 
-def _json(tree: dict[str, Any]) -> str:
+def _json(tree: Tree) -> str:
     return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
-def _md_entry(entry: Entry) -> str:
+def _md_entry(entry: TableEntry) -> str:
     text: str = entry.cells[0].status if entry.cells else "-"
     if entry.value is not None:
-        value = shown(entry.value, entry.unit)
-        spread = f" ± {shown(entry.std, entry.unit)}" if entry.std is not None else ""
+        value = format_value(entry.value, entry.unit)
+        spread = f" ± {format_value(entry.std, entry.unit)}" if entry.std is not None else ""
         text = {"best": f"**{value}**", "second": f"<u>{value}</u>"}.get(entry.mark, value) + spread
-    return text if entry.paper is None else f"{text} (paper {shown(entry.paper, entry.unit)})"
+    return text if entry.paper is None else f"{text} (paper {format_value(entry.paper, entry.unit)})"
 
 
 def _md(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Which of the papers' findings hold in the numbers at hand: a plain list, computed from the studies' tables."""
+"""The papers' claims, checked against the numbers at hand."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 from pipeline.plain_yaml import read_file
 from pipeline.report import papers
-from pipeline.report.files import shown
+from pipeline.report.files import format_value
 from pipeline.report.statistics import Difference, paired_bootstrap
-from pipeline.report.tables import Column, Entry, Line, Table, by_sample, sample_scores
+from pipeline.report.tables import Column, Line, Scores, Table, TableEntry, by_sample, sample_scores
 
 HOLDS, PARTLY, FAILS, OPEN = "holds", "holds in part", "does not hold", "not measured"
 
@@ -44,7 +44,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckedClaim:
     """What became of a claim.
 
     Attributes:
@@ -73,7 +73,7 @@ def _claim(row: dict[str, Any]) -> Claim:
     return Claim(**values)
 
 
-def findings(tables: Iterable[Table], evaluations: Path) -> list[Finding]:
+def check_claims(tables: Iterable[Table], evaluations: Path) -> list[CheckedClaim]:
     """Return every claim with its verdict under the given studies.
 
     A claim holds where the upper row's mean over seeds is the better one on each backbone and task; whether a
@@ -84,25 +84,25 @@ def findings(tables: Iterable[Table], evaluations: Path) -> list[Finding]:
     return [_judge(claim, by_name.get(claim.study), scores) for claim in claims()]
 
 
-def _judge(claim: Claim, table: Table | None, scores: Any) -> Finding:
+def _judge(claim: Claim, table: Table | None, scores: Scores) -> CheckedClaim:
     if table is None:
-        return Finding(claim, OPEN, [])
+        return CheckedClaim(claim, OPEN, [])
     judge = next((judge for kind, judge in _COURSES.items() if getattr(claim, kind) is not None), _comparison)
-    cells = [_Cell(table, lines, column, scores) for _, lines in table.groups() for column in table.columns]
-    judged = [found for cell in cells if _is_of(claim, cell.column) and (found := judge(claim, cell))]
-    return Finding(claim, _verdict(claim, [outcome for outcome, _ in judged]), [detail for _, detail in judged])
+    cells = [_TaskRows(table, lines, column, scores) for _, lines in table.groups() for column in table.columns]
+    judged = [result for cell in cells if _is_of(claim, cell.column) and (result := judge(claim, cell))]
+    return CheckedClaim(claim, _verdict(claim, [outcome for outcome, _ in judged]), [detail for _, detail in judged])
 
 
 @dataclass(frozen=True)
-class _Cell:
+class _TaskRows:
     """One backbone's rows under one task's column, and the scores per sample behind them."""
 
     table: Table
     lines: Sequence[Line]
     column: Column
-    scores: Any
+    scores: Scores
 
-    def course(self, row: str | None) -> list[Entry]:
+    def course(self, row: str | None) -> list[TableEntry]:
         """Return what is known of a row along its varied axis."""
         entries = [self.table.entries[line, self.column] for line in self.lines if line.row == row]
         return [entry for entry in entries if entry.value is not None]
@@ -120,7 +120,7 @@ def _verdict(claim: Claim, outcomes: Sequence[Any]) -> str:
     return HOLDS if all(outcomes) else PARTLY if any(outcomes) else FAILS
 
 
-def _comparison(claim: Claim, cell: _Cell) -> tuple[bool, str] | None:
+def _comparison(claim: Claim, cell: _TaskRows) -> tuple[bool, str] | None:
     """Whether the best of the upper rows beats the best of the lower ones, or lies below a number."""
     upper, lower = _best(cell, claim.above, claim.at), _best(cell, claim.below, claim.at)
     if upper is None:
@@ -129,78 +129,78 @@ def _comparison(claim: Claim, cell: _Cell) -> tuple[bool, str] | None:
         return _better(upper, lower, claim), _sentence(upper, lower, cell.scores)
     if claim.at_most is None:
         return None
-    return (upper.value or 0.0) < claim.at_most, f"{_where(upper)}: {upper.line.title} {_number(upper)}"
+    return (upper.value or 0.0) < claim.at_most, f"{_task_and_backbone(upper)}: {upper.line.title} {_number(upper)}"
 
 
-def _best(cell: _Cell, rows: Sequence[str], at: Mapping[str, Any]) -> Entry | None:
-    found = [
+def _best(cell: _TaskRows, rows: Sequence[str], at: Mapping[str, Any]) -> TableEntry | None:
+    entries = [
         cell.table.entries[line, cell.column]
         for line in cell.lines
         if line.row in rows and all(dict(line.vary).get(axis, value) == value for axis, value in at.items())
     ]
-    return min((entry for entry in found if entry.value is not None), key=_rank, default=None)
+    return min((entry for entry in entries if entry.value is not None), key=_rank, default=None)
 
 
-def _rank(entry: Entry) -> float:
-    lower = papers.metric_facts(entry.metric).get("lower_is_better")
+def _rank(entry: TableEntry) -> float:
+    lower = papers.metric_facts(entry.metric).lower_is_better
     return (entry.value or 0.0) * (1 if lower else -1)
 
 
-def _better(upper: Entry, lower: Entry, claim: Claim) -> bool:
+def _better(upper: TableEntry, lower: TableEntry, claim: Claim) -> bool:
     if claim.times is not None:
         return (upper.value or 0.0) >= claim.times * (lower.value or 0.0)
     return _rank(lower) - _rank(upper) >= claim.by and _rank(upper) < _rank(lower)
 
 
-def _where(entry: Entry) -> str:
+def _task_and_backbone(entry: TableEntry) -> str:
     return f"{papers.label('tasks', entry.column.task)} on {papers.label('backbones', entry.line.backbone)}"
 
 
-def _sentence(upper: Entry, lower: Entry, scores: Any) -> str:
+def _sentence(upper: TableEntry, lower: TableEntry, scores: Scores) -> str:
     pair = " against ".join(f"{entry.line.title} {_number(entry)}" for entry in (upper, lower))
-    return f"{_where(upper)}: {pair}{_clear(upper, lower, scores)}"
+    return f"{_task_and_backbone(upper)}: {pair}{_clear(upper, lower, scores)}"
 
 
-def _clear(upper: Entry, lower: Entry, scores: Any) -> str:
+def _clear(upper: TableEntry, lower: TableEntry, scores: Scores) -> str:
     """Say whether a difference of scores is more than chance over samples."""
     gap = _gap(upper, lower, scores)
     return "" if gap is None else " (clear)" if gap.clear else " (within chance over samples)"
 
 
-def _gap(upper: Entry, lower: Entry, scores: Any) -> Difference | None:
+def _gap(upper: TableEntry, lower: TableEntry, scores: Scores) -> Difference | None:
     if upper.column.metric is not None:
         return None
     return paired_bootstrap(by_sample(upper, scores), by_sample(lower, scores))
 
 
-def _number(entry: Entry) -> str:
-    spread = f" ± {shown(entry.std, entry.unit)}" if entry.std is not None else ""
-    return shown(entry.value or 0.0, entry.unit) + spread
+def _number(entry: TableEntry) -> str:
+    spread = f" ± {format_value(entry.std, entry.unit)}" if entry.std is not None else ""
+    return format_value(entry.value or 0.0, entry.unit) + spread
 
 
-def _place_of_best(claim: Claim, cell: _Cell) -> tuple[Any, str] | None:
+def _place_of_best(claim: Claim, cell: _TaskRows) -> tuple[Any, str] | None:
     """Where along its axis a row is best, beside the paper's place."""
     known = cell.course(claim.row)
     if len(known) < 2:
         return None
     best = min(known, key=_rank)
     place = dict(best.line.vary).get(str(claim.best_over))
-    printed = papers.figure(claim.printed, best.line.paper_backbone, str(claim.row), best.column.paper_task)
+    printed = papers.printed_value(claim.printed, best.line.paper_backbone, str(claim.row), best.column.paper_task)
     beside = f" (paper {printed:g})" if printed is not None else ""
-    return place, f"{_where(best)}: best at {claim.best_over} {place}{beside}"
+    return place, f"{_task_and_backbone(best)}: best at {claim.best_over} {place}{beside}"
 
 
-def _spread(claim: Claim, cell: _Cell) -> tuple[bool, str] | None:
+def _spread(claim: Claim, cell: _TaskRows) -> tuple[bool, str] | None:
     """How far a row's best and worst lie apart."""
     known = cell.course(claim.row)
     if len(known) < 2:
         return None
     best, worst = min(known, key=_rank), max(known, key=_rank)
     apart = abs(_rank(worst) - _rank(best)) >= (claim.spread or 0.0)
-    return apart, f"{_where(best)}: {_at(best)} {_number(best)} down to {_at(worst)} {_number(worst)}"
+    return apart, f"{_task_and_backbone(best)}: {_at(best)} {_number(best)} down to {_at(worst)} {_number(worst)}"
 
 
-def _rise(claim: Claim, cell: _Cell) -> tuple[bool, str] | None:
+def _rise(claim: Claim, cell: _TaskRows) -> tuple[bool, str] | None:
     """Whether a row rises at each step (`rising`), or from end to end with no fall beyond chance (`rising_overall`)."""
     known = cell.course(claim.row)
     if len(known) < 2:
@@ -208,18 +208,18 @@ def _rise(claim: Claim, cell: _Cell) -> tuple[bool, str] | None:
     falls = [(b, *_chance(b, a, cell.scores)) for a, b in pairwise(known) if _rank(b) >= _rank(a)]
     overall = _rank(known[-1]) < _rank(known[0]) and all(by_chance for _, by_chance, _ in falls)
     course = ", ".join(f"{_at(entry)} {_number(entry)}" for entry in known)
-    said = "".join(f"; no rise to {_at(entry)} ({judged})" for entry, _, judged in falls)
-    return overall if claim.rising_overall else not falls, f"{_where(known[0])}: {course}{said}"
+    sentence = "".join(f"; no rise to {_at(entry)} ({judged})" for entry, _, judged in falls)
+    return overall if claim.rising_overall else not falls, f"{_task_and_backbone(known[0])}: {course}{sentence}"
 
 
-def _passing(claim: Claim, cell: _Cell) -> tuple[bool, str] | None:
+def _passing(claim: Claim, cell: _TaskRows) -> tuple[bool, str] | None:
     """From where on its axis a row is above the best of the lower rows."""
     known, bar = cell.course(claim.row), _best(cell, claim.below, {})
     if len(known) < 2 or bar is None:
         return None
     first = next((entry for entry in known if _rank(entry) < _rank(bar)), None)
-    said = f"from {_at(first)} on ({_number(first)})" if first else "at no size"
-    return first is not None, f"{_where(known[0])}: {said}, {bar.line.title} {_number(bar)}"
+    sentence = f"from {_at(first)} on ({_number(first)})" if first else "at no size"
+    return first is not None, f"{_task_and_backbone(known[0])}: {sentence}, {bar.line.title} {_number(bar)}"
 
 
 # the field that makes a claim one about the course of its row
@@ -228,7 +228,7 @@ _COURSES = {
 }  # fmt: skip
 
 
-def _chance(after: Entry, before: Entry, scores: Any) -> tuple[bool, str]:
+def _chance(after: TableEntry, before: TableEntry, scores: Scores) -> tuple[bool, str]:
     """Return whether a difference may be chance, over samples or seeds (twice its standard error), in words too."""
     gap = _gap(after, before, scores)
     if gap is not None and not gap.clear:
@@ -239,14 +239,14 @@ def _chance(after: Entry, before: Entry, scores: Any) -> tuple[bool, str]:
     return False, "clear" if gap is not None or spreads else "one seed, no samples to judge it by"
 
 
-def _at(entry: Entry) -> str:
+def _at(entry: TableEntry) -> str:
     return " ".join(f"{axis} {value}" for axis, value in entry.line.vary)
 
 
-def to_markdown(found: Sequence[Finding]) -> str:
+def claims_markdown(claims: Sequence[CheckedClaim]) -> str:
     """Return the list as Markdown."""
     out = ["# Which of the papers' findings hold here", ""]
-    for one in found:
-        out.append(f"- **{one.verdict}**: {one.claim.claim} ({one.claim.paper}, `{one.claim.study}`)")
-        out += [f"    - {detail}" for detail in one.details]
+    for checked in claims:
+        out.append(f"- **{checked.verdict}**: {checked.claim.claim} ({checked.claim.paper}, `{checked.claim.study}`)")
+        out += [f"    - {detail}" for detail in checked.details]
     return "\n".join(out) + "\n"

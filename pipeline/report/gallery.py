@@ -4,22 +4,50 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.data.images import open_image
 from pipeline.errors import InputError
 from pipeline.report import papers
 from pipeline.report.evaluations import Prediction, read_evaluation
-from pipeline.report.tables import Line, Table
+from pipeline.report.tables import Column, Line, Table
 from pipeline.scores.chair import mentions
 
 SAMPLES = 4  # a task
 _MAX_SIDE = 320  # pixels: the page carries its images itself
 
 
-def gallery(table: Table, evaluations: Path) -> dict[str, Any] | None:
-    """Return the rows' names and the samples with each row's answer; None where there is nothing to show.
+@dataclass(frozen=True)
+class ShownAnswer:
+    """One row's answer: its text in pieces as `marked_pieces` has them, and whether it is among the best."""
+
+    parts: list[tuple[str, bool]]
+    right: bool
+
+
+@dataclass(frozen=True)
+class SampleAnswers:
+    """One sample with each row's answer; `image` is a data URI, and `words` what stands for it."""
+
+    id: str
+    question: str | None
+    references: str
+    image: str | None
+    words: str
+    answers: list[ShownAnswer]
+
+
+@dataclass(frozen=True)
+class AnswerTable:
+    """The rows' names, and the samples that were chosen."""
+
+    rows: list[str]
+    samples: list[SampleAnswers]
+
+
+def answer_table(table: Table, evaluations: Path) -> AnswerTable | None:
+    """Return samples with each row's answer; None where there is nothing to show.
 
     Half of the samples are those on which the study's reference row is furthest above the others' mean, half those on
     which it is furthest below: its best and its worst. Ties go by the order of the ids.
@@ -28,37 +56,33 @@ def gallery(table: Table, evaluations: Path) -> dict[str, Any] | None:
     if not groups:
         return None
     lines = groups[0][1]
-    samples: list[dict[str, Any]] = []
+    samples: list[SampleAnswers] = []
     for column in table.columns:
         if column.metric is None:
-            answers = [(line, _answers(table, line, column, evaluations)) for line in lines]
-            known = [(line, found) for line, found in answers if found]
-            samples += _samples(known, lines, evaluations, papers.label("tasks", column.task), table.reference)
-    return {"rows": [line.title for line in lines], "samples": samples} if samples else None
+            answers = {line: _answers(table, line, column, evaluations) for line in lines}
+            samples += _samples(answers, evaluations, papers.label("tasks", column.task), table.reference)
+    return AnswerTable([line.title for line in lines], samples) if samples else None
 
 
-def _answers(table: Table, line: Line, column: Any, evaluations: Path) -> dict[str, Prediction]:
-    cell = next((one for one in table.entries[line, column].done if one.evaluation), None)
-    found = read_evaluation(cell.evaluation, evaluations) if cell and cell.evaluation else None
-    return {str(one.sample_id): one for one in found.predictions} if found else {}
+def _answers(table: Table, line: Line, column: Column, evaluations: Path) -> dict[str, Prediction]:
+    key = next((cell.evaluation for cell in table.entries[line, column].done if cell.evaluation), None)
+    evaluation = read_evaluation(key, evaluations) if key else None
+    return {str(prediction.sample_id): prediction for prediction in evaluation.predictions} if evaluation else {}
 
 
 def _samples(
-    answers: list[tuple[Line, dict[str, Prediction]]],
-    lines: list[Line],
-    evaluations: Path,
-    task: str,
-    reference: str | None,
-) -> list[dict[str, Any]]:
-    if not answers:
+    answers: dict[Line, dict[str, Prediction]], evaluations: Path, task: str, reference: str | None
+) -> list[SampleAnswers]:
+    by_line = {line: predictions for line, predictions in answers.items() if predictions}
+    if not by_line:
         return []
-    by_line = dict(answers)
-    shared = set.intersection(*(set(found) for found in by_line.values()))
+    shared = set.intersection(*map(set, by_line.values()))
 
     def lead(sample: str) -> float:
-        own = [found[sample].score or 0.0 for line, found in by_line.items() if line.row == reference]
-        others = [found[sample].score or 0.0 for line, found in by_line.items() if line.row != reference]
-        return sum(own) / len(own) - sum(others) / len(others) if own and others else 0.0
+        scores = [(line.row == reference, row[sample].score or 0.0) for line, row in by_line.items()]
+        of_reference = [score for is_reference, score in scores if is_reference]
+        others = [score for is_reference, score in scores if not is_reference]
+        return sum(of_reference) / len(of_reference) - sum(others) / len(others) if of_reference and others else 0.0
 
     best_first = sorted(shared, key=lambda sample: (-lead(sample), len(sample), sample))
     worst_first = sorted(shared, key=lambda sample: (lead(sample), len(sample), sample))
@@ -66,33 +90,31 @@ def _samples(
     worst = [sample for sample in worst_first if sample not in best_first[:half]][:half]
     out = []
     for sample in best_first[:half] + worst:
-        every = [found[sample] for found in by_line.values()]
-        best = max((one.score or 0.0 for one in every), default=0.0)
-        image = next((one.image for one in every if one.image), None)
-        question = next((one.question for one in every if one.question), None)
-        references = next((one.references for one in every if one.references), [])
+        predictions = {line: row[sample] for line, row in by_line.items()}
+        best = max((prediction.score or 0.0 for prediction in predictions.values()), default=0.0)
+        image = next((prediction.image for prediction in predictions.values() if prediction.image), None)
+        question = next((prediction.question for prediction in predictions.values() if prediction.question), None)
+        references = next((prediction.references for prediction in predictions.values() if prediction.references), ())
         out.append(
-            {
-                "id": f"{task} {sample}",
-                "question": question,
-                "references": "; ".join(dict.fromkeys(references)),
-                "image": _data_uri(evaluations.parent / image) if image else None,
-                "words": question or f"Image of sample {sample}",
-                "answers": [
-                    {
-                        "parts": marked(by_line[line][sample]),
-                        "right": (by_line[line][sample].score or 0.0) == best > 0,
-                    }
-                    if line in by_line
-                    else {"parts": [], "right": False}
-                    for line in lines
-                ],
-            }
+            SampleAnswers(
+                id=f"{task} {sample}",
+                question=question,
+                references="; ".join(dict.fromkeys(references)),
+                image=_data_uri(evaluations.parent / image) if image else None,
+                words=question or f"Image of sample {sample}",
+                answers=[_shown(predictions.get(line), best) for line in answers],
+            )
         )
     return out
 
 
-def marked(prediction: Prediction) -> list[tuple[str, bool]]:
+def _shown(prediction: Prediction | None, best: float) -> ShownAnswer:
+    if prediction is None:
+        return ShownAnswer([], right=False)
+    return ShownAnswer(marked_pieces(prediction), right=(prediction.score or 0.0) == best > 0)
+
+
+def marked_pieces(prediction: Prediction) -> list[tuple[str, bool]]:
     """Return an answer's text in pieces, each with whether it names what its image does not show (CHAIR)."""
     text, pieces, at = prediction.prediction, [], 0
     for start, end in mentions(text, prediction.hallucinated):

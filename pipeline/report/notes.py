@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pipeline.report import papers
-from pipeline.report.files import shown
-from pipeline.report.tables import Entry, Table
+from pipeline.report.files import format_value
+from pipeline.report.tables import Table, TableEntry
 
 _SELECTION = {
     "selection": "Epoch and hyperparameters were chosen on a selection split held out of the training pool; "
@@ -21,9 +21,9 @@ def notes(table: Table) -> list[str]:
     selection = _SELECTION.get(table.study.selection, f"Selection: {table.study.selection}.")
     out.append(selection.replace("{as_the_papers}", ", as the papers do" if table.paper else ""))
     printed = any(entry.paper is not None for entry in table.entries.values())
-    for stand_in, other in stand_ins([table]):
+    for stand_in, model in stand_ins([table]):
         known = ": the paper's numbers are of that model, so no difference is shown" if printed else ""
-        out.append(f"{stand_in} stands for {other}{known}.")
+        out.append(f"{stand_in} stands for {model}{known}.")
     return out
 
 
@@ -40,15 +40,15 @@ def stand_ins(tables: list[Table]) -> list[tuple[str, str]]:
 
 def _samples(table: Table) -> list[str]:
     """Say how many samples and seeds a number is of, and how far chance over the samples reaches."""
-    own = [entry for entry in table.entries.values() if entry.column.metric is None and entry.done]
-    scored = [entry for entry in own if all(cell.measurement is None for cell in entry.done)]
-    seeds = sorted({cell.seed for entry in own for cell in entry.done})
+    numbers = [entry for entry in table.entries.values() if entry.column.metric is None and entry.done]
+    scored = [entry for entry in numbers if all(cell.measurement is None for cell in entry.done)]
+    seeds = sorted({cell.seed for entry in numbers for cell in entry.done})
     if not seeds:
         return []
-    numbers = ", ".join(map(str, seeds))
-    count = f"{len(seeds)} seeds ({numbers})" if len(seeds) > 1 else f"One seed ({numbers})"
+    listed = ", ".join(map(str, seeds))
+    count = f"{len(seeds)} seeds ({listed})" if len(seeds) > 1 else f"One seed ({listed})"
     sizes: dict[str, list[str]] = {}
-    reach: dict[str, tuple[float, Entry]] = {}
+    reach: dict[str, tuple[float, TableEntry]] = {}
     for entry in scored:
         task = papers.label("tasks", entry.column.task)
         of_task = {cell.num_samples for cell in entry.done if cell.num_samples}
@@ -57,11 +57,11 @@ def _samples(table: Table) -> list[str]:
             tasks += [task] if task not in tasks else []
         if entry.interval and entry.value is not None:
             far = max(entry.value - entry.interval[0], entry.interval[1] - entry.value)
-            reach[task] = max(reach.get(task, (0.0, entry)), (far, entry), key=lambda one: one[0])
+            reach[task] = max(reach.get(task, (0.0, entry)), (far, entry), key=lambda pair: pair[0])
     of = "; ".join(f"{size} evaluation samples of {', '.join(tasks)}" for size, tasks in sizes.items())
     out = [f"{count}; scored on {of}." if of else f"{count}."]
     if reach:
-        far_out = ", ".join(f"{shown(far, entry.unit)} on {task}" for task, (far, entry) in reach.items())
+        far_out = ", ".join(f"{format_value(far, entry.unit)} on {task}" for task, (far, entry) in reach.items())
         out.append(f"The 95 % interval over samples reaches at most so far from a number: {far_out}.")
     return out
 

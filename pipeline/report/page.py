@@ -6,9 +6,9 @@ import base64
 import hashlib
 import re
 from collections import Counter
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -16,63 +16,116 @@ from markupsafe import Markup
 
 from pipeline.config import Params
 from pipeline.report import papers, sections
-from pipeline.report.files import shown
-from pipeline.report.findings import OPEN, Finding
-from pipeline.report.notes import notes, stand_ins
+from pipeline.report.files import format_value
+from pipeline.report.findings import OPEN, CheckedClaim
+from pipeline.report.gallery import AnswerTable
+from pipeline.report.notes import stand_ins
+from pipeline.report.svg import Drawing
 from pipeline.report.tables import Table
-
-__all__ = ["notes", "page", "section", "ui_address"]
 
 _HERE = Path(__file__).with_name("templates")
 _FEW = 6  # up to so many studies are open at first
 _OWN = "Other studies"  # the menu's last group
 
 
-def section(
-    table: Table, source: papers.Source | None, figures: dict[str, tuple[str, str]], gallery: Any, ui: str
+@dataclass(frozen=True)
+class Outline:
+    """What the menu and a study's first line say, and what the filter looks through.
+
+    Attributes:
+        short: the title without its paper's name, for the menu.
+        printed: where the paper prints it, or None.
+        done: cells that have their number, of `total`.
+        words: all that the filter finds the study by, in lower case.
+        best: which row is best at each task.
+        html: the study's section.
+    """
+
+    name: str
+    title: str
+    short: str
+    printed: papers.PaperTable | None
+    done: int
+    total: int
+    words: str
+    best: str
+    html: Markup
+
+
+@dataclass(frozen=True)
+class MenuGroup:
+    """One paper's studies in the menu."""
+
+    title: str
+    studies: list[Outline]
+
+
+@dataclass(frozen=True)
+class ClaimGroup:
+    """One paper's claims, and how many came out how."""
+
+    title: str
+    verdicts: str
+    claims: list[CheckedClaim]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Code, machine and data that studies were computed with, by name, and the studies."""
+
+    facts: tuple[tuple[str, str], ...]
+    studies: str
+
+
+def section_html(
+    table: Table,
+    printed: papers.PaperTable | None,
+    figures: dict[str, Drawing],
+    answers: AnswerTable | None,
+    ui: str,
 ) -> str:
-    """Return a study's part of the page; `ui` is where everyone finds the runs, or nothing."""
-    study = sections.study(table, source, figures, gallery)
+    """Return a study's section of the page; `ui` is where everyone finds the runs, or nothing."""
+    study = sections.study_section(table, printed, figures, answers)
     return _environment().get_template("study.html.j2").render(study=study, ui=ui)
 
 
-def page(tables: list[Table], parts: list[str], params: Params, found: list[Finding]) -> str:
+def page(tables: list[Table], parts: list[str], params: Params, claims: list[CheckedClaim]) -> str:
     """Return the whole page.
 
     Args:
         tables: every study, laid out.
         parts: the studies' parts, in the same order.
         params: for the studies' papers and the address of the runs.
-        found: the papers' findings and what became of them.
+        claims: the papers' claims, checked.
     """
     outlines = [
         _outline(table, Markup(part))  # noqa: S704 - rendered by our own template with autoescape
         for table, part in zip(tables, parts, strict=True)
     ]
-    studies = sorted(outlines, key=lambda study: _order(study["source"]))
-    groups: dict[str, list[dict[str, Any]]] = {}
+    studies = sorted(outlines, key=lambda study: _order(study.printed))
+    groups: dict[str, list[Outline]] = {}
     for study in studies:
-        groups.setdefault(study["source"].paper if study["source"] else _OWN, []).append(study)
-    measured = [one for one in found if one.verdict != OPEN]
+        groups.setdefault(study.printed.paper if study.printed else _OWN, []).append(study)
+    measured = [checked for checked in claims if checked.verdict != OPEN]
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     return (
         _environment()
         .get_template("page.html.j2")
         .render(
             studies=studies,
-            groups=[{"title": title, "studies": of_group} for title, of_group in groups.items()],
+            groups=[MenuGroup(title, of_group) for title, of_group in groups.items()],
             open=len(studies) <= _FEW,
             origins=_origins(tables),
             ui=ui_address(params),
             stand_ins=_stand_ins(tables),
             of_papers=[title for title in groups if title != _OWN],
             printed=_printed(tables),
-            findings=_findings(measured),
+            findings=_claims_by_paper(measured),
             num_measured=len(measured),
-            num_findings=len(found),
+            num_findings=len(claims),
             profile=", ".join(dict.fromkeys(table.study.profile for table in tables)) or params.profile,
-            done=sum(study["done"] for study in studies),
-            total=sum(study["total"] for study in studies),
+            done=sum(study.done for study in studies),
+            total=sum(study.total for study in studies),
             script=Markup(script),  # noqa: S704 - our own file
             policy=_policy(script),
         )
@@ -105,62 +158,59 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals.update(shown=shown, signed=_signed, label=papers.label)
+    environment.globals.update(format_value=format_value, signed=_signed, label=papers.label)
     return environment
 
 
-def _outline(table: Table, html: Markup) -> dict[str, Any]:
-    """Return what the menu and a study's first line say, and what the filter looks through."""
-    study, source = table.study, papers.source(table.paper)
+def _outline(table: Table, html: Markup) -> Outline:
+    study, printed = table.study, papers.paper_table(table.paper)
     words = [study.study, study.title, *(line.title for line in table.lines)]
     words += [papers.label("backbones", line.backbone) for line in table.lines]
     words += [papers.label("tasks", column.task) for column in table.columns]
-    named = re.sub(rf"^{re.escape(source.paper)}[ ,:]+", "", study.title) if source else study.title
-    return {
-        "name": study.study,
-        "title": study.title,
-        "short": named[:1].upper() + named[1:],
-        "source": source,
-        "done": sections.done(table),
-        "total": len(study.cells),
-        "words": " ".join(dict.fromkeys(words)).lower(),
-        "best": _best(table),
-        "html": html,
-    }
+    short = re.sub(rf"^{re.escape(printed.paper)}[ ,:]+", "", study.title) if printed else study.title
+    return Outline(
+        name=study.study,
+        title=study.title,
+        short=short[:1].upper() + short[1:],
+        printed=printed,
+        done=sections.done(table),
+        total=len(study.cells),
+        words=" ".join(dict.fromkeys(words)).lower(),
+        best=_best(table),
+        html=html,
+    )
 
 
-def _order(source: papers.Source | None) -> tuple[Any, ...]:
+def _order(printed: papers.PaperTable | None) -> tuple[bool, str, bool, int]:
     """Return where a study stands: paper by paper, tables before figures, by their numbers; then those of no paper."""
-    if source is None:
-        return (True,)
-    kind, _, number = source.place.partition(" ")
-    return False, source.paper, kind == "Figure", int(number) if number.isdecimal() else 0
+    if printed is None:
+        return True, "", False, 0
+    kind, _, number = printed.place.partition(" ")
+    return False, printed.paper, kind == "Figure", int(number) if number.isdecimal() else 0
 
 
 def _best(table: Table) -> str:
     """Say which row is best at each task, on the first backbone."""
-    found = []
+    sentences = []
     for column in table.columns:
         first = [table.entries[line, column] for _, lines in table.groups()[:1] for line in lines]
         best = [entry for entry in first if entry.mark == "best" and column.metric is None]
         if best:
             rows = ", ".join(entry.line.title for entry in best)
-            found.append(f"{papers.label('tasks', column.task)} {rows} {shown(best[0].value or 0.0, best[0].unit)}")
-    return "; ".join(found)
+            sentences.append(
+                f"{papers.label('tasks', column.task)} {rows} {format_value(best[0].value or 0.0, best[0].unit)}"
+            )
+    return "; ".join(sentences)
 
 
-def _findings(measured: list[Finding]) -> list[dict[str, Any]]:
-    """Return the findings by paper, with how many came out how."""
-    groups: dict[str, list[Finding]] = {}
-    for one in measured:
-        groups.setdefault(one.claim.paper, []).append(one)
+def _claims_by_paper(measured: list[CheckedClaim]) -> list[ClaimGroup]:
+    groups: dict[str, list[CheckedClaim]] = {}
+    for checked in measured:
+        groups.setdefault(checked.claim.paper, []).append(checked)
+    counts = {paper: Counter(checked.verdict for checked in claims) for paper, claims in groups.items()}
     return [
-        {
-            "title": paper,
-            "verdicts": ", ".join(f"{verdict} {count}" for verdict, count in Counter(o.verdict for o in of).items()),
-            "findings": of,
-        }
-        for paper, of in groups.items()
+        ClaimGroup(paper, ", ".join(f"{verdict} {count}" for verdict, count in counts[paper].items()), claims)
+        for paper, claims in groups.items()
     ]
 
 
@@ -169,7 +219,7 @@ def _printed(tables: list[Table]) -> bool:
 
 
 def _stand_ins(tables: list[Table]) -> str:
-    words = "; ".join(f"{ours} stands for {theirs}" for ours, theirs in stand_ins(tables))
+    words = "; ".join(f"{stand_in} stands for {model}" for stand_in, model in stand_ins(tables))
     if not words or not _printed(tables):
         return words and words + "."
     return (
@@ -178,9 +228,9 @@ def _stand_ins(tables: list[Table]) -> str:
     )
 
 
-def _origins(tables: list[Table]) -> list[dict[str, Any]]:
+def _origins(tables: list[Table]) -> list[Origin]:
     """Return each distinct origin once, with the studies that have it."""
-    seen: dict[str, dict[str, Any]] = {}
+    studies: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for table in tables:
         origin = table.study.provenance
         facts: list[tuple[str, str]] = [("Code", sections.code(origin, whole=True) or "no commit recorded")]
@@ -189,14 +239,13 @@ def _origins(tables: list[Table]) -> list[dict[str, Any]]:
             facts.append(("Versions", ", ".join(f"{name} {value}" for name, value in versions.items() if value)))
         machine = origin.get("machine")
         if isinstance(machine, dict):
-            named = [f"{key} {sections.short(value)}" for key, value in machine.items() if value]
+            named = [f"{key} {sections.short_value(value)}" for key, value in machine.items() if value]
             facts.append(("Machine", ", ".join(named)))
         data = origin.get("data")
         if isinstance(data, dict) and data.get("params"):
             facts.append(("params.yaml, profiles, studies", f"md5 {data['params']}"))
-        entry = seen.setdefault(repr(facts), {"facts": facts, "names": []})
-        entry["names"].append(table.study.study)
-    return [{"facts": one["facts"], "studies": ", ".join(one["names"])} for one in seen.values()]
+        studies.setdefault(tuple(facts), []).append(table.study.study)
+    return [Origin(facts, ", ".join(names)) for facts, names in studies.items()]
 
 
 def _signed(value: float, unit: str) -> str:

@@ -44,7 +44,7 @@ def of_method(name: str) -> tuple[str, str]:
     """Return a method's colour and marker: those in labels.yaml, else some that follow from its name alone."""
     known = papers.method_look(name)
     if known:
-        return known
+        return known.colour, known.marker
     digest = hashlib.sha256(name.encode()).digest()
     hue, saturation, value = digest[0] / 256, 0.5 + digest[1] / 1024, 0.6 + digest[2] / 1024
     return to_hex(colorsys.hsv_to_rgb(hue, saturation, value)), MARKERS[digest[3] % len(MARKERS)]
@@ -58,17 +58,18 @@ def looks(table: Table, key: Callable[[Line], Key]) -> dict[Key, Look]:
         key: what of a line is one row, as its name without the axis that the figure runs along.
     """
     methods = {cell.row: cell.method for cell in table.study.cells}
-    places: dict[Key, set[str]] = {}
+    backbones: dict[Key, set[str]] = {}
     for line in table.lines:
-        places.setdefault(key(line), set()).add(line.backbone)
+        backbones.setdefault(key(line), set()).add(line.backbone)
     turns: dict[Key, tuple[str, int]] = {}
     for line in sorted(table.lines, key=lambda line: line.row != table.reference):  # which has the colour itself
-        mine = key(line)
-        if mine not in turns:  # the first that no other row of the method has on the same backbone
-            name = methods[line.row]
-            taken = {turn for one, (other, turn) in turns.items() if other == name and places[one] & places[mine]}
-            turns[mine] = name, next(turn for turn in range(len(taken) + 1) if turn not in taken)
-    return {mine: _look(*turn) for mine, turn in turns.items()}
+        row = key(line)
+        if row not in turns:  # the first that no other row of the method has on the same backbone
+            method = methods[line.row]
+            same = [(earlier, turn) for earlier, (name, turn) in turns.items() if name == method]
+            taken = {turn for earlier, turn in same if backbones[earlier] & backbones[row]}
+            turns[row] = method, next(turn for turn in range(len(taken) + 1) if turn not in taken)
+    return {row: _look(*turn) for row, turn in turns.items()}
 
 
 def _look(method: str, turn: int) -> Look:

@@ -12,21 +12,21 @@ from matplotlib.figure import Figure
 
 from pipeline.report import papers
 from pipeline.report.palette import Look
-from pipeline.report.tables import Entry
+from pipeline.report.tables import TableEntry
 
 _LEAST_SPAN = 0.2  # of the highest value: what an axis shows at least, so that a small difference looks small
 _LABEL = 34  # letters a line
 _PANEL, _LETTER = 2.0, 0.11  # inches: a panel's width at least, a tick's letter with what parts it from the next
 
 
-def line(axes: Axes, where: Sequence[Any], values: Sequence[float], spread: Sequence[float], look: Look) -> Any:
+def line(axes: Axes, xs: Sequence[Any], values: Sequence[float], spread: Sequence[float], look: Look) -> Any:
     """Draw one row's curve, its standard deviation over seeds as a band, and return its handle for the legend."""
     low = [value - std for value, std in zip(values, spread, strict=True)]
     high = [value + std for value, std in zip(values, spread, strict=True)]
-    axes.fill_between(where, low, high, color=look.colour, alpha=0.18, linewidth=0)
+    axes.fill_between(xs, low, high, color=look.colour, alpha=0.18, linewidth=0)
     face = look.colour if look.filled else "none"
     (drawn,) = axes.plot(
-        where, values, color=look.colour, linestyle=look.dash, linewidth=1.7,
+        xs, values, color=look.colour, linestyle=look.dash, linewidth=1.7,
         marker=look.marker, markersize=5.5, markerfacecolor=face,
     )  # fmt: skip
     return drawn
@@ -41,10 +41,10 @@ def fit_range(axes: Axes, low: float, high: float) -> None:
     axes.set_ylim(high - span * 1.06, high + span * 0.06)
 
 
-def spaced(axes: Axes, where: Sequence[float], labels: Sequence[str]) -> list[str]:
+def spaced(axes: Axes, xs: Sequence[float], labels: Sequence[str]) -> list[str]:
     """Return the labels of an x axis, empty where one would run into the next; the last one stays."""
     axes.get_xlim()  # settles the limits, which transData takes as they are
-    inches = axes.transAxes.inverted().transform(axes.transData.transform([(at, 0.0) for at in where]))[:, 0] * _PANEL
+    inches = axes.transAxes.inverted().transform(axes.transData.transform([(at, 0.0) for at in xs]))[:, 0] * _PANEL
     kept, left = list(labels), float("inf")
     for place in range(len(labels) - 1, -1, -1):
         half = _LETTER * len(labels[place]) / 2
@@ -73,7 +73,7 @@ def wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, _LABEL, break_on_hyphens=False)) or text
 
 
-def metric_words(entry: Entry, reference: str = "") -> str:
+def metric_words(entry: TableEntry, reference: str = "") -> str:
     """Return the name of an entry's metric with its unit; a factor's with what it is a factor of."""
     sign = f"× {reference}" if entry.unit == "times" and reference else papers.sign(entry.unit)
     return papers.label("metrics", entry.metric) + (f" ({sign})" if sign else "")

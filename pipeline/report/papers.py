@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from pipeline import papers
 from pipeline.errors import InputError, nearest
@@ -18,8 +20,65 @@ _SIGNS = {"percent": "%", "times": "x", "l2": "L2"}
 _DECIMALS = {"percent": 2, "ratio": 4, "fraction": 4, "count": 0}
 
 
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Metric(_Frozen):
+    """How a metric is written.
+
+    Attributes:
+        label: its name; None: as the metric calls itself.
+        unit: that the papers print it in.
+        ours: the unit that it is measured in.
+        lower_is_better: as for a loss or a time.
+    """
+
+    label: str | None = None
+    unit: str | None = None
+    ours: str | None = None
+    lower_is_better: bool = False
+
+
+class MethodLook(_Frozen):
+    """A method's colour and Matplotlib's sign for its marker."""
+
+    colour: str
+    marker: str
+
+
+class _Labels(_Frozen):
+    """labels.yaml: how names are written."""
+
+    tasks: Mapping[str, str]
+    backbones: Mapping[str, str]
+    axes: Mapping[str, str]
+    metrics: Mapping[str, Metric]
+    methods: Mapping[str, MethodLook]
+
+
+class _Printed(_Frozen):
+    """One table of papers.yaml; what its fields mean is written at the top of that file."""
+
+    source: str | None = None
+    note: str = ""
+    metric: str | None = None
+    by_metric: str | None = None
+    units: Mapping[str, str | Mapping[str, str]] = {}
+    columns: tuple[str, ...] | None = None
+    rows: Mapping[str, Mapping[str, tuple[int | float | None, ...]]] = {}
+
+
+class _Paper(_Frozen):
+    title: str
+    short: str
+    units: Mapping[str, str] = {}
+    tables: Mapping[str, _Printed]
+    without_figures: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
-class Source:
+class PaperTable:
     """Where a study's figures stand in a paper.
 
     Attributes:
@@ -37,7 +96,7 @@ class Source:
     note: str
 
 
-def source(path: str | None) -> Source | None:
+def paper_table(path: str | None) -> PaperTable | None:
     """Return where `path` (such as `hificl.table1_main`) stands; None for a study without a paper.
 
     Raises:
@@ -46,11 +105,11 @@ def source(path: str | None) -> Source | None:
     if path is None:
         return None
     paper, table = _find(path)
-    place = table.get("source") or path.partition(".")[2].replace("figure", "Figure ").replace("table", "Table ")
-    return Source(path, paper["short"], paper["title"], place, table.get("note", ""))
+    place = table.source or path.partition(".")[2].replace("figure", "Figure ").replace("table", "Table ")
+    return PaperTable(path, paper.short, paper.title, place, table.note)
 
 
-def figure(path: str | None, backbone: str, row: str, task: str, metric: str | None = None) -> float | None:
+def printed_value(path: str | None, backbone: str, row: str, task: str, metric: str | None = None) -> float | None:
     """Return the printed figure of a cell in the unit of `unit()`; None where the paper prints none.
 
     Args:
@@ -63,17 +122,14 @@ def figure(path: str | None, backbone: str, row: str, task: str, metric: str | N
     if path is None:
         return None
     table = _find(path)[1]
-    rows = table.get("rows", {}).get(backbone, {})
-    columns = table.get("columns")
-    if columns is None:
-        by_metric = table.get("by_metric")
-        held = table.get("metric")
-        if by_metric not in (None, row) or (held and metric and _match(metric, [held]) is None):
+    rows = table.rows.get(backbone, {})
+    if table.columns is None:
+        if table.by_metric not in (None, row) or (table.metric and metric and not _match(metric, [table.metric])):
             return None
-        found = rows.get(_match(metric or "", rows) or "") if by_metric else rows.get(row)
-        return found[0] if found else None
-    name = _match(_column(table, task, metric), columns)
-    return rows[row][columns.index(name)] if name is not None and row in rows else None
+        values = rows.get(_match(metric or "", rows) or "" if table.by_metric else row)
+        return values[0] if values else None
+    name = _match(_column(table, task, metric), table.columns)
+    return rows[row][table.columns.index(name)] if name is not None and row in rows else None
 
 
 def unit(path: str | None, study: str, backbone: str, task: str, metric: str | None = None) -> str | None:
@@ -86,11 +142,12 @@ def unit(path: str | None, study: str, backbone: str, task: str, metric: str | N
         task: the paper's task.
         metric: None for the task's own score, else the metric's name.
     """
-    paper, table = _find(path) if path else (_papers().get(study.partition("-")[0], {}), {})
-    units = {**paper.get("units", {}), **table.get("units", {})}
-    units = {**units, **units.get(backbone, {})}
-    found = units.get(_match(_column(table, task, metric), units) or "")
-    return found or (metric_facts(metric).get("unit") if metric else None)
+    paper, table = _find(path) if path else (_papers().get(study.partition("-")[0]), _Printed())
+    units = {**(paper.units if paper else {}), **table.units}
+    of_backbone = units.get(backbone)
+    units = {**units, **of_backbone} if isinstance(of_backbone, Mapping) else units
+    name = units.get(_match(_column(table, task, metric), units) or "")
+    return name if isinstance(name, str) else metric_facts(metric).unit if metric else None
 
 
 def convert(value: float, unit_from: str, unit_to: str | None) -> float:
@@ -113,54 +170,54 @@ def sign(unit_name: str) -> str:
 def label(kind: str, name: str) -> str:
     """Return how a name is written: `kind` is tasks, backbones, metrics or axes."""
     if kind == "metrics":
-        return str(metric_facts(name).get("label", name))
-    return str(_labels()[kind].get(name, name))
+        return metric_facts(name).label or name
+    labels = _labels()
+    names = {"tasks": labels.tasks, "backbones": labels.backbones, "axes": labels.axes}[kind]
+    return names.get(name, name)
 
 
-def metric_facts(metric: str) -> dict[str, Any]:
+def metric_facts(metric: str) -> Metric:
     """Return label, units and direction of a metric; case and `_` do not count."""
-    known = _labels()["metrics"]
-    return known.get(_match(metric, known) or "", {})
+    known = _labels().metrics
+    return known.get(_match(metric, known) or "", Metric())
 
 
-def method_look(method: str) -> tuple[str, str] | None:
+def method_look(method: str) -> MethodLook | None:
     """Return a method's colour and marker; None where labels.yaml has none."""
-    known = _labels()["methods"].get(method)
-    return (known["colour"], known["marker"]) if known else None
+    return _labels().methods.get(method)
 
 
-def _find(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _find(path: str) -> tuple[_Paper, _Printed]:
     name, _, table = path.partition(".")
     papers = _papers()
     if name not in papers:
         raise InputError(f"unknown paper '{name}'", where=f"a study's paper: {path}", way_out=nearest(name, papers))
-    tables = papers[name]["tables"]
-    if table in tables:
-        return papers[name], tables[table]
-    if table in papers[name]["without_figures"]:
-        return papers[name], {}
-    known = [*tables, *papers[name]["without_figures"]]
+    paper = papers[name]
+    if table in paper.tables:
+        return paper, paper.tables[table]
+    if table in paper.without_figures:
+        return paper, _Printed()
+    known = [*paper.tables, *paper.without_figures]
     raise InputError(f"unknown table '{table}'", where=f"a study's paper: {path}", way_out=nearest(table, known))
 
 
-def _column(table: dict[str, Any], task: str, metric: str | None) -> str:
+def _column(table: _Printed, task: str, metric: str | None) -> str:
     """Return the column a cell belongs to: its task's, or its metric's where the table's columns are metrics."""
-    held = table.get("metric")
-    if held is None:
+    if table.metric is None:
         return metric or task
-    return task if metric is not None and _match(metric, [held]) else metric or "(the task's own score)"
+    return task if metric is not None and _match(metric, [table.metric]) else metric or "(the task's own score)"
 
 
-def _match(name: str, known: Any) -> str | None:
+def _match(name: str, known: Iterable[str]) -> str | None:
     plain = name.lower().replace("_", "")
-    return next((one for one in known if str(one).lower().replace("_", "") == plain), None)
+    return next((candidate for candidate in known if candidate.lower().replace("_", "") == plain), None)
 
 
 @functools.cache
-def _papers() -> dict[str, Any]:
-    return read_file(_FIGURES)
+def _papers() -> Mapping[str, _Paper]:
+    return {name: _Paper.model_validate(paper) for name, paper in read_file(_FIGURES).items()}
 
 
 @functools.cache
-def _labels() -> dict[str, Any]:
-    return read_file(Path(__file__).with_name("labels.yaml"))
+def _labels() -> _Labels:
+    return _Labels.model_validate(read_file(Path(__file__).with_name("labels.yaml")))

@@ -60,7 +60,7 @@ def write_gallery(params: Params, evaluations: Path, page: Path) -> list[str]:
 def _section(study: str, params: Params, evaluations: Path, folder: Path) -> str:
     """Write a study's first figure and return its section; nothing where there is no figure."""
     table = report.load_table(study, params, evaluations)
-    figure = next(iter(figures.draw(table, params.studies[study].layout).items()), None)
+    figure = next(iter(figures.draw_figures(table, params.studies[study].layout).items()), None)
     if figure is None:
         return ""
     name, (svg, words) = figure
@@ -72,6 +72,6 @@ def _section(study: str, params: Params, evaluations: Path, folder: Path) -> str
 
 
 def _section_of_before(study: str, before: str) -> str:
-    mine = re.compile(rf"\({_FOLDER}/{re.escape(study)}-(bars|over)-")
-    section = next((part for part in re.split(r"(?m)^(?=## )", before) if mine.search(part)), "")
+    of_study = re.compile(rf"\({_FOLDER}/{re.escape(study)}-(bars|over)-")
+    section = next((part for part in re.split(r"(?m)^(?=## )", before) if of_study.search(part)), "")
     return section and section.replace(_KEPT, "").rstrip("\n") + "\n" + _KEPT

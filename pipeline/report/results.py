@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from pipeline.report import papers, sections
-from pipeline.report.files import shown
-from pipeline.report.tables import Column, Entry, Line, Table
+from pipeline.report.files import format_value
+from pipeline.report.tables import Column, Line, Table, TableEntry
 from pipeline.terminal import BAD, QUIET, Answer, table
 
 _GAP = 2  # between two columns
@@ -26,7 +25,7 @@ class StudyResults(Answer):
 
     tables: Sequence[Table]
 
-    def record(self) -> dict[str, list[dict[str, Any]]]:
+    def record(self) -> dict[str, list[dict[str, object]]]:
         """Return a record a cell by study; value, spread and the paper's figure are in `unit`."""
         return {
             table.study.study: [
@@ -43,10 +42,10 @@ class StudyResults(Answer):
 
     def shown(self) -> Iterator[RenderableType]:
         """Give the studies' tables."""
-        for nth, one in enumerate(self.tables):
+        for nth, study in enumerate(self.tables):
             if nth:
                 yield ""
-            yield Results(one)
+            yield Results(study)
 
 
 @dataclass(frozen=True)
@@ -98,12 +97,14 @@ class Results:
         entries = [self.of.entries[line, column] for line in lines]
         metric = papers.label("metrics", entries[0].metric)
         head = f"{papers.label('tasks', column.task)}\n{metric} {papers.sign(entries[0].unit)}".strip()
-        widest = max((len(shown(entry.std, entry.unit)) for entry in entries if entry.std is not None), default=0)
-        found = [[Text(head, justify="right"), *(_number(entry, widest) for entry in entries)]]
+        widest = max(
+            (len(format_value(entry.std, entry.unit)) for entry in entries if entry.std is not None), default=0
+        )
+        columns = [[Text(head, justify="right"), *(_number(entry, widest) for entry in entries)]]
         if any(entry.comparable and entry.paper is not None for entry in entries):
-            beside = ["" if entry.paper is None else shown(entry.paper, entry.unit) for entry in entries]
-            found.append([Text("paper", justify="right"), *(Text(text, style=QUIET) for text in beside)])
-        return found
+            beside = ["" if entry.paper is None else format_value(entry.paper, entry.unit) for entry in entries]
+            columns.append([Text("paper", justify="right"), *(Text(text, style=QUIET) for text in beside)])
+        return columns
 
     def _legend(self) -> Iterator[str]:
         """Give what has to be known to read the numbers."""
@@ -115,13 +116,17 @@ class Results:
             yield self.of.note
 
 
-def _number(entry: Entry, widest: int) -> Text:
+def _number(entry: TableEntry, widest: int) -> Text:
     """Return a number with its mark and its spread, which takes `widest` columns where there is any in this column."""
     if entry.value is None:
         return Text(entry.cells[0].status if entry.cells else "-", style=BAD if entry.cells else "")
-    text = Text(shown(entry.value, entry.unit), style=_STYLES.get(entry.mark, ""))
+    text = Text(format_value(entry.value, entry.unit), style=_STYLES.get(entry.mark, ""))
     text.append("*" if entry.mark == "best" else " ")
-    spread = f" ± {shown(entry.std, entry.unit):>{widest}}" if entry.std is not None else " " * (widest and widest + 3)
+    spread = (
+        f" ± {format_value(entry.std, entry.unit):>{widest}}"
+        if entry.std is not None
+        else " " * (widest and widest + 3)
+    )
     text.append(spread, style=QUIET)
     return text
 

@@ -1,10 +1,10 @@
-"""A figure as SVG text: text and axes in `currentColor`, so that it follows the page into the dark, and with a size."""
+"""A figure as SVG text: text and axes in `currentColor`, so that it follows the page's dark mode, and with a size."""
 
 from __future__ import annotations
 
 import io
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -38,6 +38,13 @@ _STANDALONE = (
 )
 
 
+class Drawing(NamedTuple):
+    """A figure as SVG text, and what it shows in words."""
+
+    svg: str
+    words: str
+
+
 def to_svg(figure: Figure) -> str:
     """Return a figure as SVG text, its ink the page's, with a size in CSS pixels (a page may shrink it)."""
     buffer = io.StringIO()
@@ -53,8 +60,8 @@ def to_svg(figure: Figure) -> str:
 
 
 def standalone(svg: str) -> str:
-    """Return an SVG that has its own ground and ink, for a file that is looked at alone."""
-    return re.sub(r"(<svg\b[^>]*>)", lambda found: found.group(1) + _STANDALONE, svg, count=1)
+    """Return an SVG with its own background and text colour, for a file that is opened by itself."""
+    return re.sub(r"(<svg\b[^>]*>)", lambda tag: tag.group(1) + _STANDALONE, svg, count=1)
 
 
 def safe(name: str) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.config import Params
 from pipeline.report import papers
@@ -14,6 +14,16 @@ from pipeline.report.evaluations import Cell, StudyFile, read_evaluation
 from pipeline.report.statistics import Difference, interval, mean_std, paired_bootstrap
 
 _TOLERANCE = 1e-3  # relative: a score that differs more from its samples' mean is no mean over samples
+
+
+class SampleScores(NamedTuple):
+    """One evaluation's score of each sample, by id, and the unit of these scores."""
+
+    unit: str
+    by_sample: dict[str, float]
+
+
+Scores = Callable[[str], SampleScores]  # `sample_scores` of an evaluation's key, remembered by the caller
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ class Column:
 
 
 @dataclass
-class Entry:
+class TableEntry:
     """One printed number, over all its seeds.
 
     Attributes:
@@ -100,18 +110,23 @@ class Table:
     study: StudyFile
     columns: list[Column]
     lines: list[Line]
-    entries: dict[tuple[Line, Column], Entry]
+    entries: dict[tuple[Line, Column], TableEntry]
     reference: str | None
     axes: list[str] = field(default_factory=list)
     note: str | None = None
     paper: str | None = None
+
+    @property
+    def reference_label(self) -> str:
+        """Label of the row that the others are compared with; empty where there is none."""
+        return next((line.label for line in self.lines if line.row == self.reference), "")
 
     def groups(self) -> list[tuple[str, list[Line]]]:
         """Return the lines by backbone, in the study's order."""
         names = list(dict.fromkeys(line.backbone for line in self.lines))
         return [(name, [line for line in self.lines if line.backbone == name]) for name in names]
 
-    def row(self, line: Line) -> list[Entry]:
+    def row(self, line: Line) -> list[TableEntry]:
         """Return a line's entries, by column."""
         return [self.entries[line, column] for column in self.columns]
 
@@ -162,20 +177,22 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float | str) else str(value)
 
 
-def _entry(line: Line, column: Column, cells: list[Cell], study: StudyFile, path: str | None, params: Params) -> Entry:
-    own = column.metric is None
+def _entry(
+    line: Line, column: Column, cells: list[Cell], study: StudyFile, path: str | None, params: Params
+) -> TableEntry:
+    is_score = column.metric is None
     done = [cell for cell in cells if _value(cell, column.metric) is not None]
     # cells that are not done have no metric of their own: take the name from another row of the same task
     named = next((cell for cell in [*done, *study.cells] if cell.task == column.task and cell.metric), None)
     metric = column.metric or (named.metric if named and named.metric else "score")
     measured = named is not None and named.measurement is not None  # its number is no score of the task
-    where = (line.paper_backbone, column.paper_task, None if own and not measured else metric)
-    ours = (named.unit if named and own else None) or papers.metric_facts(metric).get("ours") or "percent"
-    unit = papers.unit(path, study.study, *where) or ours
+    printed_as = (line.paper_backbone, column.paper_task, None if is_score and not measured else metric)
+    own_unit = (named.unit if named and is_score else None) or papers.metric_facts(metric).ours or "percent"
+    unit = papers.unit(path, study.study, *printed_as) or own_unit
     values = [
         papers.convert(
             float(_value(cell, column.metric) or 0.0),
-            cell.units.get(metric) or (cell.unit if own and cell.unit else ours),
+            cell.units.get(metric) or (cell.unit if is_score and cell.unit else own_unit),
             unit,
         )
         for cell in done
@@ -185,10 +202,10 @@ def _entry(line: Line, column: Column, cells: list[Cell], study: StudyFile, path
     same = line.backbone == line.paper_backbone and column.task == column.paper_task and published
     definition = params.studies.get(study.study)
     row = (definition.methods[line.row].paper if definition and line.row in definition.methods else None) or line.row
-    figure = papers.figure(path, line.paper_backbone, row, *where[1:])
-    if figure is None and own:  # a table may be of the task's own metric by its name
-        figure = papers.figure(path, line.paper_backbone, row, column.paper_task, metric)
-    return Entry(line, column, cells, metric, unit, value, std, figure, comparable=same)
+    printed = papers.printed_value(path, line.paper_backbone, row, *printed_as[1:])
+    if printed is None and is_score:  # a table may be of the task's own metric by its name
+        printed = papers.printed_value(path, line.paper_backbone, row, column.paper_task, metric)
+    return TableEntry(line, column, cells, metric, unit, value, std, printed, comparable=same)
 
 
 def _value(cell: Cell, metric: str | None) -> float | None:
@@ -200,12 +217,12 @@ def _value(cell: Cell, metric: str | None) -> float | None:
     return plain.get(metric.lower().replace("_", ""))
 
 
-def _mark(entries: Iterable[Entry]) -> None:
+def _mark(entries: Iterable[TableEntry]) -> None:
     """Mark best and second as they are printed: numbers that look equal share the mark."""
     known = [entry for entry in entries if entry.value is not None]
     if len(known) < 2:
         return
-    lower = bool(papers.metric_facts(known[0].metric).get("lower_is_better"))
+    lower = bool(papers.metric_facts(known[0].metric).lower_is_better)
     shown = {id(entry): round(entry.value or 0.0, papers.decimals(entry.unit)) for entry in known}
     places = sorted(set(shown.values()), reverse=not lower)
     for entry in known:
@@ -218,34 +235,31 @@ def _reference(study: StudyFile, lines: Sequence[Line]) -> str | None:
     rows = list(dict.fromkeys(line.row for line in lines))
     if len(rows) < 2:
         return None
-    own = study.study.partition("-")[0]
-    if own in rows:
-        return own
+    paper = study.study.partition("-")[0]
+    if paper in rows:
+        return paper
     free = [cell for cell in study.cells if cell.value is not None and not cell.trainable_parameters]
     return max(free, key=lambda cell: cell.value or 0.0).row if free else rows[0]
 
 
-def _compare(table: Table, scores: Any) -> None:
+def _compare(table: Table, scores: Scores) -> None:
     for (line, column), entry in table.entries.items():
         if column.metric is not None or line.row == table.reference or entry.value is None:
             continue
-        same = [
-            other
-            for other in table.lines
-            if (other.backbone, other.vary, other.row) == (line.backbone, line.vary, table.reference)
-        ]
-        if same:
-            ours, theirs = by_sample(entry, scores), by_sample(table.entries[same[0], column], scores)
-            entry.difference = paired_bootstrap(ours, theirs)
+        wanted = (line.backbone, line.vary, table.reference)
+        reference = next((row for row in table.lines if (row.backbone, row.vary, row.row) == wanted), None)
+        if reference is not None:
+            of_reference = by_sample(table.entries[reference, column], scores)
+            entry.difference = paired_bootstrap(by_sample(entry, scores), of_reference)
 
 
-def _interval(entry: Entry, scores: Any) -> tuple[float, float] | None:
-    units = {scores(cell.evaluation)[0] for cell in entry.done if cell.evaluation}
+def _interval(entry: TableEntry, scores: Scores) -> tuple[float, float] | None:
+    units = {scores(cell.evaluation).unit for cell in entry.done if cell.evaluation}
     top = papers.convert(100.0, "percent", entry.unit) if units == {"percent"} else None  # a percentage is bounded
     return interval(list(by_sample(entry, scores).values()), top)
 
 
-def by_sample(entry: Entry, scores: Any) -> dict[str, float]:
+def by_sample(entry: TableEntry, scores: Scores) -> dict[str, float]:
     """Return the score of each sample, averaged over the seeds that scored it, in the entry's unit.
 
     Nothing where the number is a measurement: the samples' scores are of something else.
@@ -256,21 +270,21 @@ def by_sample(entry: Entry, scores: Any) -> dict[str, float]:
     """
     seen: dict[str, list[float]] = {}
     for cell in entry.done:
-        of_samples = cell.evaluation is not None and cell.measurement is None
-        unit, found = scores(cell.evaluation) if of_samples else ("", {})
-        for sample, score in found.items():
-            seen.setdefault(sample, []).append(papers.convert(score, unit, entry.unit))
+        if cell.evaluation is not None and cell.measurement is None:
+            unit, of_cell = scores(cell.evaluation)
+            for sample, score in of_cell.items():
+                seen.setdefault(sample, []).append(papers.convert(score, unit, entry.unit))
     return {sample: sum(values) / len(values) for sample, values in seen.items()}
 
 
-def sample_scores(key: str, evaluations: Path) -> tuple[str, dict[str, float]]:
-    """Return unit and score by sample; nothing where the score is no mean over samples (CHAIR, MME)."""
+def sample_scores(key: str, evaluations: Path) -> SampleScores:
+    """Return an evaluation's scores by sample; none where its score is no mean over samples (CHAIR, MME)."""
     evaluation = read_evaluation(key, evaluations)
     if evaluation is None or evaluation.value is None:
-        return "", {}
-    found = {str(one.sample_id): one.score for one in evaluation.predictions if one.score is not None}
-    if not found:
-        return "", {}
-    mean = sum(found.values()) / len(found)
+        return SampleScores("", {})
+    scores = {str(answer.sample_id): answer.score for answer in evaluation.predictions if answer.score is not None}
+    if not scores:
+        return SampleScores("", {})
+    mean = sum(scores.values()) / len(scores)
     close = abs(mean - evaluation.value) <= _TOLERANCE * max(abs(evaluation.value), abs(mean), 1e-9)
-    return (evaluation.unit, found) if close else ("", {})
+    return SampleScores(evaluation.unit, scores) if close else SampleScores("", {})

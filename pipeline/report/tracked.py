@@ -40,7 +40,7 @@ def log(params: Params, evaluations: Path, root: Path) -> list[str]:
 
 
 def _shown(table: Table) -> list[Shown]:
-    found = []
+    numbers = []
     for row, line in enumerate(table.lines, start=1):
         for column, entry in enumerate(table.row(line), start=1):
             if entry.column.metric is None:
@@ -48,8 +48,8 @@ def _shown(table: Table) -> list[Shown]:
                 for cell in entry.done:
                     if cell.run_id and cell.value is not None:
                         value = papers.convert(cell.value, cell.unit or entry.unit, entry.unit)
-                        found.append(Shown(cell.run_id, f"{row:02d} {line.title}", place, value))
-    return found
+                        numbers.append(Shown(cell.run_id, f"{row:02d} {line.title}", place, value))
+    return numbers
 
 
 def _means(table: Table) -> dict[str, float]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from pipeline.report import bars, curves, emergence, figures, load_table, papers
 from pipeline.report.palette import of_method
-from pipeline.report.svg import STYLE
+from pipeline.report.svg import STYLE, standalone
 
 FACTORS = {"time": 4.27, "flops": 4.7, "gpu_memory": 2.99, "milliseconds_per_sample": 14.1}
 UNITS = {"time": "times", "flops": "times", "gpu_memory": "times", "milliseconds_per_sample": "ms"}
@@ -68,7 +68,7 @@ def test_factors_share_one_axis_that_begins_at_nothing(maker: Any) -> None:
         paper="hificl.figure10", layout="bars", metrics=["flops", "gpu_memory", "milliseconds_per_sample"]
     )
     table = load_table("hificl-figure10", maker.params(**{"hificl-figure10": definition}), maker.folder)
-    figure = bars.figure(table, table.lines)
+    figure = bars.bar_figure(table, table.lines)
     found = lengths(figure)
     assert len(found) == 12  # a row a task, a column a metric
     factors = {title: inches for title, inches in found.items() if "× HiFICL" in title}
@@ -86,7 +86,7 @@ def test_factors_share_one_axis_that_begins_at_nothing(maker: Any) -> None:
 def test_accuracy_and_captions_scores_never_share_an_axis_and_tasks_of_one_metric_do(maker: Any) -> None:
     maker.table("hificl-table1", seeds=2)
     table = load_table("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
-    figure = bars.figure(table, table.lines)
+    figure = bars.bar_figure(table, table.lines)
     ends = {axes.get_title(loc="left").strip(): axes.get_xlim() for axes in figure.axes}
     assert ends["mini-vqa\naccuracy (%)"] == ends["mini-okvqa\naccuracy (%)"] != ends["mini-coco\nCIDEr-D"]
     assert ends["VQAv2\naccuracy (%)"] == ends["OK-VQA\naccuracy (%)"] != ends["mini-vqa\naccuracy (%)"]
@@ -99,7 +99,7 @@ def test_the_papers_bars_are_measured_with_ours_on_the_papers_own_model_alone(ma
     cells = [maker.cell(row, "mini-vqa", 0) | same for row in ("lora-r16", "hificl")]
     maker.study("hificl-table1", cells)
     table = load_table("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
-    ours, printed = (axes.get_xlim() for axes in bars.figure(table, table.lines).axes)
+    ours, printed = (axes.get_xlim() for axes in bars.bar_figure(table, table.lines).axes)
     assert (ours == printed) is own
 
 
@@ -109,7 +109,9 @@ def test_a_method_has_its_colour_in_bars_and_in_curves_whoever_is_the_reference(
         maker.study(study, [maker.cell(row, "mini-vqa", 0) | {"method": method} for row, method in rows.items()])
         table = load_table(study, maker.params(**{study: maker.definition()}), maker.folder)
         assert table.reference == reference
-        shown = [mpl.colors.to_hex(patch.get_edgecolor()) for patch in bars.figure(table, table.lines).axes[0].patches]
+        shown = [
+            mpl.colors.to_hex(patch.get_edgecolor()) for patch in bars.bar_figure(table, table.lines).axes[0].patches
+        ]
         assert shown == [of_method(method)[0] for method in rows.values()]
     cells = [
         maker.cell(row, "mini-vqa", 0, vary={"num_shots": shots}) | {"method": method}
@@ -120,7 +122,7 @@ def test_a_method_has_its_colour_in_bars_and_in_curves_whoever_is_the_reference(
     table = load_table(
         "hificl-figure4", maker.params(**{"hificl-figure4": maker.definition(layout="curve")}), maker.folder
     )
-    drawn = figures.curves(table, "num_shots").axes[0].get_lines()
+    drawn = figures.curve_figure(table, "num_shots").axes[0].get_lines()
     assert [(one.get_color(), one.get_marker()) for one in drawn] == [of_method(method) for method in rows.values()]
 
 
@@ -136,15 +138,15 @@ def ranks(maker: Any, values: dict[int, float], seeds: int = 1, **more: Any) -> 
 
 
 def test_a_small_difference_looks_small(maker: Any) -> None:
-    (axes,) = figures.curves(ranks(maker, {1: 94.2, 4: 94.0, 8: 94.4}), "rank").axes
+    (axes,) = figures.curve_figure(ranks(maker, {1: 94.2, 4: 94.0, 8: 94.4}), "rank").axes
     low, high = axes.get_ylim()
     assert low < 94.0 and high > 94.4 and 0.4 / (high - low) < 0.03
-    (axes,) = figures.curves(ranks(maker, {1: 20.0, 4: 60.0, 8: 94.4}), "rank").axes
+    (axes,) = figures.curve_figure(ranks(maker, {1: 20.0, 4: 60.0, 8: 94.4}), "rank").axes
     assert axes.get_ylim()[0] == 0
 
 
 def test_the_spread_over_seeds_is_on_the_axis(maker: Any) -> None:
-    (axes,) = figures.curves(ranks(maker, {1: 80.0, 8: 90.0}, seeds=3), "rank").axes
+    (axes,) = figures.curve_figure(ranks(maker, {1: 80.0, 8: 90.0}, seeds=3), "rank").axes
     (band,) = axes.collections
     heights = band.get_paths()[0].vertices[:, 1]
     assert (heights.min(), heights.max()) == pytest.approx((81 - 1, 91 + 1))  # mean of three seeds and their deviation
@@ -172,8 +174,8 @@ def test_every_text_of_a_figure_is_inside_it_and_runs_into_no_other(maker: Any) 
         }
     )
     tables = {study: load_table(study, known, maker.folder) for study in known.studies}
-    drawn = [figures.curves(tables["miniature-rank"], "rank")]
-    drawn += [bars.figure(tables[study], tables[study].lines) for study in ("hificl-figure10", "hificl-table1")]
+    drawn = [figures.curve_figure(tables["miniature-rank"], "rank")]
+    drawn += [bars.bar_figure(tables[study], tables[study].lines) for study in ("hificl-figure10", "hificl-table1")]
     for figure in drawn:
         figure.draw_without_rendering()
         boxes = [(text.get_text(), text.get_window_extent()) for text in texts(figure)]
@@ -206,7 +208,7 @@ def test_losses_have_the_studys_colours_and_their_spread(maker: Any) -> None:
     ]
     maker.study("hificl-table1", cells)
     table = load_table("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
-    (axes,) = curves.figure(table, table.lines, table.columns).axes
+    (axes,) = curves.loss_figure(table, table.lines, table.columns).axes
     assert [(one.get_color(), one.get_marker()) for one in axes.get_lines()] == [of_method("lora"), of_method("hificl")]
     assert list(axes.get_lines()[0].get_ydata()) == pytest.approx([2.5, 1.25, 2.5 / 3])
     assert max(axes.collections[0].get_paths()[0].vertices[:, 1]) == pytest.approx(2.5 + 0.5**0.5)
@@ -216,13 +218,13 @@ def test_losses_have_the_studys_colours_and_their_spread(maker: Any) -> None:
 def test_a_picture_has_a_size_and_may_shrink(maker: Any) -> None:
     maker.table("hificl-table1", seeds=1)
     table = load_table("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
-    for svg, _ in figures.draw(table, "table").values():
+    for svg, _ in figures.draw_figures(table, "table").values():
         picture = ElementTree.fromstring(svg)  # noqa: S314 - our own
         _, _, width, height = map(float, (picture.get("viewBox") or "").split())
         assert int(picture.get("width") or 0) == pytest.approx(width * 96 / 72, abs=1) and width > 300
         assert int(picture.get("height") or 0) == pytest.approx(height * 96 / 72, abs=1)
         assert "currentColor" in svg
-    assert "prefers-color-scheme:dark" in figures.standalone(svg)
+    assert "prefers-color-scheme:dark" in standalone(svg)
 
 
 def test_a_pretraining_shows_its_losses_in_readable_numbers_and_shares_that_do_not_exaggerate(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config import load
 from pipeline.report import load_table, papers, write_index
-from pipeline.report.findings import FAILS, HOLDS, OPEN, PARTLY, claims, findings
+from pipeline.report.findings import FAILS, HOLDS, OPEN, PARTLY, check_claims, claims
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,13 +34,13 @@ def test_every_study_of_the_papers_is_there_and_every_printed_row_has_one() -> N
     printed = papers._papers()
     for name, study in studies.items():
         paper, _, table = (study.paper or "").partition(".")
-        rows = printed.get(paper, {}).get("tables", {}).get(table, {})
-        if not rows or rows.get("by_metric") or rows.get("metric") == "speed_up":
+        rows = printed[paper].tables.get(table) if paper else None
+        if rows is None or rows.by_metric or rows.metric == "speed_up":
             continue
-        for backbone, printed_rows in rows["rows"].items():
-            mine = {method.paper or row for row, method in study.methods.items()
+        for backbone, printed_rows in rows.rows.items():
+            known = {method.paper or row for row, method in study.methods.items()
                     if backbone in (method.backbones or study.backbones)}  # fmt: skip
-            assert set(printed_rows) <= mine, (name, backbone)
+            assert set(printed_rows) <= known, (name, backbone)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def judged(maker: Any):
         known = maker.params(**{study: maker.definition(**definition)})
         table = load_table(study, known, maker.folder)
         write_index(known, maker.folder, maker.folder.parent)
-        return {one.claim.claim: one for one in findings([table], maker.folder)}
+        return {checked.claim.claim: checked for checked in check_claims([table], maker.folder)}
 
     return judge
 
@@ -169,6 +169,6 @@ def test_losses_are_drawn_where_epochs_are_known(maker: Any) -> None:
     cells = [maker.cell(row, "mini-vqa", seed) | {"epochs": epochs} for row in ("mimic", "hificl") for seed in (0, 1)]
     maker.study("hificl-table1", [*cells, maker.cell("zero-shot", "mini-vqa", 0)])
     table = load_table("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
-    ((name, (svg, words)),) = curves.losses(table).items()
+    ((name, (svg, words)),) = curves.draw_losses(table).items()
     assert name == "loss-mini-idefics2" and "currentColor" in svg
     assert "MimIC" in words and "Zero-shot" not in words

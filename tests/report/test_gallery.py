@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.report import load_table, write_index
 from pipeline.report.evaluations import Prediction, read_evaluation
-from pipeline.report.gallery import SAMPLES, gallery, marked
+from pipeline.report.gallery import SAMPLES, answer_table, marked_pieces
 from pipeline.scores.chair import chair_scores
 
 
@@ -25,25 +25,25 @@ def test_the_gallery_shows_where_the_reference_row_is_best_and_worst(maker: Any)
         for found in (read_evaluation(cell["evaluation"], maker.folder) for cell in cells)
         if found
     )
-    shown = gallery(table, maker.folder)
+    shown = answer_table(table, maker.folder)
     assert shown is not None
-    leads = [own[name] - other[name] for name in (sample["id"].split()[-1] for sample in shown["samples"])]
+    leads = [own[name] - other[name] for name in (sample.id.split()[-1] for sample in shown.samples)]
     every = sorted(own[name] - other[name] for name in own)
     half = SAMPLES // 2
     assert leads[:half] == every[::-1][:half]
     assert leads[half:] == every[:half]
-    assert len({sample["id"] for sample in shown["samples"]}) == SAMPLES
+    assert len({sample.id for sample in shown.samples}) == SAMPLES
 
 
 def test_words_that_name_what_is_not_there_are_marked() -> None:
     caption = Prediction(sample_id=1, prediction="A Dog and a hot dog", hallucinated=["dog", "hot dog"])
-    assert marked(caption) == [("A ", False), ("Dog", True), (" and a ", False), ("hot dog", True)]
-    assert marked(Prediction(sample_id=1, prediction="a dog")) == [("a dog", False)]
-    assert marked(Prediction(sample_id=1, prediction="")) == [("", False)]
+    assert marked_pieces(caption) == [("A ", False), ("Dog", True), (" and a ", False), ("hot dog", True)]
+    assert marked_pieces(Prediction(sample_id=1, prediction="a dog")) == [("a dog", False)]
+    assert marked_pieces(Prediction(sample_id=1, prediction="")) == [("", False)]
     several = "Two dogs, hot dogs and wine glasses; a baby bird."
     wrong = [row[0] for row in hallucinated(several)]
     assert wrong == ["dog", "hot dog", "wine glass", "bird"]
-    pieces = marked(Prediction(sample_id=1, prediction=several, hallucinated=wrong))
+    pieces = marked_pieces(Prediction(sample_id=1, prediction=several, hallucinated=wrong))
     assert [text for text, bad in pieces if bad] == ["dogs", "hot dogs", "wine glasses", "baby bird"]
     assert "".join(text for text, _ in pieces) == several
 

@@ -33,7 +33,7 @@ I2 = "idefics2-8b-base"
     ],
 )
 def test_figures_and_units(path, backbone, row, task, metric, value, unit) -> None:  # noqa: PLR0913, ANN001
-    assert papers.figure(path, backbone, row, task, metric) == value
+    assert papers.printed_value(path, backbone, row, task, metric) == value
     assert papers.unit(path, "hificl-x", backbone, task, metric) == unit
 
 
@@ -46,7 +46,7 @@ def test_a_study_without_a_table_keeps_its_papers_habit() -> None:
 @pytest.mark.parametrize(("path", "words"), [("hificl.table1", "table1_main"), ("hifcl.x", "hificl")])
 def test_an_unknown_table_suggests_the_nearest(path: str, words: str) -> None:
     with pytest.raises(InputError, match=f"Did you mean '{words}'"):
-        papers.source(path)
+        papers.paper_table(path)
 
 
 def test_units_are_converted_where_they_are_parts_of_one_whole() -> None:
