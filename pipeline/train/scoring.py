@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from pipeline.baselines import Baseline, Setting, baselines
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.data.subset import training_samples
+from pipeline.evaluate.parts import WHOLE, Answers, SplitPart
 from pipeline.evaluate.predict import predict, predict_each
 from pipeline.request import TrialRequest
 from pipeline.tasks import tasks
@@ -28,27 +28,9 @@ from pipeline.train import image_features
 from pipeline.train.resident import Resident
 from pipeline.trial import EvaluationConfig, TrialConfig
 
-Part = tuple[int, int]  # (i, n): every n-th batch from the i-th on
-WHOLE: Part = (0, 1)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a trial answered in one part of a split.
-
-    Attributes:
-        texts: post-processed answer by sample id.
-        seconds: the trial's share of what the part took.
-        found: what a method without training found out first.
-    """
-
-    texts: dict[Any, str]
-    seconds: float
-    found: dict[str, Any] = field(default_factory=dict)
-
 
 def answer(
-    resident: Resident, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, *, part: Part = WHOLE,
+    resident: Resident, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, *, part: SplitPart = WHOLE,
     batch_size: int = 64,
 ) -> list[Answers]:  # fmt: skip
     """Return each trial's answers to one part of a split.

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from pipeline.errors import WorkError
+from pipeline.evaluate.parts import WHOLE, Answers, SplitPart
 from pipeline.request import TrialRequest
 from pipeline.train.resident import Resident, Residents
 from pipeline.train.run import Report, TrialRun
-from pipeline.train.scoring import WHOLE, Answers, Part, answer, score
+from pipeline.train.scoring import answer, score
 from pipeline.train.together import Together
 from pipeline.trial import EvaluationConfig
 
@@ -81,7 +82,7 @@ class Workbench:
         return self.finish(request, evaluation, self.answer([request], evaluation))
 
     def answer(
-        self, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, part: Part = WHOLE
+        self, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, part: SplitPart = WHOLE
     ) -> list[Answers]:
         """Let trials answer a part of a split; see `scoring.answer`."""
         return answer(self.resident(requests[0]), requests, evaluation, part=part, batch_size=self.batch_size)

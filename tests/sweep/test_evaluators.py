@@ -9,10 +9,10 @@ import pytest
 import ray
 
 from pipeline.config import BackboneSource, load
+from pipeline.evaluate.parts import Answers
 from pipeline.request import TrialRequest
 from pipeline.sweep import evaluators
 from pipeline.sweep.tuner import cluster
-from pipeline.train.scoring import Answers
 from pipeline.trial import EvaluationConfig, TrialConfig
 
 ROOT = Path(__file__).resolve().parents[2]

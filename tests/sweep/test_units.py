@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import BackboneSource
+from pipeline.evaluate.parts import Answers
 from pipeline.request import TrialRequest
-from pipeline.sweep.units import TOGETHER, Complete, Ledger, Unit, split, units
-from pipeline.train.scoring import Answers
+from pipeline.sweep.units import TOGETHER, Calls, Complete, Ledger, Unit, units
 from pipeline.trial import EvaluationConfig, TrialConfig
 
 
@@ -46,9 +48,8 @@ def test_few_jobs_fill_the_slots_and_many_do_not_wait_for_each_other():
     assert [len(unit.jobs) for unit in units(jobs(9), 1, 4)] == [4, 4, 1]
 
 
-def test_a_failed_pack_is_tried_one_by_one_and_given_up_once():
+def test_a_given_up_evaluation_is_forgotten_once_and_the_others_complete():
     (unit,) = units(jobs(3), 1, "auto")
-    assert [one.jobs for one in split(unit)] == [(job,) for job in unit.jobs]
     ledger = Ledger()
     halves = [Unit(unit.jobs, (i, 2)) for i in range(2)]
     ledger.expect(halves)
@@ -59,6 +60,56 @@ def test_a_failed_pack_is_tried_one_by_one_and_given_up_once():
     assert [(*one.key, len(one.parts)) for one in complete] == [(job[1].key, 2) for job in unit.jobs[1:]]
     # a complete one can still fail, where it is scored
     assert [ledger.give_up(*one.key) for one in complete] == [True, True]
+
+
+def test_trials_that_answered_together_answer_alone_after_a_failure_and_in_its_place():
+    calls = Calls(jobs(3), 1, "auto", max_attempts=2)
+    pack = calls.take()
+    assert len(pack.jobs) == 3 and calls.take() is None
+    assert calls.failed(pack, died=False) == []
+    alone = [calls.take() for _ in range(3)]
+    assert [call.jobs for call in reversed(alone)] == [(job,) for job in pack.jobs]
+    assert {call.part for call in alone} == {pack.part} and calls.take() is None
+    (key,) = (evaluation.key for _, evaluation in alone[0].jobs)
+    assert calls.failed(alone[0], died=False) == [key] and calls.failed(alone[0], died=False) == []
+
+
+def test_a_call_is_made_max_attempts_times_where_its_process_dies():
+    calls = Calls(jobs(1), 1, 1, max_attempts=3)
+    for _ in range(2):
+        assert calls.failed(calls.take(), died=True) == []
+    last = calls.take()
+    calls.answered(last, [Answers({}, 0.0)])
+    score = calls.take()
+    assert isinstance(score, Complete) and len(score.parts) == 1
+    for _ in range(2):
+        assert calls.failed(score, died=True) == [] and calls.take() is score
+    assert calls.failed(score, died=True) == [score.job[1].key] and calls.take() is None
+
+
+@given(
+    number=st.integers(1, 6), slots=st.integers(1, 5), pack=st.integers(1, 4), most=st.integers(1, 3), data=st.data()
+)
+def test_every_evaluation_ends_once_whatever_fails_and_a_neighbour_takes_none_along(number, slots, pack, most, data):
+    asked = jobs(number)
+    calls, deaths, ends = Calls(asked, slots, pack, most), Counter(), []
+    assert 1 <= calls.slots <= slots
+    while call := calls.take():
+        result = data.draw(st.sampled_from(["good", "good", "raises", "dies"]))
+        if result == "good" and isinstance(call, Unit):
+            assert 1 <= len(call.jobs) <= pack
+            calls.answered(call, [Answers({}, 0.0)] * len(call.jobs))
+        elif result == "good":
+            ends.append(call.job[1].key)
+        else:
+            deaths[call.key] += result == "dies"
+            assert deaths[call.key] <= most
+            hopeless = deaths[call.key] == most if result == "dies" else len(call.jobs) == 1
+            given_up = calls.failed(call, died=result == "dies")
+            open_ones = [evaluation.key for _, evaluation in call.jobs if evaluation.key not in ends]
+            assert given_up == (open_ones if hopeless else [])
+            ends += given_up
+    assert Counter(ends) == dict.fromkeys((evaluation.key for _, evaluation in asked), 1)
 
 
 def test_every_call_has_a_key_of_its_own():
