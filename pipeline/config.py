@@ -122,7 +122,7 @@ def _resolved(raw: dict[str, Any], where: str) -> Params:
         merged = merge(merge(getattr(chosen, section, {}), getattr(run, section)), explicit[section])
         laid[section] = validate(type(getattr(file, section)), merged, f"{run_at}: {section}")
     return Params(
-        profile=name, run=run, explicit=Explicit(train=explicit["train"], methods=explicit["methods"]),
+        profile=name, run=run, explicit=Explicit(**{name: explicit[name] for name in Explicit.model_fields}),
         profiles=raw["profiles"], studies=_studies(file.studies, run, run_at), protocols=protocols,
         protocol=file.protocol, miniature=file.miniature, tracking=file.tracking, **laid,
         backbones=validate(Sources, {"of": merge(run.sources, explicit["backbones"])}, f"{run_at}: sources").of,

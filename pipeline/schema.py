@@ -265,8 +265,11 @@ class ParamsFile(Section):
 class Explicit(Section):
     """What the user set in params.yaml or by `--set`; wins over profile, paper, method and study."""
 
+    subsample: dict[str, Any] = {}
     train: dict[str, Any] = {}
     methods: dict[str, dict[str, Any]] = {}
+    sweep: dict[str, Any] = {}
+    evaluate: dict[str, Any] = {}
 
 
 class Params(Section):

@@ -133,7 +133,7 @@ def _studies(params: Params, root: Path) -> Iterator[Finding]:
     """Whether the profile can give what its studies ask for, as far as params.yaml tells."""
     from pipeline.sweep.engines import check_engines
     from pipeline.sweep.plan import make_plan, places
-    from pipeline.sweep.space import unheard
+    from pipeline.sweep.unheard import unheard
 
     studies, asked = params.run.studies, _cells(params)
 

@@ -30,6 +30,7 @@ def as_given(params: Params) -> Digests:
         backbones=dict.fromkeys(params.run.backbones, _AS_GIVEN),
         manifests=dict.fromkeys(params.run.tasks, _AS_GIVEN),
         train_sizes={task: params.subsample.of(task).num_train for task in params.run.tasks},
+        selection_sizes={task: params.subsample.of(task).num_selection for task in params.run.tasks},
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,19 +56,20 @@ class Inputs:
         return Digests(
             backbones={name: self._backbone(name) for name in names},
             manifests={task: digest for task, (digest, _) in manifests.items()},
-            train_sizes={task: size for task, (_, size) in manifests.items()},
+            train_sizes={task: sizes["train"] for task, (_, sizes) in manifests.items()},
+            selection_sizes={task: sizes["selection"] for task, (_, sizes) in manifests.items()},
         )
 
     def _read_backbone(self, name: str) -> str:
         return backbones.digest_of(name, self.params.backbone_source(name))
 
-    def _read_manifest(self, task: str) -> tuple[str, int]:
-        """Return its digest, and how many samples train."""
+    def _read_manifest(self, task: str) -> tuple[str, Mapping[str, int]]:
+        """Return its digest, and how many samples each split has."""
         path = self.where.manifest(task)
         if not path.exists():
             raise InputError("no manifest", where=str(path), way_out=f"Run `python -m stages.subsample {task}` first")
         manifest = Manifest.load(path)
-        return manifest.digest, len(manifest.splits["train"])
+        return manifest.digest, manifest.sizes
 
 
 def all_cells(params: Params, studies: list[str], where: Places) -> list[Cell]:

@@ -16,9 +16,9 @@ from pipeline.sweep.naming import experiment_note, sweep_note
 from pipeline.sweep.pictures import check_all
 from pipeline.sweep.plan import Plan, all_cells, make_plan, places
 from pipeline.sweep.signals import in_order
-from pipeline.sweep.space import unheard
 from pipeline.sweep.store import TrialStore
 from pipeline.sweep.supervisor import Driver, ahead, train
+from pipeline.sweep.unheard import unheard
 from pipeline.sweep.view import View
 from pipeline.tracking.runs import FAILED, FINISHED, KILLED, Tracker
 from pipeline.tracking.spool import SpooledTracker

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +36,7 @@ class Digests:
     backbones: Mapping[str, str]
     manifests: Mapping[str, str]
     train_sizes: Mapping[str, int]  # samples in each manifest's training split
+    selection_sizes: Mapping[str, int] = field(default_factory=dict)  # in its selection split, where that is known
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Cell:
         }
         available = self.digests.train_sizes[self.task]
         self._check_pool(train, options, available)
+        train = self._within_selection(train, point)
         if train.num_train_samples < available:
             shared["sample_draw"] = train.sample_draw
         if not methods.is_trained(self.method):
@@ -119,6 +120,20 @@ class Cell:
                 way_out=f"Raise num_train_samples above {shots}, lower num_shots, or name the row under `without` "
                 "in the profile's study_changes",
             )  # fmt: skip
+
+    def _within_selection(self, train: Train, point: Point) -> Train:
+        """Return `train` with no more samples to choose by than are drawn; what the user asks for must be there."""
+        asked, drawn = train.num_selection_samples, self.digests.selection_sizes.get(self.task)
+        if drawn is None or asked <= drawn or train.selection == "test":  # which takes the whole evaluation split
+            return train
+        name = "num_selection_samples"
+        if name in point or name in self.vary or self.sources.get(name) == EXPLICIT:
+            raise InputError(
+                f"{asked} selection samples are asked for, {self.task} has {drawn}", where=self.name,
+                way_out=f"Raise subsample.num_selection (or subsample.tasks.{self.task}.num_selection) to {asked}, or "
+                f"lower {name}",
+            )  # fmt: skip
+        return train.model_copy(update={name: drawn})
 
 
 _SHARED = (
@@ -162,6 +177,8 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
         InputError: unknown study, method, backbone, task, field or option.
     """
     study, pairs = _pairs(params, study_name)
+    for name in (*params.subsample.tasks, *params.subsample.splits):
+        tasks.get(name)  # likewise
     for source, given in ((f"profile {params.profile}", params.run.methods), (EXPLICIT, params.explicit.methods)):
         for method, layer in given.items():  # those of other studies too: a misspelt one would be heard by none
             _apply(method, Train(), {}, layer, where=f"methods.{method} ({source})")
@@ -264,7 +281,7 @@ def _cell(
         vary={name: given[name] for name in vary},  # as the trial has it: a number where it was written as text
         search={name: _distinct(domain) if isinstance(domain, list) else domain for name, domain in row.search.items()},
         digests=digests, sources=won,
-        overruled={name: won[name] for layer in explicit for name in layer if won[name] != EXPLICIT},
+        overruled={name: won[name] for layer in explicit for name in _written(layer) if won[name] != EXPLICIT},
     )  # fmt: skip
 
 
@@ -343,44 +360,6 @@ def corners(cell: Cell) -> list[Point]:
         tried[name] = [low, high, int((low + high) // 2) if kind == "randint" else low + (high - low) * INSIDE]
     first = {name: values[0] for name, values in tried.items() if values}
     return [{**first, name: value} for name, values in tried.items() for value in values]
-
-
-def unheard(params: Params, cells: Iterable[Cell]) -> list[str]:
-    """Return a line for every setting of the user's own that does not reach all trials that it is meant for."""
-    cells = list(cells)
-    given: list[tuple[str, str | None, str, Any]] = [
-        ("train", None, name, value) for name, value in params.explicit.train.items()
-    ]
-    for own, options in params.explicit.methods.items():
-        given += [(f"methods.{own}", own, name, value) for name, value in options.items()]
-    lines = []
-    for section, method, name, value in given:
-        said = f"{section}.{name}={value}"
-        meant = [cell for cell in cells if method in (None, cell.method) and _uses(cell, name)]
-        if not meant:
-            lines.append(f"{said} changes nothing here: no trial of these studies uses it")
-        winners = Counter(cell.overruled[name] for cell in meant if name in cell.overruled)
-        for winner, count in winners.items():
-            lines.append(f"{said} does not reach {count} of {len(meant)} cells: {winner} sets {name}; change it there")
-    return lines
-
-
-_OF_A_TEACHER = ("num_shots", "demonstration_draw", "alignment_weight")
-_WITHOUT_TRAINING = ("num_train_samples", "precision")
-
-
-def _uses(cell: Cell, name: str) -> bool:
-    """Whether a setting of `train` or of the method decides anything in a cell."""
-    if name in methods.option_names(cell.method):  # one that decides nothing beside the others is left out
-        return name in methods.validate_options(cell.method, cell.options)
-    if name == "sample_draw":
-        return cell.train.num_train_samples < cell.digests.train_sizes[cell.task]
-    if not methods.is_trained(cell.method):
-        chooses = methods.selects(cell.method, cell.options)
-        return name in _WITHOUT_TRAINING or (chooses and name in TO_CHOOSE)
-    if name == "epochs_below_1000":
-        return cell.train.num_train_samples < PAPERS_FULL_SIZE
-    return name not in _OF_A_TEACHER or methods.facts_of(cell.method, cell.options).teacher is not None
 
 
 def draw(domain: Any, generator: random.Random, name: str) -> Any:

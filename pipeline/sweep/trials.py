@@ -182,6 +182,9 @@ def _sources(cell: Cell, config: TrialConfig) -> dict[str, str]:
     names = {**{name: name for name in fields}, "epochs": below}
     found = {name: cell.sources[own] for name, own in names.items() if own in cell.sources}
     default = {name: "method" if name in config.options else "train" for name in (*_SETTINGS, *config.options)}
+    chosen_on = "num_selection_samples"
+    if chosen_on not in cell.search and 0 < config.num_selection_samples < cell.train.num_selection_samples:
+        found[chosen_on] = "subsample.num_selection, which is less"
     return {**default, **found}
 
 
