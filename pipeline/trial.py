@@ -12,7 +12,6 @@ State = Literal["attention", "residual-mid", "mlp", "residual"]  # of a decoder 
 Kind = tuple[Literal["hidden"], State] | tuple[Literal["logits"], Literal[""]]  # of a teacher's target
 # Trials in one forward pass at most. Measured: beyond these a CPU gains nothing, and Tune keeps a process for each.
 MOST_PACKED = {"cuda": 8, "cpu": 4}
-LOSSES = "losses.jsonl"  # in a trial's folder: the training loss of every step, one line an epoch
 KEY_LENGTH = 16  # hex digits: 64 bits, no collision to fear in millions of trials
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from pipeline.bench._timing import Findings
 from pipeline.config import BackboneSource, load
+from pipeline.records.epoch import EpochReport, TrialReport
+from pipeline.records.trial import TrialEnd
 from pipeline.request import TrialRequest
 from pipeline.sweep.plan import Places, Plan
 from pipeline.sweep.store import TrialStore
-from pipeline.trial import LOSSES, TrialConfig
+from pipeline.trial import TrialConfig
 
 PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
 EPOCHS, STEPS = 2, 250  # as a trial of the miniature has in an epoch
@@ -71,19 +71,18 @@ class SimulatedSlot:
         """See `Slot`."""
         self.keys.discard(key)
 
-    async def advance(self) -> list[dict[str, Any]]:
+    async def advance(self) -> list[TrialReport]:
         """See `Slot`."""
         await asyncio.sleep(0)
         reports = []
         for key in sorted(self.keys):
             self.epoch[key] += 1
-            row = {"epoch": self.epoch[key], **dict.fromkeys(METRICS, 0.123456789)}
-            losses = {"epoch": self.epoch[key], "train_loss": [0.1234567] * STEPS}
-            for name, line in (("metrics.jsonl", row), (LOSSES, losses)):
-                with (self.store.folder(key) / name).open("a", encoding="utf-8") as file:
-                    file.write(f"{json.dumps(line)}\n")
-            done = self.epoch[key] >= EPOCHS
+            folder, number = self.store.trial(key), self.epoch[key]
+            row = EpochReport.of({"epoch": number, **dict.fromkeys(METRICS, 0.123456789)})
+            folder.add_losses(number, [0.1234567] * STEPS)
+            folder.write_epochs([*folder.epochs(), row])
+            done = number >= EPOCHS
             if done:
-                self.store.finish(key, {"status": "finished", "epochs": EPOCHS, "objective": 0.1})
-            reports.append({**row, "trial_key": key, "done": done})
+                folder.finish(TrialEnd(status="finished", epochs=EPOCHS, objective=0.1))
+            reports.append(TrialReport(key, number, row, "finished" if done else None))
         return reports

@@ -14,6 +14,7 @@ from pipeline.bench._timing import Rounds
 from pipeline.config import BackboneSource
 from pipeline.data.subsample import draw
 from pipeline.miniature.world import write_world
+from pipeline.records.epoch import EpochReport
 from pipeline.request import TrialRequest
 from pipeline.tasks import tasks
 from pipeline.train.workbench import Workbench
@@ -62,14 +63,14 @@ def trials(num_samples: int) -> Iterator[Trials]:
         yield Trials(Path(folder), num_samples)
 
 
-def train(bench: Workbench, requests: list[TrialRequest]) -> list[dict[str, Any]]:
-    """Train requests from nothing, together; return the last report of each."""
+def train(bench: Workbench, requests: list[TrialRequest]) -> list[EpochReport]:
+    """Train requests from nothing, together; return the metrics of each one's last epoch."""
     for request in requests:
         shutil.rmtree(request.folder, ignore_errors=True)
         bench.admit(request)
-    last: dict[str, dict[str, Any]] = {}
+    last: dict[str, EpochReport] = {}
     while bench.together is not None and bench.together.runs:
-        last |= {report["trial_key"]: report for report in bench.advance()}
+        last |= {report.key: report.metrics for report in bench.advance() if report.metrics}
     return [last[request.key] for request in requests]
 
 
@@ -91,7 +92,7 @@ def both_ways(bench: Workbench, requests: Callable[[str], list[TrialRequest]], r
             for group in groups:
                 _forget_teacher(bench)
                 reports += train(bench, group)
-            seconds[way].append(sum(report["train_seconds"] for report in reports))
+            seconds[way].append(sum(report.train_seconds or 0.0 for report in reports))
     return Rounds(seconds)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from pipeline.bench._timing import Findings, quartiles, report
 from pipeline.bench.overhead import _prepare, _timed
 from pipeline.sweep.journal import Journal
+from pipeline.sweep.store import TrialStore
 
 
 def run(
@@ -36,14 +36,16 @@ def run(
         with tempfile.TemporaryDirectory() as folder:
             place = _prepare(Path(folder) / "work", ranks, (8,), (0.0025, 0.005), num_train_samples, 1)
             _timed(place, "-m", "stages.train")
-            ends = [json.loads(path.read_text(encoding="utf-8")) for path in (place / "runs").glob("*/done.json")]
+            store = TrialStore(place / "runs")
+            ends = [end for key in store.all_keys() if (end := store.done(key)) is not None]
             rows = Journal(place / "runs", whole=True).news()
-        ended = next(row for row in reversed(rows) if row["event"] == "sweep ended")
-        kept, trained = sum(end["keeping_seconds"] for end in ends), sum(end["seconds"] for end in ends)
+        ended = next(row for row in reversed(rows) if row.event == "sweep ended")
+        whole, spool = ended.number("seconds"), ended.number("spool_seconds")
+        kept, trained = sum(end.keeping_seconds or 0.0 for end in ends), sum(end.seconds or 0.0 for end in ends)
         shares["keeping_over_training"].append(kept / (kept + trained))
-        shares["spool_over_sweep"].append(ended["spool_seconds"] / ended["seconds"])
-        shares["fault_machinery_share"].append(kept / (kept + trained) + ended["spool_seconds"] / ended["seconds"])
-        seconds = {"keeping": kept, "training": trained, "sweep": ended["seconds"], "spool": ended["spool_seconds"]}
+        shares["spool_over_sweep"].append(spool / whole)
+        shares["fault_machinery_share"].append(kept / (kept + trained) + spool / whole)
+        seconds = {"keeping": kept, "training": trained, "sweep": whole, "spool": spool}
     for name, values in shares.items():
         found.ratios[name] = sorted(values)[len(values) // 2]
         found.spread[name] = quartiles(values)

@@ -67,10 +67,10 @@ def _difference(bench: Workbench, made: Trials, k: int, *, double: bool = False)
                 bench.admit(request)
             for one in bench.together.runs if bench.together is not None else []:
                 one.adapter.to(torch.float64 if double else torch.float32)
-            found: dict[str, float] = {}
+            found: dict[str, float | None] = {}
             while bench.together is not None and bench.together.runs:
-                found |= {report["trial_key"]: report["train_loss"] for report in bench.advance()}
-            out += [found[request.key] for request in requests]
+                found |= {report.key: report.metrics.train_loss for report in bench.advance() if report.metrics}
+            out += [found[request.key] or 0.0 for request in requests]
         return out
 
     place = "fp64" if double else "fp32"

@@ -16,6 +16,7 @@ from pipeline.bench._main import main
 from pipeline.bench._simulated import EPOCHS, SimulatedSlot, make_plan
 from pipeline.bench._timing import Findings, report
 from pipeline.bench._tracked import stores, track
+from pipeline.records.epoch import EpochReport
 from pipeline.request import Requests, TrialRequest
 from pipeline.sweep import tuner
 from pipeline.sweep.dispatcher import Dispatcher
@@ -143,7 +144,7 @@ def _tune(where: Path, number: int, found: Findings) -> None:
         def on_start(self, key: str) -> None:
             """See `tuner.Watcher`."""
 
-        def on_report(self, key: str, report: dict[str, Any]) -> None:
+        def on_report(self, key: str, report: EpochReport) -> None:
             """See `tuner.Watcher`."""
 
         def on_end(self, key: str, error: str | None) -> None:

@@ -170,7 +170,7 @@ class _Walk:
         key = str(cell.trial)
         where = f"runs/{key}/config.json"
         try:
-            config = self.store.raw_config(key)
+            config = self.store.record(key).config
         except HificlError as error:
             self.checks.add(Check("trial", where, key, error.what, MISSING))
             return None
@@ -182,10 +182,10 @@ class _Walk:
     def _adapter(self, cell: Cell, evaluation: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
         folder = self.store.folder(str(cell.trial)) / "adapter"
         where = folder.relative_to(self.root)
-        done = self.store.done(str(cell.trial)) or {}
+        end = self.store.done(str(cell.trial))
         found = functools.cache(lambda: folder_digest(folder))
         recorded = {
-            "at the end of training": done.get("adapter_digest"),
+            "at the end of training": end.adapter_digest if end else None,
             "when it was scored": evaluation.get("adapter_digest"),
             "in MLflow": run.get("adapter_digest"),
         }
@@ -194,7 +194,7 @@ class _Walk:
                 self.checks.compare(f"adapter (recorded {when})", where, known, found)
         if not any(recorded.values()):
             self.checks.compare("adapter", where, None, found)
-        return {"folder": str(where), "digest": found(), "epoch": done.get("chosen_epoch")}
+        return {"folder": str(where), "digest": found(), "epoch": end.chosen_epoch if end else None}
 
     def _manifest(self, task: str, wanted: str) -> dict[str, Any]:
         path = self.root / "data/manifests" / task / "manifest.json"
@@ -241,17 +241,18 @@ class _Walk:
         return {"name": name, "digest": wanted}
 
     def _code(self, cell: Cell) -> dict[str, Any]:
-        record = self.store.provenance(str(cell.trial))
-        commit, dirty = record.get("commit"), record.get("dirty")
+        record = self.store.record(str(cell.trial))
+        origin = record.provenance
         checkout = code_root(self.root)
-        if commit is None:
-            self.checks.add(Check("commit", str(checkout), None, record.get("note"), UNRECORDED))
+        if origin.commit is None:
+            self.checks.add(Check("commit", str(checkout), None, origin.note, UNRECORDED))
         else:
-            self.checks.compare("commit", checkout, commit, commit if has_commit(checkout, commit) else None)
-        diff = record.get("diff") or ""
+            present = origin.commit if has_commit(checkout, origin.commit) else None
+            self.checks.compare("commit", checkout, origin.commit, present)
         return {
-            "commit": commit, "dirty": dirty, "changed": record.get("changed", []), "diff_lines": diff.count("\n"),
-            "earlier_commits": self.store.earlier_commits(str(cell.trial)), "versions": record.get("versions", {}),
+            "commit": origin.commit, "dirty": origin.dirty, "changed": list(origin.changed),
+            "diff_lines": origin.diff.count("\n"), "earlier_commits": list(record.earlier_commits),
+            "versions": origin.versions,
         }  # fmt: skip
 
 

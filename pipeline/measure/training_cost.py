@@ -11,9 +11,11 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from pipeline.errors import WorkError
 from pipeline.measure.base import Job, Measure, Numbers, measures, middle
 from pipeline.measure.flops import CountedFlops
 from pipeline.measure.memory import peak_bytes
+from pipeline.records.epoch import TrialReport
 from pipeline.request import TrialRequest
 from pipeline.train.workbench import Workbench
 
@@ -51,8 +53,7 @@ class TrainingCost(Measure):
                     samples = request.config.num_train_samples
                     bench.admit(request)
                     if number <= self.rounds:
-                        seconds = bench.advance()[0]["train_seconds"]
-                        times[index].append(seconds / samples)
+                        times[index].append(_seconds(bench.advance()[0]) / samples)
                     else:
                         found[index] = _counted(bench, samples)
                     bench.evict(request.key)
@@ -71,6 +72,17 @@ class TrainingCost(Measure):
             }
         )  # fmt: skip
         return replace(request, config=few, folder=str(folder / few.key))
+
+
+def _seconds(report: TrialReport) -> float:
+    """Return what an epoch took.
+
+    Raises:
+        WorkError: the trial diverged.
+    """
+    if report.metrics is None or report.metrics.train_seconds is None:
+        raise WorkError("the loss is not finite, so that nothing can be timed", where=report.key)
+    return report.metrics.train_seconds
 
 
 def _counted(bench: Workbench, samples: int) -> Numbers:

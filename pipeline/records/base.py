@@ -52,12 +52,12 @@ class Record(Frozen):
     """One file, or one line of a file.
 
     Attributes:
-        number: of the schema that is written.
+        schema_number: of what is written.
         upgrades: from a number to the next one; a number that is not there needs no change.
         sparse: whether what is None is left out of the file.
     """
 
-    number: ClassVar[int] = 1
+    schema_number: ClassVar[int] = 1
     upgrades: ClassVar[Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]]] = {}
     sparse: ClassVar[bool] = False
 
@@ -70,15 +70,15 @@ class Record(Frozen):
         number = fields.pop("schema")
         if type(number) is not int or number < 0:
             raise ValueError("no schema has such a number")
-        if number > cls.number:
-            raise _Newer(f"schema {number} was written by newer code, this code knows {cls.number}")
-        for step in range(number, cls.number):
+        if number > cls.schema_number:
+            raise _Newer(f"schema {number} was written by newer code, this code knows {cls.schema_number}")
+        for step in range(number, cls.schema_number):
             fields = cls.upgrades[step](fields) if step in cls.upgrades else fields
         return fields
 
     @model_serializer(mode="wrap")
     def _numbered(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {"schema": self.number, **handler(self)}
+        return {"schema": self.schema_number, **handler(self)}
 
     @classmethod
     def parse(cls, text: str | bytes, where: str, way_out: str) -> Self:
@@ -120,8 +120,9 @@ class Record(Frozen):
         return cls.parse(content, str(path), way_out)
 
     def text(self, indent: int | None = 1) -> str:
-        """Return the record as its file has it: equal records give equal bytes."""
-        return json.dumps(self.model_dump(exclude_none=self.sparse), indent=indent, sort_keys=True)
+        """Return the record as its file has it, or for a line of one (`indent` None) with its fields in order."""
+        fields = self.model_dump(exclude_none=self.sparse)
+        return json.dumps(fields, indent=indent, sort_keys=indent is not None)
 
 
 R = TypeVar("R", bound=Record)

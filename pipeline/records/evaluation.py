@@ -174,7 +174,7 @@ class StudyFile(Record):
         provenance: the code and machine that chose and scored; without the diff, which the trials' runs have.
     """
 
-    number: ClassVar[int] = 2
+    schema_number: ClassVar[int] = 2
     upgrades: ClassVar = {1: _without_unread}
 
     study: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import ConfigDict, Field, JsonValue
 
 from pipeline.records.base import Json, Number, Record
@@ -25,3 +27,8 @@ class JournalEvent(Record):
     def facts(self) -> Json:
         """What is known of it, by name."""
         return self.__pydantic_extra__
+
+    def number(self, fact: str) -> float:
+        """Return a fact that is a number; NaN where it is none."""
+        value = self.facts.get(fact)
+        return float(value) if isinstance(value, int | float) else math.nan

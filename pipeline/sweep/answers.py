@@ -75,4 +75,4 @@ def _answers(
 
 
 def _note(event: str, **facts: Any) -> None:
-    say(sentence({"event": event, **facts}))
+    say(sentence(event, facts))

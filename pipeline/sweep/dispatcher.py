@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -19,20 +19,21 @@ import ray
 from pipeline.config import Sweep
 from pipeline.errors import WorkError
 from pipeline.pool.queue import Decision, Failed, Queue, Requeued, SlotState, Stopped, is_of_one_trial
+from pipeline.records.epoch import EpochReport, Status, TrialReport
+from pipeline.records.trial import TrialEnd
 from pipeline.request import TrialRequest
 from pipeline.sweep.journal import Journal
 from pipeline.sweep.slot import Slot, SlotLost
-from pipeline.sweep.store import FINAL, TrialStore
+from pipeline.sweep.store import TrialStore
 
 Resolve = Callable[[dict[str, Any]], TrialRequest]
-Report = dict[str, Any]  # one epoch's metrics with "epoch", "trial_key" and "done"; or {"error": ...}
 
 
 @dataclass
 class _Mailbox:
     """What a trial has reported, for the actor that waits for it."""
 
-    reports: list[Report] = field(default_factory=list)
+    reports: list[TrialReport] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -74,20 +75,19 @@ class Dispatcher:
         key = request.key
         if self.queue.is_open(key):
             return key
-        self.store.open(request.config, {})
+        self.store.open(request.config)
         end = self.store.done(key)
-        done = end is not None and end["status"] in FINAL
         self.mail[key] = _Mailbox()
-        self.queue.submit(request, done=done)
-        if done:
-            rows = self.store.epochs(key) or [{"epoch": 0}]
-            self._deliver({**row, "trial_key": key, "done": row is rows[-1]} for row in rows)
+        if end is not None and end.final:
+            self.queue.submit(request, done=True)
+            self._deliver(_replayed(key, self.store.epochs(key), end.status))
         else:
+            self.queue.submit(request, done=False)
             self.store.reopen(key)
             self.queued.set()
         return key
 
-    async def next(self, key: str, seen: int) -> Report:
+    async def next(self, key: str, seen: int) -> TrialReport:
         """Wait for report number `seen` (0-based) of a trial; asking for it allows that epoch to be trained."""
         mail = self.mail[key]
         self.queue.allow(key, seen + 1)
@@ -178,7 +178,7 @@ class Dispatcher:
                 self.journal.note("trial trains again", trial=key, after_epoch=start, seconds=seconds)
             # a trial resumed from its checkpoint reports the epochs behind it
             behind = self.store.epochs(key)[trial.reports : start]
-            self._deliver({**row, "trial_key": key, "done": False} for row in behind)
+            self._deliver(_replayed(key, behind))
 
     def _lost(self, slot: Slot, state: SlotState, error: BaseException, why: str) -> None:
         keys = [trial.key for trial in state.trials]
@@ -194,24 +194,32 @@ class Dispatcher:
                 case Requeued():
                     self.queued.set()
                 case Stopped():
-                    self._finish(key, {"status": "stopped", "epochs": trial.reports})
+                    self._finish(key, TrialEnd(status="stopped", epochs=trial.reports))
                 case Failed(why=why):
                     self.journal.note("trial failed", trial=key, why=why, attempts=trial.attempts)
-                    self._finish(key, {"status": "failed", "error": why, "attempts": trial.attempts})
-                    self._put({"error": why, "trial_key": key, "epoch": trial.reports})
+                    self._finish(key, TrialEnd(status="failed", error=why, attempts=trial.attempts))
+                    self._put(TrialReport(key, trial.reports, end="failed", error=why))
 
-    def _finish(self, key: str, record: dict[str, Any]) -> None:
+    def _finish(self, key: str, end: TrialEnd) -> None:
         try:
-            self.store.finish(key, record)
+            self.store.finish(key, end)
         except WorkError as error:  # the disk is full: the trial stays open, which is as true
             self.journal.note("end not written", trial=key, why=str(error))
 
-    def _deliver(self, reports: Iterable[Report]) -> None:
+    def _deliver(self, reports: Iterable[TrialReport]) -> None:
         for report in reports:
-            if self.queue.report(report["trial_key"], report["epoch"], done=report["done"]):
+            if self.queue.report(report.key, report.epoch, done=report.end is not None):
                 self._put(report)
 
-    def _put(self, report: Report) -> None:
-        mail = self.mail[report["trial_key"]]
+    def _put(self, report: TrialReport) -> None:
+        mail = self.mail[report.key]
         mail.reports.append(report)
         mail.news.set()
+
+
+def _replayed(key: str, epochs: Sequence[EpochReport], end: Status | None = None) -> list[TrialReport]:
+    """Return the reports of epochs that the ledger knows, the last of which, if there is one, says the end."""
+    reports = [TrialReport(key, metrics.epoch, metrics) for metrics in epochs]
+    if end is None:
+        return reports
+    return [*reports[:-1], replace(reports[-1], end=end) if reports else TrialReport(key, 0, end=end)]

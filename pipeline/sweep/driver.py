@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from pipeline.errors import HificlError
+from pipeline.records.epoch import EpochReport
 from pipeline.sweep.limits import CLUSTER_SECONDS, ENDING_SECONDS, LIFE_SECONDS
 
 STOP = "stop"
@@ -44,9 +45,9 @@ class Relay:
         """See `tuner.Watcher`."""
         self.send("on_start", key)
 
-    def on_report(self, key: str, report: dict[str, Any]) -> None:
+    def on_report(self, key: str, report: EpochReport) -> None:
         """See `tuner.Watcher`."""
-        self.send("on_report", key, {k: v for k, v in report.items() if isinstance(v, int | float | str | None)})
+        self.send("on_report", key, report)
 
     def on_end(self, key: str, error: str | None) -> None:
         """See `tuner.Watcher`."""

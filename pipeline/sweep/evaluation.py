@@ -17,6 +17,7 @@ from pipeline.config import Params
 from pipeline.digests import file_digest
 from pipeline.errors import WorkError
 from pipeline.progress import bar, say
+from pipeline.records.trial import TrialEnd
 from pipeline.sweep import answers
 from pipeline.sweep.measures import measured
 from pipeline.sweep.models import register_chosen
@@ -128,12 +129,12 @@ def _choose(params: Params, cell: Cell, store: TrialStore) -> dict[str, Any]:
     """Return the cell's candidates and the one with the best objective on the selection set."""
     rows, best, problem = [], None, None
     for point, config in candidates(params, cell, store):
-        done = store.done(config.key) if (store.folder(config.key) / "done.json").exists() else None
-        objective = (done or {}).get("objective")
+        done = store.done(config.key)
+        objective = done.objective if done else None
         rows.append({"trial": config.key, "searched": point, "selection_score": objective,
-                     "status": (done or {}).get("status", "missing")})  # fmt: skip
-        if done is None or done["status"] not in ("finished", "stopped"):
-            problem = problem or (done or {}).get("error") or f"trial {config.key} is {rows[-1]['status']}"
+                     "status": done.status if done else "missing"})  # fmt: skip
+        if done is None or done.status not in ("finished", "stopped"):
+            problem = problem or (done.error if done else None) or f"trial {config.key} is {rows[-1]['status']}"
             continue
         if best is None or (objective is not None and objective > best[2]):
             best = (config.key, point, objective if objective is not None else float("-inf"))
@@ -203,11 +204,11 @@ def _record(
         error = problems.get(evaluation or "", chosen["error"])
         return {**record, "status": "failed" if error else "missing", "error": error}
     scored = json.loads(path.read_text(encoding="utf-8"))
-    done = store.done(chosen["trial"]) or {}
+    done = store.done(chosen["trial"]) or TrialEnd(status="finished")
     return {
         **record, "status": "done", "error": None, "value": scored["value"], "metrics": scored["metrics"],
-        "run_id": scored["run_id"], "num_samples": scored["num_samples"], "chosen_epoch": done.get("chosen_epoch"),
-        **{name: done.get(name) for name in COSTS},
+        "run_id": scored["run_id"], "num_samples": scored["num_samples"], "chosen_epoch": done.chosen_epoch,
+        **{name: getattr(done, name) for name in COSTS},
         "evaluate_seconds": scored.get("seconds"), "evaluation_digest": file_digest(path),
-        "epochs": [{name: row.get(name) for name in CURVES} for row in store.epochs(chosen["trial"])],
+        "epochs": [{name: getattr(row, name) for name in CURVES} for row in store.epochs(chosen["trial"])],
     }  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import InputError
 from pipeline.progress import say
+from pipeline.records.event import JournalEvent
 
 _LONGEST = 200  # characters of a fact in a sentence
 
@@ -26,7 +28,7 @@ class Journal:
 
     def note(self, event: str, **facts: Any) -> None:
         """Append an event; a disk that is full must not end the sweep that says so."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **facts})
+        line = JournalEvent(time=round(time.time(), 3), event=event, **facts).text(indent=None)
         try:
             with self.path.open("ab+") as file:
                 file.seek(max(0, file.tell() - 1))
@@ -35,8 +37,8 @@ class Journal:
         except OSError:
             pass
 
-    def news(self) -> list[dict[str, Any]]:
-        """Return the events since this journal was opened or last asked, whoever wrote them, but for torn ones."""
+    def news(self) -> list[JournalEvent]:
+        """Return the events since this journal was opened or last asked, whoever wrote them, but for damaged ones."""
         if not self.path.exists() or self.path.stat().st_size <= self._seen:
             return []
         with self.path.open("rb") as file:
@@ -44,18 +46,19 @@ class Journal:
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         self._seen += len(whole)
-        found = []
-        for line in filter(str.strip, whole.decode(errors="replace").splitlines()):
+        events = []
+        for line in filter(bytes.strip, whole.split(b"\n")):
             try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                say(f"note: {self.path} has a torn line, which is passed over: {line[:40]!r}")
-        return found
+                events.append(JournalEvent.parse(line, str(self.path), ""))
+            except InputError as error:
+                begun = line[:40].decode(errors="replace")
+                say(f"note: {self.path} has a damaged line, which is passed over: {begun!r} ({error.what})")
+        return events
 
 
-def sentence(row: dict[str, Any]) -> str:
-    """Return an event as the user reads it: one line, of what others say the beginning (Ray says pages)."""
-    facts = {name: str(value) for name, value in row.items() if name not in ("time", "event")}
-    begun = {name: text.partition("\n")[0][:_LONGEST] for name, text in facts.items()}
-    more = " (all of it in runs/journal.jsonl)" if begun != facts else ""
-    return f"{row['event']}: " + ", ".join(f"{name} {text}" for name, text in begun.items()) + more
+def sentence(event: str, facts: Mapping[str, Any]) -> str:
+    """Return an event with its facts in one line, with the beginning of what others say (Ray says pages)."""
+    whole = {name: str(value) for name, value in facts.items()}
+    begun = {name: text.partition("\n")[0][:_LONGEST] for name, text in whole.items()}
+    more = " (all of it in runs/journal.jsonl)" if begun != whole else ""
+    return f"{event}: " + ", ".join(f"{name} {text}" for name, text in begun.items()) + more

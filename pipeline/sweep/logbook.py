@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from pipeline.records.epoch import EpochReport
 from pipeline.sweep.inputs import used_by
 from pipeline.sweep.naming import run_name, trial_note
 from pipeline.sweep.plan import Plan
@@ -36,12 +37,10 @@ class Logbook:
         """Open the trial's run, or take the one that an earlier sweep began."""
         self._open(key)
 
-    def on_report(self, key: str, report: dict[str, Any]) -> None:
+    def on_report(self, key: str, report: EpochReport) -> None:
         """Log one epoch."""
-        if not report.get("error"):
-            epoch, losses = int(report["epoch"]), self.store.losses(key)
-            now = {epoch: losses[epoch]} if epoch in losses else {}
-            self.tracker.log_epochs(self._open(key), [numbers(report)], losses=self._curve(key, now))
+        losses = {epoch: of_steps for epoch, of_steps in self.store.losses(key).items() if epoch == report.epoch}
+        self.tracker.log_epochs(self._open(key), [_logged(report)], losses=self._curve(key, losses))
 
     def on_end(self, key: str, error: str | None) -> None:
         """Log what is missing and end the run."""
@@ -53,17 +52,17 @@ class Logbook:
         rows = self.store.epochs(key)
         if rows:
             losses = self._curve(key, self.store.losses(key))
-            self.tracker.log_epochs(run_id, [numbers(row) for row in rows], losses=losses)
+            self.tracker.log_epochs(run_id, [_logged(row) for row in rows], losses=losses)
         done = self.store.done(key)
         if done is not None:
             adapter = self.store.folder(key) / "adapter"
             if adapter.is_dir():
                 self.tracker.log_adapter(run_id, adapter)
             if rows:
-                self.tracker.log_ledger(run_id, self.store.folder(key) / "metrics.jsonl")
-            if "packed" in done:
-                self.tracker.tag(run_id, {"packed": done["packed"]})
-            self.tracker.close(run_id, ENDS[done["status"]], done.get("error"))
+                self.tracker.log_ledger(run_id, self.store.trial(key).metrics)
+            if done.packed is not None:
+                self.tracker.tag(run_id, {"packed": done.packed})
+            self.tracker.close(run_id, ENDS[done.status], done.error)
         return run_id
 
     def record_done(self, keys: Collection[str]) -> None:
@@ -75,9 +74,9 @@ class Logbook:
         for study, parent in self.parents.items():
             known |= self.tracker.ended_trials(study, parent)
         for key in sorted(keys):
-            done = self.store.done(key) or {}
-            ended = (ENDS.get(done.get("status", "")), done.get("adapter_digest", ""))
-            if ended[0] == KILLED or known.get(key) != ended:
+            end = self.store.done(key)
+            ended = (ENDS[end.status], end.adapter_digest or "") if end is not None else ()
+            if known.get(key) != ended or KILLED in ended:
                 self.record(key)
 
     def _open(self, key: str) -> str:
@@ -99,9 +98,14 @@ class Logbook:
                     "threads_per_worker": self.plan.params.sweep.threads_per_worker,
                     "pack": self.plan.params.sweep.pack,
                 },
-                made_by=self.store.provenance(key) if self.store.done(key) else None,
+                made_by=self._made_by(key),
             )
         return self._runs[key]
+
+    def _made_by(self, key: str) -> dict[str, Any] | None:
+        """Return the provenance of a trial that is done already, where it is known."""
+        origin = self.store.record(key).provenance
+        return origin.model_dump() if origin.known and self.store.done(key) else None
 
     def _curve(self, key: str, losses: Mapping[int, Sequence[float]]) -> list[tuple[int, float]]:
         return curve(losses, self._config(key).epochs)
@@ -110,21 +114,8 @@ class Logbook:
         return self.plan.trials.get(key) or self.store.config(key)
 
 
-def numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numeric entries of a report that MLflow should keep."""
-    skip = {
-        "done",
-        "training_iteration",
-        "time_total_s",
-        "pid",
-        "timestamp",
-        "time_since_restore",
-        "iterations_since_restore",
-        "time_this_iter_s",
-    }
-    return {
-        k: float(v) for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool) and k not in skip
-    }
+def _logged(report: EpochReport) -> dict[str, float]:
+    return {"epoch": report.epoch, **report.metrics}
 
 
 def flat(config: TrialConfig) -> dict[str, Any]:

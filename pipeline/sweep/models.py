@@ -24,10 +24,10 @@ def register_chosen(tracker: Tracker, store: TrialStore, trials: Iterable[str | 
     for key in dict.fromkeys(trials):
         if key is None or not (store.folder(key) / "adapter").is_dir():
             continue
-        config = store.raw_config(key)
-        objective = (store.done(key) or {}).get("objective")
+        config, end = store.record(key).config, store.done(key)
         protocol = digest([config[name] for name in _PROTOCOL])[:16]
-        found.append(Chosen(key, config["backbone"], config["task"], config["method"], objective, protocol))
+        backbone, task, method = (str(config[name]) for name in ("backbone", "task", "method"))
+        found.append(Chosen(key, backbone, task, method, end.objective if end else None, protocol))
     try:
         number = tracker.register(found)
     except HificlError as error:

@@ -7,6 +7,8 @@ from typing import Any
 import ray
 from ray import tune
 
+from pipeline.records.epoch import TrialReport
+
 
 class TrialProxy(tune.Trainable):
     """One trial for Tune's schedulers and searchers; the work is done in a slot of the dispatcher."""
@@ -21,11 +23,12 @@ class TrialProxy(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Return the next epoch's report."""
-        report = ray.get(self._dispatcher.next.remote(self._key, self._seen))
-        if report.get("error"):  # an exception would make Tune try again what the dispatcher has given up
-            return {**report, "done": True}
-        self._seen += 1
-        return dict(report)
+        report: TrialReport = ray.get(self._dispatcher.next.remote(self._key, self._seen))
+        if report.error is None:
+            self._seen += 1
+        # an exception would make Tune try again what the dispatcher has given up
+        fields = {"epoch": report.epoch, **(report.metrics.metrics if report.metrics else {})}
+        return {**fields, "done": report.end is not None, "error": report.error}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Serve another trial in this process."""

@@ -9,6 +9,7 @@ from pipeline import copies
 from pipeline.config import Params
 from pipeline.errors import WorkError
 from pipeline.progress import say
+from pipeline.records.trial import Provenance, TrialEnd
 from pipeline.sweep.engines import check_open
 from pipeline.sweep.journal import Journal
 from pipeline.sweep.logbook import Logbook
@@ -78,7 +79,7 @@ def _sweep(
     parents = {study: _open_parent(tracker, params, study, plan) for study in studies}
     logbook = Logbook(spooled, store, plan, parents)
     for key in todo:
-        store.open(plan.trials[key], tracker.provenance)
+        store.open(plan.trials[key], Provenance.model_validate(tracker.provenance))
     logbook.record_done(known.keys() - set(todo))
     errors: dict[str, str] = {}
     if todo or points:
@@ -94,8 +95,8 @@ def _sweep(
     failed = {}
     for key in known:
         done = store.done(key)
-        if done is None or done["status"] == "failed":
-            failed[key] = (done or {}).get("error") or errors.get(key, "it did not end")
+        if done is None or done.status == "failed":
+            failed[key] = (done.error if done else None) or errors.get(key, "it did not end")
     for parent in parents.values():
         spooled.close(parent, FAILED if failed else FINISHED)
     return failed
@@ -113,5 +114,5 @@ def _open_parent(tracker: Tracker, params: Params, study: str, plan: Plan) -> st
 
 def _record_untrained(store: TrialStore, plan: Plan, key: str, tracker: Tracker) -> None:
     if store.done(key) is None:
-        store.open(plan.trials[key], tracker.provenance)
-        store.finish(key, {"status": "finished", "epochs": 0, "trainable_parameters": 0})
+        store.open(plan.trials[key], Provenance.model_validate(tracker.provenance))
+        store.finish(key, TrialEnd(status="finished", epochs=0, trainable_parameters=0))

@@ -54,8 +54,7 @@ class Scores:
         path = self.out / f"{evaluation}.json"
         record = json.loads(path.read_text(encoding="utf-8"))
         scores = {f"test_{name}": value for name, value in record["metrics"].items()}
-        done = self.store.done(config.key) or {}
-        costs = {name: float(done[name]) for name in COSTS if done.get(name)}
+        costs = {name: float(value) for name in COSTS if (value := getattr(self.store.done(config.key), name, None))}
         samples = scored_by(config, self.plan.places, record["evaluation"]["split"], record["num_samples"])
         for run_id in lacking:
             self.tracker.log_evaluation(run_id, {**scores, **costs}, path)

@@ -14,11 +14,11 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.config import Sweep
+from pipeline.records.epoch import TrialReport
 from pipeline.request import TrialRequest
 from pipeline.sweep.nodes import code_version
 from pipeline.sweep.worker import Worker
 
-Report = dict[str, Any]  # one epoch's metrics with "epoch", "trial_key" and "done"; or {"error": ...}
 LIFE_SECONDS = 5.0  # between two looks at a working slot's step counter
 ROOM = 0.98  # of the processors asked for: Tune's waiting actors take a hair, and must fit beside the last slot
 BUILD_SECONDS = 300.0  # a slot that takes longer to start is given up
@@ -95,7 +95,7 @@ class Slot:
         self.keys.discard(key)
         await self._all("evict", key, limit=self.sweep.retry.hang_seconds)
 
-    async def advance(self) -> list[Report]:
+    async def advance(self) -> list[TrialReport]:
         """Run one round; give up when the step counter stands still for `hang_seconds`."""
         hang = self.sweep.retry.hang_seconds
         work = asyncio.ensure_future(self._all("advance"))

@@ -201,10 +201,10 @@ def train(
 
 def _tell(store: TrialStore, keys: set[str], watchers: list[Any]) -> set[str]:
     """Tell the watchers of ends that stand in the store and that died with the driver before it could say so."""
-    ends = {key: done for key in sorted(keys) if (done := store.done(key)) is not None}
-    for key, done in ends.items():
+    ends = {key: end for key in sorted(keys) if (end := store.done(key)) is not None}
+    for key, end in ends.items():
         for watcher in watchers:
-            watcher.on_end(key, done.get("error"))
+            watcher.on_end(key, end.error)
     return set(ends)
 
 

@@ -18,6 +18,7 @@ from ray._private import ray_constants
 from pipeline import plain_paths
 from pipeline.config import Params, Sweep
 from pipeline.errors import InputError, WorkError
+from pipeline.records.epoch import EpochReport
 from pipeline.request import Requests
 from pipeline.sweep.dispatcher import Dispatcher
 from pipeline.sweep.driver import PROXY_DIED
@@ -43,7 +44,7 @@ class Watcher(Protocol):
     def on_start(self, key: str) -> None:
         """A trial was taken up."""
 
-    def on_report(self, key: str, report: dict[str, Any]) -> None:
+    def on_report(self, key: str, report: EpochReport) -> None:
         """A trial completed an epoch."""
 
     def on_end(self, key: str, error: str | None) -> None:
@@ -70,8 +71,9 @@ class _Events(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        for watcher in self._watchers:
-            watcher.on_report(self._key(trial), result)
+        report = EpochReport.of(result)  # without what Tune adds
+        for watcher in self._watchers if report.metrics else ():
+            watcher.on_report(self._key(trial), report)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         key = self._key(trial)

@@ -19,6 +19,8 @@ from rich.text import Text
 
 from pipeline.errors import HificlError
 from pipeline.progress import console, say
+from pipeline.records.epoch import EpochReport
+from pipeline.records.event import JournalEvent
 from pipeline.sweep.journal import sentence
 from pipeline.sweep.naming import parts_of
 from pipeline.sweep.pace import Pace
@@ -111,22 +113,20 @@ class View:
             self._trial(key)
         self._say()
 
-    def on_event(self, row: dict[str, Any]) -> None:
+    def on_event(self, event: JournalEvent) -> None:
         """Say what went wrong, and how it goes on."""
-        if row["event"] != "slot built":
-            say(sentence(row))
+        if event.event != "slot built":
+            say(sentence(event.event, event.facts))
 
-    def on_report(self, key: str, report: dict[str, Any]) -> None:
+    def on_report(self, key: str, report: EpochReport) -> None:
         """See `tuner.Watcher`."""
         with self._lock:
             trial = self._trial(key)
-            if report.get("seconds") is not None:  # an error has none
-                trial.epoch = int(report["epoch"])
-                self.pace.on_epoch(key, trial.epoch, float(report["seconds"]))
-            objective = report.get("objective")
-            if objective is not None:
-                trial.score = abs(objective)  # a loss counts as its negative
-                self._compare(trial, objective)
+            trial.epoch = report.epoch
+            self.pace.on_epoch(key, trial.epoch, report.seconds or 0.0)
+            if report.objective is not None:
+                trial.score = abs(report.objective)  # a loss counts as its negative
+                self._compare(trial, report.objective)
         self._say()
 
     def on_end(self, key: str, error: str | None) -> None:

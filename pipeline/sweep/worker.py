@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from pipeline.records.epoch import TrialReport
 from pipeline.request import TrialRequest
 from pipeline.sweep.nodes import Version, require, work_in
 
@@ -62,7 +63,7 @@ class Worker:
         """Take a trial up, at its last checkpoint; return the epochs that it has behind it."""
         return self.bench.admit(request)
 
-    def advance(self) -> list[dict[str, Any]]:
+    def advance(self) -> list[TrialReport]:
         """Train until a trial completes an epoch; return its report."""
         return self.bench.advance()
 

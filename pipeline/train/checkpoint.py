@@ -1,34 +1,36 @@
 """Epoch checkpoints of a trial: whole or absent, the one before kept, damage found by digest.
 
-checkpoint/epoch-0003/state.json    epoch, best epoch, the metrics' history, digests of the other files
+checkpoint/epoch-0003/state.json    a `CheckpointState`, with the digests of the other files
 checkpoint/epoch-0003/...           the engine's own files (adapter, optimiser)
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pipeline.atomic import folder_atomic
 from pipeline.digests import file_digest
+from pipeline.errors import InputError
+from pipeline.records.base import NewerRecord
+from pipeline.records.trial import AGAIN, CheckpointState
 
 KEPT = 2  # the newest, and one generation back in case the newest is damaged
 
 
-def save(folder: Path, epoch: int, state: dict[str, Any], write: Callable[[Path], None]) -> None:
-    """Write the checkpoint of `epoch`: `write` fills the folder, `state` and the digests are added.
+def save(folder: Path, state: CheckpointState, write: Callable[[Path], None]) -> None:
+    """Write a checkpoint: `write` fills the folder, `state` and the digests are added.
 
     Raises:
         WorkError: the disk is full; older checkpoints are untouched.
     """
-    with folder_atomic(folder / f"epoch-{epoch:04d}") as temporary:
+    with folder_atomic(folder / f"epoch-{state.epoch:04d}") as temporary:
         write(temporary)
         files = {str(p.relative_to(temporary)): file_digest(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
-        (temporary / "state.json").write_text(json.dumps({**state, "epoch": epoch, "files": files}), encoding="utf-8")
+        text = state.model_copy(update={"files": files}).text(indent=None)
+        (temporary / "state.json").write_text(text, encoding="utf-8")
     for old in epochs(folder)[:-KEPT]:
         shutil.rmtree(folder / f"epoch-{old:04d}", ignore_errors=True)
 
@@ -46,8 +48,12 @@ def epochs(folder: Path) -> list[int]:
     return sorted(int(match.group(1)) for match in found if match)
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest undamaged checkpoint and its state, or None; damaged ones are removed."""
+def newest(folder: Path) -> tuple[Path, CheckpointState] | None:
+    """Return the newest undamaged checkpoint and its state, or None; damaged ones are removed.
+
+    Raises:
+        InputError: it was written by newer code.
+    """
     for epoch in reversed(epochs(folder)):
         path = folder / f"epoch-{epoch:04d}"
         state = _intact(path)
@@ -57,10 +63,12 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _intact(path: Path) -> dict[str, Any] | None:
+def _intact(path: Path) -> CheckpointState | None:
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        good = all(file_digest(path / name) == want for name, want in state["files"].items())
-    except (OSError, json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        state = CheckpointState.read(path / "state.json", AGAIN)
+        intact = all(file_digest(path / name) == digest for name, digest in state.files.items())
+    except NewerRecord:
+        raise
+    except (OSError, ValueError, InputError):  # a name that is no path is a ValueError
         return None
-    return state if good else None
+    return state if intact else None

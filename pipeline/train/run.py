@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline import adapters, methods
-from pipeline.atomic import folder_atomic, write_atomic
+from pipeline.atomic import folder_atomic
 from pipeline.data.manifest import Manifest
 from pipeline.data.subset import training_samples
-from pipeline.digests import folder_digest
 from pipeline.errors import WorkError
+from pipeline.records.epoch import EpochReport, Status, TrialReport
+from pipeline.records.trial import Best, CheckpointState, TrialEnd
+from pipeline.records.trial_folder import TrialFolder
 from pipeline.tasks import tasks
 from pipeline.train import checkpoint
 from pipeline.train.engine import ENGINES, Student
@@ -28,9 +28,7 @@ from pipeline.train.order import batches, share_of
 from pipeline.train.resident import Resident, Target
 from pipeline.train.spent import Memory, flops_per_sample
 from pipeline.train.teacher import Teacher
-from pipeline.trial import LOSSES, Kind, TrialConfig
-
-Report = dict[str, Any]
+from pipeline.trial import Kind, TrialConfig
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class TrialRun:
     def __init__(
         self, config: TrialConfig, folder: Path, resident: Resident, manifest: Manifest, kinds: Collection[Kind] = ()
     ) -> None:
-        self.config, self.folder, self.resident, self.manifest = config, folder, resident, manifest
+        self.config, self.folder, self.resident, self.manifest = config, TrialFolder(folder), resident, manifest
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.world != config.world_size:
             raise WorkError(
@@ -107,8 +105,8 @@ class TrialRun:
         self.engine = ENGINES[config.engine](student, groups, config)
         self.global_batch = config.micro_batch_size * config.accumulation * self.world
         self.per_epoch = steps_per_epoch(len(self.samples), self.global_batch)
-        self.rows: list[Report] = []
-        self.best: dict[str, Any] = {}
+        self.rows: list[EpochReport] = []
+        self.best: Best | None = None
         self.error: str | None = None  # why the trial diverged
         self.keeping = 0.0  # seconds spent on checkpoints and the ledger
         self.peak = 0  # bytes of memory
@@ -198,43 +196,41 @@ class TrialRun:
 
     # -- epochs ------------------------------------------------------------------------------------------------------
 
-    def finish_epoch(self, selected: dict[str, float], seconds: float) -> Report:
+    def finish_epoch(self, selected: dict[str, float], seconds: float) -> TrialReport:
         """Keep what the epoch has given: the report, the best epoch's adapter, a checkpoint; the last epoch's end.
 
         Args:
             selected: the selection set's score (or loss) and the `objective`, higher is better.
             seconds: what scoring took of the trial's share.
         """
-        epoch = self._epoch
+        epoch, objective = self._epoch, selected["objective"]
         means = dict(zip(epoch.sums, self._over_ranks(list(epoch.sums.values())), strict=True))
-        report: Report = {
-            "epoch": self.number, **means, "gradient_norm": epoch.gradient_norm,
-            "learning_rate": self.config.learning_rate * epoch.factor, **selected,
-            "seconds": epoch.seconds + seconds, "train_seconds": epoch.seconds,
+        fields = {
+            **means, **selected, "gradient_norm": epoch.gradient_norm,
+            "learning_rate": self.config.learning_rate * epoch.factor, "seconds": epoch.seconds + seconds,
+            "train_seconds": epoch.seconds,
         }  # fmt: skip
-        better = report["objective"] > self.best.get("objective", -math.inf)
-        if better or not self.best:
-            self.best = {"epoch": self.number, "objective": report["objective"]}
+        report = EpochReport.model_validate({"epoch": self.number, **fields})
+        if self.best is None or objective > self.best.objective:
+            self.best = Best(epoch=self.number, objective=objective)
             self._save_adapter()
         self.rows.append(report)
         self.peak = max(self.peak, self.memory.peak or 0)
         self._save_losses(self._over_ranks(epoch.losses))
         self._save_checkpoint()
         self._epoch = self._next_epoch()
-        if self.finished:
-            return self._end({**report, "done": True}, "finished")
-        return {**report, "done": False, "trial_key": self.config.key}
+        return self._ended("finished") if self.finished else self._report()
 
-    def diverged_report(self) -> Report:
+    def diverged_report(self) -> TrialReport:
         """End a trial whose loss is not finite."""
-        return self._end({"epoch": self.number, "done": True}, "diverged", error=self.error)
+        return self._ended("diverged", error=self.error)
 
-    def closed_report(self) -> Report:
+    def closed_report(self) -> TrialReport:
         """Return the last report of a trial whose epochs are all behind it, and write its end again.
 
         A crash between the last checkpoint and done.json leads here.
         """
-        return self._end({**self.rows[-1], "done": True}, "finished")
+        return self._ended("finished")
 
     def close(self) -> None:
         """Free the engine."""
@@ -266,7 +262,7 @@ class TrialRun:
                 "prompt": self.manifest.prompt,
             }  # fmt: skip
             started = time.perf_counter()
-            with folder_atomic(self.folder / "adapter") as temporary:
+            with folder_atomic(self.folder.adapter) as temporary:
                 self.adapter.save_pretrained(temporary, extra=extra)
             self.keeping += time.perf_counter() - started
 
@@ -274,51 +270,58 @@ class TrialRun:
         """Keep the epoch's curve; before its checkpoint, so that no epoch that is kept lacks it."""
         if self.rank == 0:
             started = time.perf_counter()
-            path = self.folder / LOSSES
-            before = path.read_text(encoding="utf-8") if path.exists() else ""
-            # a step's loss is a sum of fp32 numbers, which have seven digits
-            row = {"epoch": self.epochs_done, "train_loss": [float(f"{value:.7g}") for value in losses]}
-            write_atomic(path, f"{before}{json.dumps(row)}\n")
+            self.folder.add_losses(self.epochs_done, losses)
             self.keeping += time.perf_counter() - started
 
     def _save_checkpoint(self) -> None:
         started = time.perf_counter()
-        folder, number = self.folder / "checkpoint", self.epochs_done
-        state = {"rows": self.rows, "best": self.best, "packed": self.packed, "keeping": self.keeping,
-                 "peak": self.peak}  # fmt: skip
+        folder = self.folder.checkpoint
+        state = CheckpointState(
+            epoch=self.epochs_done, rows=tuple(self.rows), best=self.best, packed=self.packed, keeping=self.keeping,
+            peak=self.peak,
+        )  # fmt: skip
         if self.world == 1:
-            checkpoint.save(folder, number, state, self.engine.save)
+            checkpoint.save(folder, state, self.engine.save)
         else:
-            shared = folder / f".writing-{number}"
+            shared = folder / f".writing-{state.epoch}"
             shared.mkdir(parents=True, exist_ok=True)
             self.engine.save(shared)  # every rank writes its part
             dist.barrier()
             if self.rank == 0:
-                checkpoint.save(folder, number, state, lambda target: checkpoint.move_into(shared, target))
+                checkpoint.save(folder, state, lambda target: checkpoint.move_into(shared, target))
             dist.barrier()
         if self.rank == 0:
-            write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+            self.folder.write_epochs(self.rows)
         self.keeping += time.perf_counter() - started
 
     def _resume(self) -> None:
-        found = checkpoint.newest(self.folder / "checkpoint")
-        if found is None:
+        newest = checkpoint.newest(self.folder.checkpoint)
+        if newest is None:
             return
-        path, state = found
+        path, state = newest
         self.engine.load(path)
-        self.rows, self.best, self.packed = state["rows"], state["best"], state.get("packed", 1)
-        self.keeping, self.peak = state.get("keeping", 0.0), state.get("peak", 0)
+        self.rows, self.best, self.packed = list(state.rows), state.best, state.packed
+        self.keeping, self.peak = state.keeping, state.peak
 
-    def _end(self, report: Report, status: str, error: str | None = None) -> Report:
+    def _report(self, end: Status | None = None) -> TrialReport:
+        """Return what there is to say of the trial's last epoch."""
+        if end == "diverged":
+            return TrialReport(self.config.key, self.number, end=end)
+        return TrialReport(self.config.key, self.epochs_done, self.rows[-1], end)
+
+    def _ended(self, status: Status, error: str | None = None) -> TrialReport:
+        """Write the trial's end."""
         if self.rank == 0:
-            record = {
-                "status": status, "error": error, "epochs": self.epochs_done, "chosen_epoch": self.best.get("epoch"),
-                "objective": self.best.get("objective"), "trainable_parameters": self.adapter.num_trainable(),
-                "train_seconds": sum(row["train_seconds"] for row in self.rows),
-                "seconds": sum(row["seconds"] for row in self.rows), "packed": self.packed,
-                "keeping_seconds": self.keeping, "peak_memory_bytes": self.peak or None,
-                "train_flops": self.flops and self.flops * len(self.samples) * self.epochs_done,
-                "adapter_digest": folder_digest(self.folder / "adapter"),
-            }  # fmt: skip
-            write_atomic(self.folder / "done.json", json.dumps(record, indent=1, sort_keys=True))
-        return {**report, "trial_key": self.config.key, "status": status}
+            self.folder.finish(
+                TrialEnd(
+                    status=status, error=error, epochs=self.epochs_done,
+                    chosen_epoch=self.best.epoch if self.best else None,
+                    objective=self.best.objective if self.best else None,
+                    trainable_parameters=self.adapter.num_trainable(),
+                    train_seconds=sum(row.train_seconds or 0.0 for row in self.rows),
+                    seconds=sum(row.seconds or 0.0 for row in self.rows), packed=self.packed,
+                    keeping_seconds=self.keeping, peak_memory_bytes=self.peak or None,
+                    train_flops=self.flops and self.flops * len(self.samples) * self.epochs_done,
+                )
+            )  # fmt: skip
+        return self._report(status)

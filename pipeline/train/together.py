@@ -17,11 +17,12 @@ from pipeline.adapters.base import WeightsAdapter, parts_of
 from pipeline.adapters.pack import Pack
 from pipeline.errors import WorkError
 from pipeline.progress import say
+from pipeline.records.epoch import TrialReport
 from pipeline.train.capacity import Capacity
 from pipeline.train.compiled import compiled_parts
 from pipeline.train.packed import Losses, losses
 from pipeline.train.resident import TEACHER_BYTES, Resident
-from pipeline.train.run import Part, Report, TrialRun
+from pipeline.train.run import Part, TrialRun
 from pipeline.train.selection import select
 
 Work = list[tuple[TrialRun, list[Part]]]  # one step's micro-batches by trial
@@ -51,7 +52,7 @@ class Together:
             self.runs.remove(run)
             run.close()
 
-    def advance(self) -> list[Report]:
+    def advance(self) -> list[TrialReport]:
         """Train until a trial completes an epoch, diverges, or turns out to be complete; return the reports.
 
         Raises:
@@ -94,8 +95,8 @@ class Together:
             return nullcontext()
         return compiled_parts(self.resident.loaded.model, self.resident.forwards)
 
-    def _report(self, run: TrialRun, report: Report) -> Report:
-        if report["done"]:
+    def _report(self, run: TrialRun, report: TrialReport) -> TrialReport:
+        if report.end is not None:
             self.evict(run.config.key)
         return report
 

@@ -11,9 +11,10 @@ import torch
 
 from pipeline.errors import WorkError
 from pipeline.evaluate.parts import WHOLE, Answers, SplitPart
+from pipeline.records.epoch import TrialReport
 from pipeline.request import TrialRequest
 from pipeline.train.resident import Resident, Residents
-from pipeline.train.run import Report, TrialRun
+from pipeline.train.run import TrialRun
 from pipeline.train.scoring import answer, score
 from pipeline.train.together import Together
 from pipeline.trial import EvaluationConfig
@@ -61,7 +62,7 @@ class Workbench:
         self.together.runs.append(run)
         return run.epochs_done
 
-    def advance(self) -> list[Report]:
+    def advance(self) -> list[TrialReport]:
         """Train the admitted trials until one of them completes an epoch; return the reports."""
         return self.together.advance() if self.together is not None and self.together.runs else []
 

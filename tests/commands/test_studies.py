@@ -14,6 +14,7 @@ from pipeline.commands.studies import overview
 from pipeline.config import load
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import ImageRef, Sample
+from pipeline.records.trial import TrialEnd
 from pipeline.sweep.plan import all_cells, make_plan, places
 from pipeline.sweep.store import TrialStore
 from tests.conftest import ROOT
@@ -55,8 +56,8 @@ def test_what_is_done_is_counted_and_the_table_says_what_the_record_does(project
     plan = make_plan(project, all_cells(project, ["hificl-figure7"], places()), places())
     store = TrialStore(places().runs)
     for key in list(plan.trials)[:2]:
-        store.open(plan.trials[key], {})
-        store.finish(key, {"status": "finished"})
+        store.open(plan.trials[key])
+        store.finish(key, TrialEnd(status="finished"))
     found = overview(project)
     row = found.record()["hificl-figure7"]
     assert row == {

@@ -135,7 +135,8 @@ class Sweep(Project):
         return found
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        return [row for row in Journal(self.runs, whole=True).news() if row["event"] == name]
+        rows = Journal(self.runs, whole=True).news()
+        return [{"time": row.time, **row.facts} for row in rows if row.event == name]
 
     def workers(self) -> list[int]:
         """Process ids of the newest slot's workers."""

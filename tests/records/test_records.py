@@ -51,7 +51,7 @@ def parsed(model: type[Record], text: str) -> Record:
 @pytest.mark.parametrize(("model", "text"), TEXTS)
 def test_a_file_of_before_is_read_and_nothing_of_it_is_lost(model, text):
     before, after = json.loads(text), json.loads(parsed(model, text).text(None))
-    assert after.pop("schema") == model.number
+    assert after.pop("schema") == model.schema_number
     before.pop("schema", None)
     for cell in before.get("cells", []):
         assert cell.pop("evaluate_seconds") > 0  # nothing read it, and the evaluation has it
@@ -117,7 +117,7 @@ records = st.builds(TrialRecord, config=st.dictionaries(st.text(), JSON, max_siz
 def test_any_record_comes_back_from_the_disk(record):
     again = parsed(type(record), record.text())
     assert again.text() == record.text()  # as text, in which no number equals itself
-    assert json.loads(record.text())["schema"] == record.number
+    assert json.loads(record.text())["schema"] == record.schema_number
 
 
 @given(st.data())

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.bench._simulated import make_plan
 from pipeline.bench._timing import Findings
+from pipeline.records.trial import TrialEnd
 from pipeline.sweep import answers, evaluation
 from pipeline.sweep.logbook import Logbook
 from pipeline.sweep.scores import Scores
@@ -30,8 +31,8 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     logbook = Logbook(SpooledTracker(tracker, tmp_path / ".spool"), store, plan, {"study": parent})
     todo, results = [], []
     for number, (key, config) in enumerate(plan.trials.items()):
-        store.open(config, {})
-        store.finish(key, {"status": "finished", "epochs": 0, "train_flops": 12 * number, "peak_memory_bytes": None})
+        store.open(config)
+        store.finish(key, TrialEnd(status="finished", epochs=0, train_flops=12 * number))
         logbook.record(key)
         asked = EvaluationConfig(trial=key)
         todo.append((config, asked))

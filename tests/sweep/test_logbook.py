@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from pipeline.bench._simulated import make_plan
 from pipeline.bench._timing import Findings
+from pipeline.records.epoch import EpochReport
+from pipeline.records.trial import TrialEnd
 from pipeline.sweep.inputs import used_by
 from pipeline.sweep.logbook import POINTS, Logbook, curve
 from pipeline.sweep.naming import trial_note
@@ -16,7 +17,7 @@ from pipeline.sweep.plan import Places
 from pipeline.sweep.space import Digests, cells
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import FINISHED, Tracker
-from pipeline.trial import LOSSES, TrialConfig
+from pipeline.trial import TrialConfig
 from tests.tracking.conftest import ask
 
 PLACES = Places(Path("/p/runs"), Path("/p/data/manifests"), None)
@@ -40,9 +41,9 @@ def test_an_epochs_losses_come_with_its_report_and_none_twice_after_a_kill(tmp_p
     plan, _ = make_plan(tmp_path, 1, Findings())
     ((key, config),) = plan.trials.items()
     store = TrialStore(plan.places.runs)
-    folder = store.open(config, {})
-    rows = [{"epoch": epoch, "train_loss": 1 / 3} for epoch in (1, 2)]
-    losses = [{"epoch": epoch, "train_loss": [1 / 3] * 50} for epoch in (1, 2)]
+    store.open(config)
+    folder = store.trial(key)
+    rows = [EpochReport(epoch=epoch, train_loss=1 / 3) for epoch in (1, 2)]
 
     def opened() -> tuple[Tracker, Logbook]:
         tracker = Tracker(None, tmp_path)
@@ -56,12 +57,12 @@ def test_an_epochs_losses_come_with_its_report_and_none_twice_after_a_kill(tmp_p
 
     _, logbook = opened()
     for number in (1, 2):
-        (folder / LOSSES).write_text("".join(json.dumps(row) + "\n" for row in losses[:number]))
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:number]))
+        folder.add_losses(number, [1 / 3] * 50)
+        folder.write_epochs(rows[:number])
         if number == 1:
-            logbook.on_report(key, {**rows[0], "pid": 7})
+            logbook.on_report(key, rows[0])
             assert steps() == list(range(1, 51))
-    store.finish(key, {"status": "finished", "epochs": 2})  # and the process that logged is killed
+    store.finish(key, TrialEnd(status="finished", epochs=2))  # and the process that logged is killed
     tracker, again = opened()
     for row in rows:
         again.on_report(key, row)
@@ -69,7 +70,8 @@ def test_an_epochs_losses_come_with_its_report_and_none_twice_after_a_kill(tmp_p
     assert steps() == list(range(1, 101))
     run = tracker.find_run(key) or ""
     assert tracker.read_run(run)["status"] == FINISHED
-    assert json.loads((tracker.read_artifact(run, "ledger/metrics.jsonl") or "").splitlines()[-1]) == rows[1]
+    ledger = (tracker.read_artifact(run, "ledger/metrics.jsonl") or "").splitlines()
+    assert EpochReport.parse(ledger[-1], "the ledger", "") == rows[1]
     assert tracker.read_run(run)["metrics"] == {"train_loss": 0.333333, "step/train_loss": 0.333333}
 
 

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from pipeline.records.epoch import EpochReport
 from pipeline.sweep.pace import Pace
 from pipeline.sweep.plan import Places, Plan
 from pipeline.sweep.view import View
@@ -76,11 +77,10 @@ def test_the_line_tells_all_points_and_survives_a_failure(
     with View(plan, ["a"], points=2) as view:
         view.on_start("a")
         clock.pass_(20)
-        view.on_report("a", {"epoch": 1, "seconds": 20.0, "objective": 50.0})
+        view.on_report("a", EpochReport(epoch=1, seconds=20.0, objective=50.0))
         view.on_start("asked")
         clock.pass_(20)
-        view.on_report("asked", {"epoch": 1, "seconds": 20.0})
-        view.on_report("asked", {"epoch": 0, "error": "out of memory"})
+        view.on_report("asked", EpochReport(epoch=1, seconds=20.0))
         view.on_end("asked", "out of memory")
     said = capsys.readouterr().err
     assert "trials: 0 of 3 done, 1 running, best accuracy 50, ? left" in said

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from pipeline.bench._simulated import make_plan
 from pipeline.bench._timing import Findings
+from pipeline.records.epoch import EpochReport
+from pipeline.records.trial import TrialEnd
 from pipeline.sweep.logbook import Logbook
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import FINISHED, KILLED, Tracker
@@ -18,9 +18,9 @@ def made(tmp_path):
     plan, _ = make_plan(tmp_path, 4, Findings())
     store = TrialStore(plan.places.runs)
     for key, config in plan.trials.items():
-        folder = store.open(config, {})
-        (folder / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "train_loss": 0.5}) + "\n")
-        store.finish(key, {"status": "finished", "epochs": 1})
+        store.open(config)
+        store.trial(key).write_epochs([EpochReport(epoch=1, train_loss=0.5)])
+        store.finish(key, TrialEnd(status="finished", epochs=1))
     return tmp_path, plan, store
 
 
@@ -36,7 +36,7 @@ def test_what_mlflow_has_is_passed_over_and_what_it_lacks_is_mended(made):
     _, plan, store = made
     whole, stopped, killed, missing = plan.trials
     tracker, logbook = opened(made)
-    store.finish(stopped, {"status": "stopped", "epochs": 1})
+    store.finish(stopped, TrialEnd(status="stopped", epochs=1))
     logbook.record_done({whole, stopped})
     tracker.close(logbook._open(killed), KILLED)  # a crash between the trial's end and its run's
     tracker, again = opened(made)

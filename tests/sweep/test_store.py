@@ -1,10 +1,10 @@
-import json
 import multiprocessing
 import threading
 
 import pytest
 
-from pipeline.errors import InputError, WorkError
+from pipeline.errors import InputError
+from pipeline.records.trial import Provenance, TrialEnd
 from pipeline.sweep.store import TrialStore
 from pipeline.trial import TrialConfig
 
@@ -15,8 +15,12 @@ CONFIG = TrialConfig(
 
 def test_a_trial_is_found_again_by_its_content(tmp_path):
     store = TrialStore(tmp_path)
-    store.open(CONFIG, {"commit": "abc"})
-    assert store.config(CONFIG.key) == CONFIG and store.provenance(CONFIG.key) == {"commit": "abc"}
+    origin = Provenance(commit="abc")
+    store.open(CONFIG, origin)
+    store.open(CONFIG)  # a slot takes it up, which knows no provenance
+    assert store.config(CONFIG.key) == CONFIG and store.record(CONFIG.key).provenance == origin
+    store.open(CONFIG, Provenance(commit="def"))
+    assert store.record(CONFIG.key).earlier_commits == ("abc",)
     assert store.all_keys() == [CONFIG.key] and not store.finished(CONFIG.key)
 
 
@@ -25,26 +29,18 @@ def test_a_trial_is_found_again_by_its_content(tmp_path):
 )
 def test_only_ends_that_would_repeat_are_final(tmp_path, status, final):
     store = TrialStore(tmp_path)
-    store.open(CONFIG, {})
-    store.finish(CONFIG.key, {"status": status})
+    store.open(CONFIG)
+    store.finish(CONFIG.key, TrialEnd(status=status))
     assert store.finished(CONFIG.key) is final
     store.reopen(CONFIG.key)
     assert store.done(CONFIG.key) is None
 
 
-def test_a_line_torn_by_a_crash_is_left_out(tmp_path):
-    store = TrialStore(tmp_path)
-    folder = store.open(CONFIG, {})
-    rows = [{"epoch": 1, "a": 1}, {"epoch": 2, "a": 2}, {"epoch": 2, "a": 3}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"epoch": 3, "a"')
-    assert store.epochs(CONFIG.key) == [{"epoch": 1, "a": 1}, {"epoch": 2, "a": 3}]
-
-
 def test_a_damaged_record_says_what_to_remove(tmp_path):
     store = TrialStore(tmp_path)
-    folder = store.open(CONFIG, {})
+    folder = store.open(CONFIG)
     (folder / "config.json").write_text("{")
-    with pytest.raises(WorkError, match=r"config.json: damaged.*Remove the folder"):
+    with pytest.raises(InputError, match=r"config.json: damaged.*Remove the trial's folder"):
         store.config(CONFIG.key)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import WorkError
+from pipeline.records.trial import TrialEnd
+from pipeline.records.trial_folder import TrialFolder
 from pipeline.sweep import supervisor
 from pipeline.sweep.work import Training
 
@@ -34,8 +35,7 @@ class Played:
         for key, error in self.writes.items():
             assert key in work.keys
             status = "failed" if error else "finished"
-            (self.root / key).mkdir(parents=True, exist_ok=True)
-            (self.root / key / "done.json").write_text(json.dumps({"status": status, "error": error}))
+            TrialFolder(self.root / key).finish(TrialEnd(status=status, error=error))
             if key in self.tells:
                 yield "on_end", key, error
         raise supervisor.Lost("its cluster died")

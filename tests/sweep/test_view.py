@@ -7,6 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
+from pipeline.records.epoch import EpochReport
+from pipeline.records.event import JournalEvent
 from pipeline.sweep import view
 from pipeline.sweep.view import View
 from tests.sweep.test_plan_order import plan_of
@@ -51,7 +53,7 @@ def test_a_row_says_its_epoch_and_what_ended_last_stands_on_top(plan, monkeypatc
     shown = View(plan, keys)
     for key in keys[:3]:
         shown.on_start(key)
-        shown.on_report(key, {"epoch": 2, "seconds": 1.0, "objective": 50.0})
+        shown.on_report(key, EpochReport(epoch=2, seconds=1.0, objective=50.0))
     shown.on_end(keys[0], None)
     shown.on_end(keys[2], "out of memory")
     (running,) = shown.running.values()
@@ -75,7 +77,7 @@ def test_the_best_is_of_a_task_and_never_over_two_metrics(plan, monkeypatch, cap
     keys = _todo(plan)
     with View(plan, keys) as shown:
         for key, objective in zip(keys, range(len(keys)), strict=True):
-            shown.on_report(key, {"epoch": 1, "seconds": 1.0, "objective": float(objective)})
+            shown.on_report(key, EpochReport(epoch=1, seconds=1.0, objective=objective))
     for task, best in shown.best.items():
         asked = [at for at, key in enumerate(keys) if plan.trials[key].task == task]
         assert best.objective == max(asked)
@@ -91,15 +93,14 @@ def test_a_loss_that_chooses_is_shown_as_it_is_and_the_lowest_is_best(plan):
     plan.trials.update({key: plan.trials[key].model_copy(update={"selection_metric": "loss"}) for key in keys})
     shown = View(plan, keys)
     for key, loss in zip(keys, (0.5, 0.25), strict=True):
-        shown.on_report(key, {"epoch": 1, "seconds": 1.0, "objective": -loss})
+        shown.on_report(key, EpochReport(epoch=1, seconds=1.0, objective=-loss))
     assert [trial.score for trial in shown.running.values()] == [0.5, 0.25]
     assert str(shown.best["mini-vqa"]) == "loss 0.25"
 
 
 def test_an_event_is_one_line_whatever_ray_says(capsys):
     with View(plan_of("hificl-figure7"), []) as shown:
-        shown.on_event(
-            {"time": 1.0, "event": "slot lost", "why": "out of memory\nTop 10 users:\n" + "x" * 999, "slot": 2}
-        )
+        why = "out of memory\nTop 10 users:\n" + "x" * 999
+        shown.on_event(JournalEvent(time=1.0, event="slot lost", why=why, slot=2))
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("slot lost"))
     assert line == "slot lost: why out of memory, slot 2 (all of it in runs/journal.jsonl)"

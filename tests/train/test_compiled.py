@@ -23,7 +23,7 @@ def losses(bench: Workbench, request) -> list[float]:
     bench.admit(request)
     found = []
     while bench.together is not None and bench.together.runs:
-        found += [report["train_loss"] for report in bench.advance()]
+        found += [report.metrics.train_loss for report in bench.advance()]
     return found
 
 

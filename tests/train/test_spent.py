@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import pytest
 import torch
 
 from pipeline.measure.flops import CountedFlops
+from pipeline.records.trial import TrialEnd
+from pipeline.records.trial_folder import TrialFolder
 from pipeline.train import packed
 from pipeline.train.spent import Memory
 from pipeline.train.workbench import Workbench
@@ -21,12 +22,12 @@ def bench() -> Workbench:
     return Workbench(device="cpu")
 
 
-def spent(bench: Workbench, request) -> tuple[float, dict]:
+def spent(bench: Workbench, request) -> tuple[float, TrialEnd]:
     """Train one epoch; return the FLOPs that were counted and the trial's end."""
     bench.admit(request)
     with CountedFlops() as counter:
         bench.advance()
-    return counter.total, json.loads((Path(request.folder) / "done.json").read_text())
+    return counter.total, TrialFolder(Path(request.folder)).end()
 
 
 @pytest.mark.parametrize("method", ["hificl", "mimic", "live", "lora"])
@@ -36,7 +37,7 @@ def test_a_trials_flops_are_those_that_it_spends(bench, trial, tmp_path, monkeyp
     bench.advance()  # tokens of all images are at hand
     counted, end = spent(bench, trial(method, tmp_path / method, epochs=1, num_selection_samples=1))
     # beside training, one sample is scored and an image or two pass the tower
-    assert end["train_flops"] < counted < 1.08 * end["train_flops"]
+    assert end.train_flops < counted < 1.08 * end.train_flops
 
 
 def test_the_peak_of_memory_is_the_trials_own(bench, trial, tmp_path):
@@ -45,7 +46,7 @@ def test_the_peak_of_memory_is_the_trials_own(bench, trial, tmp_path):
     request = trial("hificl", tmp_path / "memory", epochs=1)
     _, end = spent(bench, request)
     weights = sum(parameter.nbytes for parameter in bench.resident(request).loaded.model.parameters())
-    assert weights < end["peak_memory_bytes"] < weights + held.nbytes // 2
+    assert weights < end.peak_memory_bytes < weights + held.nbytes // 2
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators give their pages back by themselves")

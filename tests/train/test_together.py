@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
+from pipeline.records.epoch import EpochReport
 from pipeline.sweep.store import TrialStore
 from pipeline.train.capacity import Capacity
 from pipeline.train.run import Part
@@ -40,21 +41,21 @@ LORAS = [
 PACKS = {"mixed": MIXED, "lora": LORAS}
 
 
-def train(bench: Workbench, requests, *, double: bool = False) -> dict[str, list[dict]]:
-    """Train the requests together, adapters in fp64 where asked; return the reports by trial."""
+def train(bench: Workbench, requests, *, double: bool = False) -> dict[str, list[EpochReport]]:
+    """Train the requests together, adapters in fp64 where asked; return the metrics by trial and epoch."""
     for request in requests:
         bench.admit(request)
     for run in bench.together.runs if double else ():
         run.adapter.double()
-    reports: dict[str, list[dict]] = {request.key: [] for request in requests}
+    reports: dict[str, list[EpochReport]] = {request.key: [] for request in requests}
     while bench.together.runs:
         for report in bench.advance():
-            reports[report["trial_key"]].append(report)
+            reports[report.key].append(report.metrics)
     return reports
 
 
 def gap(one, other) -> float:
-    return max(abs(a["train_loss"] - b["train_loss"]) for key in one for a, b in zip(one[key], other[key], strict=True))
+    return max(abs(a.train_loss - b.train_loss) for key in one for a, b in zip(one[key], other[key], strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +72,11 @@ def test_a_pack_loses_what_its_trials_lose_alone(bench, trial, tmp_path, name):
     together = train(bench, [trial(method, tmp_path / "together", **given) for method, given in PACKS[name]])
     assert gap(alone, together) < 1e-5
     for key, reports in together.items():
-        assert [r["selection_score"] for r in reports] == pytest.approx([r["selection_score"] for r in alone[key]])
-        assert reports[-1]["status"] == "finished" and (tmp_path / "together" / key / "done.json").exists()
-        steps, others = (TrialStore(tmp_path / place).losses(key) for place in ("together", "alone"))
-        assert list(steps) == list(others) == [report["epoch"] for report in reports]
+        assert [r.selection_score for r in reports] == pytest.approx([r.selection_score for r in alone[key]])
+        stores = [TrialStore(tmp_path / place) for place in ("together", "alone")]
+        assert all(store.done(key).status == "finished" for store in stores)
+        steps, others = (store.losses(key) for store in stores)
+        assert list(steps) == list(others) == [report.epoch for report in reports]
         assert all(steps[epoch] == pytest.approx(others[epoch], abs=1e-5) for epoch in steps)
 
 
@@ -96,7 +98,7 @@ def test_in_double_precision_a_pack_loses_the_same(trial, tmp_path, monkeypatch)
 
 def test_dropout_acts_in_training_alone(bench, trial, tmp_path):
     dry, wet = (trial("lora", tmp_path, dropout=p, epochs=1) for p in (0.0, 0.5))
-    losses = [train(bench, [request])[request.key][0]["train_loss"] for request in (dry, wet)]
+    losses = [train(bench, [request])[request.key][0].train_loss for request in (dry, wet)]
     assert losses[0] != losses[1]
     bench.admit(wet)
     assert not any(run.adapter.training for run in bench.together.runs)
@@ -145,7 +147,7 @@ def test_a_teachers_pass_serves_trials_that_come_later_and_changes_nothing(bench
     train(bench, [replace(mimic, kinds=kinds)])
     behind, lost_behind = teacher_passes(replace(live, folder=str(tmp_path / "behind")))
     assert alone - behind == 10  # a pass for each of 5 steps' two micro-batches
-    assert lost_behind[0]["train_loss"] == lost_alone[0]["train_loss"]
+    assert lost_behind[0].train_loss == lost_alone[0].train_loss
 
 
 def test_a_step_cut_in_pieces_is_the_same_step(bench, trial, tmp_path):
@@ -191,10 +193,10 @@ def test_memory_that_runs_out_halves_the_rows_and_loses_no_step(trial, tmp_path)
                 bench.together.on_step = lambda: (again(), resource.setrlimit(resource.RLIMIT_AS, free))
                 pages = int(open("/proc/self/statm").read().split()[0])
                 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(sys.argv[2]), free[1]))
-            reports = []
+            lost = []
             while bench.together.runs:
-                reports += bench.advance()
-        print(json.dumps([bench.together.max_rows, reports]))
+                lost += [report.metrics.train_loss for report in bench.advance()]
+        print(json.dumps([bench.together.max_rows, lost]))
     """)
     )
     (tmp_path / "requests").write_bytes(pickle.dumps((small, limited)))
@@ -203,9 +205,9 @@ def test_memory_that_runs_out_halves_the_rows_and_loses_no_step(trial, tmp_path)
         timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    rows, reports = json.loads(done.stdout.splitlines()[-1])
+    rows, lost = json.loads(done.stdout.splitlines()[-1])
     assert rows is not None and rows < 20 and "out of memory" in done.stderr
-    assert [r["train_loss"] for r in reports] == pytest.approx([r["train_loss"] for r in whole], abs=1e-5)
+    assert lost == pytest.approx([r.train_loss for r in whole], abs=1e-5)
 
 
 def test_a_pack_grows_while_that_pays():
