@@ -93,7 +93,7 @@ def _dispatch(plan: Plan, requests: dict[str, TrialRequest], nodes: int, found: 
                 await dispatcher.submit({"trial": key})
                 decisions.append(time.perf_counter() - start)
                 seen = 0
-                while not (await dispatcher.next(key, seen))["done"]:
+                while (await dispatcher.next(key, seen)).end is None:
                     seen += 1
                 seconds.append(time.perf_counter())
 
