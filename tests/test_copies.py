@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import copies
+from pipeline.commands import doctor
 from pipeline.config import load
-from pipeline.lineage import doctor
 from stages import official
 from tests.conftest import ROOT
 
