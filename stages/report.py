@@ -6,15 +6,15 @@ from pathlib import Path
 
 from pipeline import report
 from pipeline.config import Params
+from pipeline.records.evaluations import Evaluations
 from pipeline.report import tracked
-from pipeline.report.evaluations import study_names
 from stages.common import run
 
 EVALUATIONS, REPORTS = Path("evaluations"), Path("reports")
 
 
 def main(params: Params) -> None:
-    for study in study_names(EVALUATIONS):
+    for study in Evaluations(EVALUATIONS).studies():
         report.write_study(study, params, EVALUATIONS, REPORTS)
     report.write_numbers(params, EVALUATIONS, Path.cwd())
     index = report.write_index(params, EVALUATIONS, REPORTS)

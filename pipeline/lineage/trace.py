@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from pipeline.lineage import place as places
 from pipeline.lineage.checks import DIFFERS, MISSING, SAME, UNRECORDED, Check, Checks
 from pipeline.lineage.keys import key_of
 from pipeline.lineage.place import Place
-from pipeline.report.evaluations import Cell, study_names
+from pipeline.records.evaluation import CellResult, Evaluation
+from pipeline.records.evaluations import Evaluations
 from pipeline.rounding import rounded
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.provenance import code_root, has_commit
@@ -78,7 +78,7 @@ def trace_all(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
     evaluations = root / "evaluations"
     walk = _Walk(params, root, Checks())
     found, runs = {}, set()
-    for study in studies or study_names(evaluations):
+    for study in studies or Evaluations(evaluations).studies():
         numbers = places.every(study, params, evaluations)
         chains = [chain for place in numbers for chain in walk.chains(place)]
         runs |= {chain["run"].get("run_id") for chain in chains}
@@ -106,14 +106,15 @@ class _Walk:
             self.checks.compare("report", where, places.expected(place.entry), place.printed)
         return [self.chain(cell) for cell in place.entry.done]
 
-    def chain(self, cell: Cell) -> dict[str, Any]:
+    def chain(self, cell: CellResult) -> dict[str, Any]:
         """Return the way of one seed's number."""
         evaluation = self._evaluation(cell)
         run = self._run(cell)
         config = self._trial(cell, evaluation)
+        scored_by = evaluation.scored_by if evaluation else None
         record: dict[str, Any] = {
             "seed": cell.seed, "value": cell.value, "run": run, "trial": cell.trial,
-            "evaluation": f"evaluations/{cell.evaluation}.json", "scored_by": evaluation.get("scored_by"),
+            "evaluation": f"evaluations/{cell.evaluation}.json", "scored_by": scored_by and scored_by.model_dump(),
         }  # fmt: skip
         if config is None:
             return record
@@ -125,28 +126,27 @@ class _Walk:
         record["code"] = self._code(cell)
         return record
 
-    def _evaluation(self, cell: Cell) -> dict[str, Any]:
-        path = self.root / "evaluations" / f"{cell.evaluation}.json"
+    def _evaluation(self, cell: CellResult) -> Evaluation | None:
+        evaluations, key = Evaluations(self.root / "evaluations"), str(cell.evaluation)
+        path = evaluations.path(key)
         where = path.relative_to(self.root)
         try:
-            text = path.read_text(encoding="utf-8")
-            record = json.loads(text)
-        except (OSError, ValueError) as error:
-            self.checks.add(Check("evaluation", str(where), cell.evaluation, str(error), MISSING))
-            return {}
+            evaluation = evaluations.read(key)
+        except InputError as error:
+            self.checks.add(Check("evaluation", str(where), cell.evaluation, error.what, MISSING))
+            return None
         if cell.evaluation_digest:
             self.checks.compare("evaluation", where, cell.evaluation_digest, file_digest(path))
-        key = str(cell.evaluation)
-        self.checks.compare("evaluation's key", where, key, key_of(EvaluationConfig, record["evaluation"], key))
+        self.checks.compare("evaluation's key", where, key, key_of(EvaluationConfig, evaluation.evaluation, key))
         if cell.measurement:
             measured = self.root / cell.measurement
             self.checks.compare("measurement", cell.measurement, cell.measurement_digest, _digest_of(measured))
         else:
-            self.checks.compare("evaluation's value", where, cell.value, record.get("value"))
-        self.checks.compare("evaluation's trial", where, cell.trial, record.get("trial"))
-        return record
+            self.checks.compare("evaluation's value", where, cell.value, evaluation.value)
+        self.checks.compare("evaluation's trial", where, cell.trial, evaluation.trial)
+        return evaluation
 
-    def _run(self, cell: Cell) -> dict[str, Any]:
+    def _run(self, cell: CellResult) -> dict[str, Any]:
         if cell.run_id is None:
             self.checks.add(Check("run", cell.trial or "", None, None, MISSING))
             return {}
@@ -166,7 +166,7 @@ class _Walk:
             "adapter_digest": run["tags"].get("adapter_digest"), "store": self.tracker.address,
         }  # fmt: skip
 
-    def _trial(self, cell: Cell, evaluation: dict[str, Any]) -> dict[str, Any] | None:
+    def _trial(self, cell: CellResult, evaluation: Evaluation | None) -> dict[str, Any] | None:
         key = str(cell.trial)
         where = f"runs/{key}/config.json"
         try:
@@ -176,17 +176,17 @@ class _Walk:
             return None
         self.checks.compare("trial's key", where, key, key_of(TrialConfig, config, key))
         if evaluation:
-            self.checks.compare("trial's configuration", where, digest(evaluation["config"]), digest(config))
+            self.checks.compare("trial's configuration", where, digest(evaluation.config), digest(config))
         return config
 
-    def _adapter(self, cell: Cell, evaluation: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    def _adapter(self, cell: CellResult, evaluation: Evaluation | None, run: dict[str, Any]) -> dict[str, Any]:
         folder = self.store.folder(str(cell.trial)) / "adapter"
         where = folder.relative_to(self.root)
         end = self.store.done(str(cell.trial))
         found = functools.cache(lambda: folder_digest(folder))
         recorded = {
             "at the end of training": end.adapter_digest if end else None,
-            "when it was scored": evaluation.get("adapter_digest"),
+            "when it was scored": evaluation.adapter_digest if evaluation else None,
             "in MLflow": run.get("adapter_digest"),
         }
         for when, known in recorded.items():
@@ -240,7 +240,7 @@ class _Walk:
             self.checks.add(Check("backbone", name, wanted, error.what, MISSING))
         return {"name": name, "digest": wanted}
 
-    def _code(self, cell: Cell) -> dict[str, Any]:
+    def _code(self, cell: CellResult) -> dict[str, Any]:
         record = self.store.record(str(cell.trial))
         origin = record.provenance
         checkout = code_root(self.root)

@@ -11,8 +11,8 @@ from pipeline.atomic import write_atomic
 from pipeline.config import Params
 from pipeline.copies import is_copy
 from pipeline.progress import console, say
+from pipeline.records.evaluations import Evaluations
 from pipeline.report import curves, figures, files, findings, page, papers, tables
-from pipeline.report import evaluations as files_in
 from pipeline.report.gallery import answer_table
 from pipeline.report.notes import notes
 from pipeline.report.results import Results
@@ -39,7 +39,7 @@ def load_table(study: str, params: Params, evaluations: Path) -> tables.Table:
     Raises:
         InputError: the study has not been evaluated, or its file breaks the schema.
     """
-    return tables.build(files_in.read_study(study, evaluations), params, evaluations)
+    return tables.build(Evaluations(evaluations).study(study), params, evaluations)
 
 
 def write_study(study: str, params: Params, evaluations: Path, out: Path) -> None:
@@ -113,7 +113,7 @@ def write_index(params: Params, evaluations: Path, out: Path) -> Index:
 
     Studies stand in the order of `Params.studies`, and after them those that have no file any more.
     """
-    present = files_in.study_names(evaluations)
+    present = Evaluations(evaluations).studies()
     order = [name for name in params.studies if name in present]
     order += [name for name in present if name not in params.studies]
     rendered = [_render(name, params, evaluations) for name in order]
@@ -133,7 +133,7 @@ def study_page(study: str, params: Params, evaluations: Path) -> tuple[tables.Ta
 
 def _render(study: str, params: Params, evaluations: Path) -> Rendered:
     definition = params.studies.get(study)
-    read = files_in.read_study(study, evaluations)
+    read = Evaluations(evaluations).study(study)
     asked = f"{definition!r} {params.backbones!r} {params.tracking!r}"
     key = (str(evaluations.resolve()), read.model_dump_json(), asked)
     if key not in _rendered:

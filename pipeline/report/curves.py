@@ -9,15 +9,13 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from pipeline.records.evaluation import CellResult
 from pipeline.report import papers
-from pipeline.report.evaluations import Cell
 from pipeline.report.palette import looks
 from pipeline.report.panels import fit_range, legend, line
 from pipeline.report.statistics import mean_std
 from pipeline.report.svg import QUIET, STYLE, Drawing, safe, to_svg
 from pipeline.report.tables import Column, Line, Table, TableEntry
-
-_LOSS = "ground_truth_loss"  # the answers' cross-entropy: the one loss that all methods share
 
 
 def draw_losses(table: Table) -> dict[str, Drawing]:
@@ -44,9 +42,9 @@ def _curve(entry: TableEntry) -> list[tuple[float, float, float]]:
     return [(epoch, mean, std or 0.0) for epoch, (mean, std) in averaged.items()]
 
 
-def _points(cell: Cell) -> list[tuple[float, float]]:
-    rows = [(row.get("epoch"), row.get(_LOSS)) for row in cell.epochs]
-    return [(epoch, loss) for epoch, loss in rows if epoch is not None and loss is not None]
+def _points(cell: CellResult) -> list[tuple[float, float]]:
+    """Return epoch and loss of the answers' cross-entropy, the one loss that all methods share."""
+    return [(row.epoch, row.ground_truth_loss) for row in cell.epochs if row.ground_truth_loss is not None]
 
 
 def _draw(table: Table, lines: Sequence[Line], columns: Sequence[Column]) -> str:

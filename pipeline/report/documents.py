@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline import report
 from pipeline.config import Params
 from pipeline.marks import fill
-from pipeline.report import evaluations as files_in
+from pipeline.records.evaluations import Evaluations
 from pipeline.report import files, findings
 
 _MARKS = re.compile(
@@ -29,7 +29,7 @@ def write_into(path: Path, params: Params, evaluations: Path) -> int:
     Raises:
         InputError: the document is missing or has no marks, or a study's file breaks the schema.
     """
-    present = files_in.study_names(evaluations)
+    present = Evaluations(evaluations).studies()
 
     def made(match: re.Match[str]) -> str | None:
         name = match["name"]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from pipeline.data.images import open_image
 from pipeline.errors import InputError
+from pipeline.records.evaluation import Prediction
+from pipeline.records.evaluations import Evaluations
 from pipeline.report import papers
-from pipeline.report.evaluations import Prediction, read_evaluation
 from pipeline.report.tables import Column, Line, Table
 from pipeline.scores.chair import mentions
 
@@ -66,7 +67,7 @@ def answer_table(table: Table, evaluations: Path) -> AnswerTable | None:
 
 def _answers(table: Table, line: Line, column: Column, evaluations: Path) -> dict[str, Prediction]:
     key = next((cell.evaluation for cell in table.entries[line, column].done if cell.evaluation), None)
-    evaluation = read_evaluation(key, evaluations) if key else None
+    evaluation = Evaluations(evaluations).find(key)
     return {str(prediction.sample_id): prediction for prediction in evaluation.predictions} if evaluation else {}
 
 

@@ -234,16 +234,14 @@ def _origins(tables: list[Table]) -> list[Origin]:
     for table in tables:
         origin = table.study.provenance
         facts: list[tuple[str, str]] = [("Code", sections.code(origin, whole=True) or "no commit recorded")]
-        versions = origin.get("versions")
-        if isinstance(versions, dict):
-            facts.append(("Versions", ", ".join(f"{name} {value}" for name, value in versions.items() if value)))
-        machine = origin.get("machine")
-        if isinstance(machine, dict):
-            named = [f"{key} {sections.short_value(value)}" for key, value in machine.items() if value]
-            facts.append(("Machine", ", ".join(named)))
-        data = origin.get("data")
-        if isinstance(data, dict) and data.get("params"):
-            facts.append(("params.yaml, profiles, studies", f"md5 {data['params']}"))
+        if origin.versions:
+            versions = (f"{name} {value}" for name, value in origin.versions.items() if value)
+            facts.append(("Versions", ", ".join(versions)))
+        machine = [f"{name} {sections.short_value(value)}" for name, value in sorted(origin.machine) if value]
+        if machine:
+            facts.append(("Machine", ", ".join(machine)))
+        if origin.data.params:
+            facts.append(("params.yaml, profiles, studies", f"md5 {origin.data.params}"))
         studies.setdefault(tuple(facts), []).append(table.study.study)
     return [Origin(facts, ", ".join(names)) for facts, names in studies.items()]
 

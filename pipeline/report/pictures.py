@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline import report
 from pipeline.atomic import write_atomic
 from pipeline.config import Params
-from pipeline.report import evaluations as files_in
+from pipeline.records.evaluations import Evaluations
 from pipeline.report import figures
 from pipeline.report.svg import safe, standalone
 
@@ -38,7 +38,7 @@ def write_gallery(params: Params, evaluations: Path, page: Path) -> list[str]:
     Raises:
         InputError: a study's file breaks the schema.
     """
-    present = files_in.study_names(evaluations)
+    present = Evaluations(evaluations).studies()
     before = page.read_text(encoding="utf-8") if page.is_file() else ""
     folder = page.parent / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)

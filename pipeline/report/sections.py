@@ -6,12 +6,12 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from markupsafe import Markup
 
+from pipeline.records.evaluation import CellResult
+from pipeline.records.trial import Provenance
 from pipeline.report import costs, papers
-from pipeline.report.evaluations import Cell
 from pipeline.report.files import format_value, to_csv
 from pipeline.report.gallery import AnswerTable
 from pipeline.report.notes import notes
@@ -73,7 +73,7 @@ class RunRow:
     title: str
     backbone: str
     task: str
-    cell: Cell
+    cell: CellResult
     chosen: str
     value: str
 
@@ -161,20 +161,19 @@ def done(table: Table) -> int:
     return sum(cell.status == "done" and cell.value is not None for cell in table.study.cells)
 
 
-def code(origin: Mapping[str, Any], whole: bool = False) -> str:
+def code(origin: Provenance, whole: bool = False) -> str:
     """Return the commit that a study was evaluated at, or why there is none."""
-    commit = origin.get("commit")
-    if not commit:
-        return str(origin.get("note") or "")
-    text = str(commit) if whole else str(commit)[:10]
-    return f"{text} with uncommitted changes" if origin.get("dirty") else text
+    if not origin.commit:
+        return origin.note or ""
+    text = origin.commit if whole else origin.commit[:10]
+    return f"{text} with uncommitted changes" if origin.dirty else text
 
 
 def short_value(value: object) -> str:
     """Return a value of a setting in few letters."""
     if isinstance(value, float):
         return f"{value:g}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _runs(table: Table) -> list[RunRow]:
@@ -242,7 +241,7 @@ def _caption(table: Table, name: str) -> str:
     return " ".join(parts)
 
 
-def problems(cells: Sequence[Cell]) -> list[str]:
+def problems(cells: Sequence[CellResult]) -> list[str]:
     """Return which cells have no number and why, one sentence for all seeds with the same problem."""
     seeds: dict[tuple[str, str], list[int]] = {}
     for cell in cells:

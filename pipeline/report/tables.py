@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config import Params
+from pipeline.records.evaluation import CellResult, StudyFile
+from pipeline.records.evaluations import Evaluations
 from pipeline.report import papers
-from pipeline.report.evaluations import Cell, StudyFile, read_evaluation
 from pipeline.report.statistics import Difference, interval, mean_std, paired_bootstrap
 
 _TOLERANCE = 1e-3  # relative: a score that differs more from its samples' mean is no mean over samples
@@ -76,7 +77,7 @@ class TableEntry:
 
     line: Line
     column: Column
-    cells: list[Cell]
+    cells: list[CellResult]
     metric: str
     unit: str
     value: float | None
@@ -88,12 +89,12 @@ class TableEntry:
     interval: tuple[float, float] | None = None
 
     @property
-    def done(self) -> list[Cell]:
+    def done(self) -> list[CellResult]:
         """The cells that have this number."""
         return [cell for cell in self.cells if _value(cell, self.column.metric) is not None]
 
     @property
-    def open(self) -> list[Cell]:
+    def open(self) -> list[CellResult]:
         """The cells that lack it."""
         return [cell for cell in self.cells if _value(cell, self.column.metric) is None]
 
@@ -168,7 +169,7 @@ def build(study: StudyFile, params: Params, evaluations: Path) -> Table:
     return table
 
 
-def _line(cell: Cell) -> Line:
+def _line(cell: CellResult) -> Line:
     vary = tuple((axis, _plain(value)) for axis, value in cell.vary.items())
     return Line(cell.backbone, cell.paper_backbone, cell.row, cell.label, vary)
 
@@ -178,7 +179,7 @@ def _plain(value: Any) -> Any:
 
 
 def _entry(
-    line: Line, column: Column, cells: list[Cell], study: StudyFile, path: str | None, params: Params
+    line: Line, column: Column, cells: list[CellResult], study: StudyFile, path: str | None, params: Params
 ) -> TableEntry:
     is_score = column.metric is None
     done = [cell for cell in cells if _value(cell, column.metric) is not None]
@@ -208,7 +209,7 @@ def _entry(
     return TableEntry(line, column, cells, metric, unit, value, std, printed, comparable=same)
 
 
-def _value(cell: Cell, metric: str | None) -> float | None:
+def _value(cell: CellResult, metric: str | None) -> float | None:
     if cell.status != "done":
         return None
     if metric is None:
@@ -279,7 +280,7 @@ def by_sample(entry: TableEntry, scores: Scores) -> dict[str, float]:
 
 def sample_scores(key: str, evaluations: Path) -> SampleScores:
     """Return an evaluation's scores by sample; none where its score is no mean over samples (CHAIR, MME)."""
-    evaluation = read_evaluation(key, evaluations)
+    evaluation = Evaluations(evaluations).find(key)
     if evaluation is None or evaluation.value is None:
         return SampleScores("", {})
     scores = {str(answer.sample_id): answer.score for answer in evaluation.predictions if answer.score is not None}

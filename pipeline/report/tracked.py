@@ -10,7 +10,7 @@ from pipeline.atomic import write_atomic
 from pipeline.config import Params
 from pipeline.errors import HificlError
 from pipeline.progress import say
-from pipeline.report import evaluations as files_in
+from pipeline.records.evaluations import Evaluations
 from pipeline.report import papers, study_page, write_study
 from pipeline.report.tables import Table
 from pipeline.tracking.reports import Shown
@@ -25,7 +25,7 @@ def log(params: Params, evaluations: Path, root: Path) -> list[str]:
     logged = []
     try:
         tracker = Tracker(params.tracking.uri, root)
-        for study in files_in.study_names(evaluations):
+        for study in Evaluations(evaluations).studies():
             table, html = study_page(study, params, evaluations)
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder)

@@ -8,8 +8,9 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
+from pipeline.records.evaluation import Prediction
+from pipeline.records.evaluations import Evaluations
 from pipeline.report import load_table, write_index
-from pipeline.report.evaluations import Prediction, read_evaluation
 from pipeline.report.gallery import SAMPLES, answer_table, marked_pieces
 from pipeline.scores.chair import chair_scores
 
@@ -22,7 +23,7 @@ def test_the_gallery_shows_where_the_reference_row_is_best_and_worst(maker: Any)
     assert table.reference == "hificl"
     other, own = (
         {str(one.sample_id): one.score or 0.0 for one in found.predictions}
-        for found in (read_evaluation(cell["evaluation"], maker.folder) for cell in cells)
+        for found in (Evaluations(maker.folder).read(cell["evaluation"]) for cell in cells)
         if found
     )
     shown = answer_table(table, maker.folder)

@@ -423,7 +423,7 @@ def test_a_study_with_no_number_still_has_a_report(maker: Any) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda file: file.write_text("{"), ["not readable as JSON"]),
+        (lambda file: file.write_text("{"), ["damaged: Expecting"]),
         (lambda file: file.write_text('{"study": "s", "title": "t", "cells": [{"row": 1}]}'), ["cells.0.row"]),
         (lambda file: file.unlink(), ["has not been evaluated", "dvc repro"]),
     ],
