@@ -16,10 +16,10 @@ from pipeline.bench._main import main
 from pipeline.bench._simulated import EPOCHS, SimulatedSlot, make_plan
 from pipeline.bench._timing import Findings, report
 from pipeline.bench._tracked import stores, track
-from pipeline.records.epoch import EpochReport
 from pipeline.request import Requests, TrialRequest
 from pipeline.sweep import tuner
 from pipeline.sweep.dispatcher import Dispatcher
+from pipeline.sweep.messages import Result, TrialEnded
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
 
@@ -140,19 +140,12 @@ def _tune(where: Path, number: int, found: Findings) -> None:
     params = plan.params.model_copy(update={"sweep": sweep})
     seen: list[float] = []
 
-    class Clock:
-        def on_start(self, key: str) -> None:
-            """See `tuner.Watcher`."""
-
-        def on_report(self, key: str, report: EpochReport) -> None:
-            """See `tuner.Watcher`."""
-
-        def on_end(self, key: str, error: str | None) -> None:
-            """See `tuner.Watcher`."""
+    def tell(message: Result) -> None:
+        if isinstance(message, TrialEnded):
             seen.append(time.perf_counter())
 
     with tuner.cluster(sweep):
-        tuner.run_trials(plan, list(plan.trials), params, [Clock()], actor)
+        tuner.run_trials(plan, list(plan.trials), params, tell, actor)
     each = [1000 * (b - a) for a, b in zip(seen, seen[1:], strict=False)]
     found.file(f"tune_ms_per_trial_{number}", each[len(each) // 2 :])
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import Params
 from pipeline.progress import say
 from pipeline.sweep.journal import sentence
+from pipeline.sweep.messages import Answer
 from pipeline.sweep.supervisor import Attempts, Driver, Lost
+from pipeline.sweep.units import Job
 from pipeline.sweep.work import Measuring, Scoring, Work
 
 if TYPE_CHECKING:
     from pipeline.measure.base import Job as Measured
     from pipeline.measure.base import Measure
-    from pipeline.sweep.units import Job
 
 
 def score_all(params: Params, jobs: Sequence[Job], first: Driver | None = None) -> Iterator[tuple[str, Any]]:
@@ -62,10 +63,9 @@ def _answers(
         lost = Lost("it ended before its work")
         try:
             for message in driver.messages(work):
-                if message is not None:
-                    _, key, result = message
-                    done.add(key)
-                    yield key, result
+                if isinstance(message, Answer):
+                    done.add(message.key)
+                    yield message.key, message.result
         except Lost as error:
             lost = error
         finally:

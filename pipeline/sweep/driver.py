@@ -15,43 +15,27 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from typing import Any
 
 import psutil
 
 from pipeline.errors import HificlError
-from pipeline.records.epoch import EpochReport
-from pipeline.sweep.limits import CLUSTER_SECONDS, ENDING_SECONDS, LIFE_SECONDS
+from pipeline.sweep.messages import Alive, Message, Stop, WorkEnded, WorkLost, WorkRefused
+from pipeline.sweep.processes import CLUSTER_SECONDS, ENDING_SECONDS, LIFE_SECONDS, MARK, alive, reap
+from pipeline.sweep.work import Work
 
-STOP = "stop"
-PROXY_DIED = "the process that waits for it died"  # the trial itself may be well
-MARK = "HIFICL_SWEEP"  # in the environment of all processes of one driver
-REAPING = 10  # passes: what is killed may have started another in between
 CLUSTER = ("gcs_server", "raylet")
 
 
 class Relay:
-    """A `tuner.Watcher` that passes on what it hears."""
+    """Passes messages on to the stage; whole ones from several threads."""
 
     def __init__(self, pipe: Connection) -> None:
         self.pipe, self._lock = pipe, threading.Lock()
 
-    def send(self, *message: Any) -> None:
-        """Send one message; whole ones from several threads."""
+    def send(self, message: Message) -> None:
+        """Send one message."""
         with self._lock, suppress(OSError):  # without a supervisor this process ends by itself
             self.pipe.send(message)
-
-    def on_start(self, key: str) -> None:
-        """See `tuner.Watcher`."""
-        self.send("on_start", key)
-
-    def on_report(self, key: str, report: EpochReport) -> None:
-        """See `tuner.Watcher`."""
-        self.send("on_report", key, report)
-
-    def on_end(self, key: str, error: str | None) -> None:
-        """See `tuner.Watcher`."""
-        self.send("on_end", key, error)
 
 
 def main(pipe: Connection) -> None:
@@ -64,7 +48,7 @@ def main(pipe: Connection) -> None:
         work = pipe.recv()
     except EOFError:
         return
-    if work == STOP:  # before there was work
+    if isinstance(work, Stop):  # before there was work
         return
     threading.Thread(target=_end_with_supervisor, args=(pipe,), daemon=True, name="supervisor").start()
     with suppress(KeyboardInterrupt):  # the stage's word; it may come while the last message is under way
@@ -74,17 +58,17 @@ def main(pipe: Connection) -> None:
     os._exit(0)  # nothing is left to do, and Python's own way out takes a second
 
 
-def _do(work: Any, relay: Relay) -> None:
+def _do(work: Work, relay: Relay) -> None:
     from pipeline.sweep.tuner import cluster
 
     try:
         with cluster(work.params.sweep), _watched(relay):
-            work.run(relay)
-        relay.send("ended")
+            work.run(relay.send)
+        relay.send(WorkEnded())
     except HificlError as error:
-        relay.send("error", error)
+        relay.send(WorkRefused(error))
     except (Exception, SystemExit) as error:
-        relay.send("lost", f"{type(error).__name__}: {error}", traceback.format_exc())
+        relay.send(WorkLost(f"{type(error).__name__}: {error}", traceback.format_exc()))
 
 
 def _end_with_supervisor(pipe: Connection) -> None:
@@ -103,7 +87,8 @@ def _watched(relay: Relay) -> Iterator[None]:
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    own = {one.name(): one for one in psutil.Process().children() if one.name() in CLUSTER}  # of a private cluster
+    children = {process.name(): process for process in psutil.Process().children()}
+    own = {name: children[name] for name in CLUSTER if name in children}  # of a private cluster
     stop = threading.Event()
     heard = time.monotonic()
 
@@ -118,13 +103,13 @@ def _watched(relay: Relay) -> Iterator[None]:
 
     def watch() -> None:
         while not stop.wait(LIFE_SECONDS / 2):
-            dead = [name for name, one in own.items() if not alive(one)]
+            dead = [name for name, process in own.items() if not alive(process)]
             if dead or time.monotonic() - heard > CLUSTER_SECONDS:
                 why = f"Ray's {dead[0]} died" if dead else f"Ray did not answer for {CLUSTER_SECONDS:.0f} s"
-                relay.send("lost", why, "")
+                relay.send(WorkLost(why))
                 reap(os.environ[MARK])
                 os._exit(1)
-            relay.send("alive")
+            relay.send(Alive())
 
     for work in (ask, watch):
         threading.Thread(target=work, daemon=True, name=f"cluster-{work.__name__}").start()
@@ -132,38 +117,6 @@ def _watched(relay: Relay) -> Iterator[None]:
         yield
     finally:
         stop.set()
-
-
-def alive(process: psutil.Process) -> bool:
-    """Whether a process runs; one that was killed and that nobody has waited for does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-def marked(mark: str) -> list[psutil.Process]:
-    """Return the processes whose environment has the mark."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def reap(mark: str) -> None:
-    """Kill every process with the mark but this one, agents that have lost their parent included."""
-    for _ in range(REAPING):
-        left = [process for process in marked(mark) if process.pid != os.getpid()]
-        for process in left:
-            with suppress(psutil.Error):
-                process.kill()
-        if not left:
-            return
-        time.sleep(0.1)
 
 
 if __name__ == "__main__":

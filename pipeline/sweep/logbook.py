@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.records.epoch import EpochReport
 from pipeline.sweep.inputs import used_by
+from pipeline.sweep.messages import Watcher
 from pipeline.sweep.naming import run_name, trial_note
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
@@ -18,7 +19,7 @@ POINTS = 200  # of a trial's losses in MLflow, where each takes 0.2 ms and 260 b
 ENDS = {"finished": FINISHED, "diverged": FAILED, "failed": FAILED, "stopped": KILLED}
 
 
-class Logbook:
+class Logbook(Watcher):
     """One MLflow child run a trial, below the parent of the study that asked for it first.
 
     Args:

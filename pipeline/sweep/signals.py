@@ -12,8 +12,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.sweep.driver import alive
-from pipeline.sweep.limits import PARENT_SECONDS
+from pipeline.sweep.processes import PARENT_SECONDS, alive
 
 _heard: list[int] = []  # the signals of this block
 

@@ -17,11 +17,10 @@ from pipeline.config import Sweep
 from pipeline.records.epoch import TrialReport
 from pipeline.request import TrialRequest
 from pipeline.sweep.nodes import code_version
+from pipeline.sweep.processes import BUILD_SECONDS, STEP_SECONDS
 from pipeline.sweep.worker import Worker
 
-LIFE_SECONDS = 5.0  # between two looks at a working slot's step counter
-ROOM = 0.98  # of the processors asked for: Tune's waiting actors take a hair, and must fit beside the last slot
-BUILD_SECONDS = 300.0  # a slot that takes longer to start is given up
+ROOM = 0.98  # of the processors asked for: the rest is for Tune's waiting actors, which must fit beside the last slot
 
 
 class SlotLost(Exception):
@@ -101,7 +100,7 @@ class Slot:
         work = asyncio.ensure_future(self._all("advance"))
         last, since = -1, time.monotonic()
         while True:
-            finished, _ = await asyncio.wait({work}, timeout=min(LIFE_SECONDS, hang))
+            finished, _ = await asyncio.wait({work}, timeout=min(STEP_SECONDS, hang))
             if finished:
                 return work.result()[0]
             try:

@@ -7,18 +7,29 @@ import os
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from pipeline import plain_paths
 from pipeline.config import Params
 from pipeline.errors import InputError, WorkError
 from pipeline.sweep import signals
-from pipeline.sweep.driver import MARK, PROXY_DIED, STOP, reap
 from pipeline.sweep.journal import Journal
-from pipeline.sweep.limits import DRIVER_SECONDS, POLL_SECONDS, STARTING_SECONDS, STOPPING_SECONDS
+from pipeline.sweep.messages import (
+    PROXY_DIED,
+    Alive,
+    Answer,
+    Message,
+    Result,
+    Stop,
+    TrialEnded,
+    Watcher,
+    WorkEnded,
+    WorkLost,
+    WorkRefused,
+)
 from pipeline.sweep.plan import Plan
+from pipeline.sweep.processes import DRIVER_SECONDS, MARK, POLL_SECONDS, STARTING_SECONDS, STOPPING_SECONDS, reap
 from pipeline.sweep.store import TrialStore
 from pipeline.sweep.work import Training, Work
 
@@ -47,7 +58,7 @@ class Driver:
                 env={**os.environ, MARK: self.mark}, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
-    def messages(self, work: Work) -> Iterator[tuple[Any, ...] | None]:
+    def messages(self, work: Work) -> Iterator[Result | None]:
         """Do work; yield what it tells, and None where for a moment there is nothing.
 
         Raises:
@@ -63,7 +74,7 @@ class Driver:
         while True:
             signals.check()
             try:
-                message = self.pipe.recv() if self.pipe.poll(POLL_SECONDS) else None
+                message: Message | None = self.pipe.recv() if self.pipe.poll(POLL_SECONDS) else None
             except (EOFError, OSError):
                 raise Lost(f"the driver died (status {self.process.wait()})") from None
             if message is None:
@@ -72,24 +83,26 @@ class Driver:
                 yield None
                 continue
             silent_at = time.monotonic() + DRIVER_SECONDS
-            what, *facts = message
-            if what == "ended":
-                return
-            if what == "error":
-                raise facts[0] if isinstance(facts[0], InputError) else Lost(str(facts[0]))
-            if what == "lost":
-                why, trace = facts
-                lost = Lost(why)
-                lost.add_note(trace)  # for --debug
-                raise lost
-            yield None if what == "alive" else message
+            match message:
+                case WorkEnded():
+                    return
+                case WorkRefused(error):
+                    raise error if isinstance(error, InputError) else Lost(str(error))
+                case WorkLost(why, trace):
+                    lost = Lost(why)
+                    lost.add_note(trace)  # for --debug
+                    raise lost
+                case Alive():
+                    yield None
+                case _:
+                    yield message
 
     def end(self) -> None:
         """End the driver and every process of its private cluster."""
         if not self.works:
             self.process.kill()  # it has only imported so far
         with suppress(OSError):
-            self.pipe.send(STOP)
+            self.pipe.send(Stop())
         self.pipe.close()
         try:
             self.process.wait(STOPPING_SECONDS)
@@ -138,7 +151,7 @@ class Attempts:
 
 
 def train(
-    plan: Plan, todo: list[str], params: Params, watchers: list[Any], first: Driver | None, *, adaptive: bool
+    plan: Plan, todo: list[str], params: Params, watchers: Sequence[Watcher], first: Driver | None, *, adaptive: bool
 ) -> dict[str, str]:
     """Train the trials `todo` until each has an end, with as many drivers as that takes.
 
@@ -146,7 +159,7 @@ def train(
         plan: of the sweep.
         todo: keys of the trials.
         params: the project's.
-        watchers: who hears what happens; see `tuner.Watcher`.
+        watchers: who hears what happens.
         first: a driver that was started beforehand.
         adaptive: whether a searcher asks for further trials.
 
@@ -161,26 +174,24 @@ def train(
     attempts = Attempts(params, "train", journal.note)
     for key in todo:
         store.reopen(key)  # from here on an end is this sweep's
-    mine, told, errors = set(todo), set[str](), dict[str, str]()
-    behind = _progress(store, mine)
+    keys, told, errors = set(todo), set[str](), dict[str, str]()
+    behind = _progress(store, keys)
     while todo or adaptive:
         driver, first = first or Driver(), None
         lost = Lost("its process died")
         ends: dict[str, str | None] = {}  # of the trials whose end it has told of
         try:
             for message in driver.messages(Training(plan, todo, params)):
-                for row in journal.news():
+                for event in journal.news():
                     for watcher in watchers:
-                        if hasattr(watcher, "on_event"):
-                            watcher.on_event(row)
-                if message is None:
+                        watcher.on_event(event)
+                if message is None or isinstance(message, Answer):
                     continue
-                what, key, *facts = message
-                mine.add(key)  # those that a searcher asked for included
-                if what == "on_end" and facts[0] != PROXY_DIED:
-                    ends[key] = facts[0]
+                keys.add(message.key)  # those that a searcher asked for included
+                if isinstance(message, TrialEnded) and message.error != PROXY_DIED:
+                    ends[message.key] = message.error
                 for watcher in watchers:
-                    getattr(watcher, what)(key, *facts)
+                    watcher.hear(message)
             adaptive = False
         except Lost as error:
             lost = error
@@ -188,18 +199,18 @@ def train(
             driver.end()
         errors |= {key: error for key, error in ends.items() if error is not None}
         told |= ends.keys()
-        told |= _tell(store, mine - told, watchers)
+        told |= _tell(store, keys - told, watchers)
         # a trial that failed has its end too, unless the disk is full; one without lost its way, not its state
         todo = [key for key in todo if store.done(key) is None and key not in errors]
         if not todo and not adaptive:
             break
-        now = _progress(store, mine)
+        now = _progress(store, keys)
         attempts.lost(lost, progress=now > behind)
         behind = now
     return errors
 
 
-def _tell(store: TrialStore, keys: set[str], watchers: list[Any]) -> set[str]:
+def _tell(store: TrialStore, keys: set[str], watchers: Sequence[Watcher]) -> set[str]:
     """Tell the watchers of ends that stand in the store and that died with the driver before it could say so."""
     ends = {key: end for key in sorted(keys) if (end := store.done(key)) is not None}
     for key, end in ends.items():

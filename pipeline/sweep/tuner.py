@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray import tune
@@ -21,7 +21,7 @@ from pipeline.errors import InputError, WorkError
 from pipeline.records.epoch import EpochReport
 from pipeline.request import Requests
 from pipeline.sweep.dispatcher import Dispatcher
-from pipeline.sweep.driver import PROXY_DIED
+from pipeline.sweep.messages import PROXY_DIED, EpochEnded, Tell, TrialEnded, TrialStarted
 from pipeline.sweep.nodes import check_nodes
 from pipeline.sweep.order import in_lanes
 from pipeline.sweep.plan import Plan
@@ -38,53 +38,37 @@ MOST_PROXIES = 128  # Tune's processes for packs, about 100 MB each on the head;
 MOST_WAITING = 4  # trials that wait ready, at most one a slot: no slot idles, and a slot has a choice
 
 
-class Watcher(Protocol):
-    """Hears what happens to the trials."""
-
-    def on_start(self, key: str) -> None:
-        """A trial was taken up."""
-
-    def on_report(self, key: str, report: EpochReport) -> None:
-        """A trial completed an epoch."""
-
-    def on_end(self, key: str, error: str | None) -> None:
-        """A trial ended: finished, diverged, stopped by the scheduler, or failed with `error`."""
-
-
 class _Events(tune.Callback):
-    """Passes Tune's events on to the watchers, by trial key, and stops slots that Tune has stopped."""
+    """Tells what happens to the trials, by key, and stops in its slot what Tune has stopped."""
 
-    def __init__(self, plan: Plan, watchers: list[Watcher], dispatcher: Any) -> None:
-        self._plan, self._watchers, self._dispatcher = plan, watchers, dispatcher
+    def __init__(self, plan: Plan, tell: Tell, dispatcher: Any) -> None:
+        self._plan, self._tell, self._dispatcher = plan, tell, dispatcher
 
     def __reduce__(self) -> Any:
         # Tune pickles its callbacks for a restore that this project never does
-        return _Events, (None, [], None)
+        return tune.Callback, ()
 
     def _key(self, trial: Any) -> str:
         return trial.config.get("trial") or self._plan.request(trial.config).key
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        for watcher in self._watchers:
-            watcher.on_start(self._key(trial))
+        self._tell(TrialStarted(self._key(trial)))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         report = EpochReport.of(result)  # without what Tune adds
-        for watcher in self._watchers if report.metrics else ():
-            watcher.on_report(self._key(trial), report)
+        if report.metrics:
+            self._tell(EpochEnded(self._key(trial), report))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         key = self._key(trial)
         ray.get(self._dispatcher.stop.remote(key))
-        for watcher in self._watchers:
-            watcher.on_end(key, (trial.last_result or {}).get("error"))
+        self._tell(TrialEnded(key, (trial.last_result or {}).get("error")))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # its proxy died more often than is normal; the trial's state is in the store, for the next driver
-        for watcher in self._watchers:
-            watcher.on_end(self._key(trial), PROXY_DIED)
+        self._tell(TrialEnded(self._key(trial), PROXY_DIED))
 
 
 @contextmanager
@@ -174,7 +158,7 @@ def most_in_progress(sweep: Sweep, slots: int) -> int:
 
 
 def run_trials(
-    plan: Plan, keys: list[str], params: Params, watchers: list[Watcher], actor: Any = Dispatcher
+    plan: Plan, keys: list[str], params: Params, tell: Tell, actor: Any = Dispatcher
 ) -> None:  # fmt: skip
     """Train the trials `keys` (and, under Optuna, the points that it asks for) on the current cluster.
 
@@ -183,7 +167,7 @@ def run_trials(
     Returns when every one has ended; which ones failed is in the trial store.
     """
     for world_size, mine, asked in by_world_size(plan, keys):
-        _run(plan, mine, asked, params, watchers, world_size, actor)
+        _run(plan, mine, asked, params, tell, world_size, actor)
 
 
 def by_world_size(plan: Plan, keys: list[str]) -> list[tuple[int, list[str], list[Cell]]]:
@@ -197,7 +181,7 @@ def by_world_size(plan: Plan, keys: list[str]) -> list[tuple[int, list[str], lis
 
 
 def _run(
-    plan: Plan, keys: list[str], adaptive: list[Cell], params: Params, watchers: list[Watcher], world: int, actor: Any
+    plan: Plan, keys: list[str], adaptive: list[Cell], params: Params, tell: Tell, world: int, actor: Any
 ) -> None:  # fmt: skip
     slots = count_slots(params.sweep, world, len(keys) + len(adaptive) * params.sweep.num_samples)
     run_ahead = params.sweep.scheduler == "fifo"
@@ -222,7 +206,7 @@ def _run(
                 ),
                 run_config=tune.RunConfig(
                     name="sweep", storage_path=str(plan.places.runs / ".tune"), verbose=0,
-                    callbacks=[_Events(plan, watchers, dispatcher)],
+                    callbacks=[_Events(plan, tell, dispatcher)],
                     # a proxy that dies asks again for what it has seen; what fails for good is no failure to Tune
                     failure_config=tune.FailureConfig(max_failures=params.sweep.retry.max_attempts),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),

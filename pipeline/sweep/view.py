@@ -22,6 +22,7 @@ from pipeline.progress import console, say
 from pipeline.records.epoch import EpochReport
 from pipeline.records.event import JournalEvent
 from pipeline.sweep.journal import sentence
+from pipeline.sweep.messages import Watcher
 from pipeline.sweep.naming import parts_of
 from pipeline.sweep.pace import Pace
 from pipeline.sweep.plan import Plan
@@ -80,7 +81,7 @@ class _Best:
         return f"{self.metric} {abs(self.objective):.3g}"
 
 
-class View:
+class View(Watcher):
     """A live view in a terminal; lines elsewhere."""
 
     def __init__(self, plan: Plan, todo: Sequence[str], points: int = 0) -> None:
@@ -108,7 +109,7 @@ class View:
         print(self._line(), file=sys.stderr, flush=True)
 
     def on_start(self, key: str) -> None:
-        """See `tuner.Watcher`."""
+        """See `Watcher`."""
         with self._lock:
             self._trial(key)
         self._say()
@@ -119,7 +120,7 @@ class View:
             say(sentence(event.event, event.facts))
 
     def on_report(self, key: str, report: EpochReport) -> None:
-        """See `tuner.Watcher`."""
+        """See `Watcher`."""
         with self._lock:
             trial = self._trial(key)
             trial.epoch = report.epoch
@@ -130,7 +131,7 @@ class View:
         self._say()
 
     def on_end(self, key: str, error: str | None) -> None:
-        """See `tuner.Watcher`."""
+        """See `Watcher`."""
         with self._lock:
             trial = self._trial(key)
             trial.state = "failed" if error is not None else "done"

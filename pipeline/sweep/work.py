@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.config import Params
 from pipeline.errors import HificlError, WorkError
+from pipeline.sweep.messages import Answer, Tell
 from pipeline.sweep.plan import Plan
+from pipeline.sweep.units import Job
 
 if TYPE_CHECKING:
     from pipeline.measure.base import Job as Measured
     from pipeline.measure.base import Measure
-    from pipeline.sweep.driver import Relay
-    from pipeline.sweep.units import Job
-
-DONE = "done"  # (DONE, key, result or error)
 
 
 class Work(Protocol):
@@ -24,60 +22,60 @@ class Work(Protocol):
 
     params: Params
 
-    def run(self, relay: Relay) -> None:
+    def run(self, tell: Tell) -> None:
         """Do it on the current cluster, and tell what comes of it."""
 
 
 @dataclass
 class Training:
-    """The trials `keys` of a plan, and the points that a searcher asks for; tells what a `tuner.Watcher` hears."""
+    """The trials `keys` of a plan, and the points that a searcher asks for; tells what becomes of them."""
 
     plan: Plan
     keys: list[str]
     params: Params
 
-    def run(self, relay: Relay) -> None:
+    def run(self, tell: Tell) -> None:
         """See `Work`."""
         from pipeline.sweep.tuner import run_trials
 
-        run_trials(self.plan, self.keys, self.params, [relay])
+        run_trials(self.plan, self.keys, self.params, tell)
 
 
 @dataclass
 class Scoring:
-    """Trials to score; tells (DONE, evaluation key, record or error)."""
+    """Trials to score; tells an `Answer` by evaluation key."""
 
     params: Params
     jobs: Sequence[Job]
 
-    def run(self, relay: Relay) -> None:
+    def run(self, tell: Tell) -> None:
         """See `Work`."""
         from pipeline.sweep.evaluators import score_all
 
         for key, result in score_all(self.params, list(self.jobs)):
-            relay.send(DONE, key, _sendable(result))
+            tell(Answer(key, _sendable(result)))
 
 
 @dataclass
 class Measuring:
-    """Groups of trials to measure; tells (DONE, group's number, numbers of each trial or error)."""
+    """Groups of trials to measure; tells an `Answer` by the group's number: the numbers of each trial."""
 
     params: Params
     kind: Measure
     groups: dict[int, list[Measured]]
 
-    def run(self, relay: Relay) -> None:
+    def run(self, tell: Tell) -> None:
         """See `Work`."""
         from pipeline.sweep.evaluators import measure
 
         for number, jobs in self.groups.items():
             try:
-                relay.send(DONE, number, measure(self.params, self.kind, jobs))
+                tell(Answer(number, measure(self.params, self.kind, jobs)))
             except Exception as error:  # the other groups are measured all the same
-                relay.send(DONE, number, _sendable(error))
+                tell(Answer(number, _sendable(error)))
 
 
-def _sendable(result: Any) -> Any:
+def _sendable(result: object) -> object:
     """Return a result as it can be sent: an error of somebody's own class may not be."""
     if isinstance(result, BaseException) and not isinstance(result, HificlError):
         return WorkError(str(result) or type(result).__name__)

@@ -12,10 +12,11 @@ from pipeline.errors import WorkError
 from pipeline.records.trial import TrialEnd
 from pipeline.records.trial_folder import TrialFolder
 from pipeline.sweep import supervisor
+from pipeline.sweep.messages import TrialEnded, Watcher
 from pipeline.sweep.work import Training
 
 
-class Heard:
+class Heard(Watcher):
     """A watcher that keeps what it hears."""
 
     def __init__(self) -> None:
@@ -31,13 +32,13 @@ class Played:
     def __init__(self, root, writes: dict[str, str | None], tells: set[str]) -> None:
         self.root, self.writes, self.tells = root, writes, tells
 
-    def messages(self, work: Training) -> Iterator[tuple[str, ...]]:
+    def messages(self, work: Training) -> Iterator[TrialEnded]:
         for key, error in self.writes.items():
             assert key in work.keys
             status = "failed" if error else "finished"
             TrialFolder(self.root / key).finish(TrialEnd(status=status, error=error))
             if key in self.tells:
-                yield "on_end", key, error
+                yield TrialEnded(key, error)
         raise supervisor.Lost("its cluster died")
 
     def end(self) -> None:
