@@ -68,7 +68,7 @@ bench: setup     ## the benchmarks, into benchmarks/
 
 pictures: setup  ## the pictures of the documentation, after make repro: the gallery, the report and MLflow in a browser
 	$(BIN)/hificl gallery --into docs/miniature.md
-	$(BIN)/python -m tests.views . docs/images
+	$(BIN)/python -m tests.support.views . docs/images
 
 pins: setup      ## newer versions into requirements.txt
 	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip compile --quiet --upgrade --universal --no-annotate --no-header \

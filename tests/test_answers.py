@@ -12,7 +12,7 @@ import pytest
 from pipeline.errors import WorkError
 from pipeline.terminal import Answer, Facts, Rows, short, table, write
 from tests.conftest import ROOT
-from tests.terminal import Terminal
+from tests.support.terminal import Terminal
 from tests.test_cli import hificl
 
 ESCAPE = "\x1b"

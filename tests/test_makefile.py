@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import odd_paths
 from tests.conftest import ROOT
+from tests.support import odd_paths
 
 TELL = '#!/bin/sh\necho "{name} in $VIRTUAL_ENV:"; for word in "$@"; do echo "[$word]"; done\n'
 QUIET = {**os.environ, "DVC_NO_ANALYTICS": "1"}

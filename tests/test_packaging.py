@@ -33,7 +33,7 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, folder / name)
-    for name in ("pipeline", "stages"):
+    for name in ("pipeline", "stages", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     words = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", "out", "."]
     subprocess.run([sys.executable, "-m", "pip", *words], cwd=folder, check=True, timeout=300,
@@ -71,7 +71,7 @@ def test_what_stems_from_others_is_in_the_notice():
     notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
     for words in ("2011-2013 University of Antwerp", "2014, Aishwarya Agrawal", "BSD 2-Clause license", "CC BY 4.0"):
         assert words in notice
-    for path in re.findall(r"(?<![\w/])(?:pipeline|tests|docs)/[\w./*-]*\w", notice):
+    for path in re.findall(r"(?<![\w/])(?:pipeline|benchmarks|tests|docs)/[\w./*-]*\w", notice):
         assert list(ROOT.glob(path)), f"NOTICE names {path}, which is not there"
     # CHAIR's file as published: whoever changes it has to say so there
     synonyms = (ROOT / "pipeline/scores/data/chair_synonyms.txt").read_bytes()
@@ -87,7 +87,8 @@ def test_a_wheel_holds_the_licence_and_what_the_code_reads(wheel):
     metadata = Parser().parsestr(wheel.read(f"{info}/METADATA").decode())
     assert metadata["License-Expression"] == "Apache-2.0"
     assert wheel.read(f"{info}/licenses/NOTICE") == (ROOT / "NOTICE").read_bytes()
-    files = (path for top in ("pipeline", "stages") for path in (ROOT / top).rglob("*") if path.is_file())
+    files = [path for top in ("pipeline", "stages") for path in (ROOT / top).rglob("*") if path.is_file()]
+    files += (ROOT / "benchmarks").rglob("*.py")  # without its results
     missing = {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts} - names
     assert not missing, "package-data of pyproject.toml leaves these out"
 

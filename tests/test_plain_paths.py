@@ -10,8 +10,8 @@ import pytest
 
 from pipeline import plain_paths
 from pipeline.errors import InputError
-from tests import odd_paths
 from tests.conftest import ROOT
+from tests.support import odd_paths
 
 
 def ask(code: str, python: Path | str, **environment: str) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module, util
+from types import ModuleType
 from typing import Any
 
 from pipeline.commands.parser import CommandLine
@@ -23,11 +25,23 @@ def register(line: CommandLine) -> None:
 
 def bench(args: argparse.Namespace) -> dict[str, Any] | None:
     """Measure, or print what can be or was measured."""
-    from pipeline import bench as benchmarks
-
+    benchmarks = _installed()
     if args.list or args.table:
         print("\n".join(benchmarks.verbs()) if args.list else benchmarks.table(into=args.into))
         return None
     if args.verb is None:
         raise InputError("which benchmark?", way_out=f"One of {', '.join(benchmarks.verbs())}, or --list")
     return benchmarks.run(args.verb, device=args.device, save=args.save)
+
+
+def _installed() -> ModuleType:
+    """Return the package of the benchmarks: it lies beside this one, imports it, and is not imported by it.
+
+    Raises:
+        InputError: this is a copy without it.
+    """
+    spec = util.find_spec("benchmarks")
+    if spec is None or spec.origin is None:  # not there, or a folder of results alone
+        way_out = "Run it in a checkout of hificl-lab after make setup, which installs its folder benchmarks/ too"
+        raise InputError("the benchmarks are not installed", way_out=way_out)
+    return import_module("benchmarks")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from pipeline import bench
-from pipeline.bench._table import CLOSE, OPEN
+import benchmarks
+from benchmarks.support.table import CLOSE, OPEN
 from pipeline.errors import InputError
+from tests.conftest import ROOT
 
 RESULT = {
     "ratios": {"a_over_b": 1.23456, "seconds": 2.0},
@@ -23,7 +27,7 @@ RESULT = {
 
 def test_a_result_becomes_a_section(tmp_path: Path) -> None:
     (tmp_path / "attention-cpu.json").write_text(json.dumps(RESULT), encoding="utf-8")
-    text = bench.table(tmp_path)
+    text = benchmarks.table(tmp_path)
     for part in (
         "### attention-cpu", "| a_over_b | 1.235 | 1.2 to 1.3 |", "| seconds | 2 | range 0.5 of the median |",
         "by_n: 8: 1, 32: 1.5", "*How it was done.*", "1 thread(s); torch 2.0; load average at the end 0.5",
@@ -35,7 +39,7 @@ def test_a_result_becomes_a_section(tmp_path: Path) -> None:
 def test_a_file_that_is_no_result_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=r"x\.json"):
-        bench.table(tmp_path)
+        benchmarks.table(tmp_path)
 
 
 def test_a_document_is_brought_up_to_date_between_its_marks(tmp_path: Path) -> None:
@@ -43,13 +47,13 @@ def test_a_document_is_brought_up_to_date_between_its_marks(tmp_path: Path) -> N
     document = tmp_path / "performance.md"
     document.write_text(f"before\n{OPEN}\nold\n{CLOSE}\nafter\n", encoding="utf-8")
     for _ in range(2):
-        bench.table(tmp_path, into=document)
+        benchmarks.table(tmp_path, into=document)
     text = document.read_text(encoding="utf-8")
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert text.count("### attention-cpu") == 1
     document.write_text("no marks", encoding="utf-8")
     with pytest.raises(InputError, match="has no marks"):
-        bench.table(tmp_path, into=document)
+        benchmarks.table(tmp_path, into=document)
 
 
 def test_a_mark_that_names_a_verb_has_that_verbs_results_alone(tmp_path: Path) -> None:
@@ -60,7 +64,7 @@ def test_a_mark_that_names_a_verb_has_that_verbs_results_alone(tmp_path: Path) -
         f"before\n{OPEN.replace('measured', 'measured faults')}\nold\n{CLOSE}\nafter\n", encoding="utf-8"
     )
     for _ in range(2):
-        bench.table(tmp_path, into=document)
+        benchmarks.table(tmp_path, into=document)
     text = document.read_text(encoding="utf-8")
     assert text.startswith("before\n<!-- measured faults:") and text.endswith(f"{CLOSE}\nafter\n")
     assert "old" not in text and text.count("### faults-") == 2 and "### attention" not in text
@@ -68,14 +72,30 @@ def test_a_mark_that_names_a_verb_has_that_verbs_results_alone(tmp_path: Path) -
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no results"):
-        bench.table(tmp_path)
+        benchmarks.table(tmp_path)
 
 
 def test_every_verb_of_the_list_is_a_module_with_run() -> None:
-    assert {"attention", "decode", "evaluate", "reuse", "step", "subsample"} <= set(bench.verbs())
-    assert not [verb for verb in bench.verbs() if verb.startswith("_")]
+    assert {"attention", "decode", "evaluate", "reuse", "step", "subsample"} <= set(benchmarks.verbs())
+    assert not [verb for verb in benchmarks.verbs() if verb.startswith("_")]
 
 
 def test_an_unknown_verb_is_refused_with_the_nearest() -> None:
     with pytest.raises(InputError, match="attention"):
-        bench.run("atention")
+        benchmarks.run("atention")
+
+
+def test_a_copy_without_the_benchmarks_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "pipeline").symlink_to(ROOT / "pipeline")
+    (tmp_path / "benchmarks").mkdir()  # results alone
+    code = "import sys, runpy\nsys.meta_path = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
+    code += "sys.argv = ['hificl', 'bench', 'step']\nrunpy.run_module('pipeline', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "error: the benchmarks are not installed. Run it in a checkout of hificl-lab after make setup, which installs "
+        "its folder benchmarks/ too"
+    ]

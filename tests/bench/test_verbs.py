@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import attention, decode, evaluate, overhead, pack, reuse, scale, step
+from benchmarks.support.published import Published, published_attention
+from benchmarks.support.shapes import CPU, DecoderShape, Workload, decoder
+from benchmarks.support.steps import Trained
+from benchmarks.support.timing import Rounds, alternate, report, saved_bytes
 from pipeline.adapters.attention import merge_attention
 from pipeline.backbones.decoder import decoder_of
-from pipeline.bench import attention, decode, evaluate, overhead, pack, reuse, scale, step
-from pipeline.bench._published import Published, published_attention
-from pipeline.bench._shapes import CPU, DecoderShape, Workload, decoder
-from pipeline.bench._steps import Trained
-from pipeline.bench._timing import Rounds, alternate, report, saved_bytes
 
 TINY = DecoderShape(32, 48, 2, 4, 2, 64)
 
@@ -148,7 +148,7 @@ def test_alternation_turns_the_order_and_pairs_the_rounds() -> None:
 
 
 def test_a_step_of_all_logits_is_the_same_loss() -> None:
-    from pipeline.bench._shapes import Bench
+    from benchmarks.support.shapes import Bench
 
     bench = Bench(tiny("idefics2"), "cpu")
     ids = bench.ids()
@@ -159,7 +159,7 @@ def test_a_step_of_all_logits_is_the_same_loss() -> None:
 
 
 def test_visual_tokens_at_hand_and_pixels_give_the_same_hidden_states() -> None:
-    from pipeline.bench._shapes import Bench
+    from benchmarks.support.shapes import Bench
 
     for name in CPU:
         bench = Bench(tiny(name), "cpu")
@@ -170,7 +170,7 @@ def test_visual_tokens_at_hand_and_pixels_give_the_same_hidden_states() -> None:
 
 
 def test_report_names_method_and_threads() -> None:
-    from pipeline.bench._timing import Findings
+    from benchmarks.support.timing import Findings
 
     result = report(
         Findings({"x": 1.0}, {"x": [1.0, 1.0]}), device="cpu", method="One line.\n\nArgs:\n  a: b", sizes={}
@@ -184,7 +184,7 @@ def test_the_verbs_for_a_gpu_box_import_torch_and_transformers_alone() -> None:
         "import sys, torch, transformers, transformers.models.mistral.modeling_mistral, safetensors.torch\n"
         "for name in ('PIL', 'peft', 'deepspeed', 'ray', 'mlflow', 'dvc', 'nltk', 'pycocoevalcap'):\n"
         "    sys.modules[name] = None\n"
-        "from pipeline.bench import attention, decode, reuse, step\n"
+        "from benchmarks import attention, decode, reuse, step\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

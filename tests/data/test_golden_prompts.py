@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import backbones
 from pipeline.tasks import tasks
-from tests import golden_prompts as golden
+from tests.support import golden_prompts as golden
 
 
 @pytest.mark.parametrize("name", backbones.names())

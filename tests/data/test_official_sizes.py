@@ -12,7 +12,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.sweep.draw import draw_task
 from pipeline.sweep.run import places
 from tests.conftest import ROOT
-from tests.official_sizes import OFFICIAL, write
+from tests.support.official_sizes import OFFICIAL, write
 
 REAL = load(ROOT / "params.yaml", profile="real")
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipeline.bench import subsample as bench
+from benchmarks import subsample
 from pipeline.data.synthetic import FULL_TRAIN, SyntheticSize, write_vqav2
 
 
@@ -30,7 +30,7 @@ def test_the_full_size_is_the_official_one():
 
 def test_the_benchmark_reports_its_contract():
     drawn = {"num_train": 30, "num_selection": 10, "num_evaluation": 20}
-    result = bench.run(train=SyntheticSize(6000, 3000), val=SyntheticSize(3000, 1500), drawn=drawn, repeats=1)
+    result = subsample.run(train=SyntheticSize(6000, 3000), val=SyntheticSize(3000, 1500), drawn=drawn, repeats=1)
     assert {"seconds_443757", "peak_gib_443757"} <= set(result["ratios"])
     assert 0 < result["ratios"]["seconds_443757"] < 60
     assert 0 < result["ratios"]["peak_gib_443757"] < 3

@@ -14,7 +14,7 @@ import yaml
 from pipeline.config import FOLDERS
 from pipeline.data.synthetic import SyntheticSize, write_images, write_vqav2
 from tests.conftest import ROOT
-from tests.terminal import Terminal
+from tests.support.terminal import Terminal
 
 TINY = {
     "backbones": ["idefics2-8b-base"],

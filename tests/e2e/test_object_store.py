@@ -14,7 +14,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from tests.e2e.conftest import make_project
-from tests.free_port import free_port
+from tests.support.free_port import free_port
 from tests.tracking.test_models import LOAD, QUESTION
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]

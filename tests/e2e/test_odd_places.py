@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import odd_paths
 from tests.e2e.conftest import environment, make_project
+from tests.support import odd_paths
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 

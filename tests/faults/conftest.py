@@ -120,7 +120,7 @@ def pytest_sessionfinish(session):
     """
     if not _rows or not os.environ.get(OUT):
         return
-    from pipeline.bench._timing import commit, machine, versions
+    from benchmarks.support.timing import commit, machine, versions
 
     earlier = json.loads(RECORD.read_text(encoding="utf-8"))["faults"] if RECORD.exists() else {}
     now = {

@@ -12,7 +12,7 @@ import pytest
 from pipeline.sweep.token import ensure_token
 from tests.faults.checks import survived
 from tests.faults.sweeps import Sweep, set_sweep
-from tests.free_port import free_port
+from tests.support.free_port import free_port
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 

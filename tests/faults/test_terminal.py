@@ -9,7 +9,7 @@ import pytest
 from tests.faults.checks import nothing_left, survived
 from tests.faults.sweeps import Sweep
 from tests.faults.test_processes import ORPHAN_SECONDS
-from tests.terminal import Terminal
+from tests.support.terminal import Terminal
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 

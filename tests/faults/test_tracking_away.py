@@ -15,7 +15,7 @@ import pytest
 
 from tests.faults.checks import mlflow_problems, nothing_left, results, survived
 from tests.faults.sweeps import EPOCHS, MARK, set_tracking
-from tests.free_port import free_port
+from tests.support.free_port import free_port
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 

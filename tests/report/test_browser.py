@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.report import write_index
-from tests.chromium import PROGRAM, Page, browser
+from tests.support.chromium import PROGRAM, Page, browser
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(PROGRAM is None, reason="no Chromium on this machine")]
 STUDIES = {

@@ -12,8 +12,8 @@ from dvc_render import render_html
 from dvc_render.vega import VegaRenderer
 
 from pipeline.report import files, load_table
-from tests.chromium import PROGRAM, browser
 from tests.conftest import ROOT
+from tests.support.chromium import PROGRAM, browser
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(PROGRAM is None, reason="no Chromium on this machine")]
 

@@ -13,7 +13,7 @@ from pycocoevalcap.spice import spice
 
 from pipeline.errors import InputError, WorkError
 from pipeline.scores import caption, java, tokens
-from tests import odd_paths
+from tests.support import odd_paths
 
 HOME = Path(meteor.__file__).parent
 METEOR = ["-Xmx2G", "-jar", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]

@@ -8,8 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.bench._simulated import make_plan
-from pipeline.bench._timing import Findings
 from pipeline.records.trial import TrialEnd
 from pipeline.sweep import answers, evaluation
 from pipeline.sweep.logbook import Logbook
@@ -19,12 +17,13 @@ from pipeline.tracking.runs import FINISHED, Tracker
 from pipeline.tracking.spool import SpooledTracker
 from pipeline.tracking.store import Unreachable
 from pipeline.trial import EvaluationConfig
+from tests.support.plans import make_plan
 
 
 @pytest.fixture
 def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Three trained trials with their runs, and what scoring them would give."""
-    plan, _ = make_plan(tmp_path, 3, Findings())
+    plan = make_plan(tmp_path, 3)
     store, out = TrialStore(plan.places.runs), tmp_path / "evaluations"
     tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path)
     parent = tracker.open_sweep("study", tags={"sweep_key": "k"}, description="")

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.bench._simulated import make_plan
-from pipeline.bench._timing import Findings
 from pipeline.records.epoch import EpochReport
 from pipeline.records.trial import TrialEnd
 from pipeline.sweep.inputs import used_by
@@ -18,6 +16,7 @@ from pipeline.sweep.space import Digests, cells
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import FINISHED, Tracker
 from pipeline.trial import TrialConfig
+from tests.support.plans import make_plan
 from tests.tracking.conftest import ask
 
 PLACES = Places(Path("/p/runs"), Path("/p/data/manifests"), None)
@@ -38,7 +37,7 @@ def test_a_short_trial_has_every_step_and_a_long_one_the_means_of_equally_many()
 
 
 def test_an_epochs_losses_come_with_its_report_and_none_twice_after_a_kill(tmp_path: Path) -> None:
-    plan, _ = make_plan(tmp_path, 1, Findings())
+    plan = make_plan(tmp_path, 1)
     ((key, config),) = plan.trials.items()
     store = TrialStore(plan.places.runs)
     store.open(config)
@@ -81,7 +80,7 @@ def config(method: str, **given) -> TrialConfig:
 
 
 def test_a_trials_page_says_what_was_trained_on_what(tmp_path):
-    plan, _ = make_plan(tmp_path, 0, Findings())
+    plan = make_plan(tmp_path, 0)
     trained = config("hificl", options={"rank": 4}, epochs=5, micro_batch_size=2, accumulation=2, learning_rate=0.005)
     digests = Digests({"mini-idefics2": "0", "mini-llava": "1"}, {"mini-vqa": "2"}, {"mini-vqa": 100})
     (cell, *_) = [

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.bench._simulated import make_plan
-from pipeline.bench._timing import Findings
 from pipeline.records.epoch import EpochReport
 from pipeline.records.trial import TrialEnd
 from pipeline.sweep.logbook import Logbook
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import FINISHED, KILLED, Tracker
+from tests.support.plans import make_plan
 
 
 @pytest.fixture
 def made(tmp_path):
-    plan, _ = make_plan(tmp_path, 4, Findings())
+    plan = make_plan(tmp_path, 4)
     store = TrialStore(plan.places.runs)
     for key, config in plan.trials.items():
         store.open(config)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.tracking import owner
 from pipeline.tracking.provenance import code_version, provenance, refused
-from tests import odd_paths
+from tests.support import odd_paths
 
 LOCK = """
 schema: '2.0'

@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import WorkError
 from pipeline.tracking.runs import Tracker
 from pipeline.tracking.spool import PENDING, SpooledTracker, SpoolFile
-from tests.free_port import free_port
+from tests.support.free_port import free_port
 
 
 def entry(number: int) -> dict:

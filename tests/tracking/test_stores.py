@@ -17,9 +17,9 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.tracking import server, store
 from pipeline.tracking.runs import FINISHED, KILLED, Tracker
-from tests import odd_paths
 from tests.conftest import ROOT
-from tests.free_port import free_port
+from tests.support import odd_paths
+from tests.support.free_port import free_port
 from tests.tracking.conftest import ask, checkout, open_both, statuses
 
 KILLED_CHILD = """

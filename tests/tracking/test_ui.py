@@ -6,8 +6,8 @@ import pytest
 
 from pipeline.tracking import page as plugin
 from pipeline.tracking.showing import table_link
-from tests.chromium import PROGRAM, browser
-from tests.views import find, mlflow_views, served
+from tests.support.chromium import PROGRAM, browser
+from tests.support.views import find, mlflow_views, served
 
 pytestmark = [
     pytest.mark.e2e,

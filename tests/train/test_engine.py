@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 from pipeline.train.engine import ENGINES, Student
 from pipeline.trial import TrialConfig, engine_packs
-from tests.free_port import free_port
+from tests.support.free_port import free_port
 
 STEPS = 6
 

@@ -15,7 +15,7 @@ from pipeline import adapters, methods
 from pipeline.request import TrialRequest
 from pipeline.sweep.store import TrialStore
 from pipeline.train.workbench import Workbench
-from tests.free_port import free_port
+from tests.support.free_port import free_port
 
 SHORT = {"epochs": 1, "num_train_samples": 7, "num_selection_samples": 3}  # the last batch leaves one rank without
 

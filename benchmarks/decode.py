@@ -1,6 +1,6 @@
 """Cached decoding with an adapter against the frozen model: `hificl bench decode`.
 
-python -m pipeline.bench.decode --device cuda
+python -m benchmarks.decode --device cuda
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from benchmarks.support.published import published_attention
+from benchmarks.support.shapes import WORKLOADS, Bench, DecoderShape, Workload, decoder
+from benchmarks.support.timing import Findings, alternate, main, one_thread, report
 from pipeline import adapters
 from pipeline.adapters.attach import attach
 from pipeline.adapters.interface import attention_forward
 from pipeline.adapters.products import repeat
 from pipeline.backbones.decoder import decoder_of
-from pipeline.bench._main import main
-from pipeline.bench._published import published_attention
-from pipeline.bench._shapes import WORKLOADS, Bench, DecoderShape, Workload, decoder
-from pipeline.bench._timing import Findings, alternate, one_thread, report
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.bench._timing import Findings, quartiles, report
-from pipeline.bench.overhead import _prepare, _timed
+from benchmarks.overhead import prepare, timed
+from benchmarks.support.timing import Findings, quartiles, report
 from pipeline.sweep.journal import Journal
 from pipeline.sweep.store import TrialStore
 
@@ -34,8 +34,8 @@ def run(
     seconds: dict[str, float] = {}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
-            place = _prepare(Path(folder) / "work", ranks, (8,), (0.0025, 0.005), num_train_samples, 1)
-            _timed(place, "-m", "stages.train")
+            place = prepare(Path(folder) / "work", ranks, (8,), (0.0025, 0.005), num_train_samples, 1)
+            timed(place, "-m", "stages.train")
             store = TrialStore(place / "runs")
             ends = [end for key in store.all_keys() if (end := store.done(key)) is not None]
             rows = Journal(place / "runs", whole=True).news()

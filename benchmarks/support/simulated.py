@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.bench._timing import Findings
+from benchmarks.support.timing import Findings
 from pipeline.config import BackboneSource, load
 from pipeline.records.epoch import EpochReport, TrialReport
 from pipeline.records.trial import TrialEnd

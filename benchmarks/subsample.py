@@ -28,6 +28,7 @@ class Sizes(TypedDict):
     num_evaluation: int
 
 
+PROJECT = Path(__file__).resolve().parents[1]
 SEED = 0
 DRAWN: Sizes = {"num_train": 1_000, "num_selection": 500, "num_evaluation": 1_000}
 _BYTES_PER_KIB = 1024 if sys.platform != "darwin" else 1  # ru_maxrss is in KiB, on macOS in bytes
@@ -107,8 +108,8 @@ def _write(root: Path, train: synthetic.SyntheticSize, val: synthetic.SyntheticS
 
 def _in_child(root: Path, drawn: Sizes) -> dict[str, Any]:
     sizes = json.dumps(drawn)
-    command = [sys.executable, "-m", "pipeline.bench.subsample", "--root", str(root), "--drawn", sizes]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.subsample", "--root", str(root), "--drawn", sizes]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the measured draw failed:\n{done.stderr}")
     return json.loads(done.stdout)

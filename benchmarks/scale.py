@@ -12,10 +12,9 @@ from typing import Any
 
 import psutil
 
-from pipeline.bench._main import main
-from pipeline.bench._simulated import EPOCHS, SimulatedSlot, make_plan
-from pipeline.bench._timing import Findings, report
-from pipeline.bench._tracked import stores, track
+from benchmarks.support.simulated import EPOCHS, SimulatedSlot, make_plan
+from benchmarks.support.timing import Findings, main, report
+from benchmarks.support.tracked import stores, track
 from pipeline.request import Requests, TrialRequest
 from pipeline.sweep import tuner
 from pipeline.sweep.dispatcher import Dispatcher

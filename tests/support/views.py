@@ -1,5 +1,6 @@
-"""Pictures of the MLflow page and of the report over a project: `python -m tests.views PROJECT FOLDER` (make pictures).
+"""Pictures of the MLflow page and of the report over a project: `make pictures`.
 
+`python -m tests.support.views PROJECT FOLDER` takes them.
 The test of `hificl ui` goes through the same views of the tiny project, and keeps its pictures to itself.
 """
 
@@ -20,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.tracking.showing import table_link
-from tests.chromium import SECONDS, Page, browser
-from tests.free_port import free_port
+from tests.support.chromium import SECONDS, Page, browser
+from tests.support.free_port import free_port
 
 # what `hificl ui` sets in a new browser, where the plugin of its page is installed
 SETTINGS = """localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false');

@@ -1,4 +1,4 @@
-"""Small made-up VQAv2, OK-VQA and COCO in the official formats: `python -m tests.official_files FOLDER`."""
+"""Small made-up VQAv2, OK-VQA and COCO in the official formats: `python -m tests.support.official_files FOLDER`."""
 
 from __future__ import annotations
 

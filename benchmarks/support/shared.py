@@ -1,4 +1,4 @@
-"""Visual tokens against the number of images: computed, read from the disk, found in memory."""
+"""What trials and processes share on the miniature: a teacher's pass, and an image's visual tokens."""
 
 from __future__ import annotations
 
@@ -7,16 +7,40 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.support.timing import Findings
+from benchmarks.support.trials import BACKBONE, CHECKPOINTS, both_ways, train, trials
 from pipeline import backbones
-from pipeline.bench._timing import Findings
-from pipeline.bench._trials import BACKBONE, CHECKPOINTS
 from pipeline.miniature.world import write_world
 from pipeline.train.visual_tokens import VisualTokens
+from pipeline.train.workbench import Workbench
 
-READERS = ("compute", "disk", "memory")
+_TEACHER = "teacher_shared_over_separate_K{}"
+_READERS = ("compute", "disk", "memory")
 
 
-def measure(device: str, *, numbers: Sequence[int] = (256, 1024, 4096)) -> Findings:
+def teacher_pass(device: str, *, num_trials: int = 8, num_samples: int = 32, repeats: int = 3) -> Findings:
+    """Time K trials of MimIC (8-shot teacher, different learning rates) that share one teacher pass, and one at a time.
+
+    Args:
+        device: cpu or cuda.
+        num_trials: K.
+        num_samples: of each trial.
+        repeats: rounds.
+    """
+    found = Findings()
+    with trials(num_samples) as made:
+        bench = Workbench(device=device)
+
+        def requests(place: str) -> list:
+            rates = [0.001 * (1 + i) for i in range(num_trials)]
+            return [made.request("mimic", place, {}, learning_rate=rate, weight_decay=0.001) for rate in rates]
+
+        train(bench, requests("warm-up")[:1])
+        found.add(_TEACHER.format(num_trials), both_ways(bench, requests, repeats), "together", "alone")
+    return found
+
+
+def visual_tokens(device: str, *, numbers: Sequence[int] = (256, 1024, 4096)) -> Findings:
     """Time what an image's visual tokens cost among `numbers` of them, on the miniature, in milliseconds an image.
 
     `images_compute_ms_N` decodes the file, runs the vision tower and files the tokens; `images_disk_ms_N` is another
@@ -34,7 +58,7 @@ def measure(device: str, *, numbers: Sequence[int] = (256, 1024, 4096)) -> Findi
             write_world(where / "data", num_train_images=number, num_val_images=1)
             images = sorted((where / "data").rglob("train2014/*.png"))
             writer, reader = (VisualTokens(loaded, where / "cache") for _ in range(2))
-            for name, store in zip(READERS, (writer, reader, reader), strict=True):
+            for name, store in zip(_READERS, (writer, reader, reader), strict=True):
                 start = time.perf_counter()
                 store.prefetch(images)
                 found.file(f"images_{name}_ms_{number}", [1000 * (time.perf_counter() - start) / len(images)])

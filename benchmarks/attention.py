@@ -1,7 +1,7 @@
 """The frozen decoder with an adapter's attention against the decoder alone: `hificl bench attention`.
 
-python -m pipeline.bench.attention --device cuda        # the shape of Mistral-7B, in bf16
-python -m pipeline.bench.attention                      # one CPU thread, two minutes
+python -m benchmarks.attention --device cuda        # the shape of Mistral-7B, in bf16
+python -m benchmarks.attention                      # one CPU thread, two minutes
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.support.published import Published
+from benchmarks.support.shapes import MISTRAL_7B, DecoderShape, decoder
+from benchmarks.support.timing import Findings, alternate, main, one_thread, report, saved_bytes
 from pipeline import adapters
 from pipeline.adapters.attach import attach
 from pipeline.backbones.decoder import decoder_of
-from pipeline.bench._main import main
-from pipeline.bench._published import Published
-from pipeline.bench._shapes import MISTRAL_7B, DecoderShape, decoder
-from pipeline.bench._timing import Findings, alternate, one_thread, report, saved_bytes
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sqlalchemy
 
-from pipeline.bench._timing import Findings
+from benchmarks.support.timing import Findings
 from pipeline.sweep.logbook import Logbook
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.support.timing import Rounds
 from pipeline import backbones, methods
-from pipeline.bench._timing import Rounds
 from pipeline.config import BackboneSource
 from pipeline.data.subsample import draw
 from pipeline.miniature.world import write_world

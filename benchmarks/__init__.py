@@ -1,4 +1,4 @@
-"""`hificl bench VERB`: one module a verb, each with `run(device) -> dict`."""
+"""`hificl bench VERB`: one module a verb, each with `run(device) -> dict`; the results lie beside them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.errors import InputError, nearest
 
 def verbs() -> list[str]:
     """Return what can be measured."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg)
 
 
 def run(verb: str, *, device: str = "cpu", save: bool = False) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def table(folder: Path | str = "benchmarks", *, into: Path | str | None = None) 
     Raises:
         InputError: there are none, or the document has no marks.
     """
-    from pipeline.bench._table import render, write_into
+    from benchmarks.support.table import render, write_into
 
     if into is not None:
         write_into(Path(into), Path(folder))

@@ -6,11 +6,14 @@ Each round gives one ratio; the median of these is reported, and their quartiles
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -173,12 +176,13 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Return the commit that is measured, marked `-dirty` where files differ; None outside git."""
+    """Return the commit that is measured, marked `-dirty` where code differs; None outside git."""
     root = Path(__file__).resolve().parents[2]
+    code = ["--untracked-files=no", "--", "pipeline", "benchmarks/*.py"]
     try:
         head, changed = (
             subprocess.run([*git_command(root), *words], capture_output=True, text=True, check=True, timeout=20).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "--", "pipeline"])
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", *code])
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -213,3 +217,12 @@ def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
     total = sum(storage.nbytes() for storage in seen.values())
     del out
     return total
+
+
+def main(run: Callable[..., dict[str, Any]]) -> None:
+    """Run a verb and print its JSON."""
+    text = getattr(run, "func", run).__doc__ or ""
+    parser = argparse.ArgumentParser(description=" ".join(text.split("Args:")[0].split()))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    json.dump(run(device=parser.parse_args().device), sys.stdout, indent=1, sort_keys=True, default=str)
+    sys.stdout.write("\n")

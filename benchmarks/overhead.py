@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.support.timing import Findings, quartiles, report
 from pipeline import plain_yaml, workspace
-from pipeline.bench._timing import Findings, quartiles, report
 from pipeline.errors import WorkError
 
 STUDY = "overhead"
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(
@@ -47,12 +47,12 @@ def run(
         noop_repeats: rounds of the no-op.
     """
     with tempfile.TemporaryDirectory() as folder:
-        place = _prepare(Path(folder) / "work", ranks, num_virtual_tokens, learning_rates, num_train_samples, pack)
-        bare = _timed(place, "-m", "pipeline.bench._bare", str(Path(folder) / "bare"))
-        sweep = _timed(place, "-m", "dvc", "repro", "-s", "train")
-        stage = [_timed(place, "-m", "dvc", "repro", "-s", "train") for _ in range(noop_repeats)]
-        _timed(place, "-m", "dvc", "repro")  # evaluates and reports
-        noop = [_timed(place, "-m", "dvc", "repro") for _ in range(noop_repeats)]
+        place = prepare(Path(folder) / "work", ranks, num_virtual_tokens, learning_rates, num_train_samples, pack)
+        bare = timed(place, "-m", "benchmarks.support.bare", str(Path(folder) / "bare"))
+        sweep = timed(place, "-m", "dvc", "repro", "-s", "train")
+        stage = [timed(place, "-m", "dvc", "repro", "-s", "train") for _ in range(noop_repeats)]
+        timed(place, "-m", "dvc", "repro")  # evaluates and reports
+        noop = [timed(place, "-m", "dvc", "repro") for _ in range(noop_repeats)]
     trials = len(ranks) * len(num_virtual_tokens) * len(learning_rates)
     found = Findings()
     found.ratios["sweep_over_bare_loops"] = sweep / bare
@@ -68,9 +68,10 @@ def _slots() -> int:
     return os.cpu_count() or 1
 
 
-def _prepare(
+def prepare(
     folder: Path, ranks: Sequence[int], tokens: Sequence[int], rates: Sequence[float], samples: int, pack: int | str
 ) -> Path:
+    """Return a workspace with a study of HiFICL over a grid on the miniature, its world made and its subset drawn."""
     before = Path.cwd()
     os.chdir(ROOT)
     try:
@@ -100,11 +101,11 @@ def _prepare(
         (own / f"{STUDY}.yaml").write_text(plain_yaml.write(content), encoding="utf-8")
     (folder / "params.yaml").write_text(plain_yaml.write(params), encoding="utf-8")
     for words in (["-m", "stages.world"], ["-m", "stages.subsample", "mini-vqa"]):
-        _timed(folder, *words)
+        timed(folder, *words)
     return folder
 
 
-def _timed(folder: Path, *words: str) -> float:
+def timed(folder: Path, *words: str) -> float:
     """Run Python with `words` in `folder`; return the seconds.
 
     Raises:
@@ -113,7 +114,7 @@ def _timed(folder: Path, *words: str) -> float:
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False,
-        env={**workspace.active(), "OMP_NUM_THREADS": "1"},
+        env={**workspace.active(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     if done.returncode:
         raise WorkError(f"{' '.join(words)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")

@@ -1,6 +1,6 @@
 """Whole training steps of every method on real architectures: `hificl bench step`.
 
-python -m pipeline.bench.step --device cuda      # full-size random Idefics2-8b and LLaVA-Interleave-7b in bf16
+python -m benchmarks.step --device cuda      # full-size random Idefics2-8b and LLaVA-Interleave-7b in bf16
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.support.shapes import WORKLOADS, Bench, Workload
+from benchmarks.support.steps import Trained, floor_step, hificl_step, lora_step, mimic_step, packed_steps, teach
+from benchmarks.support.timing import Findings, Rounds, alternate, main, one_thread, report
 from pipeline import backbones
 from pipeline.adapters.attach import attach
-from pipeline.bench._main import main
-from pipeline.bench._shapes import WORKLOADS, Bench, Workload
-from pipeline.bench._steps import Trained, floor_step, hificl_step, lora_step, mimic_step, packed_steps, teach
-from pipeline.bench._timing import Findings, Rounds, alternate, one_thread, report
 from pipeline.cost.steps import Costs, Prompt
 from pipeline.train.compiled import compiled_parts
 

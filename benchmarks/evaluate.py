@@ -11,9 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.support.timing import Findings, Rounds, alternate, main, one_thread, report
 from pipeline import adapters, backbones, tasks
-from pipeline.bench._main import main
-from pipeline.bench._timing import Findings, Rounds, alternate, one_thread, report
 from pipeline.data.prompt import Encoded, encode_all, render
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.evaluate.generate import generate

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.support.shapes import Bench
 from pipeline import adapters
 from pipeline.adapters.base import Adapter
 from pipeline.backbones.states import recorded
-from pipeline.bench._shapes import Bench
 from pipeline.train import loss
 
 Step = Callable[..., None]

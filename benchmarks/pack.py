@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from pipeline.bench._main import main
-from pipeline.bench._timing import Findings, one_thread, report
-from pipeline.bench._trials import BACKBONE, Trials, both_ways, train, trials
+from benchmarks.support.timing import Findings, main, one_thread, report
+from benchmarks.support.trials import BACKBONE, Trials, both_ways, train, trials
 from pipeline.request import TrialRequest
 from pipeline.train.workbench import Workbench
 

@@ -1,6 +1,6 @@
 """Golden prompts: what every backbone reads for every task, from processors of the real class.
 
-Write them again after a wanted change: `.venv/bin/python -m tests.golden_prompts`, and look at the difference.
+Write them again after a wanted change: `.venv/bin/python -m tests.support.golden_prompts`, and look at the difference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.data.sample import ImageRef, Sample
 from pipeline.tasks import mmmu_pro, seed_bench, tasks
 from pipeline.tasks.choice_files import with_choices
 
-FOLDER = Path(__file__).with_name("golden") / "prompts"
+FOLDER = Path(__file__).resolve().parents[1] / "golden" / "prompts"
 SHOTS = (0, 1, 8)
 SIZE = (56, 56)  # (height, width) of every image
 QUESTIONS = ("What color is the dog?", "How many cats are there?", "Is it raining?")

@@ -1,0 +1,1 @@
+"""What the benchmarks share: workloads, steps, trials, timing, and the results as a table."""
