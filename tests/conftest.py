@@ -66,17 +66,6 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_design() -> Path:
-    """The architectures' tables; the test is skipped where they are not at hand."""
-    path = (
-        Path(os.environ.get("HIFICL_SHARED_DATA", ROOT / "../shared/data")).resolve().parent / "design/backbones.yaml"
-    )
-    if not path.is_file():
-        pytest.skip("no table of architectures beside the sample data")
-    return path
-
-
-@pytest.fixture(scope="session")
 def tiny():
     """`tiny(name)` gives a loaded tiny variant, built once."""
     from functools import cache

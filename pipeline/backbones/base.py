@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Facts from the published checkpoints use these names for the processor's pixel path. PIL is named explicitly: the
 # torchvision processors resize with other rounding, and the papers' numbers were made with PIL.
 IMAGE_BACKEND = "pil"
+
+_OF_TEXT = ("unk", "bos", "eos", "pad", "turn")  # roles of special tokens that stand in text; the others, for images
 
 Pixels = dict[str, Tensor]  # what one image (or a row of images) looks like to the vision tower
 
@@ -64,15 +66,6 @@ class RoleLines:
     stop: tuple[str, ...] = ()
 
 
-CHATML = ChatMarkers(
-    user_open="<|im_start|>user\n",
-    user_close="<|im_end|>\n",
-    assistant_open="<|im_start|>assistant\n",
-    terminator="<|im_end|>",
-    after="\n",
-)
-
-
 @dataclass(frozen=True, slots=True)
 class Modules:
     """Dotted names of the parts inside the transformers model."""
@@ -93,16 +86,14 @@ class Backbone:
         hub_id: the published checkpoint, None for a miniature.
         stands_for: the published backbone whose role a miniature plays.
         config: the real configuration, as keyword arguments of `family.config_class`.
-        tiny: what `variant: tiny` changes in it, by the same nesting.
         processor: settings of the image processor and the processor, real sizes.
-        tiny_processor: what `variant: tiny` changes in them.
         special_tokens: text of the special tokens by role (bos, eos, pad, unk, image, ...).
-        modules: where vision, connector and decoder live.
+        parameters: number of parameters of the real configuration, as published or counted.
+        tiny: what `variant: tiny` changes in `config`, by the same nesting.
+        tiny_processor: what it changes in `processor`.
         chat: None for a base model that is prompted with plain text.
         published_roles: how MimIC's code prompts it (`subsample.prompt: published`); None where that code does not
             know it.
-        parameters: number of parameters of the real configuration, as published or counted.
-        never_generated: roles of special tokens that stand for images and are kept out of generated text.
         placeholder: the text of one image in an unexpanded prompt; None: the image token alone.
         added_tokens: what its tokenizer reads as one token wherever it stands, the special tokens among it; known once
             it is loaded.
@@ -112,16 +103,14 @@ class Backbone:
     family: Family
     hub_id: str | None
     config: Mapping[str, Any]
-    tiny: Mapping[str, Any]
     processor: Mapping[str, Any]
-    tiny_processor: Mapping[str, Any]
     special_tokens: Mapping[str, str]
-    modules: Modules
     parameters: int
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    tiny_processor: Mapping[str, Any] = field(default_factory=dict)
     stands_for: str | None = None
     chat: ChatMarkers | None = None
     published_roles: RoleLines | None = None
-    never_generated: tuple[str, ...] = ("image",)
     placeholder: str | None = None
     added_tokens: tuple[str, ...] = ()
 
@@ -132,6 +121,16 @@ class Backbone:
     def processor_for(self, variant: str) -> dict[str, Any]:
         """Return the processor's settings of a variant."""
         return merged(self.processor, self.tiny_processor) if variant == "tiny" else copy.deepcopy(dict(self.processor))
+
+    @property
+    def modules(self) -> Modules:
+        """Where vision, connector and decoder live."""
+        return self.family.modules
+
+    @property
+    def never_generated(self) -> tuple[str, ...]:
+        """Roles of the special tokens that stand for images and are kept out of generated text."""
+        return tuple(role for role in self.special_tokens if role not in _OF_TEXT)
 
     @property
     def reserved(self) -> frozenset[str]:
@@ -188,16 +187,22 @@ class Family(ABC):
     # Which configuration keys hold the ids of which special tokens.
     token_keys: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}
 
+    modules: ClassVar[Modules]
+
     # Names in transformers, imported when they are first needed.
-    config_name: ClassVar[str]
-    model_name: ClassVar[str]
-    processor_name: ClassVar[str]
+    architecture: ClassVar[str]  # what the names of its classes begin with
     image_processor_name: ClassVar[str]  # the class on PIL
+    video_processor_name: ClassVar[str | None] = None  # where the processor class insists on one; torchvision only
+
+    @property
+    def model_name(self) -> str:
+        """Name of the transformers model class."""
+        return f"{self.architecture}ForConditionalGeneration"
 
     @property
     def config_class(self) -> Any:
         """The transformers configuration class."""
-        return _from_transformers(self.config_name)
+        return _from_transformers(f"{self.architecture}Config")
 
     @property
     def model_class(self) -> Any:
@@ -207,15 +212,16 @@ class Family(ABC):
     @property
     def processor_class(self) -> Any:
         """The transformers processor class."""
-        return _from_transformers(self.processor_name)
+        return _from_transformers(f"{self.architecture}Processor")
 
     @property
     def image_processor_class(self) -> Any:
         """The transformers image processor class on PIL."""
         return _from_transformers(self.image_processor_name)
 
+    @staticmethod
     @abstractmethod
-    def train_tokenizer(self, lines: Sequence[str], special: Mapping[str, str]) -> Any:
+    def train_tokenizer(lines: Sequence[str], special: Mapping[str, str]) -> Any:
         """Return a small tokenizer of the real class, trained on `lines` (variant tiny)."""
 
     def build_config(self, settings: Mapping[str, Any]) -> Any:
@@ -233,9 +239,12 @@ class Family(ABC):
         }
         return merged(settings, {"text_config": text, **{key: ids[role] for key, role in self.token_keys.items()}})
 
-    @abstractmethod
     def build_processor(self, tokenizer: Any, settings: Mapping[str, Any]) -> Any:
         """Return the real processor class around `tokenizer` with an image processor on PIL."""
+        parts = [self.image_processor_class(**settings["image_processor"]), tokenizer]
+        if self.video_processor_name is not None:
+            parts.append(_from_transformers(self.video_processor_name)())
+        return self.processor_class(*parts, **{key: settings[key] for key in settings if key != "image_processor"})
 
     def load_processor(self, folder: Path, settings: Mapping[str, Any]) -> Any:
         """Return the processor of a published layout; its image processor is the PIL class, whatever is installed."""

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.free_port import free_port
-
 from pipeline.digests import file_digest
 from pipeline.sweep import answers, measures
 from pipeline.tracking.runs import Tracker
 from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import EvaluationConfig
+from tests.support.free_port import free_port
 
 
 def scored(row: str, folder: Path, **known: str):

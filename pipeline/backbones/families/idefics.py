@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pipeline.backbones.base import Family, Pixels, merged, vocabulary_size
+from pipeline.backbones.base import Family, Modules, Pixels, merged, vocabulary_size
 from pipeline.backbones.families.tokenizers import llama_tokenizer
 
 if TYPE_CHECKING:
@@ -27,24 +27,25 @@ class IdeficsFamily(Family):
 
     model_type = "idefics"
     shares_prefix = False  # every token attends to the images through a mask over the whole prompt
-    config_name = "IdeficsConfig"
-    model_name = "IdeficsForVisionText2Text"
-    processor_name = "IdeficsProcessor"
+    architecture = "Idefics"
     image_processor_name = "IdeficsImageProcessorPil"
+    train_tokenizer = staticmethod(llama_tokenizer)
+    modules = Modules(
+        vision="model.vision_model",
+        connector=("model.perceiver_resampler", "model.gated_cross_attn_layers"),
+        decoder_layers="model.layers",
+    )
 
+    @property
     @override
-    def train_tokenizer(self, lines: Sequence[str], special: Mapping[str, str]) -> Any:
-        return llama_tokenizer(lines, special)
+    def model_name(self) -> str:
+        return "IdeficsForVisionText2Text"
 
     @override
     def fit_vocabulary(self, settings: Mapping[str, Any], tokenizer: Any, special: Mapping[str, str]) -> dict[str, Any]:
         # The image tokens have rows of their own behind the language model's vocabulary.
         extra = settings["additional_vocab_size"]
         return merged(settings, {"vocab_size": vocabulary_size(tokenizer) - extra})
-
-    @override
-    def build_processor(self, tokenizer: Any, settings: Mapping[str, Any]) -> Any:
-        return self.processor_class(self.image_processor_class(**settings["image_processor"]), tokenizer)
 
     @override
     def expand(self, text: str, processor: Any, image_sizes: Sequence[tuple[int, int]] | None = None) -> str:

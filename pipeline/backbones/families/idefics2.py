@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from typing_extensions import override
 
-from pipeline.backbones.base import Family, Pixels
+from pipeline.backbones.base import Family, Modules, Pixels
 from pipeline.backbones.families.tokenizers import llama_tokenizer
 
 if TYPE_CHECKING:
@@ -20,19 +20,12 @@ class Idefics2Family(Family):
     """Idefics2ForConditionalGeneration; an image is `<fake><image>...<image><fake>` in the text."""
 
     model_type = "idefics2"
-    config_name = "Idefics2Config"
-    model_name = "Idefics2ForConditionalGeneration"
-    processor_name = "Idefics2Processor"
+    architecture = "Idefics2"
     image_processor_name = "Idefics2ImageProcessorPil"
-
-    @override
-    def train_tokenizer(self, lines: Sequence[str], special: Mapping[str, str]) -> Any:
-        return llama_tokenizer(lines, special)
-
-    @override
-    def build_processor(self, tokenizer: Any, settings: Mapping[str, Any]) -> Any:
-        images = self.image_processor_class(**settings["image_processor"])
-        return self.processor_class(images, tokenizer, image_seq_len=settings["image_seq_len"])
+    train_tokenizer = staticmethod(llama_tokenizer)
+    modules = Modules(
+        vision="model.vision_model", connector=("model.connector",), decoder_layers="model.text_model.layers"
+    )
 
     @override
     def expand(self, text: str, processor: Any, image_sizes: Sequence[tuple[int, int]] | None = None) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pipeline.backbones.base import Family, Pixels, SizeRule, replace_in_order
+from pipeline.backbones.base import Family, Modules, Pixels, SizeRule, replace_in_order
 from pipeline.backbones.families.tokenizers import qwen2_tokenizer
 
 if TYPE_CHECKING:
@@ -38,21 +38,17 @@ class Qwen3VLFamily(Family):
         "vision_start_token_id": "vision_start",
         "vision_end_token_id": "vision_end",
     }
-    config_name = "Qwen3VLConfig"
-    model_name = "Qwen3VLForConditionalGeneration"
-    processor_name = "Qwen3VLProcessor"
+    architecture = "Qwen3VL"
     image_processor_name = "Qwen2VLImageProcessorPil"
-
-    @override
-    def train_tokenizer(self, lines: Sequence[str], special: Mapping[str, str]) -> Any:
-        return qwen2_tokenizer(lines, special)
-
-    @override
-    def build_processor(self, tokenizer: Any, settings: Mapping[str, Any]) -> Any:
-        from transformers import Qwen3VLVideoProcessor  # the processor class insists on one; torchvision only
-
-        images = self.image_processor_class(**settings["image_processor"])
-        return self.processor_class(images, tokenizer, Qwen3VLVideoProcessor())
+    video_processor_name = "Qwen3VLVideoProcessor"
+    train_tokenizer = staticmethod(qwen2_tokenizer)
+    modules = Modules(
+        vision="model.visual",
+        connector=("model.visual.merger", "model.visual.deepstack_merger_list"),
+        decoder_layers="model.language_model.layers",
+    )
+    levels: ClassVar[int] = 4  # the merged patches and three feature maps
+    merge: ClassVar[int] = 2  # patches a side that become one token
 
     @override
     def expand(self, text: str, processor: Any, image_sizes: Sequence[tuple[int, int]] | None = None) -> str:
@@ -110,6 +106,3 @@ class Qwen3VLFamily(Family):
             "image_grid_thw": torch.tensor(grid, device=input_ids.device),
             **common,
         }
-
-    levels: ClassVar[int] = 4  # the merged patches and three feature maps
-    merge: ClassVar[int] = 2  # patches a side that become one token
