@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 
 from pipeline import tasks
 from pipeline.data import synthetic
-from pipeline.data.subsample import draw, plan
+from pipeline.data.subsample import draw, plan_draw
 
 
 class Sizes(TypedDict):
@@ -99,7 +99,7 @@ def _write(root: Path, train: synthetic.SyntheticSize, val: synthetic.SyntheticS
     for subset in ("train2014", "val2014"):
         (root / "images" / subset).mkdir(parents=True)
     names: dict[str, None] = {}
-    for candidates in plan(tasks.get("vqav2"), root, seed=SEED, **drawn):
+    for candidates in plan_draw(tasks.get("vqav2"), root, seed=SEED, **drawn):
         # A tenth more than wanted: candidates whose image another split has are passed over.
         for entry in candidates.entries[: candidates.wanted + candidates.wanted // 10 + 10]:
             names.update(dict.fromkeys(entry.images))

@@ -60,7 +60,7 @@ def answer(
         folder: an adapter's folder of a trial (`runs/KEY/adapter`).
         image: the image's file, or its content in base64; EXIF orientation is applied.
         question: for tasks that ask one.
-        task_name: whose prompt and post-processing are used; None: the adapter's own.
+        task_name: whose prompt is used; None: the adapter's own.
         max_new_tokens: None: the task's own.
 
     Returns:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from pipeline.commands.parser import Command, CommandLine, Parser
 
@@ -54,7 +53,7 @@ def register(line: CommandLine) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the letters drawn for unreadable replies (default 0)")
 
 
-def _vqa(args: argparse.Namespace) -> dict[str, Any]:
+def _vqa(args: argparse.Namespace) -> dict[str, object]:
     from pipeline.scores.official import score_vqa
 
     return score_vqa(
@@ -62,31 +61,31 @@ def _vqa(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def _caption(args: argparse.Namespace) -> dict[str, Any]:
+def _caption(args: argparse.Namespace) -> dict[str, object]:
     from pipeline.scores.official import score_caption
 
     return score_caption(args.results, args.annotations, args.metrics)
 
 
-def _chair(args: argparse.Namespace) -> dict[str, Any]:
+def _chair(args: argparse.Namespace) -> dict[str, object]:
     from pipeline.scores.official import score_chair
 
     return score_chair(args.results, instances=args.instances, captions=args.captions, objects=args.objects)
 
 
-def _mme(args: argparse.Namespace) -> dict[str, Any]:
+def _mme(args: argparse.Namespace) -> dict[str, object]:
     from pipeline.scores.official import score_mme
 
     return score_mme(args.results, subset=args.subset)
 
 
-def _seed_bench(args: argparse.Namespace) -> dict[str, Any]:
+def _seed_bench(args: argparse.Namespace) -> dict[str, object]:
     from pipeline.scores.official import score_seed_bench
 
     return score_seed_bench(args.results, args.questions)
 
 
-def _mmmu_pro(args: argparse.Namespace) -> dict[str, Any]:
+def _mmmu_pro(args: argparse.Namespace) -> dict[str, object]:
     from pipeline.scores.official import score_mmmu_pro
 
     return score_mmmu_pro(args.results, seed=args.seed)

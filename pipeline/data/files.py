@@ -38,9 +38,9 @@ def field(record: Mapping[str, Any], name: str, kind: type | tuple[type, ...], w
     if isinstance(value, kind) and (not isinstance(value, bool) or kind is bool):
         if not isinstance(value, str) or value.isascii() or _is_text(value):
             return value
-        where = where if isinstance(where, str) else where()
-        raise InputError(f"field '{name}' holds half a letter (a lone surrogate)", where=where, way_out="Correct it")
-    place = where if isinstance(where, str) else where()
+        problem = f"field '{name}' holds half a character (a lone surrogate)"
+        raise InputError(problem, where=_place(where), way_out="Correct it")
+    place = _place(where)
     if not isinstance(record, Mapping):
         raise InputError(f"is a {type_name(record)}", where=place, way_out=f"It must be an object with '{name}'")
     if name not in record:
@@ -55,6 +55,10 @@ def field(record: Mapping[str, Any], name: str, kind: type | tuple[type, ...], w
     raise InputError(f"field '{name}' is {shown} ({type_name(value)})", where=place, way_out=f"It must be a {wanted}")
 
 
+def _place(where: Where) -> str:
+    return where if isinstance(where, str) else where()
+
+
 def _is_text(value: str) -> bool:
     """Whether UTF-8 can hold it: JSON can spell half of a surrogate pair."""
     try:
@@ -64,7 +68,7 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def file_digest(path: Path) -> str:
+def source_digest(path: Path) -> str:
     """Return the SHA-256 of the file's bytes, in hex.
 
     Raises:

@@ -12,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.data.images import os_problem, read_image_bytes, size_of
-from pipeline.data.parquet import place
+from pipeline.data.parquet import shard_order
 from pipeline.data.sample import ImageRef
 from pipeline.errors import InputError
 
 Image = ImageRef | Path | str
-Size = tuple[int, int]  # height, width, as stored
+ImageSize = tuple[int, int]  # height, width, as stored
 
-_SIZES: dict[str, Size] = {}  # by digest
+_SIZES: dict[str, ImageSize] = {}  # by digest
 _THREADS = 8
 
 
@@ -28,7 +28,7 @@ def located(image: Image, root: Path | str = "") -> Path:
     return Path(root) / (image.path if isinstance(image, ImageRef) else image)
 
 
-def read(image: Image, root: Path | str = "") -> bytes:
+def read_image(image: Image, root: Path | str = "") -> bytes:
     """Return the image's bytes.
 
     Raises:
@@ -41,9 +41,9 @@ def read(image: Image, root: Path | str = "") -> bytes:
         way_out = "Check the data root, or get it again"
         raise InputError(os_problem(error), where=str(path), way_out=way_out) from error
     wanted = _key(image)
-    if wanted and (found := hashlib.sha256(data).hexdigest()) != wanted:
+    if wanted and (actual := hashlib.sha256(data).hexdigest()) != wanted:
         raise InputError(
-            changed(found, wanted), where=str(path), way_out="Draw the samples again, or put the old file back"
+            changed(actual, wanted), where=str(path), way_out="Draw the samples again, or put the old file back"
         )
     return data
 
@@ -53,35 +53,35 @@ def changed(found: str, wanted: str) -> str:
     return f"its bytes changed since the draw (SHA-256 {found[:12]}, was {wanted[:12]})"
 
 
-def digest(image: Image, root: Path | str = "") -> str:
+def image_digest(image: Image, root: Path | str = "") -> str:
     """Return the sha256 of the image's bytes; only those whose digest is not known are read, each time.
 
     Raises:
-        InputError: as `read`.
+        InputError: as `read_image`.
     """
-    return _key(image) or hashlib.sha256(read(image, root)).hexdigest()
+    return _key(image) or hashlib.sha256(read_image(image, root)).hexdigest()
 
 
-def sizes(images: Sequence[Image], root: Path | str = "") -> list[Size]:
+def sizes(images: Sequence[Image], root: Path | str = "") -> list[ImageSize]:
     """Return each image's height and width, from the header; remembered by digest where it is known.
 
     Raises:
-        InputError: as `read`, or it is no image.
+        InputError: as `read_image`, or it is no image.
     """
     unknown = {image for image in images if _key(image) not in _SIZES}
-    found: dict[Image, Size] = {}
+    read: dict[Image, ImageSize] = {}
     if unknown:
-        # as they lie, because of a shard as many rows are read as hang together
-        order = sorted(unknown, key=lambda image: place(str(located(image, root))))
+        # a shard is read by whole row groups, so its images are taken one after the other
+        order = sorted(unknown, key=lambda image: shard_order(str(located(image, root))))
         with ThreadPoolExecutor(min(_THREADS, len(order))) as threads:
-            found = dict(zip(order, threads.map(lambda image: _read_size(image, root), order), strict=True))
-        _SIZES.update({_key(image): size for image, size in found.items() if _key(image)})
-    return [found[image] if image in found else _SIZES[_key(image)] for image in images]
+            read = dict(zip(order, threads.map(lambda image: _read_size(image, root), order), strict=True))
+        _SIZES.update({_key(image): size for image, size in read.items() if _key(image)})
+    return [read[image] if image in read else _SIZES[_key(image)] for image in images]
 
 
 def _key(image: Image) -> str:
     return image.sha256 if isinstance(image, ImageRef) else ""
 
 
-def _read_size(image: Image, root: Path | str) -> Size:
-    return size_of(read(image, root), str(located(image, root)))
+def _read_size(image: Image, root: Path | str) -> ImageSize:
+    return size_of(read_image(image, root), str(located(image, root)))

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
-from pipeline.data.parquet import cell_bytes, is_cell, place
+from pipeline.data.parquet import cell_bytes, is_cell, shard_order
 from pipeline.errors import InputError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a picture of 0.5 GB as RGB; COCO's largest have 0.4 million
@@ -153,14 +153,14 @@ def check_images(paths: Iterable[Path], *, progress: Callable[[int], None] | Non
         One entry a path; those with a `problem` are the bad ones. All are looked at, none stops the rest.
     """
     given = list(paths)
-    found: dict[Path, CheckedImage] = {}
+    by_path: dict[Path, CheckedImage] = {}
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-        # as they lie, because of a shard as many rows are read as hang together
-        for checked in threads.map(check_image, sorted(set(given), key=lambda path: place(str(path)))):
-            found[checked.path] = checked
+        # a shard is read by whole row groups, so its images are taken one after the other
+        for checked in threads.map(check_image, sorted(set(given), key=lambda path: shard_order(str(path)))):
+            by_path[checked.path] = checked
             if progress is not None:
                 progress(1)
-    return [found[path] for path in given]
+    return [by_path[path] for path in given]
 
 
 def problems_error(problems: Iterable[CheckedImage], *, where: str) -> InputError:

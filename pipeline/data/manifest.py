@@ -150,24 +150,24 @@ class Manifest:
             InputError: the file is missing, no manifest, of another format, or not what was written; the
                 line or the sample that differs is named.
         """
-        where = str(path)
+        place = str(path)
         again = "Draw it again with the subsample stage"
         try:
             text = Path(path).read_bytes().decode("utf-8")
             record = json.loads(text)
         except OSError as error:
-            raise InputError(f"the manifest cannot be read ({error.strerror})", where=where, way_out=again) from error
+            raise InputError(f"the manifest cannot be read ({error.strerror})", where=place, way_out=again) from error
         except UnicodeDecodeError as error:
-            raise InputError(f"is not UTF-8 (byte {error.start})", where=where, way_out=again) from error
+            raise InputError(f"is not UTF-8 (byte {error.start})", where=place, way_out=again) from error
         except (ValueError, RecursionError) as error:
-            raise InputError(f"is not valid JSON: {error}", where=where, way_out=again) from error
+            raise InputError(f"is not valid JSON: {error}", where=place, way_out=again) from error
         if not isinstance(record, dict) or "splits" not in record or "digest" not in record:
-            raise InputError("is no manifest (no 'splits' or 'digest')", where=where, way_out=again)
+            raise InputError("is no manifest (no 'splits' or 'digest')", where=place, way_out=again)
         if record.get("format") != FORMAT:
             raise InputError(
-                f"has format {record.get('format')}, this version reads {FORMAT}", where=where, way_out=again
+                f"has format {record.get('format')}, this version reads {FORMAT}", where=place, way_out=again
             )
-        _verify_samples(record["splits"], text, where)
+        _verify_samples(record["splits"], text, place)
         try:
             manifest = cls(
                 task=record["task"],
@@ -181,18 +181,18 @@ class Manifest:
                 replaced=tuple(record["replaced"]),
                 prompt=record.get("prompt", "papers"),
             )
-            _verify_paths(manifest, where)
+            _verify_paths(manifest, place)
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"a field is missing or misnamed ({error})", where=where, way_out=again) from error
+            raise InputError(f"a field is missing or misnamed ({error})", where=place, way_out=again) from error
         if record.get("sizes") != manifest.sizes:
             raise InputError(
-                f"'sizes' says {record.get('sizes')}, the splits hold {manifest.sizes}", where=where, way_out=again
+                f"'sizes' says {record.get('sizes')}, the splits hold {manifest.sizes}", where=place, way_out=again
             )
         if manifest.digest != record["digest"]:
             raise InputError(
                 "the digest does not match: the header (task, seed, sources, order or number of samples) or the "
                 "digest itself was changed",
-                where=where,
+                where=place,
                 way_out=again,
             )
         return manifest

@@ -26,19 +26,19 @@ def cell_name(file: str, row: int, column: str, number: int | None = None) -> st
     return f"{file}#{row}/{column}" + ("" if number is None else f"/{number}")
 
 
-def place(path: str) -> tuple[str, int, str]:
-    """Return what sorts images as they lie: a shard's by row, so that each of its groups is read once."""
-    found = _CELL.fullmatch(path)
-    return (path, 0, "") if found is None else (found["file"], int(found["row"]), path)
+def shard_order(path: str) -> tuple[str, int, str]:
+    """Return a sort key that keeps the images of one shard together, by row: each row group is then read once."""
+    cell = _CELL.fullmatch(path)
+    return (path, 0, "") if cell is None else (cell["file"], int(cell["row"]), path)
 
 
 def is_cell(path: Path | str) -> bool:
     """Tell whether `path` names an image inside a shard."""
-    found = _CELL.fullmatch(str(path))
-    return found is not None and Path(found["file"]).is_file()  # a folder may be called so, with its mark and all
+    cell = _CELL.fullmatch(str(path))
+    return cell is not None and Path(cell["file"]).is_file()  # a folder may be called so, with its mark and all
 
 
-def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, object]]]:
     """Yield row number and the given columns of every row, one block in memory at a time.
 
     Raises:
@@ -75,15 +75,15 @@ def cell_bytes(path: Path | str) -> bytes:
     Raises:
         OSError: the shard, the row or the image in it is missing or cannot be read.
     """
-    found = _CELL.fullmatch(str(path))
-    if found is None:
+    cell = _CELL.fullmatch(str(path))
+    if cell is None:
         raise OSError(2, "no such place in a Parquet file")
     try:
-        image = _cell(Path(found["file"]), int(found["row"]), found["column"])
+        image = _cell(Path(cell["file"]), int(cell["row"]), cell["column"])
     except InputError as error:
         raise OSError(5, str(error)) from error
-    if found["number"] is not None and isinstance(image, list):
-        image = image[int(found["number"])] if int(found["number"]) < len(image) else None
+    if cell["number"] is not None and isinstance(image, list):
+        image = image[int(cell["number"])] if int(cell["number"]) < len(image) else None
     if not isinstance(image, dict) or not image.get("bytes"):
         raise OSError(2, "no image stands at this place of the Parquet file")
     return image["bytes"]

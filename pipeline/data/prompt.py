@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.tasks.base import PromptTemplate
 
 Span = tuple[int, int]
-Sizes = tuple[image_files.Size, ...]  # of a prompt's images
+ImageSizes = tuple[image_files.ImageSize, ...]  # of a prompt's images
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,13 +190,17 @@ def stop_strings(template: PromptTemplate, backbone: Backbone, style: PromptStyl
 
 
 def encode(
-    loaded: Loaded, rendered: Rendered, *, image_sizes: Sequence[image_files.Size] | None = None, root: Path | str = ""
+    loaded: Loaded,
+    rendered: Rendered,
+    *,
+    image_sizes: Sequence[image_files.ImageSize] | None = None,
+    root: Path | str = "",
 ) -> Encoded:
     """Return one prompt's token ids; see `encode_all`."""
     return encode_all(loaded, [rendered], image_sizes=None if image_sizes is None else [image_sizes], root=root)[0]
 
 
-def sizes_that_matter(loaded: Loaded, rendered: Sequence[Rendered], root: Path | str = "") -> list[Sizes]:
+def sizes_that_matter(loaded: Loaded, rendered: Sequence[Rendered], root: Path | str = "") -> list[ImageSizes]:
     """Return each prompt's image sizes, or nothing for a backbone whose number of tokens does not depend on them.
 
     Raises:
@@ -204,19 +208,19 @@ def sizes_that_matter(loaded: Loaded, rendered: Sequence[Rendered], root: Path |
     """
     if not loaded.family.sized:
         return [()] * len(rendered)
-    images = [image for one in rendered for image in one.images]
+    images = [image for prompt in rendered for image in prompt.images]
     sizes = image_files.sizes(images, root)
     for image, size in zip(images, sizes, strict=True):
         loaded.family.check_size(*size, where=str(image_files.located(image, root)))
     left = iter(sizes)
-    return [tuple(islice(left, len(one.images))) for one in rendered]
+    return [tuple(islice(left, len(prompt.images))) for prompt in rendered]
 
 
 def encode_all(
     loaded: Loaded,
     rendered: Sequence[Rendered],
     *,
-    image_sizes: Sequence[Sequence[image_files.Size]] | None = None,
+    image_sizes: Sequence[Sequence[image_files.ImageSize]] | None = None,
     root: Path | str = "",
 ) -> list[Encoded]:
     """Return the token ids of prompts, with images expanded as the real processor expands them.

@@ -42,9 +42,9 @@ class RecordFile:
         InputError: while iterating: not JSON, cut short, another shape, a list or an expected value missing.
     """
 
-    def __init__(self, path: Path, lists: Sequence[str], *, expect: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, lists: Sequence[str], *, expect: Mapping[str, object] | None = None) -> None:
         self.path, self.lists, self.expect = path, tuple(lists), dict(expect or {})
-        self.header: dict[str, Any] = {}
+        self.header: dict[str, object] = {}
         self._scan = json.JSONDecoder().raw_decode
         self._reset()
 
@@ -54,7 +54,7 @@ class RecordFile:
         self._file: BinaryIO = io.BytesIO()
         self._list, self._number = "", 0
 
-    def __iter__(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    def __iter__(self) -> Iterator[tuple[str, int, dict[str, object]]]:
         self._reset()
         self.header = {}
         try:
@@ -71,11 +71,11 @@ class RecordFile:
             raise InputError("the file is empty", where=str(self.path), way_out="Download it again")
         start = self._file.read(64)
         self._file.seek(0)
-        for magic, what, way_out in _NOT_JSON:
+        for magic, problem, way_out in _NOT_JSON:
             if start.startswith(magic):
-                raise InputError(what, where=str(self.path), way_out=way_out)
+                raise InputError(problem, where=str(self.path), way_out=way_out)
 
-    def _top_level(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    def _top_level(self) -> Iterator[tuple[str, int, dict[str, object]]]:
         place = "before the first value"
         if self._peek(place) != "{":
             value = "a list" if self._peek(place) == "[" else "no JSON object"
@@ -120,7 +120,7 @@ class RecordFile:
         if self._peek("after the end", end_allowed=True):
             raise self._malformed(self._pos, "there is text after the closing '}'", "at the end")
 
-    def _records(self, name: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    def _records(self, name: str) -> Iterator[tuple[str, int, dict[str, object]]]:
         self._list, self._number = name, 0
         if self._peek(f"in '{name}'") != "[":
             raise InputError(
@@ -170,11 +170,11 @@ class RecordFile:
     def _check_expected(self, key: str) -> None:
         if key not in self.expect:
             return
-        wanted, found = self.expect[key], self.header.get(key)
-        if found != wanted:
-            what = f"'{key}' is '{found}'" if key in self.header else f"'{key}' is missing"
+        wanted, value = self.expect[key], self.header.get(key)
+        if value != wanted:
+            problem = f"'{key}' is '{value}'" if key in self.header else f"'{key}' is missing"
             raise InputError(
-                f"{what}, but '{wanted}' is needed here",
+                f"{problem}, but '{wanted}' is needed here",
                 where=str(self.path),
                 way_out="The file belongs to another split; were the train and the val file swapped or renamed?",
             )

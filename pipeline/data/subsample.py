@@ -25,13 +25,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pipeline.data.files import file_digest
+from pipeline.data.files import source_digest
 from pipeline.data.images import CheckedImage, check_images, problems_error
 from pipeline.data.manifest import Manifest, Source
 from pipeline.data.sample import PromptStyle, Sample
 from pipeline.errors import InputError
 from pipeline.progress import Report
-from pipeline.tasks.base import Entry, SampleId, Split, Task
+from pipeline.tasks.base import IndexEntry, SampleId, Split, Task
 
 _SELECTION_SIDE = "0123"
 
@@ -46,7 +46,7 @@ class Candidates:
 
     split: str
     wanted: int
-    entries: Sequence[Entry]
+    entries: Sequence[IndexEntry]
 
 
 def draw(
@@ -89,8 +89,8 @@ def draw(
     _check_sizes(task, num_train, num_selection, num_evaluation)
     with ThreadPoolExecutor(max_workers=1) as thread:  # hashing releases the GIL: it runs beside the parsing
         paths = sorted({path for split in _splits(task) for path in task.files(root, split)})
-        digests = thread.map(file_digest, paths)
-        candidates = plan(
+        digests = thread.map(source_digest, paths)
+        candidates = plan_draw(
             task,
             root,
             seed=seed,
@@ -120,9 +120,9 @@ def sample_key(seed: int, task: str, sample_id: SampleId) -> bytes:
     return hashlib.sha256(f"{seed}:{task}:{sample_id}".encode()).digest()
 
 
-def _order(seed: int, task: str, entry: Entry) -> tuple[bytes, bytes]:
-    own = sample_key(seed, task, entry.sample_id)
-    return (own, b"") if entry.group is None else (sample_key(seed, task, entry.group), own)
+def _order(seed: int, task: str, entry: IndexEntry) -> tuple[bytes, bytes]:
+    key = sample_key(seed, task, entry.sample_id)
+    return (key, b"") if entry.group is None else (sample_key(seed, task, entry.group), key)
 
 
 def _on_selection_side(seed: int, task: str, image: str) -> bool:
@@ -148,7 +148,7 @@ def _splits(task: Task) -> tuple[Split, ...]:
     return ("evaluation",) if task.one_pool else ("evaluation", "train")
 
 
-def plan(
+def plan_draw(
     task: Task,
     root: Path,
     *,
@@ -173,7 +173,7 @@ def plan(
     return [Candidates("evaluation", size, evaluation), *for_training]
 
 
-def _index(task: Task, root: Path, split: Split, seed: int, report: Report) -> list[Entry]:
+def _index(task: Task, root: Path, split: Split, seed: int, report: Report) -> list[IndexEntry]:
     entries = []
     for entry in task.index(root, split):
         entries.append(entry)
@@ -186,36 +186,36 @@ def _index(task: Task, root: Path, split: Split, seed: int, report: Report) -> l
     return entries
 
 
-def _sides(task: Task, seed: int, pool: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
+def _sides(task: Task, seed: int, pool: Sequence[IndexEntry]) -> tuple[list[IndexEntry], list[IndexEntry]]:
     """Return training's and selection's candidates: the own side first, then the other from its far end."""
     side: dict[str, bool] = {}
-    mine: dict[bool, list[Entry]] = {False: [], True: []}
+    sides: dict[bool, list[IndexEntry]] = {False: [], True: []}
     for entry in pool:
         image = entry.group or entry.images[0]
         if image not in side:
             side[image] = _on_selection_side(seed, task.name, image)
-        mine[side[image]].append(entry)
-    return mine[False] + mine[True][::-1], mine[True] + mine[False][::-1]
+        sides[side[image]].append(entry)
+    return sides[False] + sides[True][::-1], sides[True] + sides[False][::-1]
 
 
 def _take(
     task: Task, root: Path, plan: Sequence[Candidates], report: Report
-) -> tuple[dict[str, list[Entry]], dict[str, CheckedImage], list[dict[str, object]]]:
+) -> tuple[dict[str, list[IndexEntry]], dict[str, CheckedImage], list[dict[str, object]]]:
     """Let each split take its samples: no image, by path or by bytes, goes to two of them."""
     checked: dict[str, CheckedImage] = {}
     owner: dict[str, str] = {}  # image path or digest -> the split that has it
-    chosen: dict[str, list[Entry]] = {}
+    chosen: dict[str, list[IndexEntry]] = {}
     replaced: list[dict[str, object]] = []
     for candidates in plan:
         name = candidates.split
         free = (entry for entry in candidates.entries if not any(image in owner for image in entry.images))
-        taken: list[Entry] = []
+        taken: list[IndexEntry] = []
         while batch := list(_first(free, candidates.wanted - len(taken) if candidates.wanted >= 0 else None)):
             _check(root, batch, checked, report, name)
             for entry in batch:
-                other = next((owner[checked[i].sha256] for i in entry.images if checked[i].sha256 in owner), name)
-                if other != name:
-                    replaced.append({"sample_id": entry.sample_id, "split": name, "same_image_in": other})
+                taker = next((owner[checked[i].sha256] for i in entry.images if checked[i].sha256 in owner), name)
+                if taker != name:
+                    replaced.append({"sample_id": entry.sample_id, "split": name, "same_image_in": taker})
                 else:
                     taken.append(entry)
         if len(taken) < candidates.wanted or (candidates.wanted < 0 and not taken):
@@ -232,7 +232,7 @@ def _take(
     return chosen, checked, replaced
 
 
-def _first(entries: Iterator[Entry], count: int | None) -> Iterator[Entry]:
+def _first(entries: Iterator[IndexEntry], count: int | None) -> Iterator[IndexEntry]:
     if count is None:
         yield from entries
         return
@@ -243,7 +243,9 @@ def _first(entries: Iterator[Entry], count: int | None) -> Iterator[Entry]:
         yield entry
 
 
-def _check(root: Path, entries: Iterable[Entry], checked: dict[str, CheckedImage], report: Report, split: str) -> None:
+def _check(
+    root: Path, entries: Iterable[IndexEntry], checked: dict[str, CheckedImage], report: Report, split: str
+) -> None:
     new = list(dict.fromkeys(image for entry in entries for image in entry.images if image not in checked))
     done = 0
 
@@ -257,7 +259,7 @@ def _check(root: Path, entries: Iterable[Entry], checked: dict[str, CheckedImage
     checked.update(zip(new, results, strict=True))
 
 
-def _too_few(task: Task, candidates: Candidates, found: int, chosen: dict[str, list[Entry]]) -> InputError:
+def _too_few(task: Task, candidates: Candidates, found: int, chosen: dict[str, list[IndexEntry]]) -> InputError:
     total = len(candidates.entries)
     images = len({image for entry in candidates.entries for image in entry.images})
     taken = ", ".join(f"{name} takes {len(entries)}" for name, entries in chosen.items() if entries)
@@ -272,10 +274,10 @@ def _too_few(task: Task, candidates: Candidates, found: int, chosen: dict[str, l
 
 
 def _read(
-    task: Task, root: Path, chosen: dict[str, list[Entry]], images: dict[str, CheckedImage], report: Report
+    task: Task, root: Path, chosen: dict[str, list[IndexEntry]], images: dict[str, CheckedImage], report: Report
 ) -> dict[str, tuple[Sample, ...]]:
     """Read the chosen samples, in the draw's order, with the digests of their images."""
-    found: dict[tuple[Split, SampleId], Sample] = {}
+    samples: dict[tuple[Split, SampleId], Sample] = {}
     source: dict[str, Split] = dict.fromkeys(chosen, "evaluation")
     if not task.one_pool:
         source.update(train="train", selection="train")
@@ -284,6 +286,8 @@ def _read(
         report(0, len(only), f"{task.name}: reading the {split} answers")
         for sample in task.read(root, split, only):
             refs = tuple(replace(image, sha256=images[image.path].sha256) for image in sample.images)
-            found[split, sample.sample_id] = replace(sample, images=refs)
+            samples[split, sample.sample_id] = replace(sample, images=refs)
         report(len(only), len(only), f"{task.name}: reading the {split} answers")
-    return {name: tuple(found[source[name], entry.sample_id] for entry in entries) for name, entries in chosen.items()}
+    return {
+        name: tuple(samples[source[name], entry.sample_id] for entry in entries) for name, entries in chosen.items()
+    }

@@ -14,7 +14,7 @@ class Answers:
     """What a trial answered in one part of a split.
 
     Attributes:
-        texts: post-processed answer by sample id.
+        texts: answer by sample id.
         seconds: the trial's share of what the part took.
         found: what a method without training found out first.
     """

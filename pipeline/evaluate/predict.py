@@ -31,7 +31,7 @@ def predict(
     from_pixels: bool = False,
     part: tuple[int, int] = (0, 1),
 ) -> dict[Any, str]:
-    """Return the post-processed answer of every sample (of those in `part`), by id.
+    """Return the answer to every sample (of those in `part`), by id.
 
     Args:
         resident: backbone, tokenizer and visual tokens.
@@ -49,12 +49,12 @@ def predict(
         prompts = resident.alone(manifest, samples, answer=False)
     else:
         prompts = resident.prompts(manifest, samples, [demonstrations(sample) for sample in samples], answer=False)
-    mine = of_part(prompts, batch_size, part)
+    chosen = of_part(prompts, batch_size, part)
     texts = _answers(
-        resident, manifest, [prompts[i] for i in mine], max_new_tokens, num_beams=num_beams,
+        resident, manifest, [prompts[i] for i in chosen], max_new_tokens, num_beams=num_beams,
         length_penalty=length_penalty, batch_size=batch_size, from_pixels=from_pixels,
     )  # fmt: skip
-    return {samples[i].sample_id: text for i, text in zip(mine, texts, strict=True)}
+    return {samples[i].sample_id: text for i, text in zip(chosen, texts, strict=True)}
 
 
 def predict_each(
@@ -82,24 +82,24 @@ def predict_each(
         one mapping of id to answer for every entry of `members`.
     """
     prompts = resident.alone(manifest, samples, answer=False) * len(members)
-    mine = of_part(prompts, batch_size, part)
+    chosen = of_part(prompts, batch_size, part)
     texts = _answers(
-        resident, manifest, [prompts[i] for i in mine], max_new_tokens, num_beams=num_beams,
+        resident, manifest, [prompts[i] for i in chosen], max_new_tokens, num_beams=num_beams,
         length_penalty=length_penalty, batch_size=batch_size, from_pixels=from_pixels,
-        pack=pack, members=[members[i // len(samples)] for i in mine], on_batch=on_batch,
+        pack=pack, members=[members[i // len(samples)] for i in chosen], on_batch=on_batch,
     )  # fmt: skip
-    found: list[dict[Any, str]] = [{} for _ in members]
-    for i, text in zip(mine, texts, strict=True):
-        found[i // len(samples)][samples[i % len(samples)].sample_id] = text
-    return found
+    answers: list[dict[Any, str]] = [{} for _ in members]
+    for i, text in zip(chosen, texts, strict=True):
+        answers[i // len(samples)][samples[i % len(samples)].sample_id] = text
+    return answers
 
 
 def _answers(
     resident: Resident, manifest: Manifest, prompts: Sequence[Any], max_new_tokens: int | None, **decoding: Any
 ) -> list[str]:
-    """Return the post-processed answers to prompts, ended as the task and the backbone's template end them."""
+    """Return the answers to prompts, cut where the task's template and the backbone's say."""
     task = tasks.get(manifest.task)
-    texts = generate(
+    return generate(
         resident.loaded,
         prompts,
         max_new_tokens=max_new_tokens or task.max_new_tokens,
@@ -108,4 +108,3 @@ def _answers(
         stop_strings=stop_strings(task.template, resident.loaded.backbone, manifest.prompt),
         **decoding,
     )
-    return [task.postprocess(text) for text in texts]

@@ -10,7 +10,7 @@ from pipeline import backbones
 from pipeline.config import Params
 from pipeline.data import image_files
 from pipeline.data.manifest import Manifest
-from pipeline.data.parquet import place as in_shard
+from pipeline.data.parquet import shard_order
 from pipeline.digests import file_digest, folder_digest
 from pipeline.errors import HificlError, InputError
 from pipeline.lineage import place as places
@@ -219,9 +219,9 @@ class _Walk:
 
     def _images(self, base: Path, images: dict[str, str]) -> None:
         wrong = 0
-        for name, known in sorted(images.items(), key=lambda item: in_shard(item[0])):
+        for name, known in sorted(images.items(), key=lambda item: shard_order(item[0])):
             try:
-                found = image_files.digest(name, base)  # a file's, or that of a cell in a shard
+                found = image_files.image_digest(name, base)  # a file's, or that of a cell in a shard
             except InputError:
                 found = None
             if found != known:

@@ -13,7 +13,7 @@ class Prediction(Frozen):
 
     Attributes:
         sample_id: of the sample.
-        prediction: the answer, post-processed.
+        prediction: the answer.
         score: None where a score is of all answers alone.
         hallucinated: words of a caption that name what its image does not show (CHAIR).
     """

@@ -22,7 +22,7 @@ from pycocoevalcap.spice import spice
 
 from pipeline.errors import InputError, WorkError, nearest
 from pipeline.scores.cider import cider_d
-from pipeline.scores.files import some
+from pipeline.scores.files import JsonObject, first_few
 from pipeline.scores.java import conversation, run_java
 from pipeline.scores.tokens import tokenise, tokenise_references
 
@@ -41,7 +41,7 @@ class CaptionScore:
     overall: dict[str, float]
     per_image: dict[Any, dict[str, float]]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the numbers as plain JSON values, ids as text."""
         return {**self.overall, "per_image": {str(key): dict(value) for key, value in self.per_image.items()}}
 
@@ -180,7 +180,7 @@ def _tokens(
     bare = [key for key in ids if not references.get(key)]
     if bare:
         raise InputError(
-            f"images without reference caption ({some(bare)})",
+            f"images without reference caption ({first_few(bare)})",
             way_out="Give the caption file of the same split, or drop these images",
         )
     tokens = iter(tokenise_references(tuple(text for key in ids for text in references[key])))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import InputError, nearest
-from pipeline.scores.files import need
+from pipeline.scores.files import JsonObject, need
 from pipeline.scores.singular import singular
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -86,7 +86,7 @@ class ChairScore:
     sentences: list[ChairSentence]
     variant: str = VARIANT
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the numbers as plain JSON values."""
         return asdict(self)
 
@@ -174,12 +174,12 @@ def mentions(caption: str, words: Collection[str]) -> list[tuple[int, int]]:
     """
     if not words:
         return []
-    found = list(_WORD.finditer(caption))
-    singulars = [singular(match.group().lower()) for match in found]
+    words_found = list(_WORD.finditer(caption))
+    singulars = [singular(match.group().lower()) for match in words_found]
     joined, starts = _join(singulars)
-    ends = [*(start - 1 for start in starts[1:]), len(found) - 1]
+    ends = [*(start - 1 for start in starts[1:]), len(words_found) - 1]
     return [
-        (found[start].start(), found[end].end())
+        (words_found[start].start(), words_found[end].end())
         for name, start, end in zip(joined, starts, ends, strict=True)
         if name in words
     ]
@@ -245,11 +245,11 @@ def chair_scores(
         raise InputError("there is no caption to score", way_out="Give at least one caption")
     way_out = "Give the annotations of the same split, or drop these captions"
     need(captions, objects, "ground-truth objects", way_out=way_out)
-    sentences, found, present = [], 0, 0
+    sentences, recalled, present = [], 0, 0
     for key, caption in captions.items():
         named, truth = caption_objects(caption, words), set(objects[key])
         wrong = [[word, node] for word, node in zip(named.words, named.nodes, strict=True) if node not in truth]
-        found += len(truth & set(named.nodes))
+        recalled += len(truth & set(named.nodes))
         present += len(truth)
         sentences.append(
             ChairSentence(
@@ -265,7 +265,7 @@ def chair_scores(
     return ChairScore(
         CHAIRs=_ratio(sum(sentence.CHAIRs for sentence in sentences), len(sentences)),
         CHAIRi=_ratio(sum(len(sentence.mscoco_hallucinated_words) for sentence in sentences), mentions),
-        recall=_ratio(found, present),
+        recall=_ratio(recalled, present),
         n_captions=len(sentences),
         sentences=sentences,
     )

@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 
 from pipeline.errors import InputError
 
+JsonObject = dict[str, object]  # as a file has it: its fields are read by `text_field` and `id_field`
 _SHOWN_IDS = 5
 _Key = TypeVar("_Key", bound=Hashable)
+_Row = TypeVar("_Row")
 
 
 def read_text(path: str | Path) -> str:
@@ -45,7 +47,7 @@ def read_json(path: str | Path) -> Any:
     return _parse(read_text(path), str(path))
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
+def read_records(path: str | Path) -> list[JsonObject]:
     """Return the records of `path`: a JSON array of objects, or JSON Lines with one object a line.
 
     Raises:
@@ -73,14 +75,14 @@ def _parse(text: str, where: str) -> Any:
         ) from None
 
 
-def as_object(value: Any, where: str) -> dict[str, Any]:
+def as_object(value: object, where: str) -> JsonObject:
     """Return `value` if it is a JSON object, or raise an InputError that names `where`."""
     if not isinstance(value, dict):
         raise InputError(f"a JSON object is expected, found {_kind(value)}", where=where, way_out="Check the shape")
     return value
 
 
-def records(value: Any, where: str) -> list[dict[str, Any]]:
+def records(value: object, where: str) -> list[JsonObject]:
     """Return `value` if it is a JSON array of objects, or raise an InputError that names the first bad record."""
     if not isinstance(value, list):
         raise InputError(
@@ -93,7 +95,7 @@ def records(value: Any, where: str) -> list[dict[str, Any]]:
     return value
 
 
-def section(value: Any, name: str, where: str) -> list[dict[str, Any]]:
+def record_list(value: object, name: str, where: str) -> list[JsonObject]:
     """Return the array of records under the key `name` of an official file's top-level object."""
     content = as_object(value, where)
     if name not in content:
@@ -148,57 +150,59 @@ def results_by_id(path: str | Path, id_name: str, text_name: str) -> dict[str, s
         InputError: a bad record, an id that stands twice, or no record at all.
     """
     rows = read_records(path)
-    found: dict[str, str] = {}
+    results: dict[str, str] = {}
     for number, row in enumerate(rows):
-        where = f"{path}, record {number}"
-        key = id_field(row, id_name, where)
-        if key in found:
-            raise InputError(f"{id_name} {shown(key)} stands twice", where=where, way_out="Keep one result for each id")
-        found[key] = text_field(row, text_name, where)
-    if not found:
+        place = f"{path}, record {number}"
+        key = id_field(row, id_name, place)
+        if key in results:
+            raise InputError(
+                f"{id_name} {printable(key)} stands twice", where=place, way_out="Keep one result for each id"
+            )
+        results[key] = text_field(row, text_name, place)
+    if not results:
         raise InputError("holds no result", where=str(path), way_out="Give at least one record")
-    return found
+    return results
 
 
-def group(rows: Iterable[Mapping[str, Any]], key: Callable[[Mapping[str, Any]], _Key]) -> dict[_Key, list[Any]]:
+def group_by(rows: Iterable[_Row], key: Callable[[_Row], _Key]) -> dict[_Key, list[_Row]]:
     """Return the rows that share a key, keys in order of first appearance."""
-    groups: dict[_Key, list[Any]] = {}
+    groups: dict[_Key, list[_Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups
 
 
 def need(
-    wanted: Iterable[object], known: Container[object], what: str, *, where: str | None = None, way_out: str
+    wanted: Iterable[object], known: Container[object], needed: str, *, where: str | None = None, way_out: str
 ) -> None:
     """Check that every image is known.
 
     Args:
         wanted: ids of images.
-        known: ids of those that have what is needed.
-        what: that is, for the message.
-        where: the file that lacks it, or that asks for too much.
+        known: ids of the images that have what is needed.
+        needed: its name, for the message.
+        where: the file that the message names.
         way_out: what to do.
 
     Raises:
         InputError: some are not known; the first few are named.
     """
-    lacking = [one for one in wanted if one not in known]
+    lacking = [key for key in wanted if key not in known]
     if lacking:
-        raise InputError(f"images without {what} ({some(lacking)})", where=where, way_out=way_out)
+        raise InputError(f"images without {needed} ({first_few(lacking)})", where=where, way_out=way_out)
 
 
-def some(ids: Sequence[object]) -> str:
+def first_few(ids: Sequence[object]) -> str:
     """Return the first few of `ids` and how many there are, for an error message."""
-    return f"{len(ids)}: {', '.join(map(shown, ids[:_SHOWN_IDS]))}{', ...' if len(ids) > _SHOWN_IDS else ''}"
+    return f"{len(ids)}: {', '.join(map(printable, ids[:_SHOWN_IDS]))}{', ...' if len(ids) > _SHOWN_IDS else ''}"
 
 
-def shown(one: object) -> str:
+def printable(identifier: object) -> str:
     """Return an id for an error message, which is one line: quoted and escaped where it holds what breaks that."""
-    text = str(one)
+    text = str(identifier)
     return text if text.isprintable() else repr(text)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

@@ -155,11 +155,11 @@ def _run(arguments: Sequence[str], text: str, folder: Path | None) -> tuple[str,
 
 def _started(arguments: Sequence[str], folder: Path | None, errors: int | IO[bytes]) -> subprocess.Popen[bytes]:
     command = [str(find_java()), *_OPTIONS, *arguments]
-    own = {name: value for name, value in os.environ.items() if name not in _JVM_VARIABLES}
-    own["LC_ALL"] = "C.UTF-8"  # Java finds no file of another alphabet where the machine's is ASCII
+    environment = {name: value for name, value in os.environ.items() if name not in _JVM_VARIABLES}
+    environment["LC_ALL"] = "C.UTF-8"  # Java finds no file of another alphabet where the machine's is ASCII
     try:
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=folder, env=own, stdin=pipe, stdout=pipe, stderr=errors)
+        return subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, stderr=errors)
     except OSError as error:
         raise WorkError(f"Java could not be started: {error}", where=command[0], way_out=_WAY_OUT) from error
 

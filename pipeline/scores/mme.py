@@ -7,12 +7,11 @@ evaluation tool published with it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.scores.files import read_text
+from pipeline.scores.files import JsonObject, read_text
 
 GROUPS = {
     "Perception": (
@@ -52,20 +51,28 @@ class MmeTask:
 
 
 @dataclass(frozen=True)
+class MmePoints:
+    """The points of the subtasks of "Perception" or "Cognition", and their sum."""
+
+    tasks: dict[str, float]
+    total: float
+
+
+@dataclass(frozen=True)
 class MmeScore:
     """MME over the subtasks that were scored."""
 
     tasks: dict[str, MmeTask]
 
-    def group(self, name: str) -> dict[str, Any]:
-        """Return the points of "Perception" or "Cognition": of each subtask, and their sum."""
+    def group(self, name: str) -> MmePoints:
+        """Return the points of "Perception" or "Cognition"."""
         points = {task: self.tasks[task].score for task in GROUPS[name] if task in self.tasks}
-        return {"tasks": points, "total": sum(points.values())}
+        return MmePoints(points, sum(points.values()))
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the numbers as plain JSON values."""
         return {
-            **{name: self.group(name) for name in GROUPS},
+            **{name: asdict(self.group(name)) for name in GROUPS},
             "accuracy": {name: task.accuracy for name, task in self.tasks.items()},
             "accuracy_plus": {name: task.accuracy_plus for name, task in self.tasks.items()},
             "n_questions": sum(task.num_questions for task in self.tasks.values()),
@@ -113,7 +120,7 @@ def subtask_score(images: Sequence[Sequence[MmeRow]]) -> MmeTask:
         InputError: a ground truth that is not yes or no.
     """
     right = [[is_right(row) for row in rows] for rows in images]
-    replies = [one for rows in right for one in rows]
+    replies = [reply for image in right for reply in image]
     both = [all(rows) for rows in right if len(rows) == _QUESTIONS_OF_AN_IMAGE]
     return MmeTask(100 * sum(replies) / len(replies), 100 * sum(both) / len(both) if both else 0.0, len(replies))
 
@@ -175,12 +182,12 @@ def _read_task(path: Path) -> Iterable[MmeRow]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
+        place = f"{path}, line {number}"
         columns = line.rstrip("\r").split("\t", len(_COLUMNS) - 1)
         if len(columns) < len(_COLUMNS):
             raise InputError(
                 f"has {len(columns)} columns",
-                where=where,
+                where=place,
                 way_out=f"A line holds {', '.join(_COLUMNS)}, with tabs between them",
             )
-        yield MmeRow(image=columns[0], truth=columns[2], response=columns[3], where=where)
+        yield MmeRow(image=columns[0], truth=columns[2], response=columns[3], where=place)

@@ -10,10 +10,9 @@ import ast
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.scores.files import id_field, text_field
+from pipeline.scores.files import JsonObject, id_field, text_field
 
 _MARKER = "Answer:"
 _STRIPPED = ",.!?;:'"
@@ -42,7 +41,7 @@ class MmmuProScore:
     seed: int
     rows: list[MmmuProRow]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the numbers as plain JSON values, sums under "overall"."""
         numbers = asdict(self)
         rows = numbers.pop("rows")
@@ -84,7 +83,7 @@ def read_letter(response: str, options: Sequence[str]) -> str | None:
     return None
 
 
-def read_options(value: Any, where: str) -> list[str]:
+def read_options(value: object, where: str) -> list[str]:
     """Return the options of a question: a list, or the Python literal of a list in a string.
 
     Raises:
@@ -104,7 +103,7 @@ def read_options(value: Any, where: str) -> list[str]:
     return [str(option) for option in value]
 
 
-def mmmu_pro_scores(results: Sequence[Mapping[str, Any]], seed: int = 0, where: str = "results") -> MmmuProScore:
+def mmmu_pro_scores(results: Sequence[Mapping[str, object]], seed: int = 0, where: str = "results") -> MmmuProScore:
     """Return the accuracy of replies to MMMU-Pro.
 
     Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.digests import stamp
 from pipeline.errors import InputError
-from pipeline.scores.files import id_field, read_json, section, shown, text_field
+from pipeline.scores.files import id_field, printable, read_json, record_list, text_field
 
 # What names the miniature's objects, whose words are no English; the form is that of CHAIR's own list.
 MINIATURE_WORDS = Path(__file__).with_name("data") / "miniature_synonyms.txt"
@@ -20,11 +20,11 @@ def categories_of(paths: Iterable[str | Path]) -> dict[str, list[str]]:
     Raises:
         InputError: a file is missing, damaged or of another shape.
     """
-    found: dict[str, list[str]] = {}
+    categories: dict[str, list[str]] = {}
     for path in map(Path, paths):
         for key, names in _categories(path, _stamp(path)).items():
-            found.setdefault(key, []).extend(names)
-    return found
+            categories.setdefault(key, []).extend(names)
+    return categories
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -41,19 +41,19 @@ def _categories(path: Path, mark: tuple[int, ...]) -> Mapping[str, tuple[str, ..
     content = read_json(path)
     names = {
         id_field(row, "id", f"{path}, category {number}"): text_field(row, "name", f"{path}, category {number}")
-        for number, row in enumerate(section(content, "categories", str(path)))
+        for number, row in enumerate(record_list(content, "categories", str(path)))
     }
-    found: dict[str, list[str]] = {
+    categories_by_image: dict[str, list[str]] = {
         id_field(row, "id", f"{path}, image {number}"): []
-        for number, row in enumerate(section(content, "images", str(path)))
+        for number, row in enumerate(record_list(content, "images", str(path)))
     }
-    for number, row in enumerate(section(content, "annotations", str(path))):
-        where = f"{path}, annotation {number}"
-        category = id_field(row, "category_id", where)
+    for number, row in enumerate(record_list(content, "annotations", str(path))):
+        place = f"{path}, annotation {number}"
+        category = id_field(row, "category_id", place)
         if category not in names:
             raise InputError(
-                f"category_id {shown(category)} is not among the categories", where=where, way_out="Correct it"
+                f"category_id {printable(category)} is not among the categories", where=place, way_out="Correct it"
             )
-        found.setdefault(id_field(row, "image_id", where), []).append(names[category])
+        categories_by_image.setdefault(id_field(row, "image_id", place), []).append(names[category])
     # CHAIR asks only which categories are there: the repeats would be most of what the cache holds.
-    return {key: tuple(dict.fromkeys(categories)) for key, categories in found.items()}
+    return {key: tuple(dict.fromkeys(categories)) for key, categories in categories_by_image.items()}

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import InputError
 from pipeline.scores import chair, mme, mmmu_pro, seed_bench, vqa
 from pipeline.scores.files import (
+    JsonObject,
     as_object,
+    first_few,
     id_field,
     need,
+    printable,
     read_json,
     read_records,
+    record_list,
     results_by_id,
-    section,
-    shown,
-    some,
     text_field,
 )
 from pipeline.scores.objects import categories_of
@@ -27,7 +28,7 @@ from pipeline.scores.stems import stem_answer
 def score_vqa(
     results: str, questions: str, annotations: str, *, normalise: str = "always", subset: bool = False,
     stem: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> JsonObject:  # fmt: skip
     """Return VQA accuracy of an official result file.
 
     Args:
@@ -43,26 +44,26 @@ def score_vqa(
             `--subset` is given, without result.
     """
     predictions = results_by_id(results, "question_id", "answer")
-    asked = _ids(section(read_json(questions), "questions", questions), "question_id", questions)
+    asked = _ids(record_list(read_json(questions), "questions", questions), "question_id", questions)
     annotated = _annotations(annotations, predictions)
     unknown = [key for key in predictions if key not in asked]
     if unknown:
         raise InputError(
-            f"results for questions that are not in {questions} ({some(unknown)})",
+            f"results for questions that are not in {questions} ({first_few(unknown)})",
             where=str(results),
             way_out="Give the questions file of the same split",
         )
     unannotated = [key for key in (predictions if subset else asked) if key not in annotated]
     if unannotated:
         raise InputError(
-            f"questions without annotation ({some(unannotated)})",
+            f"questions without annotation ({first_few(unannotated)})",
             where=str(annotations),
             way_out="Give the annotations file of the same split and release",
         )
     unanswered = [key for key in asked if key not in predictions]
     if unanswered and not subset:
         raise InputError(
-            f"questions without result ({some(unanswered)})",
+            f"questions without result ({first_few(unanswered)})",
             where=str(results),
             way_out="Answer every question, or pass --subset to score those that are answered",
         )
@@ -70,45 +71,52 @@ def score_vqa(
         predictions = {key: stem_answer(answer) for key, answer in predictions.items()}
     return vqa.vqa_accuracy(
         predictions,
-        {key: annotated[key]["answers"] for key in predictions},
+        {key: annotated[key].answers for key in predictions},
         normalise,
-        answer_types=_named(annotated, "answer_type"),
-        question_types=_named(annotated, "question_type"),
+        answer_types={key: row.answer_type for key, row in annotated.items() if row.answer_type is not None},
+        question_types={key: row.question_type for key, row in annotated.items() if row.question_type is not None},
     ).as_dict()
 
 
-def _ids(rows: Sequence[Mapping[str, Any]], name: str, where: str) -> dict[str, None]:
+def _ids(rows: Sequence[JsonObject], name: str, where: str) -> dict[str, None]:
     return dict.fromkeys(id_field(row, name, f"{where}, record {number}") for number, row in enumerate(rows))
 
 
-def _annotations(path: str, wanted: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return {question id: annotation}; the answers of questions that are not `wanted` are left as they stand."""
-    found: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(section(read_json(path), "annotations", path)):
-        where = f"{path}, annotation {number}"
-        key = id_field(row, "question_id", where)
-        if key in found:
+@dataclass(frozen=True)
+class _Annotation:
+    answers: list[str]
+    answer_type: str | None
+    question_type: str | None
+
+
+def _annotations(path: str, wanted: Mapping[str, str]) -> dict[str, _Annotation]:
+    """Return {question id: annotation}; the answers are read of the questions that are `wanted` alone."""
+    annotations: dict[str, _Annotation] = {}
+    for number, row in enumerate(record_list(read_json(path), "annotations", path)):
+        place = f"{path}, annotation {number}"
+        key = id_field(row, "question_id", place)
+        if key in annotations:
             raise InputError(
-                f"question_id {shown(key)} stands twice", where=where, way_out="Keep one annotation a question"
+                f"question_id {printable(key)} stands twice", where=place, way_out="Keep one annotation a question"
             )
-        if key not in wanted:  # the official file has 20 times the questions that are usually scored
-            found[key] = row
-            continue
-        answers = section(row, "answers", where)
-        if not answers:
-            raise InputError("field 'answers' is empty", where=where, way_out="A question needs at least one answer")
-        found[key] = {
-            **row,
-            "answers": [text_field(answer, "answer", f"{where}, answer {at}") for at, answer in enumerate(answers)],
-        }
-    return found
+        texts = []
+        if key in wanted:  # the official file has 20 times the questions that are usually scored
+            answers = record_list(row, "answers", place)
+            if not answers:
+                raise InputError(
+                    "field 'answers' is empty", where=place, way_out="A question needs at least one answer"
+                )
+            texts = [text_field(answer, "answer", f"{place}, answer {at}") for at, answer in enumerate(answers)]
+        answer_type, question_type = row.get("answer_type"), row.get("question_type")
+        annotations[key] = _Annotation(
+            texts,
+            answer_type if isinstance(answer_type, str) else None,
+            question_type if isinstance(question_type, str) else None,
+        )
+    return annotations
 
 
-def _named(annotations: Mapping[str, Mapping[str, Any]], field: str) -> dict[str, str]:
-    return {key: row[field] for key, row in annotations.items() if isinstance(row.get(field), str)}
-
-
-def score_caption(results: str, annotations: str, metrics: Sequence[str] | None = None) -> dict[str, Any]:
+def score_caption(results: str, annotations: str, metrics: Sequence[str] | None = None) -> JsonObject:
     """Return the caption metrics of an official result file; only the images in it are scored.
 
     Raises:
@@ -134,24 +142,24 @@ def score_caption(results: str, annotations: str, metrics: Sequence[str] | None 
 def _captions(path: str) -> dict[str, list[str]]:
     """Return {image id: captions}, in the order of the file's images where it lists them."""
     content = as_object(read_json(path), path)
-    images = section(content, "images", path) if "images" in content else []
-    found: dict[str, list[str]] = {
+    images = record_list(content, "images", path) if "images" in content else []
+    captions: dict[str, list[str]] = {
         id_field(row, "id", f"{path}, image {number}"): [] for number, row in enumerate(images)
     }
-    for number, row in enumerate(section(content, "annotations", path)):
-        where = f"{path}, annotation {number}"
-        found.setdefault(id_field(row, "image_id", where), []).append(text_field(row, "caption", where))
-    return {key: texts for key, texts in found.items() if texts}
+    for number, row in enumerate(record_list(content, "annotations", path)):
+        place = f"{path}, annotation {number}"
+        captions.setdefault(id_field(row, "image_id", place), []).append(text_field(row, "caption", place))
+    return {key: texts for key, texts in captions.items() if texts}
 
 
-def _need(predictions: Mapping[str, str], known: Mapping[str, Any], results: str, what: str) -> None:
+def _need(predictions: Mapping[str, str], known: Container[object], results: str, needed: str) -> None:
     way_out = "Give the annotations of the same split, or drop these images"
-    need(predictions, known, what, where=str(results), way_out=way_out)
+    need(predictions, known, needed, where=str(results), way_out=way_out)
 
 
 def score_chair(
     results: str, *, instances: Sequence[str] = (), captions: Sequence[str] = (), objects: str | None = None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return CHAIR of an official result file.
 
     Raises:
@@ -178,10 +186,9 @@ def score_chair(
         _need(predictions, categories, results, f"an entry in {', '.join(instances)}")
         _need(predictions, references, results, f"a reference caption in {', '.join(captions)}")
         truth = chair.ground_truth({key: categories[key] for key in predictions}, references)
-    numbers = chair.chair_scores(predictions, truth).as_dict()
-    for sentence in numbers["sentences"]:
-        sentence["image_id"] = _as_in_coco(sentence["image_id"])
-    return numbers
+    score = chair.chair_scores(predictions, truth)
+    sentences = [replace(sentence, image_id=_as_in_coco(sentence.image_id)) for sentence in score.sentences]
+    return replace(score, sentences=sentences).as_dict()
 
 
 def _as_in_coco(key: str) -> int | str:
@@ -189,16 +196,16 @@ def _as_in_coco(key: str) -> int | str:
 
 
 def _objects(path: str) -> dict[str, set[str]]:
-    found = {}
+    objects = {}
     for key, names in as_object(read_json(path), path).items():
-        where = f"{path}, image {shown(key)}"
+        place = f"{path}, image {printable(key)}"
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise InputError("an array of object names is expected", where=where, way_out='{"image_id": ["object"]}')
-        found[key] = {chair.category(name, where) for name in names}
-    return found
+            raise InputError("an array of object names is expected", where=place, way_out='{"image_id": ["object"]}')
+        objects[key] = {chair.category(name, place) for name in names}
+    return objects
 
 
-def score_mme(results: str, *, subset: bool = False) -> dict[str, Any]:
+def score_mme(results: str, *, subset: bool = False) -> JsonObject:
     """Return MME's points of an official result folder.
 
     Raises:
@@ -207,7 +214,7 @@ def score_mme(results: str, *, subset: bool = False) -> dict[str, Any]:
     return mme.mme_scores(mme.read_results(results, subset=subset)).as_dict()
 
 
-def score_seed_bench(results: str, questions: str | None = None) -> dict[str, Any]:
+def score_seed_bench(results: str, questions: str | None = None) -> JsonObject:
     """Return the SEED-Bench accuracy of a result file.
 
     Raises:
@@ -217,11 +224,11 @@ def score_seed_bench(results: str, questions: str | None = None) -> dict[str, An
     known = None
     if questions:
         content = as_object(read_json(questions), questions)
-        known = seed_bench.questions(content, section(content, "questions", questions), questions)
+        known = seed_bench.questions(content, record_list(content, "questions", questions), questions)
     return seed_bench.seed_bench_scores(rows, known, str(results)).as_dict()
 
 
-def score_mmmu_pro(results: str, *, seed: int = 0) -> dict[str, Any]:
+def score_mmmu_pro(results: str, *, seed: int = 0) -> JsonObject:
     """Return the MMMU-Pro accuracy of a result file.
 
     Raises:

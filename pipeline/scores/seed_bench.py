@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.scores.files import group, id_field, some, text_field
+from pipeline.scores.files import JsonObject, first_few, group_by, id_field, text_field
+
+
+@dataclass(frozen=True)
+class SeedBenchRow:
+    """One question: what was predicted, the right choice, and whether they are the same."""
+
+    question_id: str
+    prediction: str
+    gt_answer: str
+    if_right: bool
 
 
 @dataclass(frozen=True)
@@ -20,11 +29,11 @@ class SeedBenchScore:
 
     n: int
     accuracy: float
-    rows: list[dict[str, Any]]
+    rows: list[SeedBenchRow]
     per_dimension: dict[str, float]
     n_duplicates: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the numbers as plain JSON values."""
         return asdict(self)
 
@@ -38,7 +47,7 @@ class SeedBenchQuestion:
 
 
 def questions(
-    content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], where: str
+    content: Mapping[str, object], rows: Sequence[Mapping[str, object]], where: str
 ) -> dict[str, SeedBenchQuestion]:
     """Return {question_id: answer and dimension} of an official SEED-Bench.json.
 
@@ -54,18 +63,20 @@ def questions(
     """
     types = content.get("question_type")
     names = {str(number): name for name, number in types.items()} if isinstance(types, dict) else {}
-    found = {}
+    known = {}
     for number, row in enumerate(rows):
         at = f"{where}, question {number}"
         dimension = id_field(row, "question_type_id", at)
-        found[id_field(row, "question_id", at)] = SeedBenchQuestion(
+        known[id_field(row, "question_id", at)] = SeedBenchQuestion(
             answer=text_field(row, "answer", at).strip(), dimension=names.get(dimension, dimension)
         )
-    return found
+    return known
 
 
 def seed_bench_scores(
-    results: Sequence[Mapping[str, Any]], known: Mapping[str, SeedBenchQuestion] | None = None, where: str = "results"
+    results: Sequence[Mapping[str, object]],
+    known: Mapping[str, SeedBenchQuestion] | None = None,
+    where: str = "results",
 ) -> SeedBenchScore:
     """Return the accuracy: rows whose prediction equals the right choice / rows.
 
@@ -81,7 +92,7 @@ def seed_bench_scores(
     """
     if not results:
         raise InputError("holds no result", where=where, way_out="Give at least one record")
-    rows: list[dict[str, Any]] = []
+    rows: list[SeedBenchRow] = []
     unknown = []
     for number, row in enumerate(results):
         at = f"{where}, record {number}"
@@ -95,20 +106,22 @@ def seed_bench_scores(
                 "has no field 'gt_answer'", where=at, way_out="Add it, or give SEED-Bench.json with --questions"
             )
         truth = question.answer if question else text_field(row, "gt_answer", at).strip()
-        rows.append({"question_id": key, "prediction": prediction, "gt_answer": truth, "if_right": prediction == truth})
+        rows.append(SeedBenchRow(key, prediction, truth, prediction == truth))
     if unknown:
         raise InputError(
-            f"unknown questions ({some(unknown)})", where=where, way_out="Give the SEED-Bench.json of the same issue"
+            f"unknown questions ({first_few(unknown)})",
+            where=where,
+            way_out="Give the SEED-Bench.json of the same issue",
         )
-    by_dimension = group(rows, lambda row: known[row["question_id"]].dimension) if known else {}
+    by_dimension = group_by(rows, lambda row: known[row.question_id].dimension) if known else {}
     return SeedBenchScore(
         n=len(rows),
         accuracy=_accuracy(rows),
         rows=rows,
         per_dimension={name: _accuracy(members) for name, members in sorted(by_dimension.items())},
-        n_duplicates=len(rows) - len({row["question_id"] for row in rows}),
+        n_duplicates=len(rows) - len({row.question_id for row in rows}),
     )
 
 
-def _accuracy(rows: Sequence[Mapping[str, Any]]) -> float:
-    return sum(row["if_right"] for row in rows) / len(rows)
+def _accuracy(rows: Sequence[SeedBenchRow]) -> float:
+    return sum(row.if_right for row in rows) / len(rows)

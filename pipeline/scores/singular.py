@@ -140,9 +140,9 @@ def singular(word: str) -> str:
         return singular(bare) + "'s" * (len(word) - len(bare))
     if any(kept.endswith(word) for kept in _UNCHANGED) or word.endswith(_PLURALS_KEPT):
         return word
-    for plural, one in _IRREGULAR.items():
+    for plural, single in _IRREGULAR.items():
         if word.endswith(plural):
-            return word[: len(word) - len(plural)] + one
+            return word[: len(word) - len(plural)] + single
     if word.startswith("oxen"):
         return "ox" + word[len("oxen") :]
     for ending in _ENDINGS:

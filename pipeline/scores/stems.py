@@ -48,7 +48,7 @@ def stem_answer(answer: str) -> str:
     """Return the answer with each of its words as a stem; case is kept where nothing changes.
 
     Args:
-        answer: a prediction, after its post-processing.
+        answer: a prediction.
     """
     return " ".join(_stem(word) for word in answer.split())
 

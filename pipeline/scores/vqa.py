@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from pipeline.errors import InputError, nearest
-from pipeline.scores.files import some
+from pipeline.scores.files import JsonObject, first_few
 
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -69,7 +69,7 @@ class VqaScore:
         """Return how many questions were scored."""
         return len(self.per_question)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the numbers as plain JSON values, ids as text."""
         return {
             "overall": self.overall,
@@ -154,7 +154,7 @@ def vqa_accuracy(
     unannotated = [key for key in predictions if not references.get(key)]
     if unannotated:
         raise InputError(
-            f"questions without annotation ({some(unannotated)})",
+            f"questions without annotation ({first_few(unannotated)})",
             way_out="Give the annotation file of the same split, or drop these answers",
         )
     compare = {"always": _matches_always, "official": _matches_official}[normalise]

@@ -30,6 +30,7 @@ from pipeline.sweep.space import Cell, Point, points
 from pipeline.sweep.store import TrialStore
 from pipeline.sweep.supervisor import Driver, ahead
 from pipeline.tasks import tasks
+from pipeline.tasks.vqa_files import VqaTask
 from pipeline.tracking.runs import Tracker
 from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import EvaluationConfig, TrialConfig
@@ -145,14 +146,14 @@ def _choose(params: Params, cell: Cell, store: TrialStore) -> dict[str, Any]:
 
 
 def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
-    settings, own = params.evaluate, methods.published_decoding(cell.method)
+    settings, own, task = params.evaluate, methods.published_decoding(cell.method), tasks.get(cell.task)
     given = {name: getattr(settings.generation, name) for name in ("num_beams", "length_penalty", "max_new_tokens")}
     decoding = {name: getattr(own, name) if value == "published" else value for name, value in given.items()}
-    decoding["max_new_tokens"] = decoding["max_new_tokens"] or tasks.get(cell.task).max_new_tokens
+    decoding["max_new_tokens"] = decoding["max_new_tokens"] or task.max_new_tokens
     return EvaluationConfig(
         trial=trial, num_samples=settings.num_evaluation_samples, **decoding, vqa_normalise=settings.vqa_normalise,
         drop_incomplete_batch=settings.drop_incomplete_batch,
-        stem_predictions=settings.stem_predictions and tasks.get(cell.task).stemmed_references,
+        stem_predictions=settings.stem_predictions and isinstance(task, VqaTask) and task.stemmed_references,
     )  # fmt: skip
 
 

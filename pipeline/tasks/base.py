@@ -11,10 +11,9 @@ from typing import Any, Literal, NamedTuple
 from pipeline.data.files import find
 from pipeline.data.sample import Sample
 from pipeline.errors import InputError, nearest
-from pipeline.scores.files import shown
+from pipeline.scores.files import printable
 
 Split = Literal["train", "evaluation"]
-Normalise = Literal["always", "official"]
 SampleId = int | str
 
 
@@ -59,7 +58,7 @@ class Score:
         per_sample: the same metric by sample id, in the same unit.
         details: further figures (accuracy by answer type, ...).
         metrics: figures that stand beside `value` in the record of an evaluation and in its run.
-        hallucinated: words of a prediction that name what its image does not show, by sample id.
+        wrong_words: words of a prediction that the scorer knows to be wrong, by sample id.
     """
 
     value: float
@@ -67,10 +66,10 @@ class Score:
     per_sample: dict[SampleId, float]
     details: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    hallucinated: dict[SampleId, list[str]] = field(default_factory=dict)
+    wrong_words: dict[SampleId, list[str]] = field(default_factory=dict)
 
 
-class Entry(NamedTuple):
+class IndexEntry(NamedTuple):
     """What the draw needs of a sample.
 
     Attributes:
@@ -95,7 +94,6 @@ class Task(ABC):
         unit: `percent` or `fraction`.
         template: the prompt.
         max_new_tokens: default length of a generated answer, in tokens.
-        stemmed_references: the references are stems (`scores.stems`), so that predictions may be brought to that form.
         one_pool: the data set has no train split of its own, so that all splits are drawn from the same
             files by `data.subsample`, no image in two of them.
         official_evaluation: samples of the whole official evaluation split; None: its files tell.
@@ -108,7 +106,6 @@ class Task(ABC):
     template: PromptTemplate
     max_new_tokens: int
     one_pool: bool = False
-    stemmed_references: bool = False
     official_evaluation: int | None = None
 
     def with_splits(self, name: str) -> Task:
@@ -137,7 +134,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def index(self, root: Path, split: Split) -> Iterator[Entry]:
+    def index(self, root: Path, split: Split) -> Iterator[IndexEntry]:
         """Yield id and images of every sample of `split`, without reading answers: cheap on a full file."""
 
     @abstractmethod
@@ -154,17 +151,12 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
-        stem: bool = False,
-    ) -> Score:  # fmt: skip
-        """Score `predictions` (already post-processed) against the samples' references.
+    def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
+        """Score `predictions`, cut where generation ends, against the samples' references.
 
         Args:
             samples: what was asked.
             predictions: the answers, by id.
-            normalise: VQA accuracy alone: normalise every answer, or only where the ten differ.
-            stem: likewise: compare the predictions' stems, for references that are stems.
 
         Raises:
             InputError: there is no sample, or a sample has no prediction.
@@ -187,12 +179,6 @@ class Task(ABC):
         """
         del samples, predictions, root, split
         return score
-
-    def postprocess(self, text: str) -> str:
-        """Return the answer in a generated `text`: up to the first newline or stop word, stripped."""
-        for stop in ("\n", *self.template.stop_words):
-            text = text.split(stop, 1)[0]
-        return text.strip()
 
     def predictions_for(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> list[str]:
         """Return the predictions in the order of `samples`; a missing one is an error with its id."""
@@ -227,4 +213,4 @@ def image_folder(root: Path, subset: str) -> str:
 def shown_ids(ids: Sequence[object], limit: int = 10) -> str:
     """Return the first ids, and how many more there are."""
     more = f", and {len(ids) - limit} more" if len(ids) > limit else ""
-    return ", ".join(map(shown, ids[:limit])) + more
+    return ", ".join(map(printable, ids[:limit])) + more

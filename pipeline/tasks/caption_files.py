@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.data.files import field, file_digest, find
+from pipeline.data.files import field, find, source_digest
 from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.scores.files import need
-from pipeline.tasks.base import Entry, Normalise, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
+from pipeline.tasks.base import IndexEntry, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
 from pipeline.tasks.vqa_files import SUBSETS
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class CaptionTask(Task):
         """Add CHAIRs, CHAIRi and recall, fractions, where the objects of the images are annotated."""
         keys = {str(sample.sample_id): sample for sample in samples}
         try:
-            found = self.chair(
+            chair = self.chair(
                 root,
                 split,
                 {key: predictions[sample.sample_id] for key, sample in keys.items()},
@@ -142,22 +142,22 @@ class CaptionTask(Task):
             # The captions were generated and have their score; only this figure lacks its file.
             return replace(score, details={**score.details, "left_out": [f"{self.name}: no CHAIR: {error}"]})
         path = self.object_file(root, split)
-        made_from = {path.relative_to(root).as_posix(): file_digest(path)}
+        made_from = {path.relative_to(root).as_posix(): source_digest(path)}
         return replace(
             score,
-            metrics={**score.metrics, "CHAIRs": found.CHAIRs, "CHAIRi": found.CHAIRi, "recall": found.recall},
-            details={**score.details, "chair": {"variant": found.variant, "objects": made_from}},
-            hallucinated={
-                keys[one.image_id].sample_id: [word for word, _ in one.mscoco_hallucinated_words]
-                for one in found.sentences
+            metrics={**score.metrics, "CHAIRs": chair.CHAIRs, "CHAIRi": chair.CHAIRi, "recall": chair.recall},
+            details={**score.details, "chair": {"variant": chair.variant, "objects": made_from}},
+            wrong_words={
+                keys[sentence.image_id].sample_id: [word for word, _ in sentence.mscoco_hallucinated_words]
+                for sentence in chair.sentences
             },
         )
 
-    def index(self, root: Path, split: Split) -> Iterator[Entry]:
+    def index(self, root: Path, split: Split) -> Iterator[IndexEntry]:
         """Yield id and image of every sample; see `Task.index`."""
         folder = image_folder(root, SUBSETS[split])
         for image_id, file_name in self._images_and_captions(root, split, only=())[0].items():
-            yield Entry(image_id, (f"{folder}/{file_name}",))
+            yield IndexEntry(image_id, (f"{folder}/{file_name}",))
 
     def read(self, root: Path, split: Split, only: Collection[SampleId] | None = None) -> Iterator[Sample]:
         """Yield the samples; see `Task.read`."""
@@ -169,10 +169,7 @@ class CaptionTask(Task):
             meta = {"image_id": image_id, "file_name": file_name}
             yield caption_sample(self.name, image_id, f"{folder}/{file_name}", tuple(captions[image_id]), meta)
 
-    def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
-        stem: bool = False,
-    ) -> Score:  # fmt: skip
+    def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
         """Score by CIDEr-D over the samples together; see `cider_score`."""
         return cider_score(self, samples, predictions)
 
@@ -186,16 +183,16 @@ class CaptionTask(Task):
         captions: dict[int, list[str]] = {}
         captioned: set[int] = set()
         file = RecordFile(path, ["images", "annotations"])
-        where = file.where
-        for name, _, record in file:
-            if name == "images":
-                image_id = field(record, "id", int, where)
+        for list_name, _, record in file:
+            if list_name == "images":
+                image_id = field(record, "id", int, file.where)
                 if image_id in files:
-                    raise InputError(f"image id {image_id} stands twice in the file", where=where())
-                files[image_id] = _file_name(field(record, "file_name", str, where), SUBSETS[split], where)
+                    raise InputError(f"image id {image_id} stands twice in the file", where=file.where())
+                name = field(record, "file_name", str, file.where)
+                files[image_id] = _file_name(name, SUBSETS[split], file.where)
             else:
-                image_id = field(record, "image_id", int, where)
-                caption = field(record, "caption", str, where)
+                image_id = field(record, "image_id", int, file.where)
+                caption = field(record, "caption", str, file.where)
                 captioned.add(image_id)
                 if wanted is None or image_id in wanted:
                     captions.setdefault(image_id, []).append(caption)
@@ -221,6 +218,6 @@ def _file_name(name: str, subset: str, where: Callable[[], str]) -> str:
 
 def plain_file_name(name: str, where: str) -> str:
     """Return `name`, checked not to lead out of the folder of images."""
-    if any(one in name for one in "/\\\0") or name in {"", ".", ".."}:
+    if any(character in name for character in "/\\\0") or name in {"", ".", ".."}:
         raise InputError(f"file name {name!r} is no plain file name", where=where, way_out="Get the file again")
     return name

@@ -11,7 +11,7 @@ from string import ascii_uppercase
 from typing import Literal
 
 from pipeline.data.sample import Sample
-from pipeline.tasks.base import Entry, PromptTemplate, SampleId, Score, Split, Task
+from pipeline.tasks.base import IndexEntry, PromptTemplate, SampleId, Score, Split, Task
 
 CHOICE_TEMPLATE = PromptTemplate(
     prefix="",
@@ -40,16 +40,16 @@ class ChoiceTask(Task):
         """Yield every sample, in the order of the official files; see `Task.read`."""
 
     def group(self, sample: Sample) -> str | None:
-        """Return what the sample shares with those that must stay beside it; see `Entry`."""
+        """Return what the sample shares with those that must stay beside it; see `IndexEntry`."""
         del sample
         return None
 
-    def index(self, root: Path, split: Split) -> Iterator[Entry]:
+    def index(self, root: Path, split: Split) -> Iterator[IndexEntry]:
         """Yield id and images of every sample; see `Task.index`."""
         del split
         for sample in self.samples(root):
             images = tuple(dict.fromkeys(image.path for image in sample.images))
-            yield Entry(sample.sample_id, images, self.group(sample))
+            yield IndexEntry(sample.sample_id, images, self.group(sample))
 
     def read(self, root: Path, split: Split, only: Collection[SampleId] | None = None) -> Iterator[Sample]:
         """Yield the samples; see `Task.read`."""
@@ -62,8 +62,8 @@ class ChoiceTask(Task):
 
 def shards_in(root: Path, folders: Sequence[str]) -> tuple[Path, ...]:
     """Return the Parquet shards of the split `test` in the first of the folders that has any; none where none has."""
-    found = (tuple(sorted((root / folder).glob("test-*.parquet"))) for folder in folders)
-    return next((shards for shards in found if shards), ())
+    shards_by_folder = (tuple(sorted((root / folder).glob("test-*.parquet"))) for folder in folders)
+    return next((shards for shards in shards_by_folder if shards), ())
 
 
 def with_choices(question: str, choices: Sequence[str], closing: str) -> str:
@@ -74,13 +74,13 @@ def with_choices(question: str, choices: Sequence[str], closing: str) -> str:
 
 def letter_of(answer: str) -> str:
     """Return the capital letter that the answer begins with ("b", "(B)", "B. a dog"), or "" if it has none."""
-    found = _LETTER.match(answer)
-    return found[1].upper() if found else ""
+    letter = _LETTER.match(answer)
+    return letter[1].upper() if letter else ""
 
 
 def accuracy(task: Task, samples: Sequence[Sample], right: Mapping[SampleId, bool], by: str) -> Score:
     """Return the share of right answers in percent, over all and (in `details`) over the samples of each `meta[by]`."""
-    per_sample = {key: 100.0 * one for key, one in right.items()}
+    per_sample = {key: 100.0 * is_right for key, is_right in right.items()}
     groups: dict[str, list[float]] = {}
     for sample in samples:
         groups.setdefault(str(sample.meta[by]), []).append(per_sample[sample.sample_id])

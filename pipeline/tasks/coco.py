@@ -25,8 +25,8 @@ class CocoCaptions(CaptionTask):
         """Return the task on Karpathy's parts; see `karpathy.PARTS`."""
         if name == "official":
             return self
-        own = {one.name: getattr(self, one.name) for one in fields(CaptionTask)}
-        return KarpathyCoco(**own).with_splits(name)
+        settings = {setting.name: getattr(self, setting.name) for setting in fields(CaptionTask)}
+        return KarpathyCoco(**settings).with_splits(name)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class KarpathyCoco(KarpathyTask, CaptionTask):
         folder = cache(lambda subset: image_folder(root, subset))
         return lambda record, where: folder(plain_file_name(field(record, "filepath", str, where), where))
 
-    def identity(self, record: Mapping[str, Any], file_name: str, where: str) -> tuple[SampleId, dict[str, Any]]:
+    def identity(self, record: Mapping[str, Any], file_name: str, where: str) -> tuple[SampleId, dict[str, object]]:
         """Return COCO's image id, as `CaptionTask` does."""
         image_id = field(record, "cocoid", int, where)
         return image_id, {"image_id": image_id, "file_name": file_name}

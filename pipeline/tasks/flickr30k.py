@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pipeline.data.files import find
 from pipeline.data.sample import Sample
 from pipeline.tasks import tasks
-from pipeline.tasks.base import Normalise, PromptTemplate, SampleId, Score
+from pipeline.tasks.base import PromptTemplate, SampleId, Score
 from pipeline.tasks.caption_files import CAPTION_TEMPLATE, cider_score
 from pipeline.tasks.karpathy import KarpathyTask, SplitFile
 
@@ -33,10 +33,7 @@ class Flickr30k(KarpathyTask):
     unit: Literal["percent", "fraction"] = "fraction"
     file: ClassVar[SplitFile] = SplitFile("dataset_flickr30k.json", "flickr30k", ("flickr30k", "."), "filename")
 
-    def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
-        stem: bool = False,
-    ) -> Score:  # fmt: skip
+    def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
         """Score by CIDEr-D over the samples together; see `cider_score`."""
         return cider_score(self, samples, predictions)
 
@@ -45,10 +42,10 @@ class Flickr30k(KarpathyTask):
         folders = [f"{parent}/{folder}" for parent in IMAGE_PARENTS for folder in IMAGE_FOLDERS]
         # The original archive has the pictures in one level, the Kaggle copy in two of the same name.
         folders = [f"{folder}/{folder.rsplit('/', 1)[-1]}" for folder in folders] + folders + ["flickr30k/images"]
-        found = find(root, folders, ".").relative_to(root).as_posix()
-        return lambda record, where: found
+        images = find(root, folders, ".").relative_to(root).as_posix()
+        return lambda record, where: images
 
-    def identity(self, record: Mapping[str, Any], file_name: str, where: str) -> tuple[SampleId, dict[str, Any]]:
+    def identity(self, record: Mapping[str, Any], file_name: str, where: str) -> tuple[SampleId, dict[str, object]]:
         """Return the number in the file name."""
         stem = file_name.rsplit(".", 1)[0]
         return int(stem) if stem.isdecimal() else stem, {"file_name": file_name}

@@ -16,8 +16,8 @@ from pipeline.data.files import field, find
 from pipeline.data.records import RecordFile
 from pipeline.data.sample import Sample
 from pipeline.errors import InputError, nearest
-from pipeline.scores.files import shown
-from pipeline.tasks.base import Entry, SampleId, Split, Task
+from pipeline.scores.files import printable
+from pipeline.tasks.base import IndexEntry, SampleId, Split, Task
 from pipeline.tasks.caption_files import caption_sample, plain_file_name
 
 # Which of the file's parts a split is: the usual choice, and that of MimIC's code.
@@ -52,7 +52,7 @@ class SplitFile:
         """
         return find(root, self.folders, self.name)
 
-    def records(self, root: Path, parts: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    def records(self, root: Path, parts: Sequence[str]) -> Iterator[tuple[dict[str, object], str]]:
         """Yield the records of the images in `parts`, and what a message calls each.
 
         Raises:
@@ -64,7 +64,7 @@ class SplitFile:
         for _, _, record in file:
             key = field(record, self.key, (int, str), file.where)
             if key in seen:
-                raise InputError(f"{self.key} {shown(key)} stands twice in the file", where=file.where())
+                raise InputError(f"{self.key} {printable(key)} stands twice in the file", where=file.where())
             seen.add(key)
             part = field(record, "split", str, file.where)
             if part in parts:
@@ -86,13 +86,13 @@ def references(record: Mapping[str, Any], where: str) -> tuple[str, ...]:
     Raises:
         InputError: there is none, or one has another shape.
     """
-    found = tuple(
+    captions = tuple(
         field(sentence, "raw", str, f"{where}, sentence {number}")
         for number, sentence in enumerate(field(record, "sentences", list, where))
     )
-    if not found:
+    if not captions:
         raise InputError("the image has no caption", where=where, way_out="Get the file again")
-    return found
+    return captions
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class KarpathyTask(Task):
         """
 
     @abstractmethod
-    def identity(self, record: Mapping[str, Any], file_name: str, where: str) -> tuple[SampleId, dict[str, Any]]:
+    def identity(self, record: Mapping[str, Any], file_name: str, where: str) -> tuple[SampleId, dict[str, object]]:
         """Return a record's id and the `Sample.meta` of it."""
 
     def with_splits(self, name: str) -> Self:
@@ -132,17 +132,17 @@ class KarpathyTask(Task):
         del split
         return (self.file.path(root),)
 
-    def index(self, root: Path, split: Split) -> Iterator[Entry]:
+    def index(self, root: Path, split: Split) -> Iterator[IndexEntry]:
         """Yield id and image of every sample; see `Task.index`."""
         for sample in self.read(root, split):
-            yield Entry(sample.sample_id, (sample.images[0].path,))
+            yield IndexEntry(sample.sample_id, (sample.images[0].path,))
 
     def read(self, root: Path, split: Split, only: Collection[SampleId] | None = None) -> Iterator[Sample]:
         """Yield the samples; see `Task.read`."""
         wanted = None if only is None else set(only)
         folder_of = self.folder_of(root)
-        for record, where in self.file.records(root, PARTS[self.splits][split]):
-            sample = self._sample(record, where, folder_of(record, where))
+        for record, place in self.file.records(root, PARTS[self.splits][split]):
+            sample = self._sample(record, place, folder_of(record, place))
             if wanted is None or sample.sample_id in wanted:
                 yield sample
 

@@ -16,7 +16,7 @@ from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.scores.mme import GROUPS, MmeRow, MmeScore, is_right, subtask_score
 from pipeline.tasks import tasks
-from pipeline.tasks.base import Normalise, PromptTemplate, SampleId, Score, Split
+from pipeline.tasks.base import PromptTemplate, SampleId, Score, Split
 from pipeline.tasks.choice_files import ChoiceTask, accuracy, shards_in
 
 PERCEPTION, COGNITION = GROUPS["Perception"], GROUPS["Cognition"]
@@ -64,10 +64,7 @@ class Mme(ChoiceTask):
         """Keep an image's two questions together: accuracy+ needs both."""
         return f"{sample.meta['category']}/{sample.meta['image']}"
 
-    def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
-        stem: bool = False,
-    ) -> Score:  # fmt: skip
+    def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
         """Score by accuracy; `metrics` has accuracy+ (both questions of an image right), perception and cognition.
 
         A subtask's score is 100 accuracy + 100 accuracy+ (at most 200); perception and cognition are sums of those.
@@ -80,17 +77,17 @@ class Mme(ChoiceTask):
             row = MmeRow(self.group(sample), sample.references[0], answer, str(sample.sample_id))
             right[sample.sample_id] = is_right(row)
             asked.setdefault(str(sample.meta["category"]), {}).setdefault(row.image, []).append(row)
-        found = MmeScore({name: subtask_score(list(images.values())) for name, images in sorted(asked.items())})
+        official = MmeScore({name: subtask_score(list(images.values())) for name, images in sorted(asked.items())})
         score = accuracy(self, samples, right, "category")
         score.details.update(
-            accuracy_plus_per_category={name: one.accuracy_plus for name, one in found.tasks.items()},
-            score_per_category={name: one.score for name, one in found.tasks.items()},
+            accuracy_plus_per_category={name: task.accuracy_plus for name, task in official.tasks.items()},
+            score_per_category={name: task.score for name, task in official.tasks.items()},
         )
         everything = subtask_score([rows for images in asked.values() for rows in images.values()])
         score.metrics.update(
             accuracy_plus=everything.accuracy_plus,
-            perception=found.group("Perception")["total"],
-            cognition=found.group("Cognition")["total"],
+            perception=official.group("Perception").total,
+            cognition=official.group("Cognition").total,
         )
         return score
 
@@ -98,13 +95,13 @@ class Mme(ChoiceTask):
         asked: dict[str, int] = {}
         for shard in shards_in(root, SHARD_FOLDERS):
             for row, record in rows(shard, ["question_id", "question", "answer", "category"]):
-                where = f"{shard}: row {row}"
-                key = field(record, "question_id", str, where)
+                place = f"{shard}: row {row}"
+                key = field(record, "question_id", str, place)
                 number = asked[key] = asked.get(key, -1) + 1
                 path = cell_name(shard.relative_to(root).as_posix(), row, "image")
-                category, image = field(record, "category", str, where), key.split("/", 1)[-1]
-                question, answer = field(record, "question", str, where), field(record, "answer", str, where)
-                yield self._sample(category, image, number, path, question, answer, where)
+                category, image = field(record, "category", str, place), key.split("/", 1)[-1]
+                question, answer = field(record, "question", str, place), field(record, "answer", str, place)
+                yield self._sample(category, image, number, path, question, answer, place)
 
     def _texts(self, root: Path) -> Iterator[tuple[str, Path, Path]]:
         """Yield subtask, folder of pictures and text file of every image."""

@@ -19,7 +19,7 @@ from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.scores.mmmu_pro import mmmu_pro_scores, read_options
 from pipeline.tasks import tasks
-from pipeline.tasks.base import Normalise, SampleId, Score, Split
+from pipeline.tasks.base import SampleId, Score, Split
 from pipeline.tasks.choice_files import ChoiceTask, accuracy, shards_in, with_choices
 
 CONFIGURATION = "standard (10 options)"
@@ -52,17 +52,14 @@ class MmmuPro(ChoiceTask):
         for shard in self.files(root, "evaluation"):
             name = shard.relative_to(root).as_posix()
             for row, record in rows(shard, COLUMNS):
-                where = f"{shard}: row {row}"
-                sample_id = field(record, "id", str, where)
+                place = f"{shard}: row {row}"
+                sample_id = field(record, "id", str, place)
                 if sample_id in seen:
-                    raise InputError(f"id {sample_id!r} stands twice", where=where, way_out="Are two releases mixed?")
+                    raise InputError(f"id {sample_id!r} stands twice", where=place, way_out="Are two releases mixed?")
                 seen.add(sample_id)
-                yield self._sample(record, f"{where} ({sample_id!r})", name, row)
+                yield self._sample(record, f"{place} ({sample_id!r})", name, row)
 
-    def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
-        stem: bool = False,
-    ) -> Score:  # fmt: skip
+    def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
         """Score by the official rules, over all and by subject: what `hificl score mmmu-pro` gives for these answers.
 
         An answer whose letter cannot be read draws a random one, from the seed 0 and in the order of the samples;
@@ -78,12 +75,12 @@ class MmmuPro(ChoiceTask):
             }
             for sample, answer in zip(samples, answers, strict=True)
         ]
-        found = mmmu_pro_scores(results, where=self.name)
-        right: dict[SampleId, bool] = {row.id: row.if_right for row in found.rows}
+        official = mmmu_pro_scores(results, where=self.name)
+        right: dict[SampleId, bool] = {row.id: row.if_right for row in official.rows}
         score = accuracy(self, samples, right, "subject")
-        score.details["n_random_fallback"] = found.n_random_fallback
-        if found.accuracy_deterministic is not None:
-            score.metrics["accuracy_of_readable"] = 100 * found.accuracy_deterministic
+        score.details["n_random_fallback"] = official.n_random_fallback
+        if official.accuracy_deterministic is not None:
+            score.metrics["accuracy_of_readable"] = 100 * official.accuracy_deterministic
         return score
 
     def _sample(self, record: Mapping[str, Any], where: str, shard: str, row: int) -> Sample:

@@ -17,10 +17,10 @@ from pipeline.data.parquet import cell_name, rows
 from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
-from pipeline.scores.files import shown
+from pipeline.scores.files import printable
 from pipeline.scores.seed_bench import seed_bench_scores
 from pipeline.tasks import tasks
-from pipeline.tasks.base import Normalise, SampleId, Score, Split
+from pipeline.tasks.base import SampleId, Score, Split
 from pipeline.tasks.caption_files import plain_file_name
 from pipeline.tasks.choice_files import ChoiceTask, accuracy, letter_of, shards_in, with_choices
 
@@ -47,11 +47,11 @@ class SeedBench(ChoiceTask):
     def samples(self, root: Path) -> Iterator[Sample]:
         """Yield every question on an image; the videos' are left out."""
         shards = shards_in(root, SHARD_FOLDERS)
-        found = self._from_shards(root, shards) if shards else self._from_file(root)
+        samples = self._from_shards(root, shards) if shards else self._from_file(root)
         seen: set[str] = set()
-        for sample, where in found:
+        for sample, place in samples:
             if sample.sample_id in seen:
-                raise InputError(f"question_id {shown(sample.sample_id)} stands twice in the data set", where=where)
+                raise InputError(f"question_id {printable(sample.sample_id)} stands twice in the data set", where=place)
             seen.add(str(sample.sample_id))
             yield sample
 
@@ -59,33 +59,30 @@ class SeedBench(ChoiceTask):
         for shard in shards:
             name = shard.relative_to(root).as_posix()
             for row, record in rows(shard, COLUMNS):
-                where = f"{shard}: row {row}"
-                if field(record, "data_type", str, where) == "image":
-                    sample, number = self._sample(record, where, cell_name(name, row, "image", 0))
-                    yield replace(sample, meta={**sample.meta, "dimension": str(number)}), where
+                place = f"{shard}: row {row}"
+                if field(record, "data_type", str, place) == "image":
+                    sample, number = self._sample(record, place, cell_name(name, row, "image", 0))
+                    yield replace(sample, meta={**sample.meta, "dimension": str(number)}), place
 
     def _from_file(self, root: Path) -> Iterator[tuple[Sample, str]]:
         (path,) = self.files(root, "evaluation")
         folder = find(root, FOLDERS, "SEED-Bench-image").relative_to(root).as_posix()
         file = RecordFile(path, ["questions"])
-        found: list[tuple[Sample, int, str]] = []
+        questions: list[tuple[Sample, int, str]] = []
         for _, _, record in file:
             if field(record, "data_type", str, file.where) != "image":
                 continue
-            where = file.where()
+            place = file.where()
             # The pictures have no extension; the file's own first bytes tell its format.
-            image = plain_file_name(field(record, "data_id", str, where), where)
-            found.append((*self._sample(record, where, f"{folder}/{image}"), where))
+            image = plain_file_name(field(record, "data_id", str, place), place)
+            questions.append((*self._sample(record, place, f"{folder}/{image}"), place))
         # Dimensions 3 and 4 changed names between releases: the file's own table, after the questions, is right.
         table = field(file.header, "question_type", dict, str(path))
         names = {field(table, name, int, f"{path}: 'question_type'"): name for name in table}
-        for sample, number, where in found:
-            yield replace(sample, meta={**sample.meta, "dimension": names.get(number, str(number))}), where
+        for sample, number, place in questions:
+            yield replace(sample, meta={**sample.meta, "dimension": names.get(number, str(number))}), place
 
-    def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
-        stem: bool = False,
-    ) -> Score:  # fmt: skip
+    def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
         """Score by accuracy of the letters that the answers begin with, over all and by dimension."""
         answers = self.predictions_for(samples, predictions)
         results = [
@@ -93,7 +90,7 @@ class SeedBench(ChoiceTask):
             for sample, answer in zip(samples, answers, strict=True)
         ]
         scored = seed_bench_scores(results, where=self.name).rows
-        right: dict[SampleId, bool] = {row["question_id"]: row["if_right"] for row in scored}
+        right: dict[SampleId, bool] = {row.question_id: row.if_right for row in scored}
         return accuracy(self, samples, right, "dimension")
 
     def _sample(self, record: Mapping[str, Any], where: str, image: str) -> tuple[Sample, int]:

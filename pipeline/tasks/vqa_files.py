@@ -14,7 +14,7 @@ from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.scores.stems import stem_answer
 from pipeline.scores.vqa import vqa_accuracy
-from pipeline.tasks.base import Entry, Normalise, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
+from pipeline.tasks.base import IndexEntry, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
 
 VQA_TEMPLATE = PromptTemplate(
     prefix="Instruction: provide an answer to the question. Use the image to answer.\n",
@@ -24,6 +24,7 @@ VQA_TEMPLATE = PromptTemplate(
     stop_words=("Question", "Answer", "Image"),
     instruction="Provide an answer to the question. Use the image to answer.",
 )
+Normalise = Literal["always", "official"]
 SUBSETS: Mapping[Split, str] = {"train": "train2014", "evaluation": "val2014"}
 NUM_ANSWERS = 10
 
@@ -42,6 +43,9 @@ class VqaTask(Task):
         folders: where the two files are looked for, relative to the data root, in order.
         questions, annotations: file names, with `{subset}` for `train2014` or `val2014`.
         image: name of an image file, with `{subset}` and `{image_id}`.
+        stemmed_references: the references are stems (`scores.stems`), so that predictions may be brought to that form.
+        normalise: normalise every answer, or only where the ten differ.
+        stem_predictions: compare the predictions' stems, for references that are stems.
     """
 
     name: str
@@ -55,20 +59,22 @@ class VqaTask(Task):
     metric: str = "accuracy"
     unit: Literal["percent", "fraction"] = "percent"
     stemmed_references: bool = False
+    normalise: Normalise = "always"
+    stem_predictions: bool = False
     official_evaluation: int | None = None
 
     def files(self, root: Path, split: Split) -> tuple[Path, ...]:
         """Return the files of `split`; see `Task.files`."""
         return self._questions_path(root, split), self._annotations_path(root, split)
 
-    def index(self, root: Path, split: Split) -> Iterator[Entry]:
+    def index(self, root: Path, split: Split) -> Iterator[IndexEntry]:
         """Yield id and image of every sample; see `Task.index`."""
         folder = image_folder(root, SUBSETS[split])
         images: dict[int, tuple[str, ...]] = {}  # one tuple an image, shared by its questions
         for sample_id, image_id, _ in self._read_questions(root, split):
             if image_id not in images:
                 images[image_id] = (self._image(folder, split, image_id),)
-            yield Entry(sample_id, images[image_id])
+            yield IndexEntry(sample_id, images[image_id])
 
     def read(self, root: Path, split: Split, only: Collection[SampleId] | None = None) -> Iterator[Sample]:
         """Yield the samples; see `Task.read`."""
@@ -105,18 +111,15 @@ class VqaTask(Task):
         for question_id in order:
             yield samples[question_id]
 
-    def score(
-        self, samples: Sequence[Sample], predictions: Mapping[SampleId, str], *, normalise: Normalise = "always",
-        stem: bool = False,
-    ) -> Score:  # fmt: skip
-        """Score by VQA accuracy, normalised always (what the papers' figures come from)."""
+    def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
+        """Score by VQA accuracy; the papers' figures come from `normalise: always`."""
         answers = self.predictions_for(samples, predictions)
-        if stem:
+        if self.stem_predictions:
             answers = [stem_answer(answer) for answer in answers]
         result = vqa_accuracy(
             {sample.sample_id: answer for sample, answer in zip(samples, answers, strict=True)},
             {sample.sample_id: sample.references for sample in samples},
-            normalise=normalise,
+            normalise=self.normalise,
             answer_types={s.sample_id: s.meta["answer_type"] for s in samples if "answer_type" in s.meta},
         )
         return Score(
@@ -124,21 +127,21 @@ class VqaTask(Task):
         )
 
     def _sample(self, record: Mapping[str, Any], where: str, question: str, image: str, image_id: int) -> Sample:
-        where = f"{where} (question_id {record['question_id']})"
-        if field(record, "image_id", int, where) != image_id:
+        place = f"{where} (question_id {record['question_id']})"
+        if field(record, "image_id", int, place) != image_id:
             raise InputError(
                 f"image_id is {record['image_id']}, the question's is {image_id}",
-                where=where,
+                where=place,
                 way_out="Questions and annotations must be of the same release; get both again",
             )
         answers = tuple(
-            field(_object(answer, where), "answer", str, f"{where}, answer {number}")
-            for number, answer in enumerate(field(record, "answers", list, where))
+            field(_object(answer, place), "answer", str, f"{place}, answer {number}")
+            for number, answer in enumerate(field(record, "answers", list, place))
         )
         if len(answers) != NUM_ANSWERS:
             raise InputError(
                 f"has {len(answers)} answers, the official files have {NUM_ANSWERS}",
-                where=where,
+                where=place,
                 way_out="VQA accuracy is defined on ten; get the official annotations",
             )
         extras = {key: record[key] for key in ("answer_type", "question_type") if key in record}

@@ -38,7 +38,7 @@ class Answerer:
     Args:
         folder: an adapter's folder of a trial (`runs/KEY/adapter`).
         project: the folder whose params.yaml says where the weights lie.
-        task_name: whose prompt and post-processing are used; None: the adapter's own.
+        task_name: whose prompt is used; None: the adapter's own.
 
     Raises:
         InputError: no adapter of a trial, or no such task.
@@ -67,7 +67,7 @@ class Answerer:
             max_new_tokens: None: the task's own.
 
         Returns:
-            `answer`, `text` (before the task's post-processing), `question`, `method`, `options`, `backbone`, `task`,
+            `answer` (`text` is the same), `question`, `method`, `options`, `backbone`, `task`,
             `trial`.
 
         Raises:
@@ -80,7 +80,7 @@ class Answerer:
             backbones.get(self.origin["backbone"]).family.check_size(*image_files.sizes([file])[0], where)
             text = self._generate(file, question, max_new_tokens or self.task.max_new_tokens)
         return {
-            "answer": self.task.postprocess(text), "text": text, "question": question,
+            "answer": text, "text": text, "question": question,
             "method": self.config["method"], "options": self.config["options"], "backbone": self.origin["backbone"],
             "task": self.task.name, "trial": self.origin.get("trial"),
         }  # fmt: skip

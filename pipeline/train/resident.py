@@ -14,7 +14,7 @@ from pipeline import backbones
 from pipeline.config import BackboneSource
 from pipeline.data.collate import Batch, Span, collate
 from pipeline.data.manifest import Manifest
-from pipeline.data.prompt import Encoded, Rendered, Sizes, encode_all, render, sizes_that_matter
+from pipeline.data.prompt import Encoded, ImageSizes, Rendered, encode_all, render, sizes_that_matter
 from pipeline.data.sample import Sample
 from pipeline.errors import InputError
 from pipeline.request import TrialRequest
@@ -75,7 +75,7 @@ class Resident:
         self.kinds: set[Kind] = set()  # of target that are made in one pass: those that are asked for soon
         self._manifests: dict[Path, Manifest] = {}
         # by all that their tokens come from: splits and manifests may give one id to different samples
-        self._alone: Recent[tuple[Rendered, Sizes], Encoded] = Recent(PROMPTS_ALONE, lambda _: 1)
+        self._alone: Recent[tuple[Rendered, ImageSizes], Encoded] = Recent(PROMPTS_ALONE, lambda _: 1)
 
     @staticmethod
     def key(config: TrialConfig) -> tuple[str, str, str]:

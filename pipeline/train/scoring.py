@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipeline.evaluate.predict import predict, predict_each
 from pipeline.request import TrialRequest
 from pipeline.tasks import tasks
 from pipeline.tasks.base import Split
+from pipeline.tasks.vqa_files import VqaTask
 from pipeline.train import image_features
 from pipeline.train.resident import Resident
 from pipeline.trial import EvaluationConfig, TrialConfig
@@ -92,7 +94,9 @@ def score(
     samples = asked(config, evaluation, manifest)
     texts = {sample_id: text for part in parts for sample_id, text in part.texts.items()}
     task = tasks.get(config.task)
-    found = task.score(samples, texts, normalise=evaluation.vqa_normalise, stem=evaluation.stem_predictions)
+    if isinstance(task, VqaTask):
+        task = replace(task, normalise=evaluation.vqa_normalise, stem_predictions=evaluation.stem_predictions)
+    found = task.score(samples, texts)
     # of what an answer costs; reading further annotations is no part of it
     seconds = sum(part.seconds for part in parts) + time.perf_counter() - started
     official: Split = "evaluation" if evaluation.split == "evaluation" else "train"  # the selection is drawn from it
@@ -107,7 +111,7 @@ def score(
                 "sample_id": s.sample_id, "prediction": texts[s.sample_id],
                 "score": found.per_sample.get(s.sample_id), "question": s.question,
                 "references": list(s.references), "image": str(manifest.image_root / s.images[0].path),
-                "hallucinated": found.hallucinated.get(s.sample_id, []),
+                "hallucinated": found.wrong_words.get(s.sample_id, []),
             }
             for s in samples
         ],

@@ -75,7 +75,7 @@ class VisualTokens:
         Raises:
             InputError: an image cannot be read.
         """
-        keys = [image_files.digest(image, root) for image in images]
+        keys = [image_files.image_digest(image, root) for image in images]
         found: dict[str, Tensor] = {}
         missing: dict[str, Image] = {}
         for key, image in zip(keys, images, strict=True):
@@ -113,7 +113,9 @@ class VisualTokens:
             root: the data root.
         """
         dtype = self.loaded.dtype
-        blocks = [[self._processed(image_files.digest(image, root), image, root) for image in row] for row in rows]
+        blocks = [
+            [self._processed(image_files.image_digest(image, root), image, root) for image in row] for row in rows
+        ]
         stacked = self.loaded.family.stack(blocks)
         return {name: part.to(dtype) if part.is_floating_point() else part for name, part in stacked.items()}
 
@@ -148,7 +150,7 @@ class VisualTokens:
         pixels = self._pixels.get(key)
         if pixels is None:
             where = str(image_files.located(image, root))
-            picture = decode_image(image_files.read(image, root), where)
+            picture = decode_image(image_files.read_image(image, root), where)
             self.loaded.family.check_size(picture.height, picture.width, where)
             pixels = self.loaded.family.process(self.loaded.processor, picture)
             if keep:

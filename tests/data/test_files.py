@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data import records
-from pipeline.data.files import field, file_digest, find
+from pipeline.data.files import field, find, source_digest
 from pipeline.data.records import RecordFile
 from pipeline.errors import InputError
 
@@ -133,4 +133,4 @@ def test_fields_are_checked(tmp_path):
 
 def test_the_digest_is_sha256(tmp_path):
     path = write(tmp_path / "f", b"abc")
-    assert file_digest(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert source_digest(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

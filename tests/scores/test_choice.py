@@ -28,8 +28,8 @@ def test_mme_accuracy_plus_needs_both_questions():
     score = mme.mme_scores({"OCR": rows, "code_reasoning": rows[:2]})
     assert score.tasks["OCR"].accuracy == 75
     assert score.tasks["OCR"].accuracy_plus == 50
-    assert score.group("Perception") == {"tasks": {"OCR": 125}, "total": 125}
-    assert score.group("Cognition")["total"] == 200
+    assert score.group("Perception") == mme.MmePoints({"OCR": 125}, 125)
+    assert score.group("Cognition").total == 200
 
 
 @pytest.mark.parametrize(

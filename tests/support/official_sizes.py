@@ -18,9 +18,9 @@ import pyarrow
 import pyarrow.parquet
 
 from pipeline.config import Subsample
-from pipeline.data.subsample import plan
+from pipeline.data.subsample import plan_draw
 from pipeline.data.synthetic import FULL_TRAIN, FULL_VAL, SyntheticSize, write_vqav2
-from pipeline.tasks.base import Entry
+from pipeline.tasks.base import IndexEntry
 
 COCO_IMAGES = {"train2014": FULL_TRAIN.num_images, "val2014": FULL_VAL.num_images}
 COCO_CAPTIONS = {"train2014": 414_113, "val2014": 202_654}
@@ -81,12 +81,12 @@ def write(root: Path, sizes: Subsample) -> None:
 
 def _drawn(root: Path, sizes: Subsample, task: str, train: Iterable[tuple[int, str]]) -> None:
     """Write the pictures that the draw takes from a training split, all distinct; given its ids and their places."""
-    given, entries = sizes.of(task), [Entry(one, (path,)) for one, path in train]
-    held = [Entry(0, ("another",))]
+    given, entries = sizes.of(task), [IndexEntry(one, (path,)) for one, path in train]
+    held = [IndexEntry(0, ("another",))]
     indexed = SimpleNamespace(
         name=task, one_pool=False, index=lambda root, split: entries if split == "train" else held
     )
-    chosen = plan(
+    chosen = plan_draw(
         indexed, root, seed=given.seed, num_train=given.num_train, num_selection=given.num_selection, num_evaluation=0
     )
     for candidates in chosen[1:]:

@@ -9,7 +9,7 @@ import torch
 
 from pipeline import backbones, tasks
 from pipeline.data.collate import collate
-from pipeline.data.image_files import digest, read, sizes
+from pipeline.data.image_files import image_digest, read_image, sizes
 from pipeline.data.images import open_image
 from pipeline.data.prompt import encode_all, render
 from pipeline.data.subsample import draw
@@ -55,8 +55,8 @@ def test_bytes_digest_and_size_are_those_of_the_draw(drawn):
             picture = open_image(drawn.image_root / image.path)
             assert sizes([image], drawn.image_root)[0] == (picture.height, picture.width)
             assert sizes([image.path], drawn.image_root)[0] == (picture.height, picture.width)
-            assert digest(image.path, drawn.image_root) == image.sha256
-            assert read(image, drawn.image_root) == read(image.path, drawn.image_root)
+            assert image_digest(image.path, drawn.image_root) == image.sha256
+            assert read_image(image, drawn.image_root) == read_image(image.path, drawn.image_root)
 
 
 def test_a_trace_finds_the_pictures_where_they_lie(drawn):

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import tasks
+from pipeline import backbones, tasks
+from pipeline.data.prompt import stop_strings
 from pipeline.data.synthetic import SyntheticSize, write_vqav2
 from pipeline.errors import InputError
+from pipeline.evaluate.generate import cut
 from pipeline.tasks.vqa_files import most_frequent
 
 SIZE = SyntheticSize(num_questions=40, num_images=9)
@@ -207,13 +209,14 @@ def test_bad_caption_files_are_named(root):
 
 
 def test_output_is_cut_at_the_first_stop_word_or_newline():
-    vqa, caption = tasks.get("vqav2"), tasks.get("coco")
-    assert vqa.postprocess(" two dogs\nImage:") == "two dogs"
-    assert vqa.postprocess(" two Question: what") == "two"
-    assert vqa.postprocess(" two Image: Answer: Question:") == "two"
-    assert vqa.postprocess("a Caption") == "a Caption"
-    assert caption.postprocess(" A man. Caption: b") == "A man."
-    assert caption.postprocess("Image") == ""
+    backbone = backbones.get("mini-idefics2")
+    vqa, caption = (stop_strings(tasks.get(name).template, backbone) for name in ("vqav2", "coco"))
+    assert cut(" two dogs\nImage:", vqa) == "two dogs"
+    assert cut(" two Question: what", vqa) == "two"
+    assert cut(" two Image: Answer: Question:", vqa) == "two"
+    assert cut("a Caption", vqa) == "a Caption"
+    assert cut(" A man. Caption: b", caption) == "A man."
+    assert cut("Image", caption) == ""
 
 
 def test_the_prompts_read_as_the_methods_say():

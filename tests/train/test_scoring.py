@@ -36,11 +36,11 @@ def test_a_caption_evaluation_has_chair(small_world, captions):
     task = tasks.get("mini-coco")
     plain = task.score(samples, predictions)
     score = task.complete(plain, samples, predictions, small_world / "data", "evaluation")
-    assert (plain.metrics, plain.hallucinated, score.value) == ({}, {}, plain.value)
+    assert (plain.metrics, plain.wrong_words, score.value) == ({}, {}, plain.value)
     assert score.metrics["CHAIRs"] == 2 / 4
     assert score.metrics["CHAIRi"] == 3 / 5
     assert 0 < score.metrics["recall"] < 1
-    assert list(score.hallucinated.values()) == [[], [absent[1]], [absent[2]] * 2, []]
+    assert list(score.wrong_words.values()) == [[], [absent[1]], [absent[2]] * 2, []]
     assert score.details["chair"]["variant"] == chair.VARIANT
     assert list(score.details["chair"]["objects"]) == ["annotations/instances_val2014.json"]
 
