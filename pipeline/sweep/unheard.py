@@ -14,6 +14,7 @@ from pipeline.sweep.plan import pack_key
 from pipeline.sweep.space import EXPLICIT, PAPERS_FULL_SIZE, TO_CHOOSE, Cell, corners
 from pipeline.tasks import tasks
 from pipeline.tasks.choice_files import ChoiceTask
+from pipeline.tasks.vqa_files import VqaTask
 
 _OF_A_TEACHER = ("num_shots", "demonstration_draw", "alignment_weight")
 _WITHOUT_TRAINING = ("num_train_samples", "precision")
@@ -171,11 +172,11 @@ def _of_evaluation(params: Params, cells: Sequence[Cell]) -> Iterator[str]:
         if there is not None and asked > there:
             more.of(task, f"evaluate.num_evaluation_samples={asked}: {there} are drawn and all scored: {{}}")
     yield from more.lines()
-    found = [tasks.get(task) for task in here]
+    with_vqa = [task for task in map(tasks.get, here) if isinstance(task, VqaTask)]
     generation, batch = given.get("generation", {}), given.get("drop_incomplete_batch")
-    if "vqa_normalise" in given and all(isinstance(task, ChoiceTask) or task.metric == "CIDEr" for task in found):
+    if "vqa_normalise" in given and not with_vqa:
         yield f"evaluate.vqa_normalise={given['vqa_normalise']} changes nothing here: no task has VQA accuracy"
-    if given.get("stem_predictions") and not any(task.stemmed_references for task in found):
+    if given.get("stem_predictions") and not any(task.stemmed_references for task in with_vqa):
         yield "evaluate.stem_predictions=True changes nothing here: no task has stems as references"
     if batch is not None and not any(map(_shows, cells)):
         yield f"evaluate.drop_incomplete_batch={batch} changes nothing here: no row shows demonstrations at evaluation"
