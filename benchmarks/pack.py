@@ -64,11 +64,11 @@ def _difference(bench: Workbench, made: Trials, k: int, *, double: bool = False)
             requests = [_request(made, i, place) for i in numbers]
             for request in requests:
                 bench.admit(request)
-            for one in bench.together.runs if bench.together is not None else []:
-                one.adapter.to(torch.float64 if double else torch.float32)
+            for trial in bench.loop.trials if bench.loop is not None else []:
+                trial.adapter.to(torch.float64 if double else torch.float32)
             found: dict[str, float | None] = {}
-            while bench.together is not None and bench.together.runs:
-                found |= {report.key: report.metrics.train_loss for report in bench.advance() if report.metrics}
+            while reports := bench.advance():
+                found |= {report.key: report.metrics.train_loss for report in reports if report.metrics}
             out += [found[request.key] or 0.0 for request in requests]
         return out
 

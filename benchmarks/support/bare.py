@@ -23,8 +23,8 @@ def main(out: Path) -> None:
     bench = Workbench()
     for config in plan.trials.values():
         bench.admit(replace(plan.request_of(config), folder=str(out / config.key)))
-        while bench.together is not None and bench.together.runs:
-            bench.advance()
+        while bench.advance():
+            pass
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def train(bench: Workbench, requests: list[TrialRequest]) -> list[EpochReport]:
         shutil.rmtree(request.folder, ignore_errors=True)
         bench.admit(request)
     last: dict[str, EpochReport] = {}
-    while bench.together is not None and bench.together.runs:
-        last |= {report.key: report.metrics for report in bench.advance() if report.metrics}
+    while reports := bench.advance():
+        last |= {report.key: report.metrics for report in reports if report.metrics}
     return [last[request.key] for request in requests]
 
 
@@ -97,5 +97,5 @@ def both_ways(bench: Workbench, requests: Callable[[str], list[TrialRequest]], r
 
 
 def _forget_teacher(bench: Workbench) -> None:
-    if bench.together is not None:
-        bench.together.resident.targets.clear()
+    if bench.loop is not None:
+        bench.loop.resident.targets.clear()

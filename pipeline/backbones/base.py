@@ -181,7 +181,7 @@ class Family(ABC):
     # Whether the number of an image's tokens depends on its size; `expand` then needs the sizes.
     sized: ClassVar[bool] = False
     # Whether a token's states follow from the tokens that it sees and its position alone, so that what several prompts
-    # begin with is computed once: generation can go on from its keys and values, training can fold it.
+    # begin with is computed once: generation can go on from its keys and values, training can share it.
     shares_prefix: ClassVar[bool] = True
     size_rules: ClassVar[tuple[SizeRule, ...]] = ()  # most processors take pictures of any size
     # Which configuration keys hold the ids of which special tokens.

@@ -7,7 +7,7 @@ losses. The caller scales each micro-batch's loss so that their sum over ranks a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,26 +22,26 @@ ADAM_EPSILON = 1e-8
 # fp16 gradients of activations underflow below 6e-8. AdamW is invariant to a scale of the gradients if its epsilon and
 # the clip threshold are scaled too, so a fixed scale is exact and needs no unscaling inside ZeRO's partitions.
 FP16_LOSS_SCALE = 1024.0
-Work = Callable[[], Tensor]
+LossFunction = Callable[[], Tensor]  # runs the student's forward pass; returns the micro-batch's share of the loss
 
 
 class Engine(Protocol):
     """What a training step needs of an engine."""
 
-    def forward(self, work: Work) -> Tensor:
-        """Run `work` as the student's forward pass; return the micro-batch's share of the loss."""
+    def forward(self, loss: LossFunction) -> Tensor:
+        """Run the student's forward pass; return the micro-batch's share of the loss."""
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Run the backward pass of one micro-batch; `last` marks the last one before `step`."""
         ...
 
-    def tied(self, loss: Tensor, *, last: bool) -> Tensor:
-        """Return what is added to the other engines' parts of a pack, and run backward once for all of them."""
+    def for_joint_backward(self, loss: Tensor, *, last: bool) -> Tensor:
+        """Return what is added to the other trials' losses of a pack, to run backward once for all of them."""
         ...
 
-    def step(self, factor: float) -> float:
-        """Clip, update with `factor` times the base learning rate, zero the gradients; return the gradient norm."""
+    def step(self, learning_rate_scale: float) -> float:
+        """Clip, update at the scaled learning rate, zero the gradients; return the gradient norm before clipping."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -66,7 +66,7 @@ class Engine(Protocol):
 
 
 class Student(nn.Module):
-    """The module that an engine trains: the adapter's parameters; its forward runs the work that it is given.
+    """The module that an engine trains: the adapter's parameters; its forward runs what it is given.
 
     The frozen backbone is registered as a sub-module only where ZeRO-3 must shard it. Otherwise the engine would move,
     cast and broadcast eight billion frozen parameters at every trial's start.
@@ -77,13 +77,13 @@ class Student(nn.Module):
         self.adapter = adapter
         self.backbone = backbone
 
-    def forward(self, work: Work) -> Tensor:
+    def forward(self, loss: LossFunction) -> Tensor:
         """Return the micro-batch's share of the loss."""
-        return work()
+        return loss()
 
 
 def loss_scale(config: TrialConfig) -> float:
-    """Return the factor on the loss that keeps low-precision gradients representable."""
+    """Return the scale on the loss that keeps low-precision gradients representable."""
     return FP16_LOSS_SCALE if config.precision == "fp16" else 1.0
 
 
@@ -95,12 +95,15 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrialConfig, *, fused: 
         config: learning rate and precision.
         fused: one operator a step: a third to a half of the time of one for all tensors (`foreach`), on a CPU too.
     """
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         groups, lr=config.learning_rate, eps=ADAM_EPSILON * loss_scale(config), foreach=not fused, fused=fused
     )
-    for group in optimizer.param_groups:
-        group["base_lr"] = group["lr"]
-    return optimizer
+
+
+def set_learning_rates(optimizer: Any, learning_rates: Sequence[float], scale: float) -> None:
+    """Give every parameter group of an optimiser its own learning rate, scaled."""
+    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
+        group["lr"] = learning_rate * scale  # torch's word
 
 
 class TorchEngine:
@@ -115,28 +118,28 @@ class TorchEngine:
     def __init__(self, student: Student, groups: list[dict[str, Any]], config: TrialConfig) -> None:
         self.student, self.config = student, config
         self.scale = loss_scale(config)
+        self.learning_rates = [group["lr"] for group in groups]
         self.optimizer = make_optimizer(groups, config, fused=True)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def forward(self, work: Work) -> Tensor:
+    def forward(self, loss: LossFunction) -> Tensor:
         """See `Engine.forward`."""
-        return self.student(work)
+        return self.student(loss)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See `Engine.backward`."""
-        self.tied(loss, last=last).backward()
+        self.for_joint_backward(loss, last=last).backward()
 
-    def tied(self, loss: Tensor, *, last: bool) -> Tensor:
-        """See `Engine.tied`."""
+    def for_joint_backward(self, loss: Tensor, *, last: bool) -> Tensor:
+        """See `Engine.for_joint_backward`."""
         return loss * self.scale
 
-    def step(self, factor: float) -> float:
+    def step(self, learning_rate_scale: float) -> float:
         """See `Engine.step`."""
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             self._sum_over_ranks()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.gradient_clip * self.scale)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+        set_learning_rates(self.optimizer, self.learning_rates, learning_rate_scale)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm) / self.scale
@@ -190,26 +193,31 @@ class DeepSpeedEngine:
         self.student, self.config = student, config
         self.scale = loss_scale(config)
         if not torch.distributed.is_initialized():
-            raise WorkError("torch.distributed is not initialised", way_out="Start workers through sweep.pool")
+            raise WorkError(
+                "torch.distributed is not initialised",
+                where="train.engine: deepspeed",
+                way_out="Train by `hificl sweep`, which starts the ranks, or set train.engine: torch",
+            )
         # An all-reduce in C++ for several ranks on one CPU, compiled when first used: minutes, and a compiler to have.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed updates its own flat partitions, few and large, wherever it has put them
+        self.learning_rates = [group["lr"] for group in groups]
         self.optimizer = make_optimizer(groups, config, fused=False)
         self.engine, *_ = deepspeed.initialize(
             model=student, optimizer=self.optimizer, config=deepspeed_config(config), dist_init_required=False
         )
 
-    def forward(self, work: Work) -> Tensor:
+    def forward(self, loss: LossFunction) -> Tensor:
         """See `Engine.forward`."""
-        return self.engine(work)
+        return self.engine(loss)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See `Engine.backward`."""
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(self._scaled(loss))
 
-    def tied(self, loss: Tensor, *, last: bool) -> Tensor:
-        """See `Engine.tied`; the hooks that ZeRO leaves at the loss and at the parameters do the engine's part."""
+    def for_joint_backward(self, loss: Tensor, *, last: bool) -> Tensor:
+        """See `Engine.for_joint_backward`; ZeRO's hooks at the loss and at the parameters do the engine's part."""
         self.engine.set_gradient_accumulation_boundary(last)
         return self.engine.scale(self.engine(lambda: self._scaled(loss)))
 
@@ -217,10 +225,9 @@ class DeepSpeedEngine:
         # DeepSpeed averages over ranks where the interface asks for a sum
         return loss * (self.scale * self.config.world_size)
 
-    def step(self, factor: float) -> float:
+    def step(self, learning_rate_scale: float) -> float:
         """See `Engine.step`."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+        set_learning_rates(self.engine.optimizer, self.learning_rates, learning_rate_scale)
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         return float(norm) / self.scale if norm is not None else float("nan")

@@ -14,7 +14,7 @@ from pipeline.data.sample import Sample
 from pipeline.evaluate.predict import predict_each
 from pipeline.train import loss
 from pipeline.train.resident import Resident
-from pipeline.train.run import TrialRun
+from pipeline.train.trial_run import TrialRun
 
 BATCH = 32
 

@@ -24,19 +24,19 @@ _FORGET_PEAK = "5"  # what Linux takes as: the high-water mark is what is held n
 
 
 def flops_per_sample(
-    adapter: Adapter, backbone: str, resident: Resident, prompts: Sequence[Encoded], head: int, manifest: Manifest,
-    shots: int,
+    adapter: Adapter, backbone: str, resident: Resident, prompts: Sequence[Encoded], prefix_length: int,
+    manifest: Manifest, shots: int,
 ) -> float | None:  # fmt: skip
     """Return the FLOPs of one sample's step with visual tokens at hand and a teacher of its own (`pipeline.cost`).
 
-    What folding, packs and a shared teacher save is not taken off: it is what the method asks for.
+    What shared prefixes, packs and a shared teacher save is not taken off: it is what the method asks for.
 
     Args:
         adapter: what is trained.
         backbone: its name.
         resident: the backbone.
         prompts: the training samples' own; their mean lengths count.
-        head: tokens that all of them begin with, which stand once before a teacher's demonstrations.
+        prefix_length: tokens that all of them begin with, which stand once before a teacher's demonstrations.
         manifest: of the task; its first picture's size counts.
         shots: demonstrations of a teacher.
 
@@ -52,11 +52,11 @@ def flops_per_sample(
         costs = Costs(backbones.get(backbone), model, image_size=(pixels.shape[-2], pixels.shape[-1]))
     except InputError:
         return None
-    spans = [one.answer_span for one in prompts]
+    spans = [prompt.answer_span for prompt in prompts]
     costs.prompt = Prompt(
         text=max(0, round(fmean(map(len, prompts))) - costs.image.tokens),
         answer=round(fmean(span[1] - span[0] for span in spans if span is not None)),
-        head=head,
+        head=prefix_length,
     )
     return costs.of(adapter, shots=shots).reused
 

@@ -13,10 +13,10 @@ from pipeline.errors import WorkError
 from pipeline.evaluate.parts import WHOLE, Answers, SplitPart
 from pipeline.records.epoch import TrialReport
 from pipeline.request import TrialRequest
+from pipeline.train.loop import TrainingLoop
 from pipeline.train.resident import Resident, Residents
-from pipeline.train.run import TrialRun
 from pipeline.train.scoring import answer, score
-from pipeline.train.together import Together
+from pipeline.train.trial_run import TrialRun
 from pipeline.trial import EvaluationConfig
 
 
@@ -38,7 +38,7 @@ class Workbench:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.batch_size = batch_size
         self.residents = Residents(self.device, keep)
-        self.together: Together | None = None
+        self.loop: TrainingLoop | None = None
         self.steps = 0  # counts up while work goes on
 
     def resident(self, request: TrialRequest) -> Resident:
@@ -52,28 +52,28 @@ class Workbench:
             WorkError: it cannot train together with those that are admitted (`TrialRequest.pack_key` differs).
         """
         resident = self.resident(request)
-        if self.together is None or self.together.resident is not resident:
-            if self.together is not None and self.together.runs:
+        if self.loop is None or self.loop.resident is not resident:
+            if self.loop is not None and self.loop.trials:
                 raise WorkError("another backbone is in training here", where=request.key)
-            self.together = Together(resident, self._count)
+            self.loop = TrainingLoop(resident, self._count)
         self.evict(request.key)
         manifest = resident.manifest(request)
         run = TrialRun(request.config, Path(request.folder), resident, manifest, request.kinds)
-        self.together.runs.append(run)
+        self.loop.trials.append(run)
         return run.epochs_done
 
     def advance(self) -> list[TrialReport]:
         """Train the admitted trials until one of them completes an epoch; return the reports."""
-        return self.together.advance() if self.together is not None and self.together.runs else []
+        return self.loop.advance() if self.loop is not None and self.loop.trials else []
 
     def room(self) -> int:
         """Return how many trials may join those that are admitted."""
-        return self.together.room() if self.together is not None else 0
+        return self.loop.room() if self.loop is not None else 0
 
     def evict(self, key: str) -> None:
         """Drop the trial `key`."""
-        if self.together is not None:
-            self.together.evict(key)
+        if self.loop is not None:
+            self.loop.evict(key)
 
     def _count(self) -> None:
         self.steps += 1

@@ -50,7 +50,7 @@ def test_two_ranks_with_zero_2_give_the_losses_of_one(project):
 
 
 def test_trials_share_forward_passes(project):
-    """That they lose what they lose alone is in tests/train/test_together.py; here the pool and Tune let them meet."""
+    """That they lose what they lose alone is in tests/train/test_loop.py; here the pool and Tune let them meet."""
     only(project, search={"rank": [4, 5, 6]}, set={"micro_batch_size": 2, "accumulation": 1, "zero_stage": 0})
     project.python("-m", "pipeline", "sweep", "--set", "sweep.pack=3", "--set", "sweep.slots=1")
     ends = [trials(project)[key] for rank in (4, 5, 6) for key in rows(project, rank=rank)]

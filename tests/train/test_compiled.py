@@ -22,7 +22,7 @@ pytestmark = [
 def losses(bench: Workbench, request) -> list[float]:
     bench.admit(request)
     found = []
-    while bench.together is not None and bench.together.runs:
+    while bench.loop is not None and bench.loop.trials:
         found += [report.metrics.train_loss for report in bench.advance()]
     return found
 
@@ -31,7 +31,7 @@ def losses(bench: Workbench, request) -> list[float]:
 def test_a_compiled_trial_loses_what_an_eager_one_loses(trial, tmp_path, method, runs_compiled):
     bench = Workbench(device="cpu")
     eager = losses(bench, trial(method, tmp_path / "eager", rank=2, epochs=1))
-    resident = bench.together.resident
+    resident = bench.loop.resident
     assert not resident.forwards
     compiled = losses(bench, trial(method, tmp_path / "compiled", rank=2, epochs=1, compile=True))
     assert compiled == pytest.approx(eager, abs=1e-5)

@@ -97,8 +97,11 @@ def test_engines_that_share_a_backward_pass_step_as_they_do_alone(oracle, kind, 
         for index in range(2):
             values = [loss((data[step, index], 1 / 8)) for _, loss in made]
             total += values[1].item()
-            tied = [engine.tied(value, last=index == 1) for (engine, _), value in zip(made, values, strict=True)]
-            torch.stack(tied).sum().backward()
+            scaled = [
+                engine.for_joint_backward(value, last=index == 1)
+                for (engine, _), value in zip(made, values, strict=True)
+            ]
+            torch.stack(scaled).sum().backward()
         for engine, _ in made:
             engine.step(1.0)
         found.append(total)

@@ -14,7 +14,7 @@ def test_parts_are_the_whole_to_the_bit_and_a_pack_answers_as_its_trials_do(tria
     ]
     for request in requests:
         bench.admit(request)
-        while bench.together.runs:
+        while bench.loop.trials:
             bench.advance()
     evaluation = EvaluationConfig(trial="-", split="selection", max_new_tokens=4)
     whole = []

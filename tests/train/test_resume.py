@@ -52,7 +52,7 @@ def test_a_resumed_trial_equals_an_undisturbed_one(bench, trial, tmp_path, name)
     assert go_on(bench, cut, 1) == 0
     torch.manual_seed(99)  # another process, which has drawn other numbers
     torch.rand(1000)
-    bench.together.resident.targets.clear()
+    bench.loop.resident.targets.clear()
     assert go_on(bench, cut, 1) == 1
     newest = Path(cut.folder) / "checkpoint/epoch-0002"
     torn = max((p for p in newest.iterdir() if p.name != "state.json"), key=lambda p: p.stat().st_size)

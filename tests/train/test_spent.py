@@ -12,7 +12,7 @@ import torch
 from pipeline.measure.flops import CountedFlops
 from pipeline.records.trial import TrialEnd
 from pipeline.records.trial_folder import TrialFolder
-from pipeline.train import packed
+from pipeline.train.loop import TrainingLoop
 from pipeline.train.spent import Memory
 from pipeline.train.workbench import Workbench
 
@@ -32,7 +32,7 @@ def spent(bench: Workbench, request) -> tuple[float, TrialEnd]:
 
 @pytest.mark.parametrize("method", ["hificl", "mimic", "live", "lora"])
 def test_a_trials_flops_are_those_that_it_spends(bench, trial, tmp_path, monkeypatch, method):
-    monkeypatch.setattr(packed, "_fold", lambda *_: None)  # what is folded away is not taken off
+    monkeypatch.setattr(TrainingLoop, "_prefix_layout", lambda *_: None)  # what sharing saves is not taken off
     bench.admit(trial("hificl", tmp_path / "first", epochs=1))
     bench.advance()  # tokens of all images are at hand
     counted, end = spent(bench, trial(method, tmp_path / method, epochs=1, num_selection_samples=1))

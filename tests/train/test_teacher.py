@@ -9,9 +9,8 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.pack import Pack
 from pipeline.backbones.decoder import decoder_of
 from pipeline.errors import InputError
-from pipeline.train.packed import losses
 from pipeline.train.workbench import Workbench
-from tests.train.test_together import train
+from tests.train.test_loop import train
 
 COMPARED = [
     ({}, "mlp"),
@@ -50,15 +49,15 @@ def by_hand(resident, manifest, prompt, state):
 @pytest.mark.parametrize(("options", "state"), COMPARED, ids=[state for _, state in COMPARED])
 def test_the_loss_is_the_mean_of_squares_over_layers_and_the_querys_positions(bench, trial, tmp_path, options, state):
     bench.admit(trial("mimic", tmp_path, micro_batch_size=3, accumulation=1, **options))
-    (run,) = bench.together.runs
-    resident = bench.together.resident
+    (run,) = bench.loop.trials
+    resident = bench.loop.resident
     model = resident.loaded.model
     for parameter in run.adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(5))
-    (part,) = run.parts(0)
+    (part,) = bench.loop.next_steps(1)[0][0]
     pack = Pack(run.adapter)
     with attach(model, pack), torch.no_grad():
-        (found,) = losses(resident, pack, [(0, run, part)])
+        (found,) = bench.loop.losses(pack, [part])
     samples = [run.samples[i] for i in part.ids]
     shots = [run.teacher.demonstrations(sample, 1) for sample in samples]
     apart = []
@@ -78,10 +77,10 @@ def test_the_loss_is_the_mean_of_squares_over_layers_and_the_querys_positions(be
 
 def test_a_target_holds_the_querys_states_alone(bench, trial, tmp_path):
     bench.admit(trial("mimic", tmp_path, micro_batch_size=2, accumulation=1))
-    (run,) = bench.together.runs
-    bench.together.resident.targets.clear()
-    (part,) = run.parts(0)
-    layers, width = decoder_of(bench.together.resident.loaded.model).num_layers, run.adapter.backbone.hidden_size
+    (run,) = bench.loop.trials
+    bench.loop.resident.targets.clear()
+    (part,) = bench.loop.next_steps(1)[0][0]
+    layers, width = decoder_of(bench.loop.resident.loaded.model).num_layers, run.adapter.backbone.hidden_size
     held = {target.hidden.untyped_storage().data_ptr(): target.hidden.untyped_storage() for target in part.targets}
     tokens = sum(target.hidden.shape[1] for target in part.targets)
     assert 0 < tokens <= sum(len(run.prompts[i]) for i in part.ids)

@@ -1,15 +1,15 @@
-"""A trial's samples in one row of the decoder: what they all begin with stands there once, and there are no pads.
+"""A trial's samples in one row of the decoder: the prefix that all begin with stands there once, and there are no pads.
 
-    head | rest of sample 1 | rest of sample 2 | ...
+    prefix | rest of sample 1 | rest of sample 2 | ...
 
-Every token sees the head and what stands before it in its own sample, and has the position that it has there, so its
+Every token sees the prefix and what stands before it in its own sample, and has the position that it has there, so its
 states are those of the sample alone. With short prompts most tokens are the task's instruction: 16 of 30 of the
 miniature's, whose step of 8 then has half the tokens.
 
-A mask says who sees what, and the mask's zeros are computed too. So a row is folded only where it stays short and
-saves enough; an 8B backbone's prompts, an image of 64 to 3,000 tokens behind the instruction, are not.
+A mask says who sees what, and the mask's zeros are computed too. So a prefix is shared only where the row stays short
+and saves enough; an 8B backbone's prompts, an image of 64 to 3,000 tokens behind the instruction, do not share theirs.
 
-Shape letters: B samples, T padded length, K trials, L length of the longest folded row, D decoder width.
+Shape letters: B samples, T padded length, K trials, L length of the longest shared row, D decoder width.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from torch import Tensor
 
 from pipeline.backbones.decoder import DecoderSpec
 
-MOST_TOKENS = 256  # L; beyond it the mask costs more than the head
+MOST_TOKENS = 256  # L; beyond it the mask costs more than the prefix
 LEAST_SAVED = 0.2  # of B x T
 _HIDDEN = float("-inf")
 
 
-def common_head(prompts: Sequence[Sequence[int]], stop: int) -> int:
+def shared_prefix_length(prompts: Sequence[Sequence[int]], stop: int) -> int:
     """Return how many tokens all prompts begin with, up to the first `stop` token (an image) in them."""
     if len(prompts) < 2:
         return 0
@@ -41,12 +41,12 @@ def common_head(prompts: Sequence[Sequence[int]], stop: int) -> int:
 
 
 @dataclass(frozen=True)
-class Fold:
-    """Where every token of a batch stands in the folded rows, and back.
+class PrefixLayout:
+    """Where every token of a batch stands in the shared rows, and back.
 
     Attributes:
-        taken: [K, L], the folded rows' tokens as places in the flattened batch, B x T; pads take place 0.
-        places: [B, T], the batch's tokens as places in the flattened folded rows, K x L; pads take place 0.
+        taken: [K, L], the shared rows' tokens as places in the flattened batch, B x T; pads take place 0.
+        places: [B, T], the batch's tokens as places in the flattened shared rows, K x L; pads take place 0.
         positions: [K, L], a token's position in its own sample.
         mask: [K, 1, L, L], additive: 0 where a query (third) sees a key (fourth), else -inf.
     """
@@ -57,16 +57,21 @@ class Fold:
     mask: Tensor
 
     @classmethod
-    def of(cls, lengths: Sequence[Sequence[int]], heads: Sequence[int], width: int, like: Tensor) -> Fold | None:
-        """Return the fold of a batch, or None where the plain rows are the better ones.
+    def of(
+        cls, lengths: Sequence[Sequence[int]], prefixes: Sequence[int], width: int, like: Tensor
+    ) -> PrefixLayout | None:
+        """Return the layout of a batch, or None where the plain rows are the better ones.
 
         Args:
             lengths: for each trial the lengths of its samples; the batch has them in this order.
-            heads: for each trial how many tokens its samples begin with in common; at least one follows.
+            prefixes: for each trial how many tokens its samples begin with in common; at least one follows.
             width: T.
             like: gives the mask's dtype and the device.
         """
-        sizes = [head + sum(length - head for length in mine) for mine, head in zip(lengths, heads, strict=True)]
+        sizes = [
+            prefix + sum(length - prefix for length in of_trial)
+            for of_trial, prefix in zip(lengths, prefixes, strict=True)
+        ]
         rows, longest = len(sizes), max(sizes)
         if longest > MOST_TOKENS or rows * longest > (1 - LEAST_SAVED) * width * sum(map(len, lengths)):
             return None
@@ -75,19 +80,19 @@ class Fold:
         positions: list[int] = []
         samples: list[int] = []
         start = 0
-        for row, (mine, head) in enumerate(zip(lengths, heads, strict=True)):
-            taken += range(start * width, start * width + head)
-            positions += range(head)
-            samples += [0] * head  # 0: the head, which all see
-            for number, length in enumerate(mine):
-                rest = range(len(taken), len(taken) + length - head)
-                places += [*range(row * longest, row * longest + head), *rest, *[0] * (width - length)]
-                taken += range((start + number) * width + head, (start + number) * width + length)
-                positions += range(head, length)
+        for row, (of_trial, prefix) in enumerate(zip(lengths, prefixes, strict=True)):
+            taken += range(start * width, start * width + prefix)
+            positions += range(prefix)
+            samples += [0] * prefix  # 0: the prefix, which all see
+            for number, length in enumerate(of_trial):
+                rest = range(len(taken), len(taken) + length - prefix)
+                places += [*range(row * longest, row * longest + prefix), *rest, *[0] * (width - length)]
+                taken += range((start + number) * width + prefix, (start + number) * width + length)
+                positions += range(prefix, length)
                 samples += [number + 1] * len(rest)
             pads = [0] * (longest - sizes[row])
             taken, positions, samples = taken + pads, positions + pads, samples + pads
-            start += len(mine)
+            start += len(of_trial)
         shape = (rows, longest)
         owner = torch.tensor(samples).view(shape)
         seen = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)  # pads stand behind all that is real
@@ -97,7 +102,7 @@ class Fold:
         return cls(*(x.to(like.device) for x in shaped))
 
     def where(self, places: Tensor) -> Tensor:
-        """Return where tokens of the flattened batch, B x T, stand in the flattened folded rows."""
+        """Return where tokens of the flattened batch, B x T, stand in the flattened shared rows."""
         return self.places.flatten()[places]
 
     def spread(self, hidden: Tensor) -> Tensor:
@@ -106,21 +111,21 @@ class Fold:
 
 
 @contextmanager
-def folded(spec: DecoderSpec, fold: Fold | None) -> Iterator[None]:
-    """Let the decoder run on folded rows inside the block; what it is given and its last states are the batch's.
+def sharing_prefix(spec: DecoderSpec, layout: PrefixLayout | None) -> Iterator[None]:
+    """Let the decoder run on shared rows inside the block; what it is given and its last states are the batch's.
 
-    Layers and whoever listens to them see the folded rows.
+    Layers and whoever listens to them see the shared rows.
     """
-    if fold is None:
+    if layout is None:
         yield
         return
 
     def lay(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        rows = kwargs["inputs_embeds"].flatten(0, 1)[fold.taken]
-        return args, {**kwargs, "inputs_embeds": rows, "position_ids": fold.positions, "attention_mask": fold.mask}
+        rows = kwargs["inputs_embeds"].flatten(0, 1)[layout.taken]
+        return args, {**kwargs, "inputs_embeds": rows, "position_ids": layout.positions, "attention_mask": layout.mask}
 
     def spread(module: Any, args: Any, output: Any) -> Any:
-        output.last_hidden_state = fold.spread(output.last_hidden_state)
+        output.last_hidden_state = layout.spread(output.last_hidden_state)
         return output
 
     hooks = [

@@ -1,4 +1,4 @@
-"""Folded rows give what plain rows give: states, losses, gradients; and they are taken only where they save enough."""
+"""Shared rows give what plain rows give: states, losses, gradients; and they are taken only where they save enough."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 from pipeline import adapters, backbones
 from pipeline.adapters.attach import attach
 from pipeline.backbones.decoder import decoder_of
-from pipeline.train import folded as folding
-from pipeline.train.folded import Fold, common_head, folded
+from pipeline.train import prefix_sharing
+from pipeline.train.prefix_sharing import PrefixLayout, shared_prefix_length, sharing_prefix
 from pipeline.train.workbench import Workbench
-from tests.train.test_together import LORAS, MIXED, gap, train
+from tests.train.test_loop import LORAS, MIXED, gap, train
 
 IMAGE = 9
 
 
 def test_the_common_head_ends_before_the_first_image_and_where_prompts_part():
-    assert common_head([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 7]], IMAGE) == 2
-    assert common_head([[1, 2, IMAGE, 4], [1, 2, IMAGE, 5]], IMAGE) == 2
-    assert common_head([[1, 2], [1, 2, 3]], IMAGE) == 2
-    assert common_head([[3, 1], [2, 1]], IMAGE) == 0
-    assert common_head([[1, 2, 3]], IMAGE) == 0  # nobody to share with
+    assert shared_prefix_length([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 7]], IMAGE) == 2
+    assert shared_prefix_length([[1, 2, IMAGE, 4], [1, 2, IMAGE, 5]], IMAGE) == 2
+    assert shared_prefix_length([[1, 2], [1, 2, 3]], IMAGE) == 2
+    assert shared_prefix_length([[3, 1], [2, 1]], IMAGE) == 0
+    assert shared_prefix_length([[1, 2, 3]], IMAGE) == 0  # nobody to share with
 
 
 @settings(deadline=None)
@@ -38,9 +38,9 @@ def test_every_token_sees_its_own_sample_up_to_itself(trials):
     flat = [length for mine in lengths for length in mine]
     width = max(flat)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folding, "LEAST_SAVED", -100)
-        fold = Fold.of(lengths, heads, width, like=torch.zeros(1))
-    rows, longest = fold.taken.shape
+        patch.setattr(prefix_sharing, "LEAST_SAVED", -100)
+        layout = PrefixLayout.of(lengths, heads, width, like=torch.zeros(1))
+    rows, longest = layout.taken.shape
     assert longest == max(head + sum(rests) for head, rests in trials)
     # what a token stands for: its sample's number and place; all samples of a trial have one and the same head
     trial_of = [n for n, mine in enumerate(lengths) for _ in mine]
@@ -48,22 +48,22 @@ def test_every_token_sees_its_own_sample_up_to_itself(trials):
     for sample, length in enumerate(flat):
         row = trial_of[sample]
         for at in range(length):
-            place = int(fold.places[sample, at])
-            assert place // longest == row and int(fold.positions.flatten()[place]) == at
+            place = int(layout.places[sample, at])
+            assert place // longest == row and int(layout.positions.flatten()[place]) == at
             owner = first_of[sample] if at < heads[row] else sample
-            assert int(fold.taken.flatten()[place]) == owner * width + at
-            seen = (fold.mask[row, 0, place % longest] == 0).nonzero()[:, 0].tolist()
-            assert seen == sorted(int(p) % longest for p in fold.places[sample, : at + 1])
+            assert int(layout.taken.flatten()[place]) == owner * width + at
+            seen = (layout.mask[row, 0, place % longest] == 0).nonzero()[:, 0].tolist()
+            assert seen == sorted(int(p) % longest for p in layout.places[sample, : at + 1])
     assert rows == len(trials)
 
 
-def test_rows_stay_plain_where_folding_saves_little_or_grows_long():
+def test_rows_stay_plain_where_sharing_saves_little_or_grows_long():
     like = torch.zeros(1)
-    assert Fold.of([[30] * 8], [16], 30, like) is not None
-    assert Fold.of([[30] * 8], [2], 30, like) is None  # 226 of 240 tokens
-    assert Fold.of([[30, 30], [12, 12]], [16, 10], 30, like) is not None
-    assert Fold.of([[100] * 4], [60], 100, like) is not None
-    assert Fold.of([[200] * 4], [100], 200, like) is None  # 500 tokens in one row
+    assert PrefixLayout.of([[30] * 8], [16], 30, like) is not None
+    assert PrefixLayout.of([[30] * 8], [2], 30, like) is None  # 226 of 240 tokens
+    assert PrefixLayout.of([[30, 30], [12, 12]], [16, 10], 30, like) is not None
+    assert PrefixLayout.of([[100] * 4], [60], 100, like) is not None
+    assert PrefixLayout.of([[200] * 4], [100], 200, like) is None  # 500 tokens in one row
 
 
 FOLDING = [name for name in backbones.names() if backbones.get(name).family.shares_prefix]
@@ -80,8 +80,8 @@ def test_a_decoder_gives_the_states_of_plain_rows(name):
     lengths = [12, 9, 11]
     with torch.no_grad():
         plain = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        fold = Fold.of([lengths], [5], 12, like=plain)
-        with folded(spec, fold):
+        layout = PrefixLayout.of([lengths], [5], 12, like=plain)
+        with sharing_prefix(spec, layout):
             found = model.model(input_ids=ids, use_cache=False).last_hidden_state
         assert torch.equal(model.model(input_ids=ids, use_cache=False).last_hidden_state, plain)  # the block is left
     for row, length in enumerate(lengths):
@@ -99,18 +99,18 @@ def test_trials_lose_what_they_lose_in_plain_rows(trial, tmp_path, monkeypatch, 
         return train(bench, requests, double=True)
 
     made = []
-    fold_of = Fold.of
-    monkeypatch.setattr(Fold, "of", lambda *x, **y: made.append(fold_of(*x, **y)) or made[-1])
-    together = run("folded")
-    assert sum(fold is not None for fold in made) > 5
-    monkeypatch.setattr(Fold, "of", lambda *x, **y: None)
+    layout_of = PrefixLayout.of
+    monkeypatch.setattr(PrefixLayout, "of", lambda *x, **y: made.append(layout_of(*x, **y)) or made[-1])
+    together = run("shared")
+    assert sum(layout is not None for layout in made) > 5
+    monkeypatch.setattr(PrefixLayout, "of", lambda *x, **y: None)
     assert gap(together, run("plain")) < 1e-7  # norms and angles are fp32
 
 
 def test_dropout_keeps_rows_apart(trial, tmp_path, monkeypatch):
     bench = Workbench(device="cpu")
     made = []
-    monkeypatch.setattr(Fold, "of", lambda *x, **y: made.append(1))
+    monkeypatch.setattr(PrefixLayout, "of", lambda *x, **y: made.append(1))
     method, options = LORAS[0]
     train(bench, [trial(method, tmp_path / "wet", epochs=1, **options)])
     assert not made
@@ -129,9 +129,9 @@ def test_attached_adapters_get_the_gradients_of_plain_rows(trial, tmp_path):
         for parameter in adapter.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         found = []
-        for fold in (None, Fold.of([[12, 12]], [6], 12, like=torch.zeros(1, dtype=torch.float64))):
+        for layout in (None, PrefixLayout.of([[12, 12]], [6], 12, like=torch.zeros(1, dtype=torch.float64))):
             adapter.zero_grad()
-            with attach(model, adapter), folded(spec, fold):
+            with attach(model, adapter), sharing_prefix(spec, layout):
                 model.model(input_ids=ids, use_cache=False).last_hidden_state.square().sum().backward()
             found.append([parameter.grad.clone() for parameter in adapter.parameters()])
         for plain, mine in zip(*found, strict=True):

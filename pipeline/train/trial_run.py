@@ -1,10 +1,10 @@
-"""One trial in training: data order, optimiser, epochs, and what is kept. `train.together` runs the steps."""
+"""One trial in training: data order, adapter, engine, epochs, and what is kept. `train.loop` runs the steps."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import torch.distributed as dist
 from pipeline import adapters, methods
 from pipeline.atomic import folder_atomic
 from pipeline.data.manifest import Manifest
+from pipeline.data.prompt import Encoded
+from pipeline.data.sample import Sample
 from pipeline.data.subset import training_samples
 from pipeline.errors import WorkError
 from pipeline.records.epoch import EpochReport, Status, TrialReport
@@ -22,30 +24,43 @@ from pipeline.records.trial_folder import TrialFolder
 from pipeline.tasks import tasks
 from pipeline.train import checkpoint
 from pipeline.train.engine import ENGINES, Student
-from pipeline.train.folded import common_head
-from pipeline.train.optim import cosine_with_warmup, steps_per_epoch
-from pipeline.train.order import batches, share_of
+from pipeline.train.prefix_sharing import shared_prefix_length
 from pipeline.train.resident import Resident, Target
+from pipeline.train.schedule import cosine_with_warmup, global_batches, micro_batches_of_rank, steps_per_epoch
 from pipeline.train.spent import Memory, flops_per_sample
 from pipeline.train.teacher import Teacher
 from pipeline.trial import Kind, TrialConfig
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one trial gives to one packed micro-batch.
+class MicroBatch:
+    """Samples of one trial that go through the model together.
 
     Attributes:
+        trial: whose they are.
+        number: of its adapter in the pack.
         ids: numbers of the trial's training samples.
-        targets: the teacher's, one a sample; none without a teacher.
         weight: one sample's share of the global batch's mean.
         last: whether this is the trial's last micro-batch before its optimiser steps.
+        targets: its teacher's, one a sample; none without a teacher.
     """
 
+    trial: TrialRun
+    number: int
     ids: list[int]
-    targets: list[Target]
     weight: float
     last: bool
+    targets: Sequence[Target] = ()
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The samples."""
+        return [self.trial.samples[i] for i in self.ids]
+
+    @property
+    def prompts(self) -> list[Encoded]:
+        """Their prompts, without demonstrations."""
+        return [self.trial.prompts[i] for i in self.ids]
 
 
 @dataclass
@@ -57,7 +72,7 @@ class _Epoch:
     losses: list[float] = field(default_factory=list)  # of each step
     steps: int = 0
     gradient_norm: float = 0.0
-    factor: float = 0.0
+    learning_rate_scale: float = 0.0
     seconds: float = 0.0
 
 
@@ -88,7 +103,9 @@ class TrialRun:
         self.selection = manifest.splits[split][: None if config.selection == "test" else config.num_selection_samples]
         self.prompts = resident.alone(manifest, self.samples, answer=True)
         # what all of them begin with, an instruction, is computed once a step where that pays
-        self.head = common_head([one.input_ids for one in self.prompts], resident.loaded.image_token_id)
+        self.prefix_length = shared_prefix_length(
+            [prompt.input_ids for prompt in self.prompts], resident.loaded.image_token_id
+        )
         self.facts = methods.facts(config)
         model = resident.loaded.model
         options = methods.recorded_options(config.method, config.options)
@@ -97,7 +114,7 @@ class TrialRun:
         self.kinds: set[Kind] = set(kinds) if self.facts.kind is None else {*kinds, self.facts.kind}
         self.teacher = Teacher(resident, manifest, self.samples, config, self.facts) if self.facts.teacher else None
         self.flops = flops_per_sample(
-            self.adapter, config.backbone, resident, self.prompts, self.head, manifest, config.num_shots
+            self.adapter, config.backbone, resident, self.prompts, self.prefix_length, manifest, config.num_shots
         )
         self.memory = Memory(model, resident.device)
         student = Student(self.adapter, model if config.zero_stage == 3 else None)
@@ -136,27 +153,28 @@ class TrialRun:
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    def parts(self, ahead: int) -> list[Part]:
-        """Return this rank's micro-batches of the step `ahead` of the next one, teacher's targets included.
+    def micro_batches(self, number: int, *, ahead: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of the step `ahead` of the next one.
 
-        No adapter may be attached: the teacher is the frozen backbone.
+        Args:
+            number: of the trial's adapter in the pack.
+            ahead: steps.
         """
-        started = time.perf_counter()
         config, epoch = self.config, self._epoch
-        whole = epoch.order[epoch.steps + ahead]
-        mine = share_of(whole, micro_batch_size=config.micro_batch_size, world_size=self.world, rank=self.rank)
-        parts = []
-        for index, ids in enumerate(mine):
+        global_batch = epoch.order[epoch.steps + ahead]
+        of_rank = micro_batches_of_rank(
+            global_batch, micro_batch_size=config.micro_batch_size, world_size=self.world, rank=self.rank
+        )
+        micro_batches = []
+        for index, ids in enumerate(of_rank):
             # a rank without a sample of a short last batch takes one without weight: all ranks run the same graph
-            taken, weight = (ids, 1 / len(whole)) if ids else (whole[:1], 0.0)
-            parts.append(Part(taken, self._targets(taken), weight, last=index == len(mine) - 1))
-        epoch.seconds += time.perf_counter() - started  # a teacher is a part of what training costs
-        return parts
+            taken, weight = (ids, 1 / len(global_batch)) if ids else (global_batch[:1], 0.0)
+            micro_batches.append(MicroBatch(self, number, taken, weight, last=index == len(of_rank) - 1))
+        return micro_batches
 
-    def _targets(self, ids: list[int]) -> list[Target]:
-        if self.teacher is None:
-            return []
-        return self.teacher.targets([self.samples[i] for i in ids], [self.prompts[i] for i in ids], self.number)
+    def add_seconds(self, seconds: float) -> None:
+        """Count time that the epoch has taken."""
+        self._epoch.seconds += seconds
 
     @property
     def step(self) -> int:
@@ -168,20 +186,27 @@ class TrialRun:
         """Seed of the next step's dropout: the same after a resume, another for every rank."""
         return (self.config.seed * 1_000_003 + self.step * 1_009 + self.rank) % (1 << 63)
 
-    def finish_step(self, losses: dict[str, float], seconds: float) -> None:
-        """Update the adapter by the gradients that the step's micro-batches have left.
+    @property
+    def learning_rate_scale(self) -> float:
+        """The schedule's scale on the learning rate at the next step."""
+        return cosine_with_warmup(self.step, self.per_epoch * self.config.epochs, self.config.warmup_ratio)
+
+    def finish_step(self, losses: dict[str, float], gradient_norm: float, seconds: float, *, pack_size: int) -> None:
+        """Take in a step by which the adapter has been updated.
 
         Args:
-            losses: this step's, summed over its micro-batches.
+            losses: summed over the step's micro-batches.
+            gradient_norm: before clipping.
             seconds: what the step took of the trial's share.
+            pack_size: trials that shared the step, this one included.
         """
-        epoch, config = self._epoch, self.config
+        epoch = self._epoch
         for name, value in losses.items():
             epoch.sums[name] = epoch.sums.get(name, 0.0) + value / self.per_epoch
         epoch.losses.append(losses["train_loss"])
-        epoch.factor = cosine_with_warmup(self.step, self.per_epoch * config.epochs, config.warmup_ratio)
-        epoch.gradient_norm = self.engine.step(epoch.factor)
+        epoch.gradient_norm, epoch.learning_rate_scale = gradient_norm, self.learning_rate_scale
         epoch.seconds += seconds
+        self.packed = max(self.packed, pack_size)
         if not self._finite(losses):
             self.error = f"the loss is not finite at step {self.step + 1} (epoch {self.number})"
         epoch.steps += 1
@@ -207,7 +232,7 @@ class TrialRun:
         means = dict(zip(epoch.sums, self._over_ranks(list(epoch.sums.values())), strict=True))
         fields = {
             **means, **selected, "gradient_norm": epoch.gradient_norm,
-            "learning_rate": self.config.learning_rate * epoch.factor, "seconds": epoch.seconds + seconds,
+            "learning_rate": self.config.learning_rate * epoch.learning_rate_scale, "seconds": epoch.seconds + seconds,
             "train_seconds": epoch.seconds,
         }  # fmt: skip
         report = EpochReport.model_validate({"epoch": self.number, **fields})
@@ -239,7 +264,7 @@ class TrialRun:
     def _next_epoch(self) -> _Epoch:
         if self.finished:
             return _Epoch([])
-        return _Epoch(batches(len(self.samples), self.global_batch, self.config.seed, self.number))
+        return _Epoch(global_batches(len(self.samples), self.global_batch, self.config.seed, self.number))
 
     def _over_ranks(self, values: list[float]) -> list[float]:
         """Add up what each rank's share has given."""

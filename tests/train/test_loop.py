@@ -13,11 +13,13 @@ import pytest
 import torch
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
+from pipeline.adapters.attach import attach
 from pipeline.records.epoch import EpochReport
 from pipeline.sweep.store import TrialStore
 from pipeline.train.capacity import Capacity
-from pipeline.train.run import Part
-from pipeline.train.together import cut
+from pipeline.train.loop import TrainingLoop, cut
+from pipeline.train.schedule import cosine_with_warmup
+from pipeline.train.trial_run import MicroBatch
 from pipeline.train.workbench import Workbench
 
 MIXED = [
@@ -45,10 +47,10 @@ def train(bench: Workbench, requests, *, double: bool = False) -> dict[str, list
     """Train the requests together, adapters in fp64 where asked; return the metrics by trial and epoch."""
     for request in requests:
         bench.admit(request)
-    for run in bench.together.runs if double else ():
+    for run in bench.loop.trials if double else ():
         run.adapter.double()
     reports: dict[str, list[EpochReport]] = {request.key: [] for request in requests}
-    while bench.together.runs:
+    while bench.loop.trials:
         for report in bench.advance():
             reports[report.key].append(report.metrics)
     return reports
@@ -68,7 +70,7 @@ def test_a_pack_loses_what_its_trials_lose_alone(bench, trial, tmp_path, name):
     alone: dict = {}
     for method, given in PACKS[name]:
         alone |= train(bench, [trial(method, tmp_path / "alone", **given)])
-        bench.together.resident.targets.clear()  # each computes its teacher's targets anew
+        bench.loop.resident.targets.clear()  # each computes its teacher's targets anew
     together = train(bench, [trial(method, tmp_path / "together", **given) for method, given in PACKS[name]])
     assert gap(alone, together) < 1e-5
     for key, reports in together.items():
@@ -101,39 +103,36 @@ def test_dropout_acts_in_training_alone(bench, trial, tmp_path):
     losses = [train(bench, [request])[request.key][0].train_loss for request in (dry, wet)]
     assert losses[0] != losses[1]
     bench.admit(wet)
-    assert not any(run.adapter.training for run in bench.together.runs)
+    assert not any(run.adapter.training for run in bench.loop.trials)
     bench.evict(wet.key)
 
 
 def test_trials_share_one_teacher_pass(bench, trial, tmp_path):
-    seen = 0
+    seen = []
 
-    def count(*_):
-        nonlocal seen
-        seen += 1
-
-    def passes(folder, *chosen):
-        nonlocal seen
-        bench.together.resident.targets.clear()
-        requests = [trial(method, folder, epochs=1, **given) for method, given in chosen]
-        seen = 0
-        train(bench, requests)
-        return seen
+    def passes(*chosen) -> tuple[int, int]:
+        """Train one epoch; return how often the backbone ran as a teacher (without a gradient) and as a student."""
+        bench.loop.resident.targets.clear()
+        folder, seen[:] = tmp_path / str(len(chosen)), []
+        train(bench, [trial(method, folder, epochs=1, selection_metric="loss", **given) for method, given in chosen])
+        return seen.count(False), seen.count(True)
 
     train(bench, [trial("mimic", tmp_path / "first", epochs=1)])
-    hook = bench.together.resident.loaded.model.model.register_forward_hook(count)
-    one = passes(tmp_path / "one", ("mimic", {}))
+    model = bench.loop.resident.loaded.model.model
+    hook = model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    one = passes(("mimic", {}))
     all_kinds = [("mimic", {}), ("mimic", {"shift": "linear"}), ("mimic", {"alignment": "attention"}), ("live", {})]
-    four = passes(tmp_path / "four", *all_kinds)
+    four = passes(*all_kinds)
     hook.remove()
-    # 5 steps of two micro-batches: ten teacher's and ten student's passes; the students of a pack share theirs too
-    assert one == four
+    # 5 steps of two micro-batches; the loss on the selection split is a pass of each trial's own
+    assert one == (10 + 1, 10)
+    assert four == (10 + 4, 10)
 
 
 def test_a_teachers_pass_serves_trials_that_come_later_and_changes_nothing(bench, trial, tmp_path):
     def teacher_passes(request) -> tuple[int, list[dict]]:
         seen = []
-        hook = bench.together.resident.loaded.model.model.register_forward_hook(lambda *_: seen.append(1))
+        hook = bench.loop.resident.loaded.model.model.register_forward_hook(lambda *_: seen.append(1))
         reports = train(bench, [request])[request.key]
         hook.remove()
         return len(seen), reports
@@ -141,9 +140,9 @@ def test_a_teachers_pass_serves_trials_that_come_later_and_changes_nothing(bench
     mimic, live = (trial(method, tmp_path / method, epochs=1) for method in ("mimic", "live"))
     kinds = (("hidden", "mlp"), ("logits", ""))
     train(bench, [trial("mimic", tmp_path / "first", epochs=1)])
-    bench.together.resident.targets.clear()
+    bench.loop.resident.targets.clear()
     alone, lost_alone = teacher_passes(live)
-    bench.together.resident.targets.clear()
+    bench.loop.resident.targets.clear()
     train(bench, [replace(mimic, kinds=kinds)])
     behind, lost_behind = teacher_passes(replace(live, folder=str(tmp_path / "behind")))
     assert alone - behind == 10  # a pass for each of 5 steps' two micro-batches
@@ -153,18 +152,72 @@ def test_a_teachers_pass_serves_trials_that_come_later_and_changes_nothing(bench
 def test_a_step_cut_in_pieces_is_the_same_step(bench, trial, tmp_path):
     requests = [trial("hificl", tmp_path / "whole", rank=rank) for rank in (1, 2)]
     whole = train(bench, requests)
-    bench.together.max_rows = 3
+    bench.loop.max_rows = 3
     try:
         pieces = train(bench, [trial("hificl", tmp_path / "pieces", rank=rank) for rank in (1, 2)])
     finally:
-        bench.together.max_rows = None
+        bench.loop.max_rows = None
     assert gap(whole, pieces) < 1e-6
 
 
-def test_pieces_hold_every_sample_once():
-    rows = [(0, "a", Part([1, 2, 3], [], 0.5, True)), (1, "b", Part([4], [], 1.0, False))]
-    pieces = cut(rows, 2)
-    assert [[(n, p.ids, p.last) for n, _, p in piece] for piece in pieces] == [
+@pytest.mark.parametrize("drops", [False, True], ids=["a row a trial", "a row a sample"])
+@pytest.mark.parametrize("max_rows", [None, 3])
+def test_every_row_is_computed_with_its_own_trials_adapter(bench, trial, tmp_path, monkeypatch, drops, max_rows):
+    if drops:  # as dropout does: no shared prefix
+        monkeypatch.setattr(TrainingLoop, "_prefix_layout", lambda *_: None)
+    chosen = [("hificl", {}), ("live", {}), ("hificl", {"task": "mini-coco"}), ("mimic", {}), ("mimic", {"seed": 1})]
+    requests = [trial(method, tmp_path, micro_batch_size=2 + i, **given) for i, (method, given) in enumerate(chosen)]
+    for request in requests:
+        bench.admit(request)
+    generator = torch.Generator().manual_seed(3)
+    for run in bench.loop.trials:  # so far apart that a row with another's adapter cannot pass for one with its own
+        for parameter in run.adapter.parameters():
+            torch.nn.init.normal_(parameter, std=0.5, generator=generator)
+    (step,) = bench.loop.next_steps(1)
+    model = bench.loop.resident.loaded.model
+    together = []
+    with torch.no_grad(), attach(model, [run.adapter for run in bench.loop.trials]) as pack:
+        for chunk in cut([micro_batches[0] for micro_batches in step], max_rows):
+            together += list(zip(chunk, bench.loop.losses(pack, chunk), strict=True))
+    for part, losses in together:
+        with torch.no_grad(), attach(model, part.trial.adapter) as pack:
+            (alone,) = bench.loop.losses(pack, [replace(part, number=0)])
+        assert {name: value.item() for name, value in losses.items()} == pytest.approx(
+            {name: value.item() for name, value in alone.items()}, rel=1e-4
+        )
+    for request in requests:
+        bench.evict(request.key)
+
+
+def test_every_step_is_taken_at_the_schedules_learning_rate(bench, trial, tmp_path):
+    options = [{"learning_rate": 1e-2, "epochs": 2}, {"learning_rate": 3e-3, "warmup_ratio": 0.5}]
+    requests = [trial("mimic", tmp_path, num_train_samples=12, **given) for given in options]
+    rates: dict[str, list[float]] = {request.key: [] for request in requests}
+
+    def noting(run, step):
+        def note(scale: float) -> float:
+            norm = step(scale)
+            rates[run.config.key].append(run.engine.optimizer.param_groups[0]["lr"])
+            return norm
+
+        return note
+
+    for request in requests:
+        bench.admit(request)
+    for run in bench.loop.trials:
+        run.engine.step = noting(run, run.engine.step)
+    while bench.advance():
+        pass
+    for request in requests:
+        config = request.config
+        total = 3 * config.epochs
+        scales = [cosine_with_warmup(step, total, config.warmup_ratio) for step in range(total)]
+        assert rates[request.key] == [config.learning_rate * scale for scale in scales]
+
+
+def test_chunks_hold_every_sample_once():
+    parts = [MicroBatch(None, 0, [1, 2, 3], 0.5, last=True), MicroBatch(None, 1, [4], 1.0, last=False)]
+    assert [[(part.number, part.ids, part.last) for part in chunk] for chunk in cut(parts, 2)] == [
         [(0, [1, 2], False)],
         [(0, [3], True), (1, [4], False)],
     ]
@@ -189,14 +242,14 @@ def test_memory_that_runs_out_halves_the_rows_and_loses_no_step(trial, tmp_path)
         for request in (small, limited):
             bench.admit(request)
             if request is limited:  # until the first step is done
-                free, again = resource.getrlimit(resource.RLIMIT_AS), bench.together.on_step
-                bench.together.on_step = lambda: (again(), resource.setrlimit(resource.RLIMIT_AS, free))
+                free, again = resource.getrlimit(resource.RLIMIT_AS), bench.loop.on_step
+                bench.loop.on_step = lambda: (again(), resource.setrlimit(resource.RLIMIT_AS, free))
                 pages = int(open("/proc/self/statm").read().split()[0])
                 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(sys.argv[2]), free[1]))
             lost = []
-            while bench.together.runs:
+            while bench.loop.trials:
                 lost += [report.metrics.train_loss for report in bench.advance()]
-        print(json.dumps([bench.together.max_rows, lost]))
+        print(json.dumps([bench.loop.max_rows, lost]))
     """)
     )
     (tmp_path / "requests").write_bytes(pickle.dumps((small, limited)))

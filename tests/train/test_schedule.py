@@ -2,13 +2,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.optim import cosine_with_warmup, steps_per_epoch
-from pipeline.train.order import batches, share_of
+from pipeline.train.schedule import cosine_with_warmup, global_batches, micro_batches_of_rank, steps_per_epoch
 
 
 @given(st.integers(1, 200), st.integers(1, 17), st.integers(0, 5), st.integers(1, 3))
 def test_an_epoch_sees_every_sample_once(num, size, seed, epoch):
-    found = batches(num, size, seed, epoch)
+    found = global_batches(num, size, seed, epoch)
     assert sorted(i for batch in found for i in batch) == list(range(num))
     assert len(found) == steps_per_epoch(num, size)
 
@@ -16,19 +15,19 @@ def test_an_epoch_sees_every_sample_once(num, size, seed, epoch):
 @given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 4))
 def test_ranks_share_a_batch_without_loss_and_meet_equally_often(num, micro, world):
     whole = list(range(num))
-    shares = [share_of(whole, micro_batch_size=micro, world_size=world, rank=r) for r in range(world)]
+    shares = [micro_batches_of_rank(whole, micro_batch_size=micro, world_size=world, rank=r) for r in range(world)]
     assert sorted(i for share in shares for part in share for i in part) == whole
     assert len({len(share) for share in shares}) == 1
     assert all(len(part) <= micro for share in shares for part in share)
 
 
 def test_epochs_and_seeds_differ():
-    assert batches(50, 5, 0, 1) != batches(50, 5, 0, 2) != batches(50, 5, 1, 2)
+    assert global_batches(50, 5, 0, 1) != global_batches(50, 5, 0, 2) != global_batches(50, 5, 1, 2)
 
 
 def test_the_order_is_fixed_for_good():
     # a change here changes every number that was ever printed
-    assert batches(10, 5, 0, 1) == batches(10, 5, 0, 1)
+    assert global_batches(10, 5, 0, 1) == global_batches(10, 5, 0, 1)
 
 
 def test_the_schedule_warms_up_and_falls_to_nothing():

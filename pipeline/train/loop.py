@@ -1,0 +1,320 @@
+"""The training loop: one resident backbone, one forward and one backward pass a step for all trials of a pack.
+
+A trial alone is a pack of one; there is no other loop. Every trial keeps its own data order, optimiser, gradient clip,
+schedule, epochs and end, so its losses are those of training alone, up to the rounding of sums.
+
+The methods stand in the order of execution: the next steps' data and teacher's targets, one step, its gradients, the
+backward pass of one forward pass, its losses, the way out of memory, the end of an epoch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pipeline import adapters
+from pipeline.adapters.base import WeightsAdapter, parts_of
+from pipeline.adapters.pack import Pack, PackRows
+from pipeline.backbones.decoder import decoder_of
+from pipeline.data.collate import Batch
+from pipeline.errors import WorkError
+from pipeline.progress import say
+from pipeline.records.epoch import TrialReport
+from pipeline.train import loss
+from pipeline.train.capacity import Capacity
+from pipeline.train.compiled import compiled_parts
+from pipeline.train.imitation import Imitation
+from pipeline.train.prefix_sharing import PrefixLayout, sharing_prefix
+from pipeline.train.resident import TEACHER_BYTES, Resident
+from pipeline.train.selection import select
+from pipeline.train.trial_run import MicroBatch, TrialRun
+
+Step = list[list[MicroBatch]]  # each trial's micro-batches, up to the next update of its adapter
+Losses = dict[str, Tensor]  # "train_loss" and its parts, scalars
+
+
+class TrainingLoop:
+    """Trains the pack of one process.
+
+    Args:
+        resident: the backbone.
+        on_step: called after every step and every scored batch: the sign of life.
+    """
+
+    def __init__(self, resident: Resident, on_step: Callable[[], None]) -> None:
+        self.resident, self.on_step = resident, on_step
+        self.trials: list[TrialRun] = []
+        self.max_rows: int | None = None  # of one forward pass, once the memory has run out
+        self.capacity = Capacity(resident.device)
+
+    def room(self) -> int:
+        """Return how many trials may join those that are here."""
+        return 0 if self.max_rows is not None else self.capacity.room(len(self.trials))
+
+    def evict(self, key: str) -> None:
+        """Drop a trial."""
+        for trial in [trial for trial in self.trials if trial.config.key == key]:
+            self.trials.remove(trial)
+            trial.close()
+
+    def advance(self) -> list[TrialReport]:
+        """Train until a trial completes an epoch, diverges, or turns out to be complete; return the reports.
+
+        Raises:
+            WorkError: one sample alone does not fit the memory.
+        """
+        complete = [trial for trial in self.trials if trial.finished]
+        if complete:
+            return [self._let_go(trial, trial.closed_report()) for trial in complete]
+        num_steps = min(trial.steps_left for trial in self.trials)
+        done, started, pack_size = 0, time.perf_counter(), len(self.trials)
+        while done < num_steps and not self._diverged():
+            window = self.next_steps(num_steps - done)
+            # dropout is drawn in training alone
+            learners = [trial.adapter.train() for trial in self.trials]
+            with self._compiled(), adapters.attach(self.resident.loaded.model, learners) as pack:
+                for step in window:
+                    self._step(pack, step)
+                    self.on_step()
+                    done += 1
+                    if self._diverged():
+                        break
+        samples = done * sum(trial.global_batch for trial in self.trials)
+        self.capacity.note(pack_size, samples, time.perf_counter() - started, done)
+        return self._end_epoch()
+
+    def _diverged(self) -> list[TrialRun]:
+        return [trial for trial in self.trials if trial.error]
+
+    def _compiled(self) -> AbstractContextManager[None]:
+        """Let the frozen parts run compiled, where it is asked for and the weights stay what they are."""
+        updates = any(parts_of([trial.adapter for trial in self.trials], WeightsAdapter))
+        if updates or not all(trial.config.compile for trial in self.trials):
+            return nullcontext()
+        return compiled_parts(self.resident.loaded.model, self.resident.forwards)
+
+    # -- the next steps' data ------------------------------------------------------------------------------------------
+
+    def next_steps(self, most: int) -> list[Step]:
+        """Return the next steps; no adapter is attached, so the teachers compute what their students imitate.
+
+        Args:
+            most: steps; fewer where the targets would fill the memory.
+        """
+        window: list[Step] = []
+        held = 0
+        self.resident.kinds = {kind for trial in self.trials for kind in trial.kinds}
+        while len(window) < most and held <= TEACHER_BYTES:
+            step: Step = []
+            for number, trial in enumerate(self.trials):
+                started = time.perf_counter()
+                micro_batches = trial.micro_batches(number, ahead=len(window))
+                if trial.teacher is not None:
+                    micro_batches = [
+                        replace(part, targets=trial.teacher.targets(part.samples, part.prompts, trial.number))
+                        for part in micro_batches
+                    ]
+                trial.add_seconds(time.perf_counter() - started)  # a teacher is a part of what training costs
+                held += sum(target.bytes for part in micro_batches for target in part.targets)
+                step.append(micro_batches)
+            window.append(step)
+        return window
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def _step(self, pack: Pack, step: Step) -> None:
+        """Run all trials' micro-batches, then clip and update each adapter at its own learning rate."""
+        started = time.perf_counter()
+        while True:
+            try:
+                losses = self._gradients(pack, step)
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._halve_rows(step)  # and again, from the step's beginning
+        seconds = time.perf_counter() - started
+        samples = [sum(len(part.ids) for part in micro_batches) for micro_batches in step]
+        for trial, losses_of_trial, count in zip(self.trials, losses, samples, strict=True):
+            gradient_norm = trial.engine.step(trial.learning_rate_scale)
+            trial.finish_step(losses_of_trial, gradient_norm, seconds * count / sum(samples), pack_size=len(step))
+
+    def _gradients(self, pack: Pack, step: Step) -> list[dict[str, float]]:
+        """Add up the gradients of one step; return each trial's losses."""
+        self._seed_dropout(pack, step)
+        sums: list[Losses] = [{} for _ in step]
+        for index in range(max(map(len, step))):
+            micro_batch = [micro_batches[index] for micro_batches in step if index < len(micro_batches)]
+            for chunk in cut(micro_batch, self.max_rows):
+                for part, losses in zip(chunk, self._backward(pack, chunk), strict=True):
+                    total = sums[part.number]
+                    for name, value in losses.items():
+                        total[name] = total[name] + value if name in total else value
+        # one transfer a step: asking for each value would wait for the device each time
+        values = iter(torch.stack([value.double() for total in sums for value in total.values()]).tolist())
+        return [{name: next(values) for name in total} for total in sums]
+
+    def _seed_dropout(self, pack: Pack, step: Step) -> None:
+        """Draw dropout as a function of trial, step and rank: the same after a resume, and in a pack as alone."""
+        if len(step) > 1:
+            pack.seed({number: trial.step_seed for number, trial in enumerate(self.trials)})
+            return
+        # as `torch.manual_seed` does, which formats three stack traces a call for devices that are not there
+        for generator in (torch.default_generator, *torch.cuda.default_generators):
+            generator.manual_seed(self.trials[0].step_seed)
+
+    def _backward(self, pack: Pack, chunk: list[MicroBatch]) -> list[Losses]:
+        """Run one forward and one backward pass; return the losses of each part of the chunk."""
+        if len(chunk) == 1:  # inside the engine's own forward, which may have to gather a sharded backbone
+            part = chunk[0]
+            losses: list[Losses] = []
+
+            def forward() -> Tensor:
+                losses.extend(self.losses(pack, chunk))
+                return losses[0]["train_loss"]
+
+            engine = part.trial.engine
+            engine.backward(engine.forward(forward), last=part.last)
+        else:
+            losses = self.losses(pack, chunk)
+            scaled = [
+                part.trial.engine.for_joint_backward(of_part["train_loss"], last=part.last)
+                for part, of_part in zip(chunk, losses, strict=True)
+            ]
+            torch.stack(scaled).sum().backward()
+        return [{name: value.detach() for name, value in of_part.items()} for of_part in losses]
+
+    def losses(self, pack: Pack, chunk: Sequence[MicroBatch]) -> list[Losses]:
+        """Run one forward pass; return each part's share of its global batch's mean loss, and what it consists of.
+
+        Args:
+            pack: the adapters, which are attached to the backbone.
+            chunk: the samples, each trial's at most once.
+        """
+        model, spec = self.resident.loaded.model, decoder_of(self.resident.loaded.model)
+        batch = self._batch(chunk)
+        layout = self._prefix_layout(chunk, batch)
+        pack.use(rows_of(chunk, batch, layout))
+        imitation = Imitation(chunk, batch)
+        with imitation.recording(spec, layout), sharing_prefix(spec, layout):
+            hidden = model.model(**batch.model_inputs(self.resident.loaded), use_cache=False).last_hidden_state
+        rows, positions, targets = loss.shifted(batch.labels)
+        logits = loss.logits_at(model, hidden, rows, positions)
+        ground_truth = loss.cross_entropy(logits, targets, rows, len(batch)).split([len(part.ids) for part in chunk])
+        distances = imitation.distances(logits, rows)
+        losses = []
+        for part, of_samples in zip(chunk, ground_truth, strict=True):
+            config, truth = part.trial.config, of_samples.sum() * part.weight
+            total, terms = config.ground_truth_weight * truth, {"ground_truth_loss": truth.detach()}
+            if part.trial.teacher is not None:
+                alignment = distances[part.number] * part.weight
+                total = total + config.alignment_weight * alignment
+                terms["alignment_loss"] = alignment.detach()
+            losses.append({"train_loss": total, **terms})
+        return losses
+
+    def _batch(self, chunk: Sequence[MicroBatch]) -> Batch:
+        manifests = [part.trial.manifest for part in chunk for _ in part.ids]
+        one_root = len({manifest.image_root for manifest in manifests}) == 1
+        return self.resident.batch(
+            [prompt for part in chunk for prompt in part.prompts],
+            manifests[0] if one_root else manifests,
+            span=[part.trial.config.loss_span for part in chunk for _ in part.ids],
+            pixels=chunk[0].trial.facts.trains_vision,
+        )
+
+    def _prefix_layout(self, chunk: Sequence[MicroBatch], batch: Batch) -> PrefixLayout | None:
+        """Return how the decoder's rows share prefixes, or None where every sample has a row of its own."""
+        if not self.resident.loaded.family.shares_prefix or any(part.trial.facts.drops for part in chunk):
+            return None
+        lengths = iter(batch.lengths.tolist())
+        return PrefixLayout.of(
+            [[next(lengths) for _ in part.ids] for part in chunk],
+            [part.trial.prefix_length if len(part.ids) > 1 else 0 for part in chunk],
+            batch.input_ids.shape[1],
+            like=self.resident.loaded.model.get_input_embeddings().weight,
+        )
+
+    def _halve_rows(self, step: Step) -> None:
+        """Go back to before the step, and from now on give the model half as many rows at once.
+
+        Raises:
+            WorkError: there is nothing to halve, or an engine has reduced gradients already.
+        """
+        rows = self.max_rows or max(
+            sum(len(micro_batches[index].ids) for micro_batches in step if index < len(micro_batches))
+            for index in range(max(map(len, step)))
+        )
+        if rows == 1:
+            raise WorkError(
+                "one sample alone does not fit the memory",
+                where=self.trials[0].config.key,
+                way_out="Use a larger device, a lower precision, or train.offload: cpu with train.zero_stage: 3",
+            )
+        for trial in self.trials:
+            trial.engine.forget()
+        self.max_rows = -(-rows // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        say(f"out of memory with {rows} rows in one pass: from now on at most {self.max_rows}; no step is lost")
+
+    # -- the end of an epoch -------------------------------------------------------------------------------------------
+
+    def _end_epoch(self) -> list[TrialReport]:
+        """Report the trials that have diverged; score those whose epoch is complete, keep and report them."""
+        diverged = self._diverged()
+        complete = [trial for trial in self.trials if not trial.error and trial.steps_left == 0]
+        reports = [self._let_go(trial, trial.diverged_report()) for trial in diverged]
+        if complete:
+            started = time.perf_counter()
+            scores = select(self.resident, complete, self.on_step)
+            seconds = (time.perf_counter() - started) / len(complete)
+            for trial, score in zip(complete, scores, strict=True):
+                reports.append(self._let_go(trial, trial.finish_epoch(score, seconds)))
+        return reports
+
+    def _let_go(self, trial: TrialRun, report: TrialReport) -> TrialReport:
+        """Drop a trial that has ended."""
+        if report.end is not None:
+            self.evict(trial.config.key)
+        return report
+
+
+def rows_of(chunk: Sequence[MicroBatch], batch: Batch, layout: PrefixLayout | None) -> PackRows:
+    """Return which trial's adapter each of the decoder's rows uses: one row a sample, or one a trial (`layout`)."""
+    if layout is None:
+        numbers = tuple(part.number for part in chunk for _ in part.ids)
+        widths = {part.number: max(map(len, part.prompts)) for part in chunk}
+        return PackRows(numbers, batch.image_counts, widths)
+    images = iter(batch.image_counts)
+    return PackRows(tuple(part.number for part in chunk), tuple(sum(next(images) for _ in part.ids) for part in chunk))
+
+
+def cut(parts: Sequence[MicroBatch], most: int | None) -> list[list[MicroBatch]]:
+    """Cut one micro-batch of a pack into chunks of at most `most` samples; a trial's samples may be cut too."""
+    if most is None:
+        return [list(parts)]
+    chunks: list[list[MicroBatch]] = [[]]
+    room = most
+    for part in parts:
+        start = 0
+        while start < len(part.ids):
+            if room == 0:
+                chunks.append([])
+                room = most
+            end = min(len(part.ids), start + room)
+            last = part.last and end == len(part.ids)
+            chunks[-1].append(replace(part, ids=part.ids[start:end], targets=part.targets[start:end], last=last))
+            room -= end - start
+            start = end
+    return chunks
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: CUDA has a type for it, the CPU's allocator only a sentence."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
