@@ -177,10 +177,13 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
         InputError: unknown study, method, backbone, task, field or option.
     """
     study, pairs = _pairs(params, study_name)
+    # those of other studies too: a misspelt one would be heard by none
+    for name in params.backbones:
+        backbones.get(name)
     for name in (*params.subsample.tasks, *params.subsample.splits):
-        tasks.get(name)  # likewise
+        tasks.get(name)
     for source, given in ((f"profile {params.profile}", params.run.methods), (EXPLICIT, params.explicit.methods)):
-        for method, layer in given.items():  # those of other studies too: a misspelt one would be heard by none
+        for method, layer in given.items():
             _apply(method, Train(), {}, layer, where=f"methods.{method} ({source})")
     found = [
         _cell(params, study_name, study, row_name, row, pair, vary, seed, digests)

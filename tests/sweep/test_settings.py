@@ -268,10 +268,17 @@ def test_of_two_numbers_of_epochs_the_one_that_decides_is_named():
     assert first.startswith("train.epochs=3 changes nothing here") and "train.epochs_below_1000=7 does not" in second
 
 
-@pytest.mark.parametrize("section", ["tasks.mem", "splits.mem"])
-def test_a_misspelt_task_of_the_draw_is_refused(section):
-    with pytest.raises(InputError, match="unknown task 'mem'.*Did you mean 'mme'"):
-        settings_of("hificl-table8", f"subsample.{section}=" + ("{num_train: 3}" if "tasks" in section else "official"))
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("subsample.tasks.mem={num_train: 3}", "unknown task 'mem'.*Did you mean 'mme'"),
+        ("subsample.splits.mem=official", "unknown task 'mem'.*Did you mean 'mme'"),
+        ("backbones.idefics2-8b={weights: here}", "unknown backbone 'idefics2-8b'.*idefics2-8b-base"),
+    ],
+)
+def test_a_misspelt_task_or_backbone_is_refused(setting, says):
+    with pytest.raises(InputError, match=says):
+        settings_of("hificl-table8", setting)
 
 
 @pytest.mark.parametrize("setting", ["num_selection_samples=10", "selection=test"])
