@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from pipeline.terminal import Answer, Facts
 
 if TYPE_CHECKING:
     from pipeline.config import Params
+    from pipeline.records.evaluations import Evaluations
 
 
 def register(line: CommandLine) -> None:
@@ -43,18 +43,19 @@ def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
     Raises:
         InputError: nothing was evaluated, so that nothing is referred to; or a sweep holds the store.
     """
+    from pipeline.records.evaluations import Evaluations
     from pipeline.sweep.store import TrialStore
     from pipeline.tracking.runs import Tracker
 
-    studies = sorted((root / "evaluations/studies").glob("*.json"))
-    if not studies:
+    kept = Evaluations(root / "evaluations")
+    if not kept.studies():
         raise InputError(
             "no study was evaluated, so nothing says what is referred to",
             where=str(root / "evaluations/studies"), way_out="Run dvc repro first",
         )  # fmt: skip
     store = TrialStore(root / "runs")
     with store.lock("hificl gc"):
-        trials, evaluations = _referred(studies)
+        trials, evaluations = _referred(kept)
         trials |= _planned(params, root)
         old_trials = [store.folder(key) for key in store.all_keys() if key not in trials]
         every = sorted([*(root / "evaluations").glob("*.json"), *(root / "evaluations/measures").glob("*.json")])
@@ -79,14 +80,12 @@ def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
     return found
 
 
-def _referred(studies: list[Path]) -> tuple[set[str], set[str]]:
-    trials: set[str] = set()
-    evaluations: set[str] = set()
-    for file in studies:
-        for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
-            trials |= {cell["trial"], *(one["trial"] for one in cell["candidates"])} - {None}
-            evaluations |= {f"evaluations/{cell['evaluation']}.json", cell.get("measurement")} - {None}
-    return trials, evaluations
+def _referred(evaluations: Evaluations) -> tuple[set[str], set[str]]:
+    """Return the trials and the files that the studies' cells name."""
+    cells = [cell for name in evaluations.studies() for cell in evaluations.study(name).cells]
+    trials = {cell.trial for cell in cells} | {row.trial for cell in cells for row in cell.candidates}
+    files = {f"evaluations/{cell.evaluation}.json" for cell in cells} | {cell.measurement for cell in cells}
+    return {key for key in trials if key is not None}, {file for file in files if file is not None}
 
 
 def _planned(params: Params, root: Path) -> set[str]:

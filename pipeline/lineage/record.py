@@ -9,12 +9,15 @@ from typing import Any
 from pipeline import methods
 from pipeline.errors import InputError
 from pipeline.lineage.keys import key_of
+from pipeline.records.epoch import EpochReport
+from pipeline.records.evaluation import Evaluation
 from pipeline.rounding import rounded
 from pipeline.tracking.reading import LEDGER_FILE
 from pipeline.tracking.runs import FINISHED, Tracker
 from pipeline.trial import TrialConfig
 
 _SCORED = "evaluation"  # the artifact folder of scores
+_OTHER_RUN = "Give another run"
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class RunRecord:
     Attributes:
         run_id: of the run.
         config: the trial's configuration, as its code version wrote it.
-        evaluation: the newest score's record (configuration, value, predictions); None where it was never scored.
+        evaluation: the newest score; None where it was never scored.
         metrics: last values by name, with all their digits.
         provenance: `commit`, `dirty`, `diff`, `versions`, `machine`; empty where nothing was recorded.
         tags: the run's tags.
@@ -32,7 +35,7 @@ class RunRecord:
 
     run_id: str
     config: dict[str, Any]
-    evaluation: dict[str, Any] | None
+    evaluation: Evaluation | None
     metrics: dict[str, float]
     provenance: dict[str, Any]
     tags: dict[str, str]
@@ -71,20 +74,19 @@ def read_record(tracker: Tracker, run_id: str) -> RunRecord:
     return RunRecord(run_id, config, evaluation, metrics, tracker.provenance_of(run_id), tags)
 
 
-def exact(
-    tracker: Tracker, run_id: str, metrics: dict[str, float], evaluation: dict[str, Any] | None
-) -> dict[str, float]:
+def exact(tracker: Tracker, run_id: str, metrics: dict[str, float], evaluation: Evaluation | None) -> dict[str, float]:
     """Return a run's metrics with all their digits: MLflow's are rounded, the run's files are not.
 
     Args:
         tracker: the store.
         run_id: a trial's run.
         metrics: its last values by name.
-        evaluation: its newest score's record.
+        evaluation: its newest score.
     """
     lines = (tracker.read_artifact(run_id, LEDGER_FILE) or "").splitlines()
-    scores = {f"test_{name}": value for name, value in ((evaluation or {}).get("metrics") or {}).items()}
-    known = {**(json.loads(lines[-1]) if lines else {}), **scores}
+    last = EpochReport.parse(lines[-1], f"{run_id} {LEDGER_FILE}", _OTHER_RUN).metrics if lines else {}
+    scores = evaluation.metrics if evaluation else {}
+    known = {**last, **{f"test_{name}": value for name, value in scores.items()}}
     found = dict(metrics)
     for name, value in metrics.items():
         whole = known.get(name)
@@ -93,17 +95,26 @@ def exact(
     return found
 
 
-def _newest_score(tracker: Tracker, run_id: str, metrics: dict[str, float]) -> dict[str, Any] | None:
-    found = None
+def _newest_score(tracker: Tracker, run_id: str, metrics: dict[str, float]) -> Evaluation | None:
+    newest = None
     for path in tracker.artifacts_of(run_id, _SCORED):
-        record = json.loads(tracker.read_artifact(run_id, path) or "{}")
-        if "measure" in record or "evaluation" not in record:
-            continue  # a measurement of something else than a score
-        found = record
-        logged = metrics.get(f"test_{record['metric']}")
-        if logged is not None and rounded(logged) == rounded(record["value"]):
-            return record
-    return found
+        text = tracker.read_artifact(run_id, path) or "{}"
+        if _is_measurement(text):
+            continue
+        newest = Evaluation.parse(text, f"{run_id} {path}", _OTHER_RUN)
+        logged = metrics.get(f"test_{newest.metric}")
+        if logged is not None and newest.value is not None and rounded(logged) == rounded(newest.value):
+            return newest
+    return newest
+
+
+def _is_measurement(text: str) -> bool:
+    """Whether an artifact is no score; those lie in the same folder."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and ("measure" in fields or "evaluation" not in fields)
 
 
 def _from_params(params: dict[str, str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pipeline.lineage.record import RunRecord, read_record
 from pipeline.lineage.rerun import Again, rerun
 from pipeline.lineage.worktree import check_code, checked_out
 from pipeline.progress import say
+from pipeline.records.evaluation import Evaluation
 from pipeline.tracking.provenance import code_root, code_version, machine, versions
 from pipeline.tracking.runs import Tracker
 
@@ -100,7 +101,7 @@ def _tolerance(record: RunRecord) -> float:
     alone = record.config.get("world_size", 1) == 1 and packed == "1"
     gpus = (record.provenance.get("machine") or {}).get("gpus")
     solo = alone and not gpus and _other_processor(record) is None
-    unit = (record.evaluation or {}).get("unit", "percent")
+    unit = record.evaluation.unit if record.evaluation else "percent"
     return 0.0 if solo else TOLERANCES.get(unit, TOLERANCES["percent"])
 
 
@@ -156,8 +157,8 @@ def _compared(record: RunRecord, again: Again, allowed: float) -> dict[str, Any]
     shared = sorted(name for name in first if name in second and not name.endswith(_MEASURED) and "/" not in name)
     others = {name: _pair(first[name], second[name]) for name in shared}
     if record.evaluation and again.evaluation:
-        metric, unit = record.evaluation["metric"], record.evaluation["unit"]
-        number = _pair(record.evaluation["value"], again.evaluation["value"])
+        metric, unit = record.evaluation.metric, record.evaluation.unit
+        number = _pair(_value(record.evaluation), _value(again.evaluation))
     else:
         metric, unit = "objective", None
         number = others.get("objective")
@@ -171,6 +172,10 @@ def _compared(record: RunRecord, again: Again, allowed: float) -> dict[str, Any]
         "adapter": _adapters(record, again), "predictions": _predictions(record, again),
         "code": {"recorded": record.provenance.get("commit"), "ran": again.commit},
     }  # fmt: skip
+
+
+def _value(evaluation: Evaluation) -> float:
+    return math.nan if evaluation.value is None else evaluation.value
 
 
 def _pair(recorded: float, again: float) -> dict[str, Any]:
@@ -191,6 +196,6 @@ def _adapters(record: RunRecord, again: Again) -> dict[str, Any] | None:
 def _predictions(record: RunRecord, again: Again) -> dict[str, int] | None:
     if not (record.evaluation and again.evaluation):
         return None
-    mine = {str(row["sample_id"]): row["prediction"] for row in record.evaluation["predictions"]}
-    theirs = {str(row["sample_id"]): row["prediction"] for row in again.evaluation["predictions"]}
+    mine = {str(answer.sample_id): answer.prediction for answer in record.evaluation.predictions}
+    theirs = {str(answer.sample_id): answer.prediction for answer in again.evaluation.predictions}
     return {"samples": len(mine), "differ": sum(theirs.get(name) != text for name, text in mine.items())}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from pipeline.data.manifest import Manifest
 from pipeline.digests import folder_digest
 from pipeline.errors import WorkError
 from pipeline.lineage.record import RunRecord, exact
+from pipeline.records.evaluation import Evaluation
+from pipeline.records.evaluations import Evaluations
 from pipeline.tracking import store
 from pipeline.tracking.runs import Tracker
 from pipeline.trial import EvaluationConfig, TrialConfig
@@ -35,14 +36,14 @@ class Again:
     Attributes:
         key: the trial's key.
         metrics: last values by name, with all their digits.
-        evaluation: the score's record, or None where the first time was not scored.
+        evaluation: the score, or None where the first time was not scored.
         adapter_digest: of the adapter; None for a method without training.
         commit: the code version that ran.
     """
 
     key: str
     metrics: dict[str, float]
-    evaluation: dict[str, Any] | None
+    evaluation: Evaluation | None
     adapter_digest: str | None
     commit: str | None
 
@@ -120,12 +121,12 @@ def _paper_tasks(task: str) -> list[str]:
     return [tasks.get(task).stands_for]
 
 
-def _evaluate(evaluation: dict[str, Any] | None, params: Params) -> dict[str, Any]:
+def _evaluate(evaluation: Evaluation | None, params: Params) -> dict[str, Any]:
     batch_size = params.evaluate.generation.batch_size
     if evaluation is None:
         return {"generation": {"batch_size": batch_size}}
     plain = _defaults(EvaluationConfig, EvaluationConfig.model_fields)
-    given = {name: value for name, value in evaluation["evaluation"].items() if (name, value) not in plain}
+    given = {name: value for name, value in evaluation.evaluation.items() if (name, value) not in plain}
     for name in ("trial", "split"):
         given.pop(name, None)
     generation = {name: given.pop(name) for name in _GENERATION if name in given}
@@ -156,7 +157,7 @@ def _result(folder: Path, *, scored: bool) -> Again:
     evaluation = None
     if scored:
         (path,) = (folder / "evaluations").glob("*.json")
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        evaluation = Evaluations(folder / "evaluations").read(path.stem)
     return Again(
         key, exact(tracker, run_id, run["metrics"], evaluation), evaluation, folder_digest(done.parent / "adapter"),
         run["tags"].get("mlflow.source.git.commit"),

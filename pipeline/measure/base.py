@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.invalid import validate
+from pipeline.records.evaluation import Evaluation
 from pipeline.registry import Registry
 from pipeline.request import TrialRequest
 from pipeline.train.workbench import Workbench
@@ -26,14 +27,14 @@ class Job:
         row: the study's row.
         request: the trial.
         evaluation: how it was scored.
-        scored: the score's record, predictions included.
+        scored: its score, predictions included.
         data_root: folder of the official files.
     """
 
     row: str
     request: TrialRequest
     evaluation: EvaluationConfig
-    scored: Mapping[str, Any]
+    scored: Evaluation
     data_root: str
 
 

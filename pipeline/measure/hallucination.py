@@ -32,8 +32,8 @@ class Hallucination(Measure):
         task = tasks.get(job.request.config.task)
         if not isinstance(task, CaptionTask):
             raise InputError("has no annotated objects", where=task.name, way_out="Use a task of COCO captions")
-        rows = {str(row["sample_id"]): row for row in job.scored["predictions"]}
-        captions = {key: row["prediction"] for key, row in rows.items()}
-        references = {key: row["references"] for key, row in rows.items()}
+        answers = {str(answer.sample_id): answer for answer in job.scored.predictions}
+        captions = {key: answer.prediction for key, answer in answers.items()}
+        references = {key: answer.references for key, answer in answers.items()}
         score = task.chair(Path(job.data_root), "evaluation", captions, references)
         return {"chair_s": score.CHAIRs, "chair_i": score.CHAIRi, "recall": score.recall}

@@ -32,6 +32,6 @@ class InferenceCost(Measure):
         for _ in range(self.rounds + 1):
             for index, job in enumerate(jobs):
                 few = min(self.num_samples, job.evaluation.num_samples or self.num_samples)
-                record = bench.score(job.request, job.evaluation.model_copy(update={"num_samples": few}))
-                times[index].append(record["seconds"] / record["num_samples"])
+                evaluation = bench.score(job.request, job.evaluation.model_copy(update={"num_samples": few}))
+                times[index].append((evaluation.seconds or 0.0) / evaluation.num_samples)
         return [{"milliseconds_per_sample": 1000 * middle(row[1:])} for row in times]

@@ -128,6 +128,11 @@ class Record(Frozen):
 R = TypeVar("R", bound=Record)
 
 
+def as_written(fields: Mapping[str, Any]) -> Json:
+    """Return fields as a file has them, in which a number that is a key is text."""
+    return json.loads(json.dumps(fields))
+
+
 def lines(model: type[R], path: Path, way_out: str) -> Iterator[R]:
     """Yield a record for each line of a file; a last line that a crash has torn is left out, which is said.
 

@@ -66,6 +66,12 @@ class Evaluation(Record):
     adapter_digest: str | None = None
     scored_by: CodeVersion | None = None
 
+    @property
+    def left_out(self) -> list[str]:
+        """What the task could not score, in sentences."""
+        lines = self.details.get("left_out")
+        return [str(line) for line in lines] if isinstance(lines, list) else []
+
 
 class Measurement(Record):
     """One trial, measured as something else than its score: evaluations/measures/<key>.json.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Params
 from pipeline.progress import say
+from pipeline.records.evaluation import Evaluation
 from pipeline.sweep.journal import sentence
 from pipeline.sweep.messages import Answer
 from pipeline.sweep.supervisor import Attempts, Driver, Lost
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from pipeline.measure.base import Measure
 
 
-def score_all(params: Params, jobs: Sequence[Job], first: Driver | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield (evaluation key, record or error) in the order of completion.
+def score_all(
+    params: Params, jobs: Sequence[Job], first: Driver | None = None
+) -> Iterator[tuple[str, Evaluation | Exception]]:
+    """Yield (evaluation key, evaluation or error) in the order of completion.
 
     Args:
         params: the project's.

@@ -1,25 +1,21 @@
-"""Stage `evaluate`: choose each cell's trial on the selection set, score it once, write one JSON a trial.
-
-evaluations/<key>.json            one scored trial: configuration, score, predictions with ids
-evaluations/studies/<study>.json  the cells of a study, each with its chosen trial and its candidates
-"""
+"""Stage `evaluate`: choose each cell's trial on the selection set, score it once, keep both (`records.evaluations`)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline import copies, methods
-from pipeline.atomic import write_atomic
 from pipeline.config import Params
 from pipeline.digests import file_digest
 from pipeline.errors import WorkError
 from pipeline.progress import bar, say
-from pipeline.records.trial import TrialEnd
+from pipeline.records.evaluation import Candidate, CellResult, CurvePoint, StudyFile
+from pipeline.records.evaluations import Evaluations
+from pipeline.records.trial import Provenance, TrialEnd
 from pipeline.sweep import answers
-from pipeline.sweep.measures import measured
+from pipeline.sweep.measures import ScoredCell, measured
 from pipeline.sweep.models import register_chosen
 from pipeline.sweep.naming import experiment_note
 from pipeline.sweep.plan import Plan, all_cells, make_plan, places
@@ -35,8 +31,22 @@ from pipeline.tracking.runs import Tracker
 from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import EvaluationConfig, TrialConfig
 
-SCHEMA = 1
-CURVES = ("epoch", "train_loss", "ground_truth_loss", "alignment_loss", "selection_score")  # of a trial, for figures
+
+@dataclass(frozen=True)
+class Choice:
+    """The trial that a cell is scored with.
+
+    Attributes:
+        candidates: all that were tried.
+        trial: the best of them on the selection set; None where none has ended well.
+        searched: its point of the row's search.
+        error: why there is none.
+    """
+
+    candidates: tuple[Candidate, ...]
+    trial: str | None
+    searched: Point
+    error: str | None
 
 
 def evaluate(params: Params, studies: list[str], root: Path | None = None) -> None:
@@ -55,50 +65,53 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None) -> No
 
 
 def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore) -> None:
-    where, out = places(root), root.resolve() / "evaluations"
+    where, evaluations = places(root), Evaluations(root.resolve() / "evaluations")
     cells = all_cells(params, studies, where)
     plan = make_plan(params, cells, where)
     chosen = {cell.name: _choose(params, cell, store) for cell in cells}
-    jobs: dict[str, tuple[TrialConfig, EvaluationConfig]] = {}
-    for cell in cells:
-        trial = chosen[cell.name]["trial"]
-        if trial is not None:
-            config = _evaluation(params, cell, trial)
-            chosen[cell.name]["evaluation"] = config.key
-            jobs[config.key] = (store.config(trial), config)
-    todo = [job for key, job in jobs.items() if not (out / f"{key}.json").exists()]
+    scoring = {
+        cell.name: _evaluation(params, cell, choice.trial)
+        for cell in cells
+        if (choice := chosen[cell.name]).trial is not None
+    }
+    jobs = {config.key: (store.config(config.trial), config) for config in scoring.values()}
+    todo = [job for key, job in jobs.items() if not evaluations.path(key).exists()]
     say(f"{len(jobs)} trials to score, {len(jobs) - len(todo)} are scored")
     with ahead(bool(todo)) as driver:
         tracker = Tracker(params.tracking.uri, root, params.tracking.artifacts)
         tracker.prepare(studies, {study: experiment_note(params, study, cells) for study in studies})
         spooled = SpooledTracker(tracker, where.runs / SPOOL)
         spooled.deliver()
-        log = Scores(spooled, plan, store, out)
+        log = Scores(spooled, plan, store, evaluations)
         for key, (scored_trial, _) in jobs.items():
-            if (out / f"{key}.json").exists():
+            if evaluations.path(key).exists():
                 log.show(scored_trial, key)
-        problems = dict(_score(params, plan, todo, out, log, driver)) if todo else {}
+        problems = dict(_score(params, plan, todo, evaluations, log, driver)) if todo else {}
     missing: dict[str, str] = {}
     for study in studies:
-        of_study = [cell for cell in cells if cell.study == study]
-        mine = [_record(cell, chosen[cell.name], out, store, problems) for cell in of_study]
+        results = {
+            cell.name: _result(cell, chosen[cell.name], scoring.get(cell.name), evaluations, store, problems)
+            for cell in cells
+            if cell.study == study
+        }
         scored = [
-            (cell, plan.request_of(jobs[row["evaluation"]][0]), jobs[row["evaluation"]][1])
-            for cell, row in zip(of_study, mine, strict=True)
-            if row["status"] == "done"
+            ScoredCell(cell, results[cell.name], plan.request_of(jobs[scoring[cell.name].key][0]), scoring[cell.name])
+            for cell in cells
+            if cell.name in results and results[cell.name].status == "done"
         ]
-        numbers = measured(params, study, scored, out, spooled)
-        mine = [_overlaid(row, numbers.get(cell.name)) for cell, row in zip(of_study, mine, strict=True)]
-        rows = zip(of_study, mine, strict=True)
-        missing |= {cell.name: row["error"] or row["status"] for cell, row in rows if row["status"] != "done"}
-        record = {
-            "schema": SCHEMA, "study": study, "title": params.studies[study].title, "profile": params.profile,
-            "selection": params.train.selection, "protocol": params.protocol, "cells": mine,
-            "provenance": {k: v for k, v in tracker.provenance.items() if k != "diff"},
-        }  # fmt: skip
-        write_atomic(out / "studies" / f"{study}.json", json.dumps(record, indent=1, sort_keys=True))
+        numbers = measured(params, study, scored, evaluations, spooled)
+        results |= {row.cell.name: result for row, result in zip(scored, numbers, strict=True)}
+        missing |= {name: row.error or row.status for name, row in results.items() if row.status != "done"}
+        origin = Provenance.model_validate(tracker.provenance)
+        evaluations.write_study(
+            StudyFile(
+                study=study, title=params.studies[study].title, profile=params.profile,
+                selection=params.train.selection, protocol=params.protocol, cells=tuple(results.values()),
+                provenance=origin.model_copy(update={"diff": ""}),
+            )
+        )  # fmt: skip
     spooled.settle(params.tracking.patience_seconds)
-    register_chosen(tracker, store, (row["trial"] for row in chosen.values()))
+    register_chosen(tracker, store, (choice.trial for choice in chosen.values()))
     if problems:
         key, why = next(iter(problems.items()))
         raise WorkError(
@@ -126,23 +139,23 @@ def candidates(params: Params, cell: Cell, store: TrialStore) -> list[tuple[Poin
     return found
 
 
-def _choose(params: Params, cell: Cell, store: TrialStore) -> dict[str, Any]:
+def _choose(params: Params, cell: Cell, store: TrialStore) -> Choice:
     """Return the cell's candidates and the one with the best objective on the selection set."""
-    rows, best, problem = [], None, None
+    rows, problem = [], None
+    best, best_objective = None, float("-inf")
     for point, config in candidates(params, cell, store):
-        done = store.done(config.key)
-        objective = done.objective if done else None
-        rows.append({"trial": config.key, "searched": point, "selection_score": objective,
-                     "status": done.status if done else "missing"})  # fmt: skip
-        if done is None or done.status not in ("finished", "stopped"):
-            problem = problem or (done.error if done else None) or f"trial {config.key} is {rows[-1]['status']}"
-            continue
-        if best is None or (objective is not None and objective > best[2]):
-            best = (config.key, point, objective if objective is not None else float("-inf"))
-    return {
-        "trial": best[0] if best else None, "searched": best[1] if best else {}, "candidates": rows,
-        "error": None if best else problem or "no trial", "evaluation": None,
-    }  # fmt: skip
+        end = store.done(config.key)
+        objective = end.objective if end else None
+        status = end.status if end else "missing"
+        row = Candidate(trial=config.key, searched=point, selection_score=objective, status=status)
+        rows.append(row)
+        if end is None or end.status not in ("finished", "stopped"):
+            problem = problem or (end.error if end else None) or f"trial {config.key} is {status}"
+        elif best is None or (objective is not None and objective > best_objective):
+            best, best_objective = row, objective if objective is not None else float("-inf")
+    if best is None:
+        return Choice(tuple(rows), None, {}, problem or "no trial")
+    return Choice(tuple(rows), best.trial, dict(best.searched), None)
 
 
 def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
@@ -158,8 +171,8 @@ def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
 
 
 def _score(
-    params: Params, plan: Plan, todo: list[tuple[TrialConfig, EvaluationConfig]], out: Path, log: Scores,
-    driver: Driver | None,
+    params: Params, plan: Plan, todo: list[tuple[TrialConfig, EvaluationConfig]], evaluations: Evaluations,
+    log: Scores, driver: Driver | None,
 ) -> Iterator[tuple[str, str]]:  # fmt: skip
     """Score trials on the cluster; yield (evaluation key, error) of those that fail."""
     left_out: dict[str, None] = {}  # in order, and each once: every trial of a task lacks the same file
@@ -172,44 +185,39 @@ def _score(
             if isinstance(result, Exception):
                 yield key, str(result)
                 continue
-            record = {"schema": SCHEMA, **result, "run_id": log.run_of(result["trial"]), **log.origin(result["trial"])}
-            write_atomic(out / f"{key}.json", json.dumps(record, indent=0, sort_keys=True))
+            evaluations.write(key, log.with_origin(result))
             log.show(configs[key], key)
-            left_out.update(dict.fromkeys(result["details"].get("left_out", ())))
+            left_out.update(dict.fromkeys(result.left_out))
     for line in left_out:
         say(f"left out: {line}")
 
 
-def _overlaid(record: dict[str, Any], numbers: dict[str, Any] | None) -> dict[str, Any]:
-    """Return a cell whose number is what was measured, where the study measures something."""
-    if numbers is None:
-        return record
-    if "error" in numbers:
-        return {**record, **numbers, "status": "failed", "value": None, "metrics": {}}
-    return {**record, **numbers, "metrics": {**record["metrics"], **numbers["metrics"]}}
-
-
-def _record(
-    cell: Cell, chosen: dict[str, Any], out: Path, store: TrialStore, problems: dict[str, str]
-) -> dict[str, Any]:
-    task = tasks.get(cell.task)
-    record: dict[str, Any] = {
-        "row": cell.row, "label": cell.label, "method": cell.method, "backbone": cell.backbone,
-        "paper_backbone": cell.paper_backbone, "task": cell.task, "paper_task": cell.paper_task, "vary": cell.vary,
-        "seed": cell.seed, "metric": task.metric, "unit": task.unit, "value": None, "metrics": {}, "run_id": None,
-        **dict.fromkeys(COSTS), "chosen_epoch": None, "num_samples": None, **chosen,
-    }  # fmt: skip
-    evaluation = chosen["evaluation"]
-    path = out / f"{evaluation}.json"
-    if evaluation is None or not path.exists():
-        error = problems.get(evaluation or "", chosen["error"])
-        return {**record, "status": "failed" if error else "missing", "error": error}
-    scored = json.loads(path.read_text(encoding="utf-8"))
-    done = store.done(chosen["trial"]) or TrialEnd(status="finished")
-    return {
-        **record, "status": "done", "error": None, "value": scored["value"], "metrics": scored["metrics"],
-        "run_id": scored["run_id"], "num_samples": scored["num_samples"], "chosen_epoch": done.chosen_epoch,
-        **{name: getattr(done, name) for name in COSTS},
-        "evaluate_seconds": scored.get("seconds"), "evaluation_digest": file_digest(path),
-        "epochs": [{name: getattr(row, name) for name in CURVES} for row in store.epochs(chosen["trial"])],
-    }  # fmt: skip
+def _result(
+    cell: Cell, choice: Choice, scoring: EvaluationConfig | None, evaluations: Evaluations, store: TrialStore,
+    problems: dict[str, str],
+) -> CellResult:  # fmt: skip
+    """Return a cell's score, or why it has none."""
+    task, key = tasks.get(cell.task), scoring.key if scoring else None
+    error = problems.get(key or "", choice.error)
+    result = CellResult(
+        row=cell.row, label=cell.label, method=cell.method, backbone=cell.backbone, paper_backbone=cell.paper_backbone,
+        task=cell.task, paper_task=cell.paper_task, vary=cell.vary, seed=cell.seed, metric=task.metric, unit=task.unit,
+        trial=choice.trial, searched=choice.searched, candidates=choice.candidates, evaluation=key, error=error,
+        status="failed" if error else "missing",
+    )  # fmt: skip
+    evaluation = evaluations.find(key)
+    if evaluation is None or key is None:
+        return result
+    end = store.done(evaluation.trial) or TrialEnd(status="finished")
+    curve = tuple(
+        CurvePoint.model_validate({name: getattr(report, name) for name in CurvePoint.model_fields})
+        for report in store.epochs(evaluation.trial)
+    )
+    return result.model_copy(
+        update={
+            "status": "done", "error": None, "value": evaluation.value, "metrics": evaluation.metrics,
+            "run_id": evaluation.run_id, "num_samples": evaluation.num_samples, "chosen_epoch": end.chosen_epoch,
+            **{name: getattr(end, name) for name in COSTS}, "evaluation_digest": file_digest(evaluations.path(key)),
+            "epochs": curve,
+        }
+    )  # fmt: skip

@@ -16,6 +16,7 @@ from pipeline.config import Params
 from pipeline.evaluate.parts import Answers, SplitPart
 from pipeline.measure.base import Job as Measured
 from pipeline.measure.base import Measure
+from pipeline.records.evaluation import Evaluation
 from pipeline.request import TrialRequest
 from pipeline.sweep.nodes import work_in
 from pipeline.sweep.tuner import count_slots
@@ -38,8 +39,8 @@ class Evaluator:
         """Return trials' answers to one part of their split."""
         return self.bench.answer(requests, evaluation, part)
 
-    def score(self, request: TrialRequest, evaluation: EvaluationConfig, parts: list[Answers]) -> dict[str, Any]:
-        """Return the record of a trial that has answered (without schema and run id)."""
+    def score(self, request: TrialRequest, evaluation: EvaluationConfig, parts: list[Answers]) -> Evaluation:
+        """Return the evaluation of a trial that has answered."""
         return self.bench.finish(request, evaluation, parts)
 
     def measure(self, kind: Measure, jobs: list[Measured]) -> list[dict[str, float]]:
@@ -62,8 +63,8 @@ def measure(params: Params, kind: Measure, jobs: list[Measured]) -> list[dict[st
         ray.kill(alone)
 
 
-def score_all(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Any]]:
-    """Score trials on the current cluster; yield (evaluation key, record or exception) in the order of completion.
+def score_all(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Evaluation | Exception]]:
+    """Score trials on the current cluster; yield (evaluation key, evaluation or exception) in the order of completion.
 
     What is called, made again and given up is decided in `units.Calls`.
     """

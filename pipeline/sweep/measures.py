@@ -1,132 +1,143 @@
-"""Measures what a study asks for besides scores, one job after another in one process with nothing beside it.
-
-evaluations/measures/<key>.json    one measured trial: configuration, measure and its settings, numbers
-"""
+"""Measures what a study asks for besides scores, one job after another in one process with nothing beside it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline.atomic import write_atomic
 from pipeline.config import Params, data_root
 from pipeline.digests import file_digest
-from pipeline.measure.base import Job, Measure, create
+from pipeline.measure.base import Job, Measure, Numbers, create
 from pipeline.progress import bar
+from pipeline.records.evaluation import CellResult, Measurement
+from pipeline.records.evaluations import Evaluations
+from pipeline.records.trial import Machine
 from pipeline.request import TrialRequest
 from pipeline.sweep import answers
 from pipeline.sweep.space import Cell
 from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import KEY_LENGTH, EvaluationConfig, digest
 
-Chosen = Mapping[str, Any]
-Scored = tuple[Cell, TrialRequest, EvaluationConfig]
-FOLDER = "measures"
+
+@dataclass(frozen=True)
+class ScoredCell:
+    """A cell with its score.
+
+    Attributes:
+        result: the score, over which a measurement is laid.
+        request: the chosen trial.
+        evaluation: how it was scored.
+    """
+
+    cell: Cell
+    result: CellResult
+    request: TrialRequest
+    evaluation: EvaluationConfig
 
 
 def measured(
-    params: Params, study: str, scored: Sequence[Scored], out: Path, tracker: SpooledTracker
-) -> dict[str, Any]:  # fmt: skip
-    """Return, by cell name, what a study's cells were measured as; measure what is not measured yet.
+    params: Params, study: str, scored: Sequence[ScoredCell], evaluations: Evaluations, tracker: SpooledTracker
+) -> list[CellResult]:
+    """Return what a study's scored cells come out as; measure what is not measured yet.
 
     Args:
         params: the parameters.
         study: its name.
         scored: its scored cells.
-        out: folder of the evaluations.
+        evaluations: where measurements are kept.
         tracker: where numbers are logged; a store that is away takes them later.
 
     Returns:
-        For each cell `measure`, `measurement` (file), `measurement_digest`, and either `metric`, `unit`, `value`,
-        `metrics`, `units` or `error`. Nothing for a study of plain scores.
+        The cells' results in order. Those of a study of plain scores are as they were.
     """
     definition = params.studies[study]
-    kind = create(definition.measure, definition.measured, f"studies.{study}.measured")
+    name = definition.measure
+    kind = create(name, definition.measured, f"studies.{study}.measured")
     if not kind.units:
-        return {}
-    groups: dict[tuple[Any, ...], list[Scored]] = {}
+        return [row.result for row in scored]
+    groups: dict[tuple[Any, ...], list[ScoredCell]] = {}
     for row in scored:
-        groups.setdefault(_group(row[0]), []).append(row)
-    files = {
-        cell.name: out / FOLDER / f"{_key(definition.measure, kind, evaluation, rows)}.json"
-        for rows in groups.values()
-        for cell, _, evaluation in rows
-    }
+        groups.setdefault(_group(row.cell), []).append(row)
+    keys = {row.cell.name: _key(name, kind, row.evaluation, rows) for rows in groups.values() for row in rows}
     problems: dict[str, str] = {}
     # rows are measured in alternation, so one that is new is measured together with those it is compared with
-    open_groups = [rows for rows in groups.values() if not all(files[cell.name].exists() for cell, _, _ in rows)]
-    jobs = [[_job(params, row, out) for row in rows] for rows in open_groups]
-    with bar(definition.measure) as progress:
-        progress(0, len(open_groups))
+    new = [
+        rows
+        for rows in groups.values()
+        if not all(evaluations.measurement_path(keys[row.cell.name]).exists() for row in rows)
+    ]
+    jobs = [[_job(params, row, evaluations) for row in rows] for rows in new]
+    with bar(name) as progress:
+        progress(0, len(new))
         for ended, (number, result) in enumerate(answers.measure_all(params, kind, jobs), start=1):
-            progress(ended, len(open_groups))
-            rows = open_groups[number]
+            progress(ended, len(new))
+            names = [row.cell.name for row in new[number]]
             if isinstance(result, Exception):
-                problems.update({cell.name: str(result) for cell, _, _ in rows})
-            else:
-                _keep(
-                    definition.measure, kind, jobs[number], result, [files[cell.name] for cell, _, _ in rows], tracker
-                )
-    return _related(kind, definition.measure, definition.reference, groups, files, problems, out)
+                problems |= dict.fromkeys(names, str(result))
+                continue
+            for cell_name, job, numbers in zip(names, jobs[number], result, strict=True):
+                _keep(name, kind, job, numbers, keys[cell_name], evaluations, tracker)
+    results: dict[str, CellResult] = {}
+    for rows in groups.values():
+        results |= _related(kind, name, definition.reference, rows, keys, problems, evaluations)
+    return [results[row.cell.name] for row in scored]
 
 
 def _group(cell: Cell) -> tuple[Any, ...]:
     return cell.backbone, cell.task, cell.seed, tuple(sorted(cell.vary.items()))
 
 
-def _key(name: str, kind: Measure, evaluation: EvaluationConfig, rows: Sequence[Scored]) -> str:
+def _key(name: str, kind: Measure, evaluation: EvaluationConfig, rows: Sequence[ScoredCell]) -> str:
     """Return the name of a measured trial; it holds who was measured beside it, as another study's rows are others."""
-    beside = sorted(other.key for _, _, other in rows)
+    beside = sorted(row.evaluation.key for row in rows)
     of = {"measure": name, "settings": kind.model_dump(mode="json"), "evaluation": evaluation.key, "beside": beside}
     return digest(of)[:KEY_LENGTH]
 
 
-def _job(params: Params, row: Scored, out: Path) -> Job:
-    cell, request, evaluation = row
-    record = json.loads((out / f"{evaluation.key}.json").read_text(encoding="utf-8"))
-    return Job(cell.row, request, evaluation, record, str(data_root(params).resolve()))
+def _job(params: Params, row: ScoredCell, evaluations: Evaluations) -> Job:
+    scored = evaluations.read(row.evaluation.key)
+    return Job(row.cell.row, row.request, row.evaluation, scored, str(data_root(params).resolve()))
 
 
 def _keep(
-    name: str, kind: Measure, jobs: Sequence[Job], numbers: Sequence[dict[str, float]], files: Sequence[Path],
-    tracker: SpooledTracker,
-) -> None:  # fmt: skip
-    """Write what each trial of a group was measured as, and log it."""
-    for job, measured_as, file in zip(jobs, numbers, files, strict=True):
-        record = {
-            "trial": job.request.key, "measure": name, "settings": kind.model_dump(mode="json"),
-            "evaluation": job.evaluation.model_dump(mode="json"), "run_id": job.scored.get("run_id"),
-            "numbers": measured_as, "machine": tracker.tracker.provenance["machine"],
-        }  # fmt: skip
-        write_atomic(file, json.dumps(record, indent=1, sort_keys=True))
-        if record["run_id"]:
-            tracker.log_evaluation(record["run_id"], measured_as, file)
+    name: str, kind: Measure, job: Job, numbers: Numbers, key: str, evaluations: Evaluations, tracker: SpooledTracker
+) -> None:
+    """Write what a trial was measured as, and log it."""
+    run_id = job.scored.run_id
+    measurement = Measurement(
+        trial=job.request.key, measure=name, settings=kind.model_dump(mode="json"),
+        evaluation=job.evaluation.model_dump(mode="json"), run_id=run_id, numbers=numbers,
+        machine=Machine.model_validate(tracker.tracker.provenance["machine"]),
+    )  # fmt: skip
+    evaluations.write_measurement(key, measurement)
+    if run_id:
+        tracker.log_evaluation(run_id, numbers, evaluations.measurement_path(key))
 
 
 def _related(
-    kind: Measure, name: str, reference: str | None, groups: Mapping[Any, Sequence[Scored]],
-    files: Mapping[str, Path], problems: Mapping[str, str], out: Path,
-) -> dict[str, Any]:  # fmt: skip
-    found: dict[str, Any] = {}
-    for rows in groups.values():
-        numbers: dict[str, dict[str, float]] = {}
-        for cell, _, _ in rows:
-            file = files[cell.name]
-            if file.exists() and cell.name not in problems:
-                numbers[cell.name] = json.loads(file.read_text(encoding="utf-8"))["numbers"]
-        base_row = reference or rows[0][0].row
-        base = next((numbers.get(cell.name) for cell, _, _ in rows if cell.row == base_row), None)
-        for cell, _, _ in rows:
-            if cell.name not in numbers:
-                found[cell.name] = {"measure": name, "error": problems.get(cell.name, "not measured")}
-                continue
-            related = kind.relate(numbers[cell.name], base)
-            main = str(kind.metric)
-            found[cell.name] = {
-                "measure": name, "measurement": str(files[cell.name].relative_to(out.parent)),
-                "measurement_digest": file_digest(files[cell.name]), "metric": main,
-                "unit": kind.units[main], "value": related.get(main), "metrics": related, "units": dict(kind.units),
+    kind: Measure, name: str, reference: str | None, rows: Sequence[ScoredCell], keys: Mapping[str, str],
+    problems: Mapping[str, str], evaluations: Evaluations,
+) -> dict[str, CellResult]:  # fmt: skip
+    """Return a group's results by cell name, each number beside its ratio to the reference row's."""
+    kept = {row.cell.name: evaluations.find_measurement(keys[row.cell.name]) for row in rows}
+    numbers = {key: dict(was.numbers) for key, was in kept.items() if was is not None and key not in problems}
+    base_row = reference or rows[0].cell.row
+    base = next((numbers.get(row.cell.name) for row in rows if row.cell.row == base_row), None)
+    main = str(kind.metric)
+    results = {}
+    for row in rows:
+        fields: dict[str, Any] = {"measure": name}
+        if row.cell.name in numbers:
+            path = evaluations.measurement_path(keys[row.cell.name])
+            related = kind.relate(numbers[row.cell.name], base)
+            fields |= {
+                "measurement": str(path.relative_to(evaluations.root.parent)), "measurement_digest": file_digest(path),
+                "metric": main, "unit": kind.units[main], "value": related.get(main),
+                "metrics": {**row.result.metrics, **related}, "units": dict(kind.units),
             }  # fmt: skip
-    return found
+        else:
+            error = problems.get(row.cell.name, "not measured")
+            fields |= {"error": error, "status": "failed", "value": None, "metrics": {}}
+        results[row.cell.name] = row.result.model_copy(update=fields)
+    return results

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 from pipeline.digests import folder_digest
+from pipeline.records.evaluation import CodeVersion, Evaluation
+from pipeline.records.evaluations import Evaluations
 from pipeline.sweep.inputs import scored_by
 from pipeline.sweep.naming import trial_note
 from pipeline.sweep.plan import Plan
@@ -26,22 +24,23 @@ class Scores:
         tracker: the MLflow store.
         plan: the trials.
         store: the trial store.
-        out: the folder of the evaluations.
+        evaluations: the scores.
     """
 
-    def __init__(self, tracker: SpooledTracker, plan: Plan, store: TrialStore, out: Path) -> None:
-        self.tracker, self.plan, self.store, self.out = tracker, plan, store, out
+    def __init__(self, tracker: SpooledTracker, plan: Plan, store: TrialStore, evaluations: Evaluations) -> None:
+        self.tracker, self.plan, self.store, self.evaluations = tracker, plan, store, evaluations
         self._logged = tracker.tracker.logged(set(store.all_keys()))
 
-    def run_of(self, trial: str) -> str | None:
-        """Return the newest run of a trial, where it has one."""
-        runs = self._logged.get(trial)
-        return runs[-1].run_id if runs else None
-
-    def origin(self, trial: str) -> dict[str, Any]:
-        """Return what a score was made from: the adapter's digest and the code that scored it."""
+    def with_origin(self, evaluation: Evaluation) -> Evaluation:
+        """Return a score with the newest run of its trial, the adapter's digest and the code that scored."""
+        runs = self._logged.get(evaluation.trial)
         code = {name: self.tracker.tracker.provenance[name] for name in ("commit", "dirty")}
-        return {"adapter_digest": folder_digest(self.store.folder(trial) / "adapter"), "scored_by": code}
+        return evaluation.model_copy(
+            update={
+                "run_id": runs[-1].run_id if runs else None, "scored_by": CodeVersion.model_validate(code),
+                "adapter_digest": folder_digest(self.store.trial(evaluation.trial).adapter),
+            }
+        )  # fmt: skip
 
     def show(self, config: TrialConfig, evaluation: str) -> None:
         """Log an evaluation by its file with every run of its trial: scores, costs, samples and some answers.
@@ -51,11 +50,11 @@ class Scores:
         lacking = [run.run_id for run in self._logged.get(config.key, []) if evaluation not in run.evaluations]
         if not lacking:
             return
-        path = self.out / f"{evaluation}.json"
-        record = json.loads(path.read_text(encoding="utf-8"))
-        scores = {f"test_{name}": value for name, value in record["metrics"].items()}
+        scored = self.evaluations.read(evaluation)
+        scores = {f"test_{name}": value for name, value in scored.metrics.items() if value is not None}
         costs = {name: float(value) for name in COSTS if (value := getattr(self.store.done(config.key), name, None))}
-        samples = scored_by(config, self.plan.places, record["evaluation"]["split"], record["num_samples"])
+        samples = scored_by(config, self.plan.places, str(scored.evaluation["split"]), scored.num_samples)
         for run_id in lacking:
+            path = self.evaluations.path(evaluation)
             self.tracker.log_evaluation(run_id, {**scores, **costs}, path)
             self.tracker.log_answers(run_id, path, samples, trial_note(self.plan, config))

@@ -22,6 +22,8 @@ from pipeline.data.sample import ImageRef, Sample
 from pipeline.data.subset import training_samples
 from pipeline.evaluate.parts import WHOLE, Answers, SplitPart
 from pipeline.evaluate.predict import predict, predict_each
+from pipeline.records.base import as_written
+from pipeline.records.evaluation import Evaluation, Prediction
 from pipeline.request import TrialRequest
 from pipeline.tasks import tasks
 from pipeline.tasks.base import Split
@@ -80,8 +82,8 @@ def answer(
 
 def score(
     resident: Resident, request: TrialRequest, evaluation: EvaluationConfig, parts: Sequence[Answers]
-) -> dict[str, Any]:
-    """Return the record of a scored trial: configuration, score, predictions; without schema and run id.
+) -> Evaluation:
+    """Return a scored trial; its run and the code that scored it are added by the stage.
 
     Args:
         resident: the trial's backbone, beside which its samples are kept.
@@ -96,26 +98,26 @@ def score(
     task = tasks.get(config.task)
     if isinstance(task, VqaTask):
         task = replace(task, normalise=evaluation.vqa_normalise, stem_predictions=evaluation.stem_predictions)
-    found = task.score(samples, texts)
+    result = task.score(samples, texts)
     # of what an answer costs; reading further annotations is no part of it
     seconds = sum(part.seconds for part in parts) + time.perf_counter() - started
     official: Split = "evaluation" if evaluation.split == "evaluation" else "train"  # the selection is drawn from it
-    found = task.complete(found, samples, texts, manifest.image_root, official)
-    return {
-        "trial": config.key, "config": config.model_dump(mode="json"), "evaluation": evaluation.model_dump(mode="json"),
-        "metric": found.metric, "unit": task.unit, "value": found.value,
-        "metrics": {found.metric: found.value, **found.metrics}, "details": found.details,
-        "num_samples": len(samples), "seconds": seconds, "found": parts[0].found,
-        "predictions": [
-            {
-                "sample_id": s.sample_id, "prediction": texts[s.sample_id],
-                "score": found.per_sample.get(s.sample_id), "question": s.question,
-                "references": list(s.references), "image": str(manifest.image_root / s.images[0].path),
-                "hallucinated": found.wrong_words.get(s.sample_id, []),
-            }
-            for s in samples
-        ],
-    }  # fmt: skip
+    result = task.complete(result, samples, texts, manifest.image_root, official)
+    predictions = (
+        Prediction(
+            sample_id=sample.sample_id, prediction=texts[sample.sample_id],
+            score=result.per_sample.get(sample.sample_id), question=sample.question, references=sample.references,
+            image=str(manifest.image_root / sample.images[0].path),
+            hallucinated=tuple(result.wrong_words.get(sample.sample_id, ())),
+        )
+        for sample in samples
+    )  # fmt: skip
+    return Evaluation(
+        trial=config.key, config=config.model_dump(mode="json"), evaluation=evaluation.model_dump(mode="json"),
+        metric=result.metric, unit=task.unit, value=result.value,
+        metrics={result.metric: result.value, **result.metrics}, details=as_written(result.details),
+        num_samples=len(samples), seconds=seconds, found=as_written(parts[0].found), predictions=tuple(predictions),
+    )  # fmt: skip
 
 
 def asked(config: TrialConfig, evaluation: EvaluationConfig, manifest: Manifest) -> Sequence[Sample]:

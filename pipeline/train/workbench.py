@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pipeline.errors import WorkError
 from pipeline.evaluate.parts import WHOLE, Answers, SplitPart
 from pipeline.records.epoch import TrialReport
+from pipeline.records.evaluation import Evaluation
 from pipeline.request import TrialRequest
 from pipeline.train.loop import TrainingLoop
 from pipeline.train.resident import Resident, Residents
@@ -78,7 +78,7 @@ class Workbench:
     def _count(self) -> None:
         self.steps += 1
 
-    def score(self, request: TrialRequest, evaluation: EvaluationConfig) -> dict[str, Any]:
+    def score(self, request: TrialRequest, evaluation: EvaluationConfig) -> Evaluation:
         """Let a trial answer a split and score it."""
         return self.finish(request, evaluation, self.answer([request], evaluation))
 
@@ -88,6 +88,6 @@ class Workbench:
         """Let trials answer a part of a split; see `scoring.answer`."""
         return answer(self.resident(requests[0]), requests, evaluation, part=part, batch_size=self.batch_size)
 
-    def finish(self, request: TrialRequest, evaluation: EvaluationConfig, parts: Sequence[Answers]) -> dict[str, Any]:
+    def finish(self, request: TrialRequest, evaluation: EvaluationConfig, parts: Sequence[Answers]) -> Evaluation:
         """Score a trial that has answered all parts; see `scoring.score`."""
         return score(self.resident(request), request, evaluation, parts)

@@ -4,13 +4,19 @@ import pytest
 
 from pipeline.lineage.record import RunRecord
 from pipeline.lineage.reproduce import _environment, _tolerance
+from pipeline.records.evaluation import Evaluation
 from pipeline.tracking.provenance import machine
 from tests.conftest import ROOT
 
 
+def scored(unit):
+    fields = {"trial": "t", "config": {}, "evaluation": {}, "metric": "m", "value": 1.0, "metrics": {}}
+    return Evaluation(**fields, unit=unit, num_samples=0, predictions=())
+
+
 def made(unit="percent", packed="1", world_size=1, **on):
     record = {"machine": {**machine(), "gpus": [], **on}, "versions": {}}
-    return RunRecord("id", {"world_size": world_size}, {"unit": unit}, {}, record, {"packed": packed})
+    return RunRecord("id", {"world_size": world_size}, scored(unit), {}, record, {"packed": packed})
 
 
 def test_alone_on_this_processor_it_is_nothing():
@@ -23,7 +29,7 @@ def test_alone_on_this_processor_it_is_nothing():
 )
 def test_where_sums_come_in_another_order_it_is_not(record):
     assert _tolerance(record) == 1.0
-    assert _tolerance(RunRecord(**{**vars(record), "evaluation": {"unit": "fraction"}})) == 0.02
+    assert _tolerance(RunRecord(**{**vars(record), "evaluation": scored("fraction")})) == 0.02
 
 
 def test_another_processor_is_named():

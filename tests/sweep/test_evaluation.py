@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline.records.evaluation import Evaluation, Prediction
+from pipeline.records.evaluations import Evaluations
 from pipeline.records.trial import TrialEnd
 from pipeline.sweep import answers, evaluation
 from pipeline.sweep.logbook import Logbook
@@ -24,7 +26,7 @@ from tests.support.plans import make_plan
 def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Three trained trials with their runs, and what scoring them would give."""
     plan = make_plan(tmp_path, 3)
-    store, out = TrialStore(plan.places.runs), tmp_path / "evaluations"
+    store, out = TrialStore(plan.places.runs), Evaluations(tmp_path / "evaluations")
     tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path)
     parent = tracker.open_sweep("study", tags={"sweep_key": "k"}, description="")
     logbook = Logbook(SpooledTracker(tracker, tmp_path / ".spool"), store, plan, {"study": parent})
@@ -38,11 +40,11 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         predictions = [{"sample_id": 7, "prediction": "red", "score": 1.0, "question": "Which colour?",
                         "references": ["red"], "image": "data/7.png"}]  # fmt: skip
         left_out = [] if number else ["coco: no CHAIR: not there"]
-        results.append((asked.key, {
-            "trial": key, "metrics": {"CIDEr": 1 / 3}, "metric": "CIDEr", "value": 1 / 3, "num_samples": 40,
-            "details": {"left_out": left_out * 2}, "predictions": predictions,
-            "evaluation": asked.model_dump(mode="json"),
-        }))  # fmt: skip
+        results.append((asked.key, Evaluation(
+            trial=key, config=config.model_dump(), evaluation=asked.model_dump(), metric="CIDEr", unit="fraction",
+            value=1 / 3, metrics={"CIDEr": 1 / 3}, num_samples=40, details={"left_out": left_out * 2},
+            predictions=[Prediction(**fields) for fields in predictions],
+        )))  # fmt: skip
     tracker.close(parent, FINISHED)
     monkeypatch.setattr(answers, "score_all", lambda params, jobs, driver: iter(results))
     return SimpleNamespace(plan=plan, store=store, out=out, tracker=tracker, todo=todo, folder=tmp_path)
@@ -55,8 +57,8 @@ def run(scored: SimpleNamespace) -> SpooledTracker:
     return spooled
 
 
-def records(scored: SimpleNamespace) -> list[dict]:
-    return [json.loads((scored.out / f"{asked.key}.json").read_text()) for _, asked in scored.todo]
+def records(scored: SimpleNamespace) -> list[Evaluation]:
+    return [scored.out.read(asked.key) for _, asked in scored.todo]
 
 
 def test_what_a_score_left_out_is_said_once(scored, monkeypatch):
@@ -70,7 +72,7 @@ def test_a_score_is_with_its_run_with_its_costs_samples_and_some_answers(scored)
     run(scored)
     for number, (config, asked) in enumerate(scored.todo):
         logged = scored.tracker.read_run(scored.tracker.find_run(config.key))
-        assert records(scored)[number]["run_id"] == logged["run_id"]
+        assert records(scored)[number].run_id == logged["run_id"]
         costs = {"train_flops": 12.0 * number} if number else {}
         assert logged["metrics"] == {"test_CIDEr": 0.333333, **costs}
         assert "Which colour?" in scored.tracker.read_artifact(logged["run_id"], "answers.json")
@@ -92,7 +94,7 @@ def test_a_store_that_goes_away_meanwhile_loses_no_score_and_gets_it_later(score
     monkeypatch.setattr(scored.tracker, "log_evaluation", away)
     spooled = run(scored)
     assert spooled.waiting == 6
-    assert all(record["run_id"] and record["value"] == 1 / 3 for record in records(scored))
+    assert all(record.run_id and record.scored_by and record.value == 1 / 3 for record in records(scored))
     monkeypatch.setattr(scored.tracker, "log_evaluation", gone)
     assert spooled.deliver()
     runs = scored.tracker.logged({config.key for config, _ in scored.todo})

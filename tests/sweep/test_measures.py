@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 from pipeline.digests import file_digest
+from pipeline.errors import WorkError
+from pipeline.records.evaluation import CellResult, Evaluation
+from pipeline.records.evaluations import Evaluations
 from pipeline.sweep import answers, measures
 from pipeline.tracking.runs import Tracker
 from pipeline.tracking.spool import SpooledTracker
@@ -14,14 +16,22 @@ from pipeline.trial import EvaluationConfig
 from tests.support.free_port import free_port
 
 
-def scored(row: str, folder: Path, **known: str):
+def scored(row: str, evaluations: Evaluations, run_id: str | None = None) -> measures.ScoredCell:
     """A scored cell of a trial that is called like its row."""
     evaluation = EvaluationConfig(
         trial=row, num_samples=None, num_beams=1, length_penalty=1.0, max_new_tokens=5, vqa_normalise="always"
     )
-    (folder / f"{evaluation.key}.json").write_text(json.dumps(known))
+    record = Evaluation(
+        trial=row, config={}, evaluation=evaluation.model_dump(), metric="accuracy", unit="percent", value=50.0,
+        metrics={"accuracy": 50.0}, num_samples=1, predictions=(), run_id=run_id,
+    )  # fmt: skip
+    evaluations.write(evaluation.key, record)
     cell = SimpleNamespace(name=f"{row}-cell", row=row, backbone="b", task="t", seed=0, vary={})
-    return cell, SimpleNamespace(key=row), evaluation
+    result = CellResult(
+        row=row, label=row, method=row, backbone="b", paper_backbone="b", task="t", paper_task="t", metric="accuracy",
+        value=50.0, metrics={"accuracy": 50.0},
+    )  # fmt: skip
+    return measures.ScoredCell(cell, result, SimpleNamespace(key=row), evaluation)
 
 
 def test_a_row_of_two_studies_keeps_both_numbers(tmp_path, monkeypatch):
@@ -37,19 +47,21 @@ def test_a_row_of_two_studies_keeps_both_numbers(tmp_path, monkeypatch):
     study = SimpleNamespace(measure="training_cost", measured={}, reference="hificl")
     params = SimpleNamespace(studies={"first": study, "second": study})
     tracker = SpooledTracker(Tracker(f"sqlite:///{tmp_path}/mlflow.db", tmp_path), tmp_path / ".spool")
-    hificl, mimic, lora = (scored(row, tmp_path) for row in ("hificl", "mimic", "lora"))
+    evaluations = Evaluations(tmp_path / "evaluations")
+    hificl, mimic, lora = (scored(row, evaluations) for row in ("hificl", "mimic", "lora"))
 
     def run(name, *rows):
-        return measures.measured(params, name, rows, tmp_path, tracker)
+        return {result.row: result for result in measures.measured(params, name, rows, evaluations, tracker)}
 
     first = run("first", hificl, mimic)
     second = run("second", hificl, lora)
     for found in (*first.values(), *second.values()):
-        assert file_digest(tmp_path.parent / found["measurement"]) == found["measurement_digest"]
-    assert first["hificl-cell"]["measurement"] != second["hificl-cell"]["measurement"]
+        assert file_digest(tmp_path / found.measurement) == found.measurement_digest
+        assert found.metric == "time" and found.metrics["accuracy"] == 50.0 and found.value == found.metrics["time"]
+    assert first["hificl"].measurement != second["hificl"].measurement
     assert run("first", mimic, hificl) == first, "measured again, though nothing is new"
-    assert len(list((tmp_path / measures.FOLDER).glob("*.json"))) == 4
-    assert json.loads((tmp_path.parent / first["mimic-cell"]["measurement"]).read_text())["trial"] == "mimic"
+    assert len(list((tmp_path / "evaluations/measures").glob("*.json"))) == 4
+    assert json.loads((tmp_path / first["mimic"].measurement).read_text())["trial"] == "mimic"
 
 
 def test_a_measure_waits_in_the_spool_while_the_store_is_away(tmp_path, monkeypatch):
@@ -61,8 +73,19 @@ def test_a_measure_waits_in_the_spool_while_the_store_is_away(tmp_path, monkeypa
     )
     uri = f"http://127.0.0.1:{free_port()}"
     away = SpooledTracker(Tracker(uri, tmp_path), tmp_path / ".spool")
-    found = measures.measured(params, "cost", [scored("hificl", tmp_path, run_id="r")], tmp_path, away)
-    assert found["hificl-cell"]["metrics"].items() >= numbers.items()
+    evaluations = Evaluations(tmp_path / "evaluations")
+    (found,) = measures.measured(params, "cost", [scored("hificl", evaluations, run_id="r")], evaluations, away)
+    assert found.metrics.items() >= numbers.items()
     (kept,) = SpooledTracker(Tracker(uri, tmp_path), tmp_path / ".spool").file.entries
-    file = str(tmp_path.parent / found["hificl-cell"]["measurement"])
+    file = str(tmp_path / found.measurement)
     assert kept == {"do": "log_evaluation", "run": "r", "with": {"metrics": numbers, "file": file}}
+
+
+def test_a_group_that_cannot_be_measured_has_no_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "measure_all", lambda params, kind, groups: iter([(0, WorkError("no memory"))]))
+    monkeypatch.setattr(measures, "data_root", lambda params: tmp_path)
+    study = SimpleNamespace(measure="training_cost", measured={}, reference="hificl")
+    evaluations = Evaluations(tmp_path / "evaluations")
+    row = scored("hificl", evaluations)
+    (found,) = measures.measured(SimpleNamespace(studies={"cost": study}), "cost", [row], evaluations, None)
+    assert (found.status, found.error, found.value, found.metrics) == ("failed", "no memory", None, {})

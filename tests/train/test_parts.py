@@ -23,8 +23,8 @@ def test_parts_are_the_whole_to_the_bit_and_a_pack_answers_as_its_trials_do(tria
         parts = [bench.answer([request], evaluation, (i, 3))[0] for i in range(3)]
         assert [len(part.texts) for part in parts] == [2, 2, 2]
         again = bench.finish(request, evaluation, parts)
-        assert {**again, "seconds": 0} == {**record, "seconds": 0}
-        whole.append({row["sample_id"]: row["prediction"] for row in record["predictions"]})
+        assert again.model_copy(update={"seconds": record.seconds}) == record
+        whole.append({answer.sample_id: answer.prediction for answer in record.predictions})
     assert any(texts != whole[0] for texts in whole)
     halves = [bench.answer(requests, evaluation, (i, 2)) for i in range(2)]
     assert [{**first.texts, **second.texts} for first, second in zip(*halves, strict=True)] == whole

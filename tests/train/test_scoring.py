@@ -9,6 +9,7 @@ import pytest
 from pipeline import tasks
 from pipeline.data.manifest import Manifest
 from pipeline.miniature.world import object_synonyms
+from pipeline.records.evaluation import Evaluation
 from pipeline.scores import chair, objects
 from pipeline.train.workbench import Workbench
 from pipeline.trial import EvaluationConfig
@@ -67,12 +68,12 @@ def test_the_evaluation_record_carries_chair(small_world, trial, tmp_path):
     request = trial("zero-shot", tmp_path, task="mini-coco")
     evaluation = EvaluationConfig(trial=request.config.key, max_new_tokens=8)
     record = Workbench(device="cpu").score(request, evaluation)
-    assert list(record["metrics"]) == ["CIDEr", "CHAIRs", "CHAIRi", "recall"]
-    assert record["metrics"]["CIDEr"] == record["value"]
-    assert all(0 <= record["metrics"][name] <= 1 for name in ("CHAIRs", "CHAIRi", "recall"))
-    assert all(set(row["hallucinated"]) <= set(row["prediction"].lower().split()) for row in record["predictions"])
-    assert "left_out" not in record["details"]
-    json.dumps(record)
+    assert list(record.metrics) == ["CIDEr", "CHAIRs", "CHAIRi", "recall"]
+    assert record.metrics["CIDEr"] == record.value
+    assert all(0 <= record.metrics[name] <= 1 for name in ("CHAIRs", "CHAIRi", "recall"))
+    assert all(set(row.hallucinated) <= set(row.prediction.lower().split()) for row in record.predictions)
+    assert not record.left_out
+    assert Evaluation.parse(record.text(), "file", "") == record
 
 
 def test_the_miniatures_objects_are_named_as_its_lexicon_names_them():
