@@ -16,7 +16,7 @@ from pipeline import adapters, backbones, tasks
 from pipeline.data.prompt import Encoded, encode_all, render
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.evaluate.generate import generate
-from pipeline.scores.caption import cider_only
+from pipeline.scores.caption import caption_scores
 from pipeline.scores.chair import chair_scores, ground_truth
 from pipeline.scores.vqa import vqa_accuracy
 from pipeline.train.visual_tokens import VisualTokens
@@ -81,8 +81,8 @@ def _scores(sizes: Sizes) -> list[tuple[str, Callable[[], Any], int]]:
     return [
         (f"vqa_seconds_{sizes.answers}", lambda: vqa_accuracy(answers, truth), sizes.score_repeats),
         # each once: the references' tokens are remembered within the process
-        (f"cider_seconds_{sizes.captions}", lambda: cider_only(captions, references), 1),
-        (f"cider_again_seconds_{sizes.captions}", lambda: cider_only(later, references), 1),
+        (f"cider_seconds_{sizes.captions}", lambda: caption_scores(captions, references, ("CIDEr",)), 1),
+        (f"cider_again_seconds_{sizes.captions}", lambda: caption_scores(later, references, ("CIDEr",)), 1),
         (f"chair_seconds_{sizes.captions}", lambda: chair_scores(captions, objects), sizes.score_repeats),
         (f"chair_truth_seconds_{sizes.captions}", lambda: ground_truth(objects, references), 1),
     ]

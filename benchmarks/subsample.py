@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any, TypedDict
 
+from benchmarks.support import synthetic
 from pipeline import tasks
-from pipeline.data import synthetic
 from pipeline.data.subsample import draw, plan_draw
 
 

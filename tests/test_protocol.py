@@ -8,13 +8,13 @@ from dataclasses import astuple, replace
 
 import pytest
 
+from benchmarks.support.synthetic import SyntheticSize, write_images, write_vqav2
 from pipeline import backbones, methods
 from pipeline.config import load
 from pipeline.data.manifest import Manifest
 from pipeline.data.prompt import draw_demos, encode, render, stop_strings
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.data.subsample import draw
-from pipeline.data.synthetic import SyntheticSize, write_images, write_vqav2
 from pipeline.errors import InputError
 from pipeline.evaluate.generate import cut
 from pipeline.sweep.space import Digests, cells

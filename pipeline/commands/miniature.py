@@ -38,9 +38,9 @@ def world(args: argparse.Namespace) -> Any:
         num_val_images=args.num_val_images, difficulty=args.difficulty,
     )  # fmt: skip
     if args.picture:
-        from pipeline.report.world import draw
+        from pipeline.report.world import draw_world
 
-        draw(Path(args.folder), Path(args.picture))
+        draw_world(Path(args.folder), Path(args.picture))
     return written
 
 
@@ -48,7 +48,7 @@ def pretrain(args: argparse.Namespace) -> None:
     """Pretrain a backbone and draw how it learned."""
     from pipeline.miniature import pretrain as training
     from pipeline.progress import bar
-    from pipeline.report.emergence import draw
+    from pipeline.report.emergence import draw_emergence
     from pipeline.tracking.provenance import head_commit
 
     with bar(f"pretrain {args.backbone}") as progress:
@@ -56,4 +56,4 @@ def pretrain(args: argparse.Namespace) -> None:
             args.backbone, Path(args.out), seed=args.seed, size=args.size, device=args.device,
             commit=head_commit(), progress=progress, num_threads=args.threads or training.NUM_THREADS,
         )  # fmt: skip
-    draw(Path(args.out), Path(args.out) / "pretraining.svg")
+    draw_emergence(Path(args.out), Path(args.out) / "pretraining.svg")

@@ -75,7 +75,7 @@ class Forecast:
         """GPU-hours of everything, each trial with its own teacher."""
         return sum(self.hours.values())
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return plain values."""
         return {**asdict(self), "total": self.total}
 

@@ -67,7 +67,7 @@ class Manifest:
                 whole.update(b"\n" + name.encode() + b" " + _canonical(sample.to_json()))
         return whole.hexdigest()
 
-    def _header(self) -> dict[str, Any]:
+    def _header(self) -> dict[str, object]:
         # left out where it is the default, so that manifests drawn before the field have the same digest
         style = {} if self.prompt == "papers" else {"prompt": self.prompt}
         return {
@@ -79,10 +79,6 @@ class Manifest:
             "sources": [vars(source) for source in self.sources],
             "replaced": list(self.replaced),
         }
-
-    def image_path(self, sample: Sample, number: int = 0) -> Path:
-        """Return the file of the sample's image `number`."""
-        return self.image_root / sample.images[number].path
 
     def verify_images(self, splits: Sequence[str] = SPLITS) -> None:
         """Check that every image is there, opens, and has the bytes it had when the manifest was drawn.

@@ -52,10 +52,10 @@ class Sample:
         """The answer that a prompt shows where this sample is a demonstration."""
         return self.target if self.demonstration is None else self.demonstration
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the manifest's record of this sample."""
         # field by field: `dataclasses.asdict` copies deeply, which is most of what reading a manifest takes
-        record = {
+        record: dict[str, object] = {
             "task": self.task,
             "sample_id": self.sample_id,
             "images": [{"path": image.path, "sha256": image.sha256} for image in self.images],

@@ -32,9 +32,9 @@ def common_head(requests: Sequence[Encoded]) -> Encoded | None:
         return None
     first = requests[0]
     tokens, images = first.input_ids[: first.query_start], first.images[: first.query_image]
-    for one in requests:
-        same = one.query_start == len(tokens) and one.query_image == len(images)
-        if not same or one.input_ids[: len(tokens)] != tokens or one.images[: len(images)] != images:
+    for request in requests:
+        same = request.query_start == len(tokens) and request.query_image == len(images)
+        if not same or request.input_ids[: len(tokens)] != tokens or request.images[: len(images)] != images:
             return None
     return Encoded(tokens, images, 0, None, first.sample_id)
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pipeline.measure.base import Job, Measure, measures
+from pipeline.measure.base import Measure, MeasureJob, measures
 
-__all__ = ["Job", "Measure", "measures"]
+__all__ = ["Measure", "MeasureJob", "measures"]

@@ -1,4 +1,4 @@
-"""The seam of the measures: what one is given, and what it gives back."""
+"""What a measure is: what it is given, what it gives back, and the measures that count nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Numbers = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Job:
+class MeasureJob:
     """One scored trial to measure.
 
     Attributes:
@@ -52,18 +52,18 @@ class Measure(BaseModel):
     units: ClassVar[Mapping[str, str]] = {}
     ratios: ClassVar[Mapping[str, str]] = {}
 
-    def run(self, bench: Workbench, jobs: Sequence[Job]) -> list[Numbers]:
+    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Numbers]:
         """Measure jobs of one backbone and task side by side; return numbers by name, one mapping a job."""
         return [{} for _ in jobs]
 
     def relate(self, numbers: Numbers, reference: Numbers | None) -> Numbers:
         """Add the ratios to the reference row's numbers."""
-        found = dict(numbers)
+        related = dict(numbers)
         for name, source in self.ratios.items():
             base = (reference or {}).get(source)
             if base and source in numbers:
-                found[name] = self.ratio(numbers[source], base)
-        return found
+                related[name] = self.ratio(numbers[source], base)
+        return related
 
     def ratio(self, value: float, reference: float) -> float:
         """Return how a value stands to the reference row's."""
@@ -73,7 +73,17 @@ class Measure(BaseModel):
 measures: Registry[type[Measure]] = Registry("measure", "pipeline.measure")
 
 
-def create(name: str, settings: Mapping[str, Any], where: str) -> Measure:
+@measures.register("score")
+class ScoreAlone(Measure):
+    """The task's own score; nothing is measured beside it."""
+
+
+@measures.register("qualitative")
+class Qualitative(Measure):
+    """Answers side by side (layout `gallery`); the score stands with them."""
+
+
+def create_measure(name: str, settings: Mapping[str, Any], where: str) -> Measure:
     """Return a measure with its settings.
 
     Raises:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipeline.errors import InputError
-from pipeline.measure.base import Job, Measure, Numbers, measures
+from pipeline.measure.base import Measure, MeasureJob, Numbers, measures
 from pipeline.tasks import tasks
 from pipeline.tasks.caption_files import CaptionTask
 from pipeline.train.workbench import Workbench
@@ -20,7 +20,7 @@ class Hallucination(Measure):
     metric: ClassVar[str | None] = "chair_s"
     units: ClassVar[dict[str, str]] = {"chair_s": "fraction", "chair_i": "fraction", "recall": "fraction"}
 
-    def run(self, bench: Workbench, jobs: Sequence[Job]) -> list[Numbers]:
+    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Numbers]:
         """Return the scores of each job's captions.
 
         Raises:
@@ -28,7 +28,7 @@ class Hallucination(Measure):
         """
         return [self._scores(job) for job in jobs]
 
-    def _scores(self, job: Job) -> Numbers:
+    def _scores(self, job: MeasureJob) -> Numbers:
         task = tasks.get(job.request.config.task)
         if not isinstance(task, CaptionTask):
             raise InputError("has no annotated objects", where=task.name, way_out="Use a task of COCO captions")

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from pipeline.measure.base import Job, Measure, Numbers, measures, middle
+from pipeline.measure.base import Measure, MeasureJob, Numbers, measures, middle
 from pipeline.train.workbench import Workbench
 
 
@@ -26,7 +26,7 @@ class InferenceCost(Measure):
     units: ClassVar[dict[str, str]] = {"speed_up": "times", "milliseconds_per_sample": "ms"}
     ratios: ClassVar[dict[str, str]] = {"speed_up": "milliseconds_per_sample"}
 
-    def run(self, bench: Workbench, jobs: Sequence[Job]) -> list[Numbers]:
+    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Numbers]:
         """Return the rows' milliseconds a sample."""
         times: list[list[float]] = [[] for _ in jobs]
         for _ in range(self.rounds + 1):

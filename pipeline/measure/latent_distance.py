@@ -19,7 +19,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.prompt import draw_demos
 from pipeline.data.sample import Sample
 from pipeline.data.subset import training_samples
-from pipeline.measure.base import Job, Measure, Numbers, measures
+from pipeline.measure.base import Measure, MeasureJob, Numbers, measures
 from pipeline.train.resident import Resident
 from pipeline.train.scoring import fitted
 from pipeline.train.workbench import Workbench
@@ -43,10 +43,10 @@ class LatentDistance(Measure):
     metric: ClassVar[str | None] = "latent_distance"
     units: ClassVar[dict[str, str]] = {"latent_distance": "l2"}
 
-    def run(self, bench: Workbench, jobs: Sequence[Job]) -> list[Numbers]:
+    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Numbers]:
         """Return each job's distance to the same in-context states."""
         targets: dict[tuple[Any, ...], Tensor] = {}
-        found = []
+        distances: list[Numbers] = []
         for job in jobs:
             config = job.request.config
             resident = bench.resident(job.request)
@@ -57,21 +57,21 @@ class LatentDistance(Measure):
                 demonstrations = self._demonstrations(job, manifest, samples)
                 targets[key] = _states(self.point, resident, manifest, samples, demonstrations)
             with _in_place(job, resident, manifest, samples) as shown:
-                mine = _states(self.point, resident, manifest, samples, shown)
-            found.append({"latent_distance": (mine - targets[key]).norm(dim=-1).mean().item()})
-        return found
+                states = _states(self.point, resident, manifest, samples, shown)
+            distances.append({"latent_distance": (states - targets[key]).norm(dim=-1).mean().item()})
+        return distances
 
-    def _demonstrations(self, job: Job, manifest: Manifest, samples: Sequence[Sample]) -> list[list[Sample]]:
+    def _demonstrations(self, job: MeasureJob, manifest: Manifest, samples: Sequence[Sample]) -> list[list[Sample]]:
         config = job.request.config
         pool = {sample.sample_id: sample for sample in training_samples(manifest, config)}
         ids = list(pool)
         drawn = (draw_demos(ids, sample.sample_id, self.num_shots, config.seed) for sample in samples)
-        return [[pool[one] for one in row] for row in drawn]
+        return [[pool[sample_id] for sample_id in row] for row in drawn]
 
 
 @contextmanager
 def _in_place(
-    job: Job, resident: Resident, manifest: Manifest, samples: Sequence[Sample]
+    job: MeasureJob, resident: Resident, manifest: Manifest, samples: Sequence[Sample]
 ) -> Iterator[list[list[Sample]]]:
     """Put the method into the model, and give the demonstrations that it shows."""
     config, model = job.request.config, resident.loaded.model

@@ -12,9 +12,8 @@ import torch
 from pydantic import Field
 
 from pipeline.errors import WorkError
-from pipeline.measure.base import Job, Measure, Numbers, measures, middle
-from pipeline.measure.flops import CountedFlops
-from pipeline.measure.memory import peak_bytes
+from pipeline.measure.base import Measure, MeasureJob, Numbers, measures, middle
+from pipeline.measure.counters import CountedFlops, peak_bytes
 from pipeline.records.epoch import TrialReport
 from pipeline.request import TrialRequest
 from pipeline.train.workbench import Workbench
@@ -40,10 +39,10 @@ class TrainingCost(Measure):
         "time": "milliseconds_per_sample", "flops": "flops_per_sample", "gpu_memory": "peak_bytes",
     }  # fmt: skip
 
-    def run(self, bench: Workbench, jobs: Sequence[Job]) -> list[Numbers]:
+    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Numbers]:
         """Return the rows' costs; nothing for rows without training."""
         times: list[list[float]] = [[] for _ in jobs]
-        found: list[Numbers] = [{} for _ in jobs]
+        costs: list[Numbers] = [{} for _ in jobs]
         with tempfile.TemporaryDirectory(prefix="hificl-cost-") as folder:
             for number in range(self.rounds + 2):
                 for index, job in enumerate(jobs):
@@ -55,12 +54,12 @@ class TrainingCost(Measure):
                     if number <= self.rounds:
                         times[index].append(_seconds(bench.advance()[0]) / samples)
                     else:
-                        found[index] = _counted(bench, samples)
+                        costs[index] = _counted(bench, samples)
                     bench.evict(request.key)
-        for numbers, seconds_by_round in zip(found, times, strict=True):
+        for numbers, seconds_by_round in zip(costs, times, strict=True):
             if numbers:
                 numbers["milliseconds_per_sample"] = 1000 * middle(seconds_by_round[1:])
-        return found
+        return costs
 
     def _short(self, request: TrialRequest, folder: Path) -> TrialRequest:
         """Return the trial with few samples, enough epochs, and next to nothing to select on."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.miniature.documents import Batch, Curriculum, DocumentSource, Renderer
+from pipeline.miniature.documents import Curriculum, DocumentBatch, DocumentSource, Renderer
 from pipeline.miniature.lexicon import ATTRIBUTES, NUM_DIALECTS, draw_convention, value_words
 from pipeline.miniature.model import Miniature, decode_hidden
 from pipeline.miniature.tokenizer import token_id
@@ -32,7 +31,7 @@ class DecoderPhase:
     curriculum: Curriculum = field(default_factory=Curriculum)
 
 
-def document_loss(model: PreTrainedModel, batch: Batch, visual: Tensor) -> Tensor:
+def document_loss(model: PreTrainedModel, batch: DocumentBatch, visual: Tensor) -> Tensor:
     """Return the weighted mean cross-entropy (nats) over the answers' tokens.
 
     Logits are computed only where there is a weight, which is a tenth of the positions.
@@ -52,7 +51,7 @@ def train_decoder(
     phase: DecoderPhase,
     rng: np.random.Generator,
     progress: Report,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Train everything but vision tower and connector in place; return the curve.
 
     Args:
@@ -74,7 +73,7 @@ def train_decoder(
     )
     source = DocumentSource(spec, attributes, phase.curriculum, rng)
     probe = draw_probe(spec, attributes, np.random.default_rng(11), phase.num_probe_documents)
-    curve: list[dict[str, Any]] = []
+    curve: list[dict[str, object]] = []
     losses: dict[str, list[float]] = {}
     model.train()
     for step in range(phase.steps):
@@ -89,7 +88,7 @@ def train_decoder(
         losses.setdefault(batch.kind, []).append(loss.item())
         if (step + 1) % phase.log_every == 0 or step + 1 == phase.steps:
             means = {kind: float(np.mean(values)) for kind, values in sorted(losses.items())}
-            record: dict[str, Any] = {
+            record: dict[str, object] = {
                 "step": step + 1,
                 "loss": means,
                 **emergence(model, probe, visual),
@@ -117,7 +116,7 @@ class Probe:
         first_word: id of the first value's word.
     """
 
-    batch: Batch
+    batch: DocumentBatch
     shown: np.ndarray
     first_word: int
 

@@ -91,7 +91,7 @@ class Renderer:
 
 
 @dataclass(frozen=True)
-class Batch:
+class DocumentBatch:
     """Documents: ids [B, T] padded on the right, weights [B, T], image numbers [all images in order]."""
 
     kind: str
@@ -99,9 +99,9 @@ class Batch:
     weights: Tensor
     images: Tensor
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> DocumentBatch:
         """Return the batch on a device."""
-        return Batch(self.kind, self.input_ids.to(device), self.weights.to(device), self.images.to(device))
+        return DocumentBatch(self.kind, self.input_ids.to(device), self.weights.to(device), self.images.to(device))
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class DocumentSource:
         self._pad = int(tokenizer.pad_token_id)
         self._next = None if spec.chat else token_id(tokenizer, "Image:")
 
-    def draw(self, done: float) -> Batch:
+    def draw(self, done: float) -> DocumentBatch:
         """Draw a batch.
 
         Args:
@@ -157,7 +157,7 @@ class DocumentSource:
             documents = [self.document(kind) for _ in range(c.num_documents)]
         return self.collate(kind, documents)
 
-    def collate(self, kind: str, documents: Sequence[Document]) -> Batch:
+    def collate(self, kind: str, documents: Sequence[Document]) -> DocumentBatch:
         """Tokenise and pad documents given as (pieces, image numbers)."""
         rows = [self.renderer.encode(pieces) for pieces, _ in documents]
         length = max(len(ids) for ids, _ in rows)
@@ -170,7 +170,7 @@ class DocumentSource:
             # Without turns, what shows the end of an answer is the next pair's first word: the stop word.
             weights[input_ids == self._next] = END_WEIGHT
         images = torch.tensor([number for _, images in documents for number in images])
-        return Batch(kind, input_ids, weights, images)
+        return DocumentBatch(kind, input_ids, weights, images)
 
     def document(self, kind: str) -> Document:
         """Draw one document with an image a pair; topics repeat, so that there is something to look up."""

@@ -96,7 +96,7 @@ class Miniature:
         return not parameter.startswith((self.decoder, "lm_head"))
 
 
-def _text_config(tokenizer: PreTrainedTokenizerFast, model_type: str, size: Size) -> dict[str, Any]:
+def _text_config(tokenizer: PreTrainedTokenizerFast, model_type: str, size: Size) -> dict[str, object]:
     return {
         "model_type": model_type,
         "vocab_size": len(tokenizer),
@@ -116,7 +116,7 @@ def _text_config(tokenizer: PreTrainedTokenizerFast, model_type: str, size: Size
     }
 
 
-def _vision_config(size: Size) -> dict[str, Any]:
+def _vision_config(size: Size) -> dict[str, object]:
     return {
         "hidden_size": size.vision_width,
         "intermediate_size": 2 * size.vision_width,

@@ -11,7 +11,6 @@ import platform
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +72,7 @@ def pretrain(
     commit: str | None = None,
     num_threads: int = NUM_THREADS,
     progress: Report = lambda done, total=None, note="": None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Pre-train `backbone` and write it to `out`.
 
     Written are config, fp16 weights, tokenizer, processor and `pretraining.json` (configuration, seed,
@@ -125,7 +124,7 @@ def pretrain(
 
 def _train(
     spec: Miniature, model: PreTrainedModel, seed: int, budget: Budget, progress: Report
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+) -> tuple[PreTrainedModel, dict[str, object]]:
     start = time.monotonic()
     rng = np.random.default_rng(seed)
     pool, held_out = Pool.draw(budget.num_images, rng), Pool.draw(budget.num_held_out, rng)

@@ -34,7 +34,7 @@ def draw_attributes(num_images: int, rng: np.random.Generator) -> np.ndarray:
     return np.stack([rng.integers(0, size, num_images) for size in NUM_VALUES], axis=1)
 
 
-def render(attributes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def render_images(attributes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw images.
 
     Args:

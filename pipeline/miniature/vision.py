@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 
 from pipeline.miniature.lexicon import ATTRIBUTES, NUM_VALUES
 from pipeline.miniature.model import Miniature, encode_images, normalise
-from pipeline.miniature.render import draw_attributes, render
+from pipeline.miniature.render import draw_attributes, render_images
 from pipeline.progress import Report
 
 _CHUNK = 2000
@@ -37,7 +36,7 @@ class Pool:
     def draw(cls, size: int, rng: np.random.Generator) -> Pool:
         """Draw `size` images."""
         attributes = draw_attributes(size, rng)
-        images = np.concatenate([render(attributes[at : at + _CHUNK], rng) for at in range(0, size, _CHUNK)])
+        images = np.concatenate([render_images(attributes[at : at + _CHUNK], rng) for at in range(0, size, _CHUNK)])
         return cls(torch.from_numpy(attributes), torch.from_numpy(images))
 
 
@@ -68,7 +67,7 @@ def train_vision(
     phase: VisionPhase,
     rng: np.random.Generator,
     progress: Report,
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Train vision tower and connector of `model` in place; return the curve.
 
     Returns:
@@ -85,7 +84,7 @@ def train_vision(
     optimiser = torch.optim.AdamW(
         parameters, lr=phase.learning_rate, weight_decay=phase.weight_decay, betas=(0.9, 0.98)
     )
-    curve: list[dict[str, Any]] = []
+    curve: list[dict[str, object]] = []
     losses: list[float] = []
     model.train()
     for step in range(phase.steps):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from pipeline.miniature.lexicon import (
     TOPICS,
     word,
 )
-from pipeline.miniature.render import IMAGE_SIZE, draw_attributes, png_bytes, render
+from pipeline.miniature.render import IMAGE_SIZE, draw_attributes, png_bytes, render_images
 
 # The image of id 7 in split train2014 is train2014/COCO_train2014_000000000007.png: as COCO, but lossless.
 IMAGE_NAME = "COCO_{subset}_{image_id:012d}.png"
@@ -46,7 +45,7 @@ def write_world(
     num_val_images: int = 2500,
     difficulty: float = 0.2,
     noise: float = 0.05,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write images and annotation files; the same arguments give the same bytes on every machine.
 
     Args:
@@ -80,7 +79,7 @@ def write_world(
         image_rng, *text_rngs = (np.random.default_rng(part) for part in subset_seed.spawn(4))
         attributes = draw_attributes(sizes[subset], image_rng)
         image_ids = [first_id + nth for nth in range(sizes[subset])]
-        _write_images(folder, subset, image_ids, render(attributes, image_rng))
+        _write_images(folder, subset, image_ids, render_images(attributes, image_rng))
         writers: Sequence[_Writer] = (_vqa_files, _okvqa_files, _coco_files)
         for write, text_rng in zip(writers, text_rngs, strict=True):
             for name, content in write(subset, image_ids, attributes, Annotators(crowd, text_rng)).items():
@@ -97,7 +96,8 @@ def write_world(
     }
 
 
-_Writer = Callable[[str, list[int], np.ndarray, Annotators], dict[str, Any]]
+_Files = dict[str, object]  # content by file name
+_Writer = Callable[[str, list[int], np.ndarray, Annotators], _Files]
 
 
 def _write_images(folder: Path, subset: str, image_ids: Sequence[int], images: np.ndarray) -> None:
@@ -106,11 +106,11 @@ def _write_images(folder: Path, subset: str, image_ids: Sequence[int], images: n
         (folder / subset / IMAGE_NAME.format(subset=subset, image_id=image_id)).write_bytes(png_bytes(image))
 
 
-def _wrapper(subset: str) -> dict[str, Any]:
+def _wrapper(subset: str) -> dict[str, object]:
     return {"info": _INFO, "license": _LICENSE, "data_type": "mscoco", "data_subtype": subset}
 
 
-def _vqa_files(subset: str, image_ids: list[int], attributes: np.ndarray, annotators: Annotators) -> dict[str, Any]:
+def _vqa_files(subset: str, image_ids: list[int], attributes: np.ndarray, annotators: Annotators) -> _Files:
     """Questions on what an image shows, in VQAv2's two files."""
     questions, annotations = [], []
     for image_id, values in zip(image_ids, attributes, strict=True):
@@ -141,7 +141,7 @@ def _vqa_files(subset: str, image_ids: list[int], attributes: np.ndarray, annota
     }
 
 
-def _okvqa_files(subset: str, image_ids: list[int], attributes: np.ndarray, annotators: Annotators) -> dict[str, Any]:
+def _okvqa_files(subset: str, image_ids: list[int], attributes: np.ndarray, annotators: Annotators) -> _Files:
     """Questions on what an image does not show but the world knows, in OK-VQA's two files."""
     questions, annotations = [], []
     for image_id, values in zip(image_ids, attributes, strict=True):
@@ -176,7 +176,7 @@ def _okvqa_files(subset: str, image_ids: list[int], attributes: np.ndarray, anno
     }
 
 
-def _coco_files(subset: str, image_ids: list[int], attributes: np.ndarray, annotators: Annotators) -> dict[str, Any]:
+def _coco_files(subset: str, image_ids: list[int], attributes: np.ndarray, annotators: Annotators) -> _Files:
     """Five captions an image, and the object it shows (its shape) as a COCO instance."""
     images, captions, instances = [], [], []
     for image_id, values in zip(image_ids, attributes, strict=True):
@@ -210,7 +210,7 @@ def _coco_files(subset: str, image_ids: list[int], attributes: np.ndarray, annot
     }
 
 
-def _categories() -> list[dict[str, Any]]:
+def _categories() -> list[dict[str, object]]:
     return [{"supercategory": "shape", "id": value + 1, "name": root} for value, root in enumerate(TOPICS[SHAPE].roots)]
 
 

@@ -23,7 +23,7 @@ LINES = {
 }
 
 
-def draw(folder: Path, out: Path) -> Path:
+def draw_emergence(folder: Path, out: Path) -> Path:
     """Write the figure of a pre-trained miniature as SVG.
 
     Args:

@@ -30,13 +30,13 @@ class Metric(_Frozen):
     Attributes:
         label: its name; None: as the metric calls itself.
         unit: that the papers print it in.
-        ours: the unit that it is measured in.
+        measured_in: the unit that it is measured in.
         lower_is_better: as for a loss or a time.
     """
 
     label: str | None = None
     unit: str | None = None
-    ours: str | None = None
+    measured_in: str | None = None
     lower_is_better: bool = False
 
 

@@ -188,7 +188,7 @@ def _entry(
     metric = column.metric or (named.metric if named and named.metric else "score")
     measured = named is not None and named.measurement is not None  # its number is no score of the task
     printed_as = (line.paper_backbone, column.paper_task, None if is_score and not measured else metric)
-    own_unit = (named.unit if named and is_score else None) or papers.metric_facts(metric).ours or "percent"
+    own_unit = (named.unit if named and is_score else None) or papers.metric_facts(metric).measured_in or "percent"
     unit = papers.unit(path, study.study, *printed_as) or own_unit
     values = [
         papers.convert(

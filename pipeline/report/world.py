@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 COLUMNS, ROWS = 4, 2
 
 
-def draw(world: Path, out: Path) -> Path:
+def draw_world(world: Path, out: Path) -> Path:
     """Write the first pictures of a world (`write_world`) with their questions, answers and captions as PNG.
 
     Args:

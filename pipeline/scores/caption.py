@@ -156,22 +156,6 @@ def caption_scores(
     )
 
 
-def cider_only(predictions: Mapping[_Key, str], references: Mapping[_Key, Sequence[str]]) -> float:
-    """Return the overall CIDEr-D as a fraction: what training calls once an epoch to choose a checkpoint.
-
-    The references' tokens are remembered within the process; another call with the same images starts Java once, for
-    the new captions.
-
-    Args:
-        predictions: {image id: caption}.
-        references: {image id: reference captions}; may hold more images.
-
-    Raises:
-        InputError, WorkError: as `caption_scores`.
-    """
-    return caption_scores(predictions, references, ("CIDEr",)).overall["CIDEr"]
-
-
 def _tokens(
     ids: Sequence[_Key], predictions: Mapping[_Key, str], references: Mapping[_Key, Sequence[str]]
 ) -> tuple[_Texts, _Texts]:

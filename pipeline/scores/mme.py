@@ -33,7 +33,7 @@ class MmeRow:
     image: str
     truth: str
     response: str
-    where: str = ""
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _pairs(name: str, rows: Sequence[MmeRow]) -> list[Sequence[MmeRow]]:
         if len(pair) < _QUESTIONS_OF_AN_IMAGE or len({row.image for row in pair}) > 1:
             raise InputError(
                 f"image '{pair[0].image}' does not have its two questions next to each other",
-                where=pair[0].where or name,
+                where=pair[0].place or name,
                 way_out="accuracy+ needs both questions of every image, on adjacent lines",
             )
         pairs.append(pair)
@@ -150,7 +150,7 @@ def is_right(row: MmeRow) -> bool:
     truth = row.truth.strip().lower()
     if truth not in ("yes", "no"):
         raise InputError(
-            f"the ground truth is '{row.truth}'", where=row.where, way_out="MME's ground truth is Yes or No"
+            f"the ground truth is '{row.truth}'", where=row.place, way_out="MME's ground truth is Yes or No"
         )
     return read_reply(row.response) == truth
 
@@ -190,4 +190,4 @@ def _read_task(path: Path) -> Iterable[MmeRow]:
                 where=place,
                 way_out=f"A line holds {', '.join(_COLUMNS)}, with tabs between them",
             )
-        yield MmeRow(image=columns[0], truth=columns[2], response=columns[3], where=place)
+        yield MmeRow(image=columns[0], truth=columns[2], response=columns[3], place=place)

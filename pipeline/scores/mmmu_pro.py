@@ -62,18 +62,18 @@ def read_letter(response: str, options: Sequence[str]) -> str | None:
     letters = [chr(ord("A") + at) for at in range(len(options))]
     before, marker, after = response.rpartition(_MARKER)
     if marker:
-        found = [letter for letter in letters if letter in after]
-        if len(found) == 1:
-            return found[0]
+        marked = [letter for letter in letters if letter in after]
+        if len(marked) == 1:
+            return marked[0]
     # One mark after the other, each from both ends, as the official loop does: not the same as one strip.
     for mark in _STRIPPED:
         response = response.strip(mark)
     reply = f" {response} "
     # (what is looked for, what its place is judged by): a letter counts with "X ", its place with " X ".
     for searched, placed in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
-        found = [letter for letter in letters if searched.format(letter) in reply]
-        if found:
-            return max(found, key=lambda letter: reply.rfind(placed.format(letter)))
+        standing = [letter for letter in letters if searched.format(letter) in reply]
+        if standing:
+            return max(standing, key=lambda letter: reply.rfind(placed.format(letter)))
     lower = reply.lower()
     if len(reply.split()) > _SHORT_REPLY:
         texts = {letter: option.lower() for letter, option in zip(letters, options, strict=True)}

@@ -21,7 +21,6 @@ from pipeline.scores.files import (
     results_by_id,
     text_field,
 )
-from pipeline.scores.objects import categories_of
 from pipeline.scores.stems import stem_answer
 
 
@@ -177,7 +176,7 @@ def score_chair(
         truth = _objects(objects)
         _need(predictions, truth, results, f"objects in {objects}")
     else:
-        categories = categories_of(instances)
+        categories = chair.categories_of(instances)
         references: dict[str, list[str]] = {}
         for path in captions:
             for key, texts in _captions(path).items():

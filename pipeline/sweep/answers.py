@@ -15,8 +15,7 @@ from pipeline.sweep.units import Job
 from pipeline.sweep.work import Measuring, Scoring, Work
 
 if TYPE_CHECKING:
-    from pipeline.measure.base import Job as Measured
-    from pipeline.measure.base import Measure
+    from pipeline.measure.base import Measure, MeasureJob
 
 
 def score_all(
@@ -41,7 +40,7 @@ def score_all(
     yield from _answers(left, params, first)
 
 
-def measure_all(params: Params, kind: Measure, groups: Sequence[list[Measured]]) -> Iterator[tuple[int, Any]]:
+def measure_all(params: Params, kind: Measure, groups: Sequence[list[MeasureJob]]) -> Iterator[tuple[int, Any]]:
     """Yield (number of the group, numbers of each of its trials or error).
 
     Raises:

@@ -14,8 +14,7 @@ import ray
 
 from pipeline.config import Params
 from pipeline.evaluate.parts import Answers, SplitPart
-from pipeline.measure.base import Job as Measured
-from pipeline.measure.base import Measure
+from pipeline.measure.base import Measure, MeasureJob
 from pipeline.records.evaluation import Evaluation
 from pipeline.request import TrialRequest
 from pipeline.sweep.nodes import work_in
@@ -43,12 +42,12 @@ class Evaluator:
         """Return the evaluation of a trial that has answered."""
         return self.bench.finish(request, evaluation, parts)
 
-    def measure(self, kind: Measure, jobs: list[Measured]) -> list[dict[str, float]]:
+    def measure(self, kind: Measure, jobs: list[MeasureJob]) -> list[dict[str, float]]:
         """Return what the jobs were measured as."""
         return kind.run(self.bench, jobs)
 
 
-def measure(params: Params, kind: Measure, jobs: list[Measured]) -> list[dict[str, float]]:
+def measure(params: Params, kind: Measure, jobs: list[MeasureJob]) -> list[dict[str, float]]:
     """Measure jobs on the current cluster, in a process of their own that has its slot for itself.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config import Params, data_root
 from pipeline.digests import file_digest
-from pipeline.measure.base import Job, Measure, Numbers, create
+from pipeline.measure.base import Measure, MeasureJob, Numbers, create_measure
 from pipeline.progress import bar
 from pipeline.records.evaluation import CellResult, Measurement
 from pipeline.records.evaluations import Evaluations
@@ -53,7 +53,7 @@ def measured(
     """
     definition = params.studies[study]
     name = definition.measure
-    kind = create(name, definition.measured, f"studies.{study}.measured")
+    kind = create_measure(name, definition.measured, f"studies.{study}.measured")
     if not kind.units:
         return [row.result for row in scored]
     groups: dict[tuple[Any, ...], list[ScoredCell]] = {}
@@ -95,13 +95,19 @@ def _key(name: str, kind: Measure, evaluation: EvaluationConfig, rows: Sequence[
     return digest(of)[:KEY_LENGTH]
 
 
-def _job(params: Params, row: ScoredCell, evaluations: Evaluations) -> Job:
+def _job(params: Params, row: ScoredCell, evaluations: Evaluations) -> MeasureJob:
     scored = evaluations.read(row.evaluation.key)
-    return Job(row.cell.row, row.request, row.evaluation, scored, str(data_root(params).resolve()))
+    return MeasureJob(row.cell.row, row.request, row.evaluation, scored, str(data_root(params).resolve()))
 
 
 def _keep(
-    name: str, kind: Measure, job: Job, numbers: Numbers, key: str, evaluations: Evaluations, tracker: SpooledTracker
+    name: str,
+    kind: Measure,
+    job: MeasureJob,
+    numbers: Numbers,
+    key: str,
+    evaluations: Evaluations,
+    tracker: SpooledTracker,
 ) -> None:
     """Write what a trial was measured as, and log it."""
     run_id = job.scored.run_id

@@ -13,8 +13,7 @@ from pipeline.sweep.plan import Plan
 from pipeline.sweep.units import Job
 
 if TYPE_CHECKING:
-    from pipeline.measure.base import Job as Measured
-    from pipeline.measure.base import Measure
+    from pipeline.measure.base import Measure, MeasureJob
 
 
 class Work(Protocol):
@@ -62,7 +61,7 @@ class Measuring:
 
     params: Params
     kind: Measure
-    groups: dict[int, list[Measured]]
+    groups: dict[int, list[MeasureJob]]
 
     def run(self, tell: Tell) -> None:
         """See `Work`."""

@@ -116,10 +116,10 @@ class CaptionTask(Task):
         Raises:
             InputError: there is no instances file, it is damaged, or it does not hold these images.
         """
-        from pipeline.scores import chair, objects  # needs NLTK; reading and training do not
+        from pipeline.scores import chair  # needs NLTK; reading and training do not
 
         path = self.object_file(root, split)
-        categories = objects.categories_of([path])
+        categories = chair.categories_of([path])
         way_out = "Get the instances of the same split"
         need(predictions, categories, "an entry", where=str(path), way_out=way_out)
         words = None if self.object_words is None else chair.synonyms(self.object_words)

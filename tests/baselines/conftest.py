@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.support.synthetic import SyntheticSize, write_vqav2
 from pipeline import backbones, methods
 from pipeline.config import BackboneSource
 from pipeline.data.subsample import draw
-from pipeline.data.synthetic import SyntheticSize, write_vqav2
 from pipeline.tasks import tasks
 from pipeline.train.resident import Resident
 from pipeline.train.scoring import fitted

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.support.synthetic import SyntheticSize, write_images, write_vqav2
 from pipeline import tasks
 from pipeline.data.manifest import Manifest
 from pipeline.data.subsample import draw
-from pipeline.data.synthetic import SyntheticSize, write_images, write_vqav2
 from pipeline.errors import InputError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -218,5 +218,5 @@ def test_official_sample_files(name, train, selection, evaluation, tmp_path, sha
     loaded = Manifest.load(tmp_path / "manifest.json")
     assert loaded.digest == manifest.digest
     for sample in loaded.splits["evaluation"]:
-        assert loaded.image_path(sample).is_file()
+        assert (loaded.image_root / sample.images[0].path).is_file()
         assert sample.target and len(sample.references) >= 5

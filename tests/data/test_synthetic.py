@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import subsample
-from pipeline.data.synthetic import FULL_TRAIN, SyntheticSize, write_vqav2
+from benchmarks.support.synthetic import FULL_TRAIN, SyntheticSize, write_vqav2
 
 
 def test_files_have_the_official_shape(tmp_path):

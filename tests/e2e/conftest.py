@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.support.synthetic import SyntheticSize, write_images, write_vqav2
 from pipeline.config import FOLDERS
-from pipeline.data.synthetic import SyntheticSize, write_images, write_vqav2
 from tests.conftest import ROOT
 from tests.support.terminal import Terminal
 

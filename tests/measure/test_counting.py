@@ -8,9 +8,8 @@ import torch.nn.functional as F
 
 from pipeline.errors import InputError
 from pipeline.measure import measures
-from pipeline.measure.base import create
-from pipeline.measure.flops import CountedFlops
-from pipeline.measure.memory import peak_bytes
+from pipeline.measure.base import create_measure
+from pipeline.measure.counters import CountedFlops, peak_bytes
 
 
 def test_products_are_counted_forward_and_backward() -> None:
@@ -39,15 +38,15 @@ def test_the_peak_is_what_lives_at_once() -> None:
 
 def test_settings_are_checked_and_ratios_refer_to_the_reference() -> None:
     assert set(measures.names()) >= {"score", "training_cost", "inference_cost", "latent_distance", "hallucination"}
-    cost = create("training_cost", {"rounds": 2}, "a study")
+    cost = create_measure("training_cost", {"rounds": 2}, "a study")
     numbers = {"milliseconds_per_sample": 30.0, "flops_per_sample": 8.0, "peak_bytes": 3.0}
     related = cost.relate(numbers, {"milliseconds_per_sample": 10.0, "flops_per_sample": 2.0, "peak_bytes": 2.0})
     assert (related["time"], related["flops"], related["gpu_memory"]) == (3.0, 4.0, 1.5)
     assert "time" not in cost.relate(numbers, None)
     with pytest.raises(InputError, match="Did you mean 'rounds'"):
-        create("training_cost", {"round": 2}, "a study")
+        create_measure("training_cost", {"round": 2}, "a study")
     with pytest.raises(InputError, match="unknown measure"):
-        create("cost", {}, "a study")
+        create_measure("cost", {}, "a study")
 
 
 def test_every_study_names_a_measure_and_its_settings() -> None:
@@ -57,4 +56,4 @@ def test_every_study_names_a_measure_and_its_settings() -> None:
 
     params = load(Path(__file__).resolve().parents[2] / "params.yaml")
     for name, study in params.studies.items():
-        create(study.measure, study.measured, name)
+        create_measure(study.measure, study.measured, name)

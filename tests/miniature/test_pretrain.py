@@ -13,14 +13,14 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from pipeline import backbones
-from pipeline.data.prompt import render as render_prompt
+from pipeline.data.prompt import render
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.errors import InputError
 from pipeline.miniature.documents import CAPTION_PREFIX, VQA_PREFIX, Curriculum, DocumentSource
 from pipeline.miniature.lexicon import QUESTIONS, draw_convention
 from pipeline.miniature.model import MINIATURES, SIZES, decode_hidden, encode_images, miniature, normalise
 from pipeline.miniature.pretrain import BUDGETS, Budget, pretrain
-from pipeline.miniature.render import draw_attributes, png_bytes, render
+from pipeline.miniature.render import draw_attributes, png_bytes, render_images
 from pipeline.tasks import tasks
 
 NAMES = sorted(MINIATURES)
@@ -103,7 +103,7 @@ def test_documents_are_what_the_pipeline_will_ask(name: str, task: str) -> None:
         ours += "".join(text for text, _ in pieces)
         question = None if topic is None else QUESTIONS[topic]
         samples.append(Sample(task, nth, (ImageRef(f"{nth}.png"),), question, target, (target,)))
-    theirs = render_prompt(template, backbones.get(name), samples[-1], samples[:-1], answer=True).text
+    theirs = render(template, backbones.get(name), samples[-1], samples[:-1], answer=True).text
     # The last pair's closing newline is what would separate it from a next one.
     assert ours.rstrip("\n") == theirs.replace("<image>", renderer.spec.image_text).rstrip("\n")
 
@@ -160,7 +160,7 @@ def test_pixels_and_cached_visual_tokens_agree(checkpoint: tuple[str, Path]) -> 
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     rng = np.random.default_rng(0)
-    images = render(draw_attributes(3, rng), rng)
+    images = render_images(draw_attributes(3, rng), rng)
     opened = [Image.open(io.BytesIO(png_bytes(image))) for image in images]
     text = "Image: <image> Question: Which colour? Answer: redak\n" * 3
     inputs = processor(text=[text], images=[opened] if spec.image_axis else opened, return_tensors="pt")

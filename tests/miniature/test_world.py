@@ -25,7 +25,7 @@ from pipeline.miniature.lexicon import (
     style_words,
     value_words,
 )
-from pipeline.miniature.render import draw_attributes, png_bytes, render
+from pipeline.miniature.render import draw_attributes, png_bytes, render_images
 from pipeline.miniature.world import object_synonyms, write_world
 from pipeline.scores.vqa import vqa_accuracy
 from pipeline.tasks import tasks
@@ -79,7 +79,7 @@ def test_official_readers_read_it(world: Path, name: str) -> None:
 
 def test_images_open_as_drawn() -> None:
     rng = np.random.default_rng(0)
-    (image,) = render(draw_attributes(1, rng), rng)
+    (image,) = render_images(draw_attributes(1, rng), rng)
     with Image.open(io.BytesIO(png_bytes(image))) as opened:
         assert opened.mode == "RGB"
         assert np.array_equal(np.array(opened), image)
@@ -120,7 +120,7 @@ def test_every_value_is_drawn_and_visible() -> None:
     for topic in range(len(NUM_VALUES)):
         changed = attributes.copy()
         changed[:, topic] = (changed[:, topic] + 1) % NUM_VALUES[topic]
-        same, other = (render(each, np.random.default_rng(2)) for each in (attributes, changed))
+        same, other = (render_images(each, np.random.default_rng(2)) for each in (attributes, changed))
         assert (same != other).any(axis=(1, 2, 3)).mean() > 0.95
 
 

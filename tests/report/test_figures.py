@@ -235,7 +235,7 @@ def test_a_pretraining_shows_its_losses_in_readable_numbers_and_shares_that_do_n
     ]
     vision = [{"step": step, "accuracy": 0.96 + step / 10_000} for step in steps]
     (tmp_path / emergence.RECORD).write_text(json.dumps({"vision": vision, "decoder": decoder}))
-    picture = ElementTree.parse(emergence.draw(tmp_path, tmp_path / "out.svg"))  # noqa: S314 - our own
+    picture = ElementTree.parse(emergence.draw_emergence(tmp_path, tmp_path / "out.svg"))  # noqa: S314 - our own
     words = [node.text for node in picture.iter() if node.tag.endswith("text")]
     assert {"vqa", "facts", *emergence.LINES.values(), "0.2", "0.5", "1", "2"} <= set(words)
     assert "0.80" in words  # at least a fifth of the axis, for shares of 0.97 to 0.99

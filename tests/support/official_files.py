@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from pipeline.data.synthetic import SyntheticSize, write_images, write_vqav2
+from benchmarks.support.synthetic import SyntheticSize, write_images, write_vqav2
 
 SUBSETS = {"train2014": (1, 40), "val2014": (1001, 20)}  # first image, number of images
 

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import pyarrow
 import pyarrow.parquet
 
+from benchmarks.support.synthetic import FULL_TRAIN, FULL_VAL, SyntheticSize, write_vqav2
 from pipeline.config import Subsample
 from pipeline.data.subsample import plan_draw
-from pipeline.data.synthetic import FULL_TRAIN, FULL_VAL, SyntheticSize, write_vqav2
 from pipeline.tasks.base import IndexEntry
 
 COCO_IMAGES = {"train2014": FULL_TRAIN.num_images, "val2014": FULL_VAL.num_images}

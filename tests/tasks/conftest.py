@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from benchmarks.support.synthetic import SyntheticSize, write_vqav2
 from pipeline import tasks
-from pipeline.data.synthetic import SyntheticSize, write_vqav2
 from pipeline.errors import InputError
 from pipeline.tasks.mme import COGNITION, PERCEPTION
 

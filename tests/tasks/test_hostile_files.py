@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.support.synthetic import SyntheticSize, write_images, write_vqav2
 from pipeline import tasks
 from pipeline.data.subsample import draw
-from pipeline.data.synthetic import SyntheticSize, write_images, write_vqav2
 from pipeline.errors import InputError
 from pipeline.tasks.seed_bench import CLOSING
 from tests.tasks.conftest import png

@@ -99,7 +99,7 @@ def test_flickr_uses_karpathys_train_and_test(flickr):
     assert test[0].target == "Two guys , view 0" and len(test[0].references) == 5
     manifest = draw(task, flickr, seed=0, num_train=6, num_selection=3)
     assert manifest.sizes == {"train": 6, "selection": 3, "evaluation": 10}
-    assert manifest.image_path(manifest.splits["train"][0]).is_file()
+    assert (manifest.image_root / manifest.splits["train"][0].images[0].path).is_file()
 
 
 def test_flickr_errors_are_named(flickr):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.support.synthetic import SyntheticSize, write_vqav2
 from pipeline import backbones, tasks
 from pipeline.data.prompt import stop_strings
-from pipeline.data.synthetic import SyntheticSize, write_vqav2
 from pipeline.errors import InputError
 from pipeline.evaluate.generate import cut
 from pipeline.tasks.vqa_files import most_frequent

@@ -10,7 +10,7 @@ from pipeline import tasks
 from pipeline.data.manifest import Manifest
 from pipeline.miniature.world import object_synonyms
 from pipeline.records.evaluation import Evaluation
-from pipeline.scores import chair, objects
+from pipeline.scores import chair
 from pipeline.train.workbench import Workbench
 from pipeline.trial import EvaluationConfig
 from tests.scoring import main
@@ -20,8 +20,8 @@ from tests.scoring import main
 def captions(small_world):
     """Evaluation samples of mini-coco, and a caption each: right, right and wrong, wrong twice, nothing named."""
     samples = Manifest.load(small_world / "mini-coco" / "manifest.json").splits["evaluation"]
-    words = objects.categories_of([small_world / "data" / "annotations" / "instances_val2014.json"])
-    named, dialects = chair.synonyms(objects.MINIATURE_WORDS), object_synonyms()
+    words = chair.categories_of([small_world / "data" / "annotations" / "instances_val2014.json"])
+    named, dialects = chair.synonyms(chair.MINIATURE_WORDS), object_synonyms()
     there = [words[str(sample.sample_id)] for sample in samples]
     shown = [dialects[names[0]][0] for names in there]
     absent = []
@@ -78,7 +78,7 @@ def test_the_evaluation_record_carries_chair(small_world, trial, tmp_path):
 
 def test_the_miniatures_objects_are_named_as_its_lexicon_names_them():
     expected = {word: root for root, words in object_synonyms().items() for word in (root, *words)}
-    assert chair.synonyms(objects.MINIATURE_WORDS) == expected
+    assert chair.synonyms(chair.MINIATURE_WORDS) == expected
     found = chair.caption_objects("A circak, two BARUN and a dog", expected)
     assert found.nodes == ["circ", "bar"]
 
@@ -87,9 +87,9 @@ def test_a_replaced_instances_file_is_read_again(tmp_path, capsys):
     path = tmp_path / "instances.json"
     content = {"images": [{"id": 1}, {"id": 2}], "categories": [{"id": 5, "name": "dog"}], "annotations": []}
     path.write_text(json.dumps(content))
-    assert objects.categories_of([path]) == {"1": [], "2": []}
+    assert chair.categories_of([path]) == {"1": [], "2": []}
     content["annotations"] = [{"image_id": 1, "category_id": 5}] * 2
     path.write_text(json.dumps(content))
-    assert objects.categories_of([path, path]) == {"1": ["dog", "dog"], "2": []}
+    assert chair.categories_of([path, path]) == {"1": ["dog", "dog"], "2": []}
     assert main(["chair", "--results", str(path), "--objects", str(tmp_path / "none.json")]) == 2
     assert "error" in capsys.readouterr().err

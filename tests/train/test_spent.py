@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from pipeline.measure.flops import CountedFlops
+from pipeline.measure.counters import CountedFlops
 from pipeline.records.trial import TrialEnd
 from pipeline.records.trial_folder import TrialFolder
 from pipeline.train.loop import TrainingLoop

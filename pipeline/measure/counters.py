@@ -1,10 +1,14 @@
-"""FLOPs of the matrix products that torch runs inside a block, counted as they are dispatched."""
+"""What torch does inside a block, counted: FLOPs of its matrix products, and the peak of what it allocates."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -43,3 +47,32 @@ class CountedFlops(TorchDispatchMode):
             count: Any = flop_registry[packet]
             self.total += count(*args, **kwargs, out_val=out)
         return out
+
+
+@dataclass
+class Peak:
+    """Bytes above what was held at the start; filled at the end of the block."""
+
+    value: int = 0
+
+
+@contextmanager
+def peak_bytes(cuda: bool) -> Iterator[Peak]:
+    """Measure the highest sum of torch's allocations inside the block, what was held before left out."""
+    peak = Peak()
+    if cuda:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        yield peak
+        torch.cuda.synchronize()
+        peak.value = torch.cuda.max_memory_allocated() - before
+        return
+    # the CPU's allocator keeps no statistics; the profiler sees each of its calls
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        yield peak
+    calls = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = 0
+    for event in sorted(calls, key=lambda call: call.start_ns()):
+        held += event.nbytes()
+        peak.value = max(peak.value, held)
