@@ -78,7 +78,7 @@ class SimulatedSlot:
         for key in sorted(self.keys):
             self.epoch[key] += 1
             folder, number = self.store.trial(key), self.epoch[key]
-            row = EpochReport.of({"epoch": number, **dict.fromkeys(METRICS, 0.123456789)})
+            row = EpochReport.among({"epoch": number, **dict.fromkeys(METRICS, 0.123456789)})
             folder.add_losses(number, [0.1234567] * STEPS)
             folder.write_epochs([*folder.epochs(), row])
             done = number >= EPOCHS

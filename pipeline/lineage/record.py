@@ -11,6 +11,7 @@ from pipeline.errors import InputError
 from pipeline.lineage.keys import key_of
 from pipeline.records.epoch import EpochReport
 from pipeline.records.evaluation import Evaluation
+from pipeline.records.trial import Provenance
 from pipeline.rounding import rounded
 from pipeline.tracking.reading import LEDGER_FILE
 from pipeline.tracking.runs import FINISHED, Tracker
@@ -29,7 +30,7 @@ class RunRecord:
         config: the trial's configuration, as its code version wrote it.
         evaluation: the newest score; None where it was never scored.
         metrics: last values by name, with all their digits.
-        provenance: `commit`, `dirty`, `diff`, `versions`, `machine`; empty where nothing was recorded.
+        provenance: of its code and machine; empty where nothing was recorded.
         tags: the run's tags.
     """
 
@@ -37,7 +38,7 @@ class RunRecord:
     config: dict[str, Any]
     evaluation: Evaluation | None
     metrics: dict[str, float]
-    provenance: dict[str, Any]
+    provenance: Provenance
     tags: dict[str, str]
 
     @property
@@ -71,7 +72,8 @@ def read_record(tracker: Tracker, run_id: str) -> RunRecord:
         )
     evaluation = _newest_score(tracker, run_id, run["metrics"])
     metrics = exact(tracker, run_id, run["metrics"], evaluation)
-    return RunRecord(run_id, config, evaluation, metrics, tracker.provenance_of(run_id), tags)
+    origin = Provenance.of(tracker.provenance_of(run_id), run_id, _OTHER_RUN)
+    return RunRecord(run_id, config, evaluation, metrics, origin, tags)
 
 
 def exact(tracker: Tracker, run_id: str, metrics: dict[str, float], evaluation: Evaluation | None) -> dict[str, float]:

@@ -99,7 +99,7 @@ def _tolerance(record: RunRecord) -> float:
     # `packed` is with how many trials it really shared a pass; runs of before it was kept say what was allowed
     packed = record.tags.get("packed") or record.tags.get("pack", "1")
     alone = record.config.get("world_size", 1) == 1 and packed == "1"
-    gpus = (record.provenance.get("machine") or {}).get("gpus")
+    gpus = record.provenance.machine.gpus
     solo = alone and not gpus and _other_processor(record) is None
     unit = record.evaluation.unit if record.evaluation else "percent"
     return 0.0 if solo else TOLERANCES.get(unit, TOLERANCES["percent"])
@@ -107,7 +107,7 @@ def _tolerance(record: RunRecord) -> float:
 
 def _other_processor(record: RunRecord) -> str | None:
     """Return the processor that a run was made on, where it is not this machine's."""
-    recorded = (record.provenance.get("machine") or {}).get("cpu")
+    recorded = record.provenance.machine.cpu
     return recorded if recorded not in (None, machine()["cpu"]) else None
 
 
@@ -119,13 +119,13 @@ def _environment(record: RunRecord, repository: Path, here: bool) -> dict[str, A
         notes.append(f"running the code as it is now ({now['commit'] or now['note']}), not the run's own")
         if now["dirty"]:
             notes.append(f"this tree is dirty: {', '.join(now['changed'][:5])}")
-    elif origin.get("dirty"):
-        lines = origin["diff"].count("\n")
+    elif origin.dirty:
+        lines = origin.diff.count("\n")
         notes.append(f"the run was made from a dirty tree: its own diff of {lines} lines is laid over the commit")
     earlier = record.tags.get("git.earlier_commits")
     if earlier:
         notes.append(f"the run was begun by other code ({earlier}) and resumed")
-    present, before = versions(), origin.get("versions") or {}
+    present, before = versions(), origin.versions
     differ = {name: [before[name], present.get(name)] for name in before if before[name] != present.get(name)}
     if differ:
         pairs = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in differ.items())
@@ -133,7 +133,7 @@ def _environment(record: RunRecord, repository: Path, here: bool) -> dict[str, A
     other = _other_processor(record)
     if other is not None:
         notes.append(f"another processor than the run's, {other}: it sums in another order")
-    return {"notes": notes, "versions_differ": differ, "recorded_machine": origin.get("machine")}
+    return {"notes": notes, "versions_differ": differ, "recorded_machine": origin.machine.model_dump()}
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def _compared(record: RunRecord, again: Again, allowed: float) -> dict[str, Any]
         # without a tolerance everything has to be equal, losses too; with one the number is what it is about
         "reproduced": worst == 0.0 if allowed == 0.0 else gap <= allowed,
         "adapter": _adapters(record, again), "predictions": _predictions(record, again),
-        "code": {"recorded": record.provenance.get("commit"), "ran": again.commit},
+        "code": {"recorded": record.provenance.commit, "ran": again.commit},
     }  # fmt: skip
 
 

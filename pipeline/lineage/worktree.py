@@ -7,33 +7,33 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import InputError, WorkError
+from pipeline.records.trial import Provenance
 from pipeline.tracking.provenance import git_command, has_commit
 
 _CUT = "(cut off:"  # how a diff that was too long ends
 
 
-def check_code(repository: Path, provenance: dict[str, Any], run_id: str) -> None:
+def check_code(repository: Path, provenance: Provenance, run_id: str) -> None:
     """Check that a run's code can be had again.
 
     Raises:
         InputError: no commit recorded, one that this repository does not know, or changes that were not kept.
     """
-    commit = provenance.get("commit")
+    commit = provenance.commit
     here = "Give --here to run the code as it is now"
     if not commit:
-        note = provenance.get("note") or "nothing was recorded"
+        note = provenance.note or "nothing was recorded"
         raise InputError(f"the run's code version is unknown: {note}", where=run_id, way_out=here)
     if not has_commit(repository, commit):
         raise InputError(
             f"commit {commit} is not in this repository", where=str(repository), way_out=f"Fetch it. {here}"
         )
-    diff = provenance.get("diff") or ""
-    only_big = not diff and set(provenance.get("changed", [])) <= set(provenance.get("left_out", []))
-    if provenance.get("dirty") and ((not diff and not only_big) or _CUT in diff[-200:]):
-        changed = ", ".join(provenance.get("changed", [])[:5])
+    diff = provenance.diff
+    only_big = not diff and set(provenance.changed) <= set(provenance.left_out)
+    if provenance.dirty and ((not diff and not only_big) or _CUT in diff[-200:]):
+        changed = ", ".join(provenance.changed[:5])
         raise InputError(
             f"the run was made from a dirty tree whose changes were not kept whole ({changed})",
             where=run_id, way_out=here,
@@ -41,7 +41,7 @@ def check_code(repository: Path, provenance: dict[str, Any], run_id: str) -> Non
 
 
 @contextmanager
-def checked_out(repository: Path, provenance: dict[str, Any], folder: Path) -> Iterator[Path]:
+def checked_out(repository: Path, provenance: Provenance, folder: Path) -> Iterator[Path]:
     """Give a folder with a run's code, which is removed at the end.
 
     Args:
@@ -52,10 +52,10 @@ def checked_out(repository: Path, provenance: dict[str, Any], folder: Path) -> I
     Raises:
         WorkError: git failed.
     """
-    _git(repository, "worktree", "add", "--detach", "--quiet", str(folder), provenance["commit"])
+    _git(repository, "worktree", "add", "--detach", "--quiet", str(folder), str(provenance.commit))
     try:
-        if provenance.get("diff"):
-            _git(folder, "apply", "--whitespace=nowarn", "-", text=provenance["diff"])
+        if provenance.diff:
+            _git(folder, "apply", "--whitespace=nowarn", "-", text=provenance.diff)
         prefix = _git(repository, "rev-parse", "--show-prefix").strip()
         yield folder / prefix
     finally:

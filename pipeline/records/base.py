@@ -96,10 +96,14 @@ class Record(Frozen):
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise InputError(f"damaged: {error}", where=where, way_out=way_out) from None
-        if isinstance(data, dict):
-            data.setdefault("schema", 0)
+        return cls.of(data, where, way_out)
+
+    @classmethod
+    def of(cls, data: object, where: str, way_out: str) -> Self:
+        """Return what JSON holds as a record; see `parse`."""
         try:
-            return validate(cls, data, where, noun="field", way_out=way_out)
+            fields = {"schema": 0, **data} if isinstance(data, dict) else data
+            return validate(cls, fields, where, noun="field", way_out=way_out)
         except _Newer as error:
             raise NewerRecord(str(error), where=where, way_out="Use the code that wrote it, or newer") from None
 

@@ -41,7 +41,7 @@ class EpochReport(Record):
     train_seconds: Number | None = None
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Self:
+    def among(cls, fields: Mapping[str, Any]) -> Self:
         """Return the report among other fields, such as those that Ray Tune adds to it."""
         return cls.model_validate({name: fields[name] for name in cls.model_fields if name in fields})
 

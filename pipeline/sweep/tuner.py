@@ -57,7 +57,7 @@ class _Events(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        report = EpochReport.of(result)  # without what Tune adds
+        report = EpochReport.among(result)  # without what Tune adds
         if report.metrics:
             self._tell(EpochEnded(self._key(trial), report))
 

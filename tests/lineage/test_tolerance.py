@@ -5,6 +5,7 @@ import pytest
 from pipeline.lineage.record import RunRecord
 from pipeline.lineage.reproduce import _environment, _tolerance
 from pipeline.records.evaluation import Evaluation
+from pipeline.records.trial import Provenance
 from pipeline.tracking.provenance import machine
 from tests.conftest import ROOT
 
@@ -15,13 +16,13 @@ def scored(unit):
 
 
 def made(unit="percent", packed="1", world_size=1, **on):
-    record = {"machine": {**machine(), "gpus": [], **on}, "versions": {}}
+    record = Provenance.model_validate({"machine": {**machine(), "gpus": [], **on}})
     return RunRecord("id", {"world_size": world_size}, scored(unit), {}, record, {"packed": packed})
 
 
 def test_alone_on_this_processor_it_is_nothing():
     assert _tolerance(made()) == 0.0
-    assert _tolerance(RunRecord("id", {}, None, {}, {}, {})) == 0.0  # a machine was not recorded
+    assert _tolerance(RunRecord("id", {}, None, {}, Provenance(), {})) == 0.0  # a machine was not recorded
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.errors import InputError, WorkError
 from pipeline.lineage.worktree import check_code, checked_out
+from pipeline.records.trial import Provenance
 from pipeline.tracking.provenance import code_version
 
 
@@ -33,12 +34,12 @@ def test_a_dirty_trees_code_comes_back_new_files_included(repository: Path, tmp_
     (repository / "weights.bin").write_bytes(bytes(300_000))
     (repository / "new").mkdir()
     (repository / "new/file.py").write_text("added = 1\n")
-    made_by = code_version(repository)
+    made_by = Provenance.model_validate(code_version(repository))
     index = git(repository, "status", "--porcelain")
     git(repository, "stash", "-uq")
     (repository / "code.py").write_text("later = 1\n")
     git(repository, "commit", "-qam", "second")
-    assert made_by["left_out"] == ["weights.bin"]
+    assert made_by.left_out == ("weights.bin",)
     check_code(repository, made_by, "run")
     with checked_out(repository, made_by, tmp_path / "code") as code:
         assert (code / "code.py").read_text() == "edited = 1\n"
@@ -59,11 +60,11 @@ def test_a_dirty_trees_code_comes_back_new_files_included(repository: Path, tmp_
 )
 def test_code_that_cannot_be_had_is_said(repository: Path, change: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        check_code(repository, {**code_version(repository), **change}, "run")
+        check_code(repository, Provenance.model_validate({**code_version(repository), **change}), "run")
 
 
 def test_a_diff_that_does_not_fit_is_a_failure_of_work_and_leaves_nothing(repository: Path, tmp_path: Path) -> None:
-    broken = {**code_version(repository), "dirty": True, "diff": "no diff\n"}
+    broken = Provenance.model_validate({**code_version(repository), "dirty": True, "diff": "no diff\n"})
     with pytest.raises(WorkError, match="git apply"), checked_out(repository, broken, tmp_path / "code"):
         pass
     assert len(git(repository, "worktree", "list").splitlines()) == 1

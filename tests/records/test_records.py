@@ -215,7 +215,7 @@ def test_an_epoch_run_again_replaces_its_first_try(tmp_path):
 
 def test_a_report_is_found_among_what_ray_tune_adds():
     fields = {"epoch": 3, "objective": 0.5, "pid": 7, "done": False, "time_total_s": 1.5, "config": {"trial": "x"}}
-    report = EpochReport.of(fields)
+    report = EpochReport.among(fields)
     assert report == EpochReport(epoch=3, objective=0.5) and report.metrics == {"objective": 0.5}
     assert json.loads(report.text(None)) == {"schema": 1, "epoch": 3, "objective": 0.5}
 
