@@ -58,10 +58,10 @@ class WeightsEdit:
                 a.append(torch.zeros(widest, linear.in_features, device=device))
                 b.append(torch.zeros(linear.out_features, widest, device=device))
                 continue
-            mine_a, mine_b = part.matrices(name)
-            missing = widest - len(mine_a)
-            a.append(nn.functional.pad(mine_a.to(device), (0, 0, 0, missing)))
-            b.append(nn.functional.pad(mine_b.to(device) * part.scaling, (0, missing)))
+            part_a, part_b = part.matrices(name)
+            missing = widest - len(part_a)
+            a.append(nn.functional.pad(part_a.to(device), (0, 0, 0, missing)))
+            b.append(nn.functional.pad(part_b.to(device) * part.scaling, (0, missing)))
         return torch.stack(a), torch.stack(b)
 
     def _dropped(self, x: Tensor, rows: Tensor, inside: bool) -> Tensor:
@@ -71,12 +71,12 @@ class WeightsEdit:
             return x
         mask = torch.ones_like(x)
         for index, p in dropping.items():
-            mine = (rows == index).nonzero()[:, 0]
-            if len(mine):
+            places = (rows == index).nonzero()[:, 0]
+            if len(places):
                 width = self.pack.width_of(index, x.shape[1]) if inside else x.shape[1]
-                drawn = torch.empty(len(mine), width, x.shape[2], dtype=x.dtype, device=x.device)
+                drawn = torch.empty(len(places), width, x.shape[2], dtype=x.dtype, device=x.device)
                 drawn.bernoulli_(1 - p, generator=self.pack.generator(index, x.device))
-                mask[mine, :width] = drawn / (1 - p)
+                mask[places, :width] = drawn / (1 - p)
         return x * mask
 
 

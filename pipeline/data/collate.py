@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pipeline.backbones.load import Loaded
 from pipeline.data.prompt import Encoded
-
-if TYPE_CHECKING:
-    from pipeline.backbones.load import Loaded
 
 Span = Literal["answer", "sequence"]
 IGNORED = -100  # the label that cross-entropy leaves out

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.pack import Pack, PackRows
+from pipeline.backbones.load import Loaded
 from pipeline.data.collate import collate
 from pipeline.data.prompt import Encoded
 from pipeline.evaluate.prefix import Prefix, common_head, without_head
 
 if TYPE_CHECKING:
-    from pipeline.backbones.load import Loaded
     from pipeline.train.visual_tokens import VisualTokens
 
 

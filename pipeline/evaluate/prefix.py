@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipeline.backbones.load import Loaded
 from pipeline.data.collate import Batch, collate
 from pipeline.data.prompt import Encoded
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pipeline.backbones.load import Loaded
     from pipeline.train.visual_tokens import VisualTokens
 
 

@@ -116,7 +116,7 @@ class TrainingLoop:
                 micro_batches = trial.micro_batches(number, ahead=len(window))
                 if trial.teacher is not None:
                     micro_batches = [
-                        replace(part, targets=trial.teacher.targets(part.samples, part.prompts, trial.number))
+                        replace(part, targets=trial.teacher.targets(part.samples, part.prompts, trial.epoch_number))
                         for part in micro_batches
                     ]
                 trial.add_seconds(time.perf_counter() - started)  # a teacher is a part of what training costs

@@ -19,54 +19,60 @@ from pipeline.train.trial_run import TrialRun
 BATCH = 32
 
 
-def select(resident: Resident, runs: Sequence[TrialRun], on_batch: Callable[[], None]) -> list[dict[str, float]]:
+def select(resident: Resident, trials: Sequence[TrialRun], on_batch: Callable[[], None]) -> list[dict[str, float]]:
     """Return `objective` (higher is better) of every trial, and what it is: `selection_score` or `selection_loss`.
 
     Every rank generates its part. `on_batch` is called after every batch.
     """
-    found: list[dict[str, float]] = [{} for _ in runs]
+    scores: list[dict[str, float]] = [{} for _ in trials]
     groups: dict[tuple[Any, ...], list[int]] = {}
-    for number, run in enumerate(runs):
-        metric = run.config.selection_metric
-        groups.setdefault((run.manifest.digest, len(run.selection), run.config.selection, metric), []).append(number)
-    with adapters.attach(resident.loaded.model, [run.adapter.eval() for run in runs]) as pack:
+    for number, trial in enumerate(trials):
+        config = trial.config
+        key = (trial.manifest.digest, len(trial.selection), config.selection, config.selection_metric)
+        groups.setdefault(key, []).append(number)
+    with adapters.attach(resident.loaded.model, [trial.adapter.eval() for trial in trials]) as pack:
         for (*_, metric), numbers in groups.items():
-            one = runs[numbers[0]]
-            mine = one.selection[one.rank :: one.world]
+            first = trials[numbers[0]]
+            samples = first.selection[first.rank :: first.world]
             if metric == "loss":
                 for number in numbers:
-                    values = _gathered(_losses(resident, runs[number], pack, number, mine), one.world)
-                    mean = sum(values.values()) / len(values)
-                    found[number] = {"selection_loss": mean, "objective": -mean}
+                    losses = _of_all_ranks(_losses(resident, trials[number], pack, number, samples), first.world)
+                    mean = sum(losses.values()) / len(losses)
+                    scores[number] = {"selection_loss": mean, "objective": -mean}
                 continue
-            pixels = one.facts.trains_vision
-            texts = predict_each(resident, one.manifest, mine, pack, numbers, from_pixels=pixels, on_batch=on_batch)
+            pixels = first.facts.trains_vision
+            texts = predict_each(
+                resident, first.manifest, samples, pack, numbers, from_pixels=pixels, on_batch=on_batch
+            )
             for number, answers in zip(numbers, texts, strict=True):
-                score = one.task.score(one.selection, _gathered(answers, one.world))
-                found[number] = {"selection_score": score.value, "objective": score.value}
-    return found
+                score = first.task.score(first.selection, _of_all_ranks(answers, first.world))
+                scores[number] = {"selection_score": score.value, "objective": score.value}
+    return scores
 
 
-def _gathered(mine: dict[Any, Any], world: int) -> dict[Any, Any]:
+def _of_all_ranks(of_rank: dict[Any, Any], world: int) -> dict[Any, Any]:
     """Return all ranks' parts of a mapping by sample id."""
     if world == 1:
-        return mine
+        return of_rank
     parts: list[Any] = [None] * world
-    dist.all_gather_object(parts, mine)
+    dist.all_gather_object(parts, of_rank)
     return {key: value for part in parts for key, value in part.items()}
 
 
 @torch.no_grad()
-def _losses(resident: Resident, run: TrialRun, pack: Pack, number: int, samples: Sequence[Sample]) -> dict[Any, float]:
+def _losses(
+    resident: Resident, trial: TrialRun, pack: Pack, number: int, samples: Sequence[Sample]
+) -> dict[Any, float]:
+    """Return the cross-entropy of every sample's answer, by id, with the adapter `number` of the pack."""
     model = resident.loaded.model
-    found: dict[Any, float] = {}
-    encoded = resident.alone(run.manifest, samples, answer=True)
-    for start in range(0, len(encoded), BATCH):
-        rows_of = encoded[start : start + BATCH]
-        batch = resident.batch(rows_of, run.manifest, span=run.config.loss_span, pixels=run.facts.trains_vision)
+    losses: dict[Any, float] = {}
+    prompts = resident.alone(trial.manifest, samples, answer=True)
+    for start in range(0, len(prompts), BATCH):
+        chunk = prompts[start : start + BATCH]
+        batch = resident.batch(chunk, trial.manifest, span=trial.config.loss_span, pixels=trial.facts.trains_vision)
         pack.use(PackRows((number,) * len(batch), batch.image_counts))
         hidden = model.model(**batch.model_inputs(resident.loaded), use_cache=False).last_hidden_state
         rows, positions, targets = loss.shifted(batch.labels)
         values = loss.cross_entropy(loss.logits_at(model, hidden, rows, positions), targets, rows, len(batch))
-        found.update(zip(batch.sample_ids, values.tolist(), strict=True))
-    return found
+        losses.update(zip(batch.sample_ids, values.tolist(), strict=True))
+    return losses

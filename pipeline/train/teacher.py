@@ -59,17 +59,17 @@ class Teacher:
         Trials with the same demonstrations and batches share them: whoever comes first computes, for all kinds of
         target that will be asked for (`Resident.kinds`).
         """
-        known, mine = self.resident.targets, self.facts.kind
-        if mine is None:
+        kept, kind = self.resident.targets, self.facts.kind
+        if kind is None:
             return []
         key = (*self.config.draws, epoch, *(sample.sample_id for sample in samples))
-        found = known.get((key, mine))
-        if found is None:
-            made = self._compute(samples, encoded, epoch, {mine, *self.resident.kinds})
-            for kind, targets in made.items():
-                known.put((key, kind), targets)
-            found = made[mine]
-        return found
+        targets = kept.get((key, kind))
+        if targets is None:
+            computed = self._compute(samples, encoded, epoch, {kind, *self.resident.kinds})
+            for each, of_kind in computed.items():
+                kept.put((key, each), of_kind)
+            targets = computed[kind]
+        return targets
 
     @torch.no_grad()
     def _compute(
@@ -80,26 +80,26 @@ class Teacher:
         prompts = self.resident.prompts(self.manifest, samples, shots, answer=True)
         batch = self.resident.batch(prompts, self.manifest)
         model, image = self.resident.loaded.model, self.resident.loaded.image_token_id
-        counts = [query_length(mine, behind, image) for mine, behind in zip(encoded, prompts, strict=True)]
+        counts = [query_length(alone, behind, image) for alone, behind in zip(encoded, prompts, strict=True)]
         # of long rows only the ends are compared, and kept
         ids = batch.input_ids
         ends = loss.at(loss.tails(range(len(prompts)), list(map(len, prompts)), counts, ids.shape[1], ids.device))
         wanted = {kind[1] for kind in kinds if kind[0] == "hidden"}
         with ExitStack() as stack:
             states = {state: stack.enter_context(recorded(self.spec, state, ends)) for state in sorted(wanted)}
-            hidden = model.model(**batch.model_inputs(self.resident.loaded), use_cache=False).last_hidden_state
-        found: dict[Kind, list[Target]] = {}
+            last = model.model(**batch.model_inputs(self.resident.loaded), use_cache=False).last_hidden_state
+        targets: dict[Kind, list[Target]] = {}
         for kind in kinds:
             if kind[0] == "hidden":
-                found[kind] = [Target(mine, None) for mine in torch.stack(states[kind[1]]).split(counts, 1)]
+                targets[kind] = [Target(hidden, None) for hidden in torch.stack(states[kind[1]]).split(counts, 1)]
             else:
-                found[kind] = [Target(None, self._logits(batch, hidden, row)) for row in range(len(prompts))]
-        return found
+                targets[kind] = [Target(None, self._logits(batch, last, row)) for row in range(len(prompts))]
+        return targets
 
     def _logits(self, batch: Batch, hidden: Tensor, row: int) -> Tensor:
         rows, positions, _ = loss.shifted(batch.labels)
-        mine = rows == row
-        return loss.logits_at(self.resident.loaded.model, hidden, rows[mine], positions[mine])
+        of_row = rows == row
+        return loss.logits_at(self.resident.loaded.model, hidden, rows[of_row], positions[of_row])
 
 
 def query_length(alone: Encoded, behind: Encoded, image_token_id: int) -> int:

@@ -122,7 +122,7 @@ class TrialRun:
         self.engine = ENGINES[config.engine](student, groups, config)
         self.global_batch = config.micro_batch_size * config.accumulation * self.world
         self.per_epoch = steps_per_epoch(len(self.samples), self.global_batch)
-        self.rows: list[EpochReport] = []
+        self.reports: list[EpochReport] = []
         self.best: Best | None = None
         self.error: str | None = None  # why the trial diverged
         self.keeping = 0.0  # seconds spent on checkpoints and the ledger
@@ -134,7 +134,7 @@ class TrialRun:
     @property
     def epochs_done(self) -> int:
         """Epochs that this trial has behind it."""
-        return len(self.rows)
+        return len(self.reports)
 
     @property
     def finished(self) -> bool:
@@ -142,7 +142,7 @@ class TrialRun:
         return self.epochs_done >= self.config.epochs
 
     @property
-    def number(self) -> int:
+    def epoch_number(self) -> int:
         """The epoch in progress, from 1."""
         return self.epochs_done + 1
 
@@ -208,7 +208,7 @@ class TrialRun:
         epoch.seconds += seconds
         self.packed = max(self.packed, pack_size)
         if not self._finite(losses):
-            self.error = f"the loss is not finite at step {self.step + 1} (epoch {self.number})"
+            self.error = f"the loss is not finite at step {self.step + 1} (epoch {self.epoch_number})"
         epoch.steps += 1
 
     def _finite(self, losses: dict[str, float]) -> bool:
@@ -235,11 +235,11 @@ class TrialRun:
             "learning_rate": self.config.learning_rate * epoch.learning_rate_scale, "seconds": epoch.seconds + seconds,
             "train_seconds": epoch.seconds,
         }  # fmt: skip
-        report = EpochReport.model_validate({"epoch": self.number, **fields})
+        report = EpochReport.model_validate({"epoch": self.epoch_number, **fields})
         if self.best is None or objective > self.best.objective:
-            self.best = Best(epoch=self.number, objective=objective)
+            self.best = Best(epoch=self.epoch_number, objective=objective)
             self._save_adapter()
-        self.rows.append(report)
+        self.reports.append(report)
         self.peak = max(self.peak, self.memory.peak or 0)
         self._save_losses(self._over_ranks(epoch.losses))
         self._save_checkpoint()
@@ -264,7 +264,7 @@ class TrialRun:
     def _next_epoch(self) -> _Epoch:
         if self.finished:
             return _Epoch([])
-        return _Epoch(global_batches(len(self.samples), self.global_batch, self.config.seed, self.number))
+        return _Epoch(global_batches(len(self.samples), self.global_batch, self.config.seed, self.epoch_number))
 
     def _over_ranks(self, values: list[float]) -> list[float]:
         """Add up what each rank's share has given."""
@@ -302,7 +302,7 @@ class TrialRun:
         started = time.perf_counter()
         folder = self.folder.checkpoint
         state = CheckpointState(
-            epoch=self.epochs_done, rows=tuple(self.rows), best=self.best, packed=self.packed, keeping=self.keeping,
+            epoch=self.epochs_done, rows=tuple(self.reports), best=self.best, packed=self.packed, keeping=self.keeping,
             peak=self.peak,
         )  # fmt: skip
         if self.world == 1:
@@ -316,7 +316,7 @@ class TrialRun:
                 checkpoint.save(folder, state, lambda target: checkpoint.move_into(shared, target))
             dist.barrier()
         if self.rank == 0:
-            self.folder.write_epochs(self.rows)
+            self.folder.write_epochs(self.reports)
         self.keeping += time.perf_counter() - started
 
     def _resume(self) -> None:
@@ -325,14 +325,14 @@ class TrialRun:
             return
         path, state = newest
         self.engine.load(path)
-        self.rows, self.best, self.packed = list(state.rows), state.best, state.packed
+        self.reports, self.best, self.packed = list(state.rows), state.best, state.packed
         self.keeping, self.peak = state.keeping, state.peak
 
     def _report(self, end: Status | None = None) -> TrialReport:
         """Return what there is to say of the trial's last epoch."""
         if end == "diverged":
-            return TrialReport(self.config.key, self.number, end=end)
-        return TrialReport(self.config.key, self.epochs_done, self.rows[-1], end)
+            return TrialReport(self.config.key, self.epoch_number, end=end)
+        return TrialReport(self.config.key, self.epochs_done, self.reports[-1], end)
 
     def _ended(self, status: Status, error: str | None = None) -> TrialReport:
         """Write the trial's end."""
@@ -343,8 +343,8 @@ class TrialRun:
                     chosen_epoch=self.best.epoch if self.best else None,
                     objective=self.best.objective if self.best else None,
                     trainable_parameters=self.adapter.num_trainable(),
-                    train_seconds=sum(row.train_seconds or 0.0 for row in self.rows),
-                    seconds=sum(row.seconds or 0.0 for row in self.rows), packed=self.packed,
+                    train_seconds=sum(report.train_seconds or 0.0 for report in self.reports),
+                    seconds=sum(report.seconds or 0.0 for report in self.reports), packed=self.packed,
                     keeping_seconds=self.keeping, peak_memory_bytes=self.peak or None,
                     train_flops=self.flops and self.flops * len(self.samples) * self.epochs_done,
                 )

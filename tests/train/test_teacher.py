@@ -96,7 +96,7 @@ def test_a_trial_of_before_there_was_a_point_trains_as_it_did(bench, trial, tmp_
     assert len({one.key for one in (config, today.config, residual.config)}) == 3
     before = type(residual)(config=config, folder=str(tmp_path / "old"), manifest=residual.manifest,
                             source=residual.source)  # fmt: skip
-    lost = [train(bench, [request])[request.key][0]["train_loss"] for request in (before, residual, today)]
+    lost = [train(bench, [request])[request.key][0].train_loss for request in (before, residual, today)]
     assert lost[0] == lost[1] != lost[2]
 
 
