@@ -25,7 +25,7 @@ from pipeline.backbones.decoder import DecoderSpec
 from pipeline.errors import InputError
 from pipeline.registry import Registry
 
-METHODS: Registry[type[Adapter]] = Registry("method", "pipeline.adapters")
+METHODS: Registry[type[Adapter]] = Registry("method", "pipeline.adapters", "hificl.methods")
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 

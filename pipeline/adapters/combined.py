@@ -81,7 +81,7 @@ class Combined(Adapter):
         return groups
 
 
-@METHODS.register("mimic+lora")
+@METHODS.register
 class MimICLoRA(Combined):
     """MimIC and LoRA at once (MimIC Table 12)."""
 
@@ -90,7 +90,7 @@ class MimICLoRA(Combined):
     members: ClassVar[dict[str, type[Adapter]]] = {"mimic": MimIC, "lora": LoRA}
 
 
-@METHODS.register("hificl+lora")
+@METHODS.register
 class HiFICLLoRA(Combined):
     """HiFICL and LoRA at once."""
 

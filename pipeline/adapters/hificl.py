@@ -33,7 +33,7 @@ class HiFICLOptions(TeacherOptions):
         return self.taught(Facts())
 
 
-@METHODS.register("hificl")
+@METHODS.register
 class HiFICL(AttentionAdapter):
     """Virtual tokens K_learn = K_A K_B, V_learn = V_A V_B in each head's softmax (HiFICL Eq. 1 and 3).
 

@@ -27,7 +27,7 @@ class LIVEOptions(Options):
         return Facts(teacher="logits", alignment_weight=1.0, ground_truth_weight=0.5)
 
 
-@METHODS.register("live")
+@METHODS.register
 class LIVE(HiddenAdapter):
     """After each layer's FFN, m <- (m + a u) |m| / |m + a u| (LIVE).
 

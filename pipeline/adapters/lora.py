@@ -43,7 +43,7 @@ class LoRAMiniOptions(LoRAOptions):
     scope: Literal["all", "decoder"] = "decoder"
 
 
-@METHODS.register("lora")
+@METHODS.register
 class LoRA(WeightsAdapter):
     """y = W x + (alpha / r) B A dropout(x) on every linear module of the target names (LoRA Eq. 3, PEFT's layers).
 
@@ -131,7 +131,7 @@ class LoRA(WeightsAdapter):
                 delattr(model, attribute)
 
 
-@METHODS.register("lora-mini")
+@METHODS.register
 class LoRAMini(LoRA):
     """LoRA on the decoder's output projections alone, rank 1 (MimIC Table 11)."""
 

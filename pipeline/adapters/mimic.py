@@ -44,7 +44,7 @@ class MimICOptions(Options):
         return Facts(state="residual-mid" if middle else self.point).aligned()
 
 
-@METHODS.register("mimic")
+@METHODS.register
 class MimIC(AttentionAdapter):
     """A learned shift of each head's output, weighted by mu = Z1 / (Z1 + Z2), log Z1 = w.q + b (MimIC Sec. 3.1).
 

@@ -11,16 +11,10 @@ from __future__ import annotations
 from pipeline.backbones.base import Backbone
 from pipeline.registry import Registry
 
-REGISTRY: Registry[Backbone] = Registry("backbone", "pipeline.backbones")
+REGISTRY: Registry[Backbone] = Registry("backbone", "pipeline.backbones", "hificl.backbones")
 get = REGISTRY.get
 names = REGISTRY.names
-
-
-def register(backbone: Backbone) -> Backbone:
-    """File a backbone under its own name."""
-    REGISTRY.add(backbone.name, backbone)
-    return backbone
-
+register = REGISTRY.register
 
 # Last: load.py needs the registry above, and this binds the function over the module of the same name.
 from pipeline.backbones.load import Loaded, digest_of, load  # noqa: E402

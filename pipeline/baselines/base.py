@@ -74,6 +74,7 @@ class Baseline:
         found: what `fit` found, as JSON values; kept beside the predictions.
     """
 
+    name: ClassVar[str] = ""
     Options: ClassVar[type[BaselineOptions]] = BaselineOptions
     shows_demonstrations: ClassVar[bool] = False  # whether `demonstrations` returns any
 
@@ -94,4 +95,4 @@ class Baseline:
         return nullcontext()
 
 
-baselines: Registry[type[Baseline]] = Registry("method without training", "pipeline.baselines")
+baselines: Registry[type[Baseline]] = Registry("method without training", "pipeline.baselines", "hificl.methods")

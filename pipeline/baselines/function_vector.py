@@ -30,7 +30,7 @@ class FunctionVectorOptions(VectorOptions):
     num_heads: int = Field(10, ge=1)
 
 
-@baselines.register("function-vector")
+@baselines.register
 class FunctionVector(VectorMethod):
     """h_l[last] <- h_l[last] + v, v = sum of W_O a over the `num_heads` heads with the largest effect (Todd et al.).
 
@@ -39,6 +39,7 @@ class FunctionVector(VectorMethod):
     demonstrations have their answers shuffled. Costs L H `num_effect_prompts` prompts.
     """
 
+    name = "function-vector"
     Options: ClassVar[type[BaselineOptions]] = FunctionVectorOptions
 
     def read(self) -> None:

@@ -22,10 +22,11 @@ class IclOptions(BaselineOptions):
     demonstrations: Literal["per-query", "fixed"] = "per-query"
 
 
-@baselines.register("icl-k")
+@baselines.register
 class RandomDemonstrations(Baseline):
     """k demonstrations from the training pool, uniformly without replacement."""
 
+    name = "icl-k"
     Options: ClassVar[type[BaselineOptions]] = IclOptions
     shows_demonstrations = True
     options: IclOptions

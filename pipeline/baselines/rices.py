@@ -20,7 +20,7 @@ class RicesOptions(BaselineOptions):
     num_shots: int = Field(8, ge=1)
 
 
-@baselines.register("rices-k")
+@baselines.register
 class SimilarImages(Baseline):
     """The k training images nearest to the query's by cosine distance, the nearest last, right before the query.
 
@@ -29,6 +29,7 @@ class SimilarImages(Baseline):
     images. An image that the query itself shows is never among them.
     """
 
+    name = "rices-k"
     Options: ClassVar[type[BaselineOptions]] = RicesOptions
     shows_demonstrations = True
     options: RicesOptions

@@ -14,7 +14,7 @@ class TaskVectorOptions(VectorOptions):
     """One prompt, as in the paper, unless `num_prompts` asks for a mean over several."""
 
 
-@baselines.register("task-vector")
+@baselines.register
 class TaskVector(VectorMethod):
     """h_l[last] <- theta_l, theta_l = h_l[last] of [k demonstrations ; dummy query] (Hendel et al. 2023).
 
@@ -22,6 +22,7 @@ class TaskVector(VectorMethod):
     is the mean over as many prompts.
     """
 
+    name = "task-vector"
     Options: ClassVar[type[BaselineOptions]] = TaskVectorOptions
 
     def read(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pipeline.baselines.base import Baseline, baselines
 
 
-@baselines.register("zero-shot")
+@baselines.register
 class ZeroShot(Baseline):
     """No demonstrations, the frozen model as it is."""
+
+    name = "zero-shot"

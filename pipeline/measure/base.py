@@ -48,6 +48,7 @@ class Measure(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    name: ClassVar[str] = ""
     metric: ClassVar[str | None] = None
     units: ClassVar[Mapping[str, str]] = {}
     ratios: ClassVar[Mapping[str, str]] = {}
@@ -70,7 +71,7 @@ class Measure(BaseModel):
         return value / reference
 
 
-measures: Registry[type[Measure]] = Registry("measure", "pipeline.measure")
+measures: Registry[type[Measure]] = Registry("measure", "pipeline.measure", "hificl.measures")
 
 
 @measures.register("score")

@@ -13,10 +13,11 @@ from pipeline.tasks.caption_files import CaptionTask
 from pipeline.train.workbench import Workbench
 
 
-@measures.register("hallucination")
+@measures.register
 class Hallucination(Measure):
     """CHAIR_s, CHAIR_i and the recall of objects, by the official instances and the reference captions."""
 
+    name = "hallucination"
     metric: ClassVar[str | None] = "chair_s"
     units: ClassVar[dict[str, str]] = {"chair_s": "fraction", "chair_i": "fraction", "recall": "fraction"}
 

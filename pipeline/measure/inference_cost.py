@@ -11,7 +11,7 @@ from pipeline.measure.base import Measure, MeasureJob, Numbers, measures, middle
 from pipeline.train.workbench import Workbench
 
 
-@measures.register("inference_cost")
+@measures.register
 class InferenceCost(Measure):
     """Milliseconds a sample, and how many times the reference row is faster.
 
@@ -20,6 +20,7 @@ class InferenceCost(Measure):
     model's part, as it is where demonstrations' images are encoded once.
     """
 
+    name = "inference_cost"
     num_samples: int = Field(64, ge=1)
     rounds: int = Field(3, ge=1)
     metric: ClassVar[str | None] = "speed_up"

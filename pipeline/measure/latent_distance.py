@@ -28,7 +28,7 @@ from pipeline.trial import State
 _BATCH = 16
 
 
-@measures.register("latent_distance")
+@measures.register
 class LatentDistance(Measure):
     """mean over samples x and layers l of || h_l(x) - h_l([k demonstrations ; x]) ||_2.
 
@@ -37,6 +37,7 @@ class LatentDistance(Measure):
     for all rows.
     """
 
+    name = "latent_distance"
     num_shots: int = Field(32, ge=1)
     num_samples: int = Field(200, ge=1)
     point: Literal["mlp", "residual"] = "mlp"

@@ -19,7 +19,7 @@ from pipeline.request import TrialRequest
 from pipeline.train.workbench import Workbench
 
 
-@measures.register("training_cost")
+@measures.register
 class TrainingCost(Measure):
     """Milliseconds, FLOPs and peak memory of training, a sample; each as a ratio to the reference row's.
 
@@ -28,6 +28,7 @@ class TrainingCost(Measure):
     and is not counted, as in a real run where it is one of many. A teacher's forward passes count as training.
     """
 
+    name = "training_cost"
     num_samples: int = Field(64, ge=1)
     rounds: int = Field(3, ge=1)
     metric: ClassVar[str | None] = "time"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.registry import Registry
 from pipeline.tasks.base import PromptTemplate, Score, Task
 
-tasks: Registry[Task] = Registry("task", "pipeline.tasks")
+tasks: Registry[Task] = Registry("task", "pipeline.tasks", "hificl.tasks")
 get = tasks.get
 names = tasks.names
 

@@ -47,4 +47,4 @@ class KarpathyCoco(KarpathyTask, CaptionTask):
 
 
 COCO = CocoCaptions(name="coco", stands_for="coco", folders=FOLDERS, official_evaluation=40_504)
-tasks.add(COCO.name, COCO)
+tasks.register(COCO)

@@ -52,4 +52,4 @@ class Flickr30k(KarpathyTask):
 
 
 FLICKR30K = Flickr30k()
-tasks.add(FLICKR30K.name, FLICKR30K)
+tasks.register(FLICKR30K)

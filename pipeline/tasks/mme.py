@@ -155,4 +155,4 @@ class Mme(ChoiceTask):
 
 
 MME = Mme()
-tasks.add(MME.name, MME)
+tasks.register(MME)

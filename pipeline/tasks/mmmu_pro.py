@@ -111,4 +111,4 @@ class MmmuPro(ChoiceTask):
 
 
 MMMU_PRO = MmmuPro()
-tasks.add(MMMU_PRO.name, MMMU_PRO)
+tasks.register(MMMU_PRO)

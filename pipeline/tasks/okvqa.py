@@ -18,4 +18,4 @@ OKVQA = VqaTask(
     official_evaluation=5_046,
     stemmed_references=True,
 )
-tasks.add(OKVQA.name, OKVQA)
+tasks.register(OKVQA)

@@ -112,4 +112,4 @@ class SeedBench(ChoiceTask):
 
 
 SEED_BENCH = SeedBench()
-tasks.add(SEED_BENCH.name, SEED_BENCH)
+tasks.register(SEED_BENCH)

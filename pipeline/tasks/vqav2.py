@@ -13,4 +13,4 @@ VQAV2 = VqaTask(
     annotations="v2_mscoco_{subset}_annotations.json",
     official_evaluation=214_354,
 )
-tasks.add(VQAV2.name, VQAV2)
+tasks.register(VQAV2)

@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.config import FOLDERS, PARAMS
 from pipeline.errors import InputError
 from pipeline.plain_yaml import read_file
+from pipeline.registry import extensions
 
 LOCK = "dvc.lock"
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "mlflow", "dvc")
@@ -130,14 +131,14 @@ def _diff(root: Path, changed: list[str]) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python and of the packages that a number depends on (None: not installed)."""
+    """Return the versions of Python and of what a number depends on (None: not installed), extensions included."""
     out: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             out[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             out[name] = None
-    return out
+    return out | extensions()
 
 
 def machine() -> dict[str, Any]:

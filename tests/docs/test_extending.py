@@ -1,9 +1,10 @@
-"""The method, task and backbone of docs/extending.md, in a project: trained, scored, in the report."""
+"""The method, task and backbone of docs/extending.md, in the tree and in a package: trained, scored, reported."""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,23 +19,43 @@ from tests.conftest import ROOT
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 TEXT = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", TEXT, re.DOTALL))
+(PACKAGE,) = re.findall(r"```toml\n(.*?)```", TEXT, re.DOTALL)
 (STUDY,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def extended(tmp_path_factory):
-    """A project on a copy of the code with the document's files; its data has the document's task."""
+def code(tmp_path_factory):
+    """A copy of the code with the document's files where such files lie."""
+    folder = tmp_path_factory.mktemp("code")
+    for package in ("pipeline", "stages"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, content in FILES.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder on Python's path into which the document's package is installed."""
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    (source / "pyproject.toml").write_text(PACKAGE)
+    (source / "hificl_prefix").mkdir()
+    (source / "hificl_prefix/__init__.py").touch()
+    for name, content in FILES.items():
+        (source / "hificl_prefix" / Path(name).name).write_text(content, encoding="utf-8")
+    install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--target"]
+    subprocess.run([sys.executable, *install, str(folder), str(source)], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def extended(site, tmp_path_factory):
+    """A project beside which the document's package is installed; its data has the document's task."""
     from tests.e2e.conftest import TINY, make_project
 
-    code = tmp_path_factory.mktemp("code")
-    for package in ("pipeline", "stages"):
-        shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name, content in FILES.items():
-        (code / name).write_text(content, encoding="utf-8")
     made = make_project(tmp_path_factory.mktemp("extended") / "project")
-    for package in ("pipeline", "stages"):
-        (made.folder / package).unlink(missing_ok=True)
-        (made.folder / package).symlink_to(code / package)
     data = (made.folder / "data/real").resolve()
     (data / "vqav2").rename(data / "pets-vqa")
     name, study = re.fullmatch(r"# studies/([\w-]+)\.yaml\n(.*)", STUDY, re.DOTALL).groups()
@@ -49,7 +70,7 @@ def extended(tmp_path_factory):
         }  # fmt: skip
 
     made.change(edit)
-    return made, name, code
+    return made, name
 
 
 def test_the_documents_files_lie_where_such_files_lie():
@@ -59,8 +80,16 @@ def test_the_documents_files_lie_where_such_files_lie():
     assert not any((ROOT / name).exists() for name in FILES)
 
 
+def test_the_command_of_the_document_counts_it_where_such_files_lie(code):
+    (command,) = re.findall(r"^hificl (params .*)$", TEXT, re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *command.split()], cwd=code, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["trainable"] == 2 * 32 * 32 * 4 * 128
+
+
 def test_they_are_trained_scored_and_reported(extended):
-    made, study, code = extended
+    made, study = extended
     made.python("-m", "stages.subsample", "pets-vqa")
     made.python("-m", "pipeline", "study", study)
     with open(made.folder / f"reports/{study}.csv", newline="") as file:
@@ -74,10 +103,17 @@ def test_they_are_trained_scored_and_reported(extended):
     assert json.loads(config.read_text())["options"] == {"num_virtual_tokens": 4}
 
 
-def test_the_command_of_the_document_counts_it(extended):
-    _, _, code = extended
-    (command,) = re.findall(r"^hificl (params .*)$", TEXT, re.MULTILINE)
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *command.split()], cwd=code, capture_output=True, text=True, check=True
+def test_a_run_records_the_version_of_the_package(extended):
+    made, _ = extended
+    configs = [json.loads(path.read_text()) for path in made.folder.glob("runs/*/config.json")]
+    assert configs and all(config["provenance"]["versions"]["hificl-prefix"] == "0.1.0" for config in configs)
+
+
+def test_a_package_that_cannot_be_loaded_is_named(site):
+    (site / "hificl_prefix/prefix.py").write_text("import gone")
+    command = [sys.executable, "-m", "pipeline", "methods"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(
+        "error: package hificl-prefix: its method 'prefix' cannot be loaded: ModuleNotFoundErr"
     )
-    assert json.loads(done.stdout)["trainable"] == 2 * 32 * 32 * 4 * 128
