@@ -43,6 +43,7 @@ from pipeline.schema import (
 __all__ = [
     "BackboneSource",
     "Evaluate",
+    "Explicit",
     "Generation",
     "Miniature",
     "PARAMS",

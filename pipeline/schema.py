@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.trial import EvaluationConfig, TrialConfig
+
 Scalar = bool | int | float | str | None
 
 
@@ -187,6 +189,14 @@ class StudyMethod(Section):
     tasks: list[str] = []
     set: dict[str, Any] = {}
     search: dict[str, Any] = {}
+    trial: TrialConfig | None = None  # a recorded trial as it stands, which no setting reaches, and how it is scored
+    evaluation: EvaluationConfig | None = None
+
+    @model_validator(mode="after")
+    def _whole_trial(self) -> StudyMethod:
+        if self.trial is not None and (self.set or self.search or self.method != self.trial.method):
+            raise ValueError("a row that holds a recorded trial has its method, and neither settings nor a search")
+        return self
 
 
 class Study(Section):

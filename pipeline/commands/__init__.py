@@ -18,6 +18,7 @@ from pipeline.commands import (
     predict,
     reproduce,
     results,
+    run_trial,
     score,
     studies,
     study,
@@ -32,8 +33,8 @@ from pipeline.commands import (
 from pipeline.commands.parser import CommandLine
 
 VERBS = (  # in the order in which the help lists them within their groups
-    study, sweep, workspace, where, studies, results, trials, trace, predict, ui, gallery, doctor, reproduce, gc, plan,
-    params, names, score, bench, miniature, tracking_server, completion,
+    study, sweep, run_trial, workspace, where, studies, results, trials, trace, predict, ui, gallery, doctor, reproduce,
+    gc, plan, params, names, score, bench, miniature, tracking_server, completion,
 )  # fmt: skip
 
 

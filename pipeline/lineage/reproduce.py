@@ -7,11 +7,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import backbones, methods
+from pipeline import backbones
 from pipeline.config import Params
 from pipeline.data.manifest import Manifest
 from pipeline.errors import InputError
@@ -63,17 +62,11 @@ def reproduce(
     say(f"training {record.config['method']} on {record.config['task']} again, seed {record.config['seed']}")
     with _folder(keep) as private:
         if here:
-            again = rerun(as_then(record), params, manifest, repository, private / "store")
+            again = rerun(record, params, manifest, repository, private / "store")
         else:
             with checked_out(repository, record.provenance, private / "code") as code:
                 again = rerun(record, params, manifest, code, private / "store")
     return {**_compared(record, again, allowed), "environment": environment}
-
-
-def as_then(record: RunRecord) -> RunRecord:
-    """Return a record for today's code: options that its own code did not have are what they were, not the defaults."""
-    options = methods.recorded_options(record.config["method"], record.config["options"])
-    return replace(record, config={**record.config, "options": options})
 
 
 def _same_data(record: RunRecord, root: Path) -> Manifest:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,15 @@ from pipeline.config import Params
 from pipeline.data.manifest import Manifest
 from pipeline.digests import folder_digest
 from pipeline.errors import WorkError
+from pipeline.lineage import older
 from pipeline.lineage.record import RunRecord, exact
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.evaluations import Evaluations
 from pipeline.tracking import store
 from pipeline.tracking.runs import Tracker
-from pipeline.trial import EvaluationConfig, TrialConfig
 
-STUDY = "again"
-_IDENTITY = ("backbone", "backbone_digest", "task", "manifest_digest", "method", "options", "seed")
-_GENERATION = ("num_beams", "length_penalty", "max_new_tokens")
+_ENTRY = Path("pipeline/commands/run_trial.py")  # code that has it takes a trial's own JSON
 _STANDARD_ERROR = 2
-_STAGES = ("stages.train", "stages.evaluate")
 
 
 @dataclass(frozen=True)
@@ -52,28 +49,37 @@ def rerun(record: RunRecord, params: Params, manifest: Manifest, code: Path, fol
     """Train and evaluate a recorded trial in `folder`, with the code in `code`.
 
     Raises:
-        WorkError: a stage failed; its last line is in the message.
+        WorkError: it failed; its last line is in the message.
     """
     folder.mkdir(parents=True)
-    (folder / "params.yaml").write_text(plain_yaml.write(_params(record, params)), encoding="utf-8")
     (folder / "pipeline").symlink_to(code / "pipeline")
     (folder / "stages").symlink_to(code / "stages")
     here = replace(manifest, image_root=manifest.image_root.resolve())
     here.save(folder / "data/manifests" / manifest.task / "manifest.json")
-    for stage in _STAGES if record.evaluation else _STAGES[:1]:
-        _run(stage, folder, code)
-    return _result(folder, scored=record.evaluation is not None)
+    raw, scored = surroundings(record, params), record.evaluation is not None
+    whole = (code / _ENTRY).is_file()
+    (folder / "params.yaml").write_text(plain_yaml.write(raw if whole else older.params(record, raw)), encoding="utf-8")
+    if whole:
+        (folder / "trial.json").write_text(json.dumps(record.config), encoding="utf-8")
+        how = ["--train-only"]
+        if record.evaluation is not None:
+            (folder / "evaluation.json").write_text(json.dumps(record.evaluation.evaluation), encoding="utf-8")
+            how = ["--evaluation", "evaluation.json"]
+        _run(folder, code, "pipeline", "run-trial", "trial.json", *how)
+    else:
+        for stage in older.STAGES if scored else older.STAGES[:1]:
+            _run(folder, code, stage)
+    return _result(folder, scored=scored)
 
 
-def _params(record: RunRecord, params: Params) -> dict[str, Any]:
-    """Return a params.yaml whose one study is this one trial, every setting written out."""
-    config = record.config
-    row = _settings(config)
+def surroundings(record: RunRecord, params: Params) -> dict[str, Any]:
+    """Return a params.yaml with all that is no part of a trial: where weights and files lie, and the machine."""
+    backbone = record.config["backbone"]
     profile = {
-        "backbones": [config["backbone"]], "tasks": [config["task"]], "studies": [STUDY],
+        "backbones": [backbone], "tasks": [record.config["task"]], "studies": [older.STUDY],
         "data_root": str(Path(params.run.data_root).resolve()),
     }  # fmt: skip
-    source = params.backbone_source(config["backbone"]).model_dump()
+    source = params.backbone_source(backbone).model_dump()
     if source["weights"]:
         source["weights"] = str(Path(source["weights"]).resolve())
     # only what older code knows too; a pack of one and one slot: nothing else runs beside it
@@ -82,68 +88,21 @@ def _params(record: RunRecord, params: Params) -> dict[str, Any]:
         "cpus_per_worker": params.sweep.cpus_per_worker, "gpus_per_worker": params.sweep.gpus_per_worker,
     }  # fmt: skip
     return {
-        "profiles": {"again": profile}, "run": profile, "backbones": {config["backbone"]: source}, "sweep": sweep,
-        "evaluate": _evaluate(record.evaluation, params), "tracking": {"uri": None, "system_metrics": False},
-        "studies": {
-            STUDY: {
-                "title": f"Run {record.run_id} again", "backbones": _paper_backbones(config["backbone"]),
-                "tasks": _paper_tasks(config["task"]), "seeds": [config["seed"]],
-                "methods": {"again": {"method": config["method"], "set": {**row, **config["options"]}}},
-            }
-        },
+        "profiles": {"again": profile}, "run": profile, "backbones": {backbone: source}, "sweep": sweep,
+        "evaluate": {"generation": {"batch_size": params.evaluate.generation.batch_size}},
+        "tracking": {"uri": None, "system_metrics": False}, "studies": {},
     }  # fmt: skip
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return every training setting of a configuration, by its name in params.yaml."""
-    later = _defaults(TrialConfig, TrialConfig.later)
-    row = {name: value for name, value in config.items() if name not in _IDENTITY and (name, value) not in later}
-    if not config["epochs"]:  # nothing is trained: what is neutral is no setting
-        return {name: value for name, value in row.items() if value not in (0, "none") or isinstance(value, bool)}
-    row["epochs_below_1000"] = row["epochs"]
-    return {name: value for name, value in row.items() if (name, value) != ("num_shots", 0)}  # 0: no teacher
-
-
-def _defaults(kind: type[TrialConfig] | type[EvaluationConfig], names: Iterable[str]) -> list[tuple[str, Any]]:
-    """Return the fields at their defaults: older code does not know them all, and they change nothing."""
-    return [(name, kind.model_fields[name].default) for name in names]
-
-
-def _paper_backbones(backbone: str) -> list[str]:
-    from pipeline import backbones
-
-    return [backbones.get(backbone).stands_for or backbone]
-
-
-def _paper_tasks(task: str) -> list[str]:
-    from pipeline.tasks import tasks
-
-    return [tasks.get(task).stands_for]
-
-
-def _evaluate(evaluation: Evaluation | None, params: Params) -> dict[str, Any]:
-    batch_size = params.evaluate.generation.batch_size
-    if evaluation is None:
-        return {"generation": {"batch_size": batch_size}}
-    plain = _defaults(EvaluationConfig, EvaluationConfig.model_fields)
-    given = {name: value for name, value in evaluation.evaluation.items() if (name, value) not in plain}
-    for name in ("trial", "split"):
-        given.pop(name, None)
-    generation = {name: given.pop(name) for name in _GENERATION if name in given}
-    return {
-        "num_evaluation_samples": given.pop("num_samples", None), **given,
-        "generation": {**generation, "batch_size": batch_size},
-    }  # fmt: skip
-
-
-def _run(stage: str, folder: Path, code: Path) -> None:
+def _run(folder: Path, code: Path, module: str, *arguments: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "HIFICL_DATA_ROOT")}
-    command = [sys.executable, "-m", stage]
-    # standard output is this command's JSON, so a stage's goes to standard error with its progress
+    command = [sys.executable, "-m", module, *arguments]
+    # standard output is this command's JSON, so its own goes to standard error with its progress
     own = {**environment, "PYTHONPATH": str(code)}
     done = subprocess.run(command, cwd=folder, env=own, stdout=_STANDARD_ERROR, check=False)
     if done.returncode:
-        raise WorkError(f"{stage} ended with status {done.returncode}; its own message stands above", where=str(folder))
+        words = " ".join([module, *arguments[:1]])
+        raise WorkError(f"{words} ended with status {done.returncode}; its own message stands above", where=str(folder))
 
 
 def _result(folder: Path, *, scored: bool) -> Again:

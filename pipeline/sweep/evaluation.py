@@ -159,6 +159,8 @@ def _choose(params: Params, cell: Cell, store: TrialStore) -> Choice:
 
 
 def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
+    if cell.evaluation is not None:
+        return cell.evaluation.model_copy(update={"trial": trial})
     settings, own, task = params.evaluate, methods.published_decoding(cell.method), tasks.get(cell.task)
     given = {name: getattr(settings.generation, name) for name in ("num_beams", "length_penalty", "max_new_tokens")}
     decoding = {name: getattr(own, name) if value == "published" else value for name, value in given.items()}

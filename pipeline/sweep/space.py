@@ -19,7 +19,7 @@ from pipeline.errors import InputError, nearest
 from pipeline.invalid import validate
 from pipeline.papers import settings
 from pipeline.tasks import tasks
-from pipeline.trial import TrialConfig
+from pipeline.trial import EvaluationConfig, TrialConfig
 
 Point = dict[str, Any]
 TRAIN_FIELDS = set(Train.model_fields)
@@ -59,6 +59,8 @@ class Cell:
     digests: Digests = field(repr=False)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)  # where a setting's value comes from
     overruled: Mapping[str, str] = field(default_factory=dict, repr=False)  # explicit settings, and what wins over them
+    recorded: TrialConfig | None = None  # the trial, where the study's row holds it whole
+    evaluation: EvaluationConfig | None = None  # and how it is scored
 
     @property
     def name(self) -> str:
@@ -68,6 +70,8 @@ class Cell:
 
     def trial(self, point: Point) -> TrialConfig:
         """Return the trial at `point`; fields that the method does not use stay neutral, so that keys are shared."""
+        if self.recorded is not None:
+            return self.recorded
         train, options = _apply(self.method, self.train, self.options, point, where=self.name)
         shared: dict[str, Any] = {
             "backbone": self.backbone,
@@ -186,11 +190,14 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
         for method, layer in given.items():
             _apply(method, Train(), {}, layer, where=f"methods.{method} ({source})")
     found = [
-        _cell(params, study_name, study, row_name, row, pair, vary, seed, digests)
+        _recorded(study_name, row_name, row, row.trial, pair, digests)
+        if row.trial is not None
+        else _cell(params, study_name, study, row_name, row, pair, vary, seed, digests)
         for pair in pairs
         for row_name, row in study.methods.items()
         if row_name not in study.without
         if pair[1] in (row.backbones or study.backbones) and pair[3] in (row.tasks or study.tasks)
+        if row.trial is None or (row.trial.backbone, row.trial.task) == (pair[0], pair[2])
         for vary in _grid(study.vary)
         for seed in study.seeds
     ]
@@ -285,6 +292,31 @@ def _cell(
         search={name: _distinct(domain) if isinstance(domain, list) else domain for name, domain in row.search.items()},
         digests=digests, sources=won,
         overruled={name: won[name] for layer in explicit for name in _written(layer) if won[name] != EXPLICIT},
+    )  # fmt: skip
+
+
+def _recorded(
+    study: str, row_name: str, row: StudyMethod, trial: TrialConfig, pair: tuple[str, str, str, str], digests: Digests
+) -> Cell:  # fmt: skip
+    """Return the cell of a recorded trial, which has to start from what lies here.
+
+    Raises:
+        InputError: the weights or the samples are others.
+    """
+    for what, recorded, here in (
+        (f"weights of {trial.backbone}", trial.backbone_digest, digests.backbones[trial.backbone]),
+        (f"samples of {trial.task}", trial.manifest_digest, digests.manifests[trial.task]),
+    ):
+        if recorded != here:
+            raise InputError(
+                f"the {what} have digest {here[:12]}, the trial was recorded with {recorded[:12]}",
+                where=f"studies.{study}.methods.{row_name}", way_out="Put back what it was trained on",
+            )  # fmt: skip
+    backbone, paper_backbone, task, paper_task = pair
+    return Cell(
+        study=study, row=row_name, label=row.label or row_name, method=row.method, backbone=backbone,
+        paper_backbone=paper_backbone, task=task, paper_task=paper_task, vary={}, seed=trial.seed, train=Train(),
+        options=trial.options, search={}, digests=digests, recorded=trial, evaluation=row.evaluation,
     )  # fmt: skip
 
 

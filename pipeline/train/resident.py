@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from pipeline import backbones
@@ -168,16 +168,15 @@ class Residents:
 
     def __init__(self, device: str, keep: int = 1) -> None:
         self.device, self.keep = device, keep
-        self._held: OrderedDict[tuple[str, str, str], Resident] = OrderedDict()
+        self._held: LRUCache[tuple[str, str, str], Resident] = LRUCache(keep)
 
     def get(self, config: TrialConfig, source: BackboneSource, cache: Path | None) -> Resident:
         """Return the resident backbone of a trial, loading it if it is not held."""
         key = Resident.key(config)
         if key not in self._held:
-            while len(self._held) >= self.keep:
-                self._held.popitem(last=False)
+            while len(self._held) >= self.keep:  # before the next one is loaded, which needs the room
+                self._held.popitem()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
             self._held[key] = Resident(config, source, cache, self.device)
-        self._held.move_to_end(key)
         return self._held[key]

@@ -23,7 +23,7 @@ NOT_RUN: dict[str, str] = {
     r"dvc repro( .*)?": "run by tests/e2e/test_pipeline.py; the new task's by test_extending.py",
     r"dvc (exp|metrics|params|plots|queue) .*": "run by tests/e2e/test_experiments.py",
     r"hificl ui.*": "a server: run by tests/tracking/test_ui.py",
-    r"hificl reproduce .*": "trains: run by tests/e2e/test_lineage.py",
+    r"hificl (reproduce|run-trial) .*": "trains: run by tests/e2e/test_lineage.py",
     r"hificl study (prefix-beside-hificl)": "run by tests/docs/test_extending.py",
     r"hificl params .*--method prefix .*": "run by tests/docs/test_extending.py",
     r"hificl predict .*Which colour.*": "the same as the one with a shape",

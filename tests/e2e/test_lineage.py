@@ -163,6 +163,19 @@ def test_a_run_is_reproduced_to_the_bit_from_its_own_record(here, capfd):
     assert sorted(path.name for path in (here.folder / "runs").iterdir()) == before
 
 
+def test_a_trial_is_trained_and_scored_from_its_own_json(copy, capfd):
+    row = next(cell for cell in study(copy)["cells"] if cell["row"] == "mimic")
+    before, score = copy.folder / "runs" / row["trial"], copy.folder / f"evaluations/{row['evaluation']}.json"
+    recorded, first = before.rename(copy.folder / "recorded"), score.rename(copy.folder / "score.json")
+    copy.change(lambda raw: raw["train"].update(learning_rate=1.0))  # reaches no recorded trial
+    status, found, line = hificl(capfd, "run-trial", "recorded/config.json", "--evaluation", "score.json")
+    assert status == 0, line
+    assert (found["trial"], found["evaluation"]) == (row["trial"], f"evaluations/{row['evaluation']}.json")
+    digests = [json.loads((folder / "done.json").read_text())["adapter_digest"] for folder in (before, recorded)]
+    alone = json.loads((recorded / "done.json").read_text()).get("packed", 1) == 1
+    assert (digests[0] == digests[1] and found["value"] == json.loads(first.read_text())["value"]) or not alone
+
+
 def test_what_cannot_be_reproduced_is_said_before_any_work(copy, capfd):
     by_method = {row["method"]: row["run_ids"] for row in rows(copy)}
     trial = hificl(capfd, "trace", "--study", "small", "--cell", "mimic:vqav2")[1]["chain"][0]

@@ -1,0 +1,86 @@
+"""One recorded trial by itself: trained and scored from its own JSON, without any setting of a study or a profile."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import backbones
+from pipeline.config import Explicit, Params, Study, StudyMethod
+from pipeline.errors import InputError
+from pipeline.invalid import validate
+from pipeline.sweep.evaluation import evaluate
+from pipeline.sweep.run import sweep
+from pipeline.tasks import tasks
+from pipeline.trial import EvaluationConfig, TrialConfig
+
+STUDY = "again"  # what the trial's one row stands in
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A trial, and how it is scored; None: as params.yaml has it."""
+
+    config: TrialConfig
+    evaluation: EvaluationConfig | None = None
+
+
+def read(trial: Path, evaluation: Path | None = None) -> Recorded:
+    """Read `runs/KEY/config.json` and `evaluations/KEY.json`, or files of the configurations alone.
+
+    Raises:
+        InputError: no such file, no JSON, or a field that this code does not know.
+    """
+    config = validate(TrialConfig, _part(trial, "config"), str(trial), noun="field")
+    if evaluation is None:
+        return Recorded(config)
+    return Recorded(config, validate(EvaluationConfig, _part(evaluation, "evaluation"), str(evaluation), noun="field"))
+
+
+def _part(path: Path, name: str) -> object:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("no such file", where=str(path), way_out="Give runs/KEY/config.json") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"not readable as JSON: {error}", where=str(path)) from None
+    return content[name] if isinstance(content, dict) and name in content else content
+
+
+def params_of(recorded: Recorded, params: Params) -> Params:
+    """Return parameters whose one study is the trial; weights, sweep and tracking are those of `params`."""
+    config = recorded.config
+    row = StudyMethod(method=config.method, trial=config, evaluation=recorded.evaluation)
+    study = Study(
+        title=f"Trial {config.key}", methods={config.method: row}, seeds=[config.seed],
+        backbones=[backbones.get(config.backbone).stands_for or config.backbone],
+        tasks=[tasks.get(config.task).stands_for],
+    )  # fmt: skip
+    run = {"backbones": [config.backbone], "tasks": [config.task], "studies": [STUDY], "stand_ins": {}}
+    return params.model_copy(
+        update={"run": params.run.model_copy(update=run), "explicit": Explicit(), "studies": {STUDY: study}}
+    )
+
+
+def train(recorded: Recorded, params: Params, root: Path | None = None) -> None:
+    """Train the trial, unless the store has it.
+
+    Raises:
+        InputError: weights, samples or cluster are not in order, or not those of the record.
+        WorkError: it failed.
+    """
+    sweep(params_of(recorded, params), [STUDY], root)
+
+
+def score(recorded: Recorded, params: Params, root: Path | None = None) -> Path:
+    """Score the trial, unless that is done, and return the file of its score.
+
+    Raises:
+        InputError: as `train`.
+        WorkError: it is not trained, or could not be scored.
+    """
+    root = root or Path.cwd()
+    evaluate(params_of(recorded, params), [STUDY], root)
+    (cell,) = json.loads((root / f"evaluations/studies/{STUDY}.json").read_text(encoding="utf-8"))["cells"]
+    return root / f"evaluations/{cell['evaluation']}.json"
