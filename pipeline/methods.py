@@ -1,7 +1,10 @@
-"""Every method by name, trained or not: its options and how it is trained."""
+"""Every method by name, trained or not: its options, checked once at the door, and how it is trained."""
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline import adapters
@@ -9,7 +12,7 @@ from pipeline.adapters.base import METHODS
 from pipeline.adapters.options import Decoding, Facts, Options
 from pipeline.baselines import baselines
 from pipeline.errors import InputError, nearest
-from pipeline.trial import TrialConfig
+from pipeline.trial import TrialConfig, canonical
 
 
 def names() -> list[str]:
@@ -35,41 +38,37 @@ def option_names(method: str) -> list[str]:
     return list(_schema(method).model_fields)
 
 
-def validate_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options with defaults filled in, as JSON values.
+def parse(method: str, given: Mapping[str, Any]) -> Options:
+    """Return the method's options as a user wrote them, checked, with defaults filled in.
 
     Raises:
         InputError: an option does not exist or has a wrong value.
     """
-    return _schema(method).checked(options, method).model_dump(mode="json")
+    return _schema(method).checked(given, method)
 
 
-def facts_of(method: str, options: dict[str, Any]) -> Facts:
-    """Return how the method is trained with these options: teacher, loss weights, what it edits."""
-    return _schema(method).checked(options, method).facts()
+def options(config: TrialConfig) -> Options:
+    """Return the options of a trial: one that is planned, or one that was recorded when there were fewer of them."""
+    return _recorded(config.method, canonical(config.options))
+
+
+@functools.lru_cache(maxsize=4096)
+def _recorded(method: str, text: str) -> Options:
+    schema = _schema(method)
+    return schema.checked(schema.completed(json.loads(text)), method)
+
+
+def facts(config: TrialConfig) -> Facts:
+    """Return how a trial is trained."""
+    return options(config).facts()
 
 
 def defaults(method: str) -> dict[str, Any]:
     """Return the training settings that the method brings, where they are not those of all methods."""
     if not is_trained(method):
         return {}
-    rate = facts_of(method, {}).learning_rate
+    rate = parse(method, {}).facts().learning_rate
     return {} if rate == Facts().learning_rate else {"learning_rate": rate}
-
-
-def num_shots(method: str, options: dict[str, Any]) -> int:
-    """Return how many demonstrations a method without training puts before a question; 0: it puts none."""
-    return int(validate_options(method, options).get("num_shots", 0))
-
-
-def recorded_options(method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a record, with what options that it does not name were before there were any."""
-    return _schema(method).completed(options)
-
-
-def facts(config: TrialConfig) -> Facts:
-    """Return how a trial is trained: one that is planned, or one that was recorded."""
-    return facts_of(config.method, recorded_options(config.method, config.options))
 
 
 def summary(method: str) -> str:
@@ -81,11 +80,6 @@ def summary(method: str) -> str:
 def published_decoding(method: str) -> Decoding:
     """Return how the method's published code decodes."""
     return _schema(method).published_decoding
-
-
-def selects(method: str, options: dict[str, Any]) -> bool:
-    """Whether the method looks at the selection split: to choose its epoch, or what it needs without training."""
-    return is_trained(method) or baselines.get(method).Options.checked(options, method).selects()
 
 
 def _schema(method: str) -> type[Options]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from pipeline.config import Params
+from pipeline.plan.space import needed
 from pipeline.sweep.draw import draw_task
-from pipeline.sweep.space import needed
 from stages.common import run
 
 

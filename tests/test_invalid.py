@@ -7,7 +7,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.invalid import validate
 from pipeline.measure.base import create_measure
-from pipeline.methods import validate_options
+from pipeline.methods import parse
 from pipeline.schema import Train
 
 
@@ -20,7 +20,7 @@ from pipeline.schema import Train
         (lambda: validate(Train, [], "f.yaml"), "f.yaml: Input should be a valid dictionary or instance of Train"),
         (lambda: create_measure("latent_distance", {"shots": 2}, "studies.s"),
          "studies.s: unknown setting 'shots'. Did you mean 'num_shots'?"),
-        (lambda: validate_options("mimic+lora", {"lora": {"rnak": 2}}),
+        (lambda: parse("mimic+lora", {"lora": {"rnak": 2}}),
          "method 'mimic+lora': unknown option 'lora.rnak'. Did you mean 'rank'?"),
     ],
 )  # fmt: skip

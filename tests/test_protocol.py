@@ -17,7 +17,7 @@ from pipeline.data.sample import ImageRef, Sample
 from pipeline.data.subsample import draw
 from pipeline.errors import InputError
 from pipeline.evaluate.generate import cut
-from pipeline.sweep.space import Digests, cells
+from pipeline.plan.space import Digests, cells
 from pipeline.tasks import tasks
 from pipeline.tasks.caption_files import CAPTION_TEMPLATE
 from pipeline.tasks.vqa_files import VQA_TEMPLATE, VqaTask

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import load
-from pipeline.sweep.plan import all_cells, make_plan, places
+from pipeline.plan.inputs import all_cells, places
+from pipeline.plan.plan import make_plan
 from pipeline.train.workbench import Workbench, use_threads
 
 

@@ -10,10 +10,11 @@ import psutil
 
 from benchmarks.support.timing import Findings
 from pipeline.config import BackboneSource, load
+from pipeline.plan.inputs import Places
+from pipeline.plan.plan import Plan
 from pipeline.records.epoch import EpochReport, TrialReport
 from pipeline.records.trial import TrialEnd
 from pipeline.request import TrialRequest
-from pipeline.sweep.plan import Places, Plan
 from pipeline.sweep.store import TrialStore
 from pipeline.trial import TrialConfig
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import sqlalchemy
 
 from benchmarks.support.timing import Findings
+from pipeline.plan.plan import Plan
 from pipeline.sweep.logbook import Logbook
-from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import FINISHED, Tracker
 from pipeline.tracking.spool import SpooledTracker

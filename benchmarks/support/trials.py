@@ -39,7 +39,8 @@ class Trials:
 
     def request(self, method: str, place: str, options: dict[str, Any], **fields: Any) -> TrialRequest:
         """Return the request of one epoch on all samples, in the miniature's own step unless told otherwise."""
-        facts = methods.facts_of(method, options)
+        checked = methods.parse(method, options)
+        facts = checked.facts()
         base: dict[str, Any] = {
             "num_train_samples": self.num_samples, "epochs": 1, "learning_rate": facts.learning_rate,
             "weight_decay": 0.05, "warmup_ratio": 0.1, "gradient_clip": 1.0, "micro_batch_size": 8, "accumulation": 1,
@@ -48,7 +49,7 @@ class Trials:
         }  # fmt: skip
         config = TrialConfig(
             backbone=BACKBONE, backbone_digest=self.digest, task=TASK, manifest_digest=self.manifest.digest,
-            method=method, options=methods.validate_options(method, options), **{**base, **fields},
+            method=method, options=checked.plain(), **{**base, **fields},
         )  # fmt: skip
         return TrialRequest(
             config=config, folder=str(self.folder / place / config.key), manifest=str(self.folder / "manifest.json"),

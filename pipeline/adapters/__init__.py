@@ -31,10 +31,9 @@ __all__ = [
     "Pack",
     "PackRows",
     "attach",
-    "check_options",
     "create",
-    "facts_of",
     "load",
+    "make",
     "names",
     "options_of",
     "read_config",
@@ -55,24 +54,6 @@ def options_of(name: str) -> type[Options]:
     return METHODS.get(name).Options
 
 
-def check_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all options of a method, the given ones checked and the others at their defaults, as plain JSON values.
-
-    Raises:
-        InputError: no such method, an unknown option, or a value that does not fit.
-    """
-    return options_of(name).checked(given, name).model_dump(mode="json")
-
-
-def facts_of(name: str, given: Mapping[str, Any] | None = None) -> Facts:
-    """Return how a method is trained with the given options; no model is needed.
-
-    Raises:
-        InputError: as `check_options`.
-    """
-    return options_of(name).checked(given or {}, name).facts()
-
-
 def create(name: str, model: nn.Module, *, seed: int = 0, **options: Any) -> Adapter:
     """Make an untrained adapter for a model.
 
@@ -88,11 +69,15 @@ def create(name: str, model: nn.Module, *, seed: int = 0, **options: Any) -> Ada
     Raises:
         InputError: unknown method or option, or a model without a decoder or without what the method edits.
     """
+    return make(name, model, options_of(name).checked(options, name), seed=seed)
+
+
+def make(name: str, model: nn.Module, options: Options, *, seed: int = 0) -> Adapter:
+    """Make an untrained adapter from options that are checked already; else as `create`."""
     method = METHODS.get(name)
-    checked = method.Options.checked(options, name)
     spec = decoder_of(model)
     device = next(spec.attentions[0].parameters()).device
-    adapter = method.build(model, spec, checked, seed, device).eval()
+    adapter = method.build(model, spec, options, seed, device).eval()
     for _, part in parts_of([adapter], HiddenAdapter):
         modules_at(spec, part.state)  # said here if this decoder has no such state, before anything is trained
     return adapter

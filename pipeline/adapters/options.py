@@ -75,6 +75,19 @@ class Options(BaseModel):
         """Return how the method is trained with these options."""
         return Facts()
 
+    def selects(self) -> bool:
+        """Whether the method looks at the selection split: one that trains chooses its epoch there."""
+        return True
+
+    @property
+    def shots(self) -> int:
+        """How many demonstrations the method itself puts before a question; 0: it puts none."""
+        return int(self.plain().get("num_shots", 0))
+
+    def plain(self) -> dict[str, Any]:
+        """Return them as JSON values, which a trial's key is made from."""
+        return self.model_dump(mode="json")
+
     @classmethod
     def checked(cls, given: Mapping[str, Any], method: str) -> Self:
         """Validate options as a user wrote them.

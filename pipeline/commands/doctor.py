@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from pipeline.config import Params
-    from pipeline.sweep.space import Cell
+    from pipeline.plan.space import Cell
 
 OK, MISSING, NOTE = "ok", "missing", "note"
 _STYLES = {OK: GOOD, MISSING: BAD}
@@ -91,8 +91,8 @@ def examine(params: Params, root: Path) -> Examination:
 
 
 def _cells(params: Params) -> list[Cell]:
-    from pipeline.sweep.forecast import as_given
-    from pipeline.sweep.space import cells
+    from pipeline.plan.inputs import as_given
+    from pipeline.plan.space import cells
 
     return [cell for study in params.run.studies for cell in cells(params, study, as_given(params))]
 
@@ -131,9 +131,10 @@ def _code(params: Params, root: Path) -> Iterator[Finding]:
 
 def _studies(params: Params, root: Path) -> Iterator[Finding]:
     """Whether the profile can give what its studies ask for, as far as params.yaml tells."""
+    from pipeline.plan.inputs import places
+    from pipeline.plan.plan import make_plan
+    from pipeline.plan.unheard import unheard
     from pipeline.sweep.engines import check_engines
-    from pipeline.sweep.plan import make_plan, places
-    from pipeline.sweep.unheard import unheard
 
     studies, asked = params.run.studies, _cells(params)
 
@@ -149,7 +150,7 @@ def _studies(params: Params, root: Path) -> Iterator[Finding]:
 def _data(params: Params, root: Path) -> Iterator[Finding]:
     from pipeline.config import data_root
     from pipeline.copies import UNWATCHED_WAY_OUT, unwatched
-    from pipeline.sweep.space import needed
+    from pipeline.plan.space import needed
     from pipeline.tasks import tasks
 
     folder = data_root(params)
@@ -172,8 +173,8 @@ def _data(params: Params, root: Path) -> Iterator[Finding]:
 
 def _pictures(params: Params, root: Path) -> Iterator[Finding]:
     """Whether the backbones take the pictures that are drawn already."""
+    from pipeline.plan.inputs import places
     from pipeline.sweep.pictures import check_pictures, has_rules
-    from pipeline.sweep.plan import places
 
     for backbone, task in sorted({(cell.backbone, cell.task) for cell in _cells(params) if has_rules(cell.backbone)}):
         path = places(root).manifest(task)
@@ -186,7 +187,7 @@ def _pictures(params: Params, root: Path) -> Iterator[Finding]:
 
 def _weights(params: Params, root: Path) -> Iterator[Finding]:
     from pipeline import backbones
-    from pipeline.sweep.space import needed
+    from pipeline.plan.space import needed
 
     for name in needed(params, params.run.studies)[0]:
         source = params.backbone_source(name)
@@ -197,8 +198,8 @@ def _weights(params: Params, root: Path) -> Iterator[Finding]:
 
 
 def _java(params: Params, root: Path) -> Iterator[Finding]:
+    from pipeline.plan.space import needed
     from pipeline.scores.java import find_java, java_version
-    from pipeline.sweep.space import needed
     from pipeline.tasks import tasks
 
     captions = [name for name in needed(params, params.run.studies)[1] if tasks.get(name).metric == "CIDEr"]
@@ -259,7 +260,7 @@ def _mlflow(params: Params, root: Path) -> Iterator[Finding]:
 
 def _disk(params: Params, root: Path) -> Iterator[Finding]:
     from pipeline import backbones
-    from pipeline.sweep.space import needed
+    from pipeline.plan.space import needed
 
     free = shutil.disk_usage(root).free / 2**30
     published = any(

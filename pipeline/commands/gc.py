@@ -89,7 +89,8 @@ def _referred(evaluations: Evaluations) -> tuple[set[str], set[str]]:
 
 
 def _planned(params: Params, root: Path) -> set[str]:
-    from pipeline.sweep.plan import all_cells, make_plan, places
+    from pipeline.plan.inputs import all_cells, places
+    from pipeline.plan.plan import make_plan
 
     where = places(root)
     try:

@@ -25,7 +25,7 @@ def of_methods(_: argparse.Namespace) -> Rows:
     rows = [
         {
             "name": name, "trained": methods.is_trained(name), "what": methods.summary(name),
-            "options": methods.validate_options(name, {}),
+            "options": methods.parse(name, {}).plain(),
         }
         for name in methods.names()
     ]  # fmt: skip

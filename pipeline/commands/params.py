@@ -76,7 +76,7 @@ def count(backbone: str, method: str, settings: list[str]) -> Count:
         if not equals:
             raise InputError(f"'{item}' is not of the form key=value", where="--set", way_out="Write --set rank=8")
         options[key] = read(text, f"--set {key}")
-    checked = adapters.check_options(method, options)
+    checked = adapters.options_of(method).checked(options, method)
     model = backbones.load(backbone, variant="meta").model
-    adapter = adapters.create(method, model, **checked)
-    return Count(backbone, method, checked, adapter.num_trainable(), adapter.modules_trainable())
+    adapter = adapters.make(method, model, checked)
+    return Count(backbone, method, checked.plain(), adapter.num_trainable(), adapter.modules_trainable())

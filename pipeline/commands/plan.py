@@ -54,7 +54,7 @@ def forecast(
     from pipeline.config import load
     from pipeline.cost import hours
     from pipeline.cost.steps import Prompt
-    from pipeline.sweep.forecast import drawn_samples, evaluated_samples, trials
+    from pipeline.plan.inputs import drawn_samples, evaluated_samples, trials
 
     if gpus < 1:
         raise InputError(f"at least one GPU is needed, got {gpus}", where="--gpus")

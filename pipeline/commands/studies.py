@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from pipeline.config import Params
-    from pipeline.sweep.plan import Inputs
+    from pipeline.plan.inputs import Inputs
 
 
 def register(line: CommandLine) -> None:
@@ -88,7 +88,7 @@ class Overview(Answer):
 
 def overview(params: Params) -> Overview:
     """Return how far the trials of every study are, under the current profile."""
-    from pipeline.sweep.plan import Inputs, places
+    from pipeline.plan.inputs import Inputs, places
 
     inputs = Inputs(params, places())
     states = {
@@ -99,8 +99,8 @@ def overview(params: Params) -> Overview:
 
 
 def _counts(study: str, inputs: Inputs) -> dict[str, Any]:
-    from pipeline.sweep.plan import make_plan
-    from pipeline.sweep.space import cells
+    from pipeline.plan.plan import make_plan
+    from pipeline.plan.space import cells
     from pipeline.sweep.store import TrialStore
 
     try:

@@ -81,9 +81,9 @@ def run(studies: list[str], params: Params, root: Path) -> Reported:
 
 def _draw_samples(params: Params, studies: list[str], root: Path) -> None:
     """Draw the samples that are not there yet: on a fresh clone a study is one command too."""
+    from pipeline.plan.inputs import places
+    from pipeline.plan.space import needed
     from pipeline.sweep.draw import draw_task
-    from pipeline.sweep.plan import places
-    from pipeline.sweep.space import needed
     from pipeline.workspace import dvc
 
     where = places(root)

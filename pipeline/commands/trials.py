@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.commands.parser import CommandLine, profile_name, settable, study_names
 
 if TYPE_CHECKING:
-    from pipeline.sweep.trials import Trials
+    from pipeline.plan.trials import Trials
 
 
 def register(line: CommandLine) -> None:
@@ -22,7 +22,7 @@ def register(line: CommandLine) -> None:
 def trials(args: argparse.Namespace) -> Trials:
     """Return the trials of some studies."""
     from pipeline.config import load
-    from pipeline.sweep.trials import Trials, trial_rows
+    from pipeline.plan.trials import Trials, trial_rows
 
     params = load(overrides=args.set, profile=args.profile)
     return Trials(trial_rows(params, args.study or params.run.studies))

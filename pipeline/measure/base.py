@@ -74,14 +74,18 @@ class Measure(BaseModel):
 measures: Registry[type[Measure]] = Registry("measure", "pipeline.measure", "hificl.measures")
 
 
-@measures.register("score")
+@measures.register
 class ScoreAlone(Measure):
     """The task's own score; nothing is measured beside it."""
 
+    name = "score"
 
-@measures.register("qualitative")
+
+@measures.register
 class Qualitative(Measure):
     """Answers side by side (layout `gallery`); the score stands with them."""
+
+    name = "qualitative"
 
 
 def create_measure(name: str, settings: Mapping[str, Any], where: str) -> Measure:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pipeline.config import Params, data_root
 from pipeline.data.subsample import draw
+from pipeline.plan.inputs import places
 from pipeline.progress import bar
-from pipeline.sweep.plan import places
 from pipeline.tasks import tasks
 
 

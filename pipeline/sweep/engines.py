@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterable
 
 from pipeline.errors import InputError
-from pipeline.sweep.plan import Plan
+from pipeline.plan.plan import Plan
 from pipeline.sweep.store import TrialStore
 from pipeline.trial import TrialConfig
 
@@ -33,4 +33,4 @@ def check_open(plan: Plan, store: TrialStore) -> None:
     Raises:
         InputError: see `check_engines`.
     """
-    check_engines([*(plan.trials[key] for key in plan.open_keys(store)), *plan.examples])
+    check_engines([*(plan.trials[key] for key in plan.open_keys(store.finished)), *plan.examples])

@@ -10,6 +10,9 @@ from pipeline import copies, methods
 from pipeline.config import Params
 from pipeline.digests import file_digest
 from pipeline.errors import WorkError
+from pipeline.plan.inputs import all_cells, places
+from pipeline.plan.plan import Plan, make_plan
+from pipeline.plan.space import Cell, Point, points
 from pipeline.progress import bar, say
 from pipeline.records.evaluation import Candidate, CellResult, CurvePoint, StudyFile
 from pipeline.records.evaluations import Evaluations
@@ -18,11 +21,9 @@ from pipeline.sweep import answers
 from pipeline.sweep.measures import ScoredCell, measured
 from pipeline.sweep.models import register_chosen
 from pipeline.sweep.naming import experiment_note
-from pipeline.sweep.plan import Plan, all_cells, make_plan, places
 from pipeline.sweep.run import SPOOL
 from pipeline.sweep.scores import COSTS, Scores
 from pipeline.sweep.signals import in_order
-from pipeline.sweep.space import Cell, Point, points
 from pipeline.sweep.store import TrialStore
 from pipeline.sweep.supervisor import Driver, ahead
 from pipeline.tasks import tasks

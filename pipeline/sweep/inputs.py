@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from pipeline import methods
-from pipeline.sweep.plan import Places
+from pipeline.plan.inputs import Places
 from pipeline.tracking.inputs import Input
 from pipeline.trial import TrialConfig
 
@@ -13,12 +13,12 @@ from pipeline.trial import TrialConfig
 def used_by(config: TrialConfig, places: Places) -> list[Input]:
     """Return the samples that a trial learns from, or shows, and those that it chooses by."""
     found = []
-    if config.trained or methods.num_shots(config.method, config.options):
+    if config.trained or methods.options(config).shots:
         seed = f" {config.seed}" if config.sample_draw == "by-seed" else ""
         drawn = f"{config.num_train_samples} of train, {config.sample_draw}{seed}"
         context = "training" if config.trained else "demonstrations"
         found.append(_input(config, places, "train", context, drawn, config.num_train_samples))
-    if methods.selects(config.method, config.options):
+    if methods.options(config).selects():
         if config.selection == "test":
             found.append(_input(config, places, "evaluation", "selection", "all of evaluation", None))
         else:

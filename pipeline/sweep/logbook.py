@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from pipeline.plan.plan import Plan
 from pipeline.records.epoch import EpochReport
 from pipeline.sweep.inputs import used_by
 from pipeline.sweep.messages import Watcher
 from pipeline.sweep.naming import run_name, trial_note
-from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import FAILED, FINISHED, KILLED
 from pipeline.tracking.spool import SpooledTracker

@@ -9,13 +9,13 @@ from typing import Any
 from pipeline.config import Params, data_root
 from pipeline.digests import file_digest
 from pipeline.measure.base import Measure, MeasureJob, Numbers, create_measure
+from pipeline.plan.space import Cell
 from pipeline.progress import bar
 from pipeline.records.evaluation import CellResult, Measurement
 from pipeline.records.evaluations import Evaluations
 from pipeline.records.trial import Machine
 from pipeline.request import TrialRequest
 from pipeline.sweep import answers
-from pipeline.sweep.space import Cell
 from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import KEY_LENGTH, EvaluationConfig, digest
 

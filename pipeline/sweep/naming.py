@@ -7,8 +7,8 @@ from typing import Any
 
 from pipeline import methods
 from pipeline.config import Params
-from pipeline.sweep.plan import Plan
-from pipeline.sweep.space import Cell
+from pipeline.plan.plan import Plan
+from pipeline.plan.space import Cell
 from pipeline.trial import TrialConfig
 
 
@@ -68,7 +68,7 @@ def trial_note(plan: Plan, config: TrialConfig) -> str:
         samples = f"trained on {config.num_train_samples} samples for {config.epochs} epochs"
         done = f"{samples}, {step} a step, learning rate {rate}"
     else:
-        shots = methods.num_shots(config.method, config.options)
+        shots = methods.options(config).shots
         done = f"nothing is trained; {f'{shots} demonstrations' if shots else 'no demonstration'} before each question"
     options = ", ".join(f"{name} {_short(value)}" for name, value in config.options.items())
     study = f"Asked for by *{plan.params.studies[cell.study].title}*, `{cell.study}`." if cell else ""

@@ -8,7 +8,7 @@ from pipeline import backbones
 from pipeline.data import image_files
 from pipeline.data.manifest import Manifest
 from pipeline.errors import InputError
-from pipeline.sweep.plan import Plan
+from pipeline.plan.plan import Plan
 from pipeline.sweep.store import TrialStore
 
 _NAMED = 5  # pictures of one message

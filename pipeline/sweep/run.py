@@ -8,6 +8,9 @@ from pathlib import Path
 from pipeline import copies
 from pipeline.config import Params
 from pipeline.errors import WorkError
+from pipeline.plan.inputs import all_cells, places
+from pipeline.plan.plan import Plan, make_plan
+from pipeline.plan.unheard import unheard
 from pipeline.progress import say
 from pipeline.records.trial import Provenance, TrialEnd
 from pipeline.sweep.engines import check_open
@@ -15,11 +18,9 @@ from pipeline.sweep.journal import Journal
 from pipeline.sweep.logbook import Logbook
 from pipeline.sweep.naming import experiment_note, sweep_note
 from pipeline.sweep.pictures import check_all
-from pipeline.sweep.plan import Plan, all_cells, make_plan, places
 from pipeline.sweep.signals import in_order
 from pipeline.sweep.store import TrialStore
 from pipeline.sweep.supervisor import Driver, ahead, train
-from pipeline.sweep.unheard import unheard
 from pipeline.sweep.view import View
 from pipeline.tracking.runs import FAILED, FINISHED, KILLED, Tracker
 from pipeline.tracking.spool import SpooledTracker
@@ -45,7 +46,7 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
     with in_order(), store.lock("a sweep", wait=copies.is_copy(where.runs.parent)):
         check_open(plan, store)
         check_all(plan, store)
-        with ahead(bool(plan.open_keys(store) or plan.searched)) as driver:
+        with ahead(bool(plan.open_keys(store.finished) or plan.searched)) as driver:
             direct = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
             direct.prepare(studies, {study: experiment_note(params, study, plan.cells.values()) for study in studies})
             if direct.provenance["note"]:
@@ -74,7 +75,7 @@ def _sweep(
 ) -> dict[str, str]:
     tracker, points = spooled.tracker, len(plan.searched) * params.sweep.num_samples
     known = {key: config for key, config in plan.trials.items() if config.trained}
-    todo = plan.open_keys(store)
+    todo = plan.open_keys(store.finished)
     say(f"{len(known)} trials in {len(plan.cells)} cells of {len(studies)} studies; {len(known) - len(todo)} are done")
     parents = {study: _open_parent(tracker, params, study, plan) for study in studies}
     logbook = Logbook(spooled, store, plan, parents)

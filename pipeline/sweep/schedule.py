@@ -12,8 +12,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from pipeline.config import Params
 from pipeline.errors import InputError
-from pipeline.sweep.plan import Plan
-from pipeline.sweep.space import Cell, parse_range
+from pipeline.plan.plan import Plan
+from pipeline.plan.space import Cell, parse_range
 
 METRIC = "objective"  # the selection score, or the negative selection loss: larger is better
 TIME = "epoch"  # never training_iteration, which starts anew when a trial is resumed

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pipeline.digests import folder_digest
+from pipeline.plan.plan import Plan
 from pipeline.records.evaluation import CodeVersion, Evaluation
 from pipeline.records.evaluations import Evaluations
 from pipeline.sweep.inputs import scored_by
 from pipeline.sweep.naming import trial_note
-from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import TrialConfig

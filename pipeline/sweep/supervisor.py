@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pipeline import plain_paths
 from pipeline.config import Params
 from pipeline.errors import InputError, WorkError
+from pipeline.plan.plan import Plan
 from pipeline.sweep import signals
 from pipeline.sweep.journal import Journal
 from pipeline.sweep.messages import (
@@ -28,7 +29,6 @@ from pipeline.sweep.messages import (
     WorkLost,
     WorkRefused,
 )
-from pipeline.sweep.plan import Plan
 from pipeline.sweep.processes import DRIVER_SECONDS, MARK, POLL_SECONDS, STARTING_SECONDS, STOPPING_SECONDS, reap
 from pipeline.sweep.store import TrialStore
 from pipeline.sweep.work import Training, Work

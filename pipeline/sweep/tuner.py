@@ -18,17 +18,16 @@ from ray._private import ray_constants
 from pipeline import plain_paths
 from pipeline.config import Params, Sweep
 from pipeline.errors import InputError, WorkError
+from pipeline.plan.plan import Plan, in_lanes
+from pipeline.plan.space import Cell
 from pipeline.records.epoch import EpochReport
 from pipeline.request import Requests
 from pipeline.sweep.dispatcher import Dispatcher
 from pipeline.sweep.messages import PROXY_DIED, EpochEnded, Tell, TrialEnded, TrialStarted
 from pipeline.sweep.nodes import check_nodes
-from pipeline.sweep.order import in_lanes
-from pipeline.sweep.plan import Plan
 from pipeline.sweep.proxy import TrialProxy
 from pipeline.sweep.schedule import PerCellOptuna, make_scheduler
 from pipeline.sweep.signals import kept
-from pipeline.sweep.space import Cell
 from pipeline.sweep.token import ensure_token
 from pipeline.trial import MOST_PACKED
 

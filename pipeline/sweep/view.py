@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.errors import HificlError
+from pipeline.plan.plan import Plan
 from pipeline.progress import console, say
 from pipeline.records.epoch import EpochReport
 from pipeline.records.event import JournalEvent
@@ -25,7 +26,6 @@ from pipeline.sweep.journal import sentence
 from pipeline.sweep.messages import Watcher
 from pipeline.sweep.naming import parts_of
 from pipeline.sweep.pace import Pace
-from pipeline.sweep.plan import Plan
 from pipeline.sweep.store import TrialStore
 from pipeline.tasks import tasks
 from pipeline.terminal import BAD, QUIET, table

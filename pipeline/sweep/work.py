@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from pipeline.config import Params
 from pipeline.errors import HificlError, WorkError
+from pipeline.plan.plan import Plan
 from pipeline.sweep.messages import Answer, Tell
-from pipeline.sweep.plan import Plan
 from pipeline.sweep.units import Job
 
 if TYPE_CHECKING:

@@ -17,4 +17,4 @@ for task in (
     replace(OKVQA, name="mini-okvqa", image=IMAGE, stemmed_references=False, official_evaluation=None),
     replace(COCO, name="mini-coco", object_words=MINIATURE_WORDS, official_evaluation=None),
 ):
-    tasks.add(task.name, task)
+    tasks.register(task)

@@ -106,10 +106,9 @@ class TrialRun:
         self.prefix_length = shared_prefix_length(
             [prompt.input_ids for prompt in self.prompts], resident.loaded.image_token_id
         )
-        self.facts = methods.facts(config)
-        model = resident.loaded.model
-        options = methods.recorded_options(config.method, config.options)
-        self.adapter = adapters.create(config.method, model, seed=config.seed, **options)
+        options, model = methods.options(config), resident.loaded.model
+        self.facts = options.facts()
+        self.adapter = adapters.make(config.method, model, options, seed=config.seed)
         self.adapter.to(resident.device)
         self.kinds: set[Kind] = set(kinds) if self.facts.kind is None else {*kinds, self.facts.kind}
         self.teacher = Teacher(resident, manifest, self.samples, config, self.facts) if self.facts.teacher else None

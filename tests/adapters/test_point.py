@@ -37,8 +37,8 @@ def without_point(options: dict[str, Any]) -> dict[str, Any]:
 def test_the_ffns_output_is_compared_and_an_old_trial_compares_what_it_did(
     method: str, options: dict[str, Any], now: str, before: str
 ) -> None:
-    full = methods.validate_options(method, options)
-    assert methods.facts_of(method, options).kind == ("hidden", now)
+    full = methods.parse(method, options).plain()
+    assert methods.parse(method, options).facts().kind == ("hidden", now)
     base = {"backbone": "b", "backbone_digest": "0", "task": "t", "manifest_digest": "1", "method": method}
     assert methods.facts(TrialConfig(**base, options=full)).kind == ("hidden", now)
     assert methods.facts(TrialConfig(**base, options=without_point(full))).kind == ("hidden", before)
@@ -46,8 +46,8 @@ def test_the_ffns_output_is_compared_and_an_old_trial_compares_what_it_did(
 
 def test_what_is_compared_can_be_the_residual_stream_behind_either() -> None:
     for alignment, state in (("ffn", "residual"), ("attention", "residual-mid")):
-        assert methods.facts_of("mimic", {"alignment": alignment, "point": "residual"}).state == state
-    assert methods.facts_of("hificl", {"teacher": True, "point": "residual"}).state == "residual"
+        assert methods.parse("mimic", {"alignment": alignment, "point": "residual"}).facts().state == state
+    assert methods.parse("hificl", {"teacher": True, "point": "residual"}).facts().state == "residual"
 
 
 @pytest.mark.parametrize(
@@ -61,15 +61,15 @@ def test_what_is_compared_can_be_the_residual_stream_behind_either() -> None:
 )
 def test_a_point_that_is_not_its_alignments_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        methods.validate_options("mimic", options)
+        methods.parse("mimic", options).plain()
 
 
 @pytest.mark.parametrize("method", ["hificl", "lora", "lora-mini", "hificl+lora"])
 def test_without_a_teacher_a_point_is_no_part_of_the_trial(method: str) -> None:
-    plain = methods.validate_options(method, {})
+    plain = methods.parse(method, {}).plain()
     assert "point" not in json.dumps(plain)
     if "point" in methods.option_names(method):
-        assert methods.validate_options(method, {"point": "residual"}) == plain
+        assert methods.parse(method, {"point": "residual"}).plain() == plain
 
 
 @pytest.mark.parametrize("method", ["live", "mimic", "hificl", "mimic+lora"])

@@ -38,11 +38,11 @@ def config(manifest):
     """A trial's configuration: `config(backbone, method, **options)`."""
 
     def make(backbone: str, method: str, seed: int = 0, **options) -> TrialConfig:
-        checked = methods.validate_options(method, options)
+        checked = methods.parse(method, options)
         return TrialConfig(
             backbone=backbone, backbone_digest=backbones.digest_of(backbone, SOURCE), task="vqav2",
-            manifest_digest=manifest.digest, method=method, options=checked, num_train_samples=8, seed=seed,
-            num_selection_samples=3 if methods.selects(method, checked) else 0,
+            manifest_digest=manifest.digest, method=method, options=checked.plain(), num_train_samples=8, seed=seed,
+            num_selection_samples=3 if checked.selects() else 0,
         )  # fmt: skip
 
     return make

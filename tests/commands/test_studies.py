@@ -14,8 +14,9 @@ from pipeline.commands.studies import overview
 from pipeline.config import load
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import ImageRef, Sample
+from pipeline.plan.inputs import all_cells, places
+from pipeline.plan.plan import make_plan
 from pipeline.records.trial import TrialEnd
-from pipeline.sweep.plan import all_cells, make_plan, places
 from pipeline.sweep.store import TrialStore
 from tests.conftest import ROOT
 

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config import load
 from pipeline.data.subset import training_samples
-from pipeline.sweep.space import Digests, cells
+from pipeline.plan.space import Digests, cells
 from pipeline.trial import TrialConfig
 from tests.conftest import ROOT
 

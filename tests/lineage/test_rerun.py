@@ -14,10 +14,10 @@ from pipeline.errors import InputError
 from pipeline.lineage import older
 from pipeline.lineage.record import RunRecord
 from pipeline.lineage.rerun import surroundings
+from pipeline.plan.space import Digests, cells
 from pipeline.records.trial import Provenance
 from pipeline.sweep import recorded
 from pipeline.sweep.evaluation import _evaluation
-from pipeline.sweep.space import Digests, cells
 from pipeline.trial import EvaluationConfig, TrialConfig
 from tests.conftest import ROOT
 
@@ -107,4 +107,4 @@ def test_todays_code_trains_an_old_trial_as_it_was(params, tmp_path: Path) -> No
     (cell,) = cells(again, recorded.STUDY, digests)
     trial = cell.trial({})
     assert "point" not in trial.options
-    assert methods.recorded_options(trial.method, trial.options)["point"] == "residual"
+    assert methods.options(trial).plain()["point"] == "residual"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config import load
-from pipeline.sweep.plan import Places, Plan
+from pipeline.plan.inputs import Places
+from pipeline.plan.plan import Plan
 from pipeline.trial import TrialConfig
 from tests.conftest import ROOT
 

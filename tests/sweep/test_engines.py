@@ -7,9 +7,9 @@ import pytest
 from pipeline.commands.doctor import examine
 from pipeline.config import load
 from pipeline.errors import InputError
+from pipeline.plan.inputs import as_given
+from pipeline.plan.space import cells
 from pipeline.sweep.engines import check_engines
-from pipeline.sweep.forecast import as_given
-from pipeline.sweep.space import cells
 from tests.conftest import ROOT
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.plan.inputs import Places
+from pipeline.plan.space import Digests, cells
 from pipeline.records.epoch import EpochReport
 from pipeline.records.trial import TrialEnd
 from pipeline.sweep.inputs import used_by
 from pipeline.sweep.logbook import POINTS, Logbook, curve
 from pipeline.sweep.naming import trial_note
-from pipeline.sweep.plan import Places
-from pipeline.sweep.space import Digests, cells
 from pipeline.sweep.store import TrialStore
 from pipeline.tracking.runs import FINISHED, Tracker
 from pipeline.trial import TrialConfig

@@ -6,9 +6,10 @@ import time
 
 import pytest
 
+from pipeline.plan.inputs import Places
+from pipeline.plan.plan import Plan
 from pipeline.records.epoch import EpochReport
 from pipeline.sweep.pace import Pace
-from pipeline.sweep.plan import Places, Plan
 from pipeline.sweep.view import View
 from pipeline.trial import TrialConfig
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import load
-from pipeline.sweep.order import in_lanes
-from pipeline.sweep.plan import Places, make_plan, teacher_key
-from pipeline.sweep.space import Digests, cells
+from pipeline.plan.inputs import Places
+from pipeline.plan.plan import in_lanes, make_plan, teacher_key
+from pipeline.plan.space import Digests, cells
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,10 +10,10 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from pipeline.config import Params, load
-from pipeline.sweep.forecast import as_given
-from pipeline.sweep.plan import Plan, make_plan, places
+from pipeline.plan.inputs import as_given, places
+from pipeline.plan.plan import Plan, make_plan
+from pipeline.plan.space import Cell, cells
 from pipeline.sweep.schedule import PerCell, PerCellOptuna, make_scheduler
-from pipeline.sweep.space import Cell, cells
 from tests.conftest import ROOT
 
 GO, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP

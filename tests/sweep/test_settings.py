@@ -10,11 +10,11 @@ import pytest
 from pipeline.config import load
 from pipeline.errors import InputError
 from pipeline.papers import settings
-from pipeline.sweep.forecast import as_given
-from pipeline.sweep.plan import Places, make_plan
-from pipeline.sweep.space import cells, needed
-from pipeline.sweep.trials import trial_rows
-from pipeline.sweep.unheard import unheard
+from pipeline.plan.inputs import Places, as_given
+from pipeline.plan.plan import make_plan
+from pipeline.plan.space import cells, needed
+from pipeline.plan.trials import trial_rows
+from pipeline.plan.unheard import unheard
 from tests.conftest import ROOT
 
 TABLE_6 = {  # written down a second time, by hand

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import load
 from pipeline.errors import InputError
-from pipeline.sweep.space import Digests, cells, points
+from pipeline.plan.space import Digests, cells, points
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,11 +6,11 @@ import pytest
 
 from pipeline.config import load
 from pipeline.errors import InputError
+from pipeline.plan.inputs import as_given, places
+from pipeline.plan.plan import make_plan
+from pipeline.plan.space import cells
 from pipeline.schema import Sweep
-from pipeline.sweep.forecast import as_given
-from pipeline.sweep.plan import make_plan, places
 from pipeline.sweep.schedule import make_scheduler
-from pipeline.sweep.space import cells
 from pipeline.sweep.tuner import by_world_size, most_in_progress
 from tests.conftest import ROOT
 

@@ -41,7 +41,8 @@ def trial(small_world):
 
     def make(method: str, folder: Path, task: str = "mini-vqa", **given) -> TrialRequest:
         options = {name: given.pop(name) for name in list(given) if name in methods.option_names(method)}
-        facts = methods.facts_of(method, options)
+        checked = methods.parse(method, options)
+        facts = checked.facts()
         base = {
             "num_train_samples": 20, "epochs": 2, "learning_rate": facts.learning_rate, "weight_decay": 0.05,
             "warmup_ratio": 0.1, "gradient_clip": 1.0, "micro_batch_size": 2, "accumulation": 2, "engine": "torch",
@@ -50,7 +51,7 @@ def trial(small_world):
         }  # fmt: skip
         config = TrialConfig(
             backbone=BACKBONE, backbone_digest=digest, task=task, manifest_digest=manifests[task], method=method,
-            options=methods.validate_options(method, options), **{**base, **given},
+            options=checked.plain(), **{**base, **given},
         )  # fmt: skip
         return TrialRequest(
             config=config, folder=str(folder / config.key), manifest=str(small_world / task / "manifest.json"),

@@ -9,7 +9,7 @@ import pytest
 from pipeline.backbones.decoder import decoder_of
 from pipeline.config import load
 from pipeline.errors import InputError
-from pipeline.sweep.space import _compile
+from pipeline.plan.space import _compile
 from pipeline.train.workbench import Workbench
 from tests.conftest import ROOT
 

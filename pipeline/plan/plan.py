@@ -1,81 +1,20 @@
-"""Which trials a sweep runs, from what they start, and how Tune's configuration of one leads to its request."""
+"""Which trials a sweep runs, in which order, and how Tune's configuration of one leads to its request."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from itertools import chain, zip_longest
 from typing import Any
 
-from pipeline import backbones, methods
+from pipeline import methods
 from pipeline.config import Params
-from pipeline.data.manifest import Manifest
 from pipeline.errors import InputError
+from pipeline.plan.inputs import Places
+from pipeline.plan.space import Cell, corners, points
 from pipeline.request import TrialRequest
-from pipeline.sweep.space import Cell, Digests, cells, corners, needed, points
-from pipeline.sweep.store import TrialStore
 from pipeline.trial import KEY_LENGTH, Kind, TrialConfig, canonical, digest, engine_packs
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where things lie on this machine; every path absolute."""
-
-    runs: Path
-    manifests: Path
-    cache: Path | None
-
-    def manifest(self, task: str) -> Path:
-        """Return the path of a task's manifest."""
-        return self.manifests / task / "manifest.json"
-
-
-def places(root: Path | None = None) -> Places:
-    """Return where the project below `root` (default: the current folder) keeps things."""
-    root = (root or Path.cwd()).resolve()
-    return Places(runs=root / "runs", manifests=root / "data/manifests", cache=root / "cache/visual")
-
-
-class Inputs:
-    """What trials start from: weights and manifests, each read once for all studies that ask for it."""
-
-    def __init__(self, params: Params, where: Places) -> None:
-        self.params, self.where = params, where
-        self._backbone, self._manifest = functools.cache(self._read_backbone), functools.cache(self._read_manifest)
-
-    def digests(self, studies: Iterable[str]) -> Digests:
-        """Return the digests of the backbones and manifests that studies need.
-
-        Raises:
-            InputError: weights or a manifest are missing.
-        """
-        names, tasks = needed(self.params, studies)
-        manifests = {task: self._manifest(task) for task in tasks}
-        return Digests(
-            backbones={name: self._backbone(name) for name in names},
-            manifests={task: digest for task, (digest, _) in manifests.items()},
-            train_sizes={task: sizes["train"] for task, (_, sizes) in manifests.items()},
-            selection_sizes={task: sizes["selection"] for task, (_, sizes) in manifests.items()},
-        )
-
-    def _read_backbone(self, name: str) -> str:
-        return backbones.digest_of(name, self.params.backbone_source(name))
-
-    def _read_manifest(self, task: str) -> tuple[str, Mapping[str, int]]:
-        """Return its digest, and how many samples each split has."""
-        path = self.where.manifest(task)
-        if not path.exists():
-            raise InputError("no manifest", where=str(path), way_out=f"Run `python -m stages.subsample {task}` first")
-        manifest = Manifest.load(path)
-        return manifest.digest, manifest.sizes
-
-
-def all_cells(params: Params, studies: list[str], where: Places) -> list[Cell]:
-    """Return the cells of several studies, in their order."""
-    known = Inputs(params, where).digests(studies)
-    return [cell for study in studies for cell in cells(params, study, known)]
 
 
 @dataclass
@@ -134,9 +73,9 @@ class Plan:
         """Trials at the corners of the spaces that are searched so."""
         return [cell.trial(point) for cell in self.searched for point in corners(cell)]
 
-    def open_keys(self, store: TrialStore) -> list[str]:
+    def open_keys(self, finished: Callable[[str], bool]) -> list[str]:
         """Return the keys of trained trials that are not done, those of one backbone, and of one teacher, together."""
-        todo = [key for key, config in self.trials.items() if config.trained and not store.finished(key)]
+        todo = [key for key, config in self.trials.items() if config.trained and not finished(key)]
         order = {key: (config.backbone, config.task, teacher_key(config) or "") for key, config in self.trials.items()}
         return sorted(todo, key=lambda key: order[key])
 
@@ -200,3 +139,23 @@ def make_plan(params: Params, cells: Iterable[Cell], places: Places) -> Plan:
 
 def _some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def in_lanes(plan: Plan, keys: Sequence[str], slots: int) -> list[str]:
+    """Return `keys` as `slots` lanes taken in turn, a teacher's trials in one lane, one backbone after another.
+
+    A slot computes a teacher's targets once and keeps them for the trials behind it (`Resident.targets`); two slots
+    that took turns on one teacher would each compute them. The longest groups are placed first, each in the shortest
+    lane.
+    """
+    by_backbone: dict[str, dict[str, list[str]]] = {}
+    for key in keys:
+        config = plan.trials[key]
+        by_backbone.setdefault(config.backbone, {}).setdefault(teacher_key(config) or key, []).append(key)
+    ordered: list[str] = []
+    for groups in by_backbone.values():
+        lanes: list[list[str]] = [[] for _ in range(slots)]
+        for group in sorted(groups.values(), key=len, reverse=True):
+            min(lanes, key=len).extend(group)
+        ordered += [key for key in chain(*zip_longest(*lanes)) if key is not None]
+    return ordered

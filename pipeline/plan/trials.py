@@ -10,9 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.config import Params
 from pipeline.errors import InputError
-from pipeline.sweep.forecast import as_given, evaluated_samples
-from pipeline.sweep.plan import Inputs, Places, places
-from pipeline.sweep.space import PAPERS_FULL_SIZE, Cell, Digests, cells, corners, points
+from pipeline.plan.inputs import Inputs, Places, as_given, evaluated_samples, places
+from pipeline.plan.space import PAPERS_FULL_SIZE, Cell, Digests, cells, corners, points
 from pipeline.sweep.store import TrialStore
 from pipeline.terminal import Answer, short, table
 from pipeline.trial import TrialConfig

@@ -10,8 +10,9 @@ from pipeline import methods
 from pipeline.baselines import baselines
 from pipeline.config import Params
 from pipeline.errors import InputError
-from pipeline.sweep.plan import pack_key
-from pipeline.sweep.space import EXPLICIT, PAPERS_FULL_SIZE, TO_CHOOSE, Cell, corners
+from pipeline.plan.plan import pack_key
+from pipeline.plan.settings import EXPLICIT
+from pipeline.plan.space import PAPERS_FULL_SIZE, TO_CHOOSE, Cell, corners
 from pipeline.tasks import tasks
 from pipeline.tasks.choice_files import ChoiceTask
 from pipeline.tasks.vqa_files import VqaTask
@@ -53,19 +54,19 @@ def _field(cell: Cell, name: str) -> str:
 def _uses(cell: Cell, name: str, layer: Mapping[str, Any]) -> bool:
     """Whether a setting of `train` or of the method decides anything in a cell."""
     if name in methods.option_names(cell.method):  # one that decides nothing beside the others is left out
-        return name in methods.validate_options(cell.method, cell.options)
+        return name in cell.settings.options.plain()
     if name == "sample_draw":
         return cell.train.num_train_samples < cell.digests.train_sizes[cell.task]
     if name == "num_selection_samples" and cell.train.selection == "test":  # which takes the whole evaluation split
         return False
     if not methods.is_trained(cell.method):
-        chooses = methods.selects(cell.method, cell.options)
+        chooses = cell.settings.options.selects()
         return name in _WITHOUT_TRAINING or (chooses and name in TO_CHOOSE)
     if name == "epochs_below_1000":
         return cell.train.num_train_samples < PAPERS_FULL_SIZE
     if name == "epochs":  # beside another number for few samples it is for many alone
         return _field(cell, name) == name or "epochs_below_1000" not in layer
-    return name not in _OF_A_TEACHER or methods.facts_of(cell.method, cell.options).teacher is not None
+    return name not in _OF_A_TEACHER or cell.settings.options.facts().teacher is not None
 
 
 def _of_selection(params: Params, cells: Sequence[Cell]) -> Iterator[str]:

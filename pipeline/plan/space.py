@@ -1,8 +1,4 @@
-"""From a study to its cells, and from a cell and a point of its space to a `TrialConfig`.
-
-A setting is looked up in this order, the later one winning: the default, the method, the paper (`pipeline.papers`), the
-protocol, the profile, the study, what the user set (params.yaml, `--set`), the study's row, what the study varies.
-"""
+"""From a study to its cells, and from a cell and a point of its space to a `TrialConfig`."""
 
 from __future__ import annotations
 
@@ -14,17 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import backbones, methods
-from pipeline.config import Params, Study, StudyMethod, Train, merge
+from pipeline.config import Params, Study, StudyMethod, Train
 from pipeline.errors import InputError, nearest
-from pipeline.invalid import validate
-from pipeline.papers import settings
+from pipeline.plan.settings import EXPLICIT, Settings, check_methods, resolve
 from pipeline.tasks import tasks
 from pipeline.trial import EvaluationConfig, TrialConfig
 
 Point = dict[str, Any]
-TRAIN_FIELDS = set(Train.model_fields)
 INSIDE = 0.381966  # of a range: no whole number by chance
-EXPLICIT = "params.yaml"  # or --set
 TO_CHOOSE = ("selection", "num_selection_samples")  # what a method without training needs that chooses a layer
 PAPERS_FULL_SIZE = 1000  # below this many samples the papers train for twice the epochs
 
@@ -46,21 +39,29 @@ class Cell:
     study: str
     row: str
     label: str
-    method: str
     backbone: str
     paper_backbone: str
     task: str
     paper_task: str
     vary: Point
     seed: int
-    train: Train
-    options: dict[str, Any]
+    settings: Settings
     search: dict[str, Any]
     digests: Digests = field(repr=False)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)  # where a setting's value comes from
     overruled: Mapping[str, str] = field(default_factory=dict, repr=False)  # explicit settings, and what wins over them
     recorded: TrialConfig | None = None  # the trial, where the study's row holds it whole
     evaluation: EvaluationConfig | None = None  # and how it is scored
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return self.settings.method
+
+    @property
+    def train(self) -> Train:
+        """The settings that all methods have, but for what is searched."""
+        return self.settings.train
 
     @property
     def name(self) -> str:
@@ -72,50 +73,49 @@ class Cell:
         """Return the trial at `point`; fields that the method does not use stay neutral, so that keys are shared."""
         if self.recorded is not None:
             return self.recorded
-        train, options = _apply(self.method, self.train, self.options, point, where=self.name)
-        shared: dict[str, Any] = {
-            "backbone": self.backbone,
-            "backbone_digest": self.digests.backbones[self.backbone],
-            "task": self.task,
-            "manifest_digest": self.digests.manifests[self.task],
-            "method": self.method,
-            "options": methods.validate_options(self.method, options),
-            "seed": self.seed,
-            "num_train_samples": train.num_train_samples,
-        }
-        available = self.digests.train_sizes[self.task]
-        self._check_pool(train, options, available)
-        train = self._within_selection(train, point)
-        if train.num_train_samples < available:
-            shared["sample_draw"] = train.sample_draw
-        if not methods.is_trained(self.method):
-            chosen_on = TO_CHOOSE if methods.selects(self.method, options) else ()
-            looked_at = {name: getattr(train, name) for name in chosen_on}
-            return TrialConfig(**shared, precision=train.precision, **looked_at)
-        facts = methods.facts_of(self.method, options)
-        full = train.num_train_samples >= PAPERS_FULL_SIZE
+        settings = self.settings.over(point, self.name)
+        self._check_pool(settings)
+        train, options = self._within_selection(settings.train, point), settings.options
+        if methods.is_trained(self.method):
+            used = self._trained(train, settings)
+        else:
+            used = train.model_dump(include={"precision", *(TO_CHOOSE if options.selects() else ())})
+        if train.num_train_samples < self.digests.train_sizes[self.task]:
+            used["sample_draw"] = train.sample_draw
         return TrialConfig(
-            **shared,
-            num_shots=train.num_shots if facts.teacher else 0,
-            **({"demonstration_draw": train.demonstration_draw} if facts.teacher else {}),
-            epochs=train.epochs if full else train.epochs_below_1000,
-            alignment_weight=_given(train.alignment_weight, facts.alignment_weight) if facts.teacher else 0.0,
-            ground_truth_weight=_given(train.ground_truth_weight, facts.ground_truth_weight),
-            engine=_engine(train, self.name),
-            compile=_compile(train, self.name),
-            **{name: getattr(train, name) for name in _SHARED},
-        )
+            **used, backbone=self.backbone, backbone_digest=self.digests.backbones[self.backbone], task=self.task,
+            manifest_digest=self.digests.manifests[self.task], method=self.method, options=options.plain(),
+            seed=self.seed, num_train_samples=train.num_train_samples,
+        )  # fmt: skip
 
-    def _check_pool(self, train: Train, options: dict[str, Any], available: int) -> None:
+    def _trained(self, train: Train, settings: Settings) -> dict[str, Any]:
+        """Return the fields of a trial that trains: those of the same names, and those that follow from several."""
+        facts = settings.options.facts()
+        full = train.num_train_samples >= PAPERS_FULL_SIZE
+        same = train.model_dump(include=set(TrialConfig.model_fields) - {"num_train_samples", "sample_draw"})
+        taught = {
+            "num_shots": train.num_shots, "demonstration_draw": train.demonstration_draw,
+            "alignment_weight": _given(train.alignment_weight, facts.alignment_weight),
+        }  # fmt: skip
+        for name in taught:
+            del same[name]  # neutral without a teacher
+        return {
+            **same, **(taught if facts.teacher else {}), "epochs": train.epochs if full else train.epochs_below_1000,
+            "ground_truth_weight": _given(train.ground_truth_weight, facts.ground_truth_weight),
+            "engine": _engine(train, self.name), "compile": _compile(train, self.name),
+        }  # fmt: skip
+
+    def _check_pool(self, settings: Settings) -> None:
         """See that the pool holds what is asked for: it would be found out only after hours of training else."""
+        train, available = settings.train, self.digests.train_sizes[self.task]
         pool = train.num_train_samples
         if pool > available:
             raise InputError(
                 f"{pool} training samples are asked for, {self.task} has {available}", where=self.name,
                 way_out=f"Raise subsample.num_train to {pool}, or lower num_train_samples",
             )  # fmt: skip
-        teacher = methods.is_trained(self.method) and methods.facts_of(self.method, options).teacher
-        shots = train.num_shots if teacher else methods.num_shots(self.method, options)
+        teacher = settings.options.facts().teacher if methods.is_trained(self.method) else None
+        shots = train.num_shots if teacher else settings.options.shots
         if teacher and train.demonstration_draw == "with-replacement":
             return
         if shots > (pool - 1 if teacher else pool):  # a training sample is never among its own demonstrations
@@ -138,13 +138,6 @@ class Cell:
                 f"lower {name}",
             )  # fmt: skip
         return train.model_copy(update={name: drawn})
-
-
-_SHARED = (
-    "learning_rate", "weight_decay", "warmup_ratio", "gradient_clip", "micro_batch_size", "accumulation", "loss_span",
-    "precision", "zero_stage", "offload", "world_size", "selection",
-    "selection_metric", "num_selection_samples",
-)  # fmt: skip
 
 
 def _engine(train: Train, where: str) -> str:
@@ -186,13 +179,11 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
         backbones.get(name)
     for name in (*params.subsample.tasks, *params.subsample.splits):
         tasks.get(name)
-    for source, given in ((f"profile {params.profile}", params.run.methods), (EXPLICIT, params.explicit.methods)):
-        for method, layer in given.items():
-            _apply(method, Train(), {}, layer, where=f"methods.{method} ({source})")
-    found = [
+    check_methods(params)
+    every = (
         _recorded(study_name, row_name, row, row.trial, pair, digests)
         if row.trial is not None
-        else _cell(params, study_name, study, row_name, row, pair, vary, seed, digests)
+        else _cell(params, study_name, row_name, row, pair, vary, seed, digests)
         for pair in pairs
         for row_name, row in study.methods.items()
         if row_name not in study.without
@@ -200,10 +191,10 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
         if row.trial is None or (row.trial.backbone, row.trial.task) == (pair[0], pair[2])
         for vary in _grid(study.vary)
         for seed in study.seeds
-    ]
+    )
     # a varied field that a method does not have (rank of zero-shot) would repeat its cell under other names
     unique: dict[tuple[Any, ...], Cell] = {}
-    for cell in found:
+    for cell in every:
         unique.setdefault((cell.row, cell.backbone, cell.task, cell.seed, str(sorted(cell.vary.items()))), cell)
     return list(unique.values())
 
@@ -253,45 +244,23 @@ def _part(params: Params, name: str, own: str, asked: list[str]) -> str | None:
 
 
 def _cell(
-    params: Params, study_name: str, study: Study, row_name: str, row: StudyMethod,
-    pair: tuple[str, str, str, str], vary: Point, seed: int, digests: Digests,
+    params: Params, study: str, row_name: str, row: StudyMethod, pair: tuple[str, str, str, str], vary: Point,
+    seed: int, digests: Digests,
 ) -> Cell:  # fmt: skip
     backbone, paper_backbone, task, paper_task = pair
-    where = f"studies.{study_name}.methods.{row_name}"
-    known = TRAIN_FIELDS | set(methods.option_names(row.method))
+    known = Settings(row.method).known
     vary = {name: value for name, value in vary.items() if name in known}
     for name in row.search:
         if name not in known:
+            where = f"studies.{study}.methods.{row_name}"
             raise InputError(f"search over unknown field '{name}'", where=where, way_out=nearest(name, known))
-    train = Train()
-    options: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    explicit = (params.explicit.train, params.explicit.methods.get(row.method, {}))
-    for layer, source in (
-        (methods.defaults(row.method), "method"),
-        *((rule.set, rule.source) for rule in settings.rules(
-            study.paper, study_name, row.method, paper_backbone, paper_task, params.protocol
-        )),
-        (params.protocols[params.protocol].train if params.protocol else {}, f"protocol {params.protocol}"),
-        (params.run.train, f"profile {params.profile}"),
-        (params.run.methods.get(row.method, {}), f"profile {params.profile}"),
-        (study.train, f"study {study_name}"),
-        *((layer, EXPLICIT) for layer in explicit),
-        (row.set, f"study {study_name}, row {row_name}"),
-        (vary, f"study {study_name}, vary"),
-    ):  # fmt: skip
-        train, options = _apply(row.method, train, options, layer, where=f"{where} ({source})")
-        sources.update(dict.fromkeys(_written(layer), source))
-    given = {**train.model_dump(), **methods.validate_options(row.method, options)}
-    searched = dict.fromkeys(row.search, f"study {study_name}, search of row {row_name}")
-    won = {**sources, **searched}
+    resolved = resolve(params, study, row_name, paper_backbone, paper_task, vary)
     return Cell(
-        study=study_name, row=row_name, label=row.label or row_name, method=row.method, backbone=backbone,
-        paper_backbone=paper_backbone, task=task, paper_task=paper_task, seed=seed, train=train, options=options,
-        vary={name: given[name] for name in vary},  # as the trial has it: a number where it was written as text
+        study=study, row=row_name, label=row.label or row_name, backbone=backbone, paper_backbone=paper_backbone,
+        task=task, paper_task=paper_task, seed=seed, settings=resolved.settings, digests=digests,
+        vary={name: resolved.settings.value(name) for name in vary},
         search={name: _distinct(domain) if isinstance(domain, list) else domain for name, domain in row.search.items()},
-        digests=digests, sources=won,
-        overruled={name: won[name] for layer in explicit for name in _written(layer) if won[name] != EXPLICIT},
+        sources=resolved.sources, overruled=resolved.overruled,
     )  # fmt: skip
 
 
@@ -314,35 +283,10 @@ def _recorded(
             )  # fmt: skip
     backbone, paper_backbone, task, paper_task = pair
     return Cell(
-        study=study, row=row_name, label=row.label or row_name, method=row.method, backbone=backbone,
-        paper_backbone=paper_backbone, task=task, paper_task=paper_task, vary={}, seed=trial.seed, train=Train(),
-        options=trial.options, search={}, digests=digests, recorded=trial, evaluation=row.evaluation,
+        study=study, row=row_name, label=row.label or row_name, backbone=backbone, paper_backbone=paper_backbone,
+        task=task, paper_task=paper_task, vary={}, seed=trial.seed, settings=Settings(row.method, given=trial.options),
+        search={}, digests=digests, recorded=trial, evaluation=row.evaluation,
     )  # fmt: skip
-
-
-def _written(layer: Mapping[str, Any]) -> list[str]:
-    """Return the settings that a layer writes: `epochs` alone is meant for every number of samples."""
-    return [*layer, *(["epochs_below_1000"] if "epochs" in layer and "epochs_below_1000" not in layer else [])]
-
-
-def _apply(
-    method: str, train: Train, options: dict[str, Any], layer: Mapping[str, Any], *, where: str
-) -> tuple[Train, dict[str, Any]]:
-    """Lay `layer` over training fields and method options; a name that is neither is an error."""
-    own = set(methods.option_names(method))
-    changed: dict[str, Any] = {}
-    if "epochs" in layer and "epochs_below_1000" not in layer:
-        layer = {**layer, "epochs_below_1000": layer["epochs"]}
-    for name, value in layer.items():
-        if name in own:
-            options = merge(options, {name: value})  # of a combined method's part, what is written alone changes
-        elif name in TRAIN_FIELDS:
-            changed[name] = value
-        else:
-            raise InputError(f"unknown field '{name}'", where=where, way_out=nearest(name, own | TRAIN_FIELDS))
-    if not changed:
-        return train, options
-    return validate(Train, {**train.model_dump(), **changed}, where), options
 
 
 def _grid(axes: Mapping[str, list[Any]]) -> Iterator[Point]:
