@@ -1,156 +1,80 @@
-"""`hificl trials`: what would train and be scored, with every setting and where it comes from."""
+"""What would train and be scored: every trial of a study, with each setting and where it comes from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any
 
 from pipeline.config import Params
 from pipeline.errors import InputError
-from pipeline.plan.inputs import Inputs, Places, as_given, evaluated_samples, places
-from pipeline.plan.space import PAPERS_FULL_SIZE, Cell, Digests, cells, corners, points
-from pipeline.sweep.store import TrialStore
-from pipeline.terminal import Answer, short, table
+from pipeline.plan.inputs import Inputs, Places, as_given, evaluated_samples
+from pipeline.plan.settings import TRAIN_FIELDS
+from pipeline.plan.space import PAPERS_FULL_SIZE, Cell, Digests, Point, cells, corners, points
 from pipeline.trial import TrialConfig
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
+_DIGESTS = {"backbone_digest", "manifest_digest"}
 
 
-class TrialRow(BaseModel):
+@dataclass(frozen=True)
+class TrialRow:
     """One trial of one study, as it would be trained and scored.
 
     Attributes:
         row: the study's row.
         vary: the point of the study's axes.
         searched: the point of the row's search; of a search that asks for its points one after another, an example.
-        key: the trial's key; None where weights or data are not here, which it hangs on.
+        trial: its configuration.
+        num_shots: demonstrations that a teacher sees, or that the method itself shows.
         num_evaluation: samples that it is scored on.
+        key: the trial's key; None where weights or data are not here, which it hangs on.
         done: whether it is trained (or needs no training) and in the store.
         sources: where each setting comes from: train (the default), method, a paper's table or section, profile,
             study, or params.yaml.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     study: str
     row: str
-    backbone: str
-    task: str
-    method: str
-    vary: dict[str, Any]
-    searched: dict[str, Any]
-    options: dict[str, Any]
+    vary: Point
+    searched: Point
+    trial: TrialConfig
     num_shots: int
-    num_train_samples: int
-    num_selection_samples: int
-    learning_rate: float
-    weight_decay: float
-    warmup_ratio: float
-    epochs: int
-    micro_batch_size: int
-    accumulation: int
-    alignment_weight: float
-    ground_truth_weight: float
-    precision: str
-    engine: str
-    zero_stage: int
-    world_size: int
-    selection: str
-    seed: int
     num_evaluation: int
     key: str | None
     done: bool
     sources: dict[str, str]
 
-
-@dataclass(frozen=True)
-class Trials(Answer):
-    """The trials of some studies."""
-
-    rows: list[TrialRow]
-
-    def record(self) -> list[dict[str, Any]]:
-        """Return a record a trial."""
-        return [row.model_dump(mode="json") for row in self.rows]
-
-    def shown(self) -> Iterator[RenderableType]:
-        """Give each study's trials by what differs between them, and below every setting and where it comes from."""
-        for study in dict.fromkeys(row.study for row in self.rows):
-            rows = [row for row in self.rows if row.study == study]
-            yield f"{study}: {len(rows)} trials, {sum(row.done for row in rows)} done\n"
-            yield _by_trial(rows)
-            yield ""
-            yield _by_setting(rows)
-            yield ""
+    def record(self) -> dict[str, Any]:
+        """Return all settings of the trial, and what is known of it beside them."""
+        return {
+            "study": self.study, "row": self.row, "vary": self.vary, "searched": self.searched,
+            **self.trial.model_dump(mode="json", exclude=_DIGESTS), "num_shots": self.num_shots,
+            "num_evaluation": self.num_evaluation, "key": self.key, "done": self.done, "sources": self.sources,
+        }  # fmt: skip
 
 
-def _by_trial(rows: Sequence[TrialRow]) -> Table:
-    """Return a row a trial, with the settings that are not the same in all that have them."""
-    facts, options = [_settings(row) for row in rows], [_options(row) for row in rows]
-    differ, own = _differing(facts), _differing(options)
-    heads = [name.replace("_", "\n") for name in differ]  # narrow as the numbers below them
-    made = table("row", *heads, *(["options"] if own else []), "done", right=heads[differ.count("task") :])
-    for row, fact, option in zip(rows, facts, options, strict=True):
-        mine = " ".join(f"{name}={option[name]}" for name in own if name in option)
-        cells = [*(fact[name] for name in differ), *([mine] if own else [])]
-        made.add_row(row.row, *cells, "yes" if row.done else "")
-    return made
-
-
-def _by_setting(rows: Sequence[TrialRow]) -> Table:
-    """Return a row a setting: its values, and where they come from."""
-    facts = [{**_settings(row), **_options(row)} for row in rows]
-    made = table("setting", "value", "from")
-    for name in dict.fromkeys(name for one in facts for name in one):
-        having = [(row, one[name]) for row, one in zip(rows, facts, strict=True) if name in one]
-        values = dict.fromkeys(value for _, value in having)
-        sources = dict.fromkeys(row.sources[name] for row, _ in having if name in row.sources)
-        made.add_row(name, ", ".join(values), ", ".join(sources) or "the study and the profile")
-    return made
-
-
-def _differing(facts: Sequence[Mapping[str, str]]) -> list[str]:
-    names = dict.fromkeys(name for one in facts for name in one)
-    return [name for name in names if len({one[name] for one in facts if name in one}) > 1]
-
-
-def _settings(row: TrialRow) -> dict[str, str]:
-    """Return what all methods have, as a table shows it."""
-    return {name: short(getattr(row, name)) for name in _SHOWN}
-
-
-def _options(row: TrialRow) -> dict[str, str]:
-    """Return the method's own options."""
-    return {name: short(value) for name, value in row.options.items() if not isinstance(value, dict | list)}
-
-
-_SHOWN = (
-    "task", "backbone", "num_train_samples", "num_shots", "epochs", "learning_rate", "weight_decay", "precision",
-    "seed", "num_evaluation",
-)  # fmt: skip
-
-
-def trial_rows(params: Params, studies: Sequence[str]) -> list[TrialRow]:
+def trial_rows(
+    params: Params, studies: Sequence[str], where: Places, finished: Callable[[str], bool]
+) -> list[TrialRow]:
     """Return every trial of the studies under the profile; of points that a searcher asks for, examples.
 
     Nothing is read but params.yaml where weights or manifests are missing: no trial is known to be done then.
 
+    Args:
+        params: the project's.
+        studies: their names.
+        where: the project's places.
+        finished: whether the store has the trial of a key.
+
     Raises:
         InputError: an unknown study, field or option, or settings that no trial can have.
     """
-    where = places()
     known = _digests(params, studies, where)
-    store = TrialStore(where.runs)
     return [
         row
         for study in studies
         for cell in cells(params, study, known or as_given(params))
-        for row in _rows(params, cell, store if known else None)
+        for row in _rows(params, cell, finished if known else None)
     ]
 
 
@@ -161,33 +85,26 @@ def _digests(params: Params, studies: Sequence[str], where: Places) -> Digests |
         return None
 
 
-def _rows(params: Params, cell: Cell, store: TrialStore | None) -> Iterator[TrialRow]:
+def _rows(params: Params, cell: Cell, finished: Callable[[str], bool] | None) -> Iterator[TrialRow]:
     asked_later = params.sweep.search == "optuna" and cell.search
     for point in corners(cell) if asked_later else points(cell, params):
-        config = cell.trial(point)
-        settings = config.model_dump(include=set(TrialRow.model_fields) - {"num_shots", "options"})
+        trial = cell.trial(point)
         yield TrialRow(
-            **settings, study=cell.study, row=cell.row, vary=cell.vary, searched=point, options=config.options,
-            num_shots=config.num_shots or int(config.options.get("num_shots", 0)),
-            num_evaluation=evaluated_samples(params, cell.task), key=config.key if store else None,
-            done=bool(store and store.finished(config.key)), sources=_sources(cell, config),
+            study=cell.study, row=cell.row, vary=cell.vary, searched=point, trial=trial,
+            num_shots=trial.num_shots or int(trial.options.get("num_shots", 0)),
+            num_evaluation=evaluated_samples(params, cell.task), key=trial.key if finished else None,
+            done=finished is not None and finished(trial.key), sources=_sources(cell, trial),
         )  # fmt: skip
 
 
-def _sources(cell: Cell, config: TrialConfig) -> dict[str, str]:
+def _sources(cell: Cell, trial: TrialConfig) -> dict[str, str]:
     """Return where each setting that the trial uses comes from."""
-    fields = [*TrialRow.model_fields, *config.options]
-    below = "epochs_below_1000" if config.num_train_samples < PAPERS_FULL_SIZE else "epochs"
-    names = {**{name: name for name in fields}, "epochs": below}
-    found = {name: cell.sources[own] for name, own in names.items() if own in cell.sources}
-    default = {name: "method" if name in config.options else "train" for name in (*_SETTINGS, *config.options)}
+    own = [name for name in TrialConfig.model_fields if name in TRAIN_FIELDS]
+    default = dict.fromkeys(own, "train") | dict.fromkeys(trial.options, "method")
+    below = "epochs_below_1000" if trial.num_train_samples < PAPERS_FULL_SIZE else "epochs"
+    asked = {**{name: name for name in default}, "epochs": below}
+    won = {name: cell.sources[setting] for name, setting in asked.items() if setting in cell.sources}
     chosen_on = "num_selection_samples"
-    if chosen_on not in cell.search and 0 < config.num_selection_samples < cell.train.num_selection_samples:
-        found[chosen_on] = "subsample.num_selection, which is less"
-    return {**default, **found}
-
-
-_SETTINGS = (
-    "num_shots", "num_train_samples", "num_selection_samples", "learning_rate", "weight_decay", "warmup_ratio",
-    "epochs", "micro_batch_size", "accumulation", "precision", "selection",
-)  # fmt: skip
+    if chosen_on not in cell.search and 0 < trial.num_selection_samples < cell.train.num_selection_samples:
+        won[chosen_on] = "subsample.num_selection, which is less"
+    return {**default, **won}

@@ -10,10 +10,10 @@ import pytest
 from pipeline.config import load
 from pipeline.errors import InputError
 from pipeline.papers import settings
-from pipeline.plan.inputs import Places, as_given
+from pipeline.plan import trials
+from pipeline.plan.inputs import Places, as_given, places
 from pipeline.plan.plan import make_plan
 from pipeline.plan.space import cells, needed
-from pipeline.plan.trials import trial_rows
 from pipeline.plan.unheard import unheard
 from tests.conftest import ROOT
 
@@ -21,6 +21,10 @@ TABLE_6 = {  # written down a second time, by hand
     "llava-interleave-7b": {"vqav2": 8, "okvqa": 4, "coco": 8},
     "idefics2-8b-base": {"vqav2": 8, "okvqa": 16, "coco": 4},
 }  # fmt: skip
+
+
+def trial_rows(params, studies):
+    return trials.trial_rows(params, studies, places(), lambda key: False)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,9 @@ def rows():
 
 
 def all_of(rows, paper):
-    return [(name, row) for name, found in rows[0].items() if name.startswith(paper) for row in found if row.epochs]
+    return [
+        (name, row) for name, found in rows[0].items() if name.startswith(paper) for row in found if row.trial.epochs
+    ]
 
 
 def test_every_study_of_the_papers_can_be_laid_out_under_real(rows):
@@ -42,10 +48,12 @@ def test_each_trial_has_what_its_paper_gives_unless_the_study_asks_otherwise(row
     by_hand, params = Counter(), rows[1]
     for name, row in [*all_of(rows, "hificl"), *all_of(rows, "mimic")]:
         wanted = {}
-        for rule in settings.rules(params.studies[name].paper, name, row.method, row.backbone, row.task):
+        for rule in settings.rules(
+            params.studies[name].paper, name, row.trial.method, row.trial.backbone, row.trial.task
+        ):
             wanted.update(rule.set)
-        own = {**row.options, **row.model_dump()}
-        below = row.num_train_samples < 1000
+        own = {**row.trial.options, **row.record()}
+        below = row.trial.num_train_samples < 1000
         for field, value in wanted.items():
             if field == ("epochs" if below else "epochs_below_1000") or (field == "num_shots" and not row.num_shots):
                 continue
@@ -61,49 +69,61 @@ def test_each_trial_has_what_its_paper_gives_unless_the_study_asks_otherwise(row
 def test_the_studies_have_the_numbers_that_the_papers_print(rows):
     hificl = all_of(rows, "hificl")
     for name, row in hificl:
-        assert (row.weight_decay, row.precision, row.warmup_ratio) == (0.05, "fp16", 0.1), (name, row.row)
-        assert (row.micro_batch_size, row.accumulation) == (2, 2)
-        assert row.epochs == (5 if row.num_train_samples >= 1000 else 10), (name, row.row)
-        assert row.learning_rate == (5e-4 if row.method == "lora" else 5e-3), (name, row.row)
-        if row.method == "hificl":
-            assert row.options["num_virtual_tokens"] == 8
+        assert (row.trial.weight_decay, row.trial.precision, row.trial.warmup_ratio) == (0.05, "fp16", 0.1), (
+            name,
+            row.row,
+        )
+        assert (row.trial.micro_batch_size, row.trial.accumulation) == (2, 2)
+        assert row.trial.epochs == (5 if row.trial.num_train_samples >= 1000 else 10), (name, row.row)
+        assert row.trial.learning_rate == (5e-4 if row.trial.method == "lora" else 5e-3), (name, row.row)
+        if row.trial.method == "hificl":
+            assert row.trial.options["num_virtual_tokens"] == 8
             if "rank" not in row.vary and name != "hificl-table8":
-                assert row.options["rank"] == TABLE_6.get(row.backbone, {}).get(row.task, 8), (name, row)
-        if row.method == "mimic":
-            assert row.options["shift"] == ("linear" if row.backbone == "llava-interleave-7b" else "vector"), name
-            assert row.num_shots == (32 if row.backbone == "idefics-9b" else 8)
+                assert row.trial.options["rank"] == TABLE_6.get(row.trial.backbone, {}).get(row.trial.task, 8), (
+                    name,
+                    row,
+                )
+        if row.trial.method == "mimic":
+            assert row.trial.options["shift"] == (
+                "linear" if row.trial.backbone == "llava-interleave-7b" else "vector"
+            ), name
+            assert row.num_shots == (32 if row.trial.backbone == "idefics-9b" else 8)
     for name, row in all_of(rows, "mimic"):
-        assert (row.weight_decay, row.precision) == (1e-3, "fp16"), (name, row.row)
-        assert row.learning_rate == (5e-4 if row.method in ("lora", "lora-mini") else 5e-3), (name, row.row)
-        full = {"live": 10, "mimic+lora": 1}.get(row.method, 5)
-        below = {"mimic+lora": 1}.get(row.method, 10)
-        assert row.epochs == (full if row.num_train_samples >= 1000 else below), (name, row.row)
+        assert (row.trial.weight_decay, row.trial.precision) == (1e-3, "fp16"), (name, row.row)
+        assert row.trial.learning_rate == (5e-4 if row.trial.method in ("lora", "lora-mini") else 5e-3), (name, row.row)
+        full = {"live": 10, "mimic+lora": 1}.get(row.trial.method, 5)
+        below = {"mimic+lora": 1}.get(row.trial.method, 10)
+        assert row.trial.epochs == (full if row.trial.num_train_samples >= 1000 else below), (name, row.row)
         if row.num_shots and "num_shots" not in row.vary and name != "mimic-table10":
-            assert row.num_shots == (32 if row.backbone == "idefics-9b" else 8), (name, row.row)
-    assert {row.num_train_samples for row in rows[0]["mimic-table9"]} == {8000}
-    assert {row.alignment_weight for row in rows[0]["mimic-table9"] if row.method == "mimic"} == {0.7}
-    (combined,) = {row.options["lora"]["rank"] for row in rows[0]["mimic-table12"] if row.method == "mimic+lora"}
+            assert row.num_shots == (32 if row.trial.backbone == "idefics-9b" else 8), (name, row.row)
+    assert {row.trial.num_train_samples for row in rows[0]["mimic-table9"]} == {8000}
+    assert {row.trial.alignment_weight for row in rows[0]["mimic-table9"] if row.trial.method == "mimic"} == {0.7}
+    (combined,) = {
+        row.trial.options["lora"]["rank"] for row in rows[0]["mimic-table12"] if row.trial.method == "mimic+lora"
+    }
     assert combined == 16
 
 
 def test_the_rows_of_the_papers_are_there(rows):
     made = {name: {row.row for row in found} for name, found in rows[0].items()}
     assert {"live", "mimic"} <= made["hificl-figure6"]
-    assert {row.backbone for row in rows[0]["hificl-table6"]} == {"llava-interleave-7b", "idefics2-8b-base"}
+    assert {row.trial.backbone for row in rows[0]["hificl-table6"]} == {"llava-interleave-7b", "idefics2-8b-base"}
     assert {row.vary["num_train_samples"] for row in rows[0]["mimic-figure7"]} == {100, 300, 500, 700, 1000}
 
 
 def test_evaluation_sizes_are_the_tasks_own(rows):
-    sizes = {row.task: row.num_evaluation for found in rows[0].values() for row in found}
+    sizes = {row.trial.task: row.num_evaluation for found in rows[0].values() for row in found}
     assert sizes["vqav2"] == 10_000 and sizes["okvqa"] == 5_046 and sizes["coco"] == 40_504
 
 
 def test_the_published_protocol_has_its_scripts_epochs_and_weight_decay():
     params = load(ROOT / "params.yaml", ["protocol=published"], profile="real")
-    trained = [row for row in trial_rows(params, ["hificl-table1"]) if row.epochs]
-    assert {(row.epochs, row.weight_decay) for row in trained} == {(3, 0.001)}
+    trained = [row for row in trial_rows(params, ["hificl-table1"]) if row.trial.epochs]
+    assert {(row.trial.epochs, row.trial.weight_decay) for row in trained} == {(3, 0.001)}
     (combined,) = {
-        row.options["lora"]["rank"] for row in trial_rows(params, ["mimic-table12"]) if row.method == "mimic+lora"
+        row.trial.options["lora"]["rank"]
+        for row in trial_rows(params, ["mimic-table12"])
+        if row.trial.method == "mimic+lora"
     }
     assert combined == 1
 
@@ -127,19 +147,22 @@ def settings_of(study: str, *overrides: str, profile: str = "mini"):
 
 def test_what_the_user_sets_wins_over_profile_paper_and_method():
     params, rows = settings_of("hificl-table1", "train.learning_rate=0.001")
-    trained = [row for row in rows if row.epochs]
-    assert {row.learning_rate for row in trained} == {0.001} and len({row.method for row in trained}) == 4
+    trained = [row for row in rows if row.trial.epochs]
+    assert {row.trial.learning_rate for row in trained} == {0.001} and len({row.trial.method for row in trained}) == 4
     assert {row.sources["learning_rate"] for row in trained} == {"params.yaml"}
     assert unheard(params, cells(params, "hificl-table1", as_given(params))) == []
 
 
 def test_epochs_are_epochs_for_any_number_of_samples():
     _, rows = settings_of("hificl-figure4", "train.epochs=3")
-    assert {row.epochs for row in rows if row.method != "icl-k"} == {3}
+    assert {row.trial.epochs for row in rows if row.trial.method != "icl-k"} == {3}
     _, rows = settings_of("hificl-figure4", "train.epochs=3", "train.epochs_below_1000=4")
-    assert {(row.num_train_samples >= 1000, row.epochs) for row in rows if row.epochs} == {(True, 3), (False, 4)}
+    assert {(row.trial.num_train_samples >= 1000, row.trial.epochs) for row in rows if row.trial.epochs} == {
+        (True, 3),
+        (False, 4),
+    }
     _, rows = settings_of("hificl-figure4", "train.epochs_below_1000=4", "methods.hificl.epochs=3")
-    assert {row.epochs for row in rows if row.method == "hificl"} == {3}
+    assert {row.trial.epochs for row in rows if row.trial.method == "hificl"} == {3}
 
 
 def test_of_a_combined_methods_part_only_what_is_set_changes():
@@ -147,7 +170,7 @@ def test_of_a_combined_methods_part_only_what_is_set_changes():
         _, rows = settings_of(
             "mimic-table12", f"protocol={protocol}", "methods.mimic+lora.lora.dropout=0.1", profile="real"
         )
-        parts = [row.options["lora"] for row in rows if row.method == "mimic+lora"]
+        parts = [row.trial.options["lora"] for row in rows if row.trial.method == "mimic+lora"]
         assert {(part["rank"], part["dropout"]) for part in parts} == {(rank, 0.1)}
 
 
@@ -349,10 +372,10 @@ def test_no_trial_says_that_it_chooses_on_more_samples_than_are_drawn():
     params = load(ROOT / "params.yaml", ["subsample.num_selection=150"], profile="mini")
     (line,) = unheard(params, cells(params, "hificl-table8", as_given(params)))
     assert line == "profile mini sets num_selection_samples=200, 150 are drawn and all used: " + ", ".join(
-        dict.fromkeys(row.task for row in trial_rows(params, ["hificl-table8"]))
+        dict.fromkeys(row.trial.task for row in trial_rows(params, ["hificl-table8"]))
     )
-    rows = [row for row in trial_rows(params, ["hificl-table8"]) if row.epochs]
-    assert {row.num_selection_samples for row in rows} == {150}
+    rows = [row for row in trial_rows(params, ["hificl-table8"]) if row.trial.epochs]
+    assert {row.trial.num_selection_samples for row in rows} == {150}
     assert all(row.sources["num_selection_samples"].startswith("subsample.num_selection") for row in rows)
     params = load(ROOT / "params.yaml", ["train.selection=test", "train.num_selection_samples=9999"])
     (line,) = unheard(params, cells(params, "hificl-table8", as_given(params)))
