@@ -40,7 +40,7 @@ class _Config(BaseModel):
 class TrialConfig(_Config):
     """One training (or one method without training), by content.
 
-    Fields that a method does not use are held at a neutral value by `sweep.space`, so that a trial that two
+    Fields that a method does not use are held at a neutral value by `plan.space`, so that a trial that two
     studies share has one key. `options` are the method's own (`rank`, `num_virtual_tokens`, ...).
     """
 

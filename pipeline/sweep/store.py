@@ -5,13 +5,13 @@ Resume goes by this ledger and never by Ray's history, which offers finished tri
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from pipeline.errors import InputError
 from pipeline.progress import say
@@ -109,34 +109,21 @@ class TrialStore:
             InputError: another process holds it; the message names it.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.root / ".lock", "a+", encoding="utf-8") as handle:
-            told = False
-            while not _locked(handle):
-                handle.seek(0)
-                holder = handle.read().strip() or "another process"
-                if not wait:
-                    raise InputError(
-                        f"held by {holder}",
-                        where=str(self.root),
-                        way_out="Wait for it to end, or stop it, and run again",
-                    )
-                if not told:
-                    say(f"{what} waits for {self.root}, held by {holder}")
-                told = True
-                time.sleep(_WAIT_SECONDS)
-            handle.truncate(0)
-            handle.write(f"{what}, pid {os.getpid()} on {os.uname().nodename}, since {time.strftime('%F %T')}")
-            handle.flush()
-            try:
-                yield
-            finally:
-                handle.truncate(0)
-
-
-def _locked(handle: IO[str]) -> bool:
-    """Take the lock if it is free, and say so."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        note, lock = self.root / ".lock", FileLock(self.root / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            holder = note.read_text(encoding="utf-8").strip() or "another process"
+            if not wait:
+                raise InputError(
+                    f"held by {holder}", where=str(self.root), way_out="Wait for it to end, or stop it, and run again"
+                ) from None
+            say(f"{what} waits for {self.root}, held by {holder}")
+            lock.acquire(poll_interval=_WAIT_SECONDS)
+        try:
+            since = time.strftime("%F %T")
+            note.write_text(f"{what}, pid {os.getpid()} on {os.uname().nodename}, since {since}", encoding="utf-8")
+            yield
+        finally:
+            note.write_text("", encoding="utf-8")
+            lock.release()
