@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
 from pipeline.commands.parser import CommandLine, settable
 from pipeline.terminal import Answer, Facts
@@ -28,9 +28,9 @@ def run_trial(args: argparse.Namespace) -> Answer:
     trial = recorded.read(Path(args.file), Path(args.evaluation) if args.evaluation else None)
     params, root = load(overrides=args.set), Path.cwd()
     recorded.train(trial, params, root)
-    facts = {"trial": trial.config.key, "folder": f"runs/{trial.config.key}"}
+    facts: dict[str, Any] = {"trial": trial.config.key, "folder": f"runs/{trial.config.key}"}
     if not args.train_only:
-        path = recorded.score(trial, params, root)
-        score = json.loads(path.read_text(encoding="utf-8"))
-        facts |= {"evaluation": str(path.relative_to(root)), "metric": score["metric"], "value": score["value"]}
+        key, score = recorded.score(trial, params, root)
+        facts |= {"evaluation": f"evaluations/{key}.json", "metric": score.metric, "unit": score.unit}
+        facts["value"] = score.value
     return Facts(facts)

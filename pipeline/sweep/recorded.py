@@ -10,6 +10,8 @@ from pipeline import backbones
 from pipeline.config import Explicit, Params, Study, StudyMethod
 from pipeline.errors import InputError
 from pipeline.invalid import validate
+from pipeline.records.evaluation import Evaluation
+from pipeline.records.evaluations import Evaluations
 from pipeline.sweep.evaluation import evaluate
 from pipeline.sweep.run import sweep
 from pipeline.tasks import tasks
@@ -73,8 +75,8 @@ def train(recorded: Recorded, params: Params, root: Path | None = None) -> None:
     sweep(params_of(recorded, params), [STUDY], root)
 
 
-def score(recorded: Recorded, params: Params, root: Path | None = None) -> Path:
-    """Score the trial, unless that is done, and return the file of its score.
+def score(recorded: Recorded, params: Params, root: Path | None = None) -> tuple[str, Evaluation]:
+    """Score the trial, unless that is done, and return the score's key and the score.
 
     Raises:
         InputError: as `train`.
@@ -82,5 +84,7 @@ def score(recorded: Recorded, params: Params, root: Path | None = None) -> Path:
     """
     root = root or Path.cwd()
     evaluate(params_of(recorded, params), [STUDY], root)
-    (cell,) = json.loads((root / f"evaluations/studies/{STUDY}.json").read_text(encoding="utf-8"))["cells"]
-    return root / f"evaluations/{cell['evaluation']}.json"
+    evaluations = Evaluations(root / "evaluations")
+    (cell,) = evaluations.study(STUDY).cells
+    key = cell.evaluation or ""
+    return key, evaluations.read(key)
