@@ -215,8 +215,8 @@ def _section(raw: dict[str, Any], name: str, where: str) -> dict[str, Any]:
 
 def _set(section: dict[str, Any]) -> dict[str, Any]:
     """Return what a section sets: an empty value sets nothing."""
-    found = {key: _set(value) if isinstance(value, dict) else value for key, value in section.items()}
-    return {key: value for key, value in found.items() if value is not None and value != {}}
+    values = {key: _set(value) if isinstance(value, dict) else value for key, value in section.items()}
+    return {key: value for key, value in values.items() if value is not None and value != {}}
 
 
 def data_root(params: Params) -> Path:

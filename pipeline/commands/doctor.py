@@ -79,7 +79,7 @@ class Examination(Answer):
             made.add_row(check.name, Text(check.state, style=_STYLES.get(check.state, "")), check.detail)
         yield made
         yield ""
-        yield from (f"{one.name}: {one.way_out}" for one in self.checks if one.way_out and one.state != OK)
+        yield from (f"{check.name}: {check.way_out}" for check in self.checks if check.way_out and check.state != OK)
 
 
 def examine(params: Params, root: Path) -> Examination:
@@ -163,10 +163,10 @@ def _data(params: Params, root: Path) -> Iterator[Finding]:
 
         made_here = task.stands_for != task.name
         way_out = "dvc repro world" if made_here else "docs/data.md says where to get it and where to put it"
-        found = _tried(f"data of {name}", official, way_out)
-        if made_here and found.state == MISSING:
-            found = Finding(found.name, NOTE, "not made yet; dvc repro makes it", "dvc repro world")
-        yield found
+        finding = _tried(f"data of {name}", official, way_out)
+        if made_here and finding.state == MISSING:
+            finding = Finding(finding.name, NOTE, "not made yet; dvc repro makes it", "dvc repro world")
+        yield finding
     if (links := unwatched(folder)) is not None:
         yield Finding("links", NOTE, links, UNWATCHED_WAY_OUT)
 
@@ -204,10 +204,10 @@ def _java(params: Params, root: Path) -> Iterator[Finding]:
 
     captions = [name for name in needed(params, params.run.studies)[1] if tasks.get(name).metric == "CIDEr"]
 
-    found = _tried("java", lambda: f"{java_version()} at {find_java()}")
-    if found.state == MISSING and not captions:
-        found = Finding(found.name, NOTE, f"{found.detail} (no caption task needs it)", found.way_out)
-    yield found
+    finding = _tried("java", lambda: f"{java_version()} at {find_java()}")
+    if finding.state == MISSING and not captions:
+        finding = Finding(finding.name, NOTE, f"{finding.detail} (no caption task needs it)", finding.way_out)
+    yield finding
 
 
 def _gpus(params: Params, root: Path) -> Iterator[Finding]:

@@ -63,7 +63,7 @@ def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
         tracker = Tracker(params.tracking.uri, root)
         gone = {folder.name for folder in old_trials}
         runs, models = tracker.trial_runs(gone), tracker.models_of(gone)
-        found = {
+        shown = {
             "trials": [str(folder.relative_to(root)) for folder in old_trials],
             "evaluations": [str(file.relative_to(root)) for file in old_files],
             "mlflow_runs": runs, "models": [f"{name}/{version}" for name, version in models],
@@ -77,7 +77,7 @@ def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
                 shutil.rmtree(folder)
             for file in old_files:
                 file.unlink()
-    return found
+    return shown
 
 
 def _referred(evaluations: Evaluations) -> tuple[set[str], set[str]]:

@@ -24,13 +24,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Refuse what is not known where it stands: a verb knows its options, who parses above it does not."""
-        found, extra = super().parse_known_args(args, namespace)
+        known, extra = super().parse_known_args(args, namespace)
         if extra:
             word = next((word for word in extra if word.startswith("-")), extra[0]).partition("=")[0]
             options = [name for name in self._option_string_actions if name.startswith("--")]
             hint = f". {nearest(word, options)}" if word.startswith("-") else ""
             self.error(f"unknown {'option' if hint else 'argument'} '{word}'{hint}")
-        return found, extra
+        return known, extra
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -82,7 +82,9 @@ class CommandLine(Parser):
     def format_help(self) -> str:
         """Return the verbs by group, and the options."""
         width = 2 + max(len(name) for verbs in self._groups.values() for name in verbs)
-        options = {", ".join(one.option_strings): str(one.help) for one in self._actions if one.option_strings}
+        options = {
+            ", ".join(action.option_strings): str(action.help) for action in self._actions if action.option_strings
+        }
         lines = [self.format_usage().strip(), "", str(self.description)]
         for title, rows in {**self._groups, "options": options}.items():
             lines += ["", f"{title}:", *(f"  {name:{width}}{text}" for name, text in rows.items())]

@@ -70,8 +70,8 @@ def _by_trial(rows: Sequence[TrialRow]) -> Table:
     heads = [name.replace("_", "\n") for name in differ]  # narrow as the numbers below them
     made = table("row", *heads, *(["options"] if own else []), "done", right=heads[differ.count("task") :])
     for row, fact, option in zip(rows, facts, options, strict=True):
-        mine = " ".join(f"{name}={option[name]}" for name in own if name in option)
-        cells = [*(fact[name] for name in differ), *([mine] if own else [])]
+        shown = " ".join(f"{name}={option[name]}" for name in own if name in option)
+        cells = [*(fact[name] for name in differ), *([shown] if own else [])]
         made.add_row(row.row, *cells, "yes" if row.done else "")
     return made
 
@@ -80,8 +80,8 @@ def _by_setting(rows: Sequence[TrialRow]) -> Table:
     """Return a row a setting: its values, and where they come from."""
     facts = [{**_settings(row), **_options(row)} for row in rows]
     made = table("setting", "value", "from")
-    for name in dict.fromkeys(name for one in facts for name in one):
-        having = [(row, one[name]) for row, one in zip(rows, facts, strict=True) if name in one]
+    for name in dict.fromkeys(name for fact in facts for name in fact):
+        having = [(row, fact[name]) for row, fact in zip(rows, facts, strict=True) if name in fact]
         values = dict.fromkeys(value for _, value in having)
         sources = dict.fromkeys(row.sources[name] for row, _ in having if name in row.sources)
         made.add_row(name, ", ".join(values), ", ".join(sources) or "the study and the profile")
@@ -89,8 +89,8 @@ def _by_setting(rows: Sequence[TrialRow]) -> Table:
 
 
 def _differing(facts: Sequence[Mapping[str, str]]) -> list[str]:
-    names = dict.fromkeys(name for one in facts for name in one)
-    return [name for name in names if len({one[name] for one in facts if name in one}) > 1]
+    names = dict.fromkeys(name for fact in facts for name in fact)
+    return [name for name in names if len({fact[name] for fact in facts if name in fact}) > 1]
 
 
 def _settings(row: TrialRow) -> dict[str, str]:
