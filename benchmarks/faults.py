@@ -16,12 +16,11 @@ from pipeline.sweep.store import TrialStore
 def run(
     device: str = "cpu", *, ranks: tuple[int, ...] = (2, 8), num_train_samples: int = 1000, rounds: int = 1
 ) -> dict[str, Any]:
-    """Run a sweep of HiFICL trials on the miniature and add up what its own clocks say of checkpoints, ledger, spool.
+    """Run a sweep of HiFICL trials on the miniature and add up what its own clocks say of checkpoints and ledger.
 
     `keeping_over_training` is the time that the workers spend on epoch checkpoints (written, synced to the disk, read
-    back for their digests), adapters and the ledger's metrics, over the time of that, training and scoring;
-    `spool_over_sweep` the time that the tracker's spool takes of the sweep's wall time. Their sum is
-    `fault_machinery_share`. Left out is `done.json`, once a trial, whose writing takes what one epoch's metrics take.
+    back for their digests), adapters and the ledger's metrics, over the time of that, training and scoring.
+    Left out is `done.json`, once a trial, whose writing takes what one epoch's metrics take.
 
     Args:
         device: cpu alone.
@@ -30,7 +29,7 @@ def run(
         rounds: sweeps.
     """
     found = Findings()
-    shares: dict[str, list[float]] = {"keeping_over_training": [], "spool_over_sweep": [], "fault_machinery_share": []}
+    shares: dict[str, list[float]] = {"keeping_over_training": []}
     seconds: dict[str, float] = {}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
@@ -40,12 +39,9 @@ def run(
             ends = [end for key in store.all_keys() if (end := store.done(key)) is not None]
             rows = Journal(place / "runs", whole=True).news()
         ended = next(row for row in reversed(rows) if row.event == "sweep ended")
-        whole, spool = ended.number("seconds"), ended.number("spool_seconds")
         kept, trained = sum(end.keeping_seconds or 0.0 for end in ends), sum(end.seconds or 0.0 for end in ends)
         shares["keeping_over_training"].append(kept / (kept + trained))
-        shares["spool_over_sweep"].append(spool / whole)
-        shares["fault_machinery_share"].append(kept / (kept + trained) + spool / whole)
-        seconds = {"keeping": kept, "training": trained, "sweep": whole, "spool": spool}
+        seconds = {"keeping": kept, "training": trained, "sweep": ended.number("seconds")}
     for name, values in shares.items():
         found.ratios[name] = sorted(values)[len(values) // 2]
         found.spread[name] = quartiles(values)

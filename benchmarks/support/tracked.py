@@ -13,10 +13,9 @@ import sqlalchemy
 
 from benchmarks.support.timing import Findings
 from pipeline.plan.plan import Plan
-from pipeline.sweep.logbook import Logbook
+from pipeline.sweep.mlflow_sync import MlflowSync
 from pipeline.sweep.store import TrialStore
-from pipeline.tracking.runs import FINISHED, Tracker
-from pipeline.tracking.spool import SpooledTracker
+from pipeline.tracking.client import Tracker
 from pipeline.tracking.store import sqlite_file, sqlite_uri
 
 
@@ -33,46 +32,45 @@ def track(place: tuple[str, str], plan: Plan, where: Path, measured: int, found:
     study = f"scale-{uuid.uuid4().hex[:8]}"
     tracker = Tracker(uri, where)
     tracker.prepare([study])
-    parent = tracker.open_sweep(study, tags={"sweep_key": "scale"}, description="")
     store = TrialStore(plan.places.runs)
+    sync = _sync(tracker, store, plan, study)
     keys = list(plan.trials)
-    empty = _log(tracker, store, plan, {study: parent}, keys[:measured])
+    empty = _log(sync, keys[:measured])
     found.file(f"{name}_trial_ms_empty", [1000 * one for one in empty])
     before = _bytes(uri)
     copies = keys[measured : max(measured + 1, len(keys) - measured)]
     _copy(uri, keys[0], copies)
     found.file(f"{name}_kib_per_trial", [(_bytes(uri) - before) / 1024 / len(copies)])
     found.file(f"{name}_mib", [_bytes(uri) / 2**20])
-    full = _log(tracker, store, plan, {study: parent}, keys[-measured:])
+    full = _log(sync, keys[-measured:])
     found.file(f"{name}_trial_ms_full", [1000 * one for one in full])
-    again = Tracker(uri, where)
-    parent = again.open_sweep(study, tags={"sweep_key": "scale"}, description="")
-    logbook = Logbook(_spooled(again, plan), store, plan, {study: parent})
+    again = _sync(Tracker(uri, where), store, plan, study)
     start = time.perf_counter()
     for key in keys[: measured // 2]:
-        logbook.record(key)
+        again.on_end(key, None)
     found.file(f"{name}_record_done_ms_per_trial", [1000 * (time.perf_counter() - start) / max(1, measured // 2)])
     start = time.perf_counter()
-    logbook.record_done(keys)
+    again.record_done(keys)
     found.file(f"{name}_resume_seconds", [time.perf_counter() - start])
-    for one in (again, tracker):
-        one.close(parent, FINISHED)
+    for used in (again, sync):
+        used.close_sweeps(failed=False)
 
 
-def _spooled(tracker: Tracker, plan: Plan) -> SpooledTracker:
-    return SpooledTracker(tracker, plan.places.runs / ".spool")
+def _sync(tracker: Tracker, store: TrialStore, plan: Plan, study: str) -> MlflowSync:
+    sync = MlflowSync(tracker, store, plan, [study])
+    sync.parents[study] = tracker.open_sweep(study, tags={"sweep_key": "scale"}, description="")
+    return sync
 
 
-def _log(tracker: Tracker, store: TrialStore, plan: Plan, parents: dict[str, str], keys: list[str]) -> list[float]:
+def _log(sync: MlflowSync, keys: list[str]) -> list[float]:
     """Return the seconds that each trial's calls take, from its start to its end."""
-    logbook = Logbook(_spooled(tracker, plan), store, plan, parents)
     seconds = []
     for key in keys:
         start = time.perf_counter()
-        logbook.on_start(key)
-        for row in store.epochs(key):
-            logbook.on_report(key, row)
-        logbook.on_end(key, None)
+        sync.on_start(key)
+        for row in sync.store.epochs(key):
+            sync.on_report(key, row)
+        sync.on_end(key, None)
         seconds.append(time.perf_counter() - start)
     return seconds
 

@@ -45,7 +45,8 @@ def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
     """
     from pipeline.records.evaluations import Evaluations
     from pipeline.sweep.store import TrialStore
-    from pipeline.tracking.runs import Tracker
+    from pipeline.tracking.client import Tracker
+    from pipeline.tracking.registry import ModelRegistry
 
     kept = Evaluations(root / "evaluations")
     if not kept.studies():
@@ -61,8 +62,10 @@ def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
         every = sorted([*(root / "evaluations").glob("*.json"), *(root / "evaluations/measures").glob("*.json")])
         old_files = [file for file in every if str(file.relative_to(root)) not in evaluations]
         tracker = Tracker(params.tracking.uri, root)
+        registry = ModelRegistry(tracker)
         gone = {folder.name for folder in old_trials}
-        runs, models = tracker.trial_runs(gone), tracker.models_of(gone)
+        runs = sorted(run.run_id for every in tracker.runs_of(gone).values() for run in every)
+        models = registry.models_of(gone)
         shown = {
             "trials": [str(folder.relative_to(root)) for folder in old_trials],
             "evaluations": [str(file.relative_to(root)) for file in old_files],
@@ -71,7 +74,7 @@ def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
             "kept_trials": len(trials), "removed": remove,
         }  # fmt: skip
         if remove:
-            tracker.delete_models(models)
+            registry.delete(models)
             tracker.delete_runs(runs)
             for folder in old_trials:
                 shutil.rmtree(folder)

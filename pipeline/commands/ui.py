@@ -18,7 +18,7 @@ def register(line: CommandLine) -> None:
 def ui(args: argparse.Namespace) -> None:
     """Serve until interrupted."""
     from pipeline.config import PARAMS, load
-    from pipeline.tracking.ui import serve
+    from pipeline.tracking.server import serve_page
 
     uri = load().tracking.uri if Path(PARAMS).is_file() else None
-    serve(Path.cwd(), uri, host=args.host, port=args.port)
+    serve_page(Path.cwd(), uri, host=args.host, port=args.port)

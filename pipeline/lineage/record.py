@@ -13,8 +13,8 @@ from pipeline.records.epoch import EpochReport
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import Provenance
 from pipeline.rounding import rounded
-from pipeline.tracking.reading import LEDGER_FILE
-from pipeline.tracking.runs import FINISHED, Tracker
+from pipeline.tracking.client import LEDGER_FILE, Tracker
+from pipeline.tracking.records import FINISHED
 from pipeline.trial import TrialConfig
 
 _SCORED = "evaluation"  # the artifact folder of scores
@@ -54,24 +54,24 @@ def read_record(tracker: Tracker, run_id: str) -> RunRecord:
         InputError: no such run, a run that is no trial or did not finish, or a record that does not give its key.
     """
     run = tracker.read_run(run_id)
-    tags = run["tags"]
+    tags = run.tags
     if tags.get("kind") != "trial":
         raise InputError(
             f"the run is a {tags.get('kind') or 'run of something else'}, not a trial",
             where=run_id, way_out="Give a child run: the report's CSV and `hificl trace` name them",
         )  # fmt: skip
-    if run["status"] != FINISHED:
+    if run.status != FINISHED:
         why = tags.get("error")
-        raise InputError(f"the run ended as {run['status']}{f' ({why})' if why else ''}", where=run_id)
+        raise InputError(f"the run ended as {run.status}{f' ({why})' if why else ''}", where=run_id)
     text = tags.get("trial_config")
-    config = json.loads(text) if text else _from_params(run["params"])
+    config = json.loads(text) if text else _from_params(run.params)
     if key_of(TrialConfig, config, tags["trial_key"]) != tags["trial_key"]:
         raise InputError(
             "the run's params do not give its key: they were changed, or another version of the code wrote them",
             where=run_id,
         )
-    evaluation = _newest_score(tracker, run_id, run["metrics"])
-    metrics = exact(tracker, run_id, run["metrics"], evaluation)
+    evaluation = _newest_score(tracker, run_id, run.metrics)
+    metrics = exact(tracker, run_id, run.metrics, evaluation)
     origin = Provenance.of(tracker.provenance_of(run_id), run_id, _OTHER_RUN)
     return RunRecord(run_id, config, evaluation, metrics, origin, tags)
 

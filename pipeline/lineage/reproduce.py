@@ -19,8 +19,8 @@ from pipeline.lineage.rerun import Again, rerun
 from pipeline.lineage.worktree import check_code, checked_out
 from pipeline.progress import say
 from pipeline.records.evaluation import Evaluation
+from pipeline.tracking.client import Tracker
 from pipeline.tracking.provenance import code_root, code_version, machine, versions
-from pipeline.tracking.runs import Tracker
 
 # what a score may differ by where sums come in another order: on a GPU, over ranks, in a pack, on another processor
 TOLERANCES = {"percent": 1.0, "fraction": 0.02}

@@ -20,7 +20,7 @@ from pipeline.lineage.record import RunRecord, exact
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.evaluations import Evaluations
 from pipeline.tracking import store
-from pipeline.tracking.runs import Tracker
+from pipeline.tracking.client import Tracker
 
 _ENTRY = Path("pipeline/commands/run_trial.py")  # code that has it takes a trial's own JSON
 _STANDARD_ERROR = 2
@@ -118,6 +118,6 @@ def _result(folder: Path, *, scored: bool) -> Again:
         (path,) = (folder / "evaluations").glob("*.json")
         evaluation = Evaluations(folder / "evaluations").read(path.stem)
     return Again(
-        key, exact(tracker, run_id, run["metrics"], evaluation), evaluation, folder_digest(done.parent / "adapter"),
-        run["tags"].get("mlflow.source.git.commit"),
+        key, exact(tracker, run_id, run.metrics, evaluation), evaluation, folder_digest(done.parent / "adapter"),
+        run.tags.get("mlflow.source.git.commit"),
     )  # fmt: skip

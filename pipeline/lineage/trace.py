@@ -21,8 +21,8 @@ from pipeline.records.evaluation import CellResult, Evaluation
 from pipeline.records.evaluations import Evaluations
 from pipeline.rounding import rounded
 from pipeline.sweep.store import TrialStore
+from pipeline.tracking.client import Tracker
 from pipeline.tracking.provenance import code_root, has_commit
-from pipeline.tracking.runs import Tracker
 from pipeline.trial import EvaluationConfig, TrialConfig, digest
 
 
@@ -155,15 +155,15 @@ class _Walk:
         except InputError as error:
             self.checks.add(Check("run", cell.run_id, cell.run_id, error.what, MISSING))
             return {"run_id": cell.run_id}
-        self.checks.compare("run's trial", cell.run_id, cell.trial, run["tags"].get("trial_key"))
+        self.checks.compare("run's trial", cell.run_id, cell.trial, run.tags.get("trial_key"))
         if not cell.measurement:
-            logged = run["metrics"].get(f"test_{cell.metric}")
+            logged = run.metrics.get(f"test_{cell.metric}")
             shown = None if cell.value is None else rounded(cell.value)  # as MLflow's metrics are
             self.checks.compare("run's metric", cell.run_id, shown, None if logged is None else rounded(logged))
         return {
-            "run_id": cell.run_id, "name": run["tags"].get("mlflow.runName"), "study": run["study"],
-            "status": run["status"], "parent": run["tags"].get("mlflow.parentRunId"),
-            "adapter_digest": run["tags"].get("adapter_digest"), "store": self.tracker.address,
+            "run_id": cell.run_id, "name": run.name, "study": run.tags.get("study"),
+            "status": run.status, "parent": run.parent,
+            "adapter_digest": run.tags.get("adapter_digest"), "store": self.tracker.address,
         }  # fmt: skip
 
     def _trial(self, cell: CellResult, evaluation: Evaluation | None) -> dict[str, Any] | None:

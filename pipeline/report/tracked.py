@@ -13,8 +13,8 @@ from pipeline.progress import say
 from pipeline.records.evaluations import Evaluations
 from pipeline.report import papers, study_page, write_study
 from pipeline.report.tables import Table
-from pipeline.tracking.reports import Shown
-from pipeline.tracking.runs import Tracker
+from pipeline.tracking.client import Tracker
+from pipeline.tracking.reports import Reporter, TableNumber
 
 
 def log(params: Params, evaluations: Path, root: Path) -> list[str]:
@@ -24,7 +24,7 @@ def log(params: Params, evaluations: Path, root: Path) -> list[str]:
     """
     logged = []
     try:
-        tracker = Tracker(params.tracking.uri, root)
+        reporter = Reporter(Tracker(params.tracking.uri, root))
         for study in Evaluations(evaluations).studies():
             table, html = study_page(study, params, evaluations)
             with tempfile.TemporaryDirectory() as folder:
@@ -32,14 +32,14 @@ def log(params: Params, evaluations: Path, root: Path) -> list[str]:
                 write_study(study, params, evaluations, out)
                 write_atomic(out / f"{study}.html", html)
                 shutil.rmtree(out / "metrics")  # for DVC; a reader of MLflow has no use for them
-                if tracker.log_report(study, out, _shown(table), _means(table)):
+                if reporter.log(study, out, _numbers(table), _means(table)):
                     logged.append(study)
     except HificlError as error:
         say(f"warning: the report is not in MLflow: {error}")
     return logged
 
 
-def _shown(table: Table) -> list[Shown]:
+def _numbers(table: Table) -> list[TableNumber]:
     numbers = []
     for row, line in enumerate(table.lines, start=1):
         for column, entry in enumerate(table.row(line), start=1):
@@ -48,7 +48,7 @@ def _shown(table: Table) -> list[Shown]:
                 for cell in entry.done:
                     if cell.run_id and cell.value is not None:
                         value = papers.convert(cell.value, cell.unit or entry.unit, entry.unit)
-                        numbers.append(Shown(cell.run_id, f"{row:02d} {line.title}", place, value))
+                        numbers.append(TableNumber(cell.run_id, f"{row:02d} {line.title}", place, value))
     return numbers
 
 

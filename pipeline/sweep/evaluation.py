@@ -16,20 +16,18 @@ from pipeline.plan.space import Cell, Point, points
 from pipeline.progress import bar, say
 from pipeline.records.evaluation import Candidate, CellResult, CurvePoint, StudyFile
 from pipeline.records.evaluations import Evaluations
-from pipeline.records.trial import Provenance, TrialEnd
+from pipeline.records.trial import TrialEnd
 from pipeline.sweep import answers
 from pipeline.sweep.measures import ScoredCell, measured
-from pipeline.sweep.models import register_chosen
-from pipeline.sweep.naming import experiment_note
-from pipeline.sweep.run import SPOOL
-from pipeline.sweep.scores import COSTS, Scores
+from pipeline.sweep.mlflow_sync import COSTS, MlflowSync
 from pipeline.sweep.signals import in_order
 from pipeline.sweep.store import TrialStore
 from pipeline.sweep.supervisor import Driver, ahead
+from pipeline.sweep.trial_runs import experiment_note
 from pipeline.tasks import tasks
 from pipeline.tasks.vqa_files import VqaTask
-from pipeline.tracking.runs import Tracker
-from pipeline.tracking.spool import SpooledTracker
+from pipeline.tracking.client import Tracker
+from pipeline.tracking.records import KILLED
 from pipeline.trial import EvaluationConfig, TrialConfig
 
 
@@ -81,13 +79,15 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore)
     with ahead(bool(todo)) as driver:
         tracker = Tracker(params.tracking.uri, root, params.tracking.artifacts)
         tracker.prepare(studies, {study: experiment_note(params, study, cells) for study in studies})
-        spooled = SpooledTracker(tracker, where.runs / SPOOL)
-        spooled.deliver()
-        log = Scores(spooled, plan, store, evaluations)
-        for key, (scored_trial, _) in jobs.items():
+        sync = MlflowSync(tracker, store, plan, studies)
+        try:
+            sync.find_runs([config.key for config, _ in jobs.values()])
+        finally:
+            tracker.close_all(KILLED)  # of sweeps that were to be brought in line
+        for key, (config, _) in jobs.items():
             if evaluations.path(key).exists():
-                log.show(scored_trial, key)
-        problems = dict(_score(params, plan, todo, evaluations, log, driver)) if todo else {}
+                sync.score(config, key)
+        problems = dict(_score(params, plan, todo, evaluations, sync, driver)) if todo else {}
     missing: dict[str, str] = {}
     for study in studies:
         results = {
@@ -100,19 +100,18 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore)
             for cell in cells
             if cell.name in results and results[cell.name].status == "done"
         ]
-        numbers = measured(params, study, scored, evaluations, spooled)
+        numbers = measured(params, study, scored, evaluations, sync)
         results |= {row.cell.name: result for row, result in zip(scored, numbers, strict=True)}
         missing |= {name: row.error or row.status for name, row in results.items() if row.status != "done"}
-        origin = Provenance.model_validate(tracker.provenance)
         evaluations.write_study(
             StudyFile(
                 study=study, title=params.studies[study].title, profile=params.profile,
                 selection=params.train.selection, protocol=params.protocol, cells=tuple(results.values()),
-                provenance=origin.model_copy(update={"diff": ""}),
+                provenance=tracker.provenance.model_copy(update={"diff": ""}),
             )
         )  # fmt: skip
-    spooled.settle(params.tracking.patience_seconds)
-    register_chosen(tracker, store, (choice.trial for choice in chosen.values()))
+    sync.register(choice.trial for choice in chosen.values())
+    sync.settle(params.tracking.patience_seconds)
     if problems:
         key, why = next(iter(problems.items()))
         raise WorkError(
@@ -175,7 +174,7 @@ def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
 
 def _score(
     params: Params, plan: Plan, todo: list[tuple[TrialConfig, EvaluationConfig]], evaluations: Evaluations,
-    log: Scores, driver: Driver | None,
+    sync: MlflowSync, driver: Driver | None,
 ) -> Iterator[tuple[str, str]]:  # fmt: skip
     """Score trials on the cluster; yield (evaluation key, error) of those that fail."""
     left_out: dict[str, None] = {}  # in order, and each once: every trial of a task lacks the same file
@@ -188,8 +187,8 @@ def _score(
             if isinstance(result, Exception):
                 yield key, str(result)
                 continue
-            evaluations.write(key, log.with_origin(result))
-            log.show(configs[key], key)
+            evaluations.write(key, sync.with_origin(result))
+            sync.score(configs[key], key)
             left_out.update(dict.fromkeys(result.left_out))
     for line in left_out:
         say(f"left out: {line}")

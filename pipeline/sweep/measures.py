@@ -16,7 +16,7 @@ from pipeline.records.evaluations import Evaluations
 from pipeline.records.trial import Machine
 from pipeline.request import TrialRequest
 from pipeline.sweep import answers
-from pipeline.tracking.spool import SpooledTracker
+from pipeline.sweep.mlflow_sync import MlflowSync
 from pipeline.trial import KEY_LENGTH, EvaluationConfig, digest
 
 
@@ -37,7 +37,7 @@ class ScoredCell:
 
 
 def measured(
-    params: Params, study: str, scored: Sequence[ScoredCell], evaluations: Evaluations, tracker: SpooledTracker
+    params: Params, study: str, scored: Sequence[ScoredCell], evaluations: Evaluations, sync: MlflowSync
 ) -> list[CellResult]:
     """Return what a study's scored cells come out as; measure what is not measured yet.
 
@@ -46,7 +46,7 @@ def measured(
         study: its name.
         scored: its scored cells.
         evaluations: where measurements are kept.
-        tracker: where numbers are logged; a store that is away takes them later.
+        sync: where numbers are logged, also those that were measured before.
 
     Returns:
         The cells' results in order. Those of a study of plain scores are as they were.
@@ -77,7 +77,10 @@ def measured(
                 problems |= dict.fromkeys(names, str(result))
                 continue
             for cell_name, job, numbers in zip(names, jobs[number], result, strict=True):
-                _keep(name, kind, job, numbers, keys[cell_name], evaluations, tracker)
+                _keep(name, kind, job, numbers, keys[cell_name], evaluations, sync.tracker.provenance.machine)
+    for key in keys.values():
+        if evaluations.measurement_path(key).exists():
+            sync.measurement(key)
     results: dict[str, CellResult] = {}
     for rows in groups.values():
         results |= _related(kind, name, definition.reference, rows, keys, problems, evaluations)
@@ -101,24 +104,15 @@ def _job(params: Params, row: ScoredCell, evaluations: Evaluations) -> MeasureJo
 
 
 def _keep(
-    name: str,
-    kind: Measure,
-    job: MeasureJob,
-    numbers: Numbers,
-    key: str,
-    evaluations: Evaluations,
-    tracker: SpooledTracker,
+    name: str, kind: Measure, job: MeasureJob, numbers: Numbers, key: str, evaluations: Evaluations, machine: Machine
 ) -> None:
-    """Write what a trial was measured as, and log it."""
-    run_id = job.scored.run_id
+    """Write what a trial was measured as."""
     measurement = Measurement(
         trial=job.request.key, measure=name, settings=kind.model_dump(mode="json"),
-        evaluation=job.evaluation.model_dump(mode="json"), run_id=run_id, numbers=numbers,
-        machine=Machine.model_validate(tracker.tracker.provenance["machine"]),
+        evaluation=job.evaluation.model_dump(mode="json"), run_id=job.scored.run_id, numbers=numbers,
+        machine=machine,
     )  # fmt: skip
     evaluations.write_measurement(key, measurement)
-    if run_id:
-        tracker.log_evaluation(run_id, numbers, evaluations.measurement_path(key))
 
 
 def _related(

@@ -24,9 +24,9 @@ from pipeline.records.epoch import EpochReport
 from pipeline.records.event import JournalEvent
 from pipeline.sweep.journal import sentence
 from pipeline.sweep.messages import Watcher
-from pipeline.sweep.naming import parts_of
 from pipeline.sweep.pace import Pace
 from pipeline.sweep.store import TrialStore
+from pipeline.sweep.trial_runs import name_parts
 from pipeline.tasks import tasks
 from pipeline.terminal import BAD, QUIET, table
 from pipeline.trial import TrialConfig
@@ -42,7 +42,7 @@ class _Trial:
     """One trial as it is shown.
 
     Attributes:
-        parts: what tells it apart from the others, by kind (`naming.parts_of`).
+        parts: what tells it apart from the others, by kind (`trial_runs.name_parts`).
         config: None: one that a searcher asked for, and that nobody knows yet.
         epoch: how many are behind it.
         score: the last on the selection split.
@@ -244,7 +244,7 @@ def _lines(text: str, width: int) -> int:
 
 def _parts(plan: Plan, todo: Sequence[str]) -> tuple[str, dict[str, dict[str, str]]]:
     """Return what all trials have in common, and what tells each apart, by kind; the study only where it has to."""
-    parts = {key: parts_of(plan.cells[plan.cell_of[key]], plan.trials[key]) for key in todo if key in plan.cell_of}
+    parts = {key: name_parts(plan.cells[plan.cell_of[key]], plan.trials[key]) for key in todo if key in plan.cell_of}
     values = {kind: dict.fromkeys(one.get(kind) for one in parts.values()) for kind in _kinds(parts)}
     common = {kind for kind, seen in values.items() if len(seen) == 1}
     if len(parts) == 1:

@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.config import FOLDERS, PARAMS
 from pipeline.errors import InputError
 from pipeline.plain_yaml import read_file
+from pipeline.records.trial import DataDigests, Machine, Provenance
 from pipeline.registry import extensions
 
 LOCK = "dvc.lock"
@@ -25,26 +26,16 @@ MAX_SOURCE = 250_000  # bytes of a changed file that is still kept in a diff
 _GIT_SECONDS = 20
 
 
-def provenance(root: Path | str) -> dict[str, Any]:
+def provenance(root: Path | str) -> Provenance:
     """Return what has to be the same for a number to come out again.
 
     Args:
         root: the project's root (a git checkout, or a copy without git).
-
-    Returns:
-        `commit` (hex, or None outside git), `note` (why there is no commit, else None), `dirty` (None outside git),
-        `changed` (paths that differ from the commit), `diff` (text against the commit, empty when clean),
-        `versions`, `machine` and `data` (md5 of params.yaml and of every output that dvc.lock knows).
     """
     root = Path(root)
     data = data_digests(root)
-    return {
-        "schema": 1,
-        **code_version(code_root(root), generated=data["outs"]),
-        "versions": versions(),
-        "machine": machine(),
-        "data": data,
-    }
+    code = code_version(code_root(root), generated=data.outs)
+    return Provenance(**code, versions=versions(), machine=Machine.model_validate(machine()), data=data)
 
 
 def head_commit(root: Path | str = ".") -> str | None:
@@ -152,8 +143,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def data_digests(root: Path | str) -> dict[str, Any]:
-    """Return `params` (md5 of params.yaml, profiles and studies, or None) and `outs` ({path: md5} of dvc.lock)."""
+def data_digests(root: Path | str) -> DataDigests:
+    """Return the md5 of params.yaml, profiles and studies (None without them), and of every output in dvc.lock."""
     root = Path(root)
     params = None
     if (root / PARAMS).is_file():
@@ -170,7 +161,7 @@ def data_digests(root: Path | str) -> dict[str, Any]:
     for stage in (stages or {}).values() if isinstance(stages, dict) else ():
         for out in stage.get("outs") or []:
             outs[out["path"]] = out.get("md5") or out.get("etag") or ""
-    return {"params": params, "outs": dict(sorted(outs.items()))}
+    return DataDigests(params=params, outs=dict(sorted(outs.items())))
 
 
 def has_commit(root: Path | str, commit: str) -> bool:

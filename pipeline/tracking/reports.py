@@ -1,4 +1,4 @@
-"""`Reports`: a study's tables and figures with its runs, and the columns that sort into its table."""
+"""`Reporter`: a study's tables and figures with its runs, and the columns that sort into its table."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow.entities import Run, RunTag
-
 from pipeline.digests import folder_digest
 from pipeline.rounding import rounded
-from pipeline.tracking.connection import plain
-from pipeline.tracking.models import Models
-from pipeline.tracking.showing import REPORT
-from pipeline.tracking.writing import text_of
+from pipeline.tracking.client import Tracker, plain
+from pipeline.tracking.page import REPORT
+from pipeline.tracking.records import LoggedRun
 
-_PLACE = ("table.row", "table.column")  # tags
+_POSITION = ("table.row", "table.column")  # tags of a trial's run
 _METRIC = re.compile(r"[^\w./ :-]")  # what MLflow does not allow in a metric's name
 
 
 @dataclass(frozen=True)
-class Shown:
+class TableNumber:
     """One number of a study's table at one seed.
 
     Attributes:
@@ -37,10 +34,17 @@ class Shown:
     value: float
 
 
-class Reports(Models):
-    """Logs reports; see `Connection` for the arguments."""
+class Reporter:
+    """Logs reports.
 
-    def log_report(self, study: str, folder: Path, shown: Sequence[Shown], means: Mapping[str, float]) -> bool:
+    Args:
+        tracker: the store.
+    """
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+
+    def log(self, study: str, folder: Path, numbers: Sequence[TableNumber], means: Mapping[str, float]) -> bool:
         """Keep a study's report with its newest parent run, and tag the runs with their places in the table.
 
         A run that several studies share lies in the experiment of the study that asked for it first, and is tagged as
@@ -49,46 +53,37 @@ class Reports(Models):
         Args:
             study: its name.
             folder: the report's files.
-            shown: the table's numbers by run.
+            numbers: the table's by run.
             means: the table's numbers over seeds by name, the parent's metrics.
 
         Returns:
             Whether anything was logged: False where the study has no parent run, or its report is there already.
         """
-        parents = self._search(f"tags.kind = 'sweep' and tags.study = '{plain(study)}'")
+        parents = self.tracker.search(f"tags.kind = 'sweep' and tags.study = '{plain(study)}'")
         if not parents:
             return False
-        parent = max(parents, key=lambda run: (run.info.start_time, run.info.run_id))
+        parent = max(parents, key=lambda run: (run.start_time, run.run_id))
         digest = folder_digest(folder)
-        if parent.data.tags.get("report_digest") == digest:
+        if parent.tags.get("report_digest") == digest:
             return False
-        with self._talking():
-            self._client.log_artifacts(parent.info.run_id, str(folder), REPORT)
-        values = {f"{REPORT}/{_METRIC.sub('-', name)}": value for name, value in means.items()}
-        self.log_evaluation(parent.info.run_id, values, None)
-        trials = self._search("tags.kind = 'trial'", [parent.info.experiment_id])
-        children = {run.info.run_id: run for run in trials}
-        places = {one.run_id: one for one in reversed(shown)}  # a run in two rows: the first
-        for run_id, run in children.items():
-            if run_id in places:
-                self._place(run, places[run_id])
-            else:
-                self._displace(run)
-        self.tag(parent.info.run_id, {"report_digest": digest})  # last: what was cut off is logged again
+        with self.tracker.talking() as client:
+            client.log_artifacts(parent.run_id, str(folder), REPORT)
+        self.tracker.log_scores(parent.run_id, {f"{REPORT}/{_METRIC.sub('-', name)}": means[name] for name in means})
+        by_run = {number.run_id: number for number in reversed(numbers)}  # a run in two rows: the first
+        for run in self.tracker.search("tags.kind = 'trial'", [parent.experiment_id]):
+            self._position(run, by_run.get(run.run_id))
+        self.tracker.tag(parent.run_id, {"report_digest": digest})  # last: what was cut off is logged again
         return True
 
-    def _displace(self, run: Run) -> None:
-        with self._talking():
-            for key in _PLACE:
-                if key in run.data.tags:  # of a table of before
-                    self._client.delete_tag(run.info.run_id, key)
-
-    def _place(self, run: Run, one: Shown) -> None:
-        tags = dict(zip(_PLACE, (one.row, one.column), strict=True))
-        changed = [RunTag(key, text_of(value)) for key, value in tags.items() if run.data.tags.get(key) != value]
-        if changed:
-            with self._talking():
-                self._client.log_batch(run.info.run_id, tags=changed)
-        known = run.data.metrics.get("table_value")
-        if known is None or rounded(known) != rounded(one.value):
-            self.log_evaluation(run.info.run_id, {"table_value": one.value}, None)
+    def _position(self, run: LoggedRun, number: TableNumber | None) -> None:
+        if number is None:
+            with self.tracker.talking() as client:
+                for key in _POSITION:
+                    if key in run.tags:  # of an earlier table
+                        client.delete_tag(run.run_id, key)
+            return
+        tags = dict(zip(_POSITION, (number.row, number.column), strict=True))
+        self.tracker.tag(run.run_id, {key: value for key, value in tags.items() if run.tags.get(key) != value})
+        known = run.metrics.get("table_value")
+        if known is None or rounded(known) != rounded(number.value):
+            self.tracker.log_scores(run.run_id, {"table_value": number.value})

@@ -1,4 +1,4 @@
-"""The address of the run store: resolved once, and probed within seconds before MLflow's own minutes of retries."""
+"""Where the run store is: its address, a sign of life within seconds, and its files after the folder was moved."""
 
 from __future__ import annotations
 
@@ -9,21 +9,33 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import sqlalchemy
 from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, WorkError
 
 
 class Unreachable(InputError):
     """Nothing answers at the address."""
 
 
+class StoreAway(WorkError):
+    """The store does not answer or cannot write; the same call may succeed later."""
+
+
+AWAY = (StoreAway, Unreachable)
+
 SECONDS = 4  # how long an answer may take
 _DEFAULT = "Set MLFLOW_TRACKING_URI or params.yaml's tracking.uri, or leave both out for the embedded mlflow.db"
+# where MLflow keeps the place of its files: absolute since the experiment was made, for a reader may run in any folder
+_LOCATIONS = {
+    "experiments": ("artifact_location",), "runs": ("artifact_uri",), "logged_models": ("artifact_location",),
+    "model_versions": ("source", "storage_location"),
+}  # fmt: skip
+_LOCK_SECONDS = 60  # for other writers
 _CONNECT_TIMEOUT = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}
 
 
@@ -133,6 +145,30 @@ def checkpoint(uri: str) -> None:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
+def follow_moved(file: Path, artifacts: str) -> list[str]:
+    """Point a store at its files after the project's folder was moved; return a sentence for each place of before.
+
+    Nothing is changed while the old folder is there: a copied project reads and writes the first one's files.
+
+    Args:
+        file: the SQLite store.
+        artifacts: the address of the folder with the experiments' files.
+    """
+    here, new = _local(artifacts), artifacts.rstrip("/")
+    if here is None:
+        return []
+    with closing(sqlite3.connect(file, timeout=_LOCK_SECONDS)) as store, store:
+        query = "select distinct artifact_location from experiments where artifact_location is not null"
+        locations = [row[0].rstrip("/") for row in store.execute(query)]
+        old = {location.rpartition("/")[0] for location in locations if _is_elsewhere(location, here)}
+        for place in old:
+            for table, columns in _LOCATIONS.items():
+                for column in columns:
+                    change = f"update {table} set {column} = ? || substr({column}, ?) where substr({column}, 1, ?) = ?"  # noqa: S608
+                    store.execute(change, (new, len(place) + 1, len(place) + 1, f"{place}/"))
+    return [f"MLflow's files are in {here} now, not in {_local(place)}" for place in sorted(old)]
+
+
 def _on_connect(connection: object, _record: object) -> None:
     if isinstance(connection, sqlite3.Connection):
         connection.execute("PRAGMA busy_timeout = 60000")
@@ -188,3 +224,16 @@ def _url(uri: str) -> URL:
         return make_url(uri)
     except sqlalchemy.exc.ArgumentError:
         raise InputError("not an address of an MLflow store", where=shown(uri), way_out=_DEFAULT) from None
+
+
+def _is_elsewhere(location: str, here: Path) -> bool:
+    place = _local(location)
+    return place is not None and place.parent != here and not place.exists() and (here / place.name).is_dir()
+
+
+def _local(location: str) -> Path | None:
+    """Return the folder of a location, None for one that is not of this machine."""
+    parts = urlsplit(location)
+    if parts.scheme not in ("", "file"):
+        return None
+    return Path(unquote(parts.path) if parts.scheme else location)

@@ -211,7 +211,7 @@ def make_sweep(folder: Path) -> Sweep:
 
     made.change(edit)
     # the store's tables, which a sweep would take seconds to make
-    tables = f"from pipeline.tracking.runs import Tracker; Tracker('sqlite:///{folder}/mlflow.db', '.').prepare([])"
+    tables = f"from pipeline.tracking.client import Tracker; Tracker('sqlite:///{folder}/mlflow.db', '.').prepare([])"
     for words in (("-m", "stages.world"), ("-m", "stages.subsample", "mini-vqa"), ("-c", tables)):
         made.python(*words)
     return made

@@ -28,11 +28,15 @@ KINDS = {
     "clock": ("the wall clock jumps a day ahead, two back", "nothing: limits are counted on the monotonic clock"),
     "away": (
         "the MLflow server is away for a while",
-        "training goes on; metrics wait in the spool and are delivered in order",
+        "training goes on; when the server answers again, MLflow is brought in line from `runs/`",
     ),
     "gone": (
         "the MLflow server is away for good",
-        "all is trained; the stage fails and names server and spool; the next `dvc repro` delivers",
+        "all is trained; the stage fails and names server and `runs/`; the next `dvc repro` brings MLflow in line",
+    ),
+    "scoring away": (
+        "the MLflow server goes away while it scores",
+        "all is scored and written; the stage fails and names the server; the next `dvc repro` logs the scores",
     ),
     "memory": ("a worker without memory (RLIMIT_AS)", "the trial is tried again in a new worker"),
     "hang": ("a worker that hangs (SIGSTOP, `hang_seconds: 20`)", "the watchdog replaces it"),

@@ -1,10 +1,11 @@
-"""The MLflow server goes away during a sweep, for a while and for good."""
+"""The MLflow server goes away during a sweep, for a while and for good, and while trials are scored."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -69,11 +70,11 @@ def test_away_for_a_while(sweep, reference, fault, server):
     sweep.midway()
     server.stop()
     done = len(sweep.ends())
-    sweep.until(lambda: len(sweep.ends()) > done and list(sweep.runs.glob(".spool/*.jsonl")), "training goes on")
+    sweep.until(lambda: len(sweep.ends()) > done and "store is away" in sweep.log, "training goes on")
     server.start()
     assert sweep.ended() == 0, sweep.log
     survived(sweep, reference, server.database)
-    assert "metrics wait in" in sweep.log and "entries of the spool" in sweep.log
+    assert sweep.log.count("the MLflow store is away") == 1 and "answers again and has everything" in sweep.log
     fault("away")
 
 
@@ -83,12 +84,9 @@ def test_away_for_good(sweep, reference, fault, server):
     sweep.midway()
     server.stop()
     assert sweep.ended() == 1
-    (spool,) = sweep.runs.glob(".spool/*.jsonl")
     last = sweep.log.strip().splitlines()[-1]
-    assert last.startswith(f"error: {server.uri}") and str(spool) in last and "metrics" in last
+    assert last.startswith(f"error: {server.uri}") and str(sweep.runs) in last and "metrics" in last
     assert results(sweep) == reference["results"]  # all are trained
-    kept = [json.loads(line) for line in spool.read_text().splitlines()]
-    assert server.uri in kept[0]["uri"] and {row["do"] for row in kept[1:]} >= {"log_epochs", "log_adapter", "close"}
     nothing_left(sweep)
     ends = dict.fromkeys(reference["results"], "FINISHED")
     assert mlflow_problems(server.database, ends, EPOCHS)  # it does not have them yet
@@ -98,3 +96,32 @@ def test_away_for_good(sweep, reference, fault, server):
     assert "4 are done" in sweep.log
     survived(sweep, reference, server.database)
     fault("gone")
+
+
+def test_away_while_it_scores(sweep, reference, fault, server):
+    set_tracking(sweep, uri=server.uri, patience_seconds=2)
+    sweep.again()
+    sweep.remember()
+    scores = sweep.folder / "evaluations"
+    sweep.begin("-m", "stages.evaluate")
+    sweep.until(lambda: list(scores.glob("*.json")), "a score is written")
+    server.stop()
+    assert sweep.ended() == 1
+    last = sweep.log.strip().splitlines()[-1]
+    assert last.startswith(f"error: {server.uri}") and "evaluations" in last
+    written = {path: json.loads(path.read_text()) for path in scores.glob("*.json")}
+    assert len(written) == 3 and all(record["run_id"] for record in written.values())  # one of the two ranks is chosen
+    before = {path: path.stat().st_mtime_ns for path in written}
+    nothing_left(sweep)
+    server.start()
+    sweep.again("-m", "stages.evaluate")
+    assert {path: path.stat().st_mtime_ns for path in scores.glob("*.json")} == before  # nothing is scored twice
+    with sqlite3.connect(f"file:{server.database}?mode=ro", uri=True) as db:
+        logged = "select m.run_uuid, m.value from metrics m where m.key = ?"
+        for record in written.values():
+            rows = dict(db.execute(logged, (f"test_{record['metric']}",)).fetchall())
+            assert rows[record["run_id"]] == pytest.approx(record["value"], rel=1e-5)
+        versions = db.execute("select value from model_version_tags where key = 'trial_key'").fetchall()
+        assert sorted(key for (key,) in versions) == sorted(record["trial"] for record in written.values())
+    survived(sweep, reference, server.database)
+    fault("scoring away")

@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.tracking.showing import table_link
+from pipeline.tracking.page import table_link
 from tests.support.chromium import SECONDS, Page, browser
 from tests.support.free_port import free_port
 

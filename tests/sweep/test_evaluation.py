@@ -12,11 +12,10 @@ from pipeline.records.evaluation import Evaluation, Prediction
 from pipeline.records.evaluations import Evaluations
 from pipeline.records.trial import TrialEnd
 from pipeline.sweep import answers, evaluation
-from pipeline.sweep.logbook import Logbook
-from pipeline.sweep.scores import Scores
+from pipeline.sweep.mlflow_sync import MlflowSync
 from pipeline.sweep.store import TrialStore
-from pipeline.tracking.runs import FINISHED, Tracker
-from pipeline.tracking.spool import SpooledTracker
+from pipeline.tracking.client import Tracker
+from pipeline.tracking.records import FINISHED, TrialRun
 from pipeline.tracking.store import Unreachable
 from pipeline.trial import EvaluationConfig
 from tests.support.plans import make_plan
@@ -29,12 +28,13 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     store, out = TrialStore(plan.places.runs), Evaluations(tmp_path / "evaluations")
     tracker = Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path)
     parent = tracker.open_sweep("study", tags={"sweep_key": "k"}, description="")
-    logbook = Logbook(SpooledTracker(tracker, tmp_path / ".spool"), store, plan, {"study": parent})
+    sync = MlflowSync(tracker, store, plan, ["study"])
+    sync.parents["study"] = parent
     todo, results = [], []
     for number, (key, config) in enumerate(plan.trials.items()):
         store.open(config)
         store.finish(key, TrialEnd(status="finished", epochs=0, train_flops=12 * number))
-        logbook.record(key)
+        sync.on_end(key, None)
         asked = EvaluationConfig(trial=key)
         todo.append((config, asked))
         predictions = [{"sample_id": 7, "prediction": "red", "score": 1.0, "question": "Which colour?",
@@ -50,11 +50,16 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(plan=plan, store=store, out=out, tracker=tracker, todo=todo, folder=tmp_path)
 
 
-def run(scored: SimpleNamespace) -> SpooledTracker:
-    spooled = SpooledTracker(scored.tracker, scored.folder / ".spool")
-    log = Scores(spooled, scored.plan, scored.store, scored.out)
-    assert not list(evaluation._score(None, scored.plan, scored.todo, scored.out, log, None))
-    return spooled
+def opened(scored: SimpleNamespace) -> MlflowSync:
+    sync = MlflowSync(scored.tracker, scored.store, scored.plan, [])
+    sync.find_runs([config.key for config, _ in scored.todo])
+    return sync
+
+
+def run(scored: SimpleNamespace) -> MlflowSync:
+    sync = opened(scored)
+    assert not list(evaluation._score(None, scored.plan, scored.todo, scored.out, sync, None))
+    return sync
 
 
 def records(scored: SimpleNamespace) -> list[Evaluation]:
@@ -72,12 +77,12 @@ def test_a_score_is_with_its_run_with_its_costs_samples_and_some_answers(scored)
     run(scored)
     for number, (config, asked) in enumerate(scored.todo):
         logged = scored.tracker.read_run(scored.tracker.find_run(config.key))
-        assert records(scored)[number].run_id == logged["run_id"]
+        assert records(scored)[number].run_id == logged.run_id
         costs = {"train_flops": 12.0 * number} if number else {}
-        assert logged["metrics"] == {"test_CIDEr": 0.333333, **costs}
-        assert "Which colour?" in scored.tracker.read_artifact(logged["run_id"], "answers.json")
-        assert logged["tags"]["evaluations"] == asked.key
-        inputs = {one["context"]: (one["name"], json.loads(one["source"])) for one in logged["datasets"]}
+        assert logged.metrics == {"test_CIDEr": 0.333333, **costs}
+        assert "Which colour?" in scored.tracker.read_artifact(logged.run_id, "answers.json")
+        assert logged.tags["evaluations"] == asked.key
+        inputs = {one.context: (one.name, json.loads(one.source)) for one in logged.inputs}
         assert {context: name for context, (name, _) in inputs.items()} == {
             "training": "mini-vqa/train", "selection": "mini-vqa/selection", "evaluation": "mini-vqa/evaluation",
         }  # fmt: skip
@@ -86,18 +91,17 @@ def test_a_score_is_with_its_run_with_its_costs_samples_and_some_answers(scored)
 
 
 def test_a_store_that_goes_away_meanwhile_loses_no_score_and_gets_it_later(scored, monkeypatch):
-    gone = scored.tracker.log_evaluation
+    gone = scored.tracker.log_scores
 
     def away(*_, **__):
         raise Unreachable("the MLflow store cannot be reached", where="there")
 
-    monkeypatch.setattr(scored.tracker, "log_evaluation", away)
-    spooled = run(scored)
-    assert spooled.waiting == 6
+    monkeypatch.setattr(scored.tracker, "log_scores", away)
+    sync = run(scored)
     assert all(record.run_id and record.scored_by and record.value == 1 / 3 for record in records(scored))
-    monkeypatch.setattr(scored.tracker, "log_evaluation", gone)
-    assert spooled.deliver()
-    runs = scored.tracker.logged({config.key for config, _ in scored.todo})
+    monkeypatch.setattr(scored.tracker, "log_scores", gone)
+    sync.settle(10)
+    runs = scored.tracker.runs_of({config.key for config, _ in scored.todo})
     assert len(runs) == 3 and all(one.evaluations for every in runs.values() for one in every)
 
 
@@ -106,16 +110,14 @@ def test_scores_that_mlflow_lacks_are_shown_by_their_files(scored):
     config, asked = scored.todo[0]
     run_id = scored.tracker.find_run(config.key)
     parent = scored.tracker.open_sweep("study", tags={"sweep_key": "another"}, description="")
-    later = scored.tracker.open_trial("study", parent, key=config.key, name="n", params={}, datasets=[], tags={})
+    later = scored.tracker.open_trial("study", parent, TrialRun(config.key, "n"))
     scored.tracker.close_all(FINISHED)
-    scored.tracker._client.delete_tag(run_id, "evaluations")  # a store of before
-    spooled = SpooledTracker(scored.tracker, scored.folder / ".spool")
-    log = Scores(spooled, scored.plan, scored.store, scored.out)
-    log.show(config, asked.key)
+    scored.tracker.mlflow.delete_tag(run_id, "evaluations")  # a store of before
+    opened(scored).score(config, asked.key)
     logged = scored.tracker.read_run(run_id)
-    assert logged["tags"]["evaluations"] == asked.key and len(logged["datasets"]) == 3
-    history = scored.tracker._client.get_metric_history(run_id, "test_CIDEr")
+    assert logged.tags["evaluations"] == asked.key and len(logged.inputs) == 3
+    history = scored.tracker.mlflow.get_metric_history(run_id, "test_CIDEr")
     assert [one.step for one in history] == [0]
     found_done = scored.tracker.read_run(later)  # by another sweep, which had no descriptions yet
-    assert found_done["metrics"]["test_CIDEr"] == 0.333333
-    assert "trained on 1000 samples" in found_done["tags"]["mlflow.note.content"]
+    assert found_done.metrics["test_CIDEr"] == 0.333333
+    assert "trained on 1000 samples" in found_done.tags["mlflow.note.content"]

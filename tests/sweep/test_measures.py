@@ -1,4 +1,4 @@
-"""Measures of trials: two studies keep theirs apart, and a tracking server that is away gets its own later."""
+"""Measures of trials: two studies keep theirs apart, and each is offered to MLflow until it has it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from pipeline.digests import file_digest
 from pipeline.errors import WorkError
 from pipeline.records.evaluation import CellResult, Evaluation
 from pipeline.records.evaluations import Evaluations
+from pipeline.records.trial import Provenance
 from pipeline.sweep import answers, measures
-from pipeline.tracking.runs import Tracker
-from pipeline.tracking.spool import SpooledTracker
 from pipeline.trial import EvaluationConfig
-from tests.support.free_port import free_port
 
 
-def scored(row: str, evaluations: Evaluations, run_id: str | None = None) -> measures.ScoredCell:
+def scored(row: str, evaluations: Evaluations) -> measures.ScoredCell:
     """A scored cell of a trial that is called like its row."""
     evaluation = EvaluationConfig(
         trial=row, num_samples=None, num_beams=1, length_penalty=1.0, max_new_tokens=5, vqa_normalise="always"
     )
     record = Evaluation(
         trial=row, config={}, evaluation=evaluation.model_dump(), metric="accuracy", unit="percent", value=50.0,
-        metrics={"accuracy": 50.0}, num_samples=1, predictions=(), run_id=run_id,
+        metrics={"accuracy": 50.0}, num_samples=1, predictions=(),
     )  # fmt: skip
     evaluations.write(evaluation.key, record)
     cell = SimpleNamespace(name=f"{row}-cell", row=row, backbone="b", task="t", seed=0, vary={})
@@ -46,12 +44,13 @@ def test_a_row_of_two_studies_keeps_both_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(measures, "data_root", lambda params: tmp_path)
     study = SimpleNamespace(measure="training_cost", measured={}, reference="hificl")
     params = SimpleNamespace(studies={"first": study, "second": study})
-    tracker = SpooledTracker(Tracker(f"sqlite:///{tmp_path}/mlflow.db", tmp_path), tmp_path / ".spool")
+    logged: list[str] = []
+    sync = SimpleNamespace(tracker=SimpleNamespace(provenance=Provenance()), measurement=logged.append)
     evaluations = Evaluations(tmp_path / "evaluations")
     hificl, mimic, lora = (scored(row, evaluations) for row in ("hificl", "mimic", "lora"))
 
     def run(name, *rows):
-        return {result.row: result for result in measures.measured(params, name, rows, evaluations, tracker)}
+        return {result.row: result for result in measures.measured(params, name, rows, evaluations, sync)}
 
     first = run("first", hificl, mimic)
     second = run("second", hificl, lora)
@@ -60,25 +59,10 @@ def test_a_row_of_two_studies_keeps_both_numbers(tmp_path, monkeypatch):
         assert found.metric == "time" and found.metrics["accuracy"] == 50.0 and found.value == found.metrics["time"]
     assert first["hificl"].measurement != second["hificl"].measurement
     assert run("first", mimic, hificl) == first, "measured again, though nothing is new"
-    assert len(list((tmp_path / "evaluations/measures").glob("*.json"))) == 4
+    keys = {path.stem for path in (tmp_path / "evaluations/measures").glob("*.json")}
+    assert len(keys) == 4 and set(logged) == keys
+    assert len(logged) == 6  # those of before too: MLflow may have been away
     assert json.loads((tmp_path / first["mimic"].measurement).read_text())["trial"] == "mimic"
-
-
-def test_a_measure_waits_in_the_spool_while_the_store_is_away(tmp_path, monkeypatch):
-    numbers = {"milliseconds_per_sample": 1.0, "flops_per_sample": 2.0, "peak_bytes": 3.0}
-    monkeypatch.setattr(answers, "measure_all", lambda params, kind, groups: iter([(0, [numbers])]))
-    monkeypatch.setattr(measures, "data_root", lambda params: tmp_path)
-    params = SimpleNamespace(
-        studies={"cost": SimpleNamespace(measure="training_cost", measured={}, reference="hificl")}
-    )
-    uri = f"http://127.0.0.1:{free_port()}"
-    away = SpooledTracker(Tracker(uri, tmp_path), tmp_path / ".spool")
-    evaluations = Evaluations(tmp_path / "evaluations")
-    (found,) = measures.measured(params, "cost", [scored("hificl", evaluations, run_id="r")], evaluations, away)
-    assert found.metrics.items() >= numbers.items()
-    (kept,) = SpooledTracker(Tracker(uri, tmp_path), tmp_path / ".spool").file.entries
-    file = str(tmp_path / found.measurement)
-    assert kept == {"do": "log_evaluation", "run": "r", "with": {"metrics": numbers, "file": file}}
 
 
 def test_a_group_that_cannot_be_measured_has_no_number(tmp_path, monkeypatch):

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.tracking.runs import KILLED, Tracker
+from pipeline.tracking.client import Tracker
+from pipeline.tracking.records import KILLED, MetricPoint, RunInput, TrialRun
 
-DATA = [{"name": "manifest", "source": "data/manifest.json", "digest": "d" * 64, "context": "train"}]
+DATA = [RunInput(name="manifest", source="data/manifest.json", digest="d" * 64, context="train")]
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +54,13 @@ def tracker(root: Path) -> Iterator[Tracker]:
 
 def open_both(tracker: Tracker, key: str = "abc", **params: Any) -> tuple[str, str]:
     parent = tracker.open_sweep("study", tags={"sweep_key": "s1", "profile": "mini"}, description="a sweep")
-    child = tracker.open_trial(
-        "study",
-        parent,
-        key=key,
-        name="hificl vqa",
-        params={"rank": 8, **params},
-        datasets=DATA,
-        tags={"profile": "mini"},
-    )
-    return parent, child
+    trial = TrialRun(key, "hificl vqa", params={"rank": 8, **params}, inputs=DATA, tags={"profile": "mini"})
+    return parent, tracker.open_trial("study", parent, trial)
+
+
+def points(*rows: dict[str, float]) -> list[MetricPoint]:
+    """What epochs have measured, as points."""
+    return [MetricPoint(name, int(row["epoch"]), row[name]) for row in rows for name in row if name != "epoch"]
 
 
 def ask(root: Path, query: str) -> list[tuple[Any, ...]]:

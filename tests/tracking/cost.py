@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 from pipeline import adapters, backbones
-from pipeline.tracking.models import Chosen
-from pipeline.tracking.runs import FINISHED, Tracker
+from pipeline.tracking.client import Tracker
+from pipeline.tracking.records import FINISHED, TrialRun
+from pipeline.tracking.registry import ModelCandidate, ModelRegistry
 
 TRIALS = 20
 
@@ -28,13 +29,15 @@ def seconds(root: Path) -> dict[str, float]:
     logged, registered = [], []
     for number in range(TRIALS):
         key = f"{number:016x}"
-        run = tracker.open_trial("study", parent, key=key, name="hificl", params={}, datasets=[], tags={})
+        run = tracker.open_trial("study", parent, TrialRun(key=key, name="hificl"))
         start = time.perf_counter()
         tracker.log_adapter(run, root / "adapter")
         logged.append(time.perf_counter() - start)
         tracker.close(run, FINISHED)
         start = time.perf_counter()
-        tracker.register([Chosen(key, "idefics2-8b-base", "vqav2", "hificl", float(number), "p")])
+        ModelRegistry(tracker).register(
+            [ModelCandidate(key, "idefics2-8b-base", "vqav2", "hificl", float(number), "p")]
+        )
         registered.append(time.perf_counter() - start)
     tracker.close(parent, FINISHED)
     return {"log_adapter": statistics.median(logged), "register": statistics.median(registered)}

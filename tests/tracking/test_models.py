@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
+from pipeline.config import load
 from pipeline.errors import InputError
-from pipeline.sweep.models import register_chosen
+from pipeline.plan.inputs import places
+from pipeline.plan.plan import Plan
+from pipeline.sweep.mlflow_sync import MlflowSync
 from pipeline.sweep.store import TrialStore
-from pipeline.tracking.runs import Tracker
+from pipeline.tracking.client import Tracker
+from pipeline.tracking.registry import ModelRegistry
 from pipeline.train.answering import Answerer
 from tests.conftest import ROOT
 from tests.e2e.conftest import copied
@@ -37,6 +41,13 @@ print(json.dumps({"answers": answers, "example": example, "trial": model.metadat
 """
 
 
+def register(tracker: Tracker, folder: Path, trials: list[str]) -> None:
+    plan = Plan(load(ROOT / "params.yaml"), places(folder))
+    sync = MlflowSync(tracker, TrialStore(folder / "runs"), plan, [])
+    sync.register(trials)
+    sync.settle(0)
+
+
 @pytest.fixture(scope="module")
 def client(project) -> MlflowClient:
     return MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
@@ -55,10 +66,9 @@ def test_a_model_is_registered_by_backbone_task_and_method_and_the_best_has_its_
 
 
 def test_registering_again_changes_nothing(project, client):
-    store = TrialStore(project.folder / "runs")
     tracker = Tracker(f"sqlite:///{project.folder / 'mlflow.db'}", project.folder)
     registered = client.search_model_versions()
-    register_chosen(tracker, store, [one.tags["trial_key"] for one in registered])
+    register(tracker, project.folder, [one.tags["trial_key"] for one in registered])
     again = client.search_model_versions()
     assert [(one.name, one.version) for one in again] == [(one.name, one.version) for one in registered]
 
@@ -68,13 +78,13 @@ def test_a_model_goes_with_its_trial_and_comes_again_with_it(project, tmp_path, 
     tracker = Tracker(f"sqlite:///{made.folder / 'mlflow.db'}", made.folder)
     client = MlflowClient(tracker.uri)
     best = client.get_model_version_by_alias("idefics2-8b-base_vqav2_mimic", "best")
-    found = tracker.models_of({best.tags["trial_key"]})
+    found = ModelRegistry(tracker).models_of({best.tags["trial_key"]})
     assert found == [("idefics2-8b-base_vqav2_mimic", str(best.version))]
-    tracker.delete_models(found)
-    assert tracker.models_of({best.tags["trial_key"]}) == []
+    ModelRegistry(tracker).delete(found)
+    assert ModelRegistry(tracker).models_of({best.tags["trial_key"]}) == []
     assert "best" not in client.get_registered_model("idefics2-8b-base_vqav2_mimic").aliases
     monkeypatch.chdir(tmp_path)  # no store lies here
-    register_chosen(tracker, TrialStore(made.folder / "runs"), [best.tags["trial_key"]])
+    register(tracker, made.folder, [best.tags["trial_key"]])
     again = client.get_model_version_by_alias("idefics2-8b-base_vqav2_mimic", "best")  # a trial may have several runs
     assert again.tags["trial_key"] == best.tags["trial_key"]
 
@@ -110,7 +120,7 @@ def test_an_image_is_a_file_or_base64(project):
             own.answer(wrong, QUESTION)
 
 
-# where MLflow looks for files; it makes them absolute itself, and `tracking.moved` keeps them true
+# where MLflow looks for files; it makes them absolute itself, and `tracking.store` keeps them true
 PLACES = {
     ("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"),
     ("model_versions", "storage_location"),

@@ -42,38 +42,38 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_the_digest_of_the_parameters_is_of_profiles_and_studies_too(checkout: Path) -> None:
-    found = {provenance(checkout)["data"]["params"]}
+    found = {provenance(checkout).data.params}
     for folder in ("profiles", "studies"):
         (checkout / folder).mkdir()
         for text in ("a: 1", "a: 2"):
             (checkout / folder / "own.yaml").write_text(text)
-            found.add(provenance(checkout)["data"]["params"])
+            found.add(provenance(checkout).data.params)
     assert len(found) == 5
 
 
 def test_a_clean_checkout_has_its_commit_and_digests(checkout: Path) -> None:
     found = provenance(checkout)
-    assert len(found["commit"]) == 40
-    assert found["dirty"] is False
-    assert found["diff"] == ""
-    assert found["data"]["params"] == hashlib.md5(b"rank: 8\n").hexdigest()  # noqa: S324
-    assert found["data"]["outs"] == {"data/world": "1" * 32 + ".dir", "reports": "2" * 32 + ".dir"}
-    assert found["versions"]["torch"]
+    assert len(found.commit) == 40
+    assert found.dirty is False
+    assert found.diff == ""
+    assert found.data.params == hashlib.md5(b"rank: 8\n").hexdigest()  # noqa: S324
+    assert found.data.outs == {"data/world": "1" * 32 + ".dir", "reports": "2" * 32 + ".dir"}
+    assert found.versions["torch"]
 
 
 def test_what_repro_itself_rewrites_is_no_dirt(checkout: Path) -> None:
     (checkout / "dvc.lock").write_text(LOCK + "# rewritten\n")
     (checkout / "reports" / "metrics.json").write_text('{"a": 1}')
-    assert provenance(checkout)["dirty"] is False
+    assert provenance(checkout).dirty is False
 
 
 def test_an_edit_and_a_new_file_are_dirt_and_the_edit_is_kept(checkout: Path) -> None:
     (checkout / "params.yaml").write_text("rank: 16\n")
     (checkout / "new.py").write_text("x = 1\n")
     found = provenance(checkout)
-    assert found["dirty"] is True
-    assert found["changed"] == ["new.py", "params.yaml"]
-    assert "+rank: 16" in found["diff"]
+    assert found.dirty is True
+    assert found.changed == ("new.py", "params.yaml")
+    assert "+rank: 16" in found.diff
 
 
 def test_in_a_folder_of_a_larger_checkout_paths_are_its_own(tmp_path: Path) -> None:
@@ -94,9 +94,9 @@ def test_without_a_commit_it_says_so(tmp_path: Path, with_git: bool, monkeypatch
     if with_git:
         git(tmp_path, "init", "-q")
     found = provenance(tmp_path)
-    assert found["commit"] is None
-    assert found["dirty"] is None
-    assert found["note"] == ("the git checkout has no commit yet" if with_git else "not a git checkout")
+    assert found.commit is None
+    assert found.dirty is None
+    assert found.note == ("the git checkout has no commit yet" if with_git else "not a git checkout")
 
 
 def test_a_checkout_of_another_user_is_read_and_what_lies_around_it_is_not(

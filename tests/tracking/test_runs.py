@@ -9,25 +9,27 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError, WorkError
-from pipeline.tracking.reports import Shown
-from pipeline.tracking.runs import FAILED, FINISHED, KILLED, Tracker
-from tests.tracking.conftest import ask, open_both, statuses
+from pipeline.records.trial import Provenance
+from pipeline.tracking.client import Tracker
+from pipeline.tracking.records import FAILED, FINISHED, KILLED, TrialRun
+from pipeline.tracking.reports import Reporter, TableNumber
+from tests.tracking.conftest import ask, open_both, points, statuses
 
 STEPS_TWICE = "select key, step from metrics group by run_uuid, key, step having count(*) > 1"
 
 
 def test_a_trial_is_a_child_with_commit_inputs_and_parameters(tracker: Tracker, root: Path) -> None:
     parent, child = open_both(tracker, options={"alpha": 1}, weight=None)
-    tracker.log_epochs(child, [{"epoch": 0, "loss": 2.0}, {"epoch": 1, "loss": 1.0, "score": 50.0}])
+    tracker.log_metrics(child, points({"epoch": 0, "loss": 2.0}, {"epoch": 1, "loss": 1.0, "score": 50.0}))
     tracker.close(child, FINISHED)
     tracker.close_all(FINISHED)
     record = tracker.read_run(child)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-    assert record["params"] == {"rank": "8", "options": '{"alpha": 1}', "weight": "null"}
-    assert record["tags"]["mlflow.source.git.commit"] == commit.stdout.strip()
-    assert record["tags"]["mlflow.parentRunId"] == parent
+    assert record.params == {"rank": "8", "options": '{"alpha": 1}', "weight": "null"}
+    assert record.tags["mlflow.source.git.commit"] == commit.stdout.strip()
+    assert record.tags["mlflow.parentRunId"] == parent
     assert (
-        record["tags"]
+        record.tags
         | {
             "git.dirty": "false",
             "profile": "mini",
@@ -35,38 +37,38 @@ def test_a_trial_is_a_child_with_commit_inputs_and_parameters(tracker: Tracker, 
             "trial_key": "abc",
             "mlflow.runName": "hificl vqa",
         }
-        == record["tags"]
+        == record.tags
     )
-    assert record["metrics"] == {"loss": 1.0, "score": 50.0}
-    (dataset,) = record["datasets"]
-    assert len(dataset["digest"]) == 12 and "d" * 64 in dataset["source"]
-    assert dataset["context"] == "train"
+    assert record.metrics == {"loss": 1.0, "score": 50.0}
+    (dataset,) = record.inputs
+    assert len(dataset.digest) == 12 and "d" * 64 in dataset.source
+    assert dataset.context == "train"
     assert statuses(root) == {parent: FINISHED, child: FINISHED}
 
 
 def test_a_resumed_sweep_goes_on_in_its_own_runs_and_logs_no_step_twice(tracker: Tracker, root: Path) -> None:
     first = open_both(tracker)
-    tracker.log_epochs(first[1], [{"epoch": 0, "loss": 3.0}, {"epoch": 1, "loss": 2.0}])
+    tracker.log_metrics(first[1], points({"epoch": 0, "loss": 3.0}, {"epoch": 1, "loss": 2.0}))
     tracker.close_all(KILLED)
     again = Tracker(None, root)
     second = open_both(again, rank=8, added=1)
     assert second == first
     assert statuses(root) == dict.fromkeys(first, "RUNNING")
     rows = [{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.0}]
-    again.log_epochs(second[1], rows)
-    again.log_epochs(second[1], rows)
+    again.log_metrics(second[1], points(*rows))
+    again.log_metrics(second[1], points(*rows))
     again.close_all(FINISHED)
     assert ask(root, STEPS_TWICE) == []
     assert ask(root, "select step, value from metrics where key = 'loss' order by step") == [(0, 3), (1, 2), (2, 1)]
-    assert again.read_run(first[1])["params"] == {"rank": "8", "added": "1"}
+    assert again.read_run(first[1]).params == {"rank": "8", "added": "1"}
     assert ask(root, "select count(*) from inputs") == [(1,)]
     assert statuses(root) == dict.fromkeys(first, FINISHED)
 
 
 def test_another_tracker_asks_the_store_which_steps_there_are(tracker: Tracker, root: Path) -> None:
     _, child = open_both(tracker)
-    tracker.log_epochs(child, [{"epoch": 0, "loss": 3.0}])
-    Tracker(None, root).log_epochs(child, [{"epoch": 0, "loss": 3.0}, {"epoch": 1, "loss": 2.0}])
+    tracker.log_metrics(child, points({"epoch": 0, "loss": 3.0}))
+    Tracker(None, root).log_metrics(child, points({"epoch": 0, "loss": 3.0}, {"epoch": 1, "loss": 2.0}))
     assert ask(root, "select step from metrics order by step") == [(0,), (1,)]
 
 
@@ -76,9 +78,7 @@ def test_sweeps_of_other_keys_and_studies_are_other_runs(tracker: Tracker) -> No
         for study in ("study", "other")
         for key in ("s1", "s2", "")
     }
-    children = {
-        tracker.open_trial("study", parent, key="abc", name="n", params={}, datasets=[], tags={}) for parent in parents
-    }
+    children = {tracker.open_trial("study", parent, TrialRun(key="abc", name="n")) for parent in parents}
     assert len(parents) == len(children) == 6
 
 
@@ -88,7 +88,7 @@ def test_close_ends_once_and_keeps_the_error(tracker: Tracker, root: Path) -> No
     tracker.close(child, FINISHED)
     tracker.close_all(KILLED)
     assert statuses(root) == {parent: KILLED, child: FAILED}
-    assert tracker.read_run(child)["tags"]["error"] == "the loss became NaN"
+    assert tracker.read_run(child).tags["error"] == "the loss became NaN"
     with pytest.raises(ValueError, match="RUNNING"):
         tracker.close(child, "RUNNING")
 
@@ -102,7 +102,7 @@ def test_the_adapter_is_a_logged_model_kept_once(tracker: Tracker, root: Path, t
     (folder / "adapter_config.json").write_text("{}")
     tracker.log_adapter(child, folder)
     tracker.log_adapter(child, folder)
-    model = tracker.read_run(child)["tags"]["adapter_model_id"]
+    model = tracker.read_run(child).tags["adapter_model_id"]
     assert ask(root, "select model_id, source_run_id from logged_models") == [(model, child)]
     assert [file.name for file in (root / "mlartifacts").rglob("adapter_config.json")] == ["adapter_config.json"]
 
@@ -113,9 +113,9 @@ def test_an_evaluation_is_logged_once_and_another_score_becomes_the_next_step(tr
     file = root / "e.json"
     file.write_text("{}")
     for score in (81.0, 81.0, 82.0, 82.0):
-        tracker.log_evaluation(child, {"accuracy": score, "CIDEr": None}, file)
+        tracker.log_scores(child, {"accuracy": score, "CIDEr": None}, file)
     assert ask(root, "select step, value from metrics order by step") == [(0, 81.0), (1, 82.0)]
-    assert tracker.read_run(child)["metrics"] == {"accuracy": 82.0}
+    assert tracker.read_run(child).metrics == {"accuracy": 82.0}
     assert len(list((root / "mlartifacts").rglob("evaluation/e.json"))) == 1
 
 
@@ -123,7 +123,7 @@ def test_find_run_prefers_a_finished_one(tracker: Tracker) -> None:
     _, done = open_both(tracker)
     tracker.close(done, FINISHED)
     other = tracker.open_sweep("study", tags={"sweep_key": "s2"}, description="")
-    tracker.open_trial("study", other, key="abc", name="n", params={}, datasets=[], tags={})
+    tracker.open_trial("study", other, TrialRun(key="abc", name="n"))
     assert tracker.find_run("abc") == done
     assert tracker.find_run("unknown") is None
 
@@ -139,7 +139,7 @@ def test_uncommitted_changes_are_kept_with_the_sweep(root: Path) -> None:
     tracker = Tracker(None, root)
     for run_id in open_both(tracker):
         tracker.close(run_id, FINISHED)
-        assert tracker.read_run(run_id)["tags"]["git.dirty"] == "true"
+        assert tracker.read_run(run_id).tags["git.dirty"] == "true"
         diff = tracker.provenance_of(run_id)["diff"]
         assert "+edited" in diff
         assert "+a new file" in diff
@@ -147,10 +147,10 @@ def test_uncommitted_changes_are_kept_with_the_sweep(root: Path) -> None:
 
 def test_a_trial_that_is_found_done_keeps_the_commit_that_made_it(tracker: Tracker, root: Path) -> None:
     parent, _ = open_both(tracker)
-    made_by = {"commit": "c" * 40, "dirty": True, "note": None, "diff": "a diff", "versions": {}}
-    child = tracker.open_trial("study", parent, key="old", name="n", params={}, datasets=[], tags={}, made_by=made_by)
-    assert tracker.read_run(child)["tags"]["mlflow.source.git.commit"] == "c" * 40
-    assert tracker.provenance_of(child) == made_by | {"note": None}
+    made_by = Provenance(commit="c" * 40, dirty=True, diff="a diff")
+    child = tracker.open_trial("study", parent, TrialRun(key="old", name="n", made_by=made_by))
+    assert tracker.read_run(child).tags["mlflow.source.git.commit"] == "c" * 40
+    assert Provenance.model_validate(tracker.provenance_of(child)) == made_by
 
 
 def test_system_metrics_stop_with_the_run(tracker: Tracker, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,24 +169,25 @@ def test_system_metrics_stop_with_the_run(tracker: Tracker, root: Path, monkeypa
 
 def test_a_report_is_kept_once_and_its_runs_know_their_places(tracker: Tracker, root: Path, tmp_path: Path) -> None:
     parent, child = open_both(tracker)
-    tracker.log_evaluation(child, {"test_accuracy": 50.0}, None)
+    tracker.log_scores(child, {"test_accuracy": 50.0}, None)
     folder = tmp_path / "report"
     folder.mkdir()
     (folder / "study.html").write_text("<p>a table")
-    shown = [Shown(child, "01 HiFICL", "1 vqa", 50.0), Shown(child, "02 the same trial", "1 vqa", 50.0)]
-    assert tracker.log_report("study", folder, shown, {"hificl rank=8/vqa": 50.0})
-    assert not tracker.log_report("study", folder, shown, {"hificl rank=8/vqa": 50.0})
+    shown = [TableNumber(child, "01 HiFICL", "1 vqa", 50.0), TableNumber(child, "02 the same trial", "1 vqa", 50.0)]
+    assert Reporter(tracker).log("study", folder, shown, {"hificl rank=8/vqa": 50.0})
+    assert not Reporter(tracker).log("study", folder, shown, {"hificl rank=8/vqa": 50.0})
     assert tracker.artifacts_of(parent, "report") == ["report/study.html"]
-    tags = tracker.read_run(child)["tags"]
+    tags = tracker.read_run(child).tags
     assert (tags["table.row"], tags["table.column"]) == ("01 HiFICL", "1 vqa")
-    assert tracker.read_run(child)["metrics"]["table_value"] == 50.0
-    assert tracker.read_run(parent)["metrics"] == {"report/hificl rank-8/vqa": 50.0}
-    note = tracker.read_run(parent)["tags"]["mlflow.note.content"]
+    assert tracker.read_run(child).metrics["table_value"] == 50.0
+    assert tracker.read_run(parent).metrics == {"report/hificl rank-8/vqa": 50.0}
+    note = tracker.read_run(parent).tags["mlflow.note.content"]
     assert note.startswith("a sweep") and f"runs/{parent}/artifacts/report/study.html" in note
     (folder / "study.html").write_text("<p>another table")
-    assert tracker.log_report("study", folder, [Shown(child, "01 HiFICL", "1 vqa", 60.0)], {"hificl rank=8/vqa": 60.0})
-    assert tracker.read_run(child)["metrics"]["table_value"] == 60.0
+    changed = [TableNumber(child, "01 HiFICL", "1 vqa", 60.0)]
+    assert Reporter(tracker).log("study", folder, changed, {"hificl rank=8/vqa": 60.0})
+    assert tracker.read_run(child).metrics["table_value"] == 60.0
     (folder / "study.html").write_text("<p>a table without it")
-    assert tracker.log_report("study", folder, [], {})
-    assert "table.row" not in tracker.read_run(child)["tags"]
-    assert not tracker.log_report("nothing-of-it", folder, [], {})
+    assert Reporter(tracker).log("study", folder, [], {})
+    assert "table.row" not in tracker.read_run(child).tags
+    assert not Reporter(tracker).log("nothing-of-it", folder, [], {})

@@ -13,12 +13,12 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from pipeline.tracking import answers
-from pipeline.tracking.inputs import Input
-from pipeline.tracking.runs import FINISHED, Tracker
-from tests.tracking.conftest import ask, open_both
+from pipeline.tracking.client import Tracker
+from pipeline.tracking.records import FINISHED, MetricPoint, RunInput, TrialRun
+from tests.tracking.conftest import ask, open_both, points
 
 KIND, NOTE = "mlflow.experimentKind", "mlflow.note.content"
-SCORED = Input(
+SCORED = RunInput(
     name="vqa/evaluation", source="data/manifests/vqa/manifest.json", digest="e" * 64, context="evaluation",
     samples="40 of evaluation, first", rows=40,
 )  # fmt: skip
@@ -74,11 +74,9 @@ def test_what_a_reader_has_written_stays(root: Path) -> None:
         tracker.prepare(["study"], {"study": f"of {time.monotonic_ns()}"})
         parent = tracker.open_sweep("study", tags={"sweep_key": "s"}, description=f"of {time.monotonic_ns()}")
         text = f"of {time.monotonic_ns()}"
-        child = tracker.open_trial(
-            "study", parent, key="abc", name="n", params={}, datasets=[], tags={}, description=text
-        )
+        child = tracker.open_trial("study", parent, TrialRun(key="abc", name="n", description=text))
         tracker.close_all(FINISHED)
-        found = [tracker.read_run(run)["tags"][NOTE] for run in (parent, child)]
+        found = [tracker.read_run(run).tags[NOTE] for run in (parent, child)]
         assert f"hificl reproduce {child}" in found[1] and f"runs/{parent}/artifacts/report" in found[1]
         return [tags_of(tracker, "study")[NOTE], *found]
 
@@ -97,10 +95,10 @@ def test_what_a_reader_has_written_stays(root: Path) -> None:
 
 def test_losses_by_step_are_logged_once_beside_the_epochs(tracker: Tracker, root: Path) -> None:
     _, child = open_both(tracker)
-    curve = [(step, 1 / step) for step in range(1, 1201)]
-    tracker.log_epochs(child, [{"epoch": 1, "train_loss": 0.33499999940395355}], losses=curve[:700])
+    curve = [MetricPoint("step/train_loss", step, 1 / step) for step in range(1, 1201)]
+    tracker.log_metrics(child, [*points({"epoch": 1, "train_loss": 0.33499999940395355}), *curve[:700]])
     rows = [{"epoch": 1, "train_loss": 0.33499999940395355}, {"epoch": 2, "train_loss": 0.25}]
-    Tracker(None, root).log_epochs(child, rows, losses=curve)  # after a crash: nothing is remembered
+    Tracker(None, root).log_metrics(child, [*points(*rows), *curve])  # after a crash: nothing is remembered
     assert ask(root, "select count(*), count(distinct step) from metrics where key = 'step/train_loss'") == [
         (1200, 1200)
     ]
@@ -116,7 +114,7 @@ def test_a_score_that_an_older_version_logged_with_all_its_digits_is_the_same_sc
 ) -> None:
     _, child = open_both(tracker)
     MlflowClient(tracker.uri).log_metric(child, "test_accuracy", 94.13333333333334, step=0)
-    tracker.log_evaluation(child, {"test_accuracy": 94.13333333333334, "train_flops": 12345678901234.0}, None)
+    tracker.log_scores(child, {"test_accuracy": 94.13333333333334, "train_flops": 12345678901234.0})
     rows = ask(root, "select key, value from metrics order by key")
     assert rows == [("test_accuracy", 94.13333333333334), ("train_flops", 12345678901234.0)]
 
@@ -130,13 +128,13 @@ def test_a_run_of_before_is_completed_and_keeps_its_time(tracker: Tracker, root:
     assert tracker.ended_trials("study", parent) == {}
     time.sleep(0.05)
     again = Tracker(None, root)
-    more = [Input(name="vqa/selection", source="m.json", digest="d", context="selection", samples="", rows=8)]
-    run = again.open_trial("study", parent, key="abc", name="n", params={}, datasets=more, tags={}, description="said")
+    more = [RunInput(name="vqa/selection", source="m.json", digest="d", context="selection", samples="", rows=8)]
+    run = again.open_trial("study", parent, TrialRun(key="abc", name="n", inputs=more, description="said"))
     again.close(run, FINISHED)
     assert run == child and client.get_run(child).info.end_time == ended
     assert set(again.ended_trials("study", parent)) == {"abc"}
-    contexts = [one["context"] for one in again.read_run(child)["datasets"]]
-    assert sorted(contexts) == ["selection", "train"] and "said" in again.read_run(child)["tags"][NOTE]
+    contexts = [one.context for one in again.read_run(child).inputs]
+    assert sorted(contexts) == ["selection", "train"] and "said" in again.read_run(child).tags[NOTE]
 
 
 @pytest.fixture
@@ -165,13 +163,13 @@ def test_some_answers_are_a_table_with_pictures(
     for _ in range(2):
         tracker.log_answers(child, evaluation, SCORED)
     record = tracker.read_run(child)
-    assert record["tags"]["evaluations"] == "0123" and record["tags"]["mlflow.runType"] == "evaluation"
-    assert json.loads(record["tags"]["mlflow.loggedArtifacts"]) == [{"path": "answers.json", "type": "table"}]
-    assert [one.evaluations for one in tracker.logged({"abc"})["abc"]] == [{"0123"}]
-    (scored,) = [one for one in record["datasets"] if one["context"] == "evaluation"]
-    assert json.loads(scored["source"])["uri"] == "data/manifests/vqa/manifest.json"
+    assert record.tags["evaluations"] == "0123" and record.tags["mlflow.runType"] == "evaluation"
+    assert json.loads(record.tags["mlflow.loggedArtifacts"]) == [{"path": "answers.json", "type": "table"}]
+    assert [one.evaluations for one in tracker.runs_of({"abc"})["abc"]] == [{"0123"}]
+    (scored,) = [one for one in record.inputs if one.context == "evaluation"]
+    assert json.loads(scored.source)["uri"] == "data/manifests/vqa/manifest.json"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)  # where MLflow's reader of tables looks for runs
-    frame = MlflowClient(tracker.uri).load_table(record["experiment_id"], "answers.json", [child])
+    frame = MlflowClient(tracker.uri).load_table(record.experiment_id, "answers.json", [child])
     assert len(frame) == answers.SAMPLES
     assert list(frame["question"])[:3] == ["Which 0?", "Which 2?", "Which 5?"] and frame["references"][0] == "a; b"
     assert frame["score"][1] == 0.666667 and len(frame["answer"][0]) == 600
@@ -199,7 +197,7 @@ def test_a_folder_that_was_moved_takes_its_files_along(root: Path, evaluation: P
     shutil.rmtree(root / "mlartifacts")
     now = Tracker(None, new)
     assert "Which 2?" in (now.read_artifact(child, "answers.json") or "")
-    model = now.read_run(child)["tags"]["adapter_model_id"]
+    model = now.read_run(child).tags["adapter_model_id"]
     place = MlflowClient(now.uri).get_logged_model(model).artifact_location
     for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
         places = [place for (place,) in ask(new, f"select {column} from {table}") if "/mlartifacts" in place]

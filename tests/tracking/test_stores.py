@@ -16,18 +16,20 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.tracking import server, store
-from pipeline.tracking.runs import FINISHED, KILLED, Tracker
+from pipeline.tracking.client import Tracker
+from pipeline.tracking.records import FINISHED, KILLED
 from tests.conftest import ROOT
 from tests.support import odd_paths
 from tests.support.free_port import free_port
-from tests.tracking.conftest import ask, checkout, open_both, statuses
+from tests.tracking.conftest import ask, checkout, open_both, points, statuses
 
 KILLED_CHILD = """
 import sys, time
-from pipeline.tracking.runs import Tracker
+from pipeline.tracking.client import Tracker
+from pipeline.tracking.records import TrialRun
 tracker = Tracker(None, sys.argv[1])
 parent = tracker.open_sweep("study", tags={"sweep_key": "s1"}, description="")
-tracker.open_trial("study", parent, key="abc", name="n", params={}, datasets=[], tags={})
+tracker.open_trial("study", parent, TrialRun(key="abc", name="n"))
 print("open", flush=True)
 time.sleep(600)
 """
@@ -35,16 +37,17 @@ time.sleep(600)
 WRITERS = """
 import os, sys
 import mlflow.store.tracking.sqlalchemy_store  # once, for all four: the imports take seconds
-from pipeline.tracking.runs import Tracker
+from pipeline.tracking.client import Tracker
+from pipeline.tracking.records import MetricPoint, TrialRun
 root, parent = sys.argv[1:]
 children = []
 for number in range(4):
     child = os.fork()
     if child == 0:
         tracker = Tracker(None, root)
-        run = tracker.open_trial("study", parent, key=f"key{number}", name="n", params={}, datasets=[], tags={})
+        run = tracker.open_trial("study", parent, TrialRun(key=f"key{number}", name="n"))
         for epoch in range(10):
-            tracker.log_epochs(run, [{"epoch": epoch, "loss": 1.0, "score": 2.0}])
+            tracker.log_metrics(run, [MetricPoint("loss", epoch, 1.0), MetricPoint("score", epoch, 2.0)])
         tracker.close_all("FINISHED")
         os._exit(0)
     children.append(child)
@@ -68,12 +71,12 @@ def test_what_a_killed_process_left_open_is_ended_and_a_living_ones_is_not(track
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "open\n"
-        assert tracker.sweep_leftovers() == 0
+        assert tracker.end_leftovers() == 0
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     mine = tracker.open_sweep("study", tags={"sweep_key": "mine"}, description="")
-    assert tracker.sweep_leftovers() == 2
+    assert tracker.end_leftovers() == 2
     assert sorted(statuses(root).values()) == [KILLED, KILLED, "RUNNING"]
     assert statuses(root)[mine] == "RUNNING"
 
@@ -148,15 +151,15 @@ def test_the_store_and_its_files_lie_in_the_project_whatever_it_is_called(
     tracker.prepare(["study"])
     assert time.monotonic() - began < 30
     _, child = open_both(tracker)
-    tracker.log_epochs(child, [{"epoch": 0, "loss": 1.0}])
+    tracker.log_metrics(child, points({"epoch": 0, "loss": 1.0}))
     tracker.log_adapter(child, root / "adapter")
-    tracker.log_evaluation(child, {"score": 2.0}, root / "scores.json")
+    tracker.log_scores(child, {"score": 2.0}, root / "scores.json")
     tracker.close_all(FINISHED)
     assert store.sqlite_file(tracker.uri) == root / "mlflow.db"
     again = Tracker(tracker.uri, root)  # as an address that somebody wrote
     assert again.uri == tracker.uri
-    assert again.read_run(child)["metrics"] == {"loss": 1.0, "score": 2.0}
-    copy = again._client.download_artifacts(child, "evaluation/scores.json", str(root))
+    assert again.read_run(child).metrics == {"loss": 1.0, "score": 2.0}
+    copy = again.mlflow.download_artifacts(child, "evaluation/scores.json", str(root))
     assert Path(copy).read_text() == '{"a": 1}'
     kept = {path.name for path in (root / "mlartifacts").rglob("*") if path.is_file()}
     assert {"scores.json", "adapter_config.json", "provenance.json"} <= kept
@@ -176,8 +179,8 @@ def test_a_server_keeps_its_things_in_a_folder_of_any_name(tmp_path: Path, monke
         tracker = Tracker(f"http://127.0.0.1:{port}", root)
         tracker.prepare(["study"])
         parent, _ = open_both(tracker)
-        tracker.log_evaluation(parent, {"score": 2.0}, root / "scores.json")
-        assert [one.path for one in tracker._client.list_artifacts(parent, "evaluation")] == ["evaluation/scores.json"]
+        tracker.log_scores(parent, {"score": 2.0}, root / "scores.json")
+        assert [one.path for one in tracker.mlflow.list_artifacts(parent, "evaluation")] == ["evaluation/scores.json"]
         tracker.close_all(FINISHED)
     finally:
         for process in set(psutil.Process().children(recursive=True)) - before:

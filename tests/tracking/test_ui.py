@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.tracking import page as plugin
-from pipeline.tracking.showing import table_link
+from pipeline.tracking.page import table_link
 from tests.support.chromium import PROGRAM, browser
 from tests.support.views import find, mlflow_views, served
 
@@ -34,7 +34,7 @@ def test_a_study_can_be_read_in_mlflow(project, tmp_path, monkeypatch):
     assert len(pictures) == 9 and all(5_000 < one.stat().st_size < MAX_PICTURE for one in pictures)
 
 
-@pytest.mark.skipif(not plugin.options(), reason="installed before MLflow's page had a plugin: make setup")
+@pytest.mark.skipif(not plugin.server_options(), reason="installed before MLflow's page had a plugin: make setup")
 def test_a_new_browser_opens_on_the_studies_and_a_study_on_its_runs(project, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     ids = find(project.folder, "small")

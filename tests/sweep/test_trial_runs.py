@@ -1,4 +1,4 @@
-"""What of a trial goes to MLflow: its loss by step, what its page says, which samples it names."""
+"""What MLflow is told of a trial: its loss by step, what its page says, which samples it names."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ import pytest
 from pipeline.plan.inputs import Places
 from pipeline.plan.space import Digests, cells
 from pipeline.records.epoch import EpochReport
-from pipeline.records.trial import TrialEnd
-from pipeline.sweep.inputs import used_by
-from pipeline.sweep.logbook import POINTS, Logbook, curve
-from pipeline.sweep.naming import trial_note
-from pipeline.sweep.store import TrialStore
-from pipeline.tracking.runs import FINISHED, Tracker
+from pipeline.sweep.trial_runs import POINTS, curve, metric_points, trial_note, used_by
+from pipeline.tracking.records import MetricPoint
 from pipeline.trial import TrialConfig
 from tests.support.plans import make_plan
-from tests.tracking.conftest import ask
 
 PLACES = Places(Path("/p/runs"), Path("/p/data/manifests"), None)
 
@@ -36,42 +31,12 @@ def test_a_short_trial_has_every_step_and_a_long_one_the_means_of_equally_many()
     assert total == pytest.approx(sum(sum(values) for values in long.values()))
 
 
-def test_an_epochs_losses_come_with_its_report_and_none_twice_after_a_kill(tmp_path: Path) -> None:
-    plan = make_plan(tmp_path, 1)
-    ((key, config),) = plan.trials.items()
-    store = TrialStore(plan.places.runs)
-    store.open(config)
-    folder = store.trial(key)
-    rows = [EpochReport(epoch=epoch, train_loss=1 / 3) for epoch in (1, 2)]
-
-    def opened() -> tuple[Tracker, Logbook]:
-        tracker = Tracker(None, tmp_path)
-        parent = tracker.open_sweep("study", tags={"sweep_key": "k"}, description="")
-        return tracker, Logbook(tracker, store, plan, {"study": parent})
-
-    def steps() -> list[int]:
-        return [
-            step for (step,) in ask(tmp_path, "select step from metrics where key = 'step/train_loss' order by step")
-        ]
-
-    _, logbook = opened()
-    for number in (1, 2):
-        folder.add_losses(number, [1 / 3] * 50)
-        folder.write_epochs(rows[:number])
-        if number == 1:
-            logbook.on_report(key, rows[0])
-            assert steps() == list(range(1, 51))
-    store.finish(key, TrialEnd(status="finished", epochs=2))  # and the process that logged is killed
-    tracker, again = opened()
-    for row in rows:
-        again.on_report(key, row)
-    again.on_end(key, None)
-    assert steps() == list(range(1, 101))
-    run = tracker.find_run(key) or ""
-    assert tracker.read_run(run)["status"] == FINISHED
-    ledger = (tracker.read_artifact(run, "ledger/metrics.jsonl") or "").splitlines()
-    assert EpochReport.parse(ledger[-1], "the ledger", "") == rows[1]
-    assert tracker.read_run(run)["metrics"] == {"train_loss": 0.333333, "step/train_loss": 0.333333}
+def test_epochs_and_losses_are_points_of_metrics():
+    points = metric_points([EpochReport(epoch=2, train_loss=0.5)], {2: [0.25, 0.75]}, 2)
+    assert points == [
+        MetricPoint("train_loss", 2, 0.5), MetricPoint("step/train_loss", 3, 0.25),
+        MetricPoint("step/train_loss", 4, 0.75),
+    ]  # fmt: skip
 
 
 def config(method: str, **given) -> TrialConfig:
@@ -100,12 +65,12 @@ def test_a_trials_page_says_what_was_trained_on_what(tmp_path):
 def test_a_run_names_the_samples_that_it_uses_relative_to_the_project():
     drawn = {"sample_draw": "by-seed", "seed": 3, "epochs": 5, "num_selection_samples": 20}
     training, selection = used_by(config("hificl", **drawn), PLACES)
-    assert training["source"] == selection["source"] == "data/manifests/vqav2/manifest.json"
-    assert (training["name"], training["context"], training.get("rows")) == ("vqav2/train", "training", 100)
-    assert training.get("samples") == "100 of train, by-seed 3"
-    assert (selection["name"], selection["context"], selection.get("rows")) == ("vqav2/selection", "selection", 20)
+    assert training.source == selection.source == "data/manifests/vqav2/manifest.json"
+    assert (training.name, training.context, training.rows) == ("vqav2/train", "training", 100)
+    assert training.samples == "100 of train, by-seed 3"
+    assert (selection.name, selection.context, selection.rows) == ("vqav2/selection", "selection", 20)
     chosen_on_test = used_by(config("hificl", epochs=5, selection="test"), PLACES)[1]
-    assert (chosen_on_test["name"], chosen_on_test["context"]) == ("vqav2/evaluation", "selection")
+    assert (chosen_on_test.name, chosen_on_test.context) == ("vqav2/evaluation", "selection")
     (shown,) = used_by(config("icl-k", options={"num_shots": 8}), PLACES)
-    assert (shown["name"], shown["context"]) == ("vqav2/train", "demonstrations")
+    assert (shown.name, shown.context) == ("vqav2/train", "demonstrations")
     assert used_by(config("zero-shot"), PLACES) == []

@@ -1,0 +1,306 @@
+"""MLflow kept equal to the trial store and the evaluations: live while trials run, and by what lies on the disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+
+from pipeline.digests import folder_digest
+from pipeline.errors import HificlError, WorkError
+from pipeline.plan.plan import Plan
+from pipeline.progress import say
+from pipeline.records.epoch import EpochReport
+from pipeline.records.evaluation import CodeVersion, Evaluation
+from pipeline.records.evaluations import Evaluations
+from pipeline.sweep.messages import Watcher
+from pipeline.sweep.store import TrialStore
+from pipeline.sweep.trial_runs import metric_points, parameters, run_name, scored_by, sweep_note, trial_note, used_by
+from pipeline.tracking import store as place
+from pipeline.tracking.client import Tracker
+from pipeline.tracking.records import FAILED, FINISHED, KILLED, LoggedRun, TrialRun
+from pipeline.tracking.registry import ModelCandidate, ModelRegistry
+from pipeline.trial import TrialConfig, canonical, digest
+
+ENDS = {"finished": FINISHED, "diverged": FAILED, "failed": FAILED, "stopped": KILLED}
+COSTS = ("trainable_parameters", "train_seconds", "train_flops", "peak_memory_bytes")  # of a trained trial
+FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between two tries to reach a store that is away
+# scores on the selection split can be compared where these agree
+_PROTOCOL = ("backbone_digest", "manifest_digest", "selection", "selection_metric", "num_selection_samples")
+
+
+class MlflowSync(Watcher):
+    """One MLflow run a trial, below the parent of the study that asked for it first; each score with its trial's runs.
+
+    Each piece of work looks at the disk and adds what MLflow lacks, so it may be done again at any time. A store that
+    goes away stops nothing: what it lacks is noted, and added when it answers again, in `settle`, or by the next start,
+    which compares.
+
+    Args:
+        tracker: the MLflow store.
+        store: the trial store.
+        plan: which trial belongs to which cell.
+        studies: whose sweeps these are.
+
+    Attributes:
+        parents: the sweeps' runs by study, once they are open.
+    """
+
+    def __init__(self, tracker: Tracker, store: TrialStore, plan: Plan, studies: Sequence[str]) -> None:
+        self.tracker, self.store, self.plan, self.studies = tracker, store, plan, studies
+        self.evaluations = Evaluations(plan.places.runs.parent / "evaluations")
+        self._several = len({cell.backbone for cell in plan.cells.values()}) > 1
+        self.parents: dict[str, str] = {}
+        self._runs: dict[str, str] = {}  # by trial
+        self._ended: set[str] = set()  # trials whose end MLflow has
+        self._scored: dict[str, list[LoggedRun]] = {}  # runs by trial, as `find_runs` saw them
+        self._lacking: dict[str, Callable[[], None]] = {}
+        self._wait, self._next_try, self._cause = FIRST_WAIT, 0.0, ""
+
+    # -- sweeps ------------------------------------------------------------------------------------------------------
+
+    def open_sweeps(self) -> None:
+        """Open the parent run of each study.
+
+        Raises:
+            WorkError: the store is away, before anything was trained.
+        """
+        for study in self.studies:
+            self._open_sweep(study)
+
+    def close_sweeps(self, *, failed: bool) -> None:
+        """End the parents."""
+        for study, parent in self.parents.items():
+            self._bring(f"sweep {study}", partial(self.tracker.close, parent, FAILED if failed else FINISHED))
+
+    def record_done(self, keys: Collection[str]) -> None:
+        """Log trials that the store has done; those whose runs say so already are passed over, a thousand at a look."""
+        if keys:
+            self._bring("trials that are done", partial(self._record_done, frozenset(keys)))
+
+    # -- a watcher of `supervisor.train` -----------------------------------------------------------------------------
+
+    def on_start(self, key: str) -> None:
+        """Open the trial's run, or take the one that an earlier sweep began."""
+        self._bring(key, partial(self._record, key))
+
+    def on_report(self, key: str, report: EpochReport) -> None:
+        """Log what the trial's ledger has and its run has not: this epoch, and those that the store missed."""
+        self._bring(key, partial(self._record, key))
+
+    def on_end(self, key: str, error: str | None) -> None:
+        """Log what is missing and end the run."""
+        self._bring(key, partial(self._record, key))
+
+    # -- evaluations -------------------------------------------------------------------------------------------------
+
+    def find_runs(self, trials: Collection[str]) -> None:
+        """Find out which runs each trial has, before anything is scored.
+
+        A sweep whose end MLflow has not seen, and a trial without any run, are brought in line first.
+
+        Args:
+            trials: those that will be scored.
+
+        Raises:
+            WorkError: the store is away.
+        """
+        known = self.tracker.runs_of(set(self.store.all_keys()))
+        for study in self.studies:
+            keys = self._keys(study)
+            sweep = self.tracker.find_sweep(study, _sweep_key(keys))
+            cut_off = sweep is not None and sweep.status not in (FINISHED, FAILED)
+            if cut_off or (keys & set(trials)) - known.keys():
+                ends = {key: end.status for key in keys if (end := self.store.done(key)) is not None}
+                self._open_sweep(study)
+                self._record_done(ends)
+                whole = FAILED if "failed" in ends.values() else FINISHED
+                self.tracker.close(self.parents[study], whole if ends.keys() == keys else KILLED)
+        self._scored = self.tracker.runs_of(set(self.store.all_keys()))
+
+    def with_origin(self, evaluation: Evaluation) -> Evaluation:
+        """Return a score with the newest run of its trial, the adapter's digest and the code that scored."""
+        runs, code = self._scored.get(evaluation.trial), self.tracker.provenance
+        return evaluation.model_copy(
+            update={
+                "run_id": runs[-1].run_id if runs else None,
+                "scored_by": CodeVersion(commit=code.commit, dirty=code.dirty),
+                "adapter_digest": folder_digest(self.store.trial(evaluation.trial).adapter),
+            }
+        )
+
+    def score(self, config: TrialConfig, key: str) -> None:
+        """Log an evaluation with every run of its trial that lacks it: scores, costs, samples and some answers.
+
+        Args:
+            config: the trial.
+            key: of the evaluation, which is read from its file.
+        """
+        lacking = [run.run_id for run in self._scored.get(config.key, []) if key not in run.evaluations]
+        if lacking:
+            self._bring(key, partial(self._log_score, config, key, lacking))
+
+    def measurement(self, key: str) -> None:
+        """Log a measurement by its file with the run that it names, or the trial's newest, where that lacks it."""
+        measurement = self.evaluations.find_measurement(key)
+        if measurement is None:
+            return
+        runs = self._scored.get(measurement.trial, [])
+        for run in [run for run in runs if run.run_id == measurement.run_id] or runs[-1:]:
+            if key not in run.evaluations:
+                self._bring(key, partial(self._log_measurement, run.run_id, key, measurement.numbers))
+
+    def register(self, trials: Iterable[str | None]) -> None:
+        """Register the adapters of the chosen trials; a store that refuses is said and stops nothing.
+
+        The numbers are written already, and the next evaluation registers what is missing.
+        """
+        chosen = [key for key in dict.fromkeys(trials) if key and (self.store.folder(key) / "adapter").is_dir()]
+        self._bring("models", partial(self._register, chosen))
+
+    # -- a store that is away ----------------------------------------------------------------------------------------
+
+    def settle(self, patience: float) -> None:
+        """Add everything that MLflow lacks, waiting for the store if it is away.
+
+        Args:
+            patience: seconds to wait.
+
+        Raises:
+            WorkError: it did not come back; the message names the store, what it lacks, and where that is kept.
+        """
+        until = time.monotonic() + patience
+        while not self._catch_up():
+            if time.monotonic() >= until:
+                raise WorkError(
+                    f"the MLflow store is away ({self._cause}); it lacks metrics, parameters or tags of "
+                    f"{len(self._lacking)} runs, which are kept in {self.store.root} and evaluations/",
+                    where=self.tracker.address,
+                    way_out="Bring the store back and run the same command again: it adds them and trains nothing",
+                )
+            time.sleep(min(FIRST_WAIT, patience))
+
+    def _bring(self, name: str, work: Callable[[], None]) -> None:
+        """Do a piece of work, or note it for later while the store is away; what was noted before it goes first."""
+        self._lacking[name] = work
+        if time.monotonic() >= self._next_try:
+            self._catch_up()
+
+    def _catch_up(self) -> bool:
+        """Do what was noted, in order; return whether nothing is left."""
+        try:
+            if self._cause:
+                place.probe(self.tracker.uri)  # within seconds, where MLflow itself would try for longer
+            while self._lacking:
+                name = next(iter(self._lacking))
+                self._lacking[name]()
+                del self._lacking[name]
+        except place.AWAY as error:
+            if not self._cause:
+                say(f"the MLflow store is away, what it lacks is added from {self.store.root} later: {error.what}")
+            self._cause = error.what
+            self._next_try, self._wait = time.monotonic() + self._wait, min(2 * self._wait, LONGEST_WAIT)
+            self.tracker.forget_steps()  # what failed may have been carried out all the same
+            return False
+        if self._cause:
+            say("the MLflow store answers again and has everything")
+        self._cause, self._wait = "", FIRST_WAIT
+        return True
+
+    # -- pieces of work ----------------------------------------------------------------------------------------------
+
+    def _open_sweep(self, study: str) -> None:
+        keys, params = self._keys(study), self.plan.params
+        self.parents[study] = self.tracker.open_sweep(
+            study, tags={"sweep_key": _sweep_key(keys), "profile": params.profile},
+            description=sweep_note(params, study, len(keys)), system_metrics=params.tracking.system_metrics,
+        )  # fmt: skip
+
+    def _keys(self, study: str) -> set[str]:
+        return {key for key, cell in self.plan.cell_of.items() if self.plan.cells[cell].study == study}
+
+    def _record_done(self, keys: Collection[str]) -> None:
+        known: dict[str, LoggedRun] = {}
+        for study, parent in self.parents.items():
+            known |= self.tracker.ended_trials(study, parent)
+        for key in sorted(keys):
+            end, run = self.store.done(key), known.get(key)
+            ended = (ENDS[end.status], end.adapter_digest) if end else ()
+            # a crash ends a run as KILLED too, so that says nothing of what the run has
+            if run is None or run.status == KILLED or ended != (run.status, run.tags.get("adapter_digest")):
+                self._record(key)
+
+    def _record(self, key: str) -> None:
+        """Bring the run of a trial in line with the store."""
+        if key in self._ended:
+            return
+        trial, run_id = self.store.trial(key), self._run(key)
+        end = trial.end()  # before its epochs: a trial that has ended has all of them
+        reports = trial.epochs()
+        self.tracker.log_metrics(run_id, metric_points(reports, trial.losses(), self._config(key).epochs))
+        if end is None:
+            return
+        if trial.adapter.is_dir():
+            self.tracker.log_adapter(run_id, trial.adapter)
+        if reports:
+            self.tracker.log_ledger(run_id, trial.metrics)
+        if end.packed is not None:
+            self.tracker.tag(run_id, {"packed": end.packed})
+        self.tracker.close(run_id, ENDS[end.status], end.error)
+        self._ended.add(key)
+
+    def _run(self, key: str) -> str:
+        if key not in self._runs:
+            config, params, origin = self._config(key), self.plan.params, self.store.record(key).provenance
+            cell = self.plan.cells[self.plan.cell_of[key]] if key in self.plan.cell_of else None
+            study = cell.study if cell else next(iter(self.parents))
+            self._runs[key] = self.tracker.open_trial(study, self.parents[study], TrialRun(
+                key=key, params=parameters(config), inputs=used_by(config, self.plan.places),
+                name=run_name(cell, config, with_backbone=self._several) if cell else config.name,
+                tags={
+                    "profile": params.profile, "trial_config": canonical(config.model_dump(mode="json")),
+                    "threads_per_worker": params.sweep.threads_per_worker, "pack": params.sweep.pack,
+                },
+                description=trial_note(self.plan, config),
+                made_by=origin if origin.known and self.store.done(key) else None,
+            ))  # fmt: skip
+        return self._runs[key]
+
+    def _config(self, key: str) -> TrialConfig:
+        return self.plan.trials.get(key) or self.store.config(key)
+
+    def _log_score(self, config: TrialConfig, key: str, run_ids: Iterable[str]) -> None:
+        evaluation, file = self.evaluations.read(key), self.evaluations.path(key)
+        scores = {f"test_{name}": value for name, value in evaluation.metrics.items()}
+        end = self.store.done(config.key)
+        costs = {name: float(value) for name in COSTS if (value := getattr(end, name, None))}
+        samples = scored_by(config, self.plan.places, str(evaluation.evaluation["split"]), evaluation.num_samples)
+        for run_id in run_ids:
+            self.tracker.log_scores(run_id, {**scores, **costs}, file)
+            self.tracker.log_answers(run_id, file, samples, trial_note(self.plan, config))
+
+    def _log_measurement(self, run_id: str, key: str, numbers: Mapping[str, float]) -> None:
+        file = self.evaluations.measurement_path(key)
+        self.tracker.log_scores(run_id, numbers, file)
+        self.tracker.mark_logged(run_id, file)
+
+    def _register(self, trials: Iterable[str]) -> None:
+        candidates = []
+        for key in trials:
+            config, end = self.store.record(key).config, self.store.done(key)
+            protocol = digest([config[name] for name in _PROTOCOL])[:16]
+            backbone, task, method = (str(config[name]) for name in ("backbone", "task", "method"))
+            candidates.append(ModelCandidate(key, backbone, task, method, end.objective if end else None, protocol))
+        try:
+            number = ModelRegistry(self.tracker).register(candidates)
+        except place.AWAY:
+            raise
+        except HificlError as error:
+            say(f"warning: adapters are not registered as models: {error}")
+            return
+        if number:
+            say(f"registered as models: {number} adapters")
+
+
+def _sweep_key(keys: Iterable[str]) -> str:
+    return digest(canonical(sorted(keys)))[:16]

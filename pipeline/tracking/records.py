@@ -1,0 +1,186 @@
+"""What the client of MLflow is given, and what it gives back: a run to open, points to log, a run that was read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, Run
+
+from pipeline.records.trial import Provenance
+from pipeline.trial import digest
+
+FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"  # how a run ends
+EVALUATIONS = "evaluations"  # the tag that names the evaluations and measurements that a run has
+CONTEXT = "mlflow.data.context"
+_DIGEST = 12  # characters that the page shows; MLflow itself takes eight, the whole digest stands in the source
+
+
+@dataclass(frozen=True)
+class RunInput:
+    """Some samples of a manifest, as a dataset input of a run.
+
+    Attributes:
+        name: the task and the split.
+        source: the manifest's path, relative to the project.
+        digest: the manifest's.
+        context: training, demonstrations, selection or evaluation.
+        samples: which of the manifest's.
+        rows: how many; None where that is not known.
+    """
+
+    name: str
+    source: str
+    digest: str
+    context: str
+    samples: str = ""
+    rows: int | None = None
+
+    def to_mlflow(self) -> DatasetInput:
+        """Return MLflow's own form."""
+        source = json.dumps({"uri": self.source, "digest": self.digest, "samples": self.samples})
+        short = digest([self.digest, self.samples])[:_DIGEST]
+        profile = None if self.rows is None else json.dumps({"num_rows": self.rows})
+        return DatasetInput(
+            Dataset(self.name, short, "local", source, profile=profile), [InputTag(CONTEXT, self.context)]
+        )
+
+
+class MetricPoint(NamedTuple):
+    """One value of a metric.
+
+    Attributes:
+        name: the metric's.
+        step: the epoch, or the optimiser step.
+        value: of the metric; None is not logged.
+        at: when that was, in ms since 1970; None: now.
+    """
+
+    name: str
+    step: int
+    value: float | None
+    at: int | None = None
+
+
+@dataclass(frozen=True)
+class TrialRun:
+    """What the run of a trial is opened with.
+
+    Attributes:
+        key: the trial's content key.
+        name: what the run is called.
+        params: what the number depends on; logged once, since MLflow lets no parameter change.
+        inputs: the samples that the trial uses.
+        tags: further tags.
+        description: what the run's page says (Markdown); what leads on from it follows.
+        made_by: provenance of the process that started the trial; None: of this one. A sweep that only finds a trial
+            done must not put its own commit on it.
+    """
+
+    key: str
+    name: str
+    params: Mapping[str, object] = field(default_factory=dict)
+    inputs: Sequence[RunInput] = ()
+    tags: Mapping[str, object] = field(default_factory=dict)
+    description: str = ""
+    made_by: Provenance | None = None
+
+
+@dataclass(frozen=True)
+class LoggedInput:
+    """A dataset input as a run has it; the attributes are `RunInput`'s, `digest` and `source` as MLflow keeps them."""
+
+    name: str
+    digest: str
+    source: str
+    context: str
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """A run as the store has it.
+
+    Attributes:
+        run_id: of the run.
+        experiment_id: where it lies.
+        name: what it is called.
+        status: RUNNING, FINISHED, FAILED or KILLED.
+        start_time: in ms since 1970.
+        end_time: likewise; None while it runs.
+        params: its parameters, as text.
+        tags: its tags.
+        metrics: the last value of each metric.
+        metric_steps: the step of that value.
+        inputs: its dataset inputs.
+    """
+
+    run_id: str
+    experiment_id: str
+    name: str
+    status: str
+    start_time: int
+    end_time: int | None
+    params: dict[str, str]
+    tags: dict[str, str]
+    metrics: dict[str, float]
+    metric_steps: dict[str, int]
+    inputs: tuple[LoggedInput, ...]
+
+    @classmethod
+    def of(cls, run: Run) -> LoggedRun:
+        """Return MLflow's own record as one of these."""
+        known = run.inputs.dataset_inputs if run.inputs else []
+        inputs = tuple(LoggedInput(row.dataset.name, row.dataset.digest, row.dataset.source, _context(row))
+                       for row in known)  # fmt: skip
+        return cls(
+            run.info.run_id, run.info.experiment_id, run.info.run_name, run.info.status, run.info.start_time,
+            run.info.end_time, dict(run.data.params), dict(run.data.tags), dict(run.data.metrics),
+            {metric.key: metric.step for metric in run.data._metric_objs}, inputs,
+        )  # fmt: skip
+
+    @property
+    def trial_key(self) -> str:
+        """The key of the trial whose run this is; empty for another run."""
+        return self.tags.get("trial_key", "")
+
+    @property
+    def study(self) -> str:
+        """The study that asked for it; empty for a run of something else."""
+        return self.tags.get("study", "")
+
+    @property
+    def parent(self) -> str | None:
+        """The id of the sweep's run."""
+        return self.tags.get("mlflow.parentRunId")
+
+    @property
+    def evaluations(self) -> frozenset[str]:
+        """The keys of the evaluations and measurements that were logged with it."""
+        return frozenset(self.tags.get(EVALUATIONS, "").split())
+
+    @property
+    def rank(self) -> tuple[bool, int, str]:
+        """What the runs of one trial are put in order by: finished ones last, then the newest."""
+        return self.status == FINISHED, self.start_time, self.run_id
+
+
+def missing_inputs(known: Sequence[LoggedInput], wanted: Iterable[RunInput]) -> list[DatasetInput]:
+    """Return the inputs that a run lacks, in MLflow's own form.
+
+    An input from before samples were told apart stands for everything of its context.
+    """
+    there = {(entry.digest, entry.context) for entry in known}
+    whole = {entry.context for entry in known if "samples" not in json.loads(entry.source)}
+    new = [entry.to_mlflow() for entry in wanted if entry.context not in whole]
+    return [entry for entry in new if (entry.dataset.digest, _context(entry)) not in there]
+
+
+def text_of(value: object) -> str:
+    """Return a value as MLflow's params and tags hold it: a string as it is, else JSON."""
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+
+
+def _context(entry: DatasetInput) -> str:
+    return next((tag.value for tag in entry.tags if tag.key == CONTEXT), "")
