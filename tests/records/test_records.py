@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
-from pipeline.records.base import Record, say_once
+from pipeline.records.base import Record, as_written, say_once
 from pipeline.records.epoch import EpochReport, StepLosses
 from pipeline.records.evaluation import Evaluation, Measurement, StudyFile
 from pipeline.records.evaluations import Evaluations
@@ -237,3 +237,45 @@ def test_a_trial_that_other_code_goes_on_with_keeps_the_commits_that_began_it():
     first, second, third = (TrialRecord(config={}, provenance=Provenance(commit=name)) for name in "abc")
     assert first.resumed(second).resumed(third).earlier_commits == ("a", "b")
     assert not Provenance().known and Provenance(commit="a").known
+
+
+def test_evaluations_come_back_as_they_were_kept(tmp_path):
+    old, new = Evaluations(OLD / "evaluations"), Evaluations(tmp_path / "evaluations")
+    assert new.studies() == []
+    with pytest.raises(InputError, match=r"miniature.json: study 'miniature' has not been evaluated.*dvc repro"):
+        new.study("miniature")
+    key, measurement = "12eeadb14a0de6c0", old.find_measurement("0123456789abcdef")
+    with pytest.raises(InputError, match=rf"{key}.json: no such evaluation. Run dvc repro evaluate"):
+        new.read(key)
+    assert new.find_measurement(key) is None
+    new.write(key, old.read(key))
+    new.write_measurement("m", measurement)
+    new.write_study(old.study("miniature-points"))
+    assert new.find(key) == new.read(key) == old.read(key) and new.find_measurement("m") == measurement
+    assert new.studies() == ["miniature-points"] and new.study("miniature-points") == old.study("miniature-points")
+    assert new.path(key).read_bytes() == old.path(key).read_bytes()  # schema 1 then and now: the digest stays
+    new.path(key).unlink()
+    new.path(key).mkdir()
+    with pytest.raises(InputError, match="not readable: Is a directory. Remove the file"):
+        new.find(key)
+
+
+def test_a_trial_begins_with_its_record(tmp_path):
+    folder = TrialFolder(tmp_path / KEY)
+    assert not folder.begun and folder.end() is None and folder.epochs() == [] and folder.losses() == {}
+    with pytest.raises(InputError, match="config.json: no such trial. Run `hificl sweep` first"):
+        folder.record()
+    record = TrialFolder(OLD / "runs" / KEY).record()
+    folder.begin(record)
+    assert folder.begun and folder.record() == record and folder.config() == TrialFolder(OLD / "runs" / KEY).config()
+
+
+def test_facts_of_an_event_and_what_a_score_left_out():
+    event = JournalEvent(time=1.0, event="sweep ended", seconds=3, why="done")
+    assert event.facts == {"seconds": 3, "why": "done"}
+    assert json.loads(TrialEnd(status="finished").text())["error"] is None  # said, where an epoch's report is silent
+    assert event.number("seconds") == 3.0 and math.isnan(event.number("why")) and math.isnan(event.number("gone"))
+    evaluation = Evaluations(OLD / "evaluations").read("12eeadb14a0de6c0")
+    assert evaluation.left_out == []
+    assert evaluation.model_copy(update={"details": {"left_out": ["a", 1]}}).left_out == ["a", "1"]
+    assert as_written({1: (0.5, {2: None})}) == {"1": [0.5, {"2": None}]}
