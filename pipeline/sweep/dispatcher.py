@@ -105,11 +105,12 @@ class Dispatcher:
         return [slot.pids for slot in self.slots]
 
     async def close(self) -> None:
-        """End all workers."""
+        """End what was stopped last, and all workers."""
         for loop in self.loops:
             loop.cancel()
         await asyncio.gather(*self.loops, return_exceptions=True)
-        for slot in self.slots:
+        for slot, state in zip(self.slots, self.queue.slots, strict=True):
+            self._carry_out(self.queue.release_stopped(state))
             slot.drop()
 
     async def _serve(self, slot: Slot, state: SlotState) -> None:

@@ -8,8 +8,11 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.faults.sweeps import EPOCHS, STEPS, Sweep, cmdline
 
@@ -69,13 +72,18 @@ def mlflow_problems(database: Path, keys: dict[str, str], epochs: int = EPOCHS) 
     return problems
 
 
-def report(sweep: Sweep) -> list[dict[str, str]]:
+def report(sweep: Sweep, *, without: str | None = None) -> list[dict[str, str]]:
     """Score, write the report, and return its CSV without the runs' ids.
 
     Scored in this process: no fault is injected here, and a worker takes longer to start than to score.
+
+    Args:
+        sweep: whose trials have ended.
+        without: the row that has no number, which the stage must name at its end.
     """
     from pipeline import report as reports
     from pipeline.config import load
+    from pipeline.errors import WorkError
     from pipeline.sweep import answers, evaluation
 
     before, pooled = Path.cwd(), answers.score_all
@@ -83,7 +91,8 @@ def report(sweep: Sweep) -> list[dict[str, str]]:
     try:
         answers.score_all = score_here  # type: ignore[assignment]
         params = load()
-        evaluation.evaluate(params, ["small"])
+        with pytest.raises(WorkError, match=f"1 of 4 cells have no number.*/{without}/") if without else nullcontext():
+            evaluation.evaluate(params, ["small"])
         reports.write_study("small", params, Path("evaluations"), Path("reports"))
     finally:
         answers.score_all = pooled
