@@ -16,7 +16,7 @@ from pipeline.data.prompt import draw_demos, encode, render, stop_strings
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.data.subsample import draw
 from pipeline.errors import InputError
-from pipeline.evaluate.generate import cut
+from pipeline.evaluate.generate import cut_at_stop
 from pipeline.plan.space import Digests, cells
 from pipeline.tasks import tasks
 from pipeline.tasks.caption_files import CAPTION_TEMPLATE
@@ -147,7 +147,7 @@ def test_prompts_of_the_published_code(name, tiny):
     start, end = whole.answer_span
     assert whole.input_ids[:start] == ids and end == len(whole)
     stops = stop_strings(VQA_TEMPLATE, loaded.backbone, "published")
-    assert cut(loaded.tokenizer.decode(whole.input_ids[start:end]), stops) == "A2"
+    assert cut_at_stop(loaded.tokenizer.decode(whole.input_ids[start:end]), stops) == "A2"
     alone = render(CAPTION_TEMPLATE, loaded.backbone, replace(asked(1), question=None), style="published").text
     assert "caption" in alone.lower() and not {"instruction", "question"} & set(re.findall("[a-z]+", alone.lower()))
 

@@ -58,7 +58,7 @@ class Forecast:
     Attributes:
         hours: GPU-hours by part of the work.
         by_method: GPU-hours by backbone and method.
-        teacher_saved: of the teacher's hours, those that fall away where trials that see the same batches and
+        teacher_saved: of the teacher's hours, those that are saved where trials that see the same batches and
             demonstrations share one teacher.
         trials: how many.
         not_counted: backbones without a formula, and why.

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.backbones.load import Loaded
 from pipeline.data.prompt import Encoded
 
-Span = Literal["answer", "sequence"]
+TrainedSpan = Literal["answer", "sequence"]
 IGNORED = -100  # the label that cross-entropy leaves out
 
 
@@ -82,7 +82,7 @@ def collate(
     encoded: Sequence[Encoded],
     loaded: Loaded,
     *,
-    span: Span | Sequence[Span] = "answer",
+    span: TrainedSpan | Sequence[TrainedSpan] = "answer",
     side: Literal["right", "left"] = "right",
     visual: Sequence[Tensor] | None = None,
     pixels: Mapping[str, Tensor] | None = None,

@@ -1,7 +1,7 @@
-"""An image's bytes, digest and size, wherever it is: the one answer for prompts, training, evaluation and pages.
+"""An image's bytes, digest and size, for prompts, training, evaluation and pages alike.
 
-Where it is: a file, or a cell of a Parquet shard (`data.parquet.cell_name`). Where a digest is known, the bytes must
-have it, so what is computed from an image and kept under its digest is never another image's.
+An image is a file, or a cell of a Parquet shard (`data.parquet.cell_name`). Where its digest is known, the bytes are
+checked against it: what is computed from an image and stored under its digest is then never another image's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Image files as the models see them: 8-bit RGB, whole, and no surprises in between."""
+"""Image files as the models see them: decoded to the end, as 8-bit RGB."""
 
 from __future__ import annotations
 

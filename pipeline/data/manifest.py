@@ -1,4 +1,4 @@
-"""The manifest: which samples of which files a study uses, sealed by one digest."""
+"""The manifest: which samples of which files a study uses, with one digest over all of it."""
 
 from __future__ import annotations
 

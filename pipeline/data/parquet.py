@@ -35,7 +35,7 @@ def shard_order(path: str) -> tuple[str, int, str]:
 def is_cell(path: Path | str) -> bool:
     """Tell whether `path` names an image inside a shard."""
     cell = _CELL.fullmatch(str(path))
-    return cell is not None and Path(cell["file"]).is_file()  # a folder may be called so, with its mark and all
+    return cell is not None and Path(cell["file"]).is_file()  # a folder's name may look like this, with the `#`
 
 
 def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, object]]]:

@@ -161,7 +161,7 @@ def _in_one_line(sample: Sample) -> str | None:
 
 
 def _answer(text: str, backbone: Backbone) -> str:
-    # One line: a line break inside an answer would end it
+    # on one line: generation ends at a line break
     return " ".join(neutral(text, backbone).split())
 
 
@@ -179,7 +179,7 @@ def neutral(text: str, backbone: Backbone) -> str:
 
 @lru_cache(maxsize=32)
 def _longest_first(tokens: frozenset[str]) -> tuple[str, ...]:
-    # a letter, or white space, that has a token is text whichever way it is read
+    # a token that is one letter, or white space, is ordinary text
     return tuple(sorted((t for t in tokens if len(t.strip()) > 1), key=lambda t: (-len(t), t)))
 
 
@@ -262,8 +262,8 @@ def encode_all(
 
 
 def _shots_that_fit(rendered: Rendered, num_tokens: int, longest: int) -> str:
-    # a turn of the query's is about as long as a demonstration
-    turn = -(-num_tokens // (rendered.num_shots + 1))  # rounded up: the instruction takes a little, too
+    # the query is about as long as one demonstration
+    turn = -(-num_tokens // (rendered.num_shots + 1))  # rounded up, because the instruction takes a few tokens too
     fit = longest // turn - 1
     return f"About {max(fit, 0)} of {rendered.num_shots} demonstrations fit: lower num_shots"
 

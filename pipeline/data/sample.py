@@ -1,4 +1,4 @@
-"""`Sample`, the first of the five nouns: what every task's reader yields and everything downstream reads."""
+"""`Sample`: what every task's reader yields, and what prompts, training and scores read."""
 
 from __future__ import annotations
 

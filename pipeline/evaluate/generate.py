@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.train.visual_tokens import VisualTokens
 
 
-def cut(text: str, stop_strings: Sequence[str]) -> str:
+def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:
     """Return `text` up to the first stop string, without surrounding white space."""
     ends = [place for stop in stop_strings if (place := text.find(stop)) >= 0]
     return text[: min(ends, default=len(text))].strip()
@@ -48,13 +48,13 @@ class _StopAt:
     def _token_may_end(self, token: int) -> bool:
         if token not in self._may_end:
             text = self.tokenizer.decode([token])
-            # A token of raw bytes may complete a letter together with those before it.
+            # A token may hold the last bytes of a letter whose first bytes are in the tokens before it.
             self._may_end[token] = "\ufffd" in text or not text or bool(self.last_letters & set(text))
         return self._may_end[token]
 
 
 def longest_first(requests: Sequence[Encoded]) -> list[int]:
-    """Return the order of generation: what does not fit the memory shows at once, and like lengths waste no padding."""
+    """Return the order of generation: the longest first, so that too little memory shows at once."""
     return sorted(range(len(requests)), key=lambda i: (-len(requests[i]), i))
 
 
@@ -103,7 +103,7 @@ def generate(
         from_pixels: run the vision tower on the pixels, for methods that train it.
         pack: the adapters that are attached, where there are several.
         members: the adapter of every request in that pack.
-        on_batch: called after every batch: the sign of life.
+        on_batch: called after every batch, to show that the process is alive.
 
     Returns:
         One text a request, in order, stop string and surrounding white space removed.
@@ -111,7 +111,7 @@ def generate(
     texts = [""] * len(requests)
     order = longest_first(requests)
     device = loaded.device
-    # beams are split by the images that stand in a row, the head's included; a pack has a head for every adapter
+    # beam search copies images by row, those of the shared head too; in a pack every adapter has its own head
     shares = loaded.family.shares_prefix and num_beams == 1 and pack is None and not from_pixels
     head = common_head(requests) if shares else None
     prefix = Prefix.of(head, loaded, visual_tokens, root) if head else None
@@ -140,6 +140,6 @@ def generate(
         )
         written = loaded.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         for i, text in zip(chosen, written, strict=True):
-            texts[i] = cut(text, stop_strings)
+            texts[i] = cut_at_stop(text, stop_strings)
         on_batch()
     return texts

@@ -1,4 +1,4 @@
-"""What all prompts of one call begin with: demonstrations that are the same for every query are computed once.
+"""The common head of one call's prompts: demonstrations that are the same for every query are computed once.
 
 The keys and values of the common head are kept and given to every batch; its rows are then the queries alone. A causal
 decoder's states of the head do not depend on what follows, so the answers are those of the whole prompts.

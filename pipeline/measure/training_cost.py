@@ -24,8 +24,9 @@ class TrainingCost(Measure):
     """Milliseconds, FLOPs and peak memory of training, a sample; each as a ratio to the reference row's.
 
     Every row trains its own settings on the same first samples, epoch by epoch in alternation with the other rows, so
-    that a slower hour of the machine meets all of them. The first epoch fills the caches of prompts and visual tokens
-    and is not counted, as in a real run where it is one of many. A teacher's forward passes count as training.
+    that a time in which the machine is slower affects all of them. The first epoch fills the caches of prompts and
+    visual tokens and is not counted, as in a real run where it is one of many. A teacher's forward passes count as
+    training.
     """
 
     name = "training_cost"
@@ -63,7 +64,7 @@ class TrainingCost(Measure):
         return costs
 
     def _short(self, request: TrialRequest, folder: Path) -> TrialRequest:
-        """Return the trial with few samples, enough epochs, and next to nothing to select on."""
+        """Return the trial with few samples, enough epochs, and one selection sample."""
         config = request.config
         few = config.model_copy(
             update={

@@ -21,7 +21,7 @@ from pipeline.report.svg import Drawing, standalone
 __all__ = ["Index", "forget", "load_table", "study_page", "write_index", "write_numbers", "write_study"]
 
 
-class Rendered(NamedTuple):
+class RenderedStudy(NamedTuple):
     """A study laid out, its figures by name, and its section of the page."""
 
     table: tables.Table
@@ -30,7 +30,7 @@ class Rendered(NamedTuple):
 
 
 # by the content of the study's file: the index shows what was written just before
-_rendered: dict[tuple[str, str, str], Rendered] = {}
+_rendered: dict[tuple[str, str, str], RenderedStudy] = {}
 
 
 def load_table(study: str, params: Params, evaluations: Path) -> tables.Table:
@@ -131,7 +131,7 @@ def study_page(study: str, params: Params, evaluations: Path) -> tuple[tables.Ta
     return table, page.page([table], [section], params, [])
 
 
-def _render(study: str, params: Params, evaluations: Path) -> Rendered:
+def _render(study: str, params: Params, evaluations: Path) -> RenderedStudy:
     definition = params.studies.get(study)
     read = Evaluations(evaluations).study(study)
     asked = f"{definition!r} {params.backbones!r} {params.tracking!r}"
@@ -143,7 +143,7 @@ def _render(study: str, params: Params, evaluations: Path) -> Rendered:
         answers = answer_table(table, evaluations) if layout == "gallery" else None
         printed = papers.paper_table(definition.paper if definition else None)
         section = page.section_html(table, printed, drawn, answers, page.ui_address(params))
-        _rendered[key] = Rendered(table, drawn, section)
+        _rendered[key] = RenderedStudy(table, drawn, section)
     return _rendered[key]
 
 

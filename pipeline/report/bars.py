@@ -19,7 +19,7 @@ from pipeline.report.svg import INK, QUIET, STYLE, to_svg
 from pipeline.report.tables import Column, Line, Table, TableEntry
 
 _ACROSS = 4  # panels in a row at most
-_ROOM = 1.3  # of the longest bar: its number stands behind it
+_ROOM = 1.3  # axis length over the longest bar's: its number is written behind it
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _panel(table: Table, lines: Sequence[Line], column: Column, printed: bool) -
         for entry in entries
     ]
     first = next((entry for entry in entries if entry.value is not None), entries[0])
-    own_axis = printed and not first.comparable  # of another model: not to be measured with ours
+    own_axis = printed and not first.comparable  # another model's numbers get an axis of their own
     return _Panel(column, first, bars, printed, (own_axis, first.unit if first.unit == "times" else first.metric))
 
 

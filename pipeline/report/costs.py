@@ -1,4 +1,4 @@
-"""What a row of a table cost to train: the columns beside its scores."""
+"""What a row of a table took to train: the columns beside its scores."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from pipeline.plain_yaml import read_file
 from pipeline.report import papers
 from pipeline.report.files import format_value
 from pipeline.report.statistics import Difference, paired_bootstrap
-from pipeline.report.tables import Column, Line, Scores, Table, TableEntry, by_sample, sample_scores
+from pipeline.report.tables import Column, Line, ScoreLookup, Table, TableEntry, by_sample, sample_scores
 
 HOLDS, PARTLY, FAILS, OPEN = "holds", "holds in part", "does not hold", "not measured"
 
@@ -84,7 +84,7 @@ def check_claims(tables: Iterable[Table], evaluations: Path) -> list[CheckedClai
     return [_judge(claim, by_name.get(claim.study), scores) for claim in claims()]
 
 
-def _judge(claim: Claim, table: Table | None, scores: Scores) -> CheckedClaim:
+def _judge(claim: Claim, table: Table | None, scores: ScoreLookup) -> CheckedClaim:
     if table is None:
         return CheckedClaim(claim, OPEN, [])
     judge = next((judge for kind, judge in _COURSES.items() if getattr(claim, kind) is not None), _comparison)
@@ -100,7 +100,7 @@ class _TaskRows:
     table: Table
     lines: Sequence[Line]
     column: Column
-    scores: Scores
+    scores: ScoreLookup
 
     def course(self, row: str | None) -> list[TableEntry]:
         """Return what is known of a row along its varied axis."""
@@ -115,7 +115,7 @@ def _is_of(claim: Claim, column: Column) -> bool:
 def _verdict(claim: Claim, outcomes: Sequence[Any]) -> str:
     if not outcomes:
         return OPEN
-    if claim.best_over:  # the outcomes are the places of the best
+    if claim.best_over:  # each outcome is the point at which the row is best
         return HOLDS if len(set(outcomes)) > 1 else FAILS
     return HOLDS if all(outcomes) else PARTLY if any(outcomes) else FAILS
 
@@ -156,18 +156,18 @@ def _task_and_backbone(entry: TableEntry) -> str:
     return f"{papers.label('tasks', entry.column.task)} on {papers.label('backbones', entry.line.backbone)}"
 
 
-def _sentence(upper: TableEntry, lower: TableEntry, scores: Scores) -> str:
+def _sentence(upper: TableEntry, lower: TableEntry, scores: ScoreLookup) -> str:
     pair = " against ".join(f"{entry.line.title} {_number(entry)}" for entry in (upper, lower))
     return f"{_task_and_backbone(upper)}: {pair}{_clear(upper, lower, scores)}"
 
 
-def _clear(upper: TableEntry, lower: TableEntry, scores: Scores) -> str:
+def _clear(upper: TableEntry, lower: TableEntry, scores: ScoreLookup) -> str:
     """Say whether a difference of scores is more than chance over samples."""
     gap = _gap(upper, lower, scores)
     return "" if gap is None else " (clear)" if gap.clear else " (within chance over samples)"
 
 
-def _gap(upper: TableEntry, lower: TableEntry, scores: Scores) -> Difference | None:
+def _gap(upper: TableEntry, lower: TableEntry, scores: ScoreLookup) -> Difference | None:
     if upper.column.metric is not None:
         return None
     return paired_bootstrap(by_sample(upper, scores), by_sample(lower, scores))
@@ -228,7 +228,7 @@ _COURSES = {
 }  # fmt: skip
 
 
-def _chance(after: TableEntry, before: TableEntry, scores: Scores) -> tuple[bool, str]:
+def _chance(after: TableEntry, before: TableEntry, scores: ScoreLookup) -> tuple[bool, str]:
     """Return whether a difference may be chance, over samples or seeds (twice its standard error), in words too."""
     gap = _gap(after, before, scores)
     if gap is not None and not gap.clear:

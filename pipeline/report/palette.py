@@ -15,7 +15,7 @@ from pipeline.report import papers
 from pipeline.report.tables import Line, Table
 
 MARKERS = "os^DXPv<>hp*d8H"
-# series that are no methods, as a miniature's losses by kind
+# of series that are not methods, such as a miniature's losses by kind of document
 SERIES = ("#1872f7", "#b15c08", "#2e9e7b", "#c234b5", "#336877", "#de8308", "#983648", "#9f97b9")
 _SHADES = ((0.0, "white"), (0.45, "white"), (0.3, "black"))  # of a method's rows: its colour, lighter, darker
 DASHES = ("-", "--", ":", "-.")
@@ -41,7 +41,7 @@ class Look:
 
 @functools.cache
 def of_method(name: str) -> tuple[str, str]:
-    """Return a method's colour and marker: those in labels.yaml, else some that follow from its name alone."""
+    """Return a method's colour and marker: those in labels.yaml, else ones computed from its name."""
     known = papers.method_look(name)
     if known:
         return known.colour, known.marker
@@ -62,9 +62,9 @@ def looks(table: Table, key: Callable[[Line], Key]) -> dict[Key, Look]:
     for line in table.lines:
         backbones.setdefault(key(line), set()).add(line.backbone)
     turns: dict[Key, tuple[str, int]] = {}
-    for line in sorted(table.lines, key=lambda line: line.row != table.reference):  # which has the colour itself
+    for line in sorted(table.lines, key=lambda line: line.row != table.reference):  # it gets the colour itself
         row = key(line)
-        if row not in turns:  # the first that no other row of the method has on the same backbone
+        if row not in turns:  # the first shade that no other row of the method has on the same backbone
             method = methods[line.row]
             same = [(earlier, turn) for earlier, (name, turn) in turns.items() if name == method]
             taken = {turn for earlier, turn in same if backbones[earlier] & backbones[row]}

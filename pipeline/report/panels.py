@@ -1,4 +1,4 @@
-"""What the figures' panels share: a line with its spread, a range that does not exaggerate, a legend that fits."""
+"""What the panels of all figures share: a curve with its spread, the range of the y axis, tick labels, the legend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.report.tables import TableEntry
 
 _LEAST_SPAN = 0.2  # of the highest value: what an axis shows at least, so that a small difference looks small
 _LABEL = 34  # letters a line
-_PANEL, _LETTER = 2.0, 0.11  # inches: a panel's width at least, a tick's letter with what parts it from the next
+_PANEL, _LETTER = 2.0, 0.11  # inches: a panel's least width, a letter's width in a tick label with its space
 
 
 def line(axes: Axes, xs: Sequence[Any], values: Sequence[float], spread: Sequence[float], look: Look) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 QUIET = "#9aa5b1"
-INK = "#010203"  # a colour nobody chooses: replaced by currentColor
+INK = "#010203"  # stands for currentColor, which Matplotlib cannot write: replaced in the SVG
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 _PIXELS = 96 / 72  # CSS pixels a point
 STYLE: dict[Any, Any] = {

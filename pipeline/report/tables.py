@@ -24,7 +24,7 @@ class SampleScores(NamedTuple):
     by_sample: dict[str, float]
 
 
-Scores = Callable[[str], SampleScores]  # `sample_scores` of an evaluation's key, remembered by the caller
+ScoreLookup = Callable[[str], SampleScores]  # `sample_scores` of an evaluation's key, remembered by the caller
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _reference(study: StudyFile, lines: Sequence[Line]) -> str | None:
     return max(free, key=lambda cell: cell.value or 0.0).row if free else rows[0]
 
 
-def _compare(table: Table, scores: Scores) -> None:
+def _compare(table: Table, scores: ScoreLookup) -> None:
     for (line, column), entry in table.entries.items():
         if column.metric is not None or line.row == table.reference or entry.value is None:
             continue
@@ -254,13 +254,13 @@ def _compare(table: Table, scores: Scores) -> None:
             entry.difference = paired_bootstrap(by_sample(entry, scores), of_reference)
 
 
-def _interval(entry: TableEntry, scores: Scores) -> tuple[float, float] | None:
+def _interval(entry: TableEntry, scores: ScoreLookup) -> tuple[float, float] | None:
     units = {scores(cell.evaluation).unit for cell in entry.done if cell.evaluation}
     top = papers.convert(100.0, "percent", entry.unit) if units == {"percent"} else None  # a percentage is bounded
     return interval(list(by_sample(entry, scores).values()), top)
 
 
-def by_sample(entry: TableEntry, scores: Scores) -> dict[str, float]:
+def by_sample(entry: TableEntry, scores: ScoreLookup) -> dict[str, float]:
     """Return the score of each sample, averaged over the seeds that scored it, in the entry's unit.
 
     Nothing where the number is a measurement: the samples' scores are of something else.

@@ -57,7 +57,7 @@ def read_records(path: str | Path) -> list[JsonObject]:
     if text.lstrip().startswith("["):
         return records(_parse(text, str(path)), str(path))
     rows = []
-    # Only "\n" ends a line of JSON Lines: str.splitlines would also cut inside strings at U+2028 and its kin.
+    # Only "\n" ends a line of JSON Lines: str.splitlines would also cut inside strings at U+2028 and the like.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             rows.append(as_object(_parse(line, f"{path}, line {number}"), f"{path}, line {number}"))

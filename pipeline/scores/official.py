@@ -128,7 +128,7 @@ def score_caption(results: str, annotations: str, metrics: Sequence[str] | None 
     predictions = results_by_id(results, "image_id", "caption")
     references = _captions(annotations)
     _need(predictions, references, results, f"a reference caption in {annotations}")
-    # The published program goes through the images of the annotations file, and the tokenizer minds the order.
+    # In the order of the annotations file, as in the published program: the tokenizer's output depends on it.
     predictions = {key: predictions[key] for key in references if key in predictions}
     asked = caption.METRICS if metrics is None else tuple(metrics)
     numbers = caption.caption_scores(predictions, references, asked).as_dict()

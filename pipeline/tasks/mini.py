@@ -1,4 +1,4 @@
-"""The miniature's tasks: the same file names and shapes as the official data sets, images in PNG, words of its own."""
+"""The miniature's tasks: the same file names and shapes as the official data sets, images in PNG, made-up words."""
 
 from __future__ import annotations
 

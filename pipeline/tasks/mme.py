@@ -120,7 +120,7 @@ class Mme(ChoiceTask):
             # A missing picture keeps its likely name, so that the draw lists it with all the others.
             picture = next((path for path in candidates if path.exists()), candidates[0])
             try:
-                # only "\n" ends a line here: splitlines would also cut inside a question, at U+2028 and its kin
+                # only "\n" ends a line here: splitlines would also cut inside a question, at U+2028 and the like
                 lines = [line for line in text.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(f"cannot be read ({error})", where=str(text), way_out="Get the file again") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline import backbones
 from pipeline.config import BackboneSource
-from pipeline.data.collate import Batch, Span, collate
+from pipeline.data.collate import Batch, TrainedSpan, collate
 from pipeline.data.manifest import Manifest
 from pipeline.data.prompt import Encoded, ImageSizes, Rendered, encode_all, render, sizes_that_matter
 from pipeline.data.sample import Sample
@@ -130,7 +130,7 @@ class Resident:
 
     def batch(
         self, encoded: Sequence[Encoded], manifest: Manifest | Sequence[Manifest], *,
-        span: Span | Sequence[Span] = "answer", pixels: bool = False,
+        span: TrainedSpan | Sequence[TrainedSpan] = "answer", pixels: bool = False,
     ) -> Batch:  # fmt: skip
         """Return a right-padded batch on the device, with cached visual tokens or, where vision is trained, pixels.
 

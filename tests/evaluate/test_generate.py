@@ -10,7 +10,7 @@ import torch
 from pipeline import backbones
 from pipeline.data.prompt import encode_all, render, stop_strings
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.evaluate.generate import cut, generate
+from pipeline.evaluate.generate import cut_at_stop, generate
 from pipeline.tasks.base import PromptTemplate
 from pipeline.train.visual_tokens import VisualTokens
 
@@ -157,10 +157,10 @@ def test_generation_stops_where_the_answer_ends(written, text, most, told, pictu
 
 
 def test_cut():
-    assert cut(" red\nImage: ", ("\n", "Image")) == "red"
-    assert cut("a cat Question", ("\n", "Question")) == "a cat"
-    assert cut(" plain ", ()) == "plain"
-    assert cut("\nred", ("\n",)) == ""
+    assert cut_at_stop(" red\nImage: ", ("\n", "Image")) == "red"
+    assert cut_at_stop("a cat Question", ("\n", "Question")) == "a cat"
+    assert cut_at_stop(" plain ", ()) == "plain"
+    assert cut_at_stop("\nred", ("\n",)) == ""
 
 
 def test_nothing_to_generate(tiny):

@@ -11,7 +11,7 @@ from benchmarks.support.synthetic import SyntheticSize, write_vqav2
 from pipeline import backbones, tasks
 from pipeline.data.prompt import stop_strings
 from pipeline.errors import InputError
-from pipeline.evaluate.generate import cut
+from pipeline.evaluate.generate import cut_at_stop
 from pipeline.tasks.vqa_files import most_frequent
 
 SIZE = SyntheticSize(num_questions=40, num_images=9)
@@ -211,12 +211,12 @@ def test_bad_caption_files_are_named(root):
 def test_output_is_cut_at_the_first_stop_word_or_newline():
     backbone = backbones.get("mini-idefics2")
     vqa, caption = (stop_strings(tasks.get(name).template, backbone) for name in ("vqav2", "coco"))
-    assert cut(" two dogs\nImage:", vqa) == "two dogs"
-    assert cut(" two Question: what", vqa) == "two"
-    assert cut(" two Image: Answer: Question:", vqa) == "two"
-    assert cut("a Caption", vqa) == "a Caption"
-    assert cut(" A man. Caption: b", caption) == "A man."
-    assert cut("Image", caption) == ""
+    assert cut_at_stop(" two dogs\nImage:", vqa) == "two dogs"
+    assert cut_at_stop(" two Question: what", vqa) == "two"
+    assert cut_at_stop(" two Image: Answer: Question:", vqa) == "two"
+    assert cut_at_stop("a Caption", vqa) == "a Caption"
+    assert cut_at_stop(" A man. Caption: b", caption) == "A man."
+    assert cut_at_stop("Image", caption) == ""
 
 
 def test_the_prompts_read_as_the_methods_say():
