@@ -40,8 +40,10 @@ def _explained(
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, parent)
         return InputError(f"unknown {noun} '{field}'", where=where, way_out=nearest(str(first["loc"][-1]), known))
-    # of a field that may be one thing or another there is a complaint for each, whose place ends with its name
+    # of a field that may be one thing or another there is a complaint for each, whose place ends with the thing's name
+    alternatives = bool(first["loc"]) and first["loc"][-1] not in _fields_at(model, parent)
     same = [other for other in complaints if other["loc"][:-1] == parent and other["input"] == first["input"]]
+    same = same if alternatives else [first]
     if len(same) > 1:
         field = _path(parent)
     says = "; or ".join(complaint["msg"] for complaint in same)

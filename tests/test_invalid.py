@@ -17,6 +17,8 @@ from pipeline.schema import Train
         (lambda: validate(Train, {"epoch": 2}, "f.yaml"), "f.yaml: unknown key 'epoch'. Did you mean 'epochs'? Known"),
         (lambda: validate(Train, {"epochs": "x"}, "f.yaml", way_out="Mend it"),
          "f.yaml: epochs: Input should be a valid integer, unable to parse string as an integer, got 'x'. Mend it"),
+        (lambda: validate(Train, {"epochs": 0, "epochs_below_1000": 0}, "f.yaml"),
+         "f.yaml: epochs: Input should be greater than or equal to 1, got 0 (and 1 more)"),
         (lambda: validate(Train, [], "f.yaml"), "f.yaml: Input should be a valid dictionary or instance of Train"),
         (lambda: create_measure("latent_distance", {"shots": 2}, "studies.s"),
          "studies.s: unknown setting 'shots'. Did you mean 'num_shots'?"),
