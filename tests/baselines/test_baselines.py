@@ -122,7 +122,7 @@ def test_an_incomplete_few_shot_batch_is_left_out_on_request(method, options, sc
     asked = EvaluationConfig(trial=trial.key, drop_incomplete_batch=2, max_new_tokens=2)
     host = resident("idefics2-8b-base")
     record = score(host, request, asked, answer(host, [request], asked))
-    assert record["num_samples"] == len(record["predictions"]) == scored
+    assert record.num_samples == len(record.predictions) == scored
     every = asked.model_copy(update={"drop_incomplete_batch": None})
     whole = score(host, request, every, answer(host, [request], every))
-    assert whole["num_samples"] == 5
+    assert whole.num_samples == 5
