@@ -17,11 +17,11 @@ from typing import Any, TypedDict
 
 from benchmarks.support import synthetic
 from pipeline import tasks
-from pipeline.data.subsample import draw, plan_draw
+from pipeline.data.subsample import draw_manifest, plan_draw
 
 
 class Sizes(TypedDict):
-    """Sizes of a draw, as `data.subsample.draw` takes them."""
+    """Sizes of a draw, as `data.subsample.draw_manifest` takes them."""
 
     num_train: int
     num_selection: int
@@ -54,7 +54,7 @@ def run(
         device: ignored; a draw uses no accelerator.
         train: size of the made-up training split.
         val: size of the made-up evaluation split.
-        drawn: sizes of the draw, as `data.subsample.draw` takes them.
+        drawn: sizes of the draw, as `data.subsample.draw_manifest` takes them.
         repeats: number of draws; medians are reported, and the spread between the extremes.
 
     Returns:
@@ -117,7 +117,7 @@ def _in_child(root: Path, drawn: Sizes) -> dict[str, Any]:
 
 def _measure(root: Path, drawn: Sizes) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
-    manifest = draw(tasks.get("vqav2"), root, seed=SEED, **drawn)
+    manifest = draw_manifest(tasks.get("vqav2"), root, seed=SEED, **drawn)
     manifest.save(root / "manifest.json")
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _BYTES_PER_KIB / 2**30

@@ -14,7 +14,7 @@ from pipeline.config import load
 from pipeline.data.manifest import Manifest
 from pipeline.data.prompt import draw_demos, encode, render, stop_strings
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.data.subsample import draw
+from pipeline.data.subsample import draw_manifest
 from pipeline.errors import InputError
 from pipeline.evaluate.generate import cut_at_stop
 from pipeline.plan.space import Digests, cells
@@ -94,7 +94,8 @@ def drawn(tmp_path_factory):
         write_images(root, names, width=32, height=24)
     sizes = {"seed": 0, "num_train": 15, "num_selection": 5, "num_evaluation": 5}
     return {
-        answer: draw(tasks.get("vqav2"), root, **sizes, training_answer=answer) for answer in ("most-frequent", "first")
+        answer: draw_manifest(tasks.get("vqav2"), root, **sizes, training_answer=answer)
+        for answer in ("most-frequent", "first")
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.support.timing import Rounds
 from pipeline import backbones, methods
 from pipeline.config import BackboneSource
-from pipeline.data.subsample import draw
+from pipeline.data.subsample import draw_manifest
 from pipeline.miniature.world import write_world
 from pipeline.records.epoch import EpochReport
 from pipeline.request import TrialRequest
@@ -31,7 +31,7 @@ class Trials:
         self.folder, self.num_samples = folder, num_samples
         self.source = BackboneSource(weights=str(CHECKPOINTS / BACKBONE))
         write_world(folder / "data", num_train_images=2 * num_samples + 40, num_val_images=10)
-        self.manifest = draw(
+        self.manifest = draw_manifest(
             tasks.get(TASK), folder / "data", seed=0, num_train=num_samples, num_selection=8, num_evaluation=4
         )
         self.manifest.save(folder / "manifest.json")

@@ -49,7 +49,7 @@ class Candidates:
     entries: Sequence[IndexEntry]
 
 
-def draw(
+def draw_manifest(
     task: Task,
     root: Path,
     *,

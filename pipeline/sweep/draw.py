@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config import Params, data_root
-from pipeline.data.subsample import draw
+from pipeline.data.subsample import draw_manifest
 from pipeline.plan.inputs import places
 from pipeline.progress import bar
 from pipeline.tasks import tasks
@@ -20,7 +20,7 @@ def draw_task(params: Params, task: str, root: Path | None = None) -> None:
     given = params.subsample
     sizes, divided = given.of(task), tasks.get(task).with_splits(given.splits.get(task, "official"))
     with bar(f"subsample {task}") as progress:
-        manifest = draw(
+        manifest = draw_manifest(
             divided, data_root(params), seed=given.seed, num_train=sizes.num_train, num_selection=sizes.num_selection,
             num_evaluation=None if sizes.num_evaluation == "whole" else sizes.num_evaluation,
             training_answer=given.training_answer, prompt=given.prompt, progress=progress,

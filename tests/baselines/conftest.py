@@ -11,7 +11,7 @@ from PIL import Image
 from benchmarks.support.synthetic import SyntheticSize, write_vqav2
 from pipeline import backbones, methods
 from pipeline.config import BackboneSource
-from pipeline.data.subsample import draw
+from pipeline.data.subsample import draw_manifest
 from pipeline.tasks import tasks
 from pipeline.train.resident import Resident
 from pipeline.train.scoring import fitted
@@ -30,7 +30,7 @@ def manifest(tmp_path_factory):
         for i in range(images):
             pixels = random.integers(0, 256, (3, 4, 3), dtype=np.uint8).repeat(16, 0).repeat(16, 1)
             Image.fromarray(pixels).save(root / "images" / subset / f"COCO_{subset}_{first + i:012d}.jpg")
-    return draw(tasks.get("vqav2"), root, seed=0, num_train=8, num_selection=3, num_evaluation=5)
+    return draw_manifest(tasks.get("vqav2"), root, seed=0, num_train=8, num_selection=3, num_evaluation=5)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.support.synthetic import SyntheticSize, write_images, write_vqav2
 from pipeline import tasks
 from pipeline.data.manifest import Manifest
-from pipeline.data.subsample import draw
+from pipeline.data.subsample import draw_manifest
 from pipeline.errors import InputError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,9 @@ def replaced_by(path: Path, data: bytes) -> None:
 
 
 def take(root: Path, train: int = 40, selection: int = 20, evaluation: int | None = None, **more) -> Manifest:
-    return draw(VQA, root, seed=SEED, num_train=train, num_selection=selection, num_evaluation=evaluation, **more)
+    return draw_manifest(
+        VQA, root, seed=SEED, num_train=train, num_selection=selection, num_evaluation=evaluation, **more
+    )
 
 
 def ids(manifest: Manifest, split: str) -> list:
@@ -96,7 +98,7 @@ def test_a_smaller_training_set_is_the_beginning_of_a_larger_one(whole):
 
 
 def test_another_seed_draws_others(whole):
-    other = draw(VQA, whole, seed=SEED + 1, num_train=40, num_selection=20)
+    other = draw_manifest(VQA, whole, seed=SEED + 1, num_train=40, num_selection=20)
     assert set(ids(other, "train")) != set(ids(take(whole), "train"))
     assert other.digest != take(whole).digest
 
@@ -108,8 +110,9 @@ def test_the_draw_is_pinned(whole):
 
 def test_the_draw_does_not_depend_on_the_hash_seed_or_the_process(whole):
     code = (
-        "import sys; from pathlib import Path; from pipeline import tasks; from pipeline.data.subsample import draw\n"
-        "m = draw(tasks.get('mini-vqa'), Path(sys.argv[1]), seed=5, num_train=40, num_selection=20)\n"
+        "import sys; from pathlib import Path; from pipeline import tasks\n"
+        "from pipeline.data.subsample import draw_manifest\n"
+        "m = draw_manifest(tasks.get('mini-vqa'), Path(sys.argv[1]), seed=5, num_train=40, num_selection=20)\n"
         "print(m.digest)"
     )
     digests = {take(whole).digest}
@@ -212,7 +215,7 @@ def test_progress_is_reported_on_the_calling_thread(whole):
 ])  # fmt: skip
 def test_official_sample_files(name, train, selection, evaluation, tmp_path, shared_data):
     task = tasks.get(name)
-    manifest = draw(task, shared_data, seed=1, num_train=train, num_selection=selection)
+    manifest = draw_manifest(task, shared_data, seed=1, num_train=train, num_selection=selection)
     assert manifest.sizes == {"train": train, "selection": selection, "evaluation": evaluation}
     manifest.save(tmp_path / "manifest.json")
     loaded = Manifest.load(tmp_path / "manifest.json")

@@ -12,7 +12,7 @@ from pipeline import tasks
 from pipeline.commands.doctor import examine
 from pipeline.commands.predict import answer
 from pipeline.config import load
-from pipeline.data.subsample import draw
+from pipeline.data.subsample import draw_manifest
 from pipeline.errors import InputError
 from pipeline.sweep.pictures import check_pictures
 from pipeline.sweep.run import places, sweep
@@ -34,7 +34,9 @@ def project(tmp_path_factory) -> Path:
     change(made, both)
     for picture in sorted((made / "data/real/images/train2014").iterdir()):
         Image.open(picture).resize((300, 1)).save(picture)  # each thin, but no two alike
-    manifest = draw(tasks.get("vqav2"), made / "data/real", seed=0, num_train=8, num_selection=2, num_evaluation=4)
+    manifest = draw_manifest(
+        tasks.get("vqav2"), made / "data/real", seed=0, num_train=8, num_selection=2, num_evaluation=4
+    )
     manifest.save(places(made).manifest("vqav2"))
     return made
 

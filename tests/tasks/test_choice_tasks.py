@@ -12,7 +12,7 @@ import pytest
 from pipeline import tasks
 from pipeline.data.images import check_image, open_image
 from pipeline.data.manifest import Manifest
-from pipeline.data.subsample import draw
+from pipeline.data.subsample import draw_manifest
 from pipeline.errors import InputError
 from pipeline.scores.mmmu_pro import read_options
 from pipeline.tasks.choice_files import letter_of
@@ -28,7 +28,7 @@ def test_seed_bench_reads_images_and_leaves_out_videos(seed_bench):
     first = samples[1]
     assert first.question == "How many towels?\nA. a1\nB. b1\nC. c1\nD. d1\n" + CLOSING
     assert (first.sample_id, first.target, first.meta["dimension"]) == ("101670", "B", "Instances Counting")
-    manifest = draw(task, seed_bench, seed=0, num_train=8, num_selection=4)
+    manifest = draw_manifest(task, seed_bench, seed=0, num_train=8, num_selection=4)
     assert manifest.sizes == {"train": 8, "selection": 4, "evaluation": 8}
     score = task.score(samples, {sample.sample_id: "b. because" for sample in samples})
     assert score.value == 50
@@ -76,7 +76,7 @@ def test_mmmu_pro_reads_images_in_the_order_of_their_markers(mmmu, tmp_path):
     assert [image.path.rsplit("/", 1)[-1] for image in sample.images] == ["image_2", "image_1", "image_2"]
     colours = [open_image(mmmu / image.path).getpixel((0, 0))[0] for image in sample.images]
     assert colours == [1, 0, 1]
-    manifest = draw(task, mmmu, seed=0, num_train=5, num_selection=2)
+    manifest = draw_manifest(task, mmmu, seed=0, num_train=5, num_selection=2)
     assert manifest.sizes == {"train": 5, "selection": 2, "evaluation": 5}
     manifest.save(tmp_path / "m.json")
     Manifest.load(tmp_path / "m.json").verify_images()

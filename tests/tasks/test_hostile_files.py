@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from benchmarks.support.synthetic import SyntheticSize, write_images, write_vqav2
 from pipeline import tasks
-from pipeline.data.subsample import draw
+from pipeline.data.subsample import draw_manifest
 from pipeline.errors import InputError
 from pipeline.tasks.seed_bench import CLOSING
 from tests.tasks.conftest import png
@@ -70,7 +70,7 @@ def vqa(tmp_path):
 def check(root, name: str) -> None:
     """Draw; anything but a manifest or an InputError fails the test."""
     try:
-        drawn = draw(tasks.get(name), root, seed=0, num_train=2, num_selection=1, num_evaluation=2)
+        drawn = draw_manifest(tasks.get(name), root, seed=0, num_train=2, num_selection=1, num_evaluation=2)
         drawn.save(root / "manifest.json")
         drawn.verify_images()
     except InputError as error:
@@ -151,7 +151,7 @@ def test_seed_bench_from_shards_leaves_out_videos(tmp_path):
     assert [sample.sample_id for sample in samples] == [str(n) for n in range(10)]
     assert samples[0].question == "How many?\nA. a\nB. b\nC. c\nD. d\n" + CLOSING
     assert (samples[0].target, samples[0].meta["dimension"]) == ("B", "5")
-    manifest = draw(task, tmp_path, seed=0, num_train=4, num_selection=2)
+    manifest = draw_manifest(task, tmp_path, seed=0, num_train=4, num_selection=2)
     assert manifest.sizes == {"train": 4, "selection": 2, "evaluation": 4}
     assert len({sample.images[0].sha256 for part in manifest.splits.values() for sample in part}) == 10
 
@@ -162,7 +162,7 @@ def test_every_broken_image_is_listed_at_once(seed_bench):  # noqa: F811
     (folder / "1454426_4").unlink()
     (folder / "1454426_5").write_bytes(b"")
     with pytest.raises(InputError) as caught:
-        draw(tasks.get("seed-bench"), seed_bench, seed=0, num_train=10, num_selection=5)
+        draw_manifest(tasks.get("seed-bench"), seed_bench, seed=0, num_train=10, num_selection=5)
     message = str(caught.value)
     assert "3 images are missing or cannot be read" in message
     assert all(f"1454426_{n}: " in message for n in (3, 4, 5))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pipeline import tasks
-from pipeline.data.subsample import draw
+from pipeline.data.subsample import draw_manifest
 from pipeline.errors import InputError
 from tests.tasks.conftest import failure
 
@@ -50,7 +50,7 @@ def test_the_parts_and_where_their_images_lie(root, splits, train, evaluation):
     assert all((root / sample.images[0].path).is_file() for sample in task.read(root, "train"))
     assert [entry.sample_id for entry in task.index(root, "evaluation")] == evaluation
     assert [sample.sample_id for sample in task.read(root, "train", only=[9])] == [9]
-    manifest = draw(task, root, seed=0, num_train=2, num_selection=1)
+    manifest = draw_manifest(task, root, seed=0, num_train=2, num_selection=1)
     assert (manifest.task, manifest.sizes) == ("coco", {"train": 2, "selection": 1, "evaluation": 2})
     assert [source.path for source in manifest.sources] == ["coco/dataset_coco.json"]
 
@@ -97,7 +97,7 @@ def test_flickr_uses_karpathys_train_and_test(flickr):
     test = list(task.read(flickr, "evaluation"))
     assert [sample.sample_id for sample in test] == [1_000_092_795 + n for n in range(1, 30, 3)]
     assert test[0].target == "Two guys , view 0" and len(test[0].references) == 5
-    manifest = draw(task, flickr, seed=0, num_train=6, num_selection=3)
+    manifest = draw_manifest(task, flickr, seed=0, num_train=6, num_selection=3)
     assert manifest.sizes == {"train": 6, "selection": 3, "evaluation": 10}
     assert (manifest.image_root / manifest.splits["train"][0].images[0].path).is_file()
 
@@ -110,7 +110,7 @@ def test_flickr_errors_are_named(flickr):
     content["images"] = [record for record in content["images"] if record["split"] != "train"]
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match="the train split is empty"):
-        draw(tasks.get("flickr30k"), flickr, seed=0, num_train=1, num_selection=0)
+        draw_manifest(tasks.get("flickr30k"), flickr, seed=0, num_train=1, num_selection=0)
     content["images"][0]["filename"] = "../x.jpg"
     path.write_text(json.dumps(content))
     assert "no plain file name" in failure(flickr, "flickr30k")

@@ -12,7 +12,7 @@ from pipeline.data.collate import collate
 from pipeline.data.image_files import image_digest, read_image, sizes
 from pipeline.data.images import open_image
 from pipeline.data.prompt import encode_all, render
-from pipeline.data.subsample import draw
+from pipeline.data.subsample import draw_manifest
 from pipeline.lineage.checks import SAME, Checks
 from pipeline.lineage.trace import _Walk
 from pipeline.train.visual_tokens import VisualTokens
@@ -24,7 +24,7 @@ def drawn(request, tmp_path_factory):
     """The manifest of a layout."""
     name, make = LAYOUTS[request.param]
     root = make(tmp_path_factory.mktemp("layout"))
-    return draw(tasks.get(name), root, seed=0, num_train=4, num_selection=2, num_evaluation=2)
+    return draw_manifest(tasks.get(name), root, seed=0, num_train=4, num_selection=2, num_evaluation=2)
 
 
 def test_every_task_has_its_layouts():

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import tasks
 from pipeline.data.images import open_image
-from pipeline.data.subsample import draw
+from pipeline.data.subsample import draw_manifest
 from pipeline.errors import InputError
 from tests.scoring import main
 from tests.tasks.conftest import failure, make_mme_shards
@@ -21,14 +21,14 @@ def test_mme_reads_both_layouts_and_keeps_pairs_together(mme):
     assert samples[0].sample_id == "existence/0000.jpg#0"
     assert [sample.target for sample in samples[:2]] == ["Yes", "No"]
     assert samples[0].question == "Is it é0? Please answer yes or no."
-    manifest = draw(task, mme, seed=0, num_train=20, num_selection=10)
+    manifest = draw_manifest(task, mme, seed=0, num_train=20, num_selection=10)
     assert manifest.sizes == {"train": 20, "selection": 10, "evaluation": 82}
     for part in manifest.splits.values():
         names = {sample.images[0].path for sample in part}
         assert len(part) == 2 * len(names)
-    assert draw(task, mme, seed=0, num_train=20, num_selection=10, num_evaluation=6).sizes["evaluation"] == 6
+    assert draw_manifest(task, mme, seed=0, num_train=20, num_selection=10, num_evaluation=6).sizes["evaluation"] == 6
     with pytest.raises(InputError, match="no image may be in two splits"):
-        draw(task, mme, seed=0, num_train=112, num_selection=0)
+        draw_manifest(task, mme, seed=0, num_train=112, num_selection=0)
 
 
 def test_mme_is_scored_by_accuracy_and_by_pairs(mme):
@@ -73,7 +73,10 @@ def test_mme_from_shards_equals_mme_from_folders(mme, tmp_path_factory):
         assert (one.sample_id, one.question, one.target) == (other.sample_id, other.question, other.target)
         assert open_image(root / other.images[0].path).tobytes() == open_image(mme / one.images[0].path).tobytes()
     drawn = [
-        [sample.sample_id for sample in draw(task, place, seed=2, num_train=20, num_selection=10).splits["train"]]
+        [
+            sample.sample_id
+            for sample in draw_manifest(task, place, seed=2, num_train=20, num_selection=10).splits["train"]
+        ]
         for place in (mme, root)
     ]
     assert drawn[0] == drawn[1]
@@ -88,7 +91,7 @@ def test_mme_errors_are_named(mme):
     text.write_text("One\tYes\nTwo\tNo\n")
     text.with_suffix(".jpg").unlink()
     with pytest.raises(InputError, match=r"1 image is missing or cannot be read:\n .*OCR/0002\.jpg: .*does not exist"):
-        draw(tasks.get("mme"), mme, seed=0, num_train=10, num_selection=0)
+        draw_manifest(tasks.get("mme"), mme, seed=0, num_train=10, num_selection=0)
     for picture in text.parent.iterdir():
         picture.unlink()
     text.parent.rmdir()

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import methods
 from pipeline.config import BackboneSource
-from pipeline.data.subsample import draw
+from pipeline.data.subsample import draw_manifest
 from pipeline.miniature.world import write_world
 from pipeline.request import TrialRequest
 from pipeline.tasks import tasks
@@ -24,7 +24,9 @@ def small_world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small-world")
     write_world(folder / "data", num_train_images=60, num_val_images=12)
     for task in ("mini-vqa", "mini-coco"):
-        manifest = draw(tasks.get(task), folder / "data", seed=0, num_train=24, num_selection=6, num_evaluation=4)
+        manifest = draw_manifest(
+            tasks.get(task), folder / "data", seed=0, num_train=24, num_selection=6, num_evaluation=4
+        )
         manifest.save(folder / task / "manifest.json")
     return folder
 
