@@ -72,8 +72,7 @@ def read_record(tracker: Tracker, run_id: str) -> RunRecord:
         )
     evaluation = _newest_score(tracker, run_id, run.metrics)
     metrics = exact(tracker, run_id, run.metrics, evaluation)
-    origin = Provenance.of(tracker.provenance_of(run_id), run_id, _OTHER_RUN)
-    return RunRecord(run_id, config, evaluation, metrics, origin, tags)
+    return RunRecord(run_id, config, evaluation, metrics, tracker.provenance_of(run_id), tags)
 
 
 def exact(tracker: Tracker, run_id: str, metrics: dict[str, float], evaluation: Evaluation | None) -> dict[str, float]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.data.images import open_image
 from pipeline.errors import InputError
+from pipeline.records.evaluation import Prediction
 from pipeline.rounding import rounded
 
 FILE, IMAGES = "answers.json", "table_images/answers"
@@ -24,26 +24,25 @@ _SIDE, _TEXT = 128, 600  # pixels of a thumbnail, characters of a text: at most 
 _COLUMNS = ("sample", "image", "answer", "references", "score", "question")  # answers are compared first, by sample
 
 
-def write(record: Mapping[str, Any], project: Path, out: Path) -> bool:
+def write(predictions: Sequence[Prediction], project: Path, out: Path) -> bool:
     """Write the table of an evaluation and its thumbnails below `out`; return whether it has answers at all.
 
     Args:
-        record: the evaluation's, with its predictions.
+        predictions: the evaluation's.
         project: what paths of pictures are relative to. A picture that is gone leaves its cell empty.
         out: a folder.
     """
-    every = record.get("predictions") or []
-    if not every:
+    number = min(SAMPLES, len(predictions))
+    if number == 0:
         return False
-    number = min(SAMPLES, len(every))
     rows = []
     for index in range(number):
-        one = every[index * len(every) // number]
-        score = one.get("score")
+        answer = predictions[index * len(predictions) // number]
+        picture = _picture(project / answer.image, index, out) if answer.image else None
         rows.append([
-            str(one["sample_id"]), _picture(project / one["image"], index, out), _short(one["prediction"]),
-            _short("; ".join(dict.fromkeys(one.get("references") or []))), None if score is None else rounded(score),
-            _short(one.get("question")),
+            str(answer.sample_id), picture, _short(answer.prediction),
+            _short("; ".join(dict.fromkeys(answer.references))),
+            None if answer.score is None else rounded(answer.score), _short(answer.question),
         ])  # fmt: skip
     (out / FILE).write_text(json.dumps({"columns": _COLUMNS, "data": rows}, ensure_ascii=False), encoding="utf-8")
     return True

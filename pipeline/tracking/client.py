@@ -6,7 +6,6 @@ Every call names its run; nothing here touches MLflow's process-wide "active run
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sqlite3
@@ -29,6 +28,7 @@ from pipeline.copies import main_checkout
 from pipeline.digests import folder_digest
 from pipeline.errors import InputError, WorkError
 from pipeline.progress import say
+from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import Provenance
 from pipeline.rounding import rounded
 from pipeline.tracking import answers, owner, page, store
@@ -246,16 +246,20 @@ class Tracker:
         with tempfile.TemporaryDirectory() as folder, self.talking() as client:
             return Path(client.download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")
 
-    def provenance_of(self, run_id: str) -> dict[str, Any]:
+    def provenance_of(self, run_id: str) -> Provenance:
         """Return what a run recorded of its code, versions and machine, with the `diff` of a dirty tree.
 
         A run from before trials had a record of their own is answered for by its sweep's run.
+
+        Raises:
+            InputError: the record is damaged.
         """
         for recorded in filter(None, (run_id, self.read_run(run_id).parent)):
             text = self.read_artifact(recorded, PROVENANCE)
             if text is not None:
-                return {**json.loads(text), "diff": self.read_artifact(recorded, DIFF) or ""}
-        return {}
+                origin = Provenance.parse(text, f"{recorded} {PROVENANCE}", "Give another run")
+                return origin.model_copy(update={"diff": self.read_artifact(recorded, DIFF) or ""})
+        return Provenance()
 
     def _find(self, study: str, tags: Mapping[str, str]) -> LoggedRun | None:
         query = " and ".join(f"tags.`{key}` = '{plain(value)}'" for key, value in tags.items() if value)
@@ -439,12 +443,12 @@ class Tracker:
             data: the samples.
             description: what the run's page says where it says nothing yet (an older run had no description).
         """
-        record = json.loads(file.read_text(encoding="utf-8"))
+        evaluation = Evaluation.read(file, "Remove the file and run dvc repro evaluate again")
         with self.talking() as client, tempfile.TemporaryDirectory() as folder:
             run = LoggedRun.of(client.get_run(run_id))
             if inputs := missing_inputs(run.inputs, [data]):
                 client.log_inputs(run_id, inputs)
-            table = answers.TAG if answers.write(record, self.root, Path(folder)) else {}
+            table = answers.TAG if answers.write(evaluation.predictions, self.root, Path(folder)) else {}
             client.log_artifacts(run_id, folder)
         note: dict[str, str] = {}
         if description and page.NOTE not in run.tags:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from pipeline.errors import InputError
 from pipeline.records.base import Record, as_written, say_once
@@ -71,6 +72,13 @@ def lacking(before, after, at=""):
 def test_what_is_written_is_read_as_the_same(model, text):
     record = parsed(model, text)
     assert parsed(model, record.text()) == record and parsed(model, record.text()).text() == record.text()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_record_that_was_read_does_not_change(model):
+    record = next(parsed(kind, text) for kind, text in TEXTS if kind is model)
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(record, next(iter(model.model_fields)), None)
 
 
 def test_a_store_of_before_opens():
