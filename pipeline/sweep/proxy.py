@@ -14,15 +14,19 @@ class TrialProxy(tune.Trainable):
     """One trial for Tune's schedulers and searchers; the work is done in a slot of the dispatcher."""
 
     def setup(self, config: dict[str, Any], dispatcher: Any = None) -> None:
-        """Hand the trial over; the dispatcher knows what `config` stands for."""
-        self._dispatcher = dispatcher
-        self._begin(config)
+        """Take a trial; it is handed over with the first step.
 
-    def _begin(self, config: dict[str, Any]) -> None:
-        self._key, self._seen = ray.get(self._dispatcher.submit.remote(config)), 0
+        Tune throws away a process that was too slow to start, and lets another one have its trial: one that handed
+        over what had been stopped by then would have it trained again, with nobody to wait for it.
+        """
+        self._dispatcher = dispatcher
+        self._key: str | None = None
+        self.reset_config(config)
 
     def step(self) -> dict[str, Any]:
-        """Return the next epoch's report."""
+        """Return the next epoch's report; the dispatcher knows what the configuration stands for."""
+        if self._key is None:
+            self._key = ray.get(self._dispatcher.submit.remote(self._trial_config))
         report: TrialReport = ray.get(self._dispatcher.next.remote(self._key, self._seen))
         if report.error is None:
             self._seen += 1
@@ -32,7 +36,8 @@ class TrialProxy(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Serve another trial in this process."""
-        self._begin(new_config)
+        self._trial_config, self._seen = new_config, 0
+        self._key = None
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
