@@ -57,19 +57,19 @@ def run(device: str = "cpu", *, sizes: Sizes | None = None) -> dict[str, Any]:
         sizes: what is measured; None: the device's own.
     """
     sizes = sizes or SIZES[device]
-    found, growth = Findings(), {}
+    findings, growth = Findings(), {}
     with one_thread(device):
         model = decoder(sizes.decoder, device=device, dtype=getattr(torch, sizes.dtype))
         for length in sizes.lengths:
-            _length(found, model, sizes, device, length)
+            _length(findings, model, sizes, device, length)
         growth = {
             "step_over_floor_by_virtual_tokens": _by_virtual_tokens(model, sizes, device),
             "published_over_ours_time_by_head_size": _by_head_size(sizes, device),
         }
-    return report(found, device=device, method=run.__doc__, sizes=asdict(sizes), growth=growth)
+    return report(findings, device=device, method=run.__doc__, sizes=asdict(sizes), growth=growth)
 
 
-def _length(found: Findings, model: nn.Module, sizes: Sizes, device: str, length: int) -> None:
+def _length(findings: Findings, model: nn.Module, sizes: Sizes, device: str, length: int) -> None:
     step = Steps(model, length, max(1, sizes.tokens // length))
     hificl = adapters.create("hificl", model, num_virtual_tokens=8, rank=8)
     mimic = adapters.create("mimic", model)
@@ -82,19 +82,19 @@ def _length(found: Findings, model: nn.Module, sizes: Sizes, device: str, length
         "every_layer": step.trained(partial(attach, model, hificl), hificl.parameters(), learns=True),
     }
     rounds = alternate(callables, sizes.repeats, device=device)
-    found.add(f"step_over_floor_every_layer_T{length}", rounds, "every_layer", "floor")
-    found.add(f"step_over_floor_T{length}", rounds, "hificl", "floor")
-    found.add(f"mimic_step_over_floor_T{length}", rounds, "mimic", "floor")
-    found.add(f"published_over_ours_time_T{length}", rounds, "published", "hificl")
-    found.add(f"published_over_floor_T{length}", rounds, "published", "floor")
-    found.seconds(f"floor_seconds_T{length}", rounds, "floor")
+    findings.add(f"step_over_floor_every_layer_T{length}", rounds, "every_layer", "floor")
+    findings.add(f"step_over_floor_T{length}", rounds, "hificl", "floor")
+    findings.add(f"mimic_step_over_floor_T{length}", rounds, "mimic", "floor")
+    findings.add(f"published_over_ours_time_T{length}", rounds, "published", "hificl")
+    findings.add(f"published_over_floor_T{length}", rounds, "published", "floor")
+    findings.seconds(f"floor_seconds_T{length}", rounds, "floor")
     with attach(model, hificl):
         ours = saved_bytes(step.forward, model)
     with published:
         theirs = saved_bytes(step.forward, model)
     floor = saved_bytes(lambda: step.forward(learns=True), model)
     for label, value in (("published_over_ours", theirs / ours), ("hificl_over_floor", ours / floor)):
-        found.ratios[f"{label}_saved_T{length}"], found.spread[f"{label}_saved_T{length}"] = value, [value, value]
+        findings.ratios[f"{label}_saved_T{length}"], findings.spread[f"{label}_saved_T{length}"] = value, [value, value]
 
 
 def _by_virtual_tokens(model: nn.Module, sizes: Sizes, device: str) -> dict[str, float]:
@@ -113,7 +113,7 @@ def _itself(context: Published) -> Callable[[], Published]:
 
 def _by_head_size(sizes: Sizes, device: str) -> dict[str, float]:
     """Return what the published formulation costs over ours with the same width in fewer, larger heads."""
-    found = {}
+    ratios = {}
     for size in sizes.head_sizes:
         heads = max(1, sizes.decoder.hidden // size)
         shape = replace(sizes.decoder, layers=2, heads=heads, kv_heads=max(1, heads // 4))
@@ -124,8 +124,8 @@ def _by_head_size(sizes: Sizes, device: str) -> dict[str, float]:
             "hificl": step.trained(partial(attach, model, hificl), hificl.parameters()),
             "published": step.trained(_itself(published), published.parameters()),
         }
-        found[str(size)] = alternate(callables, max(3, sizes.repeats // 3), device=device).ratio("published", "hificl")
-    return found
+        ratios[str(size)] = alternate(callables, max(3, sizes.repeats // 3), device=device).ratio("published", "hificl")
+    return ratios
 
 
 class Steps:

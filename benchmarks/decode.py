@@ -63,16 +63,16 @@ def run(
     """
     sizes = sizes or SIZES[device]
     chosen = workloads or {"idefics2": WORKLOADS[device]["idefics2"]}
-    found = Findings()
+    findings = Findings()
     with one_thread(device), torch.no_grad():
-        _attention(found, sizes, device)
+        _attention(findings, sizes, device)
         for workload in chosen.values():
-            _generation(found, Bench(replace(workload, batch=sizes.batch), device), sizes, device)
+            _generation(findings, Bench(replace(workload, batch=sizes.batch), device), sizes, device)
     shown = {**asdict(sizes), **{name: asdict(workload) for name, workload in chosen.items()}}
-    return report(found, device=device, method=run.__doc__, sizes=shown)
+    return report(findings, device=device, method=run.__doc__, sizes=shown)
 
 
-def _attention(found: Findings, sizes: Sizes, device: str) -> None:
+def _attention(findings: Findings, sizes: Sizes, device: str) -> None:
     dtype = getattr(torch, sizes.dtype)
     model = decoder(sizes.grouped, device=device, dtype=dtype)
     spec = decoder_of(model)
@@ -88,8 +88,8 @@ def _attention(found: Findings, sizes: Sizes, device: str) -> None:
 
     def concatenated() -> Tensor:
         full_k, full_v = (
-            torch.cat([one.expand(sizes.batch, -1, -1, -1), repeat(x, heads // kv_heads)], 2)
-            for one, x in ((k_learn, k), (v_learn, v))
+            torch.cat([learned.expand(sizes.batch, -1, -1, -1), repeat(x, heads // kv_heads)], 2)
+            for learned, x in ((k_learn, k), (v_learn, v))
         )
         return F.scaled_dot_product_attention(q, full_k, full_v, scale=module.scaling)
 
@@ -109,14 +109,14 @@ def _attention(found: Findings, sizes: Sizes, device: str) -> None:
         }
         slow = alternate(others, sizes.other_repeats, inner=sizes.inner, device=device)
     end = f"S{sizes.cache}_B{sizes.batch}"
-    found.add(f"decode_over_sdpa_{end}", rounds, "ours", "sdpa")
-    found.add(f"decode_over_sdpa_masked_{end}", rounds, "ours_masked", "sdpa_masked")
-    found.add(f"published_decode_over_sdpa_{end}", slow, "published", "sdpa")
-    found.add(f"concatenated_decode_over_sdpa_{end}", slow, "concatenated", "sdpa")
-    found.seconds(f"sdpa_seconds_{end}", rounds, "sdpa")
+    findings.add(f"decode_over_sdpa_{end}", rounds, "ours", "sdpa")
+    findings.add(f"decode_over_sdpa_masked_{end}", rounds, "ours_masked", "sdpa_masked")
+    findings.add(f"published_decode_over_sdpa_{end}", slow, "published", "sdpa")
+    findings.add(f"concatenated_decode_over_sdpa_{end}", slow, "concatenated", "sdpa")
+    findings.seconds(f"sdpa_seconds_{end}", rounds, "sdpa")
 
 
-def _generation(found: Findings, bench: Bench, sizes: Sizes, device: str) -> None:
+def _generation(findings: Findings, bench: Bench, sizes: Sizes, device: str) -> None:
     adapter = adapters.create("hificl", bench.model)
     settings: dict[str, Any] = {
         "do_sample": False, "use_cache": True, "min_new_tokens": sizes.new_tokens, "max_new_tokens": sizes.new_tokens,
@@ -137,9 +137,9 @@ def _generation(found: Findings, bench: Bench, sizes: Sizes, device: str) -> Non
 
     callables = {"zero_shot": plain, "adapter": adapted, **{str(shots): answer(shots) for shots in sizes.shots}}
     rounds = alternate(callables, sizes.generate_repeats, device=device)
-    found.add("generate_over_zero_shot", rounds, "adapter", "zero_shot")
+    findings.add("generate_over_zero_shot", rounds, "adapter", "zero_shot")
     for shots in sizes.shots:
-        found.add(f"icl_{shots}_over_adapter", rounds, str(shots), "adapter")
+        findings.add(f"icl_{shots}_over_adapter", rounds, str(shots), "adapter")
 
 
 if __name__ == "__main__":

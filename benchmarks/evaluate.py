@@ -60,13 +60,13 @@ def run(device: str = "cpu", *, sizes: Sizes | None = None) -> dict[str, Any]:
         sizes: how much; None: the official splits' sizes.
     """
     sizes = sizes or Sizes()
-    found = Findings()
+    findings = Findings()
     for label, work, repeats in _scores(sizes):
         rounds = alternate({label: work}, repeats, warmup=0)
-        found.seconds(label, rounds, label)
+        findings.seconds(label, rounds, label)
     with one_thread(device):
-        _generation(found, sizes, device)
-    return report(found, device=device, method=run.__doc__, sizes=asdict(sizes))
+        _generation(findings, sizes, device)
+    return report(findings, device=device, method=run.__doc__, sizes=asdict(sizes))
 
 
 def _scores(sizes: Sizes) -> list[tuple[str, Callable[[], Any], int]]:
@@ -97,7 +97,7 @@ def _caption(draw: random.Random) -> str:
     return " ".join(draw.choices(_WORDS, k=draw.randint(8, 13))).capitalize() + "."
 
 
-def _generation(found: Findings, sizes: Sizes, device: str) -> None:
+def _generation(findings: Findings, sizes: Sizes, device: str) -> None:
     loaded = backbones.load(sizes.backbone, variant="tiny", device=device)
     loaded.model.generation_config.eos_token_id = None  # every answer as long as it may be
     adapter = adapters.create("hificl", loaded.model)
@@ -116,10 +116,10 @@ def _generation(found: Findings, sizes: Sizes, device: str) -> None:
 
         callables = {"batched": lambda: write(sizes.batch_size), "single": lambda: write(1)}
         rounds = alternate(callables, sizes.repeats, device=device)
-    found.add("batched_over_single_seconds", rounds, "batched", "single")
+    findings.add("batched_over_single_seconds", rounds, "batched", "single")
     for name in callables:
         rates = Rounds({name: [sizes.prompts / seconds for seconds in rounds.seconds[name]]})
-        found.seconds(f"{name}_samples_a_second", rates, name)
+        findings.seconds(f"{name}_samples_a_second", rates, name)
 
 
 def _requests(loaded: Any, root: Path, sizes: Sizes) -> list[Encoded]:

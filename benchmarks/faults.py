@@ -28,7 +28,7 @@ def run(
         num_train_samples: of each trial.
         rounds: sweeps.
     """
-    found = Findings()
+    findings = Findings()
     shares: dict[str, list[float]] = {"keeping_over_training": []}
     seconds: dict[str, float] = {}
     for _ in range(rounds):
@@ -43,7 +43,7 @@ def run(
         shares["keeping_over_training"].append(kept / (kept + trained))
         seconds = {"keeping": kept, "training": trained, "sweep": ended.number("seconds")}
     for name, values in shares.items():
-        found.ratios[name] = sorted(values)[len(values) // 2]
-        found.spread[name] = quartiles(values)
+        findings.ratios[name] = sorted(values)[len(values) // 2]
+        findings.spread[name] = quartiles(values)
     sizes = {"trials": len(ends), "num_train_samples": num_train_samples, "cpu_count": os.cpu_count()}
-    return report(found, device=device, method=run.__doc__, sizes=sizes, seconds=seconds)
+    return report(findings, device=device, method=run.__doc__, sizes=sizes, seconds=seconds)

@@ -54,14 +54,14 @@ def run(
         timed(place, "-m", "dvc", "repro")  # evaluates and reports
         noop = [timed(place, "-m", "dvc", "repro") for _ in range(noop_repeats)]
     trials = len(ranks) * len(num_virtual_tokens) * len(learning_rates)
-    found = Findings()
-    found.ratios["sweep_over_bare_loops"] = sweep / bare
-    found.spread["sweep_over_bare_loops"] = quartiles([sweep / bare])
-    found.file("noop_repro_seconds", noop)
-    found.file("noop_train_seconds", stage)
+    findings = Findings()
+    findings.ratios["sweep_over_bare_loops"] = sweep / bare
+    findings.spread["sweep_over_bare_loops"] = quartiles([sweep / bare])
+    findings.file("noop_repro_seconds", noop)
+    findings.file("noop_train_seconds", stage)
     sizes = {"trials": trials, "num_train_samples": num_train_samples, "pack": pack, "cpu_count": os.cpu_count()}
     seconds = {"sweep": sweep, "bare_loops": bare, "beyond_loops_per_trial": (sweep - bare / _slots()) / trials}
-    return report(found, device=device, method=run.__doc__, sizes=sizes, seconds=seconds)
+    return report(findings, device=device, method=run.__doc__, sizes=sizes, seconds=seconds)
 
 
 def _slots() -> int:

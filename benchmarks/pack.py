@@ -32,20 +32,20 @@ def run(
         num_samples: of each trial.
         repeats: rounds.
     """
-    found = Findings()
+    findings = Findings()
     with one_thread(device), trials(num_samples) as made:
         bench = Workbench(device=device)
         train(bench, [_request(made, 0, "warm-up")])
         for name, step in {"": {}, "_papers_step": {"micro_batch_size": 2, "accumulation": 2}}.items():
             for k in num_trials:
                 rounds = both_ways(bench, partial(_requests, made, k, step), repeats)
-                found.add(f"packed_over_sequential_K{k}{name}", rounds, "alone", "together")
-        found.file("loss_difference_fp32", [_difference(bench, made, max(num_trials))])
+                findings.add(f"packed_over_sequential_K{k}{name}", rounds, "alone", "together")
+        findings.file("loss_difference_fp32", [_difference(bench, made, max(num_trials))])
         bench = Workbench(device=device)
         bench.resident(_request(made, 0, "double")).loaded.model.double()
-        found.file("loss_difference_fp64", [_difference(bench, made, max(num_trials), double=True)])
+        findings.file("loss_difference_fp64", [_difference(bench, made, max(num_trials), double=True)])
     sizes = {"num_trials": list(num_trials), "num_samples": num_samples, "repeats": repeats, "backbone": BACKBONE}
-    return report(found, device=device, method=run.__doc__, sizes=sizes)
+    return report(findings, device=device, method=run.__doc__, sizes=sizes)
 
 
 def _request(made: Trials, number: int, place: str, **step: Any) -> TrialRequest:
@@ -66,10 +66,10 @@ def _difference(bench: Workbench, made: Trials, k: int, *, double: bool = False)
                 bench.admit(request)
             for trial in bench.loop.trials if bench.loop is not None else []:
                 trial.adapter.to(torch.float64 if double else torch.float32)
-            found: dict[str, float | None] = {}
+            means: dict[str, float | None] = {}
             while reports := bench.advance():
-                found |= {report.key: report.metrics.train_loss for report in reports if report.metrics}
-            out += [found[request.key] or 0.0 for request in requests]
+                means |= {report.key: report.metrics.train_loss for report in reports if report.metrics}
+            out += [means[request.key] or 0.0 for request in requests]
         return out
 
     place = "fp64" if double else "fp32"

@@ -41,17 +41,17 @@ def run(
         images: N; None leaves it out.
     """
     with one_thread(device):
-        found, visual = _visual(device, workloads=workloads, repeats=repeats)
+        findings, visual = _visual(device, workloads=workloads, repeats=repeats)
         if teacher is not None:  # whole trials: this part needs what the pipeline needs
             from benchmarks.support.shared import teacher_pass
 
-            found.update(teacher_pass(device, **teacher))
+            findings.update(teacher_pass(device, **teacher))
         if images is not None:
             from benchmarks.support.shared import visual_tokens
 
-            found.update(visual_tokens(device, numbers=images))
+            findings.update(visual_tokens(device, numbers=images))
     sizes = {"repeats": repeats, **{name: asdict(row.pop("workload")) for name, row in visual.items()}}
-    return report(found, device=device, method=run.__doc__, sizes=sizes, visual_tokens=visual)
+    return report(findings, device=device, method=run.__doc__, sizes=sizes, visual_tokens=visual)
 
 
 def _visual(
@@ -64,7 +64,7 @@ def _visual(
         workloads: what is measured; None: the device's own.
         repeats: rounds.
     """
-    found = Findings()
+    findings = Findings()
     kept: dict[str, Any] = {}
     for name, workload in (workloads or WORKLOADS[device]).items():
         bench = Bench(workload, device)
@@ -83,10 +83,10 @@ def _visual(
 
         with attach(bench.model, adapter):
             rounds = alternate({"with": with_reuse, "without": without, "vision": vision}, repeats, device=device)
-        found.add(f"with_over_without_{name}", rounds, "with", "without")
-        found.add(f"vision_share_{name}", rounds, "vision", "without")
+        findings.add(f"with_over_without_{name}", rounds, "with", "without")
+        findings.add(f"vision_share_{name}", rounds, "vision", "without")
         kept[name] = {"bytes_an_image": bench.visual.nbytes, "workload": workload}
-    return found, kept
+    return findings, kept
 
 
 if __name__ == "__main__":

@@ -45,25 +45,25 @@ def run(
         measured_runs: trials whose calls to the tracking store are timed, at each size.
         other_nodes: numbers of slots that the dispatcher is timed with besides.
     """
-    found = Findings()
+    findings = Findings()
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
-        plan, requests = make_plan(where, num_trials, found)
-        _dispatch(plan, requests, nodes, found)
-        _ledger(plan, found)
+        plan, requests = make_plan(where, num_trials, findings)
+        _dispatch(plan, requests, nodes, findings)
+        _ledger(plan, findings)
         for number in other_nodes:
             smaller = make_plan(where / f"nodes-{number}", max(number, num_trials // 5), Findings())
             seen = Findings()
             _dispatch(*smaller, number, seen)
-            found.take(seen, "dispatcher_ms_per_trial", f"dispatcher_ms_per_trial_nodes_{number}")
+            findings.take(seen, "dispatcher_ms_per_trial", f"dispatcher_ms_per_trial_nodes_{number}")
         for place in stores(where):
-            track(place, plan, where, measured_runs, found)
+            track(place, plan, where, measured_runs, findings)
         for number in tune_trials:
-            _tune(where / f"tune-{number}", number, found)
+            _tune(where / f"tune-{number}", number, findings)
     sizes = {"num_trials": num_trials, "nodes": nodes, "epochs": EPOCHS, "tune_trials": list(tune_trials),
              "measured_runs": measured_runs}  # fmt: skip
     left_out = [] if os.environ.get("HIFICL_BENCH_POSTGRES") else ["postgresql: HIFICL_BENCH_POSTGRES is not set"]
-    return report(found, device=device, method=run.__doc__, sizes=sizes, left_out=left_out)
+    return report(findings, device=device, method=run.__doc__, sizes=sizes, left_out=left_out)
 
 
 def _plain_dispatcher() -> Any:
@@ -72,7 +72,7 @@ def _plain_dispatcher() -> Any:
     return wrapped.__ray_metadata__.modified_class
 
 
-def _dispatch(plan: Plan, requests: dict[str, TrialRequest], nodes: int, found: Findings) -> None:
+def _dispatch(plan: Plan, requests: dict[str, TrialRequest], nodes: int, findings: Findings) -> None:
     """Time the dispatcher: every trial from its submission to its last report."""
     process = psutil.Process()
     before = process.memory_info().rss
@@ -103,27 +103,27 @@ def _dispatch(plan: Plan, requests: dict[str, TrialRequest], nodes: int, found: 
     asyncio.run(sweep())
     part = max(1, len(seconds) // 10)
     each = [1000 * (b - a) for a, b in zip([start, *seconds], seconds, strict=False)]
-    found.file("dispatcher_ms_per_trial", each)
-    found.file("dispatcher_last_over_first_tenth", [sum(each[-part:]) / sum(each[:part])])
-    found.file("decision_ms", [1000 * one for one in decisions])
-    found.file("dispatcher_mib", [max(0.1, (process.memory_info().rss - before) / 2**20)])
-    found.file("driver_mib", [process.memory_info().rss / 2**20])
+    findings.file("dispatcher_ms_per_trial", each)
+    findings.file("dispatcher_last_over_first_tenth", [sum(each[-part:]) / sum(each[:part])])
+    findings.file("decision_ms", [1000 * value for value in decisions])
+    findings.file("dispatcher_mib", [max(0.1, (process.memory_info().rss - before) / 2**20)])
+    findings.file("driver_mib", [process.memory_info().rss / 2**20])
 
 
-def _ledger(plan: Plan, found: Findings) -> None:
+def _ledger(plan: Plan, findings: Findings) -> None:
     """Time what a start reads of the trial store, and weigh it."""
     store = TrialStore(plan.places.runs)
     start = time.perf_counter()
     if plan.open_keys(store.finished):
         raise RuntimeError("the simulation left trials open")
-    found.file("ledger_read_seconds", [time.perf_counter() - start])
+    findings.file("ledger_read_seconds", [time.perf_counter() - start])
     files = [file for file in plan.places.runs.rglob("*") if file.is_file()]
-    found.file("ledger_kib_per_trial", [sum(file.stat().st_size for file in files) / 1024 / len(plan.trials)])
-    found.file("ledger_blocks_mib", [sum(file.stat().st_blocks * 512 for file in files) / 2**20])
-    found.file("ledger_files", [len(files)])
+    findings.file("ledger_kib_per_trial", [sum(file.stat().st_size for file in files) / 1024 / len(plan.trials)])
+    findings.file("ledger_blocks_mib", [sum(file.stat().st_blocks * 512 for file in files) / 2**20])
+    findings.file("ledger_files", [len(files)])
 
 
-def _tune(where: Path, number: int, found: Findings) -> None:
+def _tune(where: Path, number: int, findings: Findings) -> None:
     """Time Ray Tune for real, its actors and the dispatcher's included; the slots alone are simulated."""
     import ray
 
@@ -146,7 +146,7 @@ def _tune(where: Path, number: int, found: Findings) -> None:
     with tuner.cluster(sweep):
         tuner.run_trials(plan, list(plan.trials), params, tell, actor)
     each = [1000 * (b - a) for a, b in zip(seen, seen[1:], strict=False)]
-    found.file(f"tune_ms_per_trial_{number}", each[len(each) // 2 :])
+    findings.file(f"tune_ms_per_trial_{number}", each[len(each) // 2 :])
 
 
 if __name__ == "__main__":

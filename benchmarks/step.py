@@ -50,7 +50,7 @@ def run(
         repeats: rounds.
         compiled: whether HiFICL and the floor are also measured under torch.compile; None: on CUDA.
     """
-    found, counted, left_out = Findings(), {}, []
+    findings, counted, left_out = Findings(), {}, []
     chosen = workloads or WORKLOADS[device]
     with one_thread(device):
         for name, workload in chosen.items():
@@ -58,19 +58,19 @@ def run(
             work, skipped = _callables(bench)
             left_out += [f"{name}: {text}" for text in skipped]
             rounds = alternate(work, repeats, device=device)
-            _ratios(found, name, rounds)
+            _ratios(findings, name, rounds)
             together, alone = packed_steps(bench, PACKED)
             packs = alternate({"together": together, "alone": alone}, repeats, device=device)
-            found.add(f"packed_over_sequential_K{PACKED}_{name}", packs, "alone", "together")
+            findings.add(f"packed_over_sequential_K{PACKED}_{name}", packs, "alone", "together")
             counted[name] = _counted(bench, rounds, device)
             if device == "cuda":
-                counted[name]["peak_gib"] = {label: _peak(one) for label, one in work.items()}
+                counted[name]["peak_gib"] = {label: _peak(run_once) for label, run_once in work.items()}
             if compiled if compiled is not None else device == "cuda":
-                left_out += _compiled(found, bench, name, repeats, device)
-                _compiled_parts(found, bench, name, repeats, device)
+                left_out += _compiled(findings, bench, name, repeats, device)
+                _compiled_parts(findings, bench, name, repeats, device)
             del bench, work
     sizes = {"repeats": repeats, **{name: asdict(workload) for name, workload in chosen.items()}}
-    return report(found, device=device, method=run.__doc__, sizes=sizes, counted=counted, left_out=left_out)
+    return report(findings, device=device, method=run.__doc__, sizes=sizes, counted=counted, left_out=left_out)
 
 
 def _callables(bench: Bench) -> tuple[dict[str, Callable[[], Any]], list[str]]:
@@ -109,16 +109,16 @@ def _callables(bench: Bench) -> tuple[dict[str, Callable[[], Any]], list[str]]:
     return {**work, "lora": attached(update, lora, pixels=True)}, []
 
 
-def _ratios(found: Findings, name: str, rounds: Rounds) -> None:
-    found.add(f"step_over_floor_{name}", rounds, "hificl", "floor")
-    found.add(f"mimic_step_over_floor_{name}", rounds, "mimic", "floor")
-    found.add(f"all_logits_over_answer_logits_{name}", rounds, "hificl_all_logits", "hificl")
-    found.add(f"mimic_over_hificl_{name}", rounds, "mimic_taught", "hificl")
-    found.add(f"mimic_as_published_over_hificl_{name}", rounds, "mimic_published", "hificl_pixels")
+def _ratios(findings: Findings, name: str, rounds: Rounds) -> None:
+    findings.add(f"step_over_floor_{name}", rounds, "hificl", "floor")
+    findings.add(f"mimic_step_over_floor_{name}", rounds, "mimic", "floor")
+    findings.add(f"all_logits_over_answer_logits_{name}", rounds, "hificl_all_logits", "hificl")
+    findings.add(f"mimic_over_hificl_{name}", rounds, "mimic_taught", "hificl")
+    findings.add(f"mimic_as_published_over_hificl_{name}", rounds, "mimic_published", "hificl_pixels")
     if "lora" in rounds.seconds:
-        found.add(f"lora_over_hificl_{name}", rounds, "lora", "hificl")
-        found.add(f"lora_over_hificl_from_pixels_{name}", rounds, "lora", "hificl_pixels")
-    found.seconds(f"floor_seconds_{name}", rounds, "floor")
+        findings.add(f"lora_over_hificl_{name}", rounds, "lora", "hificl")
+        findings.add(f"lora_over_hificl_from_pixels_{name}", rounds, "lora", "hificl_pixels")
+    findings.seconds(f"floor_seconds_{name}", rounds, "floor")
 
 
 def _counted(bench: Bench, rounds: Rounds, device: str) -> dict[str, Any]:
@@ -139,11 +139,11 @@ def _counted(bench: Bench, rounds: Rounds, device: str) -> dict[str, Any]:
     rates = {
         label: value * work.batch / rounds.median(label) for label, value in flops.items() if label in rounds.seconds
     }
-    found: dict[str, Any] = {"flops_a_sample": flops, "flops_a_second": rates}
+    counted: dict[str, Any] = {"flops_a_sample": flops, "flops_a_second": rates}
     if device == "cuda":
         peak = next((value for part, value in PEAK.items() if part in torch.cuda.get_device_name(0)), None)
-        found["utilisation"] = {label: rate / peak for label, rate in rates.items()} if peak else None
-    return found
+        counted["utilisation"] = {label: rate / peak for label, rate in rates.items()} if peak else None
+    return counted
 
 
 def _attached_hificl(bench: Bench) -> Callable[[], None]:
@@ -157,7 +157,7 @@ def _attached_hificl(bench: Bench) -> Callable[[], None]:
     return hificl
 
 
-def _compiled(found: Findings, bench: Bench, name: str, repeats: int, device: str) -> list[str]:
+def _compiled(findings: Findings, bench: Bench, name: str, repeats: int, device: str) -> list[str]:
     """Measure HiFICL and the floor with the decoder's layers under torch.compile; say so where that fails."""
     plain = [layer.forward for layer in bench.spec.layers]
     try:
@@ -172,12 +172,12 @@ def _compiled(found: Findings, bench: Bench, name: str, repeats: int, device: st
         for layer, forward in zip(bench.spec.layers, plain, strict=True):
             layer.forward = forward
         torch._dynamo.reset()
-    found.add(f"compiled_step_over_floor_{name}", rounds, "hificl", "floor")
-    found.seconds(f"compiled_floor_seconds_{name}", rounds, "floor")
+    findings.add(f"compiled_step_over_floor_{name}", rounds, "hificl", "floor")
+    findings.seconds(f"compiled_floor_seconds_{name}", rounds, "floor")
     return []
 
 
-def _compiled_parts(found: Findings, bench: Bench, name: str, repeats: int, device: str) -> None:
+def _compiled_parts(findings: Findings, bench: Bench, name: str, repeats: int, device: str) -> None:
     """Measure what `train.compile` brings: HiFICL's step with the decoder's frozen parts compiled, and without."""
     eager, forwards = _attached_hificl(bench), dict[torch.nn.Module, Callable[..., Any]]()
 
@@ -186,7 +186,7 @@ def _compiled_parts(found: Findings, bench: Bench, name: str, repeats: int, devi
             eager()
 
     rounds = alternate({"eager": eager, "parts": parts}, repeats, warmup=2, device=device)
-    found.add(f"compiled_parts_over_eager_{name}", rounds, "parts", "eager")
+    findings.add(f"compiled_parts_over_eager_{name}", rounds, "parts", "eager")
 
 
 def _peak(work: Callable[[], Any]) -> float:

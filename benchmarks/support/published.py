@@ -95,7 +95,7 @@ class Published:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what is trained."""
-        return [one for layer in self.tokens for pair in layer for one in pair]
+        return [factor for layer in self.tokens for pair in layer for factor in pair]
 
     def __enter__(self) -> Published:
         self._before = self.spec.text_config._attn_implementation

@@ -27,7 +27,7 @@ def teacher_pass(device: str, *, num_trials: int = 8, num_samples: int = 32, rep
         num_samples: of each trial.
         repeats: rounds.
     """
-    found = Findings()
+    findings = Findings()
     with trials(num_samples) as made:
         bench = Workbench(device=device)
 
@@ -36,8 +36,8 @@ def teacher_pass(device: str, *, num_trials: int = 8, num_samples: int = 32, rep
             return [made.request("mimic", place, {}, learning_rate=rate, weight_decay=0.001) for rate in rates]
 
         train(bench, requests("warm-up")[:1])
-        found.add(_TEACHER.format(num_trials), both_ways(bench, requests, repeats), "together", "alone")
-    return found
+        findings.add(_TEACHER.format(num_trials), both_ways(bench, requests, repeats), "together", "alone")
+    return findings
 
 
 def visual_tokens(device: str, *, numbers: Sequence[int] = (256, 1024, 4096)) -> Findings:
@@ -50,7 +50,7 @@ def visual_tokens(device: str, *, numbers: Sequence[int] = (256, 1024, 4096)) ->
         device: cpu or cuda.
         numbers: N.
     """
-    found = Findings()
+    findings = Findings()
     loaded = backbones.load(BACKBONE, weights=CHECKPOINTS / BACKBONE, device=device)
     for number in numbers:
         with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +61,7 @@ def visual_tokens(device: str, *, numbers: Sequence[int] = (256, 1024, 4096)) ->
             for name, store in zip(_READERS, (writer, reader, reader), strict=True):
                 start = time.perf_counter()
                 store.prefetch(images)
-                found.file(f"images_{name}_ms_{number}", [1000 * (time.perf_counter() - start) / len(images)])
+                findings.file(f"images_{name}_ms_{number}", [1000 * (time.perf_counter() - start) / len(images)])
             if (writer.computed, reader.computed) != (len(images), 0):
                 raise RuntimeError("images were computed twice")
-    return found
+    return findings

@@ -23,7 +23,7 @@ EPOCHS, STEPS = 2, 250  # as a trial of the miniature has in an epoch
 METRICS = ("train_loss", "ground_truth_loss", "alignment_loss", "selection_score", "objective", "train_seconds")
 
 
-def make_plan(where: Path, number: int, found: Findings) -> tuple[Plan, dict[str, TrialRequest]]:
+def make_plan(where: Path, number: int, findings: Findings) -> tuple[Plan, dict[str, TrialRequest]]:
     """Return a plan of trials that differ in seed and rank, and what a slot is told of each."""
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
     params = load(PARAMS)
@@ -39,8 +39,8 @@ def make_plan(where: Path, number: int, found: Findings) -> tuple[Plan, dict[str
     requests = {
         key: TrialRequest(config, str(plan.places.runs / key), "", source) for key, config in plan.trials.items()
     }
-    found.file("plan_seconds", [time.perf_counter() - start])
-    found.file("plan_mib", [max(0.1, (psutil.Process().memory_info().rss - before) / 2**20)])
+    findings.file("plan_seconds", [time.perf_counter() - start])
+    findings.file("plan_mib", [max(0.1, (psutil.Process().memory_info().rss - before) / 2**20)])
     return plan, requests
 
 

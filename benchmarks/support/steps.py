@@ -125,9 +125,9 @@ def packed_steps(bench: Bench, count: int) -> tuple[Step, Step]:
             step.update()
 
     def alone() -> None:
-        for (step, adapter), mine in zip(made, ids, strict=True):
+        for (step, adapter), rows_of_trial in zip(made, ids, strict=True):
             with adapters.attach(bench.model, adapter):
-                step(mine)
+                step(rows_of_trial)
 
     return together, alone
 

@@ -65,7 +65,7 @@ def _number(value: Any) -> str:
 
 def _spread(value: Any) -> str:
     if isinstance(value, list):
-        return " to ".join(_number(one) for one in value)
+        return " to ".join(_number(part) for part in value)
     return "" if value is None else f"range {_number(value)} of the median"
 
 

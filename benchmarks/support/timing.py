@@ -134,45 +134,45 @@ class Findings:
 
 
 def report(
-    found: Findings, *, device: str, method: str | None, sizes: Mapping[str, Any], **more: Any
+    findings: Findings, *, device: str, method: str | None, sizes: Mapping[str, Any], **more: Any
 ) -> dict[str, Any]:
     """Return what `hificl bench` prints.
 
     Args:
-        found: the ratios and their spread.
+        findings: the ratios and their spread.
         device: cpu or cuda.
         method: the docstring of what was run; its part before `Args:` is printed.
         sizes: shapes, repeats, and whatever else decides a ratio.
         more: further entries, such as `growth`.
     """
     return {
-        "ratios": found.ratios, "spread": found.spread, "sizes": dict(sizes), **more, "machine": machine(device),
+        "ratios": findings.ratios, "spread": findings.spread, "sizes": dict(sizes), **more, "machine": machine(device),
         "versions": versions(), "commit": commit(), "method": " ".join((method or "").split("Args:")[0].split()),
     }  # fmt: skip
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Return what the numbers depend on: processor, threads, load at the end, GPU."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "device": device, "cpu_count": os.cpu_count(), "processor": platform.processor() or platform.machine(),
         "system": platform.platform(), "python": platform.python_version(), "threads": torch.get_num_threads(),
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }  # fmt: skip
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        found.update(gpu=properties.name, gpu_gib=properties.total_memory / 2**30, cuda=torch.version.cuda)
-    return found
+        facts.update(gpu=properties.name, gpu_gib=properties.total_memory / 2**30, cuda=torch.version.cuda)
+    return facts
 
 
 def versions() -> dict[str, str]:
     """Return the versions of what is installed of `PACKAGES`."""
-    found = {}
+    installed = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def commit() -> str | None:

@@ -26,7 +26,7 @@ def stores(where: Path) -> Iterator[tuple[str, str]]:
         yield "postgresql", uri
 
 
-def track(place: tuple[str, str], plan: Plan, where: Path, measured: int, found: Findings) -> None:
+def track(place: tuple[str, str], plan: Plan, where: Path, measured: int, findings: Findings) -> None:
     """Time the calls of a trial at an empty store and at a full one, and weigh the store."""
     name, uri = place
     study = f"scale-{uuid.uuid4().hex[:8]}"
@@ -36,22 +36,22 @@ def track(place: tuple[str, str], plan: Plan, where: Path, measured: int, found:
     sync = _sync(tracker, store, plan, study)
     keys = list(plan.trials)
     empty = _log(sync, keys[:measured])
-    found.file(f"{name}_trial_ms_empty", [1000 * one for one in empty])
+    findings.file(f"{name}_trial_ms_empty", [1000 * value for value in empty])
     before = _bytes(uri)
     copies = keys[measured : max(measured + 1, len(keys) - measured)]
     _copy(uri, keys[0], copies)
-    found.file(f"{name}_kib_per_trial", [(_bytes(uri) - before) / 1024 / len(copies)])
-    found.file(f"{name}_mib", [_bytes(uri) / 2**20])
+    findings.file(f"{name}_kib_per_trial", [(_bytes(uri) - before) / 1024 / len(copies)])
+    findings.file(f"{name}_mib", [_bytes(uri) / 2**20])
     full = _log(sync, keys[-measured:])
-    found.file(f"{name}_trial_ms_full", [1000 * one for one in full])
+    findings.file(f"{name}_trial_ms_full", [1000 * value for value in full])
     again = _sync(Tracker(uri, where), store, plan, study)
     start = time.perf_counter()
     for key in keys[: measured // 2]:
         again.on_end(key, None)
-    found.file(f"{name}_record_done_ms_per_trial", [1000 * (time.perf_counter() - start) / max(1, measured // 2)])
+    findings.file(f"{name}_record_done_ms_per_trial", [1000 * (time.perf_counter() - start) / max(1, measured // 2)])
     start = time.perf_counter()
     again.record_done(keys)
-    found.file(f"{name}_resume_seconds", [time.perf_counter() - start])
+    findings.file(f"{name}_resume_seconds", [time.perf_counter() - start])
     for used in (again, sync):
         used.close_sweeps(failed=False)
 
@@ -93,7 +93,7 @@ def _copy(uri: str, key: str, copies: list[str]) -> None:
         tags = tables.tables["tags"]
         query = sqlalchemy.select(tags.c.run_uuid).where(tags.c.key == "trial_key", tags.c.value == key)
         (run_id, *_) = connection.execute(query).scalars().all()
-        for table in (one for one in tables.sorted_tables if "run_uuid" in one.c):
+        for table in (table for table in tables.sorted_tables if "run_uuid" in table.c):
             rows = [dict(row._mapping) for row in connection.execute(
                 sqlalchemy.select(table).where(table.c.run_uuid == run_id))]  # fmt: skip
             new = [

@@ -74,7 +74,7 @@ def decoder_of(model: nn.Module) -> DecoderSpec:
 def _self_attention(layer: nn.Module, kind: str) -> nn.Module:
     """Return the one child of `layer` that projects to queries, keys, values and back."""
     needed = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "config")
-    found = [child for child in layer.children() if all(hasattr(child, name) for name in needed)]
-    if len(found) != 1:
-        raise InputError(f"a decoder layer of {kind} has {len(found)} self-attentions with q, k, v, o projections")
-    return found[0]
+    matching = [child for child in layer.children() if all(hasattr(child, name) for name in needed)]
+    if len(matching) != 1:
+        raise InputError(f"a decoder layer of {kind} has {len(matching)} self-attentions with q, k, v, o projections")
+    return matching[0]

@@ -54,7 +54,7 @@ def find_folder(
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(
+        snapshot = snapshot_download(
             backbone.hub_id, revision=revision, local_files_only=not allow_download, allow_patterns=list(_DECIDING)
         )
     except Exception as error:  # noqa: BLE001 - the hub's client raises its own, its transport's and OS errors
@@ -63,7 +63,7 @@ def find_folder(
             where=f"backbones.{backbone.name}.weights",
             way_out=_way_out(backbone),
         ) from error
-    return Path(found)
+    return Path(snapshot)
 
 
 def _way_out(backbone: Backbone) -> str:
@@ -83,10 +83,10 @@ def check_folder(backbone: Backbone, folder: Path) -> None:
         InputError: something is missing, pickled, or another model's.
     """
     config = _read_json(folder / "config.json", backbone)
-    found = config.get("model_type")
-    if found != backbone.family.model_type:
+    model_type = config.get("model_type")
+    if model_type != backbone.family.model_type:
         raise InputError(
-            f"model_type is {found!r}, but {backbone.name} is a '{backbone.family.model_type}'",
+            f"model_type is {model_type!r}, but {backbone.name} is a '{backbone.family.model_type}'",
             where=str(folder / "config.json"),
             way_out=_way_out(backbone),
         )
