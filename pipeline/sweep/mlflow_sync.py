@@ -173,7 +173,7 @@ class MlflowSync(Watcher):
         while not self._catch_up():
             if time.monotonic() >= until:
                 raise WorkError(
-                    f"the MLflow store is away ({self._cause}); it lacks metrics, parameters or tags of "
+                    f"the MLflow store is away ({self._cause}); it lacks metrics, tags or models of up to "
                     f"{len(self._lacking)} runs, which are kept in {self.store.root} and evaluations/",
                     where=self.tracker.address,
                     way_out="Bring the store back and run the same command again: it adds them and trains nothing",

@@ -367,7 +367,7 @@ class Tracker:
             if opened:
                 opened.steps = steps
         new = {
-            (point.name, point.step): Metric(point.name, rounded(point.value), point.at or now, point.step)
+            (point.name, point.step): Metric(point.name, rounded(point.value), now, point.step)
             for point in points
             if point.value is not None and (point.name, point.step) not in steps
         }

@@ -55,13 +55,11 @@ class MetricPoint(NamedTuple):
         name: the metric's.
         step: the epoch, or the optimiser step.
         value: of the metric; None is not logged.
-        at: when that was, in ms since 1970; None: now.
     """
 
     name: str
     step: int
     value: float | None
-    at: int | None = None
 
 
 @dataclass(frozen=True)
