@@ -8,7 +8,7 @@ import pkgutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError, nearest
+from pipeline.core.errors import InputError, nearest
 
 
 def verbs() -> list[str]:

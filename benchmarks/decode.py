@@ -20,7 +20,7 @@ from benchmarks.support.timing import Findings, alternate, main, one_thread, rep
 from pipeline import adapters
 from pipeline.adapters.attach import attach
 from pipeline.adapters.interface import attention_forward
-from pipeline.adapters.products import repeat
+from pipeline.attention.merged import repeat
 from pipeline.backbones.decoder import decoder_of
 
 

@@ -13,13 +13,13 @@ from PIL import Image
 
 from benchmarks.support.timing import Findings, Rounds, alternate, main, one_thread, report
 from pipeline import adapters, backbones, tasks
-from pipeline.data.prompt import Encoded, encode_all, render
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.evaluate.generate import generate
+from pipeline.prompts.prompt import Encoded, encode_all, render
+from pipeline.resident.visual_tokens import VisualTokens
 from pipeline.scores.caption import caption_scores
 from pipeline.scores.chair import chair_scores, ground_truth
 from pipeline.scores.vqa import vqa_accuracy
-from pipeline.train.visual_tokens import VisualTokens
 
 _ANSWERS = ("yes", "no", "2", "dark blue", "a red bus", "Skateboarding!", "it's wooden", "café", "3,000", "none")
 _WORD_TEXT = (

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.timing import Findings, quartiles, report
-from pipeline import plain_yaml, workspace
-from pipeline.errors import WorkError
+from pipeline.commands import workspace_folder as workspace
+from pipeline.core import plain_yaml
+from pipeline.core.errors import WorkError
 
 STUDY = "overhead"
 ROOT = Path(__file__).resolve().parents[1]

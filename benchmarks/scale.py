@@ -15,12 +15,12 @@ import psutil
 from benchmarks.support.simulated import EPOCHS, SimulatedSlot, make_plan
 from benchmarks.support.timing import Findings, main, report
 from benchmarks.support.tracked import stores, track
+from pipeline.config.request import Requests, TrialRequest
 from pipeline.plan.plan import Plan
-from pipeline.request import Requests, TrialRequest
-from pipeline.sweep import tuner
-from pipeline.sweep.dispatcher import Dispatcher
-from pipeline.sweep.messages import Result, TrialEnded
-from pipeline.sweep.store import TrialStore
+from pipeline.pool import tuner
+from pipeline.pool.dispatcher import Dispatcher
+from pipeline.pool.messages import Result, TrialEnded
+from pipeline.records.store import TrialStore
 
 
 def run(

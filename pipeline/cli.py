@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline import commands, plain_paths
+from pipeline import commands
 from pipeline.commands.parser import CommandLine
-from pipeline.errors import HificlError
-from pipeline.terminal import write
+from pipeline.core import plain_paths
+from pipeline.core.errors import HificlError
+from pipeline.core.terminal import write
 
 INTERRUPTED = 130
 

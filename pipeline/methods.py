@@ -11,8 +11,8 @@ from pipeline import adapters
 from pipeline.adapters.base import METHODS
 from pipeline.adapters.options import Decoding, Facts, Options
 from pipeline.baselines import baselines
-from pipeline.errors import InputError, nearest
-from pipeline.trial import TrialConfig, canonical
+from pipeline.config.trial import TrialConfig, canonical
+from pipeline.core.errors import InputError, nearest
 
 
 def names() -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pipeline.config import Params
+from pipeline.config.load import Params
+from pipeline.core.progress import bar
 from pipeline.miniature.pretrain import pretrain
-from pipeline.progress import bar
 from pipeline.tracking.provenance import head_commit
 from stages.common import run
 

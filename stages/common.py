@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import copies, plain_paths
 from pipeline.cli import INTERRUPTED, guarded
-from pipeline.config import FOLDERS, PARAMS, Params, load
-from pipeline.errors import WorkError
+from pipeline.config.load import FOLDERS, PARAMS, Params, load
+from pipeline.core import copies, plain_paths
+from pipeline.core.errors import WorkError
 
 
 def run(stage: Callable[[Params], None]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.config import Params
-from pipeline.sweep.evaluation import evaluate
+from pipeline.config.load import Params
+from pipeline.sweep.evaluate import evaluate
 from stages.common import run
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline import copies
-from pipeline.config import Params, data_root
-from pipeline.progress import say
+from pipeline.config.load import Params, data_root
+from pipeline.core import copies
+from pipeline.core.progress import say
 from stages.common import run
 
 FOLDER = Path("data/real")

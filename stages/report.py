@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline import report
-from pipeline.config import Params
+from pipeline.config.load import Params
 from pipeline.records.evaluations import Evaluations
 from pipeline.report import tracked
 from stages.common import run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.config import Params
+from pipeline.config.load import Params
 from pipeline.plan.space import needed
 from pipeline.sweep.draw import draw_task
 from stages.common import run

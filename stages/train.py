@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.config import Params
-from pipeline.sweep.run import sweep
+from pipeline.config.load import Params
+from pipeline.sweep.train import sweep
 from stages.common import run
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.config import Params
+from pipeline.config.load import Params
 from pipeline.miniature.world import write_world
 from stages.common import run
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from pipeline.errors import WorkError
-from pipeline.terminal import Answer, Facts, Rows, short, table, write
+from pipeline.core.errors import WorkError
+from pipeline.core.terminal import Answer, Facts, Rows, short, table, write
 from tests.conftest import ROOT
 from tests.support.terminal import Terminal
 from tests.test_cli import hificl

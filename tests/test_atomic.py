@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.atomic import folder_atomic, write_atomic
-from pipeline.errors import WorkError
+from pipeline.core.errors import WorkError
+from pipeline.core.files import folder_atomic, write_atomic
 
 
 @pytest.fixture(params=[0o022, 0o077], ids=["shared", "private"])

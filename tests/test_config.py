@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import FOLDERS, OWN, load
-from pipeline.errors import InputError
+from pipeline.config.load import FOLDERS, OWN, load
+from pipeline.core.errors import InputError
 from tests.conftest import ROOT
 
 
@@ -170,7 +170,7 @@ def test_a_missing_file_is_said_so():
 
 
 def test_the_data_folder_is_one_that_dvc_sees(monkeypatch):
-    from pipeline.config import data_root
+    from pipeline.config.load import data_root
 
     monkeypatch.setenv("HIFICL_DATA_ROOT", "/nowhere")
     with pytest.raises(InputError, match="HIFICL_DATA_ROOT.*data/miniature"):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import copies
 from pipeline.commands import doctor
-from pipeline.config import load
+from pipeline.config.load import load
+from pipeline.core import copies
 from stages import official
 from tests.conftest import ROOT
 

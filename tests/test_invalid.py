@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.errors import InputError
-from pipeline.invalid import validate
+from pipeline.config.schema import Train
+from pipeline.core.errors import InputError
+from pipeline.core.invalid import validate
 from pipeline.measure.base import create_measure
 from pipeline.methods import parse
-from pipeline.schema import Train
 
 
 @pytest.mark.parametrize(

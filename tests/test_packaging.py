@@ -15,11 +15,11 @@ import jsonschema
 import pytest
 from packaging.requirements import Requirement
 
-from pipeline.plain_yaml import read_file
+from pipeline.core.plain_yaml import read_file
 from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PAPERS = read_file(ROOT / "pipeline/papers/papers.yaml")
+PAPERS = read_file(ROOT / "pipeline/config/papers/papers.yaml")
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import plain_paths
-from pipeline.errors import InputError
+from pipeline.core import plain_paths
+from pipeline.core.errors import InputError
 from tests.conftest import ROOT
 from tests.support import odd_paths
 

@@ -5,9 +5,9 @@ import math
 import pytest
 from dvc.utils.serialize import dumps_yaml, loads_yaml
 
-from pipeline.config import load
-from pipeline.errors import InputError
-from pipeline.plain_yaml import read, read_file, write
+from pipeline.config.load import load
+from pipeline.core.errors import InputError
+from pipeline.core.plain_yaml import read, read_file, write
 from tests.conftest import ROOT
 
 NUMBERS = {

@@ -10,18 +10,18 @@ import pytest
 
 from benchmarks.support.synthetic import SyntheticSize, write_images, write_vqav2
 from pipeline import backbones, methods
-from pipeline.config import load
+from pipeline.config.load import load
+from pipeline.config.trial import EvaluationConfig, TrialConfig
+from pipeline.core.errors import InputError
 from pipeline.data.manifest import Manifest
-from pipeline.data.prompt import draw_demos, encode, render, stop_strings
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.data.subsample import draw_manifest
-from pipeline.errors import InputError
 from pipeline.evaluate.generate import cut_at_stop
 from pipeline.plan.space import Digests, cells
+from pipeline.prompts.prompt import draw_demos, encode, render, stop_strings
 from pipeline.tasks import tasks
 from pipeline.tasks.caption_files import CAPTION_TEMPLATE
+from pipeline.tasks.draw import draw_manifest
 from pipeline.tasks.vqa_files import VQA_TEMPLATE, VqaTask
-from pipeline.trial import EvaluationConfig, TrialConfig
 from tests.conftest import ROOT
 
 BASE = {"backbone": "b", "backbone_digest": "0", "task": "t", "manifest_digest": "1", "method": "hificl"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import FOLDERS
+from pipeline.config.load import FOLDERS
 from tests.conftest import ROOT
 
 STAGE = """

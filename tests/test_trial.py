@@ -2,7 +2,7 @@ import json
 import subprocess
 import sys
 
-from pipeline.trial import TrialConfig, canonical
+from pipeline.config.trial import TrialConfig, canonical
 
 BASE = {"backbone": "b", "backbone_digest": "0", "task": "t", "manifest_digest": "1", "method": "hificl"}
 
@@ -23,7 +23,7 @@ def test_every_field_is_in_the_key():
 
 def test_the_key_is_the_same_for_every_hash_seed():
     code = (
-        "from pipeline.trial import TrialConfig;"
+        "from pipeline.config.trial import TrialConfig;"
         f"print(TrialConfig(**{BASE!r}, options={{'rank': 8, 'a': 1, 'b': [1, 2]}}).key)"
     )
     keys = {

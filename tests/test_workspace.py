@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.errors import InputError
-from pipeline.workspace import create, dvc
+from pipeline.commands.workspace_folder import create, dvc
+from pipeline.core.errors import InputError
 from tests.conftest import ROOT
 
 

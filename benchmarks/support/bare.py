@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.config import load
+from pipeline.config.load import load
 from pipeline.plan.inputs import all_cells, places
 from pipeline.plan.plan import make_plan
 from pipeline.train.workbench import Workbench, use_threads

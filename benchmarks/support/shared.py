@@ -11,7 +11,7 @@ from benchmarks.support.timing import Findings
 from benchmarks.support.trials import BACKBONE, CHECKPOINTS, both_ways, train, trials
 from pipeline import backbones
 from pipeline.miniature.world import write_world
-from pipeline.train.visual_tokens import VisualTokens
+from pipeline.resident.visual_tokens import VisualTokens
 from pipeline.train.workbench import Workbench
 
 _TEACHER = "teacher_shared_over_separate_K{}"

@@ -9,14 +9,14 @@ from pathlib import Path
 import psutil
 
 from benchmarks.support.timing import Findings
-from pipeline.config import BackboneSource, load
+from pipeline.config.load import BackboneSource, load
+from pipeline.config.request import TrialRequest
+from pipeline.config.trial import TrialConfig
 from pipeline.plan.inputs import Places
 from pipeline.plan.plan import Plan
 from pipeline.records.epoch import EpochReport, TrialReport
+from pipeline.records.store import TrialStore
 from pipeline.records.trial import TrialEnd
-from pipeline.request import TrialRequest
-from pipeline.sweep.store import TrialStore
-from pipeline.trial import TrialConfig
 
 PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
 EPOCHS, STEPS = 2, 250  # as a trial of the miniature has in an epoch

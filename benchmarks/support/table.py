@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError
-from pipeline.marks import fill
+from pipeline.core.errors import InputError
+from pipeline.core.files import fill
 
 OPEN, CLOSE = "<!-- measured: written by `make bench` -->", "<!-- end of what was measured -->"
 MARKS = re.compile(

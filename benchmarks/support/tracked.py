@@ -13,8 +13,8 @@ import sqlalchemy
 
 from benchmarks.support.timing import Findings
 from pipeline.plan.plan import Plan
+from pipeline.records.store import TrialStore
 from pipeline.sweep.mlflow_sync import MlflowSync
-from pipeline.sweep.store import TrialStore
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.store import sqlite_file, sqlite_uri
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from benchmarks.support.timing import Rounds
 from pipeline import backbones, methods
-from pipeline.config import BackboneSource
-from pipeline.data.subsample import draw_manifest
+from pipeline.config.load import BackboneSource
+from pipeline.config.request import TrialRequest
+from pipeline.config.trial import TrialConfig
 from pipeline.miniature.world import write_world
 from pipeline.records.epoch import EpochReport
-from pipeline.request import TrialRequest
 from pipeline.tasks import tasks
+from pipeline.tasks.draw import draw_manifest
 from pipeline.train.workbench import Workbench
-from pipeline.trial import TrialConfig
 
 BACKBONE, TASK = "mini-idefics2", "mini-vqa"
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"

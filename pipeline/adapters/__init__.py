@@ -20,7 +20,7 @@ from pipeline.adapters.options import Facts, Options
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.decoder import decoder_of
 from pipeline.backbones.states import modules_at
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 MAX_CONFIG = 1 << 20  # bytes
 

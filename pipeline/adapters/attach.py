@@ -17,7 +17,7 @@ from pipeline.adapters.pack import Pack, PackRows
 from pipeline.adapters.weights import WeightsEdit, edited_weights
 from pipeline.backbones.decoder import DecoderSpec, decoder_of
 from pipeline.backbones.states import modules_at
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from pipeline.adapters.options import Facts
 from pipeline.adapters.options import Options as AnyOptions
 from pipeline.backbones.decoder import DecoderSpec
-from pipeline.errors import InputError
-from pipeline.registry import Registry
+from pipeline.core.errors import InputError
+from pipeline.core.registry import Registry
 
 METHODS: Registry[type[Adapter]] = Registry("method", "pipeline.adapters", "hificl.methods")
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.adapters.attention import virtual_attention
 from pipeline.adapters.base import AttentionAdapter, HiddenAdapter
-from pipeline.adapters.kernels import PreparedMask, prepare_mask
 from pipeline.adapters.pack import Pack
+from pipeline.attention.kernels import PreparedMask, prepare_mask
+from pipeline.attention.virtual import virtual_attention
 from pipeline.backbones.decoder import DecoderSpec
 
 

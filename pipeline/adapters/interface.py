@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from pipeline.backbones.decoder import DecoderSpec
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 NAME = "hificl"
 _UNSUPPORTED = ("softcap", "position_bias", "s_aux")  # they change the scores, and with them Z2

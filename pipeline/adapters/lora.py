@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.adapters.base import METHODS, Init, WeightsAdapter
 from pipeline.adapters.options import Facts, Options, TeacherOptions
 from pipeline.backbones.decoder import DecoderSpec
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 _NAME = "hificl"
 _LEARNING_RATE = 5e-4

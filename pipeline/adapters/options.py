@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-from pipeline.invalid import validate
-from pipeline.trial import Kind, State
+from pipeline.config.trial import Kind, State
+from pipeline.core.invalid import validate
 
 
 @dataclass(frozen=True)

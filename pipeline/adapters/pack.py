@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.base import Adapter
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 
 @dataclass(frozen=True)

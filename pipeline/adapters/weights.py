@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.pack import Pack
 from pipeline.backbones.decoder import DecoderSpec
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 
 class WeightsEdit:

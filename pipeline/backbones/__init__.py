@@ -9,7 +9,7 @@ loaded = backbones.load("idefics2-8b-base", variant="tiny")
 from __future__ import annotations
 
 from pipeline.backbones.base import Backbone
-from pipeline.registry import Registry
+from pipeline.core.registry import Registry
 
 REGISTRY: Registry[Backbone] = Registry("backbone", "pipeline.backbones", "hificl.backbones")
 get = REGISTRY.get

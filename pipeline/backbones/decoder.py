@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch import nn
 from pipeline.backbones import REGISTRY
 from pipeline.backbones.base import Backbone, Family
 from pipeline.backbones.weights import check_folder, digest_of_folder, digest_of_settings, find_folder
-from pipeline.errors import InputError, nearest
+from pipeline.core.errors import InputError, nearest
 
 if TYPE_CHECKING:
-    from pipeline.config import BackboneSource
+    from pipeline.config.load import BackboneSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VARIANTS = ("published", "tiny", "meta")

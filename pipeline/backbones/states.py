@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbones.decoder import DecoderSpec
-from pipeline.errors import InputError
-from pipeline.trial import State
+from pipeline.config.trial import State
+from pipeline.core.errors import InputError
 
 _RESIDUAL = "Set point: residual, the layer's own output, which every decoder has"
 

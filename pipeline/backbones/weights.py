@@ -11,10 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.atomic import write_atomic
 from pipeline.backbones.base import IMAGE_BACKEND, Backbone
-from pipeline.digests import stamp
-from pipeline.errors import InputError, WorkError
+from pipeline.core.errors import InputError, WorkError
+from pipeline.core.files import stamp, write_atomic
 
 CHECKPOINTS = "checkpoints"  # the miniatures' folder, beside params.yaml
 INDEX = "model.safetensors.index.json"

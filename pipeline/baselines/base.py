@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pipeline.adapters.options import Options
 from pipeline.backbones.load import Loaded
-from pipeline.data.collate import Batch
+from pipeline.core.registry import Registry
 from pipeline.data.manifest import Manifest
-from pipeline.data.prompt import Encoded
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.registry import Registry
+from pipeline.prompts.collate import Batch
+from pipeline.prompts.prompt import Encoded
 
 
 class Host(Protocol):

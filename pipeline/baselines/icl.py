@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from pipeline.baselines.base import Baseline, BaselineOptions, baselines
-from pipeline.data.prompt import draw_demos
 from pipeline.data.sample import Sample
+from pipeline.prompts.prompt import draw_demos
 
 
 class IclOptions(BaselineOptions):

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.baselines.base import Baseline, BaselineOptions, Setting, baselines
+from pipeline.core.errors import InputError
 from pipeline.data.sample import Sample
-from pipeline.errors import InputError
 
 
 class RicesOptions(BaselineOptions):

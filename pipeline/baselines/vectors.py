@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from pipeline.backbones.decoder import decoder_of
 from pipeline.baselines.base import Baseline, BaselineOptions, Setting
 from pipeline.baselines.icl import draw_from
-from pipeline.data.prompt import draw_demos
+from pipeline.core.errors import InputError
 from pipeline.data.sample import Sample
-from pipeline.errors import InputError
+from pipeline.prompts.prompt import draw_demos
 
 Shots = tuple[Sample, list[Sample]]  # a query and its demonstrations
 Edit = Callable[[Tensor], Tensor]  # [B, D] -> [B, D]

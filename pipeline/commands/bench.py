@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from pipeline.commands.parser import CommandLine
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 
 def register(line: CommandLine) -> None:

@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import plain_paths
 from pipeline.commands.parser import CommandLine, profile_name
-from pipeline.errors import HificlError, InputError
-from pipeline.terminal import BAD, GOOD, Answer, table
+from pipeline.core import plain_paths
+from pipeline.core.errors import HificlError, InputError
+from pipeline.core.terminal import BAD, GOOD, Answer, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from pipeline.config import Params
+    from pipeline.config.load import Params
     from pipeline.plan.space import Cell
 
 OK, MISSING, NOTE = "ok", "missing", "note"
@@ -38,7 +38,7 @@ def register(line: CommandLine) -> None:
 
 def doctor(args: argparse.Namespace) -> Examination:
     """Examine the current folder."""
-    from pipeline.config import load
+    from pipeline.config.load import load
 
     return examine(load(profile=args.profile), Path.cwd())
 
@@ -134,7 +134,7 @@ def _studies(params: Params, root: Path) -> Iterator[Finding]:
     from pipeline.plan.inputs import places
     from pipeline.plan.plan import make_plan
     from pipeline.plan.unheard import unheard
-    from pipeline.sweep.engines import check_engines
+    from pipeline.sweep.checks import check_engines
 
     studies, asked = params.run.studies, _cells(params)
 
@@ -148,8 +148,8 @@ def _studies(params: Params, root: Path) -> Iterator[Finding]:
 
 
 def _data(params: Params, root: Path) -> Iterator[Finding]:
-    from pipeline.config import data_root
-    from pipeline.copies import UNWATCHED_WAY_OUT, unwatched
+    from pipeline.config.load import data_root
+    from pipeline.core.copies import UNWATCHED_WAY_OUT, unwatched
     from pipeline.plan.space import needed
     from pipeline.tasks import tasks
 
@@ -174,7 +174,7 @@ def _data(params: Params, root: Path) -> Iterator[Finding]:
 def _pictures(params: Params, root: Path) -> Iterator[Finding]:
     """Whether the backbones take the pictures that are drawn already."""
     from pipeline.plan.inputs import places
-    from pipeline.sweep.pictures import check_pictures, has_rules
+    from pipeline.sweep.checks import check_pictures, has_rules
 
     for backbone, task in sorted({(cell.backbone, cell.task) for cell in _cells(params) if has_rules(cell.backbone)}):
         path = places(root).manifest(task)
@@ -242,7 +242,7 @@ def _ray(params: Params, root: Path) -> Iterator[Finding]:
 
 
 def _mlflow(params: Params, root: Path) -> Iterator[Finding]:
-    from pipeline.copies import main_checkout
+    from pipeline.core.copies import main_checkout
     from pipeline.tracking import store
 
     def reached() -> str:

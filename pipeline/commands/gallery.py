@@ -19,9 +19,9 @@ def register(line: CommandLine) -> None:
 
 def gallery(args: argparse.Namespace) -> dict[str, Any]:
     """Write the page and return what is on it."""
-    from pipeline.config import load
-    from pipeline.report import documents
-    from pipeline.report.pictures import write_gallery
+    from pipeline.config.load import load
+    from pipeline.report import gallery as documents
+    from pipeline.report.gallery import write_gallery
 
     params, evaluations = load(), Path("evaluations")
     filled = {path: documents.write_into(Path(path), params, evaluations) for path in args.into}

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.parser import CommandLine
-from pipeline.errors import HificlError, InputError
-from pipeline.terminal import Answer, Facts
+from pipeline.core.errors import HificlError, InputError
+from pipeline.core.terminal import Answer, Facts
 
 if TYPE_CHECKING:
-    from pipeline.config import Params
+    from pipeline.config.load import Params
     from pipeline.records.evaluations import Evaluations
 
 
@@ -24,7 +24,7 @@ def register(line: CommandLine) -> None:
 
 def gc(args: argparse.Namespace) -> Answer:
     """Show or remove it in the current folder."""
-    from pipeline.config import load
+    from pipeline.config.load import load
 
     return Facts(collect(load(), Path.cwd(), remove=args.yes))
 
@@ -44,7 +44,7 @@ def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
         InputError: nothing was evaluated, so that nothing is referred to; or a sweep holds the store.
     """
     from pipeline.records.evaluations import Evaluations
-    from pipeline.sweep.store import TrialStore
+    from pipeline.records.store import TrialStore
     from pipeline.tracking.client import Tracker
     from pipeline.tracking.registry import ModelRegistry
 

@@ -46,8 +46,8 @@ def world(args: argparse.Namespace) -> Any:
 
 def pretrain(args: argparse.Namespace) -> None:
     """Pretrain a backbone and draw how it learned."""
+    from pipeline.core.progress import bar
     from pipeline.miniature import pretrain as training
-    from pipeline.progress import bar
     from pipeline.report.emergence import draw_emergence
     from pipeline.tracking.provenance import head_commit
 

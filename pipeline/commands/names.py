@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from pipeline.commands.parser import CommandLine
-from pipeline.terminal import Rows
+from pipeline.core.terminal import Rows
 
 
 def register(line: CommandLine) -> None:

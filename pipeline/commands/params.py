@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.parser import CommandLine, settable
-from pipeline.errors import InputError
-from pipeline.terminal import Answer, short, table
+from pipeline.core.errors import InputError
+from pipeline.core.terminal import Answer, short, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -68,7 +68,7 @@ def count(backbone: str, method: str, settings: list[str]) -> Count:
         InputError: unknown backbone, method or option.
     """
     from pipeline import adapters, backbones
-    from pipeline.plain_yaml import read
+    from pipeline.core.plain_yaml import read
 
     options = {}
     for item in settings:

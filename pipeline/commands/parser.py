@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.errors import nearest
+from pipeline.core.errors import nearest
 
 Command = Callable[[argparse.Namespace], Any]
 

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.parser import CommandLine, profile_name, settable, study_names
-from pipeline.errors import InputError
-from pipeline.terminal import Answer, Facts
+from pipeline.core.errors import InputError
+from pipeline.core.terminal import Answer, Facts
 
 if TYPE_CHECKING:
     from pipeline.cost.hours import Rates
@@ -51,7 +51,7 @@ def forecast(
     Raises:
         InputError: unknown study or profile, or fewer than one GPU.
     """
-    from pipeline.config import load
+    from pipeline.config.load import load
     from pipeline.cost import hours
     from pipeline.cost.steps import Prompt
     from pipeline.plan.inputs import drawn_samples, evaluated_samples, trials

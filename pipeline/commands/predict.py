@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.commands.parser import CommandLine
-from pipeline.errors import nearest
-from pipeline.terminal import Answer, short
+from pipeline.core.errors import nearest
+from pipeline.core.terminal import Answer, short
 
 
 def register(line: CommandLine) -> None:
@@ -70,7 +70,7 @@ def answer(
         InputError: no adapter of a trial, no such image, a question too many or too few, or weights that are
             missing or not those that the adapter was trained on.
     """
-    from pipeline.train.answering import Answerer
+    from pipeline.evaluate.answerer import Answerer
 
     said = Answerer(folder, task_name=task_name).answer(image, question, max_new_tokens)
     note = _unheard(said["task"], question, Path("data/manifests"))

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pipeline.commands.parser import CommandLine
-from pipeline.terminal import Answer, Facts
+from pipeline.core.terminal import Answer, Facts
 
 
 def register(line: CommandLine) -> None:
@@ -21,9 +21,9 @@ def register(line: CommandLine) -> None:
 
 def reproduce(args: argparse.Namespace) -> Answer:
     """Return both numbers and how they differ; more than the tolerance is a problem."""
-    from pipeline.config import load
+    from pipeline.config.load import load
     from pipeline.lineage import reproduce as lineage
-    from pipeline.sweep.signals import as_interrupt
+    from pipeline.pool.signals import as_interrupt
 
     with as_interrupt():  # so that the worktree is removed
         compared = lineage.reproduce(

@@ -22,7 +22,7 @@ def register(line: CommandLine) -> None:
 def results(args: argparse.Namespace) -> StudyResults:
     """Return the tables of evaluated studies."""
     from pipeline import report
-    from pipeline.config import load
+    from pipeline.config.load import load
     from pipeline.report.results import StudyResults
 
     params, evaluations = load(), Path("evaluations")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.commands.parser import CommandLine, settable
-from pipeline.terminal import Answer, Facts
+from pipeline.core.terminal import Answer, Facts
 
 
 def register(line: CommandLine) -> None:
@@ -22,7 +22,7 @@ def register(line: CommandLine) -> None:
 
 def run_trial(args: argparse.Namespace) -> Answer:
     """Train and score it in the current folder: weights, samples and machine are params.yaml's, the rest its own."""
-    from pipeline.config import load
+    from pipeline.config.load import load
     from pipeline.sweep import recorded
 
     trial = recorded.read(Path(args.file), Path(args.evaluation) if args.evaluation else None)

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.parser import CommandLine, settable
-from pipeline.errors import HificlError
-from pipeline.terminal import GOOD, Answer, table
+from pipeline.core.errors import HificlError
+from pipeline.core.terminal import GOOD, Answer, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from pipeline.config import Params
+    from pipeline.config.load import Params
     from pipeline.plan.inputs import Inputs
 
 
@@ -25,7 +25,7 @@ def register(line: CommandLine) -> None:
 
 def studies(args: argparse.Namespace) -> Overview:
     """Look at the current folder's."""
-    from pipeline.config import load
+    from pipeline.config.load import load
 
     return overview(load(overrides=args.set))
 
@@ -101,7 +101,7 @@ def overview(params: Params) -> Overview:
 def _counts(study: str, inputs: Inputs) -> dict[str, Any]:
     from pipeline.plan.plan import make_plan
     from pipeline.plan.space import cells
-    from pipeline.sweep.store import TrialStore
+    from pipeline.records.store import TrialStore
 
     try:
         plan = make_plan(inputs.params, cells(inputs.params, study, inputs.digests([study])), inputs.where)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.parser import CommandLine, settable, study_names
-from pipeline.errors import InputError, nearest
-from pipeline.terminal import Answer
+from pipeline.core.errors import InputError, nearest
+from pipeline.core.terminal import Answer
 
 if TYPE_CHECKING:
-    from pipeline.config import Params
+    from pipeline.config.load import Params
 
 
 def register(line: CommandLine) -> None:
@@ -25,7 +25,7 @@ def register(line: CommandLine) -> None:
 
 def study(args: argparse.Namespace) -> Reported:
     """Run the studies of the command line in the current folder."""
-    from pipeline.config import load
+    from pipeline.config.load import load
 
     return run(args.study, load(overrides=args.set), Path.cwd())
 
@@ -60,8 +60,8 @@ def run(studies: list[str], params: Params, root: Path) -> Reported:
     """
     from pipeline import report
     from pipeline.report import tracked
-    from pipeline.sweep.evaluation import evaluate
-    from pipeline.sweep.run import sweep
+    from pipeline.sweep.evaluate import evaluate
+    from pipeline.sweep.train import sweep
 
     for name in studies:
         if name not in params.studies:
@@ -81,10 +81,10 @@ def run(studies: list[str], params: Params, root: Path) -> Reported:
 
 def _draw_samples(params: Params, studies: list[str], root: Path) -> None:
     """Draw the samples that are not there yet: on a fresh clone a study is one command too."""
+    from pipeline.commands.workspace_folder import dvc
     from pipeline.plan.inputs import places
     from pipeline.plan.space import needed
     from pipeline.sweep.draw import draw_task
-    from pipeline.workspace import dvc
 
     where = places(root)
 

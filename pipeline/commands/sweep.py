@@ -22,15 +22,15 @@ def register(line: CommandLine) -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     """Train the open trials, submit a job that does, or follow one."""
-    from pipeline.config import load
+    from pipeline.config.load import load
 
     params = load(overrides=args.set)  # what is wrong with it is said here, not in a job's log
     if args.attach or args.submit:
-        from pipeline.sweep import job
+        from pipeline.pool import job
 
         chosen = [*_repeated("--study", args.study or []), *_repeated("--set", args.set)]
         sys.exit(job.attach() if args.attach else job.submit(chosen))
-    from pipeline.sweep.run import sweep as train
+    from pipeline.sweep.train import sweep as train
 
     train(params, args.study or params.run.studies)
 

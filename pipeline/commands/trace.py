@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.commands.parser import CommandLine, study_names
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 if TYPE_CHECKING:
     from pipeline.lineage.traced import Traced
@@ -29,7 +29,7 @@ def trace(args: argparse.Namespace) -> Traced:
     Raises:
         InputError: not exactly one way to name what is traced, or no such number.
     """
-    from pipeline.config import load
+    from pipeline.config.load import load
     from pipeline.lineage import trace as lineage
     from pipeline.lineage.place import locate, locate_cell
     from pipeline.lineage.traced import Traced

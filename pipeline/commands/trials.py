@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.parser import CommandLine, profile_name, settable, study_names
-from pipeline.terminal import Answer, short, table
+from pipeline.core.terminal import Answer, short, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,10 +32,10 @@ def register(line: CommandLine) -> None:
 
 def trials(args: argparse.Namespace) -> Trials:
     """Return the trials of some studies."""
-    from pipeline.config import load
+    from pipeline.config.load import load
     from pipeline.plan.inputs import places
     from pipeline.plan.trials import trial_rows
-    from pipeline.sweep.store import TrialStore
+    from pipeline.records.store import TrialStore
 
     params, where = load(overrides=args.set, profile=args.profile), places()
     studies = args.study or params.run.studies

@@ -17,7 +17,7 @@ def register(line: CommandLine) -> None:
 
 def ui(args: argparse.Namespace) -> None:
     """Serve until interrupted."""
-    from pipeline.config import PARAMS, load
+    from pipeline.config.load import PARAMS, load
     from pipeline.tracking.server import serve_page
 
     uri = load().tracking.uri if Path(PARAMS).is_file() else None

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.commands.parser import CommandLine
-from pipeline.terminal import Answer
+from pipeline.core.terminal import Answer
 
 
 def register(line: CommandLine) -> None:

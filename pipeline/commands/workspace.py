@@ -18,6 +18,6 @@ def register(line: CommandLine) -> None:
 
 def workspace(args: argparse.Namespace) -> None:
     """Make the folder, or bring it up to date."""
-    from pipeline.workspace import create
+    from pipeline.commands.workspace_folder import create
 
     create(Path(args.folder), profile=args.profile, data=Path(args.data) if args.data else None)

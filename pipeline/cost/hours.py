@@ -15,9 +15,9 @@ from math import ceil
 from typing import Any
 
 from pipeline import backbones, methods
+from pipeline.config.trial import TrialConfig
+from pipeline.core.errors import InputError
 from pipeline.cost.steps import Costs, Prompt
-from pipeline.errors import InputError
-from pipeline.trial import TrialConfig
 
 BYTES_A_WEIGHT = 2  # bf16
 PARTS = ("vision", "training", "teacher", "selection", "evaluation")

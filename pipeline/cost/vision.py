@@ -17,8 +17,8 @@ from typing import Any
 from torch import nn
 
 from pipeline.backbones.base import Backbone
+from pipeline.core.errors import InputError, nearest
 from pipeline.cost.flops import linear_values
-from pipeline.errors import InputError, nearest
 
 TYPICAL_PICTURE = (480, 640)  # height and width of most COCO images
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import digests
-from pipeline.errors import InputError
+from pipeline.core import files as digests
+from pipeline.core.errors import InputError
 
 _TYPE_NAMES = {dict: "object", list: "list", str: "string", int: "whole number", float: "number", bool: "true/false"}
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from pipeline.core.errors import InputError
 from pipeline.data.images import os_problem, read_image_bytes, size_of
 from pipeline.data.parquet import shard_order
 from pipeline.data.sample import ImageRef
-from pipeline.errors import InputError
 
 Image = ImageRef | Path | str
 ImageSize = tuple[int, int]  # height, width, as stored

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
+from pipeline.core.errors import InputError
 from pipeline.data.parquet import cell_bytes, is_cell, shard_order
-from pipeline.errors import InputError
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a picture of 0.5 GB as RGB; COCO's largest have 0.4 million
 # What is opened. Pillow knows more, and would start Ghostscript for a picture in PostScript.

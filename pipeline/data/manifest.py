@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.atomic import write_atomic
+from pipeline.core.errors import InputError
+from pipeline.core.files import write_atomic
 from pipeline.data.image_files import changed
 from pipeline.data.images import check_images, problems_error
 from pipeline.data.sample import PromptStyle, Sample
-from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.config.trial import TrialConfig
+    from pipeline.data.sample import Sample
+
 
 SPLITS = ("train", "selection", "evaluation")
 FORMAT = 1
@@ -238,3 +244,18 @@ def _verify_samples(splits: Any, text: str, where: str) -> None:
 def _line_of(text: str, check: object) -> str:
     at = text.find(f'"check": "{check}"') if check else -1
     return f" on line {text.count(chr(10), 0, at) + 1}" if at >= 0 else ""
+
+
+def training_samples(manifest: Manifest, config: TrialConfig) -> Sequence[Sample]:
+    """Return the `num_train_samples` samples that a trial trains on and draws demonstrations from.
+
+    They are in the split's order. `sample_draw: first` takes the first ones, the same for every seed. `by-seed` draws
+    them by the trial's seed, so that a spread over seeds has that of the sample in it; a smaller draw lies within a
+    larger one of the same seed.
+    """
+    split = manifest.splits["train"]
+    if config.sample_draw == "first":
+        return split[: config.num_train_samples]
+    drawn = list(range(len(split)))
+    random.Random(f"sample_draw/{config.seed}").shuffle(drawn)
+    return [split[i] for i in sorted(drawn[: config.num_train_samples])]

@@ -15,8 +15,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from pipeline.digests import stamp
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
+from pipeline.core.files import stamp
 
 _CELL = re.compile(r"(?P<file>.+\.parquet)#(?P<row>\d+)/(?P<column>[^/]+)(?:/(?P<number>\d+))?")
 

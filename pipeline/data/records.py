@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pipeline.core.errors import InputError
 from pipeline.data.files import type_name
-from pipeline.errors import InputError
 
 _CHUNK = 1 << 22  # bytes; large enough that the loop's own cost vanishes beside the C scanner's
 _SPACE = re.compile(r"[ \t\n\r]*")

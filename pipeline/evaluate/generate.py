@@ -11,12 +11,12 @@ from torch import Tensor
 
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.load import Loaded
-from pipeline.data.collate import collate
-from pipeline.data.prompt import Encoded
 from pipeline.evaluate.prefix import Prefix, common_head, without_head
+from pipeline.prompts.collate import collate
+from pipeline.prompts.prompt import Encoded
 
 if TYPE_CHECKING:
-    from pipeline.train.visual_tokens import VisualTokens
+    from pipeline.resident.visual_tokens import VisualTokens
 
 
 def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.adapters.pack import Pack
 from pipeline.data.manifest import Manifest
-from pipeline.data.prompt import stop_strings
 from pipeline.data.sample import Sample
 from pipeline.evaluate.generate import generate, of_part
+from pipeline.prompts.prompt import stop_strings
 from pipeline.tasks import tasks
 
 if TYPE_CHECKING:
-    from pipeline.train.resident import Resident
+    from pipeline.resident.resident import Resident
+
+
+from dataclasses import dataclass, field
 
 Demonstrations = Callable[[Sample], list[Sample]]
 
@@ -108,3 +111,22 @@ def _answers(
         stop_strings=stop_strings(task.template, resident.loaded.backbone, manifest.prompt),
         **decoding,
     )
+
+
+SplitPart = tuple[int, int]  # (i, n): every n-th batch from the i-th on
+WHOLE: SplitPart = (0, 1)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a trial answered in one part of a split.
+
+    Attributes:
+        texts: answer by sample id.
+        seconds: the trial's share of what the part took.
+        found: what a method without training found out first.
+    """
+
+    texts: dict[Any, str]
+    seconds: float
+    found: dict[str, Any] = field(default_factory=dict)

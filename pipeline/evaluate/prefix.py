@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.backbones.load import Loaded
-from pipeline.data.collate import Batch, collate
-from pipeline.data.prompt import Encoded
+from pipeline.prompts.collate import Batch, collate
+from pipeline.prompts.prompt import Encoded
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pipeline.train.visual_tokens import VisualTokens
+    from pipeline.resident.visual_tokens import VisualTokens
 
 
 def common_head(requests: Sequence[Encoded]) -> Encoded | None:

@@ -7,6 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from pipeline.config.trial import KEY_LENGTH, EvaluationConfig, TrialConfig, digest
+
 SAME, DIFFERS, MISSING, UNRECORDED = "same", "differs", "missing", "not recorded"
 
 
@@ -71,3 +75,18 @@ class Checks:
 
 def _short(text: str | None) -> str:
     return str(text) if text is None or len(text) <= 80 else f"{text[:77]}..."
+
+
+def key_of(kind: type[TrialConfig] | type[EvaluationConfig], stored: dict[str, Any], stated: str) -> str:
+    """Return the key of a stored configuration.
+
+    Code of its own time hashed it as it stands, newer code leaves out later fields at their defaults: where one of the
+    two gives `stated`, that is its key.
+    """
+    plain = digest(stored)[:KEY_LENGTH]
+    if plain == stated:
+        return plain
+    try:
+        return kind.model_validate(stored).key
+    except ValidationError:
+        return plain

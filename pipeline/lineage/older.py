@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from pipeline import backbones
-from pipeline.config import merge
+from pipeline.config.load import merge
+from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.lineage.record import RunRecord
 from pipeline.records.evaluation import Evaluation
 from pipeline.tasks import tasks
-from pipeline.trial import EvaluationConfig, TrialConfig
 
 STUDY = "again"
 STAGES = ("stages.train", "stages.evaluate")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import report
-from pipeline.config import Params
-from pipeline.errors import InputError, nearest
+from pipeline.config.load import Params
+from pipeline.core.errors import InputError, nearest
 from pipeline.report import papers
-from pipeline.report.files import number
 from pipeline.report.tables import Table, TableEntry
+from pipeline.report.writers import number
 
 NUMBERS = ("value", "std", "seeds", "run_ids")  # the CSV's columns that trials stand behind
 _FORM = "Write FILE:ROW:COLUMN, such as reports/hificl-table1.csv:1:value or reports/hificl-table1.csv:hificl:coco"

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import backbones
-from pipeline.config import Params
+from pipeline.config.load import Params
+from pipeline.core.errors import InputError
+from pipeline.core.progress import say
 from pipeline.data.manifest import Manifest
-from pipeline.errors import InputError
 from pipeline.lineage.record import RunRecord, read_record
 from pipeline.lineage.rerun import Again, rerun
 from pipeline.lineage.worktree import check_code, checked_out
-from pipeline.progress import say
 from pipeline.records.evaluation import Evaluation
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.provenance import code_root, code_version, machine, versions

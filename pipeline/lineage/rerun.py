@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import plain_yaml
-from pipeline.config import Params
+from pipeline.config.load import Params
+from pipeline.core import plain_yaml
+from pipeline.core.errors import WorkError
+from pipeline.core.files import folder_digest
 from pipeline.data.manifest import Manifest
-from pipeline.digests import folder_digest
-from pipeline.errors import WorkError
 from pipeline.lineage import older
 from pipeline.lineage.record import RunRecord, exact
 from pipeline.records.evaluation import Evaluation

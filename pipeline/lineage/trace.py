@@ -7,23 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import backbones
-from pipeline.config import Params
+from pipeline.config.load import Params
+from pipeline.config.trial import EvaluationConfig, TrialConfig, digest
+from pipeline.core.errors import HificlError, InputError
+from pipeline.core.files import file_digest, folder_digest
+from pipeline.core.rounding import rounded
 from pipeline.data import image_files
 from pipeline.data.manifest import Manifest
 from pipeline.data.parquet import shard_order
-from pipeline.digests import file_digest, folder_digest
-from pipeline.errors import HificlError, InputError
 from pipeline.lineage import place as places
-from pipeline.lineage.checks import DIFFERS, MISSING, SAME, UNRECORDED, Check, Checks
-from pipeline.lineage.keys import key_of
+from pipeline.lineage.checks import DIFFERS, MISSING, SAME, UNRECORDED, Check, Checks, key_of
 from pipeline.lineage.place import Place
 from pipeline.records.evaluation import CellResult, Evaluation
 from pipeline.records.evaluations import Evaluations
-from pipeline.rounding import rounded
-from pipeline.sweep.store import TrialStore
+from pipeline.records.store import TrialStore
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.provenance import code_root, has_commit
-from pipeline.trial import EvaluationConfig, TrialConfig, digest
 
 
 def trace(place: Place, params: Params, root: Path) -> dict[str, Any]:

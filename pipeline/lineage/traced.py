@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core.terminal import Answer, short, table
 from pipeline.lineage.checks import SAME, UNRECORDED
-from pipeline.terminal import Answer, short, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import InputError, WorkError
+from pipeline.core.errors import InputError, WorkError
 from pipeline.records.trial import Provenance
 from pipeline.tracking.provenance import git_command, has_commit
 

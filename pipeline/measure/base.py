@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.invalid import validate
+from pipeline.config.request import TrialRequest
+from pipeline.config.trial import EvaluationConfig
+from pipeline.core.invalid import validate
+from pipeline.core.registry import Registry
 from pipeline.records.evaluation import Evaluation
-from pipeline.registry import Registry
-from pipeline.request import TrialRequest
 from pipeline.train.workbench import Workbench
-from pipeline.trial import EvaluationConfig
 
 Numbers = dict[str, float]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.measure.base import Measure, MeasureJob, Numbers, measures
 from pipeline.tasks import tasks
 from pipeline.tasks.caption_files import CaptionTask

@@ -14,16 +14,15 @@ from torch import Tensor
 from pipeline import adapters, methods
 from pipeline.backbones.decoder import decoder_of
 from pipeline.backbones.states import recorded
-from pipeline.data.collate import collate
-from pipeline.data.manifest import Manifest
-from pipeline.data.prompt import draw_demos
+from pipeline.config.trial import State
+from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import Sample
-from pipeline.data.subset import training_samples
+from pipeline.evaluate.score import fitted
 from pipeline.measure.base import Measure, MeasureJob, Numbers, measures
-from pipeline.train.resident import Resident
-from pipeline.train.scoring import fitted
+from pipeline.prompts.collate import collate
+from pipeline.prompts.prompt import draw_demos
+from pipeline.resident.resident import Resident
 from pipeline.train.workbench import Workbench
-from pipeline.trial import State
 
 _BATCH = 16
 

@@ -11,11 +11,11 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from pipeline.errors import WorkError
+from pipeline.config.request import TrialRequest
+from pipeline.core.errors import WorkError
 from pipeline.measure.base import Measure, MeasureJob, Numbers, measures, middle
 from pipeline.measure.counters import CountedFlops, peak_bytes
 from pipeline.records.epoch import TrialReport
-from pipeline.request import TrialRequest
 from pipeline.train.workbench import Workbench
 
 

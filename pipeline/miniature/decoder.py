@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.core.progress import Report
 from pipeline.miniature.documents import Curriculum, DocumentBatch, DocumentSource, Renderer
 from pipeline.miniature.lexicon import ATTRIBUTES, NUM_DIALECTS, draw_convention, value_words
 from pipeline.miniature.model import Miniature, decode_hidden
 from pipeline.miniature.tokenizer import token_id
 from pipeline.miniature.vision import cosine
-from pipeline.progress import Report
 
 
 @dataclass(frozen=True)

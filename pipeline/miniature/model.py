@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from pipeline.errors import InputError, nearest
+from pipeline.core.errors import InputError, nearest
 from pipeline.miniature.render import IMAGE_SIZE
 from pipeline.miniature.tokenizer import idefics2_tokenizer, llava_tokenizer, token_id
 

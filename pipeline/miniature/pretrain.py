@@ -17,13 +17,13 @@ import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
-from pipeline.errors import InputError, nearest
+from pipeline.core.errors import InputError, nearest
+from pipeline.core.progress import Report
 from pipeline.miniature.decoder import DecoderPhase, train_decoder
 from pipeline.miniature.documents import Curriculum
 from pipeline.miniature.model import SIZES, Miniature, miniature
 from pipeline.miniature.processor import save_processor
 from pipeline.miniature.vision import Pool, VisionPhase, cache_visual_tokens, train_vision
-from pipeline.progress import Report
 
 RECORD = "pretraining.json"
 NUM_THREADS = 2  # of the committed checkpoints: sums are rounded otherwise with another number

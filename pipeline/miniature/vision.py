@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pipeline.core.progress import Report
 from pipeline.miniature.lexicon import ATTRIBUTES, NUM_VALUES
 from pipeline.miniature.model import Miniature, encode_images, normalise
 from pipeline.miniature.render import draw_attributes, render_images
-from pipeline.progress import Report
 
 _CHUNK = 2000
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.miniature.annotators import Annotators, Crowd
 from pipeline.miniature.lexicon import (
     ATTRIBUTES,

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import backbones
-from pipeline.config import Params
+from pipeline.config.load import Params
+from pipeline.config.trial import TrialConfig
+from pipeline.core.errors import InputError
 from pipeline.data.manifest import Manifest
-from pipeline.errors import InputError
 from pipeline.plan.space import Cell, Digests, cells, needed, points
 from pipeline.tasks import tasks
-from pipeline.trial import TrialConfig
 
 WHOLE_SPLIT = 10_000  # stands for a split that is evaluated whole, whose size only its files tell
 _AS_GIVEN = "not read: a forecast needs no weights and no data"

@@ -9,12 +9,12 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from pipeline import methods
-from pipeline.config import Params
-from pipeline.errors import InputError
+from pipeline.config.load import Params
+from pipeline.config.request import TrialRequest
+from pipeline.config.trial import KEY_LENGTH, Kind, TrialConfig, canonical, digest, engine_packs
+from pipeline.core.errors import InputError
 from pipeline.plan.inputs import Places
 from pipeline.plan.space import Cell, corners, points
-from pipeline.request import TrialRequest
-from pipeline.trial import KEY_LENGTH, Kind, TrialConfig, canonical, digest, engine_packs
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Settings laid over one another: who wins, and where each value comes from.
 
-A setting is looked up in this order, the later one winning: the default, the method, the paper (`pipeline.papers`), the
+A setting is looked up in this order, the later one winning: the default, the method, the paper (`config.papers`), the
 protocol, the profile, the study, what the user set (params.yaml, `--set`), the study's row, what the study varies.
 """
 
@@ -13,10 +13,10 @@ from typing import Any
 
 from pipeline import methods
 from pipeline.adapters.options import Options
-from pipeline.config import Params, Study, StudyMethod, Train, merge
-from pipeline.errors import InputError, nearest
-from pipeline.invalid import validate
-from pipeline.papers import settings as papers
+from pipeline.config.load import Params, Study, StudyMethod, Train, merge
+from pipeline.config.papers import settings as papers
+from pipeline.core.errors import InputError, nearest
+from pipeline.core.invalid import validate
 
 EXPLICIT = "params.yaml"  # or --set
 TRAIN_FIELDS = frozenset(Train.model_fields)

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import backbones, methods
-from pipeline.config import Params, Study, StudyMethod, Train
-from pipeline.errors import InputError, nearest
+from pipeline.config.load import Params, Study, StudyMethod, Train
+from pipeline.config.trial import EvaluationConfig, TrialConfig
+from pipeline.core.errors import InputError, nearest
 from pipeline.plan.settings import EXPLICIT, Settings, check_methods, resolve
 from pipeline.tasks import tasks
-from pipeline.trial import EvaluationConfig, TrialConfig
 
 Point = dict[str, Any]
 INSIDE = 0.381966  # of a range: no whole number by chance

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Params
-from pipeline.errors import InputError
+from pipeline.config.load import Params
+from pipeline.config.trial import TrialConfig
+from pipeline.core.errors import InputError
 from pipeline.plan.inputs import Inputs, Places, as_given, evaluated_samples
 from pipeline.plan.settings import TRAIN_FIELDS
 from pipeline.plan.space import PAPERS_FULL_SIZE, Cell, Digests, Point, cells, corners, points
-from pipeline.trial import TrialConfig
 
 _DIGESTS = {"backbone_digest", "manifest_digest"}
 

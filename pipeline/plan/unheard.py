@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline import methods
 from pipeline.baselines import baselines
-from pipeline.config import Params
-from pipeline.errors import InputError
+from pipeline.config.load import Params
+from pipeline.core.errors import InputError
 from pipeline.plan.plan import pack_key
 from pipeline.plan.settings import EXPLICIT
 from pipeline.plan.space import PAPERS_FULL_SIZE, TO_CHOOSE, Cell, corners

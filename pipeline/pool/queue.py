@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.errors import HificlError, InputError
-from pipeline.request import TrialRequest
+from pipeline.config.request import TrialRequest
+from pipeline.core.errors import HificlError, InputError
 
 
 @dataclass(eq=False)

@@ -23,9 +23,9 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.errors import InputError
-from pipeline.invalid import validate
-from pipeline.progress import say
+from pipeline.core.errors import InputError
+from pipeline.core.invalid import validate
+from pipeline.core.progress import say
 
 # as JSON has them: neither a string nor a truth value is a number
 Number = Annotated[float, Field(strict=True)]

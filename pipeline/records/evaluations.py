@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pipeline.atomic import write_atomic
-from pipeline.errors import InputError, nearest
+from pipeline.core.errors import InputError, nearest
+from pipeline.core.files import write_atomic
 from pipeline.records.evaluation import Evaluation, Measurement, StudyFile
 
 _KEY = re.compile(r"[A-Za-z0-9_.-]+")  # what may become a file's name

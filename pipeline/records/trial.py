@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from pipeline.invalid import validate
+from pipeline.config.trial import TrialConfig
+from pipeline.core.invalid import validate
 from pipeline.records.base import Count, Flag, Frozen, Json, Number, Record
 from pipeline.records.epoch import EpochReport, Status
-from pipeline.trial import TrialConfig
 
 FINAL = ("finished", "diverged")  # ends that training again would only repeat
 AGAIN = "Remove the trial's folder to train it again"

@@ -15,13 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.atomic import write_atomic
-from pipeline.digests import folder_digest
-from pipeline.errors import InputError
+from pipeline.config.trial import TrialConfig
+from pipeline.core.errors import InputError
+from pipeline.core.files import folder_digest, write_atomic
 from pipeline.records.base import lines
 from pipeline.records.epoch import EpochReport, StepLosses
 from pipeline.records.trial import AGAIN, TrialEnd, TrialRecord
-from pipeline.trial import TrialConfig
 
 LOSSES = "losses.jsonl"
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.atomic import write_atomic
-from pipeline.config import Params
-from pipeline.copies import is_copy
-from pipeline.progress import console, say
+from pipeline.config.load import Params
+from pipeline.core.copies import is_copy
+from pipeline.core.files import write_atomic
+from pipeline.core.progress import console, say
 from pipeline.records.evaluations import Evaluations
-from pipeline.report import curves, figures, files, findings, page, papers, tables
-from pipeline.report.gallery import answer_table
+from pipeline.report import curves, figures, findings, page, papers, tables
+from pipeline.report import writers as files
+from pipeline.report.answers import answer_table
 from pipeline.report.notes import notes
 from pipeline.report.results import Results
 from pipeline.report.svg import Drawing, standalone

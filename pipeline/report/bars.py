@@ -13,9 +13,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from pipeline.report import papers
-from pipeline.report.palette import Look, looks
 from pipeline.report.panels import metric_words, wrapped
-from pipeline.report.svg import INK, QUIET, STYLE, to_svg
+from pipeline.report.svg import INK, QUIET, STYLE, Look, looks, to_svg
 from pipeline.report.tables import Column, Line, Table, TableEntry
 
 _ACROSS = 4  # panels in a row at most

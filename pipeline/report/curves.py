@@ -11,10 +11,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from pipeline.records.evaluation import CellResult
 from pipeline.report import papers
-from pipeline.report.palette import looks
 from pipeline.report.panels import fit_range, legend, line
 from pipeline.report.statistics import mean_std
-from pipeline.report.svg import QUIET, STYLE, Drawing, safe, to_svg
+from pipeline.report.svg import QUIET, STYLE, Drawing, looks, safe, to_svg
 from pipeline.report.tables import Column, Line, Table, TableEntry
 
 

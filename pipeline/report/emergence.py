@@ -11,9 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from pipeline.report.palette import DASHES, SERIES
 from pipeline.report.panels import fit_range
-from pipeline.report.svg import QUIET, STYLE, standalone, to_svg
+from pipeline.report.svg import DASHES, QUIET, SERIES, STYLE, standalone, to_svg
 
 RECORD = "pretraining.json"
 LINES = {

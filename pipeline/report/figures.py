@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from pipeline.report import bars, papers
-from pipeline.report.palette import Look, looks
 from pipeline.report.panels import fit_range, legend, line, metric_words, spaced
-from pipeline.report.svg import QUIET, STYLE, Drawing, safe, to_svg
+from pipeline.report.svg import QUIET, STYLE, Drawing, Look, looks, safe, to_svg
 from pipeline.report.tables import Column, Line, Table, TableEntry
 
 Name = tuple[str, tuple[tuple[str, Any], ...]]  # a curve: its row, and the varied axes that it does not run along

@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeline.plain_yaml import read_file
+from pipeline.core.plain_yaml import read_file
 from pipeline.report import papers
-from pipeline.report.files import format_value
 from pipeline.report.statistics import Difference, paired_bootstrap
 from pipeline.report.tables import Column, Line, ScoreLookup, Table, TableEntry, by_sample, sample_scores
+from pipeline.report.writers import format_value
 
 HOLDS, PARTLY, FAILS, OPEN = "holds", "holds in part", "does not hold", "not measured"
 

@@ -1,136 +1,117 @@
-"""Answers of the methods side by side on the same samples, chosen where they differ."""
+"""A page of the report's figures for the documentation: `hificl gallery`."""
 
 from __future__ import annotations
 
-import base64
-import io
-from dataclasses import dataclass
+import re
 from pathlib import Path
 
-from pipeline.data.images import open_image
-from pipeline.errors import InputError
-from pipeline.records.evaluation import Prediction
+from pipeline import report
+from pipeline.config.load import Params
+from pipeline.core.files import fill, write_atomic
 from pipeline.records.evaluations import Evaluations
-from pipeline.report import papers
-from pipeline.report.tables import Column, Line, Table
-from pipeline.scores.chair import mentions
+from pipeline.report import figures, findings
+from pipeline.report import writers as files
+from pipeline.report.svg import safe, standalone
 
-SAMPLES = 4  # a task
-_MAX_SIDE = 320  # pixels: the page carries its images itself
+_FOLDER = "images/gallery"
+_HEAD = """# The report's pictures
 
-
-@dataclass(frozen=True)
-class ShownAnswer:
-    """One row's answer: its text in pieces as `marked_pieces` has them, and whether it is among the best."""
-
-    parts: list[tuple[str, bool]]
-    right: bool
+The first figure of every study that has been evaluated, as the report shows it; the tables, the qualitative pages
+and the loss curves are in `reports/index.html`. Made by `hificl gallery` from
+the evaluations at hand, profile `{profile}`.
+"""
+_KEPT = "\nKept from an earlier run: this study was not evaluated in the last one.\n"
 
 
-@dataclass(frozen=True)
-class SampleAnswers:
-    """One sample with each row's answer; `image` is a data URI, and `words` what stands for it."""
+def write_gallery(params: Params, evaluations: Path, page: Path) -> list[str]:
+    """Write a Markdown page with each evaluated study's first figure, and the figures beside it.
 
-    id: str
-    question: str | None
-    references: str
-    image: str | None
-    words: str
-    answers: list[ShownAnswer]
+    A study that the page shows and that is not evaluated here keeps its section, which says so.
 
+    Args:
+        params: for the studies' order and layouts.
+        evaluations: what stage `evaluate` wrote.
+        page: the Markdown file; figures go to `images/gallery/` beside it, where those not on the page are removed.
 
-@dataclass(frozen=True)
-class AnswerTable:
-    """The rows' names, and the samples that were chosen."""
+    Returns:
+        The studies that were drawn.
 
-    rows: list[str]
-    samples: list[SampleAnswers]
-
-
-def answer_table(table: Table, evaluations: Path) -> AnswerTable | None:
-    """Return samples with each row's answer; None where there is nothing to show.
-
-    Half of the samples are those on which the study's reference row is furthest above the others' mean, half those on
-    which it is furthest below: its best and its worst. Ties go by the order of the ids.
+    Raises:
+        InputError: a study's file breaks the schema.
     """
-    groups = table.groups()
-    if not groups:
-        return None
-    lines = groups[0][1]
-    samples: list[SampleAnswers] = []
-    for column in table.columns:
-        if column.metric is None:
-            answers = {line: _answers(table, line, column, evaluations) for line in lines}
-            samples += _samples(answers, evaluations, papers.label("tasks", column.task), table.reference)
-    return AnswerTable([line.title for line in lines], samples) if samples else None
+    present = Evaluations(evaluations).studies()
+    before = page.read_text(encoding="utf-8") if page.is_file() else ""
+    folder = page.parent / _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    parts, drawn = [_HEAD.format(profile=params.profile)], []
+    for study in params.studies:
+        if study not in present:
+            parts.append(_section_of_before(study, before))
+        elif section := _section(study, params, evaluations, folder):
+            parts.append(section)
+            drawn.append(study)
+    text = "\n".join(part for part in parts if part)
+    write_atomic(page, text)
+    for picture in folder.glob("*.svg"):
+        if f"({_FOLDER}/{picture.name})" not in text:
+            picture.unlink()
+    return drawn
 
 
-def _answers(table: Table, line: Line, column: Column, evaluations: Path) -> dict[str, Prediction]:
-    key = next((cell.evaluation for cell in table.entries[line, column].done if cell.evaluation), None)
-    evaluation = Evaluations(evaluations).find(key)
-    return {str(prediction.sample_id): prediction for prediction in evaluation.predictions} if evaluation else {}
+def _section(study: str, params: Params, evaluations: Path, folder: Path) -> str:
+    """Write a study's first figure and return its section; nothing where there is no figure."""
+    table = report.load_table(study, params, evaluations)
+    figure = next(iter(figures.draw_figures(table, params.studies[study].layout).items()), None)
+    if figure is None:
+        return ""
+    name, (svg, words) = figure
+    file = folder / f"{study}-{safe(name)}.svg"
+    write_atomic(file, standalone(svg))
+    note = f"\n{table.note}\n" if table.note else ""
+    alt = " ".join(words.replace("[", "(").replace("]", ")").split())
+    return f"## {table.study.title}\n\n![{alt}]({_FOLDER}/{file.name})\n{note}"
 
 
-def _samples(
-    answers: dict[Line, dict[str, Prediction]], evaluations: Path, task: str, reference: str | None
-) -> list[SampleAnswers]:
-    by_line = {line: predictions for line, predictions in answers.items() if predictions}
-    if not by_line:
-        return []
-    shared = set.intersection(*map(set, by_line.values()))
-
-    def lead(sample: str) -> float:
-        scores = [(line.row == reference, row[sample].score or 0.0) for line, row in by_line.items()]
-        of_reference = [score for is_reference, score in scores if is_reference]
-        others = [score for is_reference, score in scores if not is_reference]
-        return sum(of_reference) / len(of_reference) - sum(others) / len(others) if of_reference and others else 0.0
-
-    best_first = sorted(shared, key=lambda sample: (-lead(sample), len(sample), sample))
-    worst_first = sorted(shared, key=lambda sample: (lead(sample), len(sample), sample))
-    half = SAMPLES // 2
-    worst = [sample for sample in worst_first if sample not in best_first[:half]][:half]
-    out = []
-    for sample in best_first[:half] + worst:
-        predictions = {line: row[sample] for line, row in by_line.items()}
-        best = max((prediction.score or 0.0 for prediction in predictions.values()), default=0.0)
-        image = next((prediction.image for prediction in predictions.values() if prediction.image), None)
-        question = next((prediction.question for prediction in predictions.values() if prediction.question), None)
-        references = next((prediction.references for prediction in predictions.values() if prediction.references), ())
-        out.append(
-            SampleAnswers(
-                id=f"{task} {sample}",
-                question=question,
-                references="; ".join(dict.fromkeys(references)),
-                image=_data_uri(evaluations.parent / image) if image else None,
-                words=question or f"Image of sample {sample}",
-                answers=[_shown(predictions.get(line), best) for line in answers],
-            )
-        )
-    return out
+def _section_of_before(study: str, before: str) -> str:
+    of_study = re.compile(rf"\({_FOLDER}/{re.escape(study)}-(bars|over)-")
+    section = next((part for part in re.split(r"(?m)^(?=## )", before) if of_study.search(part)), "")
+    return section and section.replace(_KEPT, "").rstrip("\n") + "\n" + _KEPT
 
 
-def _shown(prediction: Prediction | None, best: float) -> ShownAnswer:
-    if prediction is None:
-        return ShownAnswer([], right=False)
-    return ShownAnswer(marked_pieces(prediction), right=(prediction.score or 0.0) == best > 0)
+_MARKS = re.compile(
+    r"(?P<open><!-- (?P<what>study|findings) (?P<name>[\w-]+): written by `hificl gallery` -->)\n.*?"
+    r"(?P<close><!-- end of (?P=name) -->)",
+    re.DOTALL,
+)
+_WAY_OUT = "Add <!-- study NAME: written by `hificl gallery` --> and <!-- end of NAME -->, one below the other"
 
 
-def marked_pieces(prediction: Prediction) -> list[tuple[str, bool]]:
-    """Return an answer's text in pieces, each with whether it names what its image does not show (CHAIR)."""
-    text, pieces, at = prediction.prediction, [], 0
-    for start, end in mentions(text, prediction.hallucinated):
-        pieces += [(text[at:start], False), (text[start:end], True)]
-        at = end
-    return [piece for piece in [*pieces, (text[at:], False)] if piece[0]] or [(text, False)]
+def write_into(path: Path, params: Params, evaluations: Path) -> int:
+    """Fill a document's marks from the studies that have been evaluated; return how many were filled.
+
+    `study NAME` gets that study's table, `findings PAPER` what became of that paper's findings (`miniature`: of what
+    the miniature must show). A study that has not been evaluated stays as it is, and so do findings where no study of
+    theirs has.
+
+    Raises:
+        InputError: the document is missing or has no marks, or a study's file breaks the schema.
+    """
+    present = Evaluations(evaluations).studies()
+
+    def made(match: re.Match[str]) -> str | None:
+        name = match["name"]
+        if match["what"] == "study":
+            return _table(name, params, evaluations) if name in present else None
+        asked = {claim.study for claim in findings.claims() if claim.paper == name}
+        if not asked & set(present):
+            return None
+        tables = [report.load_table(study, params, evaluations) for study in sorted(asked & set(present))]
+        checked = [checked for checked in findings.check_claims(tables, evaluations) if checked.claim.paper == name]
+        return "\n".join(findings.claims_markdown(checked).splitlines()[2:])
+
+    return fill(path, _MARKS, _WAY_OUT, made)
 
 
-def _data_uri(file: Path) -> str | None:
-    """Return the image as a small JPEG within the page; None where it is gone. It may stand in a Parquet shard."""
-    try:
-        image = open_image(file)
-    except InputError:
-        return None
-    image.thumbnail((_MAX_SIDE, _MAX_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _table(study: str, params: Params, evaluations: Path) -> str:
+    lines = files.to_markdown(report.load_table(study, params, evaluations), []).strip().splitlines()[2:]
+    return "\n".join(re.sub(r"^## (.*)", r"**\1**", line) for line in lines)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pipeline.report import papers
-from pipeline.report.files import format_value
 from pipeline.report.tables import Table, TableEntry
+from pipeline.report.writers import format_value
 
 _SELECTION = {
     "selection": "Epoch and hyperparameters were chosen on a selection split held out of the training pool; "

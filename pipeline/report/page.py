@@ -14,14 +14,14 @@ from urllib.parse import urlsplit
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.config import Params
+from pipeline.config.load import Params
 from pipeline.report import papers, sections
-from pipeline.report.files import format_value
+from pipeline.report.answers import AnswerTable
 from pipeline.report.findings import OPEN, CheckedClaim
-from pipeline.report.gallery import AnswerTable
 from pipeline.report.notes import stand_ins
 from pipeline.report.svg import Drawing
 from pipeline.report.tables import Table
+from pipeline.report.writers import format_value
 
 _HERE = Path(__file__).with_name("templates")
 _FEW = 6  # up to so many studies are open at first

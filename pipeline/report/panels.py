@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pipeline.report import papers
-from pipeline.report.palette import Look
+from pipeline.report.svg import Look
 from pipeline.report.tables import TableEntry
 
 _LEAST_SPAN = 0.2  # of the highest value: what an axis shows at least, so that a small difference looks small

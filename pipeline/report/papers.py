@@ -9,9 +9,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline import papers
-from pipeline.errors import InputError, nearest
-from pipeline.plain_yaml import read_file
+from pipeline.config import papers
+from pipeline.core.errors import InputError, nearest
+from pipeline.core.plain_yaml import read_file
 
 _FIGURES = Path(papers.__file__).with_name("papers.yaml")
 # a fraction and a ratio are the same number; a percentage is a hundred times it

@@ -9,10 +9,10 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
+from pipeline.core.terminal import BAD, QUIET, Answer, table
 from pipeline.report import papers, sections
-from pipeline.report.files import format_value
 from pipeline.report.tables import Column, Line, Table, TableEntry
-from pipeline.terminal import BAD, QUIET, Answer, table
+from pipeline.report.writers import format_value
 
 _GAP = 2  # between two columns
 _STYLES = {"best": "bold", "second": "underline"}

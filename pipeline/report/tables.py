@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.config import Params
+from pipeline.config.load import Params
 from pipeline.records.evaluation import CellResult, StudyFile
 from pipeline.records.evaluations import Evaluations
 from pipeline.report import papers

@@ -6,10 +6,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from pipeline.atomic import write_atomic
-from pipeline.config import Params
-from pipeline.errors import HificlError
-from pipeline.progress import say
+from pipeline.config.load import Params
+from pipeline.core.errors import HificlError
+from pipeline.core.files import write_atomic
+from pipeline.core.progress import say
 from pipeline.records.evaluations import Evaluations
 from pipeline.report import papers, study_page, write_study
 from pipeline.report.tables import Table

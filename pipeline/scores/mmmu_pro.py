@@ -11,7 +11,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.scores.files import JsonObject, id_field, text_field
 
 _MARKER = "Answer:"

@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.scores import chair, mme, mmmu_pro, seed_bench, vqa
 from pipeline.scores.files import (
     JsonObject,

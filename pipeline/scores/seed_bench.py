@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.scores.files import JsonObject, first_few, group_by, id_field, text_field
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pycocoevalcap.tokenizer import ptbtokenizer
 
-from pipeline.errors import WorkError
+from pipeline.core.errors import WorkError
 from pipeline.scores.java import run_java
 
 _JAR = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)

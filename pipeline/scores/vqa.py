@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from pipeline.errors import InputError, nearest
+from pipeline.core.errors import InputError, nearest
 from pipeline.scores.files import JsonObject, first_few
 
 _Key = TypeVar("_Key", bound=Hashable)

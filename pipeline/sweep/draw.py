@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.config import Params, data_root
-from pipeline.data.subsample import draw_manifest
+from pipeline.config.load import Params, data_root
+from pipeline.core.progress import bar
 from pipeline.plan.inputs import places
-from pipeline.progress import bar
 from pipeline.tasks import tasks
+from pipeline.tasks.draw import draw_manifest
 
 
 def draw_task(params: Params, task: str, root: Path | None = None) -> None:

@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Params, data_root
-from pipeline.digests import file_digest
+from pipeline.config.load import Params, data_root
+from pipeline.config.request import TrialRequest
+from pipeline.config.trial import KEY_LENGTH, EvaluationConfig, digest
+from pipeline.core.files import file_digest
+from pipeline.core.progress import bar
 from pipeline.measure.base import Measure, MeasureJob, Numbers, create_measure
 from pipeline.plan.space import Cell
-from pipeline.progress import bar
+from pipeline.pool import answers
 from pipeline.records.evaluation import CellResult, Measurement
 from pipeline.records.evaluations import Evaluations
 from pipeline.records.trial import Machine
-from pipeline.request import TrialRequest
-from pipeline.sweep import answers
 from pipeline.sweep.mlflow_sync import MlflowSync
-from pipeline.trial import KEY_LENGTH, EvaluationConfig, digest
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,21 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 
-from pipeline.digests import folder_digest
-from pipeline.errors import HificlError, WorkError
+from pipeline.config.trial import TrialConfig, canonical, digest
+from pipeline.core.errors import HificlError, WorkError
+from pipeline.core.files import folder_digest
+from pipeline.core.progress import say
 from pipeline.plan.plan import Plan
-from pipeline.progress import say
+from pipeline.pool.messages import Watcher
 from pipeline.records.epoch import EpochReport
 from pipeline.records.evaluation import CodeVersion, Evaluation
 from pipeline.records.evaluations import Evaluations
-from pipeline.sweep.messages import Watcher
-from pipeline.sweep.store import TrialStore
+from pipeline.records.store import TrialStore
 from pipeline.sweep.trial_runs import metric_points, parameters, run_name, scored_by, sweep_note, trial_note, used_by
 from pipeline.tracking import store as place
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import FAILED, FINISHED, KILLED, LoggedRun, TrialRun
 from pipeline.tracking.registry import ModelCandidate, ModelRegistry
-from pipeline.trial import TrialConfig, canonical, digest
 
 ENDS = {"finished": FINISHED, "diverged": FAILED, "failed": FAILED, "stopped": KILLED}
 COSTS = ("trainable_parameters", "train_seconds", "train_flops", "peak_memory_bytes")  # of a trained trial

@@ -6,7 +6,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
-from pipeline.trial import TrialConfig
+from pipeline.config.trial import TrialConfig
 
 Kind = tuple[str, str, int]  # backbone, method, shots of its teacher: what an epoch's seconds a sample depend on
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import backbones
-from pipeline.config import Explicit, Params, Study, StudyMethod
-from pipeline.errors import InputError
-from pipeline.invalid import validate
+from pipeline.config.load import Explicit, Params, Study, StudyMethod
+from pipeline.config.trial import EvaluationConfig, TrialConfig
+from pipeline.core.errors import InputError
+from pipeline.core.invalid import validate
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.evaluations import Evaluations
-from pipeline.sweep.evaluation import evaluate
-from pipeline.sweep.run import sweep
+from pipeline.sweep.evaluate import evaluate
+from pipeline.sweep.train import sweep
 from pipeline.tasks import tasks
-from pipeline.trial import EvaluationConfig, TrialConfig
 
 STUDY = "again"  # what the trial's one row stands in
 

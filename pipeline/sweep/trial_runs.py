@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline import methods
-from pipeline.config import Params
+from pipeline.config.load import Params
+from pipeline.config.trial import TrialConfig
 from pipeline.plan.inputs import Places
 from pipeline.plan.plan import Plan
 from pipeline.plan.space import Cell
 from pipeline.records.epoch import EpochReport
 from pipeline.tracking.records import MetricPoint, RunInput
-from pipeline.trial import TrialConfig
 
 POINTS = 200  # of a trial's losses in MLflow, where each takes 0.2 ms and 260 bytes
 STEP_LOSS = "step/train_loss"  # a section of its own among the charts, beside the epochs' means in `train_loss`

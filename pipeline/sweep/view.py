@@ -17,19 +17,18 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.errors import HificlError
+from pipeline.config.trial import TrialConfig
+from pipeline.core.errors import HificlError
+from pipeline.core.progress import console, say
+from pipeline.core.terminal import BAD, QUIET, table
 from pipeline.plan.plan import Plan
-from pipeline.progress import console, say
+from pipeline.pool.messages import Watcher
 from pipeline.records.epoch import EpochReport
-from pipeline.records.event import JournalEvent
-from pipeline.sweep.journal import sentence
-from pipeline.sweep.messages import Watcher
+from pipeline.records.journal import JournalEvent, sentence
+from pipeline.records.store import TrialStore
 from pipeline.sweep.pace import Pace
-from pipeline.sweep.store import TrialStore
 from pipeline.sweep.trial_runs import name_parts
 from pipeline.tasks import tasks
-from pipeline.terminal import BAD, QUIET, table
-from pipeline.trial import TrialConfig
 
 LINE_SECONDS = 15.0
 _REMEMBERED = 100  # trials that ended last

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.registry import Registry
+from pipeline.core.registry import Registry
 from pipeline.tasks.base import PromptTemplate, Score, Task
 
 tasks: Registry[Task] = Registry("task", "pipeline.tasks", "hificl.tasks")

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pipeline.core.errors import InputError, nearest
 from pipeline.data.files import find
 from pipeline.data.sample import Sample
-from pipeline.errors import InputError, nearest
 from pipeline.scores.files import printable
 
 Split = Literal["train", "evaluation"]
@@ -95,7 +95,7 @@ class Task(ABC):
         template: the prompt.
         max_new_tokens: default length of a generated answer, in tokens.
         one_pool: the data set has no train split of its own, so that all splits are drawn from the same
-            files by `data.subsample`, no image in two of them.
+            files by `tasks.draw`, no image in two of them.
         official_evaluation: samples of the whole official evaluation split; None: its files tell.
     """
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.core.errors import InputError
 from pipeline.data.files import field, find, source_digest
 from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.errors import InputError
 from pipeline.scores.files import need
 from pipeline.tasks.base import IndexEntry, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
 from pipeline.tasks.vqa_files import SUBSETS

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from pipeline.core.errors import InputError, nearest
 from pipeline.data.files import field, find
 from pipeline.data.records import RecordFile
 from pipeline.data.sample import Sample
-from pipeline.errors import InputError, nearest
 from pipeline.scores.files import printable
 from pipeline.tasks.base import IndexEntry, SampleId, Split, Task
 from pipeline.tasks.caption_files import caption_sample, plain_file_name

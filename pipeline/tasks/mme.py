@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.core.errors import InputError
 from pipeline.data.files import field, find
 from pipeline.data.parquet import cell_name, rows
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.errors import InputError
 from pipeline.scores.mme import GROUPS, MmeRow, MmeScore, is_right, subtask_score
 from pipeline.tasks import tasks
 from pipeline.tasks.base import PromptTemplate, SampleId, Score, Split

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.core.errors import InputError
 from pipeline.data.files import field, find
 from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.errors import InputError
 from pipeline.scores.stems import stem_answer
 from pipeline.scores.vqa import vqa_accuracy
 from pipeline.tasks.base import IndexEntry, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids

@@ -12,10 +12,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.core.errors import InputError
+from pipeline.core.rounding import rounded
 from pipeline.data.images import open_image
-from pipeline.errors import InputError
 from pipeline.records.evaluation import Prediction
-from pipeline.rounding import rounded
 
 FILE, IMAGES = "answers.json", "table_images/answers"
 TAG = {"mlflow.loggedArtifacts": json.dumps([{"path": FILE, "type": "table"}])}

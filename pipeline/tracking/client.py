@@ -24,13 +24,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
-from pipeline.copies import main_checkout
-from pipeline.digests import folder_digest
-from pipeline.errors import InputError, WorkError
-from pipeline.progress import say
+from pipeline.core.copies import main_checkout
+from pipeline.core.errors import InputError, WorkError
+from pipeline.core.files import folder_digest
+from pipeline.core.progress import say
+from pipeline.core.rounding import rounded
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import Provenance
-from pipeline.rounding import rounded
 from pipeline.tracking import answers, owner, page, store
 from pipeline.tracking.provenance import provenance
 from pipeline.tracking.records import (

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.trial import digest
+from pipeline.config.trial import digest
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

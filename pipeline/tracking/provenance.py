@@ -13,11 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import FOLDERS, PARAMS
-from pipeline.errors import InputError
-from pipeline.plain_yaml import read_file
+from pipeline.config.load import FOLDERS, PARAMS
+from pipeline.core.errors import InputError
+from pipeline.core.plain_yaml import read_file
+from pipeline.core.registry import extensions
 from pipeline.records.trial import DataDigests, Machine, Provenance
-from pipeline.registry import extensions
 
 LOCK = "dvc.lock"
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "mlflow", "dvc")

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Run
 
+from pipeline.config.trial import digest
 from pipeline.records.trial import Provenance
-from pipeline.trial import digest
 
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"  # how a run ends
 EVALUATIONS = "evaluations"  # the tag that names the evaluations and measurements that a run has

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.digests import folder_digest
-from pipeline.rounding import rounded
+from pipeline.core.files import folder_digest
+from pipeline.core.rounding import rounded
 from pipeline.tracking.client import Tracker, plain
 from pipeline.tracking.page import REPORT
 from pipeline.tracking.records import LoggedRun

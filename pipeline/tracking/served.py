@@ -22,7 +22,7 @@ class AdapterModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         """Read what the adapter is; weights are loaded at the first answer."""
-        from pipeline.train.answering import Answerer
+        from pipeline.evaluate.answerer import Answerer
 
         adapter = Path(context.artifacts["adapter"])
         given = context.model_config.get("project")

@@ -26,9 +26,9 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline.copies import main_checkout
-from pipeline.errors import InputError, WorkError
-from pipeline.progress import say
+from pipeline.core.copies import main_checkout
+from pipeline.core.errors import InputError, WorkError
+from pipeline.core.progress import say
 from pipeline.tracking import page, store
 from pipeline.tracking.client import Tracker
 

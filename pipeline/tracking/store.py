@@ -15,7 +15,7 @@ import sqlalchemy
 from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
 
-from pipeline.errors import InputError, WorkError
+from pipeline.core.errors import InputError, WorkError
 
 
 class Unreachable(InputError):

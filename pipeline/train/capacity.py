@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-from pipeline.trial import MOST_PACKED
+from pipeline.config.trial import MOST_PACKED
 
 PAYS = 1.05  # a larger pack must train this much faster, in samples per second, than the one of half its size
 FILL = 0.9  # of the device's memory

@@ -11,9 +11,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.atomic import folder_atomic
-from pipeline.digests import file_digest
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
+from pipeline.core.files import file_digest, folder_atomic
 from pipeline.records.base import NewerRecord
 from pipeline.records.trial import AGAIN, CheckpointState
 

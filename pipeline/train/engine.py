@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.errors import WorkError
-from pipeline.trial import TrialConfig
+from pipeline.config.trial import TrialConfig
+from pipeline.core.errors import WorkError
 
 ADAM_EPSILON = 1e-8
 # fp16 gradients of activations underflow below 6e-8. AdamW is invariant to a scale of the gradients if its epsilon and

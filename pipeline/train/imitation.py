@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pipeline.backbones.decoder import DecoderSpec
 from pipeline.backbones.states import recorded
-from pipeline.data.collate import Batch
+from pipeline.config.trial import State
+from pipeline.prompts.collate import Batch
 from pipeline.train import loss
 from pipeline.train.prefix_sharing import PrefixLayout
 from pipeline.train.trial_run import MicroBatch
-from pipeline.trial import State
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,16 @@ from pipeline import adapters
 from pipeline.adapters.base import WeightsAdapter, parts_of
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.decoder import decoder_of
-from pipeline.data.collate import Batch
-from pipeline.errors import WorkError
-from pipeline.progress import say
+from pipeline.core.errors import WorkError
+from pipeline.core.progress import say
+from pipeline.prompts.collate import Batch
 from pipeline.records.epoch import TrialReport
+from pipeline.resident.compiled import compiled_parts
+from pipeline.resident.resident import TEACHER_BYTES, Resident
 from pipeline.train import loss
 from pipeline.train.capacity import Capacity
-from pipeline.train.compiled import compiled_parts
 from pipeline.train.imitation import Imitation
 from pipeline.train.prefix_sharing import PrefixLayout, sharing_prefix
-from pipeline.train.resident import TEACHER_BYTES, Resident
 from pipeline.train.selection import select
 from pipeline.train.trial_run import MicroBatch, TrialRun
 

@@ -12,8 +12,8 @@ from pipeline import adapters
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.data.sample import Sample
 from pipeline.evaluate.predict import predict_each
+from pipeline.resident.resident import Resident
 from pipeline.train import loss
-from pipeline.train.resident import Resident
 from pipeline.train.trial_run import TrialRun
 
 BATCH = 32

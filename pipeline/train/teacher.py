@@ -11,14 +11,14 @@ from torch import Tensor
 from pipeline.adapters.options import Facts
 from pipeline.backbones.decoder import decoder_of
 from pipeline.backbones.states import modules_at, recorded
-from pipeline.data.collate import Batch
+from pipeline.config.trial import Kind, TrialConfig
+from pipeline.core.errors import WorkError
 from pipeline.data.manifest import Manifest
-from pipeline.data.prompt import Encoded, draw_demos
 from pipeline.data.sample import Sample
-from pipeline.errors import WorkError
+from pipeline.prompts.collate import Batch
+from pipeline.prompts.prompt import Encoded, draw_demos
+from pipeline.resident.resident import Resident, Target
 from pipeline.train import loss
-from pipeline.train.resident import Resident, Target
-from pipeline.trial import Kind, TrialConfig
 
 
 class Teacher:

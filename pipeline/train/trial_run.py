@@ -12,24 +12,23 @@ import torch
 import torch.distributed as dist
 
 from pipeline import adapters, methods
-from pipeline.atomic import folder_atomic
-from pipeline.data.manifest import Manifest
-from pipeline.data.prompt import Encoded
+from pipeline.config.trial import Kind, TrialConfig
+from pipeline.core.errors import WorkError
+from pipeline.core.files import folder_atomic
+from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import Sample
-from pipeline.data.subset import training_samples
-from pipeline.errors import WorkError
+from pipeline.prompts.prompt import Encoded
 from pipeline.records.epoch import EpochReport, Status, TrialReport
 from pipeline.records.trial import Best, CheckpointState, TrialEnd
 from pipeline.records.trial_folder import TrialFolder
+from pipeline.resident.resident import Resident, Target
 from pipeline.tasks import tasks
 from pipeline.train import checkpoint
+from pipeline.train.cost import Memory, flops_per_sample
 from pipeline.train.engine import ENGINES, Student
 from pipeline.train.prefix_sharing import shared_prefix_length
-from pipeline.train.resident import Resident, Target
 from pipeline.train.schedule import cosine_with_warmup, global_batches, micro_batches_of_rank, steps_per_epoch
-from pipeline.train.spent import Memory, flops_per_sample
 from pipeline.train.teacher import Teacher
-from pipeline.trial import Kind, TrialConfig
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from pipeline.errors import WorkError
-from pipeline.evaluate.parts import WHOLE, Answers, SplitPart
+from pipeline.config.request import TrialRequest
+from pipeline.config.trial import EvaluationConfig
+from pipeline.core.errors import WorkError
+from pipeline.evaluate.predict import WHOLE, Answers, SplitPart
+from pipeline.evaluate.score import answer, score
 from pipeline.records.epoch import TrialReport
 from pipeline.records.evaluation import Evaluation
-from pipeline.request import TrialRequest
+from pipeline.resident.resident import Resident, Residents
 from pipeline.train.loop import TrainingLoop
-from pipeline.train.resident import Resident, Residents
-from pipeline.train.scoring import answer, score
 from pipeline.train.trial_run import TrialRun
-from pipeline.trial import EvaluationConfig
 
 
 def use_threads() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline import adapters
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from tests.adapters.conftest import IMAGE, logits, stirred
 
 MODELS = ["idefics2", "llava"]

@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.adapters import joined, kernels
-from pipeline.adapters.attention import (
+from pipeline.attention import concatenated as joined
+from pipeline.attention import kernels
+from pipeline.attention.virtual import (
     merge_attention,
     merge_attention_reference,
     mimic_attention,
     mimic_attention_reference,
     virtual_attention,
 )
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 TOLERANCE = 1e-12
 SHAPES = st.fixed_dictionaries(

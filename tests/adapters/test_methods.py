@@ -11,7 +11,7 @@ import torch
 
 from pipeline import adapters
 from pipeline.backbones.decoder import decoder_of
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from tests.adapters.conftest import logits, stirred
 
 MODELS = ["idefics2", "llava"]

@@ -11,7 +11,7 @@ from pipeline import adapters
 from pipeline.adapters.base import Init
 from pipeline.adapters.hificl import HiFICL, HiFICLOptions
 from pipeline.backbones.decoder import decoder_of
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 
 PACKS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "ragged": [

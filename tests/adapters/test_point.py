@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pipeline import adapters, methods
-from pipeline.errors import InputError
-from pipeline.trial import TrialConfig
+from pipeline.config.trial import TrialConfig
+from pipeline.core.errors import InputError
 from tests.adapters.conftest import logits, stirred
 
 TEACHES: list[tuple[str, dict[str, Any], str, str]] = [  # method, options, state that is compared now, and was before

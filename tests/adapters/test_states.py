@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline import adapters
 from pipeline.backbones.decoder import decoder_of
 from pipeline.backbones.states import modules_at, recorded
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from tests.adapters.conftest import FAMILIES, TEXT, logits, stirred
 
 STATES = ("attention", "residual-mid", "mlp", "residual")

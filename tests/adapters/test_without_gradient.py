@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline import adapters
-from pipeline.adapters.attention import virtual_attention
+from pipeline.attention.virtual import virtual_attention
 
 B, H, KV, S, D, N = 3, 4, 2, 9, 8, 5
 

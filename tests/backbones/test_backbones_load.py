@@ -9,8 +9,8 @@ import torch
 
 from pipeline import backbones
 from pipeline.backbones.weights import digest_of_file
-from pipeline.config import BackboneSource
-from pipeline.errors import InputError
+from pipeline.config.load import BackboneSource
+from pipeline.core.errors import InputError
 from tests.conftest import ROOT
 
 PUBLISHED = json.loads((ROOT / "tests/golden/published_configs.json").read_text(encoding="utf-8"))

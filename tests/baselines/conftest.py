@@ -10,12 +10,12 @@ from PIL import Image
 
 from benchmarks.support.synthetic import SyntheticSize, write_vqav2
 from pipeline import backbones, methods
-from pipeline.config import BackboneSource
-from pipeline.data.subsample import draw_manifest
+from pipeline.config.load import BackboneSource
+from pipeline.config.trial import TrialConfig
+from pipeline.evaluate.score import fitted
+from pipeline.resident.resident import Resident
 from pipeline.tasks import tasks
-from pipeline.train.resident import Resident
-from pipeline.train.scoring import fitted
-from pipeline.trial import TrialConfig
+from pipeline.tasks.draw import draw_manifest
 
 SOURCE = BackboneSource(variant="tiny")
 

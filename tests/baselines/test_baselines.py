@@ -7,14 +7,14 @@ import torch
 
 from pipeline import backbones
 from pipeline.baselines import baselines
-from pipeline.config import BackboneSource
-from pipeline.errors import InputError
+from pipeline.config.load import BackboneSource
+from pipeline.config.request import TrialRequest
+from pipeline.config.trial import EvaluationConfig
+from pipeline.core.errors import InputError
 from pipeline.evaluate.predict import predict
-from pipeline.request import TrialRequest
-from pipeline.train import image_features
-from pipeline.train.image_features import ImageFeatures
-from pipeline.train.scoring import answer, score
-from pipeline.trial import EvaluationConfig
+from pipeline.evaluate.score import answer, score
+from pipeline.resident import image_features
+from pipeline.resident.image_features import ImageFeatures
 
 BACKBONES = ["idefics2-8b-base", "idefics-9b", "llava-interleave-7b", "llava-v1.6-mistral-7b", "qwen3-vl-8b"]
 SMALL = {

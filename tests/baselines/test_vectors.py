@@ -10,10 +10,10 @@ import torch
 from pipeline import backbones
 from pipeline.baselines.task_vector import TaskVectorOptions
 from pipeline.baselines.vectors import edited_prefill
-from pipeline.data.collate import collate
-from pipeline.data.prompt import Encoded
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.evaluate.generate import generate
+from pipeline.prompts.collate import collate
+from pipeline.prompts.prompt import Encoded
 
 
 @pytest.mark.parametrize("backbone", backbones.names())

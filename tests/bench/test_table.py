@@ -12,7 +12,7 @@ import pytest
 
 import benchmarks
 from benchmarks.support.table import CLOSE, OPEN
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from tests.conftest import ROOT
 
 RESULT = {

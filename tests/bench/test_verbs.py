@@ -17,7 +17,7 @@ from benchmarks.support.published import Published, published_attention
 from benchmarks.support.shapes import CPU, DecoderShape, Workload, decoder
 from benchmarks.support.steps import Trained
 from benchmarks.support.timing import Rounds, alternate, report, saved_bytes
-from pipeline.adapters.attention import merge_attention
+from pipeline.attention.virtual import merge_attention
 from pipeline.backbones.decoder import decoder_of
 
 TINY = DecoderShape(32, 48, 2, 4, 2, 64)

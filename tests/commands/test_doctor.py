@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.commands import doctor
-from pipeline.config import load
+from pipeline.config.load import load
 from tests.conftest import ROOT
 
 

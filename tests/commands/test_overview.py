@@ -11,13 +11,13 @@ from rich.console import Console
 
 from pipeline import backbones
 from pipeline.commands.studies import overview
-from pipeline.config import load
+from pipeline.config.load import load
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.plan.inputs import all_cells, places
 from pipeline.plan.plan import make_plan
+from pipeline.records.store import TrialStore
 from pipeline.records.trial import TrialEnd
-from pipeline.sweep.store import TrialStore
 from tests.conftest import ROOT
 
 

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.support.shapes import CPU, Bench, Workload
 from benchmarks.support.steps import Trained, floor_step
 from pipeline import adapters, backbones
-from pipeline.adapters import joined
-from pipeline.adapters.attention import merge_attention
+from pipeline.attention import concatenated as joined
+from pipeline.attention.virtual import merge_attention
 from pipeline.cost.steps import Costs, Prompt
 
 REAL = ("idefics2-8b-base", "llava-interleave-7b")

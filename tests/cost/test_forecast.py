@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from pipeline.commands.plan import forecast as plan
+from pipeline.config.trial import TrialConfig
+from pipeline.core.errors import InputError
 from pipeline.cost.hours import Rates, forecast
-from pipeline.errors import InputError
-from pipeline.trial import TrialConfig
 
 PROJECT = Path(__file__).resolve().parents[2]
 IDEFICS2 = "idefics2-8b-base"

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.core.errors import InputError
 from pipeline.data.images import check_image, check_images, open_image, problems_error
-from pipeline.errors import InputError
 
 RAMP = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pipeline.core.errors import InputError
 from pipeline.data.manifest import Manifest, Source
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.errors import InputError
 
 
 def sample(number: int) -> Sample:

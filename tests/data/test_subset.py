@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import load
-from pipeline.data.subset import training_samples
+from pipeline.config.load import load
+from pipeline.config.trial import TrialConfig
+from pipeline.data.manifest import training_samples
 from pipeline.plan.space import Digests, cells
-from pipeline.trial import TrialConfig
 from tests.conftest import ROOT
 
 SPLIT: Any = SimpleNamespace(splits={"train": tuple(range(1000))})

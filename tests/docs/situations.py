@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from pipeline.config import FOLDERS
+from pipeline.config.load import FOLDERS
 from tests.e2e.conftest import change
 
 SITUATIONS: dict[str, Callable[[Path], AbstractContextManager[None]]] = {}
@@ -93,7 +93,7 @@ def no_weights(folder: Path) -> Iterator[None]:
 @situation
 def a_sweep_is_running(folder: Path) -> Iterator[None]:
     holder = (
-        "import sys, pathlib; from pipeline.sweep.store import TrialStore\n"
+        "import sys, pathlib; from pipeline.records.store import TrialStore\n"
         "with TrialStore(pathlib.Path('runs')).lock('a sweep'): print('held', flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

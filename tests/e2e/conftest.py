@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from benchmarks.support.synthetic import SyntheticSize, write_images, write_vqav2
-from pipeline.config import FOLDERS
+from pipeline.config.load import FOLDERS
 from tests.conftest import ROOT
 from tests.support.terminal import Terminal
 
@@ -98,7 +98,7 @@ class Project:
 
 
 def make_project(folder: Path) -> Project:
-    from pipeline.workspace import create
+    from pipeline.commands.workspace_folder import create
 
     data = folder.parent / f"{folder.name}-data"
     for subset, first, images in (("train2014", 1, 24), ("val2014", 1001, 6)):

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 # Python runs it at its start. The first driver finds a file in the place of Ray's folder, the second takes it away.
 IN_THE_WAY = """
 import os, sys
-if "pipeline.sweep.driver" in sys.orig_argv:
+if "pipeline.pool.driver" in sys.orig_argv:
     first, ray = os.environ["FIRST"], os.path.join(os.environ["RAY_TMPDIR"], "ray")
     os.unlink(first if os.path.exists(first) else ray)
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main
-from pipeline.config import FOLDERS
+from pipeline.config.load import FOLDERS
 from pipeline.report import forget
 from tests.conftest import ROOT
 from tests.e2e.conftest import Project, copied

@@ -59,7 +59,7 @@ def test_trials_share_forward_passes(project):
 
 
 def test_asha_stops_a_trial_that_learns_nothing_by_its_loss_on_the_test_split(project):
-    """Whom a scheduler stops is in tests/sweep/test_schedule.py; here its word ends a training, in DVC's ledger too."""
+    """Whom a scheduler stops is in tests/pool/test_schedule.py; here its word ends a training, in DVC's ledger too."""
     only(
         project, search={"learning_rate": [0.01, 1e-12]},
         set={"rank": 7, "offload": "cpu", "zero_stage": 1, "selection_metric": "loss", "selection": "test"},

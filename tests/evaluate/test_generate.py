@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pipeline import backbones
-from pipeline.data.prompt import encode_all, render, stop_strings
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.evaluate.generate import cut_at_stop, generate
+from pipeline.prompts.prompt import encode_all, render, stop_strings
+from pipeline.resident.visual_tokens import VisualTokens
 from pipeline.tasks.base import PromptTemplate
-from pipeline.train.visual_tokens import VisualTokens
 
 TEMPLATE = PromptTemplate(
     prefix="Instruction: provide an answer to the question. Use the image to answer.\n",
@@ -79,8 +79,8 @@ def test_shared_demonstrations_are_computed_once(beams, loaded, pictures, monkey
 
 def test_greedy_is_the_arg_max_of_full_forwards(loaded, pictures):
     """An own decoding loop without a cache, one prompt, no padding: the plainest reference."""
-    from pipeline.data.collate import collate
-    from pipeline.data.prompt import Encoded
+    from pipeline.prompts.collate import collate
+    from pipeline.prompts.prompt import Encoded
 
     visual = VisualTokens(loaded)
     request = requests_for(loaded)[2]

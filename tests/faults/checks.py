@@ -82,9 +82,10 @@ def report(sweep: Sweep, *, without: str | None = None) -> list[dict[str, str]]:
         without: the row that has no number, which the stage must name at its end.
     """
     from pipeline import report as reports
-    from pipeline.config import load
-    from pipeline.errors import WorkError
-    from pipeline.sweep import answers, evaluation
+    from pipeline.config.load import load
+    from pipeline.core.errors import WorkError
+    from pipeline.pool import answers
+    from pipeline.sweep import evaluate as evaluation
 
     before, pooled = Path.cwd(), answers.score_all
     os.chdir(sweep.folder)

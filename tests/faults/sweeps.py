@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.sweep.journal import Journal
+from pipeline.records.journal import Journal
 from tests.conftest import ROOT
 from tests.e2e.conftest import Project
 
@@ -183,7 +183,7 @@ def cmdline(process: psutil.Process) -> list[str]:
 
 def make_sweep(folder: Path) -> Sweep:
     """A workspace with four trials of three epochs on a small world, manifests drawn."""
-    from pipeline.workspace import create
+    from pipeline.commands.workspace_folder import create
 
     before = Path.cwd()
     os.chdir(ROOT)

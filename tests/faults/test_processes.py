@@ -69,7 +69,7 @@ def test_a_trials_actor(sweep, reference, fault):
     [
         ("raylet/raylet", "raylet"),
         ("gcs/gcs_server", "head"),
-        ("pipeline.sweep.driver", "driver"),
+        ("pipeline.pool.driver", "driver"),
     ],
 )
 def test_ray_itself(sweep, reference, fault, part, kind):

@@ -9,16 +9,16 @@ import pytest
 import yaml
 
 from pipeline import methods
-from pipeline.config import load
-from pipeline.errors import InputError
+from pipeline.config.load import load
+from pipeline.config.trial import EvaluationConfig, TrialConfig
+from pipeline.core.errors import InputError
 from pipeline.lineage import older
 from pipeline.lineage.record import RunRecord
 from pipeline.lineage.rerun import surroundings
 from pipeline.plan.space import Digests, cells
 from pipeline.records.trial import Provenance
 from pipeline.sweep import recorded
-from pipeline.sweep.evaluation import _evaluation
-from pipeline.trial import EvaluationConfig, TrialConfig
+from pipeline.sweep.evaluate import _evaluation
 from tests.conftest import ROOT
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import InputError, WorkError
+from pipeline.core.errors import InputError, WorkError
 from pipeline.lineage.worktree import check_code, checked_out
 from pipeline.records.trial import Provenance
 from pipeline.tracking.provenance import code_version

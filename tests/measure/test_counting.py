@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.measure import measures
 from pipeline.measure.base import create_measure
 from pipeline.measure.counters import CountedFlops, peak_bytes
@@ -52,7 +52,7 @@ def test_settings_are_checked_and_ratios_refer_to_the_reference() -> None:
 def test_every_study_names_a_measure_and_its_settings() -> None:
     from pathlib import Path
 
-    from pipeline.config import load
+    from pipeline.config.load import load
 
     params = load(Path(__file__).resolve().parents[2] / "params.yaml")
     for name, study in params.studies.items():

@@ -13,14 +13,14 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from pipeline import backbones
-from pipeline.data.prompt import render
+from pipeline.core.errors import InputError
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.errors import InputError
 from pipeline.miniature.documents import CAPTION_PREFIX, VQA_PREFIX, Curriculum, DocumentSource
 from pipeline.miniature.lexicon import QUESTIONS, draw_convention
 from pipeline.miniature.model import MINIATURES, SIZES, decode_hidden, encode_images, miniature, normalise
 from pipeline.miniature.pretrain import BUDGETS, Budget, pretrain
 from pipeline.miniature.render import draw_attributes, png_bytes, render_images
+from pipeline.prompts.prompt import render
 from pipeline.tasks import tasks
 
 NAMES = sorted(MINIATURES)
@@ -89,7 +89,7 @@ def test_answers_come_back_from_the_tokenizer(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("task", ["mini-vqa", "mini-okvqa", "mini-coco"])
 def test_documents_are_what_the_pipeline_will_ask(name: str, task: str) -> None:
-    """Pre-training's own rendering and `data.prompt` must give the same text, for lines and for chats."""
+    """Pre-training's own rendering and `prompts.prompt` must give the same text, for lines and for chats."""
     drawn = source(name)
     renderer, template, convention = drawn.renderer, tasks.get(task).template, draw_convention(np.random.default_rng(0))
     topic = {"mini-vqa": 2, "mini-okvqa": 9, "mini-coco": None}[task]

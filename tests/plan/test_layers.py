@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.adapters.options import Options
-from pipeline.config import Train, load
-from pipeline.errors import InputError
+from pipeline.config.load import Train, load
+from pipeline.core.errors import InputError
 from pipeline.plan.inputs import as_given, places
 from pipeline.plan.plan import make_plan
 from pipeline.plan.settings import Settings

@@ -9,11 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pipeline.config import BackboneSource
-from pipeline.errors import InputError, WorkError
+from pipeline.config.load import BackboneSource
+from pipeline.config.request import TrialRequest
+from pipeline.config.trial import TrialConfig
+from pipeline.core.errors import InputError, WorkError
 from pipeline.pool.queue import Failed, Queue, Requeued, SlotState, Stopped, Trial, is_of_one_trial
-from pipeline.request import TrialRequest
-from pipeline.trial import TrialConfig
 
 WRONG, TRANSIENT = InputError("no such file"), WorkError("no memory")
 

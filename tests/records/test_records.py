@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.records.base import Record, as_written, say_once
 from pipeline.records.epoch import EpochReport, StepLosses
 from pipeline.records.evaluation import Evaluation, Measurement, StudyFile
 from pipeline.records.evaluations import Evaluations
-from pipeline.records.event import JournalEvent
+from pipeline.records.journal import JournalEvent
 from pipeline.records.trial import CheckpointState, Provenance, TrialEnd, TrialRecord
 from pipeline.records.trial_folder import TrialFolder
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Params
+from pipeline.config.load import Params
 
 TASKS = {
     "mini-vqa": ("vqav2", "accuracy", "percent"),

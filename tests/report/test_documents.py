@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import InputError
-from pipeline.report.documents import write_into
+from pipeline.core.errors import InputError
+from pipeline.report.gallery import write_into
 
 
 def marked(what: str, name: str) -> str:

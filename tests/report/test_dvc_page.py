@@ -11,7 +11,8 @@ import pytest
 from dvc_render import render_html
 from dvc_render.vega import VegaRenderer
 
-from pipeline.report import files, load_table
+from pipeline.report import load_table
+from pipeline.report import writers as files
 from tests.conftest import ROOT
 from tests.support.chromium import PROGRAM, browser
 

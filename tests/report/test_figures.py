@@ -14,8 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from pipeline.report import bars, curves, emergence, figures, load_table, papers
-from pipeline.report.palette import of_method
-from pipeline.report.svg import STYLE, standalone
+from pipeline.report.svg import STYLE, of_method, standalone
 
 FACTORS = {"time": 4.27, "flops": 4.7, "gpu_memory": 2.99, "milliseconds_per_sample": 14.1}
 UNITS = {"time": "times", "flops": "times", "gpu_memory": "times", "milliseconds_per_sample": "ms"}

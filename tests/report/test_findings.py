@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import load
+from pipeline.config.load import load
 from pipeline.report import load_table, papers, write_index
 from pipeline.report.findings import FAILS, HOLDS, OPEN, PARTLY, check_claims, claims
 

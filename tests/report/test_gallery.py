@@ -11,7 +11,7 @@ from PIL import Image
 from pipeline.records.evaluation import Prediction
 from pipeline.records.evaluations import Evaluations
 from pipeline.report import load_table, write_index
-from pipeline.report.gallery import SAMPLES, answer_table, marked_pieces
+from pipeline.report.answers import SAMPLES, answer_table, marked_pieces
 from pipeline.scores.chair import chair_scores
 
 

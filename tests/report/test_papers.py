@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.report import papers
 
 I2 = "idefics2-8b-base"

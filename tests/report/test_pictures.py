@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pipeline.report.pictures import write_gallery
+from pipeline.report.gallery import write_gallery
 from tests.conftest import ROOT
 
 

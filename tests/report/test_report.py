@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.report import forget, load_table, study_page, write_index, write_numbers, write_study
 
 HOSTILE = "<script>alert(1)</script>|\"'&`$x_1$ [a](javascript:b)"

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.scores import caption, tokens
 from pipeline.scores.java import find_java
 

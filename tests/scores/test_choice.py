@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.scores import mme, mmmu_pro, seed_bench
 from pipeline.scores.mme import MmeRow
 

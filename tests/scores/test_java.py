@@ -11,7 +11,7 @@ import pytest
 from pycocoevalcap.meteor import meteor
 from pycocoevalcap.spice import spice
 
-from pipeline.errors import InputError, WorkError
+from pipeline.core.errors import InputError, WorkError
 from pipeline.scores import caption, java, tokens
 from tests.support import odd_paths
 

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from pipeline import adapters
-from pipeline.config import load
+from pipeline.config.load import load
+from pipeline.core.errors import InputError
 from pipeline.data.images import check_image, open_image
 from pipeline.data.manifest import Manifest, Source
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.errors import InputError
 from tests.conftest import ROOT
 
 
@@ -232,7 +232,7 @@ SHELL = ["$(touch pwned)", "`touch pwned`", "; touch pwned", "| touch pwned", "&
 @pytest.mark.parametrize("value", SHELL)
 def test_metacharacters_stay_characters_in_a_jobs_command(tmp_path, value):
     """Ray runs a job's command in a shell; what a user writes must reach the sweep as it was written."""
-    from pipeline.sweep.job import entrypoint
+    from pipeline.pool.job import entrypoint
 
     (tmp_path / "pipeline.py").write_text("import sys, json; print(json.dumps(sys.argv[1:]))")
     home = tmp_path / f"home {value.replace('/', '')}"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import InputError
-from pipeline.sweep.token import ensure_token
+from pipeline.core.errors import InputError
+from pipeline.pool.token import ensure_token
 from tests.conftest import ROOT
 
 
@@ -51,11 +51,11 @@ SWEEP = """
 import json, os, subprocess, sys
 from pathlib import Path
 import psutil
-from pipeline.config import Sweep
+from pipeline.config.load import Sweep
 from pipeline.sweep import tuner
 import ray
 with tuner.cluster(Sweep()):
-    from pipeline.sweep.worker import Worker
+    from pipeline.pool.worker import Worker
     worker = Worker.remote(0, 1)
     ray.get(worker.address.remote())
     me = psutil.Process()
@@ -103,7 +103,7 @@ def test_the_mlflow_server_listens_to_no_whole_world(tmp_path, host):
 
 
 def test_a_password_in_an_address_is_refused_before_anything_sees_it(home, monkeypatch):
-    from pipeline.sweep.job import refuse_password
+    from pipeline.pool.job import refuse_password
     from pipeline.tracking.server import start
 
     database = "postgresql+psycopg://mlflow:hunter2@127.0.0.1/mlflow"

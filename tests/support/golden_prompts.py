@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import backbones
-from pipeline.data.prompt import Encoded, Rendered, encode, render, stop_strings
 from pipeline.data.sample import ImageRef, Sample
+from pipeline.prompts.prompt import Encoded, Rendered, encode, render, stop_strings
 from pipeline.tasks import mmmu_pro, seed_bench, tasks
 from pipeline.tasks.choice_files import with_choices
 

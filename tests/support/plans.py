@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.config import load
+from pipeline.config.load import load
+from pipeline.config.trial import TrialConfig
 from pipeline.plan.inputs import Places
 from pipeline.plan.plan import Plan
-from pipeline.trial import TrialConfig
 from tests.conftest import ROOT
 
 

@@ -5,11 +5,11 @@ import importlib.util
 import pytest
 
 from pipeline.commands.doctor import examine
-from pipeline.config import load
-from pipeline.errors import InputError
+from pipeline.config.load import load
+from pipeline.core.errors import InputError
 from pipeline.plan.inputs import as_given
 from pipeline.plan.space import cells
-from pipeline.sweep.engines import check_engines
+from pipeline.sweep.checks import check_engines
 from tests.conftest import ROOT
 
 

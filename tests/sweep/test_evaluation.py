@@ -8,16 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline.config.trial import EvaluationConfig
+from pipeline.pool import answers
 from pipeline.records.evaluation import Evaluation, Prediction
 from pipeline.records.evaluations import Evaluations
+from pipeline.records.store import TrialStore
 from pipeline.records.trial import TrialEnd
-from pipeline.sweep import answers, evaluation
+from pipeline.sweep import evaluate as evaluation
 from pipeline.sweep.mlflow_sync import MlflowSync
-from pipeline.sweep.store import TrialStore
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import FINISHED, TrialRun
 from pipeline.tracking.store import Unreachable
-from pipeline.trial import EvaluationConfig
 from tests.support.plans import make_plan
 
 

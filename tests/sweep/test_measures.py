@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
-from pipeline.digests import file_digest
-from pipeline.errors import WorkError
+from pipeline.config.trial import EvaluationConfig
+from pipeline.core.errors import WorkError
+from pipeline.core.files import file_digest
+from pipeline.pool import answers
 from pipeline.records.evaluation import CellResult, Evaluation
 from pipeline.records.evaluations import Evaluations
 from pipeline.records.trial import Provenance
-from pipeline.sweep import answers, measures
-from pipeline.trial import EvaluationConfig
+from pipeline.sweep import measures
 
 
 def scored(row: str, evaluations: Evaluations) -> measures.ScoredCell:

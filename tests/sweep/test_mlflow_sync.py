@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import WorkError
+from pipeline.config.trial import EvaluationConfig
+from pipeline.core.errors import WorkError
 from pipeline.records.epoch import EpochReport
 from pipeline.records.evaluation import Evaluation, Measurement
+from pipeline.records.store import TrialStore
 from pipeline.records.trial import TrialEnd
 from pipeline.sweep.mlflow_sync import MlflowSync
-from pipeline.sweep.store import TrialStore
 from pipeline.tracking import store as place
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import FINISHED, KILLED, TrialRun
-from pipeline.trial import EvaluationConfig
 from tests.support.free_port import free_port
 from tests.support.plans import make_plan
 from tests.tracking.conftest import ask

@@ -6,12 +6,12 @@ import time
 
 import pytest
 
+from pipeline.config.trial import TrialConfig
 from pipeline.plan.inputs import Places
 from pipeline.plan.plan import Plan
 from pipeline.records.epoch import EpochReport
 from pipeline.sweep.pace import Pace
 from pipeline.sweep.view import View
-from pipeline.trial import TrialConfig
 
 
 class Clock:

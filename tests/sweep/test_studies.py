@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load
-from pipeline.errors import InputError
+from pipeline.config.load import load
+from pipeline.core.errors import InputError
 from pipeline.plan.space import Digests, cells, points
 
 ROOT = Path(__file__).resolve().parents[2]

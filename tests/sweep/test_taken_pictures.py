@@ -11,11 +11,11 @@ from PIL import Image
 from pipeline import tasks
 from pipeline.commands.doctor import examine
 from pipeline.commands.predict import answer
-from pipeline.config import load
-from pipeline.data.subsample import draw_manifest
-from pipeline.errors import InputError
-from pipeline.sweep.pictures import check_pictures
-from pipeline.sweep.run import places, sweep
+from pipeline.config.load import load
+from pipeline.core.errors import InputError
+from pipeline.sweep.checks import check_pictures
+from pipeline.sweep.train import places, sweep
+from pipeline.tasks.draw import draw_manifest
 from tests.e2e.conftest import change, make_project
 
 RULE = "Qwen3-VL reads no picture more than 200 times as wide as high, or as high as wide"

@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from pipeline.records.epoch import EpochReport
-from pipeline.records.event import JournalEvent
+from pipeline.records.journal import JournalEvent
 from pipeline.sweep import view
 from pipeline.sweep.view import View
-from tests.sweep.test_plan_order import plan_of
+from tests.plan.test_plan_order import plan_of
 
 
 def _todo(plan):

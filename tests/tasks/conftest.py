@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks.support.synthetic import SyntheticSize, write_vqav2
 from pipeline import tasks
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.tasks.mme import COGNITION, PERCEPTION
 
 

@@ -10,12 +10,12 @@ import pyarrow.parquet
 import pytest
 
 from pipeline import tasks
+from pipeline.core.errors import InputError
 from pipeline.data.images import check_image, open_image
 from pipeline.data.manifest import Manifest
-from pipeline.data.subsample import draw_manifest
-from pipeline.errors import InputError
 from pipeline.scores.mmmu_pro import read_options
 from pipeline.tasks.choice_files import letter_of
+from pipeline.tasks.draw import draw_manifest
 from pipeline.tasks.seed_bench import CLOSING
 from tests.scoring import main
 from tests.tasks.conftest import failure

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from pipeline import tasks
-from pipeline.data.subsample import draw_manifest
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
+from pipeline.tasks.draw import draw_manifest
 from tests.tasks.conftest import failure
 
 PARTS = ("train", "restval", "val", "test", "train", "restval", "val", "test", "train")

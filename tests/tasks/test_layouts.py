@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from pipeline import backbones, tasks
-from pipeline.data.collate import collate
 from pipeline.data.image_files import image_digest, read_image, sizes
 from pipeline.data.images import open_image
-from pipeline.data.prompt import encode_all, render
-from pipeline.data.subsample import draw_manifest
 from pipeline.lineage.checks import SAME, Checks
 from pipeline.lineage.trace import _Walk
-from pipeline.train.visual_tokens import VisualTokens
+from pipeline.prompts.collate import collate
+from pipeline.prompts.prompt import encode_all, render
+from pipeline.resident.visual_tokens import VisualTokens
+from pipeline.tasks.draw import draw_manifest
 from tests.tasks.conftest import LAYOUTS
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.support.synthetic import SyntheticSize, write_vqav2
 from pipeline import backbones, tasks
-from pipeline.data.prompt import stop_strings
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.evaluate.generate import cut_at_stop
+from pipeline.prompts.prompt import stop_strings
 from pipeline.tasks.vqa_files import most_frequent
 
 SIZE = SyntheticSize(num_questions=40, num_images=9)

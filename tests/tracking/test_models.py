@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from pipeline.config import load
-from pipeline.errors import InputError
+from pipeline.config.load import load
+from pipeline.core.errors import InputError
+from pipeline.evaluate.answerer import Answerer
 from pipeline.plan.inputs import places
 from pipeline.plan.plan import Plan
+from pipeline.records.store import TrialStore
 from pipeline.sweep.mlflow_sync import MlflowSync
-from pipeline.sweep.store import TrialStore
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.registry import ModelRegistry
-from pipeline.train.answering import Answerer
 from tests.conftest import ROOT
 from tests.e2e.conftest import copied
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import InputError, WorkError
+from pipeline.core.errors import InputError, WorkError
 from pipeline.records.trial import Provenance
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import FAILED, FINISHED, KILLED, TrialRun

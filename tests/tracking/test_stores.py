@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.tracking import server, store
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import FINISHED, KILLED

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from pipeline import methods
-from pipeline.config import BackboneSource
-from pipeline.data.subsample import draw_manifest
+from pipeline.config.load import BackboneSource
+from pipeline.config.request import TrialRequest
+from pipeline.config.trial import TrialConfig
 from pipeline.miniature.world import write_world
-from pipeline.request import TrialRequest
 from pipeline.tasks import tasks
-from pipeline.trial import TrialConfig
+from pipeline.tasks.draw import draw_manifest
 from tests.conftest import ROOT
 
 BACKBONE = "mini-idefics2"

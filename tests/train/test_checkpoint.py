@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import InputError, WorkError
+from pipeline.core.errors import InputError, WorkError
 from pipeline.records.trial import CheckpointState
 from pipeline.train import checkpoint
 

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from pipeline.backbones.decoder import decoder_of
-from pipeline.config import load
-from pipeline.errors import InputError
+from pipeline.config.load import load
+from pipeline.core.errors import InputError
 from pipeline.plan.space import _compile
 from pipeline.train.workbench import Workbench
 from tests.conftest import ROOT

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from pipeline.config.trial import TrialConfig, engine_packs
 from pipeline.train.engine import ENGINES, Student
-from pipeline.trial import TrialConfig, engine_packs
 from tests.support.free_port import free_port
 
 STEPS = 6

@@ -12,9 +12,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from pipeline.core.errors import InputError
 from pipeline.data.images import open_image
-from pipeline.errors import InputError
-from pipeline.train.answering import _as_file
+from pipeline.evaluate.answerer import _as_file
 
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 ORIENTATION = 0x0112

@@ -13,16 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.core.errors import InputError
+from pipeline.core.files import file_digest
 from pipeline.data.image_files import sizes
 from pipeline.data.images import check_images
 from pipeline.data.manifest import Manifest
 from pipeline.data.parquet import _column_of_group, cell_name
-from pipeline.data.prompt import encode_all, render
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.digests import file_digest
-from pipeline.errors import InputError
+from pipeline.prompts.prompt import encode_all, render
+from pipeline.resident.visual_tokens import DiskStore, VisualTokens
 from pipeline.tasks import tasks
-from pipeline.train.visual_tokens import DiskStore, VisualTokens
 from pipeline.train.workbench import Workbench
 from tests.tasks.conftest import png
 
@@ -127,6 +127,6 @@ def test_an_entry_that_may_not_be_touched_is_as_good(tmp_path, monkeypatch):
     def refused(*_):
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr("pipeline.train.visual_tokens.os.utime", refused)
+    monkeypatch.setattr("pipeline.resident.visual_tokens.os.utime", refused)
     found = store.read("ab")
     assert found is not None and torch.equal(found, torch.ones(3)) and store.path("ab").exists()

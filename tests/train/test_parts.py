@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pipeline.config.trial import EvaluationConfig
 from pipeline.train.workbench import Workbench
-from pipeline.trial import EvaluationConfig
 
 
 def test_parts_are_the_whole_to_the_bit_and_a_pack_answers_as_its_trials_do(trial, tmp_path):

@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pipeline import adapters, methods
-from pipeline.request import TrialRequest
-from pipeline.sweep.store import TrialStore
+from pipeline.config.request import TrialRequest
+from pipeline.records.store import TrialStore
 from pipeline.train.workbench import Workbench
 from tests.support.free_port import free_port
 

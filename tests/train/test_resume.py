@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.sweep.store import TrialStore
+from pipeline.records.store import TrialStore
 from pipeline.train.workbench import Workbench
 
 EPOCHS = 3

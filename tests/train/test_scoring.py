@@ -7,12 +7,12 @@ import json
 import pytest
 
 from pipeline import tasks
+from pipeline.config.trial import EvaluationConfig
 from pipeline.data.manifest import Manifest
 from pipeline.miniature.world import object_synonyms
 from pipeline.records.evaluation import Evaluation
 from pipeline.scores import chair
 from pipeline.train.workbench import Workbench
-from pipeline.trial import EvaluationConfig
 from tests.scoring import main
 
 

@@ -12,8 +12,8 @@ import torch
 from pipeline.measure.counters import CountedFlops
 from pipeline.records.trial import TrialEnd
 from pipeline.records.trial_folder import TrialFolder
+from pipeline.train.cost import Memory
 from pipeline.train.loop import TrainingLoop
-from pipeline.train.spent import Memory
 from pipeline.train.workbench import Workbench
 
 

@@ -8,7 +8,7 @@ import torch
 from pipeline.adapters.attach import attach
 from pipeline.adapters.pack import Pack
 from pipeline.backbones.decoder import decoder_of
-from pipeline.errors import InputError
+from pipeline.core.errors import InputError
 from pipeline.train.workbench import Workbench
 from tests.train.test_loop import train
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from pipeline import backbones
-from pipeline.data.collate import collate
-from pipeline.data.prompt import encode_all, render
+from pipeline.core.errors import InputError
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.errors import InputError
+from pipeline.prompts.collate import collate
+from pipeline.prompts.prompt import encode_all, render
+from pipeline.resident.visual_tokens import DiskStore, VisualTokens
 from pipeline.tasks.base import PromptTemplate
-from pipeline.train.visual_tokens import DiskStore, VisualTokens
 
 TEMPLATE = PromptTemplate("", False, "Image: {image} Question: {question} Answer:", " {answer}\n", ("Question",))
 

@@ -1,0 +1,1 @@
+"""params.yaml, profiles and studies; what decides a trial's number; what the papers print."""

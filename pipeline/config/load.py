@@ -1,0 +1,260 @@
+"""The only reader of params.yaml, profiles/ and studies/; their sections are in `pipeline.config.schema`.
+
+`load()` returns `Params`; `Params.train` and the other sections are resolved against the profile that `profile`
+names. Unknown keys are refused with the nearest known one. What a number depends on is `TrialConfig`
+(`pipeline.config.trial`); nothing downstream reads params.yaml again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.papers import settings
+from pipeline.config.schema import (
+    BackboneSource,
+    Evaluate,
+    Explicit,
+    Generation,
+    Miniature,
+    Params,
+    ParamsFile,
+    Profile,
+    Protocol,
+    Retry,
+    Scalar,
+    Section,
+    Sizes,
+    Sources,
+    Study,
+    StudyMethod,
+    Subsample,
+    Sweep,
+    Tracking,
+    Train,
+)
+from pipeline.core.errors import InputError, nearest
+from pipeline.core.invalid import validate
+from pipeline.core.plain_yaml import read
+
+__all__ = [
+    "BackboneSource",
+    "Evaluate",
+    "Explicit",
+    "Generation",
+    "Miniature",
+    "PARAMS",
+    "Params",
+    "Profile",
+    "Protocol",
+    "Retry",
+    "Scalar",
+    "Section",
+    "Sizes",
+    "Study",
+    "StudyMethod",
+    "Subsample",
+    "Sweep",
+    "Tracking",
+    "Train",
+    "data_root",
+    "load",
+    "merge",
+]
+
+PARAMS = "params.yaml"
+SECTIONS = ("subsample", "train", "sweep", "evaluate")  # what a protocol and a profile may change
+OWN = (*SECTIONS, "methods", "backbones", "miniature", "tracking")  # what params.yaml sets; empty values set nothing
+FOLDERS = {"profiles": "profiles", "studies": "studies"}  # beside params.yaml, a file an entry
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of a study or profile: it becomes a file's name and an address
+
+
+def load(path: Path | str = PARAMS, overrides: Sequence[str] = (), profile: str | None = None) -> Params:
+    """Read and validate params.yaml and the profiles and studies beside it.
+
+    A section is laid over its defaults in this order: the protocol, the profile, what params.yaml sets, `overrides`.
+    An empty value in params.yaml sets nothing. A file may also hold a whole profile under `run`, and profiles and
+    studies of its own; its sections then lie below protocol and profile, as before there were files for each.
+
+    Args:
+        path: params.yaml.
+        overrides: `key=value` strings, dotted keys, YAML values (`train.epochs=2`), as `--set` takes them.
+        profile: instead of the one that the file names.
+
+    Raises:
+        InputError: a file is missing, no YAML, or breaks the schema; the message names the field.
+    """
+    path = Path(path)
+    raw = _mapping(path)
+    for section, folder in FOLDERS.items():
+        files = {file.stem: _mapping(file) for file in sorted((path.parent / folder).glob("*.yaml"))}
+        raw[section] = merge(files, _section(raw, section, str(path)))
+    if profile is not None:
+        raw |= {"run": _named(profile, raw["profiles"], str(path))} if "run" in raw else {"profile": profile}
+    for item in overrides:
+        _override(raw, item)
+    return _resolved(raw, str(path))
+
+
+def _resolved(raw: dict[str, Any], where: str) -> Params:
+    for name in OWN:
+        if name in raw:
+            raw[name] = _set(_section(raw, name, where))
+    file: ParamsFile = validate(ParamsFile, raw, where)
+    own = {name: raw.get(name, {}) for name in OWN}
+    for kind in FOLDERS:
+        for name in raw[kind]:
+            if not _NAME.fullmatch(str(name)):
+                raise InputError(
+                    f"'{name}' cannot be the name of one of the {kind}", where=where,
+                    way_out="A name has letters (a-z), digits, '_', '-' and '.', and begins with a letter or digit",
+                )  # fmt: skip
+    protocols = {**settings.protocols(), **file.protocols}
+    if file.protocol is not None and file.protocol not in protocols:
+        raise InputError(f"unknown protocol '{file.protocol}'", where=where, way_out=nearest(file.protocol, protocols))
+    chosen = protocols[file.protocol] if file.protocol else Protocol()
+    name, run, run_at = _profile(raw, own, chosen, where)
+    explicit = own if file.run is None else dict.fromkeys(OWN, {})
+    laid = {}
+    for section in SECTIONS:
+        merged = merge(merge(getattr(chosen, section, {}), getattr(run, section)), explicit[section])
+        laid[section] = validate(type(getattr(file, section)), merged, f"{run_at}: {section}")
+    return Params(
+        profile=name, run=run, explicit=Explicit(**{name: explicit[name] for name in Explicit.model_fields}),
+        profiles=raw["profiles"], studies=_studies(file.studies, run, run_at), protocols=protocols,
+        protocol=file.protocol, miniature=file.miniature, tracking=file.tracking, **laid,
+        backbones=validate(Sources, {"of": merge(run.sources, explicit["backbones"])}, f"{run_at}: sources").of,
+    )  # fmt: skip
+
+
+def _profile(raw: dict[str, Any], own: dict[str, Any], chosen: Protocol, where: str) -> tuple[str, Profile, str]:
+    """Return name and content of the profile that is run, and where it stands."""
+    profiles = raw["profiles"]
+    if "run" in raw:
+        if raw.get("profile") is not None:
+            raise InputError("has both `profile` and `run`", where=where, way_out="Keep `profile: NAME`")
+        run = raw["run"]
+        if not isinstance(run, dict):
+            raise InputError(f"run must hold a profile, got {run!r}", where=where, way_out="Write `profile: NAME`")
+        name = next((name for name, profile in profiles.items() if profile == run), "custom")
+        below = {section: merge(own[section], getattr(chosen, section, {})) for section in SECTIONS}
+        below |= {"methods": own["methods"], "sources": own["backbones"]}
+        return name, validate(Profile, merge(below, run), f"{where}: run"), f"{where}: run"
+    name = raw.get("profile")
+    if name is None:
+        raise InputError("no profile is named", where=where, way_out=f"Write `profile: NAME`. {nearest('', profiles)}")
+    at = f"profile '{name}'"
+    return str(name), validate(Profile, _named(name, profiles, where), at), at
+
+
+def _named(name: str, profiles: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a profile, complete."""
+    if name not in profiles:
+        raise InputError(f"unknown profile '{name}'", where=where, way_out=nearest(str(name), profiles))
+    return _extended(name, profiles, ())
+
+
+def _extended(name: str, profiles: dict[str, Any], seen: tuple[str, ...]) -> dict[str, Any]:
+    """Return a profile laid over the one that it extends."""
+    profile = profiles[name]
+    if not isinstance(profile, dict):
+        raise InputError(f"must hold a mapping, got {profile!r}", where=f"profile '{name}'")
+    base = profile.get("extends")
+    if base is None:
+        return profile
+    if base not in profiles or base in (*seen, name):
+        what = "extends itself" if base in (*seen, name) else f"extends unknown profile '{base}'"
+        raise InputError(what, where=f"profile '{name}'", way_out=nearest(str(base), set(profiles) - {name}))
+    return merge(_extended(base, profiles, (*seen, name)), {k: v for k, v in profile.items() if k != "extends"})
+
+
+def _studies(studies: dict[str, Study], run: Profile, run_at: str) -> dict[str, Study]:
+    """Return every study in the order in which reports have them, with the profile's changes laid over it."""
+    changed = {}
+    for name, change in run.study_changes.items():
+        if name not in studies:
+            raise InputError(
+                f"unknown study '{name}'", where=f"{run_at}: study_changes", way_out=nearest(name, studies)
+            )
+        changed[name] = validate(Study, merge(studies[name].model_dump(), change), f"{run_at}: study_changes.{name}")
+    first = {name: place for place, name in enumerate(run.studies)}  # the profile's own, then the others as 1, 2, 10
+    order = sorted(studies, key=lambda name: (first.get(name, len(first)), _natural(name)))
+    return {name: changed.get(name, studies[name]) for name in order}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """Read a file that must hold a mapping."""
+    try:
+        raw = read(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise InputError("no such file", where=str(path), way_out="Run from the project's root") from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"not readable as YAML: {error}", where=str(path)) from None
+    if not isinstance(raw, dict):
+        raise InputError("the file must hold a mapping", where=str(path))
+    return raw
+
+
+def _section(raw: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    section = raw.get(name)
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise InputError(f"{name} must hold a mapping, got {section!r}", where=where)
+    return section
+
+
+def _set(section: dict[str, Any]) -> dict[str, Any]:
+    """Return what a section sets: an empty value sets nothing."""
+    values = {key: _set(value) if isinstance(value, dict) else value for key, value in section.items()}
+    return {key: value for key, value in values.items() if value is not None and value != {}}
+
+
+def data_root(params: Params) -> Path:
+    """Return the folder of the official files.
+
+    Raises:
+        InputError: the environment names another one, which DVC would not see.
+    """
+    if "HIFICL_DATA_ROOT" in os.environ:
+        raise InputError(
+            f"names {os.environ['HIFICL_DATA_ROOT']!r}, which DVC does not see", where="HIFICL_DATA_ROOT",
+            way_out=f"Unset it, and make {params.run.data_root} that folder or a link to it",
+        )  # fmt: skip
+    return Path(params.run.data_root)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `over` laid over `base`, mapping by mapping."""
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise InputError(f"'{item}' is not of the form key=value", where="--set", way_out="Write --set train.epochs=2")
+    parts = key.split(".")
+    if "run" in raw and parts[0] in (*SECTIONS, "methods"):  # where the profile stands in the file, it is set there
+        parts = ["run", *parts]
+    elif "run" not in raw and parts[0] == "run":  # the profile that is run
+        parts = ["profiles", str(raw.get("profile")), *parts[1:]]
+    node = raw
+    for part in parts[:-1]:
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise InputError(f"'{part}' of '{key}' is no section", where="--set")
+    node[parts[-1]] = read(text, f"--set {key}")

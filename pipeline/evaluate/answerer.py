@@ -1,0 +1,177 @@
+"""An adapter with its backbone, loaded once, that answers for any image: `hificl predict` and the logged models."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import adapters, backbones
+from pipeline.adapters.base import Adapter
+from pipeline.backbones.load import Loaded
+from pipeline.config.load import PARAMS, BackboneSource, load
+from pipeline.core.errors import InputError
+from pipeline.data import image_files
+from pipeline.data.images import decode_image, os_problem, read_image_bytes, size_of, upright
+from pipeline.data.sample import ImageRef, Sample
+from pipeline.evaluate.generate import generate
+from pipeline.prompts.prompt import encode_all, render, stop_strings
+from pipeline.resident.visual_tokens import VisualTokens
+from pipeline.tasks import tasks
+
+_INLINE = "the image in base64"
+_SHOWN = 80  # characters of what is neither
+_WAY_OUT = "Give an image's path, or its content in base64"
+
+
+class Answerer:
+    """Answers for images with a trial's adapter attached; weights are loaded at the first answer.
+
+    Args:
+        folder: an adapter's folder of a trial (`runs/KEY/adapter`).
+        project: the folder whose params.yaml says where the weights lie.
+        task_name: whose prompt is used; None: the adapter's own.
+
+    Raises:
+        InputError: no adapter of a trial, or no such task.
+    """
+
+    def __init__(self, folder: Path, *, project: Path = Path(), task_name: str | None = None) -> None:
+        self.folder, self.project = folder, project
+        self.config = adapters.read_config(folder)
+        self.origin: dict[str, Any] = self.config.get("extra") or {}
+        if "backbone" not in self.origin:
+            raise InputError(
+                "the adapter does not name its backbone and task",
+                where=str(folder), way_out="Give the adapter folder of a trial: runs/KEY/adapter",
+            )  # fmt: skip
+        self.task = tasks.get(task_name or self.origin["task"])
+
+    def answer(
+        self, image: str | Path, question: str | None = None, max_new_tokens: int | None = None
+    ) -> dict[str, Any]:
+        """Return what the backbone says to an image.
+
+        Args:
+            image: a file's path (or `shard.parquet#ROW/COLUMN`), or its content in base64 (a data URI too). EXIF
+                orientation is applied.
+            question: for tasks that ask one.
+            max_new_tokens: None: the task's own.
+
+        Returns:
+            `answer` (`text` is the same), `question`, `method`, `options`, `backbone`, `task`,
+            `trial`.
+
+        Raises:
+            InputError: no such image, a question too many or too few, or weights that are missing or not those that
+                the adapter was trained on.
+        """
+        self._check_question(question)
+        with _as_file(image) as file:
+            where = str(image) if file == Path(image) else "the image given"
+            backbones.get(self.origin["backbone"]).family.check_size(*image_files.sizes([file])[0], where)
+            text = self._generate(file, question, max_new_tokens or self.task.max_new_tokens)
+        return {
+            "answer": text, "text": text, "question": question,
+            "method": self.config["method"], "options": self.config["options"], "backbone": self.origin["backbone"],
+            "task": self.task.name, "trial": self.origin.get("trial"),
+        }  # fmt: skip
+
+    def _generate(self, file: Path, question: str | None, max_new_tokens: int) -> str:
+        loaded, adapter = self._loaded
+        sample = Sample(
+            task=self.task.name, sample_id=0, images=(ImageRef(str(file.resolve())),), question=question, target="",
+            references=(),
+        )  # fmt: skip
+        template, style = self.task.template, self.origin.get("prompt", "papers")
+        prompts = encode_all(loaded, [render(template, loaded.backbone, sample, style=style)], root="")
+        with adapters.attach(loaded.model, adapter):
+            (text,) = generate(
+                loaded, prompts, max_new_tokens=max_new_tokens, visual_tokens=VisualTokens(loaded, None),
+                stop_strings=stop_strings(template, loaded.backbone, style), from_pixels=adapter.trains_vision,
+            )  # fmt: skip
+        return text
+
+    @cached_property
+    def _loaded(self) -> tuple[Loaded, Adapter]:
+        name = self.origin["backbone"]
+        source = _source(name, self.project)
+        loaded = backbones.load(
+            name, variant=source.variant, weights=source.weights, revision=source.revision, dtype=source.dtype,
+            device=_device(), seed=source.seed,
+        )  # fmt: skip
+        wanted = self.origin.get("backbone_digest", loaded.digest)
+        if loaded.digest != wanted:
+            raise InputError(
+                f"these weights (digest {loaded.digest[:12]}) are not those of the training ({wanted[:12]})",
+                where=f"backbones.{name}", way_out="Put the old weights back",
+            )  # fmt: skip
+        return loaded, adapters.load(self.folder, loaded.model)
+
+    def _check_question(self, question: str | None) -> None:
+        asks = self.task.template.asks
+        if asks and not (question or "").strip():
+            raise InputError(f"task {self.task.name} needs a question", where="--question", way_out="Give --question")
+        if not asks and question is not None:
+            raise InputError(
+                f"task {self.task.name} has no question", where="--question", way_out="Leave --question out"
+            )
+
+
+@contextmanager
+def _as_file(image: str | Path) -> Iterator[Path]:
+    """Give a whole, upright picture as a file: where it is, or written out for as long as it is needed."""
+    name, data = _given(str(image))
+    turned = upright(data, name)
+    if turned is None:
+        decode_image(data, name)
+        if name != _INLINE:
+            yield Path(name)
+            return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "image"
+        file.write_bytes(turned or data)
+        yield file
+
+
+def _given(text: str) -> tuple[str, bytes]:
+    """Return what messages call a picture, and its bytes: from where the text says, or from the text itself."""
+    problem = "neither a file nor an image in base64"
+    shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    inline = text.startswith("data:")
+    if not inline:
+        try:
+            return text, read_image_bytes(text)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            problem = os_problem(error)
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise InputError(os_problem(error), where=shown, way_out=_WAY_OUT) from error
+        except ValueError:
+            pass  # a NUL, which no path has
+    with suppress(ValueError, InputError):
+        data = base64.b64decode("".join(text.rpartition("base64,")[2].split()), validate=True)
+        if not inline:
+            size_of(data, _INLINE)  # a file's name may happen to be base64
+        return _INLINE, data
+    raise InputError(problem, where=shown, way_out=_WAY_OUT)
+
+
+def _source(name: str, project: Path) -> BackboneSource:
+    """Return where the weights lie: the project's params.yaml says it, where there is one."""
+    params = project / PARAMS
+    source = load(params).backbone_source(name) if params.is_file() else BackboneSource()
+    return source.model_copy(update={"weights": str(project / source.weights)}) if source.weights else source
+
+
+def _device() -> str:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the same sums as in the trial
+    return "cuda" if torch.cuda.is_available() else "cpu"

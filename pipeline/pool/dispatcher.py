@@ -1,0 +1,226 @@
+"""The Ray actor in front of the resident pool: it hands trials to slots and their reports back.
+
+Ray Tune decides which trials live; its actors (`pool.proxy`) hand their trial to this actor and wait for reports. A
+slot (`pool.slot`) trains one trial, or several that share forward passes. A worker that dies, hangs or is killed costs
+its slot a rebuild and its trials the time since the last epoch's checkpoint. Who trains where is decided in
+`pool.queue`; here is what waits, writes and asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+
+from pipeline.config.load import Sweep
+from pipeline.config.request import TrialRequest
+from pipeline.core.errors import WorkError
+from pipeline.pool.queue import Decision, Failed, Queue, Requeued, SlotState, Stopped, is_of_one_trial
+from pipeline.pool.slot import Slot, SlotLost
+from pipeline.records.epoch import EpochReport, Status, TrialReport
+from pipeline.records.journal import Journal
+from pipeline.records.store import TrialStore
+from pipeline.records.trial import TrialEnd
+
+Resolve = Callable[[dict[str, Any]], TrialRequest]
+
+
+@dataclass
+class _Mailbox:
+    """What a trial has reported, for the actor that waits for it."""
+
+    reports: list[TrialReport] = field(default_factory=list)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@ray.remote(num_cpus=0, max_concurrency=10000)
+class Dispatcher:
+    """Hands trials to slots and their reports back.
+
+    Args:
+        resolve: gives the request of a trial from Tune's configuration of it. It is pickled to this actor: a plain
+            table of requests for grid and random search, so that neither torch nor transformers is imported here.
+        sweep: resources and retry policy.
+        store_root: the trial store, absolute.
+        slots: how many slots.
+        world_size: ranks of a slot.
+        run_ahead: whether a trial goes on before the scheduler has seen its last epoch (right for FIFO alone).
+        home: the project's folder, in which workers find images by relative paths.
+    """
+
+    def __init__(
+        self, resolve: Resolve, sweep: Sweep, store_root: str, slots: int, world_size: int, run_ahead: bool, home: str
+    ) -> None:
+        self.resolve, self.world_size = resolve, world_size
+        self.store, self.journal = TrialStore(store_root), Journal(store_root)
+        self.queue = Queue(slots, sweep.retry.max_attempts, run_ahead=run_ahead)
+        self.queued = asyncio.Event()
+        self.mail: dict[str, _Mailbox] = {}
+        self.lost_at: dict[str, float] = {}  # when a trial's slot was lost
+        self.slots = [Slot(sweep, world_size, home) for _ in range(slots)]
+        self.loops: list[asyncio.Task] = []
+
+    async def start(self) -> None:
+        """Build the slots; returns at once, the queue is served as slots come up."""
+        pairs = zip(self.slots, self.queue.slots, strict=True)
+        self.loops = [asyncio.ensure_future(self._serve(slot, state)) for slot, state in pairs]
+
+    async def submit(self, tune_config: dict[str, Any]) -> str:
+        """Queue a trial and return its key; one that the ledger knows as done is replayed from it."""
+        request = self.resolve(tune_config)
+        key = request.key
+        if self.queue.is_open(key):
+            return key
+        self.store.open(request.config)
+        end = self.store.done(key)
+        self.mail[key] = _Mailbox()
+        if end is not None and end.final:
+            self.queue.submit(request, done=True)
+            self._deliver(_replayed(key, self.store.epochs(key), end.status))
+        else:
+            self.queue.submit(request, done=False)
+            self.store.reopen(key)
+            self.queued.set()
+        return key
+
+    async def next(self, key: str, seen: int) -> TrialReport:
+        """Wait for report number `seen` (0-based) of a trial; asking for it allows that epoch to be trained."""
+        mail = self.mail[key]
+        self.queue.allow(key, seen + 1)
+        while len(mail.reports) <= seen:
+            mail.news.clear()
+            await mail.news.wait()
+        return mail.reports[seen]
+
+    async def stop(self, key: str) -> None:
+        """Stop a trial; what it has learned stays in its checkpoint."""
+        self._carry_out(self.queue.stop(key))
+
+    async def pids(self) -> list[list[int]]:
+        """Return the process ids of every slot's workers."""
+        return [slot.pids for slot in self.slots]
+
+    async def close(self) -> None:
+        """End what was stopped last, and all workers."""
+        for loop in self.loops:
+            loop.cancel()
+        await asyncio.gather(*self.loops, return_exceptions=True)
+        for slot, state in zip(self.slots, self.queue.slots, strict=True):
+            self._carry_out(self.queue.release_stopped(state))
+            slot.drop()
+
+    async def _serve(self, slot: Slot, state: SlotState) -> None:
+        while True:
+            try:
+                while not self.queue.waiting:
+                    self.queued.clear()
+                    await self.queued.wait()
+                if not state.built and not await self._built(slot, state):
+                    continue
+                self.queue.take(state)
+                while state.trials:
+                    await self._round(slot, state)
+            except SlotLost as lost:
+                self._lost(slot, state, lost, str(lost))
+            except ray.exceptions.RayTaskError as error:
+                self._lost(slot, state, error.cause, str(error.cause))
+            except Exception as error:
+                self._lost(slot, state, error, f"{type(error).__name__}: {error}")
+
+    async def _built(self, slot: Slot, state: SlotState) -> bool:
+        started = time.monotonic()
+        try:
+            await slot.build()
+        except Exception as error:
+            slot.drop()
+            why = f"no slot can be built: {type(error).__name__}: {error}"
+            decisions = self.queue.not_built(state, why)
+            self.journal.note("slot not built", why=why, attempt=state.failures)
+            self._carry_out(decisions)
+            await asyncio.sleep(1)
+            return False
+        self.queue.built(state)
+        self.journal.note("slot built", seconds=round(time.monotonic() - started, 2), pids=slot.pids)
+        return True
+
+    async def _round(self, slot: Slot, state: SlotState) -> None:
+        """Let the slot's trials train until one of them completes an epoch."""
+        await self._admit(slot, state)
+        if self.queue.partners(state):
+            self.queue.join(state, await slot.room())
+            await self._admit(slot, state)
+        while self.queue.must_wait(state):
+            await asyncio.sleep(0.01)
+        stopped = self.queue.release_stopped(state)
+        self._carry_out(stopped)
+        for decision in stopped:
+            await slot.evict(decision.trial.key)
+        if state.trials:
+            self._deliver(await slot.advance())
+        slot.keys.difference_update(trial.key for trial in self.queue.release_ended(state))
+
+    async def _admit(self, slot: Slot, state: SlotState) -> None:
+        for trial in [trial for trial in state.trials if trial.key not in slot.keys]:
+            key = trial.key
+            try:
+                start = await slot.admit(trial.request)
+            except ray.exceptions.RayTaskError as error:
+                if not is_of_one_trial(error.cause, self.world_size):
+                    raise
+                slot.keys.discard(key)
+                self._carry_out(self.queue.refuse(state, trial, error.cause))
+                continue
+            if key in self.lost_at:
+                seconds = round(time.monotonic() - self.lost_at.pop(key), 2)
+                self.journal.note("trial trains again", trial=key, after_epoch=start, seconds=seconds)
+            # a trial resumed from its checkpoint reports the epochs behind it
+            behind = self.store.epochs(key)[trial.reports : start]
+            self._deliver(_replayed(key, behind))
+
+    def _lost(self, slot: Slot, state: SlotState, error: BaseException, why: str) -> None:
+        keys = [trial.key for trial in state.trials]
+        self.journal.note("slot lost", why=why, trials=keys, pids=slot.pids)
+        slot.drop()
+        self.lost_at |= dict.fromkeys(keys, time.monotonic())
+        self._carry_out(self.queue.lose(state, error, why))
+
+    def _carry_out(self, decisions: Iterable[Decision]) -> None:
+        for decision in decisions:
+            trial, key = decision.trial, decision.trial.key
+            match decision:
+                case Requeued():
+                    self.queued.set()
+                case Stopped():
+                    self._finish(key, TrialEnd(status="stopped", epochs=trial.reports))
+                case Failed(why=why):
+                    self.journal.note("trial failed", trial=key, why=why, attempts=trial.attempts)
+                    self._finish(key, TrialEnd(status="failed", error=why, attempts=trial.attempts))
+                    self._put(TrialReport(key, trial.reports, end="failed", error=why))
+
+    def _finish(self, key: str, end: TrialEnd) -> None:
+        try:
+            self.store.finish(key, end)
+        except WorkError as error:  # the disk is full: the trial stays open, which is as true
+            self.journal.note("end not written", trial=key, why=str(error))
+
+    def _deliver(self, reports: Iterable[TrialReport]) -> None:
+        for report in reports:
+            if self.queue.report(report.key, report.epoch, done=report.end is not None):
+                self._put(report)
+
+    def _put(self, report: TrialReport) -> None:
+        mail = self.mail[report.key]
+        mail.reports.append(report)
+        mail.news.set()
+
+
+def _replayed(key: str, epochs: Sequence[EpochReport], end: Status | None = None) -> list[TrialReport]:
+    """Return the reports of epochs that the ledger knows, the last of which, if there is one, says the end."""
+    reports = [TrialReport(key, metrics.epoch, metrics) for metrics in epochs]
+    if end is None:
+        return reports
+    return [*reports[:-1], replace(reports[-1], end=end) if reports else TrialReport(key, 0, end=end)]

@@ -1,0 +1,123 @@
+"""The process that drives Ray for a stage: `python -m pipeline.pool.driver FD`, started by `pool.supervisor`.
+
+Ray ends or blocks a process whose cluster is gone, and cannot be started again in it. So the process that holds the
+trial store's lock and MLflow never imports Ray, and this one may die at any moment: another takes its place.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+
+import psutil
+
+from pipeline.core.errors import HificlError
+from pipeline.pool.messages import Alive, Message, Stop, WorkEnded, WorkLost, WorkRefused
+from pipeline.pool.processes import CLUSTER_SECONDS, ENDING_SECONDS, LIFE_SECONDS, MARK, alive, reap
+from pipeline.pool.work import Work
+
+CLUSTER = ("gcs_server", "raylet")
+
+
+class Relay:
+    """Passes messages on to the stage; whole ones from several threads."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe, self._lock = pipe, threading.Lock()
+
+    def send(self, message: Message) -> None:
+        """Send one message."""
+        with self._lock, suppress(OSError):  # without a supervisor this process ends by itself
+            self.pipe.send(message)
+
+
+def main(pipe: Connection) -> None:
+    """Take a `work.Work` from the pipe, do it, and say how it ended."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+    relay = Relay(pipe)
+    import pipeline.pool.tuner  # noqa: F401 - while the supervisor opens MLflow
+
+    try:
+        work = pipe.recv()
+    except EOFError:
+        return
+    if isinstance(work, Stop):  # before there was work
+        return
+    threading.Thread(target=_end_with_supervisor, args=(pipe,), daemon=True, name="supervisor").start()
+    with suppress(KeyboardInterrupt):  # the stage's word; it may come while the last message is under way
+        _do(work, relay)
+    with suppress(KeyboardInterrupt):
+        reap(os.environ[MARK])
+    os._exit(0)  # nothing is left to do, and Python's own way out takes a second
+
+
+def _do(work: Work, relay: Relay) -> None:
+    from pipeline.pool.tuner import cluster
+
+    try:
+        with cluster(work.params.sweep), _watched(relay):
+            work.run(relay.send)
+        relay.send(WorkEnded())
+    except HificlError as error:
+        relay.send(WorkRefused(error))
+    except (Exception, SystemExit) as error:
+        relay.send(WorkLost(f"{type(error).__name__}: {error}", traceback.format_exc()))
+
+
+def _end_with_supervisor(pipe: Connection) -> None:
+    """Wait for the supervisor's word, or for its death, and end in order, or without it."""
+    with suppress(EOFError, OSError):
+        pipe.recv()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(ENDING_SECONDS)
+    reap(os.environ[MARK])
+    os._exit(1)
+
+
+@contextmanager
+def _watched(relay: Relay) -> Iterator[None]:
+    """End this process when its cluster is gone: Ray's own calls would wait for it without end."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    children = {process.name(): process for process in psutil.Process().children()}
+    own = {name: children[name] for name in CLUSTER if name in children}  # of a private cluster
+    stop = threading.Event()
+    heard = time.monotonic()
+
+    def ask() -> None:
+        nonlocal heard
+        while not stop.wait(LIFE_SECONDS):
+            try:
+                if any(node["NodeID"] == here and node["Alive"] for node in ray.nodes()):
+                    heard = time.monotonic()
+            except Exception:  # noqa: S112 - no answer is an answer, and the watch below counts the seconds
+                continue
+
+    def watch() -> None:
+        while not stop.wait(LIFE_SECONDS / 2):
+            dead = [name for name, process in own.items() if not alive(process)]
+            if dead or time.monotonic() - heard > CLUSTER_SECONDS:
+                why = f"Ray's {dead[0]} died" if dead else f"Ray did not answer for {CLUSTER_SECONDS:.0f} s"
+                relay.send(WorkLost(why))
+                reap(os.environ[MARK])
+                os._exit(1)
+            relay.send(Alive())
+
+    for work in (ask, watch):
+        threading.Thread(target=work, daemon=True, name=f"cluster-{work.__name__}").start()
+    try:
+        yield
+    finally:
+        stop.set()
+
+
+if __name__ == "__main__":
+    main(Connection(int(sys.argv[1])))

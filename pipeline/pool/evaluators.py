@@ -1,0 +1,111 @@
+"""Scores trials side by side on the cluster: one Ray actor a slot, each with the backbone resident.
+
+What is answered where is planned in `units`; a score is made where all parts of an evaluation have come together.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pipeline.config.load import Params
+from pipeline.config.request import TrialRequest
+from pipeline.config.trial import EvaluationConfig
+from pipeline.evaluate.predict import Answers, SplitPart
+from pipeline.measure.base import Measure, MeasureJob
+from pipeline.pool.nodes import work_in
+from pipeline.pool.tuner import count_slots
+from pipeline.pool.units import Call, Calls, Job, Unit
+from pipeline.records.evaluation import Evaluation
+
+
+@ray.remote(max_restarts=0)
+class Evaluator:
+    """A resident process that answers and scores for one trial after another."""
+
+    def __init__(self, batch_size: int, home: str) -> None:
+        from pipeline.train.workbench import Workbench, use_threads
+
+        work_in(home)
+        use_threads()
+        self.bench = Workbench(batch_size=batch_size)
+
+    def answer(self, requests: list[TrialRequest], evaluation: EvaluationConfig, part: SplitPart) -> list[Answers]:
+        """Return trials' answers to one part of their split."""
+        return self.bench.answer(requests, evaluation, part)
+
+    def score(self, request: TrialRequest, evaluation: EvaluationConfig, parts: list[Answers]) -> Evaluation:
+        """Return the evaluation of a trial that has answered."""
+        return self.bench.finish(request, evaluation, parts)
+
+    def measure(self, kind: Measure, jobs: list[MeasureJob]) -> list[dict[str, float]]:
+        """Return what the jobs were measured as."""
+        return kind.run(self.bench, jobs)
+
+
+def measure(params: Params, kind: Measure, jobs: list[MeasureJob]) -> list[dict[str, float]]:
+    """Measure jobs on the current cluster, in a process of their own that has its slot for itself.
+
+    Raises:
+        Exception: what the measure raises, or Ray where the process dies.
+    """
+    alone = _evaluator(params)
+    try:
+        return ray.get(alone.measure.remote(kind, jobs))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    finally:
+        ray.kill(alone)
+
+
+def score_all(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Evaluation | Exception]]:
+    """Score trials on the current cluster; yield (evaluation key, evaluation or exception) in the order of completion.
+
+    What is called, made again and given up is decided in `units.Calls`.
+    """
+    calls = Calls(jobs, count_slots(params.sweep, 1, sys.maxsize), params.sweep.pack, params.sweep.retry.max_attempts)
+    idle = [_evaluator(params) for _ in range(calls.slots)]
+    working: dict[Any, tuple[Any, Call]] = {}
+    while True:
+        while idle and (call := calls.take()):
+            actor = idle.pop()
+            working[_made(actor, call)] = (actor, call)
+        if not working:
+            return
+        (ready,), _ = ray.wait(list(working))
+        actor, call = working.pop(ready)
+        try:
+            result = ray.get(ready)
+        except ray.exceptions.RayTaskError as error:
+            idle.append(actor)
+            yield from ((key, error.cause) for key in calls.failed(call, died=False))
+        except ray.exceptions.RayActorError as error:
+            idle.append(_evaluator(params))
+            yield from ((key, error) for key in calls.failed(call, died=True))
+        else:
+            idle.append(actor)
+            if isinstance(call, Unit):
+                calls.answered(call, result)
+            else:
+                yield call.job[1].key, result
+
+
+def _made(actor: Any, call: Call) -> Any:
+    """Make a call; return Ray's reference to its result."""
+    if isinstance(call, Unit):
+        return actor.answer.remote([request for request, _ in call.jobs], call.jobs[0][1], call.part)
+    return actor.score.remote(*call.job, call.parts)
+
+
+def _evaluator(params: Params) -> Any:
+    """Start an evaluator in a slot."""
+    sweep = params.sweep
+    actor: Any = Evaluator  # ray.remote makes it an actor class, which type checkers do not see
+    environment = {"OMP_NUM_THREADS": str(sweep.threads_per_worker)}
+    return actor.options(
+        num_cpus=sweep.cpus_per_worker, num_gpus=sweep.gpus_per_worker, runtime_env={"env_vars": environment}
+    ).remote(params.evaluate.generation.batch_size, str(Path.cwd()))

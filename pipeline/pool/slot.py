@@ -1,0 +1,124 @@
+"""A slot of the resident pool: `world_size` workers in one placement group that outlive trials."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from pipeline.config.load import Sweep
+from pipeline.config.request import TrialRequest
+from pipeline.pool.nodes import code_version
+from pipeline.pool.processes import BUILD_SECONDS, STEP_SECONDS
+from pipeline.pool.worker import Worker
+from pipeline.records.epoch import TrialReport
+
+ROOM = 0.98  # of the processors asked for: the rest is for Tune's waiting actors, which must fit beside the last slot
+
+
+class SlotLost(Exception):
+    """A slot's worker died or hangs; the slot is rebuilt and the trial is tried again."""
+
+
+class Slot:
+    """`world_size` workers, connected, in the project's folder `home`."""
+
+    def __init__(self, sweep: Sweep, world_size: int, home: str) -> None:
+        self.sweep, self.world_size, self.home = sweep, world_size, home
+        self.workers: list[Any] = []
+        self.group: Any = None
+        self.pids: list[int] = []
+        self.near: list[int] = []  # those of this machine
+        self.keys: set[str] = set()  # of the trials that its workers hold
+
+    async def build(self) -> None:
+        """Start the workers, connect them, load what every trial needs."""
+        cpus = self.sweep.cpus_per_worker * ROOM
+        bundle = {"CPU": cpus}
+        if self.sweep.gpus_per_worker:
+            bundle["GPU"] = self.sweep.gpus_per_worker
+        self.group = placement_group([bundle] * self.world_size, strategy="PACK")
+        await asyncio.wait_for(self.group.ready(), BUILD_SECONDS)
+        environment = {"OMP_NUM_THREADS": str(self.sweep.threads_per_worker)}
+        if not self.sweep.gpus_per_worker:
+            environment["DS_ACCELERATOR"] = "cpu"
+        make: Any = Worker  # ray.remote makes it an actor class, which type checkers do not see
+        self.workers = [
+            make.options(
+                num_cpus=cpus,
+                num_gpus=self.sweep.gpus_per_worker,
+                runtime_env={"env_vars": environment},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=i),
+            ).remote(i, self.world_size)
+            for i in range(self.world_size)
+        ]
+        addresses = await self._all("address", limit=BUILD_SECONDS)
+        self.pids = [pid for *_, pid in addresses]
+        self.near = [pid for host, _, pid in addresses if host == ray.util.get_node_ip_address()]
+        host, port, _ = addresses[0]
+        await self._all("connect", host, port, code_version(), self.home, limit=BUILD_SECONDS)
+
+    async def room(self) -> int:
+        """Return how many more trials may join those that are admitted."""
+        if self.sweep.pack != "auto":
+            return self.sweep.pack - len(self.keys)
+        return min(await self._all("room", limit=self.sweep.retry.hang_seconds))
+
+    def drop(self) -> None:
+        """End the workers."""
+        self.keys.clear()
+        for worker in self.workers:
+            ray.kill(worker)
+        for pid in self.near:  # a stopped process hears nothing of what Ray asks of it
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.workers, self.near = [], []
+        if self.group is not None:
+            remove_placement_group(self.group)
+            self.group = None
+
+    async def admit(self, request: TrialRequest) -> int:
+        """Take a trial up, beside those that are there; return the epochs that it has behind it."""
+        self.keys.add(request.key)
+        return (await self._all("admit", request, limit=self.sweep.retry.hang_seconds))[0]
+
+    async def evict(self, key: str) -> None:
+        """Drop a trial."""
+        self.keys.discard(key)
+        await self._all("evict", key, limit=self.sweep.retry.hang_seconds)
+
+    async def advance(self) -> list[TrialReport]:
+        """Run one round; give up when the step counter stands still for `hang_seconds`."""
+        hang = self.sweep.retry.hang_seconds
+        work = asyncio.ensure_future(self._all("advance"))
+        last, since = -1, time.monotonic()
+        while True:
+            finished, _ = await asyncio.wait({work}, timeout=min(STEP_SECONDS, hang))
+            if finished:
+                return work.result()[0]
+            try:
+                steps = (await self._all("steps", limit=hang))[0]  # a process that is stopped never answers
+            except SlotLost:
+                work.cancel()
+                raise
+            if steps != last:
+                last, since = steps, time.monotonic()
+            elif time.monotonic() - since > hang:
+                work.cancel()
+                raise SlotLost(f"no step for {hang:.0f} s")
+
+    async def _all(self, method: str, *args: Any, limit: float | None = None) -> list[Any]:
+        calls = asyncio.gather(*(getattr(w, method).remote(*args) for w in self.workers))
+        try:
+            return await asyncio.wait_for(calls, limit)
+        except ray.exceptions.RayActorError as error:
+            raise SlotLost(f"a worker died: {str(error).splitlines()[0]}") from None
+        except TimeoutError:
+            raise SlotLost(f"'{method}' did not answer within {limit:.0f} s") from None

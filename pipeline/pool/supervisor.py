@@ -1,0 +1,224 @@
+"""Runs a stage's driver process, starts another when it or its cluster is lost, and leaves no process behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from pipeline.config.load import Params
+from pipeline.core import plain_paths
+from pipeline.core.errors import InputError, WorkError
+from pipeline.plan.plan import Plan
+from pipeline.pool import signals
+from pipeline.pool.messages import (
+    PROXY_DIED,
+    Alive,
+    Answer,
+    Message,
+    Result,
+    Stop,
+    TrialEnded,
+    Watcher,
+    WorkEnded,
+    WorkLost,
+    WorkRefused,
+)
+from pipeline.pool.processes import DRIVER_SECONDS, MARK, POLL_SECONDS, STARTING_SECONDS, STOPPING_SECONDS, reap
+from pipeline.pool.work import Training, Work
+from pipeline.records.journal import Journal
+from pipeline.records.store import TrialStore
+
+
+class Lost(Exception):
+    """The driver or its cluster is gone."""
+
+
+class Driver:
+    """One driver process; it imports Ray while its stage opens MLflow.
+
+    Raises:
+        InputError: there is no place for what Ray needs on this machine.
+    """
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+        self.works = False
+        plain_paths.ray_folder()
+        python = plain_paths.python()
+        self.pipe, theirs = multiprocessing.Pipe()
+        with theirs:
+            # in a session of its own: Ctrl-C reaches the supervisor alone, which ends it in order
+            self.process = subprocess.Popen(
+                [python, "-m", "pipeline.pool.driver", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                env={**os.environ, MARK: self.mark}, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def messages(self, work: Work) -> Iterator[Result | None]:
+        """Do work; yield what it tells, and None where for a moment there is nothing.
+
+        Raises:
+            Lost: the driver or its cluster died, gave up, or gives no sign of life.
+            InputError: what it says.
+        """
+        try:
+            self.pipe.send(work)
+        except OSError:
+            raise Lost("the driver died at its start") from None
+        self.works = True
+        silent_at = time.monotonic() + STARTING_SECONDS
+        while True:
+            signals.check()
+            try:
+                message: Message | None = self.pipe.recv() if self.pipe.poll(POLL_SECONDS) else None
+            except (EOFError, OSError):
+                raise Lost(f"the driver died (status {self.process.wait()})") from None
+            if message is None:
+                if time.monotonic() > silent_at:
+                    raise Lost("the driver gives no sign of life")
+                yield None
+                continue
+            silent_at = time.monotonic() + DRIVER_SECONDS
+            match message:
+                case WorkEnded():
+                    return
+                case WorkRefused(error):
+                    raise error if isinstance(error, InputError) else Lost(str(error))
+                case WorkLost(why, trace):
+                    lost = Lost(why)
+                    lost.add_note(trace)  # for --debug
+                    raise lost
+                case Alive():
+                    yield None
+                case _:
+                    yield message
+
+    def end(self) -> None:
+        """End the driver and every process of its private cluster."""
+        if not self.works:
+            self.process.kill()  # it has only imported so far
+        with suppress(OSError):
+            self.pipe.send(Stop())
+        self.pipe.close()
+        try:
+            self.process.wait(STOPPING_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        reap(self.mark)
+
+
+@contextmanager
+def ahead(wanted: bool) -> Iterator[Driver | None]:
+    """Give a driver that was started beforehand, where one is wanted, and end it with the block."""
+    driver = Driver() if wanted else None
+    try:
+        yield driver
+    finally:
+        if driver is not None:
+            driver.end()
+
+
+class Attempts:
+    """Counts how often a driver was lost with nothing done in between.
+
+    Args:
+        params: the project's.
+        stage: whose driver it is.
+        note: where a loss is noted.
+    """
+
+    def __init__(self, params: Params, stage: str, note: Callable[..., None]) -> None:
+        self.count, self.most, self.stage, self.note = 0, params.sweep.retry.max_attempts, stage, note
+
+    def lost(self, why: Lost, *, progress: bool) -> None:
+        """Count and note a loss.
+
+        Raises:
+            WorkError: it was one too many.
+        """
+        self.count = 1 if progress else self.count + 1
+        self.note(f"the driver of stage {self.stage} is lost", why=str(why), attempt=self.count)
+        if self.count >= self.most:
+            raise WorkError(
+                f"gave up after {self.count} attempts: {why}", where=self.stage,
+                way_out="What had finished is kept; mend the cause and run the same command again",
+            ) from why  # fmt: skip
+
+
+def train(
+    plan: Plan, todo: list[str], params: Params, watchers: Sequence[Watcher], first: Driver | None, *, adaptive: bool
+) -> dict[str, str]:
+    """Train the trials `todo` until each has an end, with as many drivers as that takes.
+
+    Args:
+        plan: of the sweep.
+        todo: keys of the trials.
+        params: the project's.
+        watchers: who hears what happens.
+        first: a driver that was started beforehand.
+        adaptive: whether a searcher asks for further trials.
+
+    Returns:
+        The errors of trials that failed, by key; most stand in the trial store too.
+
+    Raises:
+        InputError: as the driver's.
+        WorkError: the driver was lost `sweep.retry.max_attempts` times, with no epoch in between.
+    """
+    store, journal = TrialStore(plan.places.runs), Journal(plan.places.runs)
+    attempts = Attempts(params, "train", journal.note)
+    for key in todo:
+        store.reopen(key)  # from here on an end is this sweep's
+    keys, told, errors = set(todo), set[str](), dict[str, str]()
+    behind = _progress(store, keys)
+    while todo or adaptive:
+        driver, first = first or Driver(), None
+        lost = Lost("its process died")
+        ends: dict[str, str | None] = {}  # of the trials whose end it has told of
+        try:
+            for message in driver.messages(Training(plan, todo, params)):
+                for event in journal.news():
+                    for watcher in watchers:
+                        watcher.on_event(event)
+                if message is None or isinstance(message, Answer):
+                    continue
+                keys.add(message.key)  # those that a searcher asked for included
+                if isinstance(message, TrialEnded) and message.error != PROXY_DIED:
+                    ends[message.key] = message.error
+                for watcher in watchers:
+                    watcher.hear(message)
+            adaptive = False
+        except Lost as error:
+            lost = error
+        finally:
+            driver.end()
+        errors |= {key: error for key, error in ends.items() if error is not None}
+        told |= ends.keys()
+        told |= _tell(store, keys - told, watchers)
+        # a trial that failed has its end too, unless the disk is full; one without lost its way, not its state
+        todo = [key for key in todo if store.done(key) is None and key not in errors]
+        if not todo and not adaptive:
+            break
+        now = _progress(store, keys)
+        attempts.lost(lost, progress=now > behind)
+        behind = now
+    return errors
+
+
+def _tell(store: TrialStore, keys: set[str], watchers: Sequence[Watcher]) -> set[str]:
+    """Tell the watchers of ends that stand in the store and that died with the driver before it could say so."""
+    ends = {key: end for key in sorted(keys) if (end := store.done(key)) is not None}
+    for key, end in ends.items():
+        for watcher in watchers:
+            watcher.on_end(key, end.error)
+    return set(ends)
+
+
+def _progress(store: TrialStore, keys: set[str]) -> int:
+    """Return the epochs and ends that the store holds of some trials."""
+    return sum(len(store.epochs(key)) + (store.done(key) is not None) for key in keys)

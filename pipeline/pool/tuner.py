@@ -1,0 +1,220 @@
+"""The only file that starts Ray and Ray Tune."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray._private import ray_constants
+
+from pipeline.config.load import Params, Sweep
+from pipeline.config.request import Requests
+from pipeline.config.trial import MOST_PACKED
+from pipeline.core import plain_paths
+from pipeline.core.errors import InputError, WorkError
+from pipeline.plan.plan import Plan, in_lanes
+from pipeline.plan.space import Cell
+from pipeline.pool.dispatcher import Dispatcher
+from pipeline.pool.messages import PROXY_DIED, EpochEnded, Tell, TrialEnded, TrialStarted
+from pipeline.pool.nodes import check_nodes
+from pipeline.pool.proxy import TrialProxy
+from pipeline.pool.schedule import PerCellOptuna, make_scheduler
+from pipeline.pool.signals import kept
+from pipeline.pool.token import ensure_token
+from pipeline.records.epoch import EpochReport
+
+# the dispatcher and the proxies only wait, so they take no processor; on the head, whose loss ends a sweep anyway
+ON_HEAD = {"node:__internal_head__": 0.0001}
+MOST_PROXIES = 128  # Tune's processes for packs, about 100 MB each on the head; every slot has one trial in any case
+MOST_WAITING = 4  # trials that wait ready, at most one a slot: no slot idles, and a slot has a choice
+
+
+class _Events(tune.Callback):
+    """Tells what happens to the trials, by key, and stops in its slot what Tune has stopped."""
+
+    def __init__(self, plan: Plan, tell: Tell, dispatcher: Any) -> None:
+        self._plan, self._tell, self._dispatcher = plan, tell, dispatcher
+
+    def __reduce__(self) -> Any:
+        # Tune pickles its callbacks for a restore that this project never does
+        return tune.Callback, ()
+
+    def _key(self, trial: Any) -> str:
+        return trial.config.get("trial") or self._plan.request(trial.config).key
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._tell(TrialStarted(self._key(trial)))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        report = EpochReport.among(result)  # without what Tune adds
+        if report.metrics:
+            self._tell(EpochEnded(self._key(trial), report))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        key = self._key(trial)
+        ray.get(self._dispatcher.stop.remote(key))
+        self._tell(TrialEnded(key, (trial.last_result or {}).get("error")))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        # its proxy died more often than is normal; the trial's state is in the store, for the next driver
+        self._tell(TrialEnded(self._key(trial), PROXY_DIED))
+
+
+@contextmanager
+def cluster(sweep: Sweep) -> Iterator[None]:
+    """Connect to the cluster that `sweep.address` names, or start a private one for the time of the block.
+
+    Raises:
+        InputError: no cluster answers at the address, or a node of it runs other code; there is no place for a private
+            one, or its processes cannot be started below this path.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    ensure_token()
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if sweep.address is None:
+        for path in (sys.executable, ray.__file__):
+            plain_paths.require_plain(path, "this environment")
+        # also where another one runs; without a dashboard
+        options.update(address="local", include_dashboard=False, _temp_dir=str(plain_paths.ray_folder() / "ray"))
+    else:
+        options.update(address=sweep.address)
+    with nullcontext() if sweep.address else _on_loopback():
+        try:
+            with kept():  # Ray sets handlers of its own, which print a stack trace and abort
+                ray.init(**options)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise InputError(
+                f"no Ray cluster answers at '{sweep.address}' ({error})",
+                where="sweep.address",
+                way_out="Start one with `ray up cluster/cluster.yaml`, or set sweep.address to null",
+            ) from None
+        try:
+            if sweep.address is not None:
+                check_nodes()
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let Ray bind to 127.0.0.1 inside the block, as it does by default on macOS and Windows.
+
+    `_node_ip_address="127.0.0.1"` does not: Ray takes the machine's outer address in its place and listens everywhere.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # the first for the processes that Ray starts
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before[0]
+
+
+def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
+    """Return how many slots fit the cluster (or are asked for), no more than there are trials.
+
+    Raises:
+        InputError: not even one slot fits.
+    """
+    have = ray.cluster_resources()
+    fit = have.get("CPU", 0) / (sweep.cpus_per_worker * world_size)
+    if sweep.gpus_per_worker:
+        fit = min(fit, have.get("GPU", 0) / (sweep.gpus_per_worker * world_size))
+    if math.floor(fit + 1e-9) < 1:
+        raise InputError(
+            f"a slot needs {world_size} x {sweep.cpus_per_worker} CPU and {sweep.gpus_per_worker} GPU, the cluster has "
+            f"{have.get('CPU', 0)} CPU and {have.get('GPU', 0)} GPU",
+            where="sweep",
+            way_out="Lower sweep.cpus_per_worker, sweep.gpus_per_worker or train.world_size",
+        )
+    asked = math.floor(fit + 1e-9) if sweep.slots == "auto" else sweep.slots
+    return max(1, min(asked, trials))
+
+
+def most_in_progress(sweep: Sweep, slots: int) -> int:
+    """Return how many trials Tune may have in progress: what the slots' packs hold, and some that wait ready."""
+    device = "cuda" if sweep.gpus_per_worker else "cpu"
+    together = MOST_PACKED[device] if sweep.pack == "auto" else sweep.pack
+    waiting = min(slots, MOST_WAITING)
+    return max(slots, min(slots * together, MOST_PROXIES)) + waiting
+
+
+def run_trials(
+    plan: Plan, keys: list[str], params: Params, tell: Tell, actor: Any = Dispatcher
+) -> None:  # fmt: skip
+    """Train the trials `keys` (and, under Optuna, the points that it asks for) on the current cluster.
+
+    `actor` is the dispatcher's class; `hificl bench scale` gives one whose slots are simulated.
+
+    Returns when every one has ended; which ones failed is in the trial store.
+    """
+    for world_size, mine, asked in by_world_size(plan, keys):
+        _run(plan, mine, asked, params, tell, world_size, actor)
+
+
+def by_world_size(plan: Plan, keys: list[str]) -> list[tuple[int, list[str], list[Cell]]]:
+    """Return the trials `keys`, and the cells that Optuna searches, by the ranks that they train on."""
+    of_key = {key: plan.trials[key].world_size for key in keys}
+    of_cell = {cell.name: cell.train.world_size for cell in plan.searched}
+    return [
+        (size, [key for key in keys if of_key[key] == size], [c for c in plan.searched if of_cell[c.name] == size])
+        for size in sorted({*of_key.values(), *of_cell.values()})
+    ]
+
+
+def _run(
+    plan: Plan, keys: list[str], adaptive: list[Cell], params: Params, tell: Tell, world: int, actor: Any
+) -> None:  # fmt: skip
+    slots = count_slots(params.sweep, world, len(keys) + len(adaptive) * params.sweep.num_samples)
+    run_ahead = params.sweep.scheduler == "fifo"
+    resolve = plan.request if adaptive else Requests({key: plan.request_of(plan.trials[key]) for key in keys})
+    dispatcher = actor.options(resources=ON_HEAD).remote(
+        resolve, params.sweep, str(plan.places.runs), slots, world, run_ahead, str(Path.cwd())
+    )
+    try:
+        ray.get(dispatcher.start.remote())
+        trainable = tune.with_resources(tune.with_parameters(TrialProxy, dispatcher=dispatcher), ON_HEAD)
+        for space, search in ((keys, None), (adaptive, PerCellOptuna(params, adaptive) if adaptive else None)):
+            if not space:
+                continue
+            samples = len(adaptive) * params.sweep.num_samples if search else 1
+            tuner = tune.Tuner(
+                trainable,
+                param_space=None if search else {"trial": tune.grid_search(in_lanes(plan, keys, slots))},
+                tune_config=tune.TuneConfig(
+                    scheduler=make_scheduler(params, plan), search_alg=search, num_samples=samples,
+                    max_concurrent_trials=most_in_progress(params.sweep, slots),
+                    reuse_actors=True,
+                ),
+                run_config=tune.RunConfig(
+                    name="sweep", storage_path=str(plan.places.runs / ".tune"), verbose=0,
+                    callbacks=[_Events(plan, tell, dispatcher)],
+                    # a proxy that dies asks again for what it has seen; what fails for good is no failure to Tune
+                    failure_config=tune.FailureConfig(max_failures=params.sweep.retry.max_attempts),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                ),
+            )  # fmt: skip
+            tuner.fit()
+    except tune.TuneError as error:
+        raise WorkError(f"Ray Tune gave up: {error}") from error
+    finally:
+        with suppress(ray.exceptions.RayError):  # it may be what was lost
+            ray.get(dispatcher.close.remote(), timeout=30)
+            ray.kill(dispatcher)

@@ -1,0 +1,1 @@
+"""A sample as a prompt, and prompts as a batch."""

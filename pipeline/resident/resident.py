@@ -1,0 +1,182 @@
+"""What stays in a process between trials: the frozen backbone, visual tokens, manifests and tokenised prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from cachetools import LRUCache
+from torch import Tensor
+
+from pipeline import backbones
+from pipeline.config.load import BackboneSource
+from pipeline.config.request import TrialRequest
+from pipeline.config.trial import Kind, TrialConfig
+from pipeline.core.errors import InputError
+from pipeline.data.manifest import Manifest
+from pipeline.data.sample import Sample
+from pipeline.prompts.collate import Batch, TrainedSpan, collate
+from pipeline.prompts.prompt import Encoded, ImageSizes, Rendered, encode_all, render, sizes_that_matter
+from pipeline.resident.compiled import Forwards
+from pipeline.resident.recent import Recent
+from pipeline.resident.visual_tokens import VisualTokens
+from pipeline.tasks import tasks
+
+TEACHER_BYTES = 1 << 30  # of a teacher's targets: computed ahead, and kept for trials with the same demonstrations
+PROMPTS_ALONE = 50_000  # kept; a few kilobytes each
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one sample's student is compared with.
+
+    Attributes:
+        hidden: hidden states of the last m tokens (query and answer) by layer, [L, m, D]; None for logits.
+        logits: of the answer tokens, [n, V]; None for hidden states.
+    """
+
+    hidden: Tensor | None
+    logits: Tensor | None
+
+    @property
+    def bytes(self) -> int:
+        """Memory held."""
+        return sum(t.numel() * t.element_size() for t in (self.hidden, self.logits) if t is not None)
+
+
+class Resident:
+    """One backbone in memory, with everything computed from it that trials share.
+
+    Args:
+        config: a trial's; its backbone and precision decide what is loaded.
+        source: where the weights lie.
+        cache: folder of visual tokens, or None.
+        device: where the model goes.
+    """
+
+    def __init__(self, config: TrialConfig, source: BackboneSource, cache: Path | None, device: str) -> None:
+        self.loaded = backbones.load(
+            config.backbone, variant=source.variant, weights=source.weights, revision=source.revision,
+            dtype=config.precision, device=device, seed=source.seed,
+        )  # fmt: skip
+        if self.loaded.digest != config.backbone_digest:
+            raise InputError(
+                f"the weights (digest {self.loaded.digest[:12]}) are not the trial's ({config.backbone_digest[:12]})",
+                where=config.backbone, way_out="Put the old weights back, or run the sweep again for the new ones",
+            )  # fmt: skip
+        self.device = device
+        self.forwards: Forwards = {}  # compiled ones, of the decoder's frozen parts
+        self.visual = VisualTokens(self.loaded, cache)
+        # by micro-batch: whoever finds one finds it whole, made in a pass of the same shape, so that a trial's numbers
+        # do not depend on the trials that were here before it
+        self.targets: Recent[tuple, list[Target]] = Recent(TEACHER_BYTES, lambda made: sum(one.bytes for one in made))
+        self.kinds: set[Kind] = set()  # of target that are made in one pass: those that are asked for soon
+        self._manifests: dict[Path, Manifest] = {}
+        # by all that their tokens come from: splits and manifests may give one id to different samples
+        self._alone: Recent[tuple[Rendered, ImageSizes], Encoded] = Recent(PROMPTS_ALONE, lambda _: 1)
+
+    @staticmethod
+    def key(config: TrialConfig) -> tuple[str, str, str]:
+        """What must be equal for two trials to share a resident backbone."""
+        return config.backbone, config.backbone_digest, config.precision
+
+    def manifest(self, request: TrialRequest) -> Manifest:
+        """Return the manifest of a trial's task, read once.
+
+        Raises:
+            InputError: it is not the one that the trial was made for.
+        """
+        path, digest = Path(request.manifest), request.config.manifest_digest
+        if path not in self._manifests or self._manifests[path].digest != digest:
+            manifest = Manifest.load(path)
+            way_out = "Draw the old sample again, or run the sweep again for the new one"
+            manifest.check_digest(digest, where=path, way_out=way_out)
+            self._manifests[path] = manifest
+        return self._manifests[path]
+
+    def alone(self, manifest: Manifest, samples: Sequence[Sample], *, answer: bool) -> list[Encoded]:
+        """Return the samples' prompts without demonstrations, tokenised once for all trials and epochs.
+
+        Args:
+            manifest: of the samples.
+            samples: any of it.
+            answer: whether the answer stands behind the prompt, as in training.
+        """
+        rendered = self._rendered(manifest, samples, [()] * len(samples), answer)
+        keys = list(zip(rendered, sizes_that_matter(self.loaded, rendered, manifest.image_root), strict=True))
+        found = {key: encoded for key in keys if (encoded := self._alone.get(key)) is not None}
+        missing = list(dict.fromkeys(key for key in keys if key not in found))
+        made = encode_all(self.loaded, [text for text, _ in missing], image_sizes=[sizes for _, sizes in missing])
+        for key, encoded in zip(missing, made, strict=True):
+            found[key] = self._alone.put(key, encoded)
+        return [found[key] for key in keys]
+
+    def prompts(
+        self, manifest: Manifest, queries: Sequence[Sample], demos: Sequence[Sequence[Sample]], *, answer: bool
+    ) -> list[Encoded]:
+        """Return prompts with demonstrations."""
+        return encode_all(self.loaded, self._rendered(manifest, queries, demos, answer), root=manifest.image_root)
+
+    def _rendered(
+        self, manifest: Manifest, queries: Sequence[Sample], demos: Sequence[Sequence[Sample]], answer: bool
+    ) -> list[Rendered]:
+        task = tasks.get(manifest.task)
+        return [
+            render(task.template, self.loaded.backbone, query, shots, answer=answer, style=manifest.prompt)
+            for query, shots in zip(queries, demos, strict=True)
+        ]
+
+    def batch(
+        self, encoded: Sequence[Encoded], manifest: Manifest | Sequence[Manifest], *,
+        span: TrainedSpan | Sequence[TrainedSpan] = "answer", pixels: bool = False,
+    ) -> Batch:  # fmt: skip
+        """Return a right-padded batch on the device, with cached visual tokens or, where vision is trained, pixels.
+
+        Args:
+            encoded: the rows.
+            manifest: of all rows, or one a row.
+            span: which tokens are trained, for all rows or one a row.
+            pixels: give the vision tower pixels.
+        """
+        if isinstance(manifest, Manifest):
+            root, images = str(manifest.image_root), [e.images for e in encoded]
+        else:  # images of several roots: name them in full
+            root = ""
+            images = [
+                tuple(replace(image, path=str(Path(m.image_root, image.path))) for image in e.images)
+                for e, m in zip(encoded, manifest, strict=True)
+            ]
+        batch = collate(
+            encoded,
+            self.loaded,
+            span=span,
+            visual=None if pixels else self.visual.get([image for row in images for image in row], root),
+            pixels=self.visual.pixels(images, root) if pixels else None,
+        )
+        return batch.to(self.device)
+
+
+class Residents:
+    """The backbones a process keeps, the least recently used dropped first.
+
+    Args:
+        device: where models go.
+        keep: how many; an 8B backbone fills a GPU, so one.
+    """
+
+    def __init__(self, device: str, keep: int = 1) -> None:
+        self.device, self.keep = device, keep
+        self._held: LRUCache[tuple[str, str, str], Resident] = LRUCache(keep)
+
+    def get(self, config: TrialConfig, source: BackboneSource, cache: Path | None) -> Resident:
+        """Return the resident backbone of a trial, loading it if it is not held."""
+        key = Resident.key(config)
+        if key not in self._held:
+            while len(self._held) >= self.keep:  # before the next one is loaded, which needs the room
+                self._held.popitem()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            self._held[key] = Resident(config, source, cache, self.device)
+        return self._held[key]

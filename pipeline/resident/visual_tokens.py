@@ -1,0 +1,257 @@
+"""Visual tokens of an image, computed once: in memory, on disk, or by the frozen vision tower and connector.
+
+Valid for every method that leaves both frozen. A method that trains the vision tower reads `VisualTokens.pixels`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from pipeline.backbones.base import IMAGE_BACKEND, Pixels
+from pipeline.data import image_files
+from pipeline.data.image_files import Image
+from pipeline.data.images import decode_image
+from pipeline.resident.recent import Recent
+
+if TYPE_CHECKING:
+    from pipeline.backbones.load import Loaded
+
+GIB = 1 << 30
+_CODE = ("pillow", "torch", "transformers")  # what reads pictures and computes on them
+
+
+class VisualTokens:
+    """Visual tokens by image, each computed once.
+
+    The key is the sha256 of the image's bytes, the processor's settings, the backbone's digest and the versions of what
+    computes: the same picture under two names is one entry, and nothing computed with other weights is ever read.
+
+    Args:
+        loaded: the backbone; its vision tower and connector must stay as loaded.
+        cache_dir: folder of the store on disk, shared by any number of processes; None: memory only.
+        memory_bytes: most that is kept in memory; the least recently used goes first.
+        disk_bytes: most that is kept on disk, about; the least recently used goes first.
+        batch_size: images the vision tower sees at once.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        cache_dir: Path | str | None = None,
+        *,
+        memory_bytes: int = 2 * GIB,
+        disk_bytes: int = 200 * GIB,
+        batch_size: int = 32,
+    ) -> None:
+        self.loaded, self.batch_size = loaded, batch_size
+        self.settings = _settings_digest(loaded)
+        self.disk = None if cache_dir is None else DiskStore(Path(cache_dir) / self.settings[:16], disk_bytes)
+        self.computed = 0  # images that went through the vision tower
+        self._memory: Recent[str, Tensor] = Recent(memory_bytes, lambda tokens: tokens.nbytes)
+        self._pixels: Recent[str, Pixels] = Recent(
+            memory_bytes, lambda pixels: sum(part.nbytes for part in pixels.values())
+        )
+
+    def get(self, images: Sequence[Image], root: Path | str = "") -> list[Tensor]:
+        """Return the visual tokens [T, D] of every image, in order, on the CPU.
+
+        Args:
+            images: references, or paths; both relative to `root`.
+            root: the data root.
+
+        Raises:
+            InputError: an image cannot be read.
+        """
+        keys = [image_files.image_digest(image, root) for image in images]
+        found: dict[str, Tensor] = {}
+        missing: dict[str, Image] = {}
+        for key, image in zip(keys, images, strict=True):
+            if key in found or key in missing:
+                continue
+            tokens = self._memory.get(key)
+            if tokens is None and self.disk is not None:
+                tokens = self.disk.read(key)
+            if tokens is None:
+                missing[key] = image
+            else:
+                found[key] = self._memory.put(key, tokens)
+        for key, tokens in self._compute(missing, root):
+            if self.disk is not None:
+                self.disk.write(key, tokens)
+            found[key] = self._memory.put(key, tokens)
+        return [found[key] for key in keys]
+
+    def prefetch(self, images: Iterable[Image], root: Path | str = "") -> None:
+        """Compute what is not on disk (or, without a disk, in memory) yet, a batch at a time."""
+        pending: list[Image] = []
+        for image in images:
+            pending.append(image)
+            if len(pending) == self.batch_size:
+                self.get(pending, root)
+                pending = []
+        if pending:
+            self.get(pending, root)
+
+    def pixels(self, rows: Sequence[Sequence[Image]], root: Path | str = "") -> dict[str, Tensor]:
+        """Return the model's pixel arguments for a batch, for methods that train the vision tower.
+
+        Args:
+            rows: the images of every row of the batch.
+            root: the data root.
+        """
+        dtype = self.loaded.dtype
+        blocks = [
+            [self._processed(image_files.image_digest(image, root), image, root) for image in row] for row in rows
+        ]
+        stacked = self.loaded.family.stack(blocks)
+        return {name: part.to(dtype) if part.is_floating_point() else part for name, part in stacked.items()}
+
+    def _compute(self, images: Mapping[str, Image], root: Path | str) -> Iterable[tuple[str, Tensor]]:
+        groups: dict[tuple, list[tuple[str, Pixels]]] = {}
+        for key, image in images.items():
+            pixels = self._processed(key, image, root, keep=False)
+            # Pictures of one size go together: padding would make an image's tokens depend on its neighbours.
+            shape = tuple((name, tuple(part.shape)) for name, part in sorted(pixels.items()))
+            group = groups.setdefault(shape, [])
+            group.append((key, pixels))
+            if len(group) == self.batch_size:
+                yield from self._encode(group)
+                group.clear()
+        for group in groups.values():
+            if group:
+                yield from self._encode(group)
+
+    @torch.no_grad()
+    def _encode(self, group: Sequence[tuple[str, Pixels]]) -> list[tuple[str, Tensor]]:
+        device, dtype = self.loaded.device, self.loaded.dtype
+        blocks = [
+            {name: part.to(device, dtype if part.is_floating_point() else None) for name, part in pixels.items()}
+            for _, pixels in group
+        ]
+        tokens = self.loaded.family.encode_images(self.loaded.model, blocks)
+        self.computed += len(group)
+        # Cloned: a slice of the batch's result would keep the whole of it alive.
+        return [(key, part.detach().to("cpu").clone()) for (key, _), part in zip(group, tokens, strict=True)]
+
+    def _processed(self, key: str, image: Image, root: Path | str, *, keep: bool = True) -> Pixels:
+        pixels = self._pixels.get(key)
+        if pixels is None:
+            where = str(image_files.located(image, root))
+            picture = decode_image(image_files.read_image(image, root), where)
+            self.loaded.family.check_size(picture.height, picture.width, where)
+            pixels = self.loaded.family.process(self.loaded.processor, picture)
+            if keep:
+                self._pixels.put(key, pixels)
+        return pixels
+
+
+class DiskStore:
+    """Tensors by key, one safetensors file each, in a folder that many processes share.
+
+    A file appears whole by an atomic rename, is memory-mapped when read, and is thrown away when its checksum does not
+    fit. Above the limit the files used longest ago are removed.
+
+    Args:
+        folder: the store.
+        limit: bytes; passed over by at most what several writers add at the same time.
+    """
+
+    KEPT = 0.9  # share of the limit that is left after a removal, so that not every write removes
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self._size: int | None = None
+
+    def path(self, key: str) -> Path:
+        """Return the file of a key."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def read(self, key: str) -> Tensor | None:
+        """Return the tensor under `key`, or None where there is none or it is damaged."""
+        path = self.path(key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                checksum = (file.metadata() or {}).get("crc32")
+                tensor = file.get_tensor("tokens")
+            if str(_crc32(tensor)) == checksum:
+                with suppress(OSError):  # another user's, or a read-only disk: as good as any
+                    os.utime(path)  # the time of last use, which the removal goes by
+                return tensor
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError, ValueError):
+            pass  # damaged: fall through
+        with suppress(OSError):
+            path.unlink()
+        return None
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        """File `tensor` under `key`; a full or read-only disk is no error, the entry is then computed again."""
+        path = self.path(key)
+        data = save({"tokens": tensor.contiguous()}, metadata={"crc32": str(_crc32(tensor))})
+        temporary = path.with_name(f".{key}.{os.getpid()}.{os.urandom(4).hex()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+            return
+        self._size = self._scan() if self._size is None else self._size + len(data)
+        if self._size > self.limit:
+            self._remove_oldest()
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        files = []
+        for path in self.folder.glob("*/*"):
+            try:
+                state = path.stat()
+            except OSError:
+                continue  # another process was quicker
+            files.append((state.st_mtime, state.st_size, path))
+        return files
+
+    def _scan(self) -> int:
+        return sum(size for _, size, _ in self._files())
+
+    def _remove_oldest(self) -> None:
+        files = sorted(self._files())
+        size = sum(length for _, length, _ in files)
+        for _, length, path in files:
+            if size <= self.limit * self.KEPT:
+                break
+            with suppress(OSError):
+                path.unlink()  # whoever has it mapped keeps it
+            size -= length
+        self._size = size
+
+
+def _settings_digest(loaded: Loaded) -> str:
+    settings = {
+        "weights": loaded.digest,
+        "dtype": str(loaded.dtype),
+        "processor": loaded.processor.image_processor.to_dict(),
+        "class": type(loaded.processor.image_processor).__name__,
+        "code": {name: version(name) for name in _CODE},
+        "backend": IMAGE_BACKEND,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _crc32(tensor: Tensor) -> int:
+    data: Any = tensor.contiguous().view(torch.uint8).numpy()
+    return zlib.crc32(data)

@@ -1,0 +1,226 @@
+"""Stage `evaluate`: choose each cell's trial on the selection set, score it once, keep both (`records.evaluations`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import methods
+from pipeline.config.load import Params
+from pipeline.config.trial import EvaluationConfig, TrialConfig
+from pipeline.core import copies
+from pipeline.core.errors import WorkError
+from pipeline.core.files import file_digest
+from pipeline.core.progress import bar, say
+from pipeline.plan.inputs import all_cells, places
+from pipeline.plan.plan import Plan, make_plan
+from pipeline.plan.space import Cell, Point, points
+from pipeline.pool import answers
+from pipeline.pool.signals import in_order
+from pipeline.pool.supervisor import Driver, ahead
+from pipeline.records.evaluation import Candidate, CellResult, CurvePoint, StudyFile
+from pipeline.records.evaluations import Evaluations
+from pipeline.records.store import TrialStore
+from pipeline.records.trial import TrialEnd
+from pipeline.sweep.measures import ScoredCell, measured
+from pipeline.sweep.mlflow_sync import COSTS, MlflowSync
+from pipeline.sweep.trial_runs import experiment_note
+from pipeline.tasks import tasks
+from pipeline.tasks.vqa_files import VqaTask
+from pipeline.tracking.client import Tracker
+from pipeline.tracking.records import KILLED
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The trial that a cell is scored with.
+
+    Attributes:
+        candidates: all that were tried.
+        trial: the best of them on the selection set; None where none has ended well.
+        searched: its point of the row's search.
+        error: why there is none.
+    """
+
+    candidates: tuple[Candidate, ...]
+    trial: str | None
+    searched: Point
+    error: str | None
+
+
+def evaluate(params: Params, studies: list[str], root: Path | None = None) -> None:
+    """Score what the studies need and is not scored yet, and write the studies' cells.
+
+    Safe to kill and to run again: what is scored is not scored twice.
+
+    Raises:
+        WorkError: some trials are missing or could not be scored; the others are done.
+    """
+    root = root or Path.cwd()
+    store = TrialStore(places(root).runs)
+    held = store.lock("an evaluation", wait=copies.is_copy(root))
+    with in_order(), held, copies.shared_evaluations(root):
+        _evaluate(params, studies, root, store)
+
+
+def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore) -> None:
+    where, evaluations = places(root), Evaluations(root.resolve() / "evaluations")
+    cells = all_cells(params, studies, where)
+    plan = make_plan(params, cells, where)
+    chosen = {cell.name: _choose(params, cell, store) for cell in cells}
+    scoring = {
+        cell.name: _evaluation(params, cell, choice.trial)
+        for cell in cells
+        if (choice := chosen[cell.name]).trial is not None
+    }
+    jobs = {config.key: (store.config(config.trial), config) for config in scoring.values()}
+    todo = [job for key, job in jobs.items() if not evaluations.path(key).exists()]
+    say(f"{len(jobs)} trials to score, {len(jobs) - len(todo)} are scored")
+    with ahead(bool(todo)) as driver:
+        tracker = Tracker(params.tracking.uri, root, params.tracking.artifacts)
+        tracker.prepare(studies, {study: experiment_note(params, study, cells) for study in studies})
+        sync = MlflowSync(tracker, store, plan, studies)
+        try:
+            sync.find_runs([config.key for config, _ in jobs.values()])
+        finally:
+            tracker.close_all(KILLED)  # of sweeps that were to be brought in line
+        for key, (config, _) in jobs.items():
+            if evaluations.path(key).exists():
+                sync.score(config, key)
+        problems = dict(_score(params, plan, todo, evaluations, sync, driver)) if todo else {}
+    missing: dict[str, str] = {}
+    for study in studies:
+        results = {
+            cell.name: _result(cell, chosen[cell.name], scoring.get(cell.name), evaluations, store, problems)
+            for cell in cells
+            if cell.study == study
+        }
+        scored = [
+            ScoredCell(cell, results[cell.name], plan.request_of(jobs[scoring[cell.name].key][0]), scoring[cell.name])
+            for cell in cells
+            if cell.name in results and results[cell.name].status == "done"
+        ]
+        numbers = measured(params, study, scored, evaluations, sync)
+        results |= {row.cell.name: result for row, result in zip(scored, numbers, strict=True)}
+        missing |= {name: row.error or row.status for name, row in results.items() if row.status != "done"}
+        evaluations.write_study(
+            StudyFile(
+                study=study, title=params.studies[study].title, profile=params.profile,
+                selection=params.train.selection, protocol=params.protocol, cells=tuple(results.values()),
+                provenance=tracker.provenance.model_copy(update={"diff": ""}),
+            )
+        )  # fmt: skip
+    sync.register(choice.trial for choice in chosen.values())
+    sync.settle(params.tracking.patience_seconds)
+    if problems:
+        key, why = next(iter(problems.items()))
+        raise WorkError(
+            f"{len(problems)} of {len(jobs)} trials could not be scored; the first, {key}: {why}", where="evaluate"
+        )
+    if missing:
+        name, why = next(iter(missing.items()))
+        raise WorkError(
+            f"{len(missing)} of {len(cells)} cells have no number; the first, {name}: {why}", where="evaluate",
+            way_out="Run `dvc repro train`, or `hificl sweep`; what is scored is kept",
+        )  # fmt: skip
+
+
+def candidates(params: Params, cell: Cell, store: TrialStore) -> list[tuple[Point, TrialConfig]]:
+    """Return the points of a cell with their trials; under Optuna, those that the store holds."""
+    if params.sweep.search != "optuna" or not cell.search:
+        return [(point, cell.trial(point)) for point in points(cell, params)]
+    found = []
+    for key in store.all_keys():
+        config = store.config(key)
+        values = {**config.model_dump(), **config.options}
+        point = {name: values[name] for name in cell.search if name in values}
+        if len(point) == len(cell.search) and config.method == cell.method and cell.trial(point).key == key:
+            found.append((point, config))
+    return found
+
+
+def _choose(params: Params, cell: Cell, store: TrialStore) -> Choice:
+    """Return the cell's candidates and the one with the best objective on the selection set."""
+    rows, problem = [], None
+    best, best_objective = None, float("-inf")
+    for point, config in candidates(params, cell, store):
+        end = store.done(config.key)
+        objective = end.objective if end else None
+        status = end.status if end else "missing"
+        row = Candidate(trial=config.key, searched=point, selection_score=objective, status=status)
+        rows.append(row)
+        if end is None or end.status not in ("finished", "stopped"):
+            problem = problem or (end.error if end else None) or f"trial {config.key} is {status}"
+        elif best is None or (objective is not None and objective > best_objective):
+            best, best_objective = row, objective if objective is not None else float("-inf")
+    if best is None:
+        return Choice(tuple(rows), None, {}, problem or "no trial")
+    return Choice(tuple(rows), best.trial, dict(best.searched), None)
+
+
+def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
+    if cell.evaluation is not None:
+        return cell.evaluation.model_copy(update={"trial": trial})
+    settings, own, task = params.evaluate, methods.published_decoding(cell.method), tasks.get(cell.task)
+    given = {name: getattr(settings.generation, name) for name in ("num_beams", "length_penalty", "max_new_tokens")}
+    decoding = {name: getattr(own, name) if value == "published" else value for name, value in given.items()}
+    decoding["max_new_tokens"] = decoding["max_new_tokens"] or task.max_new_tokens
+    return EvaluationConfig(
+        trial=trial, num_samples=settings.num_evaluation_samples, **decoding, vqa_normalise=settings.vqa_normalise,
+        drop_incomplete_batch=settings.drop_incomplete_batch,
+        stem_predictions=settings.stem_predictions and isinstance(task, VqaTask) and task.stemmed_references,
+    )  # fmt: skip
+
+
+def _score(
+    params: Params, plan: Plan, todo: list[tuple[TrialConfig, EvaluationConfig]], evaluations: Evaluations,
+    sync: MlflowSync, driver: Driver | None,
+) -> Iterator[tuple[str, str]]:  # fmt: skip
+    """Score trials on the cluster; yield (evaluation key, error) of those that fail."""
+    left_out: dict[str, None] = {}  # in order, and each once: every trial of a task lacks the same file
+    configs = {evaluation.key: config for config, evaluation in todo}
+    with bar("evaluate") as progress:
+        progress(0, len(todo))
+        jobs = [(plan.request_of(config), evaluation) for config, evaluation in todo]
+        for number, (key, result) in enumerate(answers.score_all(params, jobs, driver), start=1):
+            progress(number, len(todo))
+            if isinstance(result, Exception):
+                yield key, str(result)
+                continue
+            evaluations.write(key, sync.with_origin(result))
+            sync.score(configs[key], key)
+            left_out.update(dict.fromkeys(result.left_out))
+    for line in left_out:
+        say(f"left out: {line}")
+
+
+def _result(
+    cell: Cell, choice: Choice, scoring: EvaluationConfig | None, evaluations: Evaluations, store: TrialStore,
+    problems: dict[str, str],
+) -> CellResult:  # fmt: skip
+    """Return a cell's score, or why it has none."""
+    task, key = tasks.get(cell.task), scoring.key if scoring else None
+    error = problems.get(key or "", choice.error)
+    result = CellResult(
+        row=cell.row, label=cell.label, method=cell.method, backbone=cell.backbone, paper_backbone=cell.paper_backbone,
+        task=cell.task, paper_task=cell.paper_task, vary=cell.vary, seed=cell.seed, metric=task.metric, unit=task.unit,
+        trial=choice.trial, searched=choice.searched, candidates=choice.candidates, evaluation=key, error=error,
+        status="failed" if error else "missing",
+    )  # fmt: skip
+    evaluation = evaluations.find(key)
+    if evaluation is None or key is None:
+        return result
+    end = store.done(evaluation.trial) or TrialEnd(status="finished")
+    curve = tuple(
+        CurvePoint.model_validate({name: getattr(report, name) for name in CurvePoint.model_fields})
+        for report in store.epochs(evaluation.trial)
+    )
+    return result.model_copy(
+        update={
+            "status": "done", "error": None, "value": evaluation.value, "metrics": evaluation.metrics,
+            "run_id": evaluation.run_id, "num_samples": evaluation.num_samples, "chosen_epoch": end.chosen_epoch,
+            **{name: getattr(end, name) for name in COSTS}, "evaluation_digest": file_digest(evaluations.path(key)),
+            "epochs": curve,
+        }
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""What a trial costs beside its time: the FLOPs of its samples' steps, by formula, and the peak of memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import nn
+
+from pipeline import backbones
+from pipeline.adapters.base import Adapter
+from pipeline.core.errors import InputError
+from pipeline.cost.steps import Costs, Prompt
+from pipeline.data.manifest import Manifest
+from pipeline.prompts.prompt import Encoded
+from pipeline.resident.resident import Resident
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_FORGET_PEAK = "5"  # what Linux takes as: the high-water mark is what is held now
+
+
+def flops_per_sample(
+    adapter: Adapter, backbone: str, resident: Resident, prompts: Sequence[Encoded], prefix_length: int,
+    manifest: Manifest, shots: int,
+) -> float | None:  # fmt: skip
+    """Return the FLOPs of one sample's step with visual tokens at hand and a teacher of its own (`pipeline.cost`).
+
+    What shared prefixes, packs and a shared teacher save is not taken off: it is what the method asks for.
+
+    Args:
+        adapter: what is trained.
+        backbone: its name.
+        resident: the backbone.
+        prompts: the training samples' own; their mean lengths count.
+        prefix_length: tokens that all of them begin with, which stand once before a teacher's demonstrations.
+        manifest: of the task; its first picture's size counts.
+        shots: demonstrations of a teacher.
+
+    Returns:
+        None where it cannot be told: another architecture of vision, weights that ZeRO-3 has sharded away, a picture
+        that is gone and lives on as visual tokens.
+    """
+    model = resident.loaded.model
+    if not next(model.parameters()).numel():
+        return None
+    try:
+        pixels = resident.visual.pixels([prompts[0].images[:1]], manifest.image_root)["pixel_values"]
+        costs = Costs(backbones.get(backbone), model, image_size=(pixels.shape[-2], pixels.shape[-1]))
+    except InputError:
+        return None
+    spans = [prompt.answer_span for prompt in prompts]
+    costs.prompt = Prompt(
+        text=max(0, round(fmean(map(len, prompts))) - costs.image.tokens),
+        answer=round(fmean(span[1] - span[0] for span in spans if span is not None)),
+        head=prefix_length,
+    )
+    return costs.of(adapter, shots=shots).reused
+
+
+class Memory:
+    """The peak of a trial's memory: the backbone's weights, and the most that was held beyond what was there before it.
+
+    So neither what earlier trials left for later ones counts (a teacher's targets, visual tokens) nor the interpreter.
+    Trials of one pack are counted together.
+
+    Args:
+        model: the backbone.
+        device: where it is; a GPU's memory is torch's, a CPU's the whole process's.
+    """
+
+    def __init__(self, model: nn.Module, device: str) -> None:
+        self.device = device
+        self.weights = sum(parameter.nbytes for parameter in model.parameters())
+        if device == "cpu":
+            _give_back()
+            with suppress(OSError):
+                _CLEAR.write_text(_FORGET_PEAK)
+        else:
+            torch.cuda.reset_peak_memory_stats(device)
+        self.before = self._peak() or 0
+
+    @property
+    def peak(self) -> int | None:
+        """Bytes; None where the system does not tell."""
+        peak = self._peak()
+        return None if peak is None else self.weights + max(0, peak - self.before)
+
+    def _peak(self) -> int | None:
+        if self.device != "cpu":
+            return torch.cuda.max_memory_allocated(self.device)
+        with suppress(OSError, StopIteration, ValueError):
+            line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+            return int(line.split()[1]) * 1024
+        return None
+
+
+def _give_back() -> None:
+    """Let malloc return its free pages: a process of many trials else keeps the largest one's for good (glibc only)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

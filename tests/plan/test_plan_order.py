@@ -1,0 +1,55 @@
+"""Trials of one teacher follow one another in one lane, and no lane is much longer than another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config.load import load
+from pipeline.plan.inputs import Places
+from pipeline.plan.plan import in_lanes, make_plan, teacher_key
+from pipeline.plan.space import Digests, cells
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Any_(dict):
+    def __missing__(self, key):
+        return "0" * 64
+
+
+def plan_of(*studies: str):
+    params = load(ROOT / "params.yaml")
+    manifests = {task: f"{number}" * 64 for number, task in enumerate(params.run.tasks)}
+    digests = Digests(Any_(), manifests, dict.fromkeys(params.run.tasks, 1000))
+    found = [cell for study in studies for cell in cells(params, study, digests)]
+    return make_plan(params, found, Places(Path("runs"), Path("manifests"), None))
+
+
+PLAN = plan_of("miniature-search", "mimic-figure5", "hificl-table2")
+KEYS = [key for key, config in PLAN.trials.items() if config.trained]
+
+
+@given(slots=st.integers(1, 9), number=st.integers(1, len(KEYS)))
+def test_each_trial_once_and_a_teacher_in_one_lane(slots, number):
+    keys = KEYS[:number]
+    ordered = in_lanes(PLAN, keys, slots)
+    assert sorted(ordered) == sorted(keys)
+    groups = {}
+    for key in keys:
+        groups.setdefault(teacher_key(PLAN.trials[key]) or key, []).append(key)
+    for group in groups.values():
+        places = sorted(ordered.index(key) for key in group)
+        apart = {b - a for a, b in zip(places, places[1:], strict=False)}
+        assert not apart or max(apart) <= slots
+
+
+def test_trials_without_a_teacher_share_none_and_other_demonstrations_are_another():
+    of = {key: teacher_key(config) for key, config in PLAN.trials.items()}
+    assert all(of[key] is None for key in KEYS if PLAN.trials[key].method in ("lora",))
+    search = [key for key in KEYS if PLAN.trials[key].method in ("mimic", "live") and PLAN.trials[key].num_shots == 8]
+    assert len({of[key] for key in search}) == len({PLAN.trials[key].task for key in search})
+    request = PLAN.request_of(PLAN.trials[search[0]])
+    assert set(request.kinds) >= {("hidden", "mlp"), ("logits", "")}

@@ -1,0 +1,94 @@
+"""What the evaluators' head does when a call fails or its process dies: on a real Ray, evaluators told what to do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipeline.config.load import BackboneSource, load
+from pipeline.config.request import TrialRequest
+from pipeline.config.trial import EvaluationConfig, TrialConfig
+from pipeline.evaluate.predict import Answers
+from pipeline.pool import evaluators
+from pipeline.pool.tuner import cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@ray.remote(max_restarts=0)
+class Told:
+    """An evaluator without a backbone: a file `die-CALL` ends its process, one of `fail-NAME` raises."""
+
+    def __init__(self, batch_size: int, home: str) -> None:
+        pass
+
+    def answer(self, requests, evaluation, part):
+        self._called("answer", requests)
+        return [Answers({}, 0.0) for _ in requests]
+
+    def score(self, request, evaluation, parts):
+        self._called("score", [request])
+        return f"record of {request.folder}"
+
+    def _called(self, what, requests) -> None:
+        here = Path(requests[0].manifest)
+        names = "".join(request.folder for request in requests)
+        with (here / "calls").open("a") as file:
+            file.write(f"{what} {names}\n")
+        orders = sorted(here.glob(f"die-{what}-*"))
+        if orders:
+            orders[0].unlink()
+            os._exit(1)
+        if what == "answer" and any((here / f"fail-{name}").exists() for name in names):
+            raise ValueError(names)
+
+
+@pytest.fixture(scope="module")
+def params():
+    made = load(ROOT / "params.yaml", ["sweep.slots=1", "sweep.pack=auto", "sweep.retry.max_attempts=2"])
+    with cluster(made.sweep):
+        yield made
+
+
+@pytest.fixture
+def score(params, tmp_path, monkeypatch):
+    """`score(names)` scores trials of these names; gives results by name, and the calls."""
+    monkeypatch.setattr(evaluators, "Evaluator", Told)
+    source = BackboneSource(variant="tiny")
+    config = TrialConfig.model_construct(backbone="b", task="t", manifest_digest="m")
+
+    def run(names: str):
+        jobs = [
+            (TrialRequest(config, name, str(tmp_path), source, pack_key="one"), EvaluationConfig(trial=name))
+            for name in names
+        ]
+        found = dict(evaluators.score_all(params, jobs))
+        calls = (tmp_path / "calls").read_text().splitlines()
+        return {request.folder: found[evaluation.key] for request, evaluation in jobs}, calls
+
+    return run
+
+
+def test_trials_that_answer_together_are_scored_each(score):
+    found, calls = score("ab")
+    assert found == {"a": "record of a", "b": "record of b"}
+    assert calls[0] == "answer ab" and sorted(calls[1:]) == ["score a", "score b"]
+
+
+def test_one_that_fails_in_a_pack_does_not_take_the_others_along(score, tmp_path):
+    (tmp_path / "fail-a").touch()
+    found, calls = score("abc")
+    assert isinstance(found.pop("a"), ValueError) and found == {"b": "record of b", "c": "record of c"}
+    assert calls.count("answer a") == 1
+
+
+@pytest.mark.parametrize(("what", "deaths"), [("answer", 1), ("answer", 2), ("score", 1)])
+def test_a_call_whose_process_died_is_made_again_a_limited_number_of_times(score, tmp_path, what, deaths):
+    for number in range(deaths):
+        (tmp_path / f"die-{what}-{number}").touch()
+    found, calls = score("a")
+    assert len([call for call in calls if call.startswith(what)]) == 2
+    assert found["a"] == "record of a" if deaths == 1 else isinstance(found["a"], ray.exceptions.RayActorError)

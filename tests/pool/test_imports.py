@@ -1,0 +1,47 @@
+"""What a sweep's own processes may import: each start of one costs these seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "not_needed"),
+    [("stages.train", "ray transformers deepspeed"), ("pipeline.pool.tuner", "mlflow transformers deepspeed")],
+)
+def test_the_stage_and_the_driver_import_what_they_need(module: str, not_needed: str) -> None:
+    """In a process of its own: this one has imported everything."""
+    code = f"import {module}, sys; print(*[name for name in '{not_needed}'.split() if name in sys.modules])"
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert said.split() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "not_needed"),
+    [
+        ("--help", "torch pydantic rich yaml numpy"),
+        ("--help", "torch rich numpy pydantic ruamel transformers mlflow ray argcomplete"),
+        ("where", "torch rich numpy pydantic ruamel"),
+        ("tasks", "torch rich"),
+        ("studies", "ray mlflow transformers deepspeed matplotlib"),  # a method's options stand beside its modules
+        ("methods", "ray mlflow transformers deepspeed matplotlib"),
+        ("backbones", "ray mlflow transformers deepspeed matplotlib"),
+        ("trials", "ray mlflow transformers deepspeed matplotlib"),
+    ],
+)
+def test_a_command_that_lists_imports_what_it_needs(words: str, not_needed: str) -> None:
+    code = (
+        "import contextlib, io, sys; from pipeline.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        f"    main({words.split()})\n"
+        f"print(*[name for name in '{not_needed}'.split() if name in sys.modules])"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert said.split() == []

@@ -1,0 +1,172 @@
+"""Who a scheduler stops and what a searcher asks for: the project's own, fed with results and without a cluster."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from pipeline.config.load import Params, load
+from pipeline.plan.inputs import as_given, places
+from pipeline.plan.plan import Plan, make_plan
+from pipeline.plan.space import Cell, cells
+from pipeline.pool.schedule import PerCell, PerCellOptuna, make_scheduler
+from tests.conftest import ROOT
+
+GO, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
+
+
+def params_with(*settings: str) -> Params:
+    return load(ROOT / "params.yaml", ["sweep.grace_epochs=2", "sweep.reduction_factor=2", *settings])
+
+
+def plan_of(params: Params) -> Plan:
+    return make_plan(params, cells(params, "miniature-search", as_given(params)), places())
+
+
+class Tuned:
+    """A scheduler with trials of two cells, by cell."""
+
+    def __init__(self, name: str, *, asked: bool) -> None:
+        params = params_with(f"sweep.scheduler={name}", "train.epochs=8", *(["sweep.search=optuna"] if asked else []))
+        self.plan, self.asked = plan_of(params), asked
+        self.scheduler = make_scheduler(params, self.plan)
+        trained = [cell for cell in self.plan.cells.values() if cell.search]
+        self.here, self.there = (next(c.name for c in trained if c.task == task) for task in _two_tasks(trained))
+
+    def trials(self, cell: str, number: int) -> list[Trial]:
+        if self.asked:
+            configs = [{"cell": cell, "rank": rank} for rank in range(number)]
+        else:
+            configs = [{"trial": key} for key, name in self.plan.cell_of.items() if name == cell][:number]
+        assert len(configs) == number
+        made = [Trial("proxy", config=config, stub=True) for config in configs]
+        for trial in made:
+            self.scheduler.on_trial_add(None, trial)
+        return made
+
+    def says(self, trial: Trial, epoch: int, objective: float, **more: float) -> str:
+        # a trial that is resumed in a new sweep begins again with Tune's own count
+        result = {"epoch": epoch, "objective": objective, "training_iteration": 1, **more}
+        return self.scheduler.on_trial_result(None, trial, result)
+
+
+def _two_tasks(made: list[Cell]) -> list[str]:
+    return sorted({cell.task for cell in made})[:2]
+
+
+asked = pytest.mark.parametrize("asked", [False, True], ids=["grid", "optuna"])
+
+
+@asked
+def test_asha_stops_the_worse_half_at_the_grace_epochs_and_no_other_task_counts(asked):
+    tuned = Tuned("asha", asked=asked)
+    good, bad, worse = tuned.trials(tuned.here, 3)
+    assert tuned.says(good, 1, 0.1) == tuned.says(bad, 1, 0.0) == GO, "within the grace epochs"
+    assert tuned.says(good, 2, 0.9) == GO
+    (elsewhere,) = tuned.trials(tuned.there, 1)
+    assert tuned.says(elsewhere, 2, 0.1) == GO, "it is the first of its task"
+    assert tuned.says(bad, 2, 0.2) == STOP
+    assert tuned.says(worse, 3, 0.1) == STOP, "Tune's own count would say that it has just begun"
+    assert tuned.says(good, 8, 0.9) == STOP, "its epochs are over"
+
+
+def test_median_stops_what_is_below_the_median_of_its_own_task_and_pauses_nothing():
+    tuned = Tuned("median", asked=True)
+    *good, bad = tuned.trials(tuned.here, 4)
+    others = tuned.trials(tuned.there, 3)
+    for trial in others:
+        assert tuned.says(trial, 2, 0.9) == GO
+    assert tuned.says(bad, 1, 0.1) == GO
+    assert tuned.says(bad, 2, 0.1) == GO, "the three that are better are of another task"
+    for trial in good:
+        assert tuned.says(trial, 3, 0.8) == GO
+    assert tuned.says(bad, 3, 0.1) == STOP
+    assert tuned.says(others[0], 3, 0.9) == GO
+
+
+def test_fifo_stops_nothing():
+    params = params_with("sweep.scheduler=fifo")
+    assert type(make_scheduler(params, plan_of(params))) is FIFOScheduler
+
+
+def test_every_word_of_tune_reaches_the_scheduler_of_the_trials_cell_alone():
+    heard: list[tuple[str, str]] = []
+
+    class Heard(TrialScheduler):
+        def __init__(self) -> None:
+            self.cell = f"scheduler {len(made)}"
+            made.append(self)
+
+        def on_trial_add(self, controller, trial):
+            heard.append(("add", self.cell))
+
+        def on_trial_error(self, controller, trial):
+            heard.append(("error", self.cell))
+
+        def on_trial_complete(self, controller, trial, result):
+            heard.append(("complete", self.cell))
+
+        def on_trial_remove(self, controller, trial):
+            heard.append(("remove", self.cell))
+
+    made: list[Heard] = []
+    scheduler = PerCell(Heard, lambda trial: trial.config["cell"])
+    a, b = (Trial("proxy", config={"cell": cell}, stub=True) for cell in "ab")
+    scheduler.on_trial_add(None, a)
+    scheduler.on_trial_add(None, b)
+    scheduler.on_trial_error(None, b)
+    scheduler.on_trial_complete(None, a, {})
+    scheduler.on_trial_remove(None, a)
+    of = {cell: scheduler._own[cell].cell for cell in "ab"}
+    assert heard == [("add", of["a"]), ("add", of["b"]), ("error", of["b"]), ("complete", of["a"]), ("remove", of["a"])]
+    assert of["a"] != of["b"]
+
+
+# -- Optuna ------------------------------------------------------------------------------------------------------------
+
+SAMPLES = 3
+
+
+def searcher() -> tuple[PerCellOptuna, dict[str, Cell]]:
+    params = params_with("sweep.search=optuna", f"sweep.num_samples={SAMPLES}", "sweep.seed=5")
+    found = plan_of(params).searched
+    assert len(found) > 1
+    return PerCellOptuna(params, found), {cell.name: cell for cell in found}
+
+
+def test_cells_take_turns_and_ask_for_num_samples_points_each():
+    optuna, by_name = searcher()
+    asked = [optuna.suggest(f"trial {number}") for number in range(SAMPLES * len(by_name))]
+    names = [point["cell"] for point in asked]
+    for start in range(0, len(names), len(by_name)):
+        assert set(names[start : start + len(by_name)]) == set(by_name), "each once before one comes again"
+    assert Counter(names) == dict.fromkeys(by_name, SAMPLES)
+    assert optuna.suggest("one too many") == Searcher.FINISHED
+    for point in asked:
+        assert by_name[point["cell"]].trial({k: v for k, v in point.items() if k != "cell"}).trained
+
+
+def test_a_result_reaches_the_study_of_its_cell_and_an_unknown_trial_none():
+    optuna, by_name = searcher()
+    points = {f"trial {number}": optuna.suggest(f"trial {number}") for number in range(2 * len(by_name))}
+    first, second = (t for t, point in points.items() if point["cell"] == next(iter(by_name)))
+    optuna.on_trial_result(first, {"epoch": 1, "objective": 0.25, "training_iteration": 1})
+    optuna.on_trial_complete(first, {"epoch": 2, "objective": 0.5, "training_iteration": 2})
+    optuna.on_trial_complete(second, error=True)
+    optuna.on_trial_complete("unknown", {"objective": 1.0})
+    for name in by_name:
+        states = [(t.state.name, t.value) for t in optuna._own[name]._ot_study.trials]
+        mine = name == points[first]["cell"]
+        assert states == ([("COMPLETE", 0.5), ("FAIL", None)] if mine else [("RUNNING", None)] * 2)
+
+
+def test_points_are_those_of_the_seed():
+    def some() -> list[dict]:
+        optuna, _ = searcher()
+        return [optuna.suggest(str(number)) for number in range(4)]
+
+    assert some() == some()

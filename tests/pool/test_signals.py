@@ -1,0 +1,41 @@
+"""A signal ends a sweep also where Python drops the exception that its handler raises."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from pipeline.pool.signals import as_interrupt, check
+
+
+class Finalised:
+    """Gets a signal while Python takes it down."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_in_a_finaliser_is_not_lost(number: int) -> None:
+    before = signal.getsignal(number)
+    with as_interrupt():
+        dropped = Finalised(number)
+        del dropped  # KeyboardInterrupt is raised in it, and dropped
+        with pytest.raises(KeyboardInterrupt):
+            check()
+        check()  # once
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_an_interrupt(number: int) -> None:
+    with pytest.raises(KeyboardInterrupt), as_interrupt():
+        os.kill(os.getpid(), number)
+    with as_interrupt():
+        check()  # the next sweep has nothing to do with it

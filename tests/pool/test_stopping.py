@@ -1,0 +1,110 @@
+"""A scheduler's word and a searcher's points on a real Ray Tune: only the slots are played, which train nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import ray
+
+from pipeline.config.load import load
+from pipeline.plan.inputs import as_given, places
+from pipeline.plan.plan import make_plan
+from pipeline.plan.space import cells
+from pipeline.pool import tuner
+from pipeline.pool.dispatcher import Dispatcher
+from pipeline.pool.messages import Result, TrialEnded
+from pipeline.pool.proxy import TrialProxy
+from pipeline.records.epoch import EpochReport, TrialReport
+from pipeline.records.store import TrialStore
+from pipeline.records.trial import TrialEnd
+from tests.conftest import ROOT
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the dispatcher's process does not find this file
+EPOCHS, POINTS = 3, 3
+BEST = {"mini-vqa": 1.0, "mini-coco": 0.1}  # of each task's first trial; whoever comes later has half of it, and so on
+
+
+class Slot:
+    """Reports one epoch after another of the trial in it."""
+
+    def __init__(self, store: TrialStore) -> None:
+        self.store, self.keys, self.pids = store, set(), []
+        self.objective, self.epochs, self.seen = {}, Counter(), Counter()
+
+    async def build(self) -> None: ...
+
+    def drop(self) -> None: ...
+
+    async def room(self) -> int:
+        return 1 - len(self.keys)
+
+    async def admit(self, request) -> int:
+        task = request.config.task
+        self.keys.add(request.key)
+        self.objective[request.key] = BEST[task] / 2 ** self.seen[task]
+        self.seen[task] += 1
+        return 0
+
+    async def evict(self, key: str) -> None:
+        self.keys.discard(key)
+
+    async def advance(self) -> list[TrialReport]:
+        await asyncio.sleep(0)
+        (key,) = self.keys
+        self.epochs[key] += 1
+        row = EpochReport(epoch=self.epochs[key], objective=self.objective[key])
+        self.store.trial(key).write_epochs([*self.store.epochs(key), row])
+        done = row.epoch == EPOCHS
+        if done:
+            self.store.finish(key, TrialEnd(status="finished", epochs=EPOCHS, objective=row.objective))
+        return [TrialReport(key, row.epoch, row, "finished" if done else None)]
+
+
+@ray.remote(num_cpus=0, max_concurrency=10000)
+class Played(Dispatcher.__ray_metadata__.modified_class):
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.slots = [Slot(self.store) for _ in self.slots]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("search", ["grid", "optuna"])
+def test_asha_ends_the_worse_of_a_task_after_the_grace_epoch_and_spares_another_tasks_first(tmp_path, search, cluster):
+    settings = {
+        "train.epochs": EPOCHS, "sweep.slots": 1, "sweep.pack": 1, "sweep.scheduler": "asha", "sweep.grace_epochs": 1,
+        "sweep.reduction_factor": 2, "sweep.search": search, "sweep.num_samples": POINTS,
+    }  # fmt: skip
+    params = load(ROOT / "params.yaml", [f"{name}={value}" for name, value in settings.items()])
+    domain = {"grid": [0.002, 0.01, 0.05], "optuna": {"loguniform": [0.002, 0.05]}}[search]
+    made = [cell for cell in cells(params, "miniature-search", as_given(params)) if cell.search]
+    made = [
+        replace(next(cell for cell in made if cell.task == task), search={"learning_rate": domain}) for task in BEST
+    ]
+    plan = make_plan(params, made, places(tmp_path))
+    told: list[Result] = []
+    tuner.run_trials(plan, list(plan.trials), params, told.append, Played)
+    store = TrialStore(plan.places.runs)
+    keys = store.all_keys()
+    assert sorted(message.key for message in told if isinstance(message, TrialEnded)) == keys
+    ends = {(store.config(key).task, store.epochs(key)[0].objective): store.done(key) for key in keys}
+    assert {which: (end.status, end.epochs) for which, end in ends.items()} == {
+        (task, best / 2**number): ("stopped", 1) if number else ("finished", EPOCHS)
+        for task, best in BEST.items()
+        for number in range(POINTS)
+    }
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with tuner.cluster(load(ROOT / "params.yaml").sweep):
+        yield
+
+
+def test_a_process_that_tune_throws_away_before_its_first_step_has_handed_over_nothing():
+    proxy = TrialProxy.__new__(TrialProxy)
+    proxy.setup({"trial": "a"}, dispatcher=None)  # a call would fail
+    assert proxy.reset_config({"trial": "b"})

@@ -1,0 +1,78 @@
+"""What the stage does when its driver is lost, with drivers that are played."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import WorkError
+from pipeline.pool import supervisor
+from pipeline.pool.messages import TrialEnded, Watcher
+from pipeline.pool.work import Training
+from pipeline.records.trial import TrialEnd
+from pipeline.records.trial_folder import TrialFolder
+
+
+class Heard(Watcher):
+    """A watcher that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[str, str | None]] = []
+
+    def on_end(self, key: str, error: str | None) -> None:
+        self.ends.append((key, error))
+
+
+class Played:
+    """A driver: writes ends into the store, tells of some, and is lost."""
+
+    def __init__(self, root, writes: dict[str, str | None], tells: set[str]) -> None:
+        self.root, self.writes, self.tells = root, writes, tells
+
+    def messages(self, work: Training) -> Iterator[TrialEnded]:
+        for key, error in self.writes.items():
+            assert key in work.keys
+            status = "failed" if error else "finished"
+            TrialFolder(self.root / key).finish(TrialEnd(status=status, error=error))
+            if key in self.tells:
+                yield TrialEnded(key, error)
+        raise supervisor.Lost("its cluster died")
+
+    def end(self) -> None:
+        pass
+
+
+def play(root, monkeypatch, drivers: list[Played], todo: list[str]) -> tuple[Heard, dict[str, str]]:
+    root.mkdir(exist_ok=True)
+    plan: Any = SimpleNamespace(places=SimpleNamespace(runs=root))
+    params: Any = SimpleNamespace(sweep=SimpleNamespace(retry=SimpleNamespace(max_attempts=2)))
+    heard = Heard()
+    monkeypatch.setattr(supervisor, "Driver", lambda: drivers.pop(0))
+    return heard, supervisor.train(plan, todo, params, [heard], None, adaptive=False)
+
+
+def test_ends_that_died_with_the_driver_are_told(tmp_path, monkeypatch):
+    runs = tmp_path / "runs"
+    drivers = [Played(runs, {"a": None, "b": None}, {"a"}), Played(runs, {"c": "no memory"}, set())]
+    heard, errors = play(runs, monkeypatch, drivers, ["a", "b", "c"])
+    assert heard.ends == [("a", None), ("b", None), ("c", "no memory")]  # each once
+    assert errors == {}  # of "c" the store knows
+    assert not drivers
+
+
+def test_a_driver_that_is_lost_again_and_again_is_given_up(tmp_path, monkeypatch):
+    runs = tmp_path / "runs"
+    drivers = [Played(runs, {}, set()), Played(runs, {}, set()), Played(runs, {"a": None}, set())]
+    with pytest.raises(WorkError, match="gave up after 2 attempts: its cluster died"):
+        play(runs, monkeypatch, drivers, ["a"])
+    assert len(drivers) == 1
+
+
+def test_progress_is_that_of_the_sweeps_own_trials(tmp_path, monkeypatch):
+    """A store of thousands is not read for a loss."""
+    runs = tmp_path / "runs"
+    monkeypatch.setattr(supervisor.TrialStore, "all_keys", lambda self: pytest.fail("reads the whole store"))
+    play(runs, monkeypatch, [Played(runs, {"a": None}, set())], ["a"])

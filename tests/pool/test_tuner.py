@@ -1,0 +1,61 @@
+"""How many trials Tune has in progress, and for how long a scheduler lets one train."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config.load import load
+from pipeline.config.schema import Sweep
+from pipeline.core.errors import InputError
+from pipeline.plan.inputs import as_given, places
+from pipeline.plan.plan import make_plan
+from pipeline.plan.space import cells
+from pipeline.pool.schedule import make_scheduler
+from pipeline.pool.tuner import by_world_size, most_in_progress
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize(
+    ("pack", "gpus", "slots", "most"),
+    [(1, 0, 2, 4), ("auto", 0, 2, 10), (3, 0, 1, 4), ("auto", 1, 8, 68), ("auto", 1, 64, 132), ("auto", 1, 512, 516)],
+)
+def test_packs_are_filled_as_far_as_the_head_can_hold(pack, gpus, slots, most):
+    assert most_in_progress(Sweep(pack=pack, gpus_per_worker=gpus), slots) == most
+
+
+@pytest.mark.parametrize("search", ["grid", "optuna"])
+@pytest.mark.parametrize("epochs", [3, 20])
+def test_asha_ends_a_trial_where_its_epochs_end_whether_or_not_its_point_is_known_beforehand(search, epochs):
+    settings = [f"train.epochs={epochs}", f"sweep.search={search}", "sweep.scheduler=asha"]
+    params = load(ROOT / "params.yaml", settings)
+    plan = make_plan(params, cells(params, "miniature-search", as_given(params)), places())
+    assert make_scheduler(params, plan)._make()._max_t == epochs
+
+
+RANKED = (
+    "studies.ranked={title: r, backbones: [idefics2-8b-base], tasks: [vqav2], vary: {world_size: [1, 2]}, "
+    "methods: {live: {}, hificl: {search: {rank: [1, 2]}}}}"
+)
+
+
+def test_a_search_trains_on_as_many_ranks_as_its_own_cell_asks_for():
+    params = load(ROOT / "params.yaml", [RANKED, "train.world_size=4", "sweep.search=optuna"])
+    plan = make_plan(params, cells(params, "ranked", as_given(params)), places())
+    found = {size: (keys, asked) for size, keys, asked in by_world_size(plan, list(plan.trials))}
+    assert sorted(found) == [1, 2]
+    for size, (keys, asked) in found.items():
+        assert [plan.trials[key].world_size for key in keys] == [size]
+        assert [cell.vary["world_size"] for cell in asked] == [size]
+        assert {cell.trial({"rank": 1}).world_size for cell in asked} == {size}
+    alone = [(size, len(asked)) for size, _, asked in by_world_size(plan, [])]  # what is listed is trained already
+    assert alone == [(1, 1), (2, 1)]
+
+
+def test_optuna_is_not_asked_for_the_ranks_of_a_slot():
+    own = RANKED.replace("vary: {world_size: [1, 2]}, ", "").replace("rank: [1, 2]", "world_size: [1, 2]")
+    params = load(ROOT / "params.yaml", [own, "sweep.search=optuna"])
+    with pytest.raises(InputError, match=r"ranked.methods.hificl.search.world_size.*under the study's `vary`"):
+        make_plan(params, cells(params, "ranked", as_given(params)), places())
+    params = load(ROOT / "params.yaml", [own])
+    plan = make_plan(params, cells(params, "ranked", as_given(params)), places())
+    assert [size for size, _, _ in by_world_size(plan, list(plan.trials))] == [1, 2]
