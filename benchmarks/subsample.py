@@ -17,11 +17,11 @@ from typing import Any, TypedDict
 
 from benchmarks.support import synthetic
 from pipeline import tasks
-from pipeline.tasks.draw import draw_manifest, plan_draw
+from pipeline.sweep.draw import draw_manifest, plan_draw
 
 
 class Sizes(TypedDict):
-    """Sizes of a draw, as `tasks.draw.draw_manifest` takes them."""
+    """Sizes of a draw, as `sweep.draw.draw_manifest` takes them."""
 
     num_train: int
     num_selection: int
@@ -54,7 +54,7 @@ def run(
         device: ignored; a draw uses no accelerator.
         train: size of the made-up training split.
         val: size of the made-up evaluation split.
-        drawn: sizes of the draw, as `tasks.draw.draw_manifest` takes them.
+        drawn: sizes of the draw, as `sweep.draw.draw_manifest` takes them.
         repeats: number of draws; medians are reported, and the spread between the extremes.
 
     Returns:

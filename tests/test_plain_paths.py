@@ -37,7 +37,7 @@ def test_a_program_goes_on_under_a_plain_path(tmp_path, short, name):
     environment = tmp_path / name
     environment.symlink_to(sys.prefix, target_is_directory=True)
     code = """
-from pipeline import plain_paths
+from pipeline.core import plain_paths
 plain_paths.go_on_plainly()
 import sys, yaml
 print(sys.executable, sys.prefix, yaml.__file__, plain_paths.python(), sep="\\n")

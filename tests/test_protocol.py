@@ -18,9 +18,9 @@ from pipeline.data.sample import ImageRef, Sample
 from pipeline.evaluate.generate import cut_at_stop
 from pipeline.plan.space import Digests, cells
 from pipeline.prompts.prompt import draw_demos, encode, render, stop_strings
+from pipeline.sweep.draw import draw_manifest
 from pipeline.tasks import tasks
 from pipeline.tasks.caption_files import CAPTION_TEMPLATE
-from pipeline.tasks.draw import draw_manifest
 from pipeline.tasks.vqa_files import VQA_TEMPLATE, VqaTask
 from tests.conftest import ROOT
 

@@ -16,8 +16,8 @@ from pipeline.config.request import TrialRequest
 from pipeline.config.trial import TrialConfig
 from pipeline.miniature.world import write_world
 from pipeline.records.epoch import EpochReport
+from pipeline.sweep.draw import draw_manifest
 from pipeline.tasks import tasks
-from pipeline.tasks.draw import draw_manifest
 from pipeline.train.workbench import Workbench
 
 BACKBONE, TASK = "mini-idefics2", "mini-vqa"

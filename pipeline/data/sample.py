@@ -15,7 +15,7 @@ class ImageRef:
 
     Attributes:
         path: file path relative to the data root, with forward slashes.
-        sha256: hex digest of the file's bytes; empty until `tasks.draw` has read the file.
+        sha256: hex digest of the file's bytes; empty until `sweep.draw` has read the file.
     """
 
     path: str

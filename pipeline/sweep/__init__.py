@@ -1,1 +1,1 @@
-"""What the stages train and evaluate do: from a study to trained, scored trials, in MLflow too."""
+"""What the stages subsample, train and evaluate do: from drawn samples to trained, scored trials, in MLflow too."""

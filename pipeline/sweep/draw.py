@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from pipeline.config.load import Params, data_root
-from pipeline.core.progress import bar
+from pipeline.core.errors import InputError
+from pipeline.core.progress import Report, bar
+from pipeline.data.files import source_digest
+from pipeline.data.images import CheckedImage, check_images, problems_error
+from pipeline.data.manifest import Manifest, Source
+from pipeline.data.sample import PromptStyle, Sample
 from pipeline.plan.inputs import places
 from pipeline.tasks import tasks
-from pipeline.tasks.draw import draw_manifest
+from pipeline.tasks.base import IndexEntry, SampleId, Split, Task
 
 
 def draw_task(params: Params, task: str, root: Path | None = None) -> None:
@@ -26,3 +36,263 @@ def draw_task(params: Params, task: str, root: Path | None = None) -> None:
             training_answer=given.training_answer, prompt=given.prompt, progress=progress,
         )  # fmt: skip
     manifest.save(places(root).manifest(task))
+
+
+_SELECTION_SIDE = "0123"
+
+
+def _silent(done: int, total: int | None = None, note: str = "") -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Samples of one split in the order in which they are taken; longer than needed where images repeat."""
+
+    split: str
+    wanted: int
+    entries: Sequence[IndexEntry]
+
+
+def draw_manifest(
+    task: Task,
+    root: Path,
+    *,
+    seed: int,
+    num_train: int,
+    num_selection: int,
+    num_evaluation: int | None = None,
+    training_answer: Literal["most-frequent", "first"] = "most-frequent",
+    prompt: PromptStyle = "papers",
+    progress: Report | None = None,
+) -> Manifest:
+    """Draw the three splits of `task` from the official files under `root`.
+
+    Every drawn image is read and decoded to its end.
+
+    Args:
+        task: the task.
+        root: the data root; image paths in the manifest are relative to it.
+        seed: decides everything that is left open.
+        num_train: samples to train on.
+        num_selection: samples to choose epoch and hyperparameters on.
+        num_evaluation: samples to report on; None for all of the official split.
+        training_answer: what a training step should produce: the most frequent of the references, or the first (the
+            published code's choice); demonstrations show the most frequent either way.
+        prompt: whose wording the prompts have.
+        progress: of images and answers, as `pipeline.core.progress.bar` gives it; called on the calling thread.
+
+    Returns:
+        The manifest, with the digest of every source file and every image.
+
+    Raises:
+        InputError: a file is missing, damaged or of another split; a question has no annotation; fewer
+            samples than asked for; images missing or broken (all of them in one error).
+    """
+    root = Path(root)
+    report = progress or _silent
+    _check_sizes(task, num_train, num_selection, num_evaluation)
+    with ThreadPoolExecutor(max_workers=1) as thread:  # hashing releases the GIL: it runs beside the parsing
+        paths = sorted({path for split in _splits(task) for path in task.files(root, split)})
+        digests = thread.map(source_digest, paths)
+        candidates = plan_draw(
+            task,
+            root,
+            seed=seed,
+            num_train=num_train,
+            num_selection=num_selection,
+            num_evaluation=num_evaluation,
+            report=report,
+        )
+        chosen, images, replaced = _take(task, root, candidates, report)
+        splits = _read(task, root, chosen, images, report)
+        if training_answer == "first":
+            splits = {name: tuple(map(_first_answer, samples)) for name, samples in splits.items()}
+        sources = tuple(
+            Source(path.relative_to(root).as_posix(), digest, path.stat().st_size)
+            for path, digest in zip(paths, digests, strict=True)
+        )
+    return Manifest(task.name, seed, sources, splits, root, tuple(replaced), prompt)
+
+
+def _first_answer(sample: Sample) -> Sample:
+    first = sample.references[0]
+    return sample if first == sample.target else replace(sample, target=first, demonstration=sample.target)
+
+
+def sample_key(seed: int, task: str, sample_id: SampleId) -> bytes:
+    """Return the 32 bytes that place a sample in the draw's order."""
+    return hashlib.sha256(f"{seed}:{task}:{sample_id}".encode()).digest()
+
+
+def _order(seed: int, task: str, entry: IndexEntry) -> tuple[bytes, bytes]:
+    key = sample_key(seed, task, entry.sample_id)
+    return (key, b"") if entry.group is None else (sample_key(seed, task, entry.group), key)
+
+
+def _on_selection_side(seed: int, task: str, image: str) -> bool:
+    file, mark, cell = image.partition("#")  # an image inside a Parquet shard has "#<row>/<column>"
+    name = file.rsplit("/", 1)[-1] + mark + cell
+    return hashlib.sha256(f"{seed}:{task}:image:{name}".encode()).hexdigest()[0] in _SELECTION_SIDE
+
+
+def _check_sizes(task: Task, num_train: int, num_selection: int, num_evaluation: int | None) -> None:
+    sizes = {"num_train": num_train, "num_selection": num_selection, "num_evaluation": num_evaluation}
+    for name, size in sizes.items():
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
+            raise InputError(f"{name} is {size!r}", where=task.name, way_out="It must be a whole number, 0 or more")
+    if num_train + num_selection == 0 and num_evaluation == 0:
+        raise InputError(
+            "num_train, num_selection and num_evaluation are all 0",
+            where=task.name,
+            way_out="Ask for at least one sample",
+        )
+
+
+def _splits(task: Task) -> tuple[Split, ...]:
+    return ("evaluation",) if task.one_pool else ("evaluation", "train")
+
+
+def plan_draw(
+    task: Task,
+    root: Path,
+    *,
+    seed: int,
+    num_train: int,
+    num_selection: int,
+    num_evaluation: int | None,
+    report: Report = _silent,
+) -> list[Candidates]:
+    """Return every split's candidates, without looking at an image or an answer.
+
+    The splits stand in the order in which they choose: the earlier one keeps an image that two would take.
+    """
+    pools = {split: _index(task, root, split, seed, report) for split in _splits(task)}
+    evaluation = pools["evaluation"]
+    train, selection = _sides(task, seed, pools.get("train", evaluation))
+    size = len(evaluation) if num_evaluation is None else num_evaluation
+    for_training = [Candidates("train", num_train, train), Candidates("selection", num_selection, selection)]
+    if task.one_pool:
+        rest = -1 if num_evaluation is None else num_evaluation  # all that the other two leave
+        return [*for_training, Candidates("evaluation", rest, evaluation)]
+    return [Candidates("evaluation", size, evaluation), *for_training]
+
+
+def _index(task: Task, root: Path, split: Split, seed: int, report: Report) -> list[IndexEntry]:
+    entries = []
+    for entry in task.index(root, split):
+        entries.append(entry)
+        if len(entries) % 20_000 == 0:
+            report(len(entries), note=f"{task.name}: reading the {split} questions")
+    if not entries:
+        names = ", ".join(str(path) for path in task.files(root, split))
+        raise InputError(f"the {split} split is empty", where=names, way_out="Get the official file again")
+    entries.sort(key=lambda entry: _order(seed, task.name, entry))
+    return entries
+
+
+def _sides(task: Task, seed: int, pool: Sequence[IndexEntry]) -> tuple[list[IndexEntry], list[IndexEntry]]:
+    """Return training's and selection's candidates: the own side first, then the other from its far end."""
+    side: dict[str, bool] = {}
+    sides: dict[bool, list[IndexEntry]] = {False: [], True: []}
+    for entry in pool:
+        image = entry.group or entry.images[0]
+        if image not in side:
+            side[image] = _on_selection_side(seed, task.name, image)
+        sides[side[image]].append(entry)
+    return sides[False] + sides[True][::-1], sides[True] + sides[False][::-1]
+
+
+def _take(
+    task: Task, root: Path, plan: Sequence[Candidates], report: Report
+) -> tuple[dict[str, list[IndexEntry]], dict[str, CheckedImage], list[dict[str, object]]]:
+    """Let each split take its samples: no image, by path or by bytes, goes to two of them."""
+    checked: dict[str, CheckedImage] = {}
+    owner: dict[str, str] = {}  # image path or digest -> the split that has it
+    chosen: dict[str, list[IndexEntry]] = {}
+    replaced: list[dict[str, object]] = []
+    for candidates in plan:
+        name = candidates.split
+        free = (entry for entry in candidates.entries if not any(image in owner for image in entry.images))
+        taken: list[IndexEntry] = []
+        while batch := list(_first(free, candidates.wanted - len(taken) if candidates.wanted >= 0 else None)):
+            _check(root, batch, checked, report, name)
+            for entry in batch:
+                taker = next((owner[checked[i].sha256] for i in entry.images if checked[i].sha256 in owner), name)
+                if taker != name:
+                    replaced.append({"sample_id": entry.sample_id, "split": name, "same_image_in": taker})
+                else:
+                    taken.append(entry)
+        if len(taken) < candidates.wanted or (candidates.wanted < 0 and not taken):
+            raise _too_few(task, candidates, len(taken), chosen)
+        for entry in taken:
+            for image in entry.images:
+                owner[image] = name
+                if checked[image].sha256:
+                    owner[checked[image].sha256] = name
+        chosen[name] = taken
+    bad = [image for image in checked.values() if image.problem is not None]
+    if bad:
+        raise problems_error(bad, where=task.name)
+    return chosen, checked, replaced
+
+
+def _first(entries: Iterator[IndexEntry], count: int | None) -> Iterator[IndexEntry]:
+    if count is None:
+        yield from entries
+        return
+    for _ in range(count):
+        entry = next(entries, None)
+        if entry is None:
+            return
+        yield entry
+
+
+def _check(
+    root: Path, entries: Iterable[IndexEntry], checked: dict[str, CheckedImage], report: Report, split: str
+) -> None:
+    new = list(dict.fromkeys(image for entry in entries for image in entry.images if image not in checked))
+    done = 0
+
+    def one_more(count: int) -> None:
+        nonlocal done
+        done += count
+        if done % 500 == 0 or done == len(new):
+            report(done, len(new), f"checking the {split} images")
+
+    results = check_images([root / image for image in new], progress=one_more)
+    checked.update(zip(new, results, strict=True))
+
+
+def _too_few(task: Task, candidates: Candidates, found: int, chosen: dict[str, list[IndexEntry]]) -> InputError:
+    total = len(candidates.entries)
+    images = len({image for entry in candidates.entries for image in entry.images})
+    taken = ", ".join(f"{name} takes {len(entries)}" for name, entries in chosen.items() if entries)
+    shared = f"; {taken}, and no image may be in two splits" if taken else ""
+    asked = candidates.wanted if candidates.wanted >= 0 else "all the remaining"
+    return InputError(
+        f"{asked} {candidates.split} samples were asked for, {found} are available "
+        f"({total} samples on {images} images{shared})",
+        where=task.name,
+        way_out=f"Lower num_{candidates.split} to {found} or less, lower the other sizes, or get the full files",
+    )
+
+
+def _read(
+    task: Task, root: Path, chosen: dict[str, list[IndexEntry]], images: dict[str, CheckedImage], report: Report
+) -> dict[str, tuple[Sample, ...]]:
+    """Read the chosen samples, in the draw's order, with the digests of their images."""
+    samples: dict[tuple[Split, SampleId], Sample] = {}
+    source: dict[str, Split] = dict.fromkeys(chosen, "evaluation")
+    if not task.one_pool:
+        source.update(train="train", selection="train")
+    for split in _splits(task):
+        only = {entry.sample_id for name in chosen if source[name] == split for entry in chosen[name]}
+        report(0, len(only), f"{task.name}: reading the {split} answers")
+        for sample in task.read(root, split, only):
+            refs = tuple(replace(image, sha256=images[image.path].sha256) for image in sample.images)
+            samples[split, sample.sample_id] = replace(sample, images=refs)
+        report(len(only), len(only), f"{task.name}: reading the {split} answers")
+    return {
+        name: tuple(samples[source[name], entry.sample_id] for entry in entries) for name, entries in chosen.items()
+    }

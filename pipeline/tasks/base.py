@@ -95,7 +95,7 @@ class Task(ABC):
         template: the prompt.
         max_new_tokens: default length of a generated answer, in tokens.
         one_pool: the data set has no train split of its own, so that all splits are drawn from the same
-            files by `tasks.draw`, no image in two of them.
+            files by `sweep.draw`, no image in two of them.
         official_evaluation: samples of the whole official evaluation split; None: its files tell.
     """
 

@@ -14,8 +14,8 @@ from pipeline.config.load import BackboneSource
 from pipeline.config.trial import TrialConfig
 from pipeline.evaluate.score import fitted
 from pipeline.resident.resident import Resident
+from pipeline.sweep.draw import draw_manifest
 from pipeline.tasks import tasks
-from pipeline.tasks.draw import draw_manifest
 
 SOURCE = BackboneSource(variant="tiny")
 

@@ -33,7 +33,7 @@ NOT_RUN: dict[str, str] = {
     r"hificl pretrain .*": "takes up to half an hour",
     r"hificl (world|workspace) .*": "run by tests/miniature/test_world.py and tests/e2e",
     r"hificl sweep --study (?!hificl|mimic).*": "a study of the miniature",
-    r"python -m pipeline\.bench\..*": "needs a GPU",
+    r"python -m benchmarks\..*": "needs a GPU",
     r"python -m tests\..*": "measures or takes pictures for minutes",
 }
 

@@ -52,7 +52,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 import psutil
 from pipeline.config.load import Sweep
-from pipeline.sweep import tuner
+from pipeline.pool import tuner
 import ray
 with tuner.cluster(Sweep()):
     from pipeline.pool.worker import Worker

@@ -14,8 +14,8 @@ from pipeline.core.errors import InputError
 from pipeline.data.images import check_image, open_image
 from pipeline.data.manifest import Manifest
 from pipeline.scores.mmmu_pro import read_options
+from pipeline.sweep.draw import draw_manifest
 from pipeline.tasks.choice_files import letter_of
-from pipeline.tasks.draw import draw_manifest
 from pipeline.tasks.seed_bench import CLOSING
 from tests.scoring import main
 from tests.tasks.conftest import failure

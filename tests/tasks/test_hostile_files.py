@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from benchmarks.support.synthetic import SyntheticSize, write_images, write_vqav2
 from pipeline import tasks
 from pipeline.core.errors import InputError
-from pipeline.tasks.draw import draw_manifest
+from pipeline.sweep.draw import draw_manifest
 from pipeline.tasks.seed_bench import CLOSING
 from tests.tasks.conftest import png
 

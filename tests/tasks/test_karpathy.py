@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline import tasks
 from pipeline.core.errors import InputError
-from pipeline.tasks.draw import draw_manifest
+from pipeline.sweep.draw import draw_manifest
 from tests.tasks.conftest import failure
 
 PARTS = ("train", "restval", "val", "test", "train", "restval", "val", "test", "train")

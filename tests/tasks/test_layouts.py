@@ -15,7 +15,7 @@ from pipeline.lineage.trace import _Walk
 from pipeline.prompts.collate import collate
 from pipeline.prompts.prompt import encode_all, render
 from pipeline.resident.visual_tokens import VisualTokens
-from pipeline.tasks.draw import draw_manifest
+from pipeline.sweep.draw import draw_manifest
 from tests.tasks.conftest import LAYOUTS
 
 

@@ -59,7 +59,7 @@ def test_a_model_is_registered_by_backbone_task_and_method_and_the_best_has_its_
     store = TrialStore(project.folder / "runs")
     for name in NAMES:
         versions = client.search_model_versions(f"name = '{name}'")
-        objectives = {one.version: (store.done(one.tags["trial_key"]) or {})["objective"] for one in versions}
+        objectives = {one.version: store.done(one.tags["trial_key"]).objective for one in versions}
         assert all(float(one.tags["objective"]) == objectives[one.version] for one in versions)
         best = client.get_model_version_by_alias(name, "best")
         assert objectives[best.version] == max(objectives.values())

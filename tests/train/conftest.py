@@ -11,8 +11,8 @@ from pipeline.config.load import BackboneSource
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import TrialConfig
 from pipeline.miniature.world import write_world
+from pipeline.sweep.draw import draw_manifest
 from pipeline.tasks import tasks
-from pipeline.tasks.draw import draw_manifest
 from tests.conftest import ROOT
 
 BACKBONE = "mini-idefics2"

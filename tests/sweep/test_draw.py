@@ -14,7 +14,7 @@ from benchmarks.support.synthetic import SyntheticSize, write_images, write_vqav
 from pipeline import tasks
 from pipeline.core.errors import InputError
 from pipeline.data.manifest import Manifest
-from pipeline.tasks.draw import draw_manifest
+from pipeline.sweep.draw import draw_manifest
 
 PROJECT = Path(__file__).resolve().parents[2]
 VQA = tasks.get("mini-vqa")  # its pictures are PNG, and small here
@@ -111,7 +111,7 @@ def test_the_draw_is_pinned(whole):
 def test_the_draw_does_not_depend_on_the_hash_seed_or_the_process(whole):
     code = (
         "import sys; from pathlib import Path; from pipeline import tasks\n"
-        "from pipeline.tasks.draw import draw_manifest\n"
+        "from pipeline.sweep.draw import draw_manifest\n"
         "m = draw_manifest(tasks.get('mini-vqa'), Path(sys.argv[1]), seed=5, num_train=40, num_selection=20)\n"
         "print(m.digest)"
     )
