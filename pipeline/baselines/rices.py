@@ -66,8 +66,9 @@ class SimilarImages(Baseline):
             raise InputError(
                 f"{self.options.num_shots} demonstrations are asked for, the pool has {len(free)} images beside the "
                 "query's",
-                where="num_shots", way_out="Use fewer demonstrations or a larger pool (num_train_samples)",
-            )  # fmt: skip
+                where="num_shots",
+                way_out="Use fewer demonstrations or a larger pool (num_train_samples)",
+            )
         return free[: self.options.num_shots][::-1]
 
     def _features(self, samples: Sequence[Sample]) -> Any:

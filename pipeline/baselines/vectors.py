@@ -53,8 +53,9 @@ class VectorMethod(Baseline):
         if given is not None and given >= self.spec.num_layers:
             raise InputError(
                 f"layer {given} is asked for, the decoder has {self.spec.num_layers}",
-                where="layer", way_out=f"Give 0 to {self.spec.num_layers - 1}, or null to choose on the selection set",
-            )  # fmt: skip
+                where="layer",
+                way_out=f"Give 0 to {self.spec.num_layers - 1}, or null to choose on the selection set",
+            )
         with torch.no_grad():
             self.read()
         self.layer = self._best_layer() if given is None else given
@@ -99,8 +100,9 @@ class VectorMethod(Baseline):
         if not setting.selection:
             raise InputError(
                 "there is no selection sample to choose the layer on",
-                where="num_selection_samples", way_out="Draw some, or give the layer",
-            )  # fmt: skip
+                where="num_selection_samples",
+                way_out="Draw some, or give the layer",
+            )
         scores = []
         for layer, module in enumerate(self.spec.layers):
             with edited_prefill(module, self.edit(layer)):

@@ -38,8 +38,9 @@ def go_on_plainly() -> None:
     except UnicodeDecodeError:
         raise InputError(
             "the folder's path is no text in UTF-8, which DVC and MLflow keep paths in",
-            where=here.decode("ascii", "backslashreplace"), way_out="Rename the folder",
-        ) from None  # fmt: skip
+            where=here.decode("ascii", "backslashreplace"),
+            way_out="Rename the folder",
+        ) from None
     program = python()
     if program != sys.executable:
         sys.stdout.flush()
@@ -97,8 +98,9 @@ def require_plain(path: str, where: str) -> None:
     if not is_plain(path):
         raise InputError(
             f"Ray starts no worker from {path}: the path has other characters than {_LETTERS}",
-            where=where, way_out="Call the environment through a link whose path has none",
-        )  # fmt: skip
+            where=where,
+            way_out="Call the environment through a link whose path has none",
+        )
 
 
 def is_plain(path: str) -> bool:

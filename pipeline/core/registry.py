@@ -87,8 +87,9 @@ class Registry(Generic[T]):
                 self._loaded = False
                 raise InputError(
                     f"its {self.kind} '{entry.name}' cannot be loaded: {type(error).__name__}: {error}",
-                    where=_package_of(entry), way_out="Mend that package, or uninstall it",
-                ) from error  # fmt: skip
+                    where=_package_of(entry),
+                    way_out="Mend that package, or uninstall it",
+                ) from error
 
 
 @functools.cache

@@ -51,8 +51,9 @@ class Answerer:
         if "backbone" not in self.origin:
             raise InputError(
                 "the adapter does not name its backbone and task",
-                where=str(folder), way_out="Give the adapter folder of a trial: runs/KEY/adapter",
-            )  # fmt: skip
+                where=str(folder),
+                way_out="Give the adapter folder of a trial: runs/KEY/adapter",
+            )
         self.task = tasks.get(task_name or self.origin["task"])
 
     def answer(
@@ -112,8 +113,9 @@ class Answerer:
         if loaded.digest != wanted:
             raise InputError(
                 f"these weights (digest {loaded.digest[:12]}) are not those of the training ({wanted[:12]})",
-                where=f"backbones.{name}", way_out="Put the old weights back",
-            )  # fmt: skip
+                where=f"backbones.{name}",
+                way_out="Put the old weights back",
+            )
         return loaded, adapters.load(self.folder, loaded.model)
 
     def _check_question(self, question: str | None) -> None:

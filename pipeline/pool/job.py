@@ -43,9 +43,10 @@ def submit(arguments: list[str]) -> int:
     if json.loads(running.metadata.get("arguments", "[]")) != arguments:
         name = running.submission_id
         raise InputError(
-            f"a sweep with other arguments runs here: {running.metadata.get('arguments')}", where=f"Ray job {name}",
+            f"a sweep with other arguments runs here: {running.metadata.get('arguments')}",
+            where=f"Ray job {name}",
             way_out=f"Follow it with `hificl sweep --attach`, or end it with `ray job stop {name}`",
-        )  # fmt: skip
+        )
     say(f"this sweep runs already, as Ray job {running.submission_id}")
     return _follow(client, running.submission_id)
 
@@ -69,9 +70,10 @@ def attach() -> int:
     jobs = _sweeps(client)
     if not jobs:
         raise InputError(
-            "no sweep was submitted from this folder", where=str(Path.cwd()),
+            "no sweep was submitted from this folder",
+            where=str(Path.cwd()),
             way_out="Start one with `ray submit cluster.yaml sweep`, or `hificl sweep --submit` on the head",
-        )  # fmt: skip
+        )
     job = next((one for one in jobs if not _ended(one)), jobs[0])
     return _follow(client, job.submission_id)
 
@@ -85,10 +87,11 @@ def _client() -> Any:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
         raise InputError(
-            f"no Ray cluster answers ({str(error).splitlines()[0]})", where=address,
+            f"no Ray cluster answers ({str(error).splitlines()[0]})",
+            where=address,
             way_out="Run this on the head: `ray submit cluster.yaml sweep`, or "
             "`ray exec cluster.yaml 'cd ~/hificl-lab && hificl sweep --attach'`",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _sweeps(client: Any) -> list[Any]:
@@ -121,9 +124,10 @@ def _follow(client: Any, name: str) -> int:
         return INTERRUPTED
     except (RuntimeError, ConnectionError) as error:
         raise WorkError(
-            f"the connection to the cluster ended ({str(error).splitlines()[0]})", where=f"Ray job {name}",
+            f"the connection to the cluster ended ({str(error).splitlines()[0]})",
+            where=f"Ray job {name}",
             way_out="`hificl sweep --attach` follows it again",
-        ) from None  # fmt: skip
+        ) from None
     say(f"Ray job {name}: {job.status.value.lower()}")
     if job.status.value == "SUCCEEDED":
         return 0
@@ -138,6 +142,7 @@ def refuse_password(uri: str) -> None:
     """
     if urlsplit(uri).password:
         raise InputError(
-            "an address with a password would stand in the job's command and in logs", where="MLFLOW_TRACKING_URI",
+            "an address with a password would stand in the job's command and in logs",
+            where="MLFLOW_TRACKING_URI",
             way_out="Leave it out; MLflow reads ~/.mlflow/credentials, PostgreSQL ~/.pgpass (both mode 600)",
-        )  # fmt: skip
+        )

@@ -75,8 +75,9 @@ def work_in(home: str) -> None:
     except OSError as error:
         raise InputError(
             f"the project's folder {home} is not there ({error.strerror})",
-            where=f"node {ray.util.get_node_ip_address()}", way_out="Keep it on a path that all nodes share",
-        ) from None  # fmt: skip
+            where=f"node {ray.util.get_node_ip_address()}",
+            way_out="Keep it on a path that all nodes share",
+        ) from None
 
 
 def check_nodes() -> int:
@@ -118,5 +119,6 @@ def _compare(name: str, its: Version, mine: Version) -> None:
         if its.get(what) != expected:
             raise InputError(
                 f"has {what} {its.get(what)}, the sweep was started from {what} {expected}",
-                where=f"node {name}", way_out=_WAY_OUT,
-            )  # fmt: skip
+                where=f"node {name}",
+                way_out=_WAY_OUT,
+            )

@@ -145,9 +145,10 @@ class Attempts:
         self.note(f"the driver of stage {self.stage} is lost", why=str(why), attempt=self.count)
         if self.count >= self.most:
             raise WorkError(
-                f"gave up after {self.count} attempts: {why}", where=self.stage,
+                f"gave up after {self.count} attempts: {why}",
+                where=self.stage,
                 way_out="What had finished is kept; mend the cause and run the same command again",
-            ) from why  # fmt: skip
+            ) from why
 
 
 def train(

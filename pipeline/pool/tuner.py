@@ -156,9 +156,7 @@ def most_in_progress(sweep: Sweep, slots: int) -> int:
     return max(slots, min(slots * together, MOST_PROXIES)) + waiting
 
 
-def run_trials(
-    plan: Plan, keys: list[str], params: Params, tell: Tell, actor: Any = Dispatcher
-) -> None:  # fmt: skip
+def run_trials(plan: Plan, keys: list[str], params: Params, tell: Tell, actor: Any = Dispatcher) -> None:
     """Train the trials `keys` (and, under Optuna, the points that it asks for) on the current cluster.
 
     `actor` is the dispatcher's class; `hificl bench scale` gives one whose slots are simulated.
@@ -179,9 +177,7 @@ def by_world_size(plan: Plan, keys: list[str]) -> list[tuple[int, list[str], lis
     ]
 
 
-def _run(
-    plan: Plan, keys: list[str], adaptive: list[Cell], params: Params, tell: Tell, world: int, actor: Any
-) -> None:  # fmt: skip
+def _run(plan: Plan, keys: list[str], adaptive: list[Cell], params: Params, tell: Tell, world: int, actor: Any) -> None:
     slots = count_slots(params.sweep, world, len(keys) + len(adaptive) * params.sweep.num_samples)
     run_ahead = params.sweep.scheduler == "fifo"
     resolve = plan.request if adaptive else Requests({key: plan.request_of(plan.trials[key]) for key in keys})

@@ -64,8 +64,9 @@ class Resident:
         if self.loaded.digest != config.backbone_digest:
             raise InputError(
                 f"the weights (digest {self.loaded.digest[:12]}) are not the trial's ({config.backbone_digest[:12]})",
-                where=config.backbone, way_out="Put the old weights back, or run the sweep again for the new ones",
-            )  # fmt: skip
+                where=config.backbone,
+                way_out="Put the old weights back, or run the sweep again for the new ones",
+            )
         self.device = device
         self.forwards: Forwards = {}  # compiled ones, of the decoder's frozen parts
         self.visual = VisualTokens(self.loaded, cache)

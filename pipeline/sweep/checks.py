@@ -25,9 +25,10 @@ def check_engines(trials: Iterable[TrialConfig]) -> str:
     if "deepspeed" in asked and importlib.util.find_spec("deepspeed") is None:
         raise InputError(
             f"{asked.count('deepspeed')} trials ask for ZeRO, offload or the engine deepspeed, and DeepSpeed, "
-            "which is for Linux, is not installed", where="train",
+            "which is for Linux, is not installed",
+            where="train",
             way_out="Set train.zero_stage to 0, train.offload to none and train.engine to auto; or make setup on Linux",
-        )  # fmt: skip
+        )
     return ", ".join(f"{asked.count(name)} trained by {name}" for name in sorted(set(asked)))
 
 
@@ -66,8 +67,9 @@ def check_pictures(path: Path, backbone: str) -> int:
         more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         raise InputError(
             f"{backbone} does not take {len(bad)} of {len(images)} pictures: {'; '.join(bad[:_NAMED])}{more}",
-            where=manifest.task, way_out="Take them out of the data and draw again, or leave the backbone out",
-        )  # fmt: skip
+            where=manifest.task,
+            way_out="Take them out of the data and draw again, or leave the backbone out",
+        )
     return len(images)
 
 

@@ -121,9 +121,10 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore)
     if missing:
         name, why = next(iter(missing.items()))
         raise WorkError(
-            f"{len(missing)} of {len(cells)} cells have no number; the first, {name}: {why}", where="evaluate",
+            f"{len(missing)} of {len(cells)} cells have no number; the first, {name}: {why}",
+            where="evaluate",
             way_out="Run `dvc repro train`, or `hificl sweep`; what is scored is kept",
-        )  # fmt: skip
+        )
 
 
 def candidates(params: Params, cell: Cell, store: TrialStore) -> list[tuple[Point, TrialConfig]]:

@@ -110,7 +110,7 @@ def scored_by(config: TrialConfig, places: Places, split: str, number: int) -> R
 
 def _run_input(
     config: TrialConfig, places: Places, split: str, context: str, samples: str, rows: int | None
-) -> RunInput:  # fmt: skip
+) -> RunInput:
     manifest = os.path.relpath(places.manifest(config.task), places.runs.parent)
     return RunInput(
         name=f"{config.task}/{split}", source=manifest, digest=config.manifest_digest, context=context, samples=samples,

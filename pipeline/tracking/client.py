@@ -44,7 +44,7 @@ from pipeline.tracking.records import (
     TrialRun,
     missing_inputs,
     text_of,
-)  # fmt: skip
+)
 from pipeline.tracking.store import StoreAway
 
 for _name in ("alembic", "mlflow.system_metrics", "mlflow.store.db"):
@@ -561,9 +561,10 @@ def _talking(uri: str, kind: type[InputError] | type[WorkError] = WorkError) -> 
         where, cause = store.shown(uri), (str(error).strip() or type(error).__name__).splitlines()[0]
         if "out-of-date database schema" in str(error):
             raise InputError(
-                "the store was written by another version of MLflow", where=where,
+                "the store was written by another version of MLflow",
+                where=where,
                 way_out=f"Save a copy, then run: mlflow db upgrade {where}",
-            ) from None  # fmt: skip
+            ) from None
         away = not isinstance(error, MlflowException) or error.error_code in _AWAY_CODES
         away_kind = StoreAway if kind is WorkError else store.Unreachable
         raise (away_kind if away else kind)(f"the MLflow store failed: {cause}", where=where) from error

@@ -130,8 +130,9 @@ class LoggedRun:
     def of(cls, run: Run) -> LoggedRun:
         """Return MLflow's own record as one of these."""
         known = run.inputs.dataset_inputs if run.inputs else []
-        inputs = tuple(LoggedInput(row.dataset.name, row.dataset.digest, row.dataset.source, _context(row))
-                       for row in known)  # fmt: skip
+        inputs = tuple(
+            LoggedInput(row.dataset.name, row.dataset.digest, row.dataset.source, _context(row)) for row in known
+        )
         return cls(
             run.info.run_id, run.info.experiment_id, run.info.run_name, run.info.status, run.info.start_time,
             run.info.end_time, dict(run.data.params), dict(run.data.tags), dict(run.data.metrics),

@@ -89,17 +89,19 @@ def start(folder: Path, *, host: str, port: int, database: str | None, artifacts
     address = f"http://{host}:{port}"
     if host in ("0.0.0.0", "::", ""):  # noqa: S104 - refused here
         raise InputError(
-            "the server would listen on every interface of the machine", where="--host",
+            "the server would listen on every interface of the machine",
+            where="--host",
             way_out="Give 127.0.0.1 and look through an ssh tunnel, or the cluster's own address",
-        )  # fmt: skip
+        )
     folder = folder.expanduser().resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     database = database or os.environ.get("MLFLOW_BACKEND_STORE_URI") or store.sqlite_uri(folder / "mlflow.db")
     if urlsplit(database).password:
         raise InputError(
-            "has a password in it, which every process of the server would pass on", where="--database",
+            "has a password in it, which every process of the server would pass on",
+            where="--database",
             way_out="Leave it out and put HOST:PORT:DATABASE:USER:PASSWORD into ~/.pgpass (mode 600)",
-        )  # fmt: skip
+        )
     password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or _secret(folder / "password", 24)
     _credentials(password)
     if _answers(address, password):

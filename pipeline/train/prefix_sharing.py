@@ -128,9 +128,7 @@ def sharing_prefix(spec: DecoderSpec, layout: PrefixLayout | None) -> Iterator[N
         output.last_hidden_state = layout.spread(output.last_hidden_state)
         return output
 
-    hooks = [
-        spec.decoder.register_forward_pre_hook(lay, with_kwargs=True), spec.decoder.register_forward_hook(spread)
-    ]  # fmt: skip
+    hooks = [spec.decoder.register_forward_pre_hook(lay, with_kwargs=True), spec.decoder.register_forward_hook(spread)]
     try:
         yield
     finally:
