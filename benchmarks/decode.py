@@ -18,8 +18,7 @@ from benchmarks.support.published import published_attention
 from benchmarks.support.shapes import WORKLOADS, Bench, DecoderShape, Workload, decoder
 from benchmarks.support.timing import Findings, alternate, main, one_thread, report
 from pipeline import adapters
-from pipeline.adapters.attach import attach
-from pipeline.adapters.interface import attention_forward
+from pipeline.adapters.attach import attach, attention_forward
 from pipeline.attention.merged import repeat
 from pipeline.backbones.decoder import decoder_of
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.timing import Findings, quartiles, report
-from pipeline.commands import workspace_folder as workspace
+from pipeline.commands import workspace
 from pipeline.core import plain_yaml
 from pipeline.core.errors import WorkError
 
@@ -76,7 +76,7 @@ def prepare(
     before = Path.cwd()
     os.chdir(ROOT)
     try:
-        workspace.create(folder, profile="mini")
+        workspace.make_workspace(folder, profile="mini")
     finally:
         os.chdir(before)
     shutil.copy(ROOT / "dvc.lock", folder / "dvc.lock")  # the backbones are made

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline import report
 from pipeline.config.load import Params
-from pipeline.records.evaluations import Evaluations
+from pipeline.records.evaluation import Evaluations
 from pipeline.report import tracked
 from stages.common import run
 

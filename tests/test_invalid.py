@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config.schema import Train
-from pipeline.core.errors import InputError
-from pipeline.core.invalid import validate
-from pipeline.measure.base import create_measure
+from pipeline.core.errors import InputError, validate
+from pipeline.measure import create_measure
 from pipeline.methods import parse
 
 

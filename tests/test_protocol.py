@@ -21,7 +21,7 @@ from pipeline.prompts.prompt import draw_demos, encode, render, stop_strings
 from pipeline.sweep.draw import draw_manifest
 from pipeline.tasks import tasks
 from pipeline.tasks.caption_files import CAPTION_TEMPLATE
-from pipeline.tasks.vqa_files import VQA_TEMPLATE, VqaTask
+from pipeline.tasks.vqa import VQA_TEMPLATE, VqaTask
 from tests.conftest import ROOT
 
 BASE = {"backbone": "b", "backbone_digest": "0", "task": "t", "manifest_digest": "1", "method": "hificl"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.commands.workspace_folder import create, dvc
+from pipeline.commands.workspace import dvc, make_workspace
 from pipeline.core.errors import InputError
 from tests.conftest import ROOT
 
@@ -22,7 +22,7 @@ def test_it_has_the_stages_that_its_data_need(tmp_path: Path, monkeypatch, profi
     monkeypatch.chdir(ROOT)
     data = None if takes_checkpoints else tmp_path
     for _ in range(2):  # a second time changes nothing
-        create(tmp_path / "beside", profile=profile, data=data)
+        make_workspace(tmp_path / "beside", profile=profile, data=data)
         stages = yaml.safe_load((tmp_path / "beside/dvc.yaml").read_text())["stages"]
         assert next(iter(stages)) == first and "backbone" not in stages
         assert ("official" in stages) == (data is not None)
@@ -37,9 +37,9 @@ def test_it_has_the_stages_that_its_data_need(tmp_path: Path, monkeypatch, profi
 def test_unknown_profiles_and_missing_data_are_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(InputError, match="unknown profile 'mini-claim'.*mini-claims"):
-        create(tmp_path / "beside", profile="mini-claim")
+        make_workspace(tmp_path / "beside", profile="mini-claim")
     with pytest.raises(InputError, match="no such folder"):
-        create(tmp_path / "beside", profile="real", data=tmp_path / "nowhere")
+        make_workspace(tmp_path / "beside", profile="real", data=tmp_path / "nowhere")
     assert not (tmp_path / "beside").exists()
 
 
@@ -49,10 +49,10 @@ def test_a_link_in_the_data_that_leads_nowhere_is_named_before_any_work(tmp_path
     data = tmp_path / "data"
     (data / "vqav2").mkdir(parents=True)
     (data / "round").symlink_to(data)  # a circle is no fault
-    create(tmp_path / "fine", profile="real-check", data=data)
+    make_workspace(tmp_path / "fine", profile="real-check", data=data)
     (data / "vqav2/old").symlink_to("/nowhere/old-annotations")
     with pytest.raises(InputError, match=r"data/vqav2/old: is a link to /nowhere/old-annotations, which is not there"):
-        create(tmp_path / "beside", profile="real-check", data=data)
+        make_workspace(tmp_path / "beside", profile="real-check", data=data)
     assert not (tmp_path / "beside").exists()
 
 

@@ -14,9 +14,8 @@ from pipeline.config.request import TrialRequest
 from pipeline.config.trial import TrialConfig
 from pipeline.plan.inputs import Places
 from pipeline.plan.plan import Plan
-from pipeline.records.epoch import EpochReport, TrialReport
 from pipeline.records.store import TrialStore
-from pipeline.records.trial import TrialEnd
+from pipeline.records.trial import EpochReport, TrialEnd, TrialReport
 
 PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
 EPOCHS, STEPS = 2, 250  # as a trial of the miniature has in an epoch

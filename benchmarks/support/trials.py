@@ -15,7 +15,7 @@ from pipeline.config.load import BackboneSource
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import TrialConfig
 from pipeline.miniature.world import write_world
-from pipeline.records.epoch import EpochReport
+from pipeline.records.trial import EpochReport
 from pipeline.sweep.draw import draw_manifest
 from pipeline.tasks import tasks
 from pipeline.train.workbench import Workbench

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from pipeline.config.trial import Kind, State
-from pipeline.core.invalid import validate
+from pipeline.core.errors import validate
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.baselines.base import BaselineOptions, baselines
+from pipeline.baselines import BaselineOptions, baselines
 from pipeline.baselines.vectors import Edit, Shots, VectorMethod, VectorOptions, last_states
 
 _TOKENS = 8192  # tokens in a batch of copies of one prompt; an 8B backbone's activations of them fit beside it

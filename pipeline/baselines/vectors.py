@@ -1,4 +1,4 @@
-"""What task vectors and function vectors share: prompts to read states from, one place to edit, and its layer.
+"""Task vectors, and what they share with function vectors: prompts to read states from, one place to edit, its layer.
 
 Shape letters: L layers, D hidden size.
 """
@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.backbones.decoder import decoder_of
-from pipeline.baselines.base import Baseline, BaselineOptions, Setting
-from pipeline.baselines.icl import draw_from
+from pipeline.baselines import Baseline, BaselineOptions, Setting, baselines
+from pipeline.baselines.demonstrations import draw_from
 from pipeline.core.errors import InputError
 from pipeline.data.sample import Sample
 from pipeline.prompts.prompt import draw_demos
@@ -155,3 +155,32 @@ def last_states(modules: Sequence[nn.Module], *, inputs: bool = False) -> Iterat
     finally:
         for handle in handles:
             handle.remove()
+
+
+class TaskVectorOptions(VectorOptions):
+    """One prompt, as in the paper, unless `num_prompts` asks for a mean over several."""
+
+
+@baselines.register
+class TaskVector(VectorMethod):
+    """h_l[last] <- theta_l, theta_l = h_l[last] of [k demonstrations ; dummy query] (Hendel et al. 2023).
+
+    The dummy query is a sample of the pool, so that no query sees its own answer. With `num_prompts` above 1 theta_l
+    is the mean over as many prompts.
+    """
+
+    name = "task-vector"
+    Options: ClassVar[type[BaselineOptions]] = TaskVectorOptions
+
+    def read(self) -> None:
+        """Take the states after every layer, [L, D]."""
+        states = []
+        for shots in self.shots(self.options.num_prompts, "task-vector"):
+            with last_states(self.spec.layers) as seen:
+                self.run([shots])
+            states.append(torch.cat(seen))
+        self.vectors = torch.stack(states).mean(0)
+
+    def edit(self, layer: int) -> Edit:
+        """Put the vector in the state's place."""
+        return self.vectors[layer].expand_as

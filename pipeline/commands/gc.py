@@ -13,7 +13,7 @@ from pipeline.core.terminal import Answer, Facts
 
 if TYPE_CHECKING:
     from pipeline.config.load import Params
-    from pipeline.records.evaluations import Evaluations
+    from pipeline.records.evaluation import Evaluations
 
 
 def register(line: CommandLine) -> None:
@@ -43,7 +43,7 @@ def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
     Raises:
         InputError: nothing was evaluated, so that nothing is referred to; or a sweep holds the store.
     """
-    from pipeline.records.evaluations import Evaluations
+    from pipeline.records.evaluation import Evaluations
     from pipeline.records.store import TrialStore
     from pipeline.tracking.client import Tracker
     from pipeline.tracking.registry import ModelRegistry

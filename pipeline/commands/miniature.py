@@ -38,7 +38,7 @@ def world(args: argparse.Namespace) -> Any:
         num_val_images=args.num_val_images, difficulty=args.difficulty,
     )  # fmt: skip
     if args.picture:
-        from pipeline.report.world import draw_world
+        from pipeline.report.miniature import draw_world
 
         draw_world(Path(args.folder), Path(args.picture))
     return written
@@ -48,7 +48,7 @@ def pretrain(args: argparse.Namespace) -> None:
     """Pretrain a backbone and draw how it learned."""
     from pipeline.core.progress import bar
     from pipeline.miniature import pretrain as training
-    from pipeline.report.emergence import draw_emergence
+    from pipeline.report.miniature import draw_emergence
     from pipeline.tracking.provenance import head_commit
 
     with bar(f"pretrain {args.backbone}") as progress:

@@ -1,4 +1,4 @@
-"""`hificl methods`, `hificl backbones`, `hificl tasks`: what can be named in params.yaml and on the command line."""
+"""`hificl methods`, `hificl backbones`, `hificl tasks`: what can be named; `hificl completion`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ def register(line: CommandLine) -> None:
     line.verb("names", "backbones", of_backbones, text, answers=True)
     text = "what is asked: every task and its score"
     line.verb("names", "tasks", of_tasks, text, answers=True)
+
+    parser = line.verb("names", "completion", completion, 'complete words: eval "$(hificl completion bash)"')
+    parser.add_argument("shell", choices=["bash", "zsh", "fish"])
 
 
 def of_methods(_: argparse.Namespace) -> Rows:
@@ -62,3 +65,10 @@ def of_tasks(_: argparse.Namespace) -> Rows:
     ]  # fmt: skip
     heads = {"name": "task", "metric": "metric", "unit": "unit", "question": "question", "stands_for": "stands for"}
     return Rows(rows, heads)
+
+
+def completion(args: argparse.Namespace) -> None:
+    """Print the shell's code."""
+    import argcomplete
+
+    print(argcomplete.shellcode(["hificl"], shell=args.shell))

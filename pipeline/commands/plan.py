@@ -1,4 +1,4 @@
-"""`hificl plan`: what a study takes on the real backbones, before anything is downloaded."""
+"""Before anything runs: `hificl trials` (every setting), `hificl plan` (GPU-hours), `hificl params` (parameters)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,32 @@ from pipeline.core.terminal import Answer, Facts
 if TYPE_CHECKING:
     from pipeline.cost.hours import Rates
 
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.core.terminal import short, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from pipeline.plan.trials import TrialRow
+
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
 REAL = "real"
 
 
 def register(line: CommandLine) -> None:
-    """Add the verb."""
+    """Add the verbs."""
     parser = line.verb("check", "plan", plan, "the GPU-hours of a study on the real backbones", answers=True)
     study_names(parser.add_argument("--study", required=True))
     parser.add_argument("--gpus", type=int, default=1)
@@ -25,6 +46,16 @@ def register(line: CommandLine) -> None:
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16 (default: an H100's 989)")
     parser.add_argument("--bandwidth-tb", type=float, default=3.35, help="memory, TB/s (default: an H100's 3.35)")
     profile_name(parser.add_argument("--profile", default=REAL))
+    settable(parser)
+
+    parser = line.verb("look", "trials", trials, "what would train: every setting, and where it is from", answers=True)
+    study_names(parser.add_argument("--study", action="append", metavar="S", help="a study (default: the profile's)"))
+    profile_name(parser.add_argument("--profile", metavar="P", help="a profile (default: params.yaml's)"))
+    settable(parser)
+
+    parser = line.verb("check", "params", params, "a method's trainable parameters on a real backbone", answers=True)
+    parser.add_argument("--backbone", required=True)
+    parser.add_argument("--method", required=True)
     settable(parser)
 
 
@@ -79,3 +110,141 @@ def forecast(
         "method": "FLOPs counted by the formulas of pipeline/cost from the real configurations; "
         "hours = FLOPs / (peak x utilisation), decoding = weights read / (bandwidth x utilisation). No GPU was asked.",
     }  # fmt: skip
+
+
+_SHOWN = (
+    "task", "backbone", "num_train_samples", "num_shots", "epochs", "learning_rate", "weight_decay", "precision",
+    "seed", "num_evaluation",
+)  # fmt: skip
+
+
+def trials(args: argparse.Namespace) -> Trials:
+    """Return the trials of some studies."""
+    from pipeline.config.load import load
+    from pipeline.plan.inputs import places
+    from pipeline.plan.trials import trial_rows
+    from pipeline.records.store import TrialStore
+
+    params, where = load(overrides=args.set, profile=args.profile), places()
+    studies = args.study or params.run.studies
+    return Trials(trial_rows(params, studies, where, TrialStore(where.runs).finished))
+
+
+@dataclass(frozen=True)
+class Trials(Answer):
+    """The trials of some studies."""
+
+    rows: list[TrialRow]
+
+    def record(self) -> list[dict[str, Any]]:
+        """Return a record a trial."""
+        return [row.record() for row in self.rows]
+
+    def shown(self) -> Iterator[RenderableType]:
+        """Give each study's trials by what differs between them, and below every setting and where it comes from."""
+        for study in dict.fromkeys(row.study for row in self.rows):
+            rows = [row for row in self.rows if row.study == study]
+            yield f"{study}: {len(rows)} trials, {sum(row.done for row in rows)} done\n"
+            yield _by_trial(rows)
+            yield ""
+            yield _by_setting(rows)
+            yield ""
+
+
+def _by_trial(rows: Sequence[TrialRow]) -> Table:
+    """Return a row a trial, with the settings that are not the same in all that have them."""
+    facts, options = [_settings(row) for row in rows], [_options(row) for row in rows]
+    differ, own = _differing(facts), _differing(options)
+    heads = [name.replace("_", "\n") for name in differ]  # narrow as the numbers below them
+    made = table("row", *heads, *(["options"] if own else []), "done", right=heads[differ.count("task") :])
+    for row, fact, option in zip(rows, facts, options, strict=True):
+        shown = " ".join(f"{name}={option[name]}" for name in own if name in option)
+        cells = [*(fact[name] for name in differ), *([shown] if own else [])]
+        made.add_row(row.row, *cells, "yes" if row.done else "")
+    return made
+
+
+def _by_setting(rows: Sequence[TrialRow]) -> Table:
+    """Return a row a setting: its values, and where they come from."""
+    facts = [{**_settings(row), **_options(row)} for row in rows]
+    made = table("setting", "value", "from")
+    for name in dict.fromkeys(name for fact in facts for name in fact):
+        having = [(row, fact[name]) for row, fact in zip(rows, facts, strict=True) if name in fact]
+        values = dict.fromkeys(value for _, value in having)
+        sources = dict.fromkeys(row.sources[name] for row, _ in having if name in row.sources)
+        made.add_row(name, ", ".join(values), ", ".join(sources) or "the study and the profile")
+    return made
+
+
+def _differing(facts: Sequence[Mapping[str, str]]) -> list[str]:
+    names = dict.fromkeys(name for fact in facts for name in fact)
+    return [name for name in names if len({fact[name] for fact in facts if name in fact}) > 1]
+
+
+def _settings(row: TrialRow) -> dict[str, str]:
+    """Return what all methods have, as a table shows it."""
+    record = row.record()
+    return {name: short(record[name]) for name in _SHOWN}
+
+
+def _options(row: TrialRow) -> dict[str, str]:
+    """Return the method's own options."""
+    return {name: short(value) for name, value in row.trial.options.items() if not isinstance(value, dict | list)}
+
+
+def params(args: argparse.Namespace) -> Count:
+    """Count what the command line names."""
+    return count(args.backbone, args.method, args.set)
+
+
+@dataclass(frozen=True)
+class Count(Answer):
+    """The parameters that a method trains, in all and by module."""
+
+    backbone: str
+    method: str
+    options: dict[str, Any]
+    trainable: int
+    modules: dict[str, int]
+
+    def record(self) -> dict[str, Any]:
+        """Return the fields."""
+        return asdict(self)
+
+    def shown(self) -> Iterator[RenderableType]:
+        """Give the sum, and a row for the modules that have one name but for the layer's number."""
+        yield f"{self.method} on {self.backbone}: {self.trainable:,} trainable parameters"
+        yield f"options: {short(self.options)}\n"
+        alike: dict[str, list[int]] = {}
+        for name, size in self.modules.items():
+            alike.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(size)
+        rows = table("module", "how many", "parameters", right=("how many", "parameters"))
+        for name, sizes in alike.items():
+            rows.add_row(name, str(len(sizes)), f"{sum(sizes):,}")
+        yield rows
+
+
+def count(backbone: str, method: str, settings: list[str]) -> Count:
+    """Return what a method trains on a backbone's real configuration.
+
+    Args:
+        backbone: a registered backbone.
+        method: a method that trains.
+        settings: its options as `key=value`.
+
+    Raises:
+        InputError: unknown backbone, method or option.
+    """
+    from pipeline import adapters, backbones
+    from pipeline.core.plain_yaml import read
+
+    options = {}
+    for item in settings:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise InputError(f"'{item}' is not of the form key=value", where="--set", way_out="Write --set rank=8")
+        options[key] = read(text, f"--set {key}")
+    checked = adapters.options_of(method).checked(options, method)
+    model = backbones.load(backbone, variant="meta").model
+    adapter = adapters.make(method, model, checked)
+    return Count(backbone, method, checked.plain(), adapter.num_trainable(), adapter.modules_trainable())

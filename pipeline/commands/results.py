@@ -1,4 +1,4 @@
-"""`hificl results`: the report's tables on the terminal."""
+"""`hificl results`, `hificl gallery`, `hificl where`: tables on the terminal, a page of figures, where both lie."""
 
 from __future__ import annotations
 
@@ -12,11 +12,25 @@ if TYPE_CHECKING:
     from pipeline.report.results import StudyResults
 
 
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.core.terminal import Answer
+
+
 def register(line: CommandLine) -> None:
-    """Add the verb."""
+    """Add the verbs."""
     parser = line.verb("look", "results", results, "what studies came out as: the report's tables", answers=True)
     text = "a study that is evaluated (default: the profile's)"
     study_names(parser.add_argument("study", nargs="*", metavar="S", help=text))
+
+    line.verb("look", "where", where, "where the report and the MLflow store of this folder are", answers=True)
+
+    parser = line.verb("look", "gallery", gallery, "a Markdown page of the report's figures")
+    parser.add_argument("--out", default="docs/gallery.md", metavar="FILE")
+    text = "also write tables between the marks of a document"
+    parser.add_argument("--into", action="append", default=[], metavar="FILE", help=text)
 
 
 def results(args: argparse.Namespace) -> StudyResults:
@@ -27,3 +41,40 @@ def results(args: argparse.Namespace) -> StudyResults:
 
     params, evaluations = load(), Path("evaluations")
     return StudyResults([report.load_table(name, params, evaluations) for name in args.study or params.run.studies])
+
+
+@dataclass(frozen=True)
+class Whereabouts(Answer):
+    """Where a folder's results are; None for what is not there yet."""
+
+    report: str | None
+    tables: str | None
+    runs: str | None
+
+    def record(self) -> dict[str, str | None]:
+        """Return the paths."""
+        return asdict(self)
+
+    def shown(self) -> Iterator[str]:
+        """Give a line a place, and how to look at it."""
+        yield f"report  {self.report or 'none yet: dvc repro'}"
+        yield f"tables  {f'{self.tables}/*.md and *.csv' if self.tables else 'none yet'}"
+        yield f"runs    {f'{self.runs}, in a browser by `hificl ui`' if self.runs else 'none yet'}"
+
+
+def where(_: argparse.Namespace) -> Whereabouts:
+    """Return where the report, its tables and the MLflow store of the current folder are."""
+    folder = Path.cwd()
+    places = (folder / "reports/index.html", folder / "reports", folder / "mlflow.db")
+    return Whereabouts(*(str(path) if path.exists() else None for path in places))
+
+
+def gallery(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the page and return what is on it."""
+    from pipeline.config.load import load
+    from pipeline.report import gallery as documents
+    from pipeline.report.gallery import write_gallery
+
+    params, evaluations = load(), Path("evaluations")
+    filled = {path: documents.write_into(Path(path), params, evaluations) for path in args.into}
+    return {"page": args.out, "studies": write_gallery(params, evaluations, Path(args.out)), "filled": filled}

@@ -1,15 +1,18 @@
-"""`hificl sweep`: train the trials that are open, here or as a job of a Ray cluster."""
+"""`hificl sweep`: train the trials that are open, here or as a Ray job; `hificl run-trial`: one by its own JSON."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+from typing import Any
 
 from pipeline.commands.parser import CommandLine, settable, study_names
+from pipeline.core.terminal import Answer, Facts
 
 
 def register(line: CommandLine) -> None:
-    """Add the verb."""
+    """Add the verbs."""
     parser = line.verb("run", "sweep", sweep, "train the trials that are open; safe to kill and to run again")
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
@@ -17,6 +20,13 @@ def register(line: CommandLine) -> None:
     )
     how.add_argument("--attach", action="store_true", help="follow the sweep that was submitted from this folder")
     study_names(parser.add_argument("--study", action="append", metavar="S", help="a study (default: the profile's)"))
+    settable(parser)
+
+    parser = line.verb("run", "run-trial", run_trial, "train and score a trial by its own config.json", answers=True)
+    parser.add_argument("file", metavar="FILE", help="such as runs/KEY/config.json, from here or elsewhere")
+    text = "score it as this evaluations/KEY.json was (default: as params.yaml has it)"
+    parser.add_argument("--evaluation", metavar="FILE", help=text)
+    parser.add_argument("--train-only", action="store_true", help="do not score it")
     settable(parser)
 
 
@@ -37,3 +47,19 @@ def sweep(args: argparse.Namespace) -> None:
 
 def _repeated(flag: str, values: list[str]) -> list[str]:
     return [word for value in values for word in (flag, value)]
+
+
+def run_trial(args: argparse.Namespace) -> Answer:
+    """Train and score it in the current folder: weights, samples and machine are params.yaml's, the rest its own."""
+    from pipeline.config.load import load
+    from pipeline.sweep import recorded
+
+    trial = recorded.read(Path(args.file), Path(args.evaluation) if args.evaluation else None)
+    params, root = load(overrides=args.set), Path.cwd()
+    recorded.train(trial, params, root)
+    facts: dict[str, Any] = {"trial": trial.config.key, "folder": f"runs/{trial.config.key}"}
+    if not args.train_only:
+        key, score = recorded.score(trial, params, root)
+        facts |= {"evaluation": f"evaluations/{key}.json", "metric": score.metric, "unit": score.unit}
+        facts["value"] = score.value
+    return Facts(facts)

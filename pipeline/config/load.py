@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.papers import settings
+from pipeline.config import papers
 from pipeline.config.schema import (
     BackboneSource,
     Evaluate,
@@ -36,8 +36,7 @@ from pipeline.config.schema import (
     Tracking,
     Train,
 )
-from pipeline.core.errors import InputError, nearest
-from pipeline.core.invalid import validate
+from pipeline.core.errors import InputError, nearest, validate
 from pipeline.core.plain_yaml import read
 
 __all__ = [
@@ -112,7 +111,7 @@ def _resolved(raw: dict[str, Any], where: str) -> Params:
                     f"'{name}' cannot be the name of one of the {kind}", where=where,
                     way_out="A name has letters (a-z), digits, '_', '-' and '.', and begins with a letter or digit",
                 )  # fmt: skip
-    protocols = {**settings.protocols(), **file.protocols}
+    protocols = {**papers.protocols(), **file.protocols}
     if file.protocol is not None and file.protocol not in protocols:
         raise InputError(f"unknown protocol '{file.protocol}'", where=where, way_out=nearest(file.protocol, protocols))
     chosen = protocols[file.protocol] if file.protocol else Protocol()

@@ -28,7 +28,7 @@ from pipeline.resident import image_features
 from pipeline.resident.resident import Resident
 from pipeline.tasks import tasks
 from pipeline.tasks.base import Split
-from pipeline.tasks.vqa_files import VqaTask
+from pipeline.tasks.vqa import VqaTask
 
 
 def answer(

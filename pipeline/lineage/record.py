@@ -9,13 +9,11 @@ from typing import Any
 from pipeline import methods
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
-from pipeline.core.rounding import rounded
 from pipeline.lineage.checks import key_of
-from pipeline.records.epoch import EpochReport
 from pipeline.records.evaluation import Evaluation
-from pipeline.records.trial import Provenance
+from pipeline.records.trial import EpochReport, Provenance
 from pipeline.tracking.client import LEDGER_FILE, Tracker
-from pipeline.tracking.records import FINISHED
+from pipeline.tracking.records import FINISHED, rounded
 
 _SCORED = "evaluation"  # the artifact folder of scores
 _OTHER_RUN = "Give another run"

@@ -1,4 +1,7 @@
-"""One trial again, in a private folder: its own parameters, runs, evaluations and MLflow store."""
+"""One trial again, in a private folder: its own parameters, runs, evaluations and MLflow store.
+
+Code that has `hificl run-trial` is given the trial's own JSON; older code a study whose one row has every setting.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,25 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.load import Params
+from pipeline import backbones
+from pipeline.config.load import Params, merge
+from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core import plain_yaml
 from pipeline.core.errors import WorkError
 from pipeline.core.files import folder_digest
 from pipeline.data.manifest import Manifest
-from pipeline.lineage import older
 from pipeline.lineage.record import RunRecord, exact
-from pipeline.records.evaluation import Evaluation
-from pipeline.records.evaluations import Evaluations
+from pipeline.records.evaluation import Evaluation, Evaluations
+from pipeline.tasks import tasks
 from pipeline.tracking import store
 from pipeline.tracking.client import Tracker
 
-_ENTRY = Path("pipeline/commands/run_trial.py")  # code that has it takes a trial's own JSON
+_RECORDED = Path("pipeline/sweep/recorded.py")  # code that has it takes a trial's own JSON (`hificl run-trial`)
 _STANDARD_ERROR = 2
 
 
@@ -57,8 +62,10 @@ def rerun(record: RunRecord, params: Params, manifest: Manifest, code: Path, fol
     here = replace(manifest, image_root=manifest.image_root.resolve())
     here.save(folder / "data/manifests" / manifest.task / "manifest.json")
     raw, scored = surroundings(record, params), record.evaluation is not None
-    whole = (code / _ENTRY).is_file()
-    (folder / "params.yaml").write_text(plain_yaml.write(raw if whole else older.params(record, raw)), encoding="utf-8")
+    whole = (code / _RECORDED).is_file()
+    (folder / "params.yaml").write_text(
+        plain_yaml.write(raw if whole else params_of_older_code(record, raw)), encoding="utf-8"
+    )
     if whole:
         (folder / "trial.json").write_text(json.dumps(record.config), encoding="utf-8")
         how = ["--train-only"]
@@ -67,7 +74,7 @@ def rerun(record: RunRecord, params: Params, manifest: Manifest, code: Path, fol
             how = ["--evaluation", "evaluation.json"]
         _run(folder, code, "pipeline", "run-trial", "trial.json", *how)
     else:
-        for stage in older.STAGES if scored else older.STAGES[:1]:
+        for stage in _STAGES if scored else _STAGES[:1]:
             _run(folder, code, stage)
     return _result(folder, scored=scored)
 
@@ -76,7 +83,7 @@ def surroundings(record: RunRecord, params: Params) -> dict[str, Any]:
     """Return a params.yaml with all that is no part of a trial: where weights and files lie, and the machine."""
     backbone = record.config["backbone"]
     profile = {
-        "backbones": [backbone], "tasks": [record.config["task"]], "studies": [older.STUDY],
+        "backbones": [backbone], "tasks": [record.config["task"]], "studies": [STUDY],
         "data_root": str(Path(params.run.data_root).resolve()),
     }  # fmt: skip
     source = params.backbone_source(backbone).model_dump()
@@ -121,3 +128,48 @@ def _result(folder: Path, *, scored: bool) -> Again:
         key, exact(tracker, run_id, run.metrics, evaluation), evaluation, folder_digest(done.parent / "adapter"),
         run.tags.get("mlflow.source.git.commit"),
     )  # fmt: skip
+
+
+STUDY = "again"
+_STAGES = ("stages.train", "stages.evaluate")
+_IDENTITY = ("backbone", "backbone_digest", "task", "manifest_digest", "method", "options", "seed")
+_GENERATION = ("num_beams", "length_penalty", "max_new_tokens")
+
+
+def params_of_older_code(record: RunRecord, machine: dict[str, Any]) -> dict[str, Any]:
+    """Return a params.yaml: what is no part of the trial, with the study and how it is scored."""
+    config = record.config
+    study = {
+        "title": f"Run {record.run_id} again", "seeds": [config["seed"]],
+        "backbones": [backbones.get(config["backbone"]).stands_for or config["backbone"]],
+        "tasks": [tasks.get(config["task"]).stands_for],
+        "methods": {"again": {"method": config["method"], "set": {**_settings(config), **config["options"]}}},
+    }  # fmt: skip
+    return merge(machine, {"studies": {STUDY: study}, "evaluate": _evaluate(record.evaluation)})
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return every training setting of a configuration, by its name in params.yaml."""
+    later = _defaults(TrialConfig, TrialConfig.later)
+    row = {name: value for name, value in config.items() if name not in _IDENTITY and (name, value) not in later}
+    if not config["epochs"]:  # nothing is trained: what is neutral is no setting
+        return {name: value for name, value in row.items() if value not in (0, "none") or isinstance(value, bool)}
+    row["epochs_below_1000"] = row["epochs"]
+    return {name: value for name, value in row.items() if (name, value) != ("num_shots", 0)}  # 0: no teacher
+
+
+def _defaults(kind: type[TrialConfig] | type[EvaluationConfig], names: Iterable[str]) -> list[tuple[str, Any]]:
+    """Return the fields at their defaults: older code does not know them all, and they change nothing."""
+    return [(name, kind.model_fields[name].default) for name in names]
+
+
+def _evaluate(evaluation: Evaluation | None) -> dict[str, Any]:
+    """Return how the trial was scored, by the names of params.yaml."""
+    if evaluation is None:
+        return {}
+    plain = _defaults(EvaluationConfig, EvaluationConfig.model_fields)
+    given = {name: value for name, value in evaluation.evaluation.items() if (name, value) not in plain}
+    for name in ("trial", "split"):
+        given.pop(name, None)
+    generation = {name: given.pop(name) for name in _GENERATION if name in given}
+    return {"num_evaluation_samples": given.pop("num_samples", None), **given, "generation": generation}

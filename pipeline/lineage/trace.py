@@ -11,18 +11,17 @@ from pipeline.config.load import Params
 from pipeline.config.trial import EvaluationConfig, TrialConfig, digest
 from pipeline.core.errors import HificlError, InputError
 from pipeline.core.files import file_digest, folder_digest
-from pipeline.core.rounding import rounded
 from pipeline.data import image_files
 from pipeline.data.manifest import Manifest
 from pipeline.data.parquet import shard_order
 from pipeline.lineage import place as places
 from pipeline.lineage.checks import DIFFERS, MISSING, SAME, UNRECORDED, Check, Checks, key_of
 from pipeline.lineage.place import Place
-from pipeline.records.evaluation import CellResult, Evaluation
-from pipeline.records.evaluations import Evaluations
+from pipeline.records.evaluation import CellResult, Evaluation, Evaluations
 from pipeline.records.store import TrialStore
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.provenance import code_root, has_commit
+from pipeline.tracking.records import rounded
 
 
 def trace(place: Place, params: Params, root: Path) -> dict[str, Any]:

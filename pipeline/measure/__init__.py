@@ -1,7 +1,102 @@
-"""What a cell's number can be besides a score: costs, distances, hallucination; one file a measure."""
+"""What a measure is: what it is given, what it gives back, and the measures that count nothing."""
 
 from __future__ import annotations
 
-from pipeline.measure.base import Measure, MeasureJob, measures
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-__all__ = ["Measure", "MeasureJob", "measures"]
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.config.request import TrialRequest
+from pipeline.config.trial import EvaluationConfig
+from pipeline.core.errors import validate
+from pipeline.core.registry import Registry
+from pipeline.records.evaluation import Evaluation
+from pipeline.train.workbench import Workbench
+
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True)
+class MeasureJob:
+    """One scored trial to measure.
+
+    Attributes:
+        row: the study's row.
+        request: the trial.
+        evaluation: how it was scored.
+        scored: its score, predictions included.
+        data_root: folder of the official files.
+    """
+
+    row: str
+    request: TrialRequest
+    evaluation: EvaluationConfig
+    scored: Evaluation
+    data_root: str
+
+
+class Measure(BaseModel):
+    """One measure; its fields are its settings (`measured` of a study).
+
+    Attributes:
+        metric: name of the cell's number; None: the score itself.
+        units: of every number that it gives.
+        ratios: numbers that become a ratio to the reference row's, by the name of what they are made from.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: ClassVar[str] = ""
+    metric: ClassVar[str | None] = None
+    units: ClassVar[Mapping[str, str]] = {}
+    ratios: ClassVar[Mapping[str, str]] = {}
+
+    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Numbers]:
+        """Measure jobs of one backbone and task side by side; return numbers by name, one mapping a job."""
+        return [{} for _ in jobs]
+
+    def relate(self, numbers: Numbers, reference: Numbers | None) -> Numbers:
+        """Add the ratios to the reference row's numbers."""
+        related = dict(numbers)
+        for name, source in self.ratios.items():
+            base = (reference or {}).get(source)
+            if base and source in numbers:
+                related[name] = self.ratio(numbers[source], base)
+        return related
+
+    def ratio(self, value: float, reference: float) -> float:
+        """Return how a value stands to the reference row's."""
+        return value / reference
+
+
+measures: Registry[type[Measure]] = Registry("measure", "pipeline.measure", "hificl.measures")
+
+
+@measures.register
+class ScoreAlone(Measure):
+    """The task's own score; nothing is measured beside it."""
+
+    name = "score"
+
+
+@measures.register
+class Qualitative(Measure):
+    """Answers side by side (layout `gallery`); the score stands with them."""
+
+    name = "qualitative"
+
+
+def create_measure(name: str, settings: Mapping[str, Any], where: str) -> Measure:
+    """Return a measure with its settings.
+
+    Raises:
+        InputError: no such measure, or a setting that it does not have.
+    """
+    return validate(measures.get(name), dict(settings), where, noun="setting")
+
+
+def middle(values: Sequence[float]) -> float:
+    """Return the median: one disturbed round does not move it."""
+    return statistics.median(values)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipeline.core.errors import InputError
-from pipeline.measure.base import Measure, MeasureJob, Numbers, measures
+from pipeline.measure import Measure, MeasureJob, Numbers, measures
 from pipeline.tasks import tasks
 from pipeline.tasks.caption_files import CaptionTask
 from pipeline.train.workbench import Workbench

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from pipeline.measure.base import Measure, MeasureJob, Numbers, measures, middle
+from pipeline.measure import Measure, MeasureJob, Numbers, measures, middle
 from pipeline.train.workbench import Workbench
 
 

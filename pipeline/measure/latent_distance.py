@@ -18,7 +18,7 @@ from pipeline.config.trial import State
 from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import Sample
 from pipeline.evaluate.score import fitted
-from pipeline.measure.base import Measure, MeasureJob, Numbers, measures
+from pipeline.measure import Measure, MeasureJob, Numbers, measures
 from pipeline.prompts.collate import collate
 from pipeline.prompts.prompt import draw_demos
 from pipeline.resident.resident import Resident

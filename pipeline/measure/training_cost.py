@@ -1,21 +1,24 @@
-"""What a step of training costs, measured: time, FLOPs and memory (HiFICL Figures 5 and 10)."""
+"""What a step of training costs, measured: time, FLOPs of the matrix products and memory (HiFICL Figures 5 and 10)."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from pipeline.config.request import TrialRequest
 from pipeline.core.errors import WorkError
-from pipeline.measure.base import Measure, MeasureJob, Numbers, measures, middle
-from pipeline.measure.counters import CountedFlops, peak_bytes
-from pipeline.records.epoch import TrialReport
+from pipeline.measure import Measure, MeasureJob, Numbers, measures, middle
+from pipeline.records.trial import TrialReport
 from pipeline.train.workbench import Workbench
 
 
@@ -91,3 +94,69 @@ def _counted(bench: Workbench, samples: int) -> Numbers:
     with CountedFlops() as counter, peak_bytes(torch.cuda.is_available()) as peak:
         bench.advance()
     return {"flops_per_sample": counter.total / samples, "peak_bytes": float(peak.value)}
+
+
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
+
+
+class CountedFlops(TorchDispatchMode):
+    """Counts while it is entered, forward and backward; `total` holds the sum.
+
+    torch's own FlopCounterMode also follows modules by hooks, which a backward pass that ends at an adapter breaks, and
+    its table lacks the CPU's fused attention.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self._own: dict[Any, Any] = {_CPU_ATTENTION: _forward, _CPU_ATTENTION_BACKWARD: _backward}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count it."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if packet in self._own:
+            self.total += self._own[packet](*args, **kwargs)
+        elif packet in flop_registry:
+            count: Any = flop_registry[packet]
+            self.total += count(*args, **kwargs, out_val=out)
+        return out
+
+
+@dataclass
+class Peak:
+    """Bytes above what was held at the start; filled at the end of the block."""
+
+    value: int = 0
+
+
+@contextmanager
+def peak_bytes(cuda: bool) -> Iterator[Peak]:
+    """Measure the highest sum of torch's allocations inside the block, what was held before left out."""
+    peak = Peak()
+    if cuda:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        yield peak
+        torch.cuda.synchronize()
+        peak.value = torch.cuda.max_memory_allocated() - before
+        return
+    # the CPU's allocator keeps no statistics; the profiler sees each of its calls
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        yield peak
+    calls = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = 0
+    for event in sorted(calls, key=lambda call: call.start_ns()):
+        held += event.nbytes()
+        peak.value = max(peak.value, held)

@@ -13,10 +13,9 @@ from typing import Any
 
 from pipeline import methods
 from pipeline.adapters.options import Options
+from pipeline.config import papers
 from pipeline.config.load import Params, Study, StudyMethod, Train, merge
-from pipeline.config.papers import settings as papers
-from pipeline.core.errors import InputError, nearest
-from pipeline.core.invalid import validate
+from pipeline.core.errors import InputError, nearest, validate
 
 EXPLICIT = "params.yaml"  # or --set
 TRAIN_FIELDS = frozenset(Train.model_fields)

@@ -15,7 +15,7 @@ from pipeline.plan.settings import EXPLICIT
 from pipeline.plan.space import PAPERS_FULL_SIZE, TO_CHOOSE, Cell, corners
 from pipeline.tasks import tasks
 from pipeline.tasks.choice_files import ChoiceTask
-from pipeline.tasks.vqa_files import VqaTask
+from pipeline.tasks.vqa import VqaTask
 
 _OF_A_TEACHER = ("num_shots", "demonstration_draw", "alignment_weight")
 _WITHOUT_TRAINING = ("num_train_samples", "precision")

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.load import Params
 from pipeline.core.progress import say
-from pipeline.pool.messages import Answer
+from pipeline.pool.messages import Answer, Measuring, Scoring, Work
 from pipeline.pool.supervisor import Attempts, Driver, Lost
 from pipeline.pool.units import Job
-from pipeline.pool.work import Measuring, Scoring, Work
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.journal import sentence
 
 if TYPE_CHECKING:
-    from pipeline.measure.base import Measure, MeasureJob
+    from pipeline.measure import Measure, MeasureJob
 
 
 def score_all(

@@ -19,9 +19,8 @@ from multiprocessing.connection import Connection
 import psutil
 
 from pipeline.core.errors import HificlError
-from pipeline.pool.messages import Alive, Message, Stop, WorkEnded, WorkLost, WorkRefused
+from pipeline.pool.messages import Alive, Message, Stop, Work, WorkEnded, WorkLost, WorkRefused
 from pipeline.pool.processes import CLUSTER_SECONDS, ENDING_SECONDS, LIFE_SECONDS, MARK, alive, reap
-from pipeline.pool.work import Work
 
 CLUSTER = ("gcs_server", "raylet")
 

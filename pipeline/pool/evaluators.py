@@ -16,7 +16,7 @@ from pipeline.config.load import Params
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import EvaluationConfig
 from pipeline.evaluate.predict import Answers, SplitPart
-from pipeline.measure.base import Measure, MeasureJob
+from pipeline.measure import Measure, MeasureJob
 from pipeline.pool.nodes import work_in
 from pipeline.pool.tuner import count_slots
 from pipeline.pool.units import Call, Calls, Job, Unit

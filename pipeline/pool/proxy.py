@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from pipeline.records.epoch import TrialReport
+from pipeline.records.trial import TrialReport
 
 
 class TrialProxy(tune.Trainable):

@@ -1,10 +1,11 @@
-"""A slot of the resident pool: `world_size` workers in one placement group that outlive trials."""
+"""A slot of the resident pool: `world_size` workers in one placement group that outlive trials; a worker is a rank."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
+import socket
 import time
 from contextlib import suppress
 from typing import Any
@@ -15,10 +16,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.config.load import Sweep
 from pipeline.config.request import TrialRequest
-from pipeline.pool.nodes import code_version
+from pipeline.pool.nodes import Version, code_version, require, work_in
 from pipeline.pool.processes import BUILD_SECONDS, STEP_SECONDS
-from pipeline.pool.worker import Worker
-from pipeline.records.epoch import TrialReport
+from pipeline.records.trial import TrialReport
 
 ROOM = 0.98  # of the processors asked for: the rest is for Tune's waiting actors, which must fit beside the last slot
 
@@ -122,3 +122,70 @@ class Slot:
             raise SlotLost(f"a worker died: {str(error).splitlines()[0]}") from None
         except TimeoutError:
             raise SlotLost(f"'{method}' did not answer within {limit:.0f} s") from None
+
+
+@ray.remote(max_restarts=0, max_concurrency=2)
+class Worker:
+    """A resident process that keeps the backbone loaded and trains one trial after another.
+
+    Two calls may run at once, so that `steps` answers while `advance` works.
+
+    Args:
+        rank: of this process in the slot.
+        world_size: processes of the slot.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.bench: Any = None
+
+    def address(self) -> tuple[str, int, int]:
+        """Return this node's address, a free port on it, and the process id."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as free:
+            free.bind((host, 0))
+            return host, free.getsockname()[1], os.getpid()
+
+    def connect(self, host: str, port: int, code: Version, home: str) -> None:
+        """Join the slot's process group and load what every trial needs, in the project's folder `home`.
+
+        Raises:
+            InputError: the code here is not `code`, or `home` is not here.
+        """
+        require(code)
+        work_in(home)
+        os.environ.update(
+            RANK=str(self.rank),
+            LOCAL_RANK="0",
+            WORLD_SIZE=str(self.world_size),
+            MASTER_ADDR=host,
+            MASTER_PORT=str(port),
+        )
+        import torch
+
+        from pipeline.train.workbench import Workbench, use_threads
+
+        use_threads()
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, rank=self.rank, world_size=self.world_size)
+        self.bench = Workbench()
+
+    def admit(self, request: TrialRequest) -> int:
+        """Take a trial up, at its last checkpoint; return the epochs that it has behind it."""
+        return self.bench.admit(request)
+
+    def advance(self) -> list[TrialReport]:
+        """Train until a trial completes an epoch; return its report."""
+        return self.bench.advance()
+
+    def evict(self, key: str) -> None:
+        """Drop a trial."""
+        self.bench.evict(key)
+
+    def room(self) -> int:
+        """Return how many more trials fit and pay beside those that are admitted."""
+        return self.bench.room()
+
+    def steps(self) -> int:
+        """Return how many steps and scored batches this process has behind it: the sign of life."""
+        return self.bench.steps if self.bench else 0

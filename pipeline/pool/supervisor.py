@@ -14,7 +14,7 @@ from pipeline.config.load import Params
 from pipeline.core import plain_paths
 from pipeline.core.errors import InputError, WorkError
 from pipeline.plan.plan import Plan
-from pipeline.pool import signals
+from pipeline.pool import processes
 from pipeline.pool.messages import (
     PROXY_DIED,
     Alive,
@@ -22,14 +22,15 @@ from pipeline.pool.messages import (
     Message,
     Result,
     Stop,
+    Training,
     TrialEnded,
     Watcher,
+    Work,
     WorkEnded,
     WorkLost,
     WorkRefused,
 )
 from pipeline.pool.processes import DRIVER_SECONDS, MARK, POLL_SECONDS, STARTING_SECONDS, STOPPING_SECONDS, reap
-from pipeline.pool.work import Training, Work
 from pipeline.records.journal import Journal
 from pipeline.records.store import TrialStore
 
@@ -72,7 +73,7 @@ class Driver:
         self.works = True
         silent_at = time.monotonic() + STARTING_SECONDS
         while True:
-            signals.check()
+            processes.raise_dropped_interrupt()
             try:
                 message: Message | None = self.pipe.recv() if self.pipe.poll(POLL_SECONDS) else None
             except (EOFError, OSError):

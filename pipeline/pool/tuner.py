@@ -25,11 +25,11 @@ from pipeline.plan.space import Cell
 from pipeline.pool.dispatcher import Dispatcher
 from pipeline.pool.messages import PROXY_DIED, EpochEnded, Tell, TrialEnded, TrialStarted
 from pipeline.pool.nodes import check_nodes
+from pipeline.pool.processes import kept_handlers
 from pipeline.pool.proxy import TrialProxy
 from pipeline.pool.schedule import PerCellOptuna, make_scheduler
-from pipeline.pool.signals import kept
 from pipeline.pool.token import ensure_token
-from pipeline.records.epoch import EpochReport
+from pipeline.records.trial import EpochReport
 
 # the dispatcher and the proxies only wait, so they take no processor; on the head, whose loss ends a sweep anyway
 ON_HEAD = {"node:__internal_head__": 0.0001}
@@ -92,7 +92,7 @@ def cluster(sweep: Sweep) -> Iterator[None]:
         options.update(address=sweep.address)
     with nullcontext() if sweep.address else _on_loopback():
         try:
-            with kept():  # Ray sets handlers of its own, which print a stack trace and abort
+            with kept_handlers():  # Ray sets handlers of its own, which print a stack trace and abort
                 ray.init(**options)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise InputError(

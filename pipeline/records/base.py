@@ -23,8 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.core.errors import InputError
-from pipeline.core.invalid import validate
+from pipeline.core.errors import InputError, validate
 from pipeline.core.progress import say
 
 # as JSON has them: neither a string nor a truth value is a number

@@ -11,13 +11,13 @@ from pipeline.config.load import Params
 from pipeline.core.copies import is_copy
 from pipeline.core.files import write_atomic
 from pipeline.core.progress import console, say
-from pipeline.records.evaluations import Evaluations
-from pipeline.report import curves, figures, findings, page, papers, tables
+from pipeline.records.evaluation import Evaluations
+from pipeline.report import figures, findings, page, papers, tables
 from pipeline.report import writers as files
 from pipeline.report.answers import answer_table
+from pipeline.report.drawing import Drawing, standalone
 from pipeline.report.notes import notes
 from pipeline.report.results import Results
-from pipeline.report.svg import Drawing, standalone
 
 __all__ = ["Index", "forget", "load_table", "study_page", "write_index", "write_numbers", "write_study"]
 
@@ -140,7 +140,7 @@ def _render(study: str, params: Params, evaluations: Path) -> RenderedStudy:
     if key not in _rendered:
         table = tables.build(read, params, evaluations)
         layout = definition.layout if definition else "table"
-        drawn = {**figures.draw_figures(table, layout), **curves.draw_losses(table)}
+        drawn = {**figures.draw_figures(table, layout), **figures.draw_losses(table)}
         answers = answer_table(table, evaluations) if layout == "gallery" else None
         printed = papers.paper_table(definition.paper if definition else None)
         section = page.section_html(table, printed, drawn, answers, page.ui_address(params))

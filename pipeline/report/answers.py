@@ -9,8 +9,7 @@ from pathlib import Path
 
 from pipeline.core.errors import InputError
 from pipeline.data.images import open_image
-from pipeline.records.evaluation import Prediction
-from pipeline.records.evaluations import Evaluations
+from pipeline.records.evaluation import Evaluations, Prediction
 from pipeline.report import papers
 from pipeline.report.tables import Column, Line, Table
 from pipeline.scores.chair import mentions

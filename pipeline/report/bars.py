@@ -13,8 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from pipeline.report import papers
-from pipeline.report.panels import metric_words, wrapped
-from pipeline.report.svg import INK, QUIET, STYLE, Look, looks, to_svg
+from pipeline.report.drawing import INK, QUIET, STYLE, Look, looks, metric_words, to_svg, wrapped
 from pipeline.report.tables import Column, Line, Table, TableEntry
 
 _ACROSS = 4  # panels in a row at most

@@ -8,10 +8,10 @@ from pathlib import Path
 from pipeline import report
 from pipeline.config.load import Params
 from pipeline.core.files import fill, write_atomic
-from pipeline.records.evaluations import Evaluations
+from pipeline.records.evaluation import Evaluations
 from pipeline.report import figures, findings
 from pipeline.report import writers as files
-from pipeline.report.svg import safe, standalone
+from pipeline.report.drawing import safe, standalone
 
 _FOLDER = "images/gallery"
 _HEAD = """# The report's pictures

@@ -13,9 +13,8 @@ from pipeline.records.evaluation import CellResult
 from pipeline.records.trial import Provenance
 from pipeline.report import costs, papers
 from pipeline.report.answers import AnswerTable
+from pipeline.report.drawing import Drawing, metric_words, safe
 from pipeline.report.notes import notes
-from pipeline.report.panels import metric_words
-from pipeline.report.svg import Drawing, safe
 from pipeline.report.tables import Column, Line, Table, TableEntry
 from pipeline.report.writers import format_value, to_csv
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config.load import Params
-from pipeline.records.evaluation import CellResult, StudyFile
-from pipeline.records.evaluations import Evaluations
+from pipeline.records.evaluation import CellResult, Evaluations, StudyFile
 from pipeline.report import papers
 from pipeline.report.statistics import Difference, interval, mean_std, paired_bootstrap
 

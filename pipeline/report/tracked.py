@@ -10,7 +10,7 @@ from pipeline.config.load import Params
 from pipeline.core.errors import HificlError
 from pipeline.core.files import write_atomic
 from pipeline.core.progress import say
-from pipeline.records.evaluations import Evaluations
+from pipeline.records.evaluation import Evaluations
 from pipeline.report import papers, study_page, write_study
 from pipeline.report.tables import Table
 from pipeline.tracking.client import Tracker

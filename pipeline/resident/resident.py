@@ -1,16 +1,19 @@
-"""What stays in a process between trials: the frozen backbone, visual tokens, manifests and tokenised prompts."""
+"""What stays in a process between trials: the frozen backbone and its compiled parts, visual tokens, prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from cachetools import LRUCache
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import backbones
+from pipeline.backbones.decoder import decoder_of
 from pipeline.config.load import BackboneSource
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import Kind, TrialConfig
@@ -19,9 +22,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Sample
 from pipeline.prompts.collate import Batch, TrainedSpan, collate
 from pipeline.prompts.prompt import Encoded, ImageSizes, Rendered, encode_all, render, sizes_that_matter
-from pipeline.resident.compiled import Forwards
-from pipeline.resident.recent import Recent
-from pipeline.resident.visual_tokens import VisualTokens
+from pipeline.resident.visual_tokens import Recent, VisualTokens
 from pipeline.tasks import tasks
 
 TEACHER_BYTES = 1 << 30  # of a teacher's targets: computed ahead, and kept for trials with the same demonstrations
@@ -181,3 +182,33 @@ class Residents:
                     torch.cuda.empty_cache()
             self._held[key] = Resident(config, source, cache, self.device)
         return self._held[key]
+
+
+Forwards = dict[nn.Module, Callable[..., Any]]
+
+
+@contextmanager
+def compiled_parts(model: nn.Module, forwards: Forwards) -> Iterator[None]:
+    """Let the decoder's norms and feed-forward nets run compiled (`train.compile`) inside the block.
+
+    Nothing is edited inside them, so one compilation serves all adapters and packs. Attention stays as it is: it holds
+    what is attached, and a new adapter would have it compiled anew. On leaving, all is as it was.
+
+    What is compiled is compiled at its first call, for any length and number of rows.
+
+    Args:
+        model: a transformers model.
+        forwards: of earlier blocks, reused and added to.
+    """
+    spec = decoder_of(model)
+    attentions = set(spec.attentions)
+    parts = [part for layer in spec.layers for part in layer.children() if part not in attentions]
+    for part in parts:
+        if part not in forwards:
+            forwards[part] = torch.compile(part.forward, dynamic=True)
+        part.forward = forwards[part]
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.forward

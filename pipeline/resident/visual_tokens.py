@@ -24,10 +24,14 @@ from pipeline.backbones.base import IMAGE_BACKEND, Pixels
 from pipeline.data import image_files
 from pipeline.data.image_files import Image
 from pipeline.data.images import decode_image
-from pipeline.resident.recent import Recent
 
 if TYPE_CHECKING:
     from pipeline.backbones.load import Loaded
+
+
+from typing import TypeVar
+
+from cachetools import LRUCache
 
 GIB = 1 << 30
 _CODE = ("pillow", "torch", "transformers")  # what reads pictures and computes on them
@@ -255,3 +259,20 @@ def _settings_digest(loaded: Loaded) -> str:
 def _crc32(tensor: Tensor) -> int:
     data: Any = tensor.contiguous().view(torch.uint8).numpy()
     return zlib.crc32(data)
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Recent(LRUCache[K, V]):
+    """The most recently used values; one that is larger than all the room is given back and not kept.
+
+    Args:
+        maxsize: bytes, or what `getsizeof` counts.
+        getsizeof: bytes of a value.
+    """
+
+    def put(self, key: K, value: V) -> V:
+        """Keep a value, dropping those used longest ago where there is no room; return it, or the one kept before."""
+        return self.setdefault(key, value) if self.getsizeof(value) <= self.maxsize else value

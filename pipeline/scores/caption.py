@@ -23,8 +23,7 @@ from pycocoevalcap.spice import spice
 from pipeline.core.errors import InputError, WorkError, nearest
 from pipeline.scores.cider import cider_d
 from pipeline.scores.files import JsonObject, first_few
-from pipeline.scores.java import conversation, run_java
-from pipeline.scores.tokens import tokenise, tokenise_references
+from pipeline.scores.java import conversation, run_java, tokenise, tokenise_references
 
 _Key = TypeVar("_Key", bound=Hashable)
 _Texts = dict[int, list[str]]

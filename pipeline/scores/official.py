@@ -21,7 +21,7 @@ from pipeline.scores.files import (
     results_by_id,
     text_field,
 )
-from pipeline.scores.stems import stem_answer
+from pipeline.scores.vqa import stem_answer
 
 
 def score_vqa(

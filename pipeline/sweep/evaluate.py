@@ -1,4 +1,4 @@
-"""Stage `evaluate`: choose each cell's trial on the selection set, score it once, keep both (`records.evaluations`)."""
+"""Stage `evaluate`: choose each cell's trial on the selection set, score it once, keep both (`records.evaluation`)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from pipeline.plan.inputs import all_cells, places
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.plan.space import Cell, Point, points
 from pipeline.pool import answers
-from pipeline.pool.signals import in_order
+from pipeline.pool.processes import in_order
 from pipeline.pool.supervisor import Driver, ahead
-from pipeline.records.evaluation import Candidate, CellResult, CurvePoint, StudyFile
-from pipeline.records.evaluations import Evaluations
+from pipeline.records.evaluation import Candidate, CellResult, CurvePoint, Evaluations, StudyFile
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import TrialEnd
 from pipeline.sweep.measures import ScoredCell, measured
 from pipeline.sweep.mlflow_sync import COSTS, MlflowSync
 from pipeline.sweep.trial_runs import experiment_note
 from pipeline.tasks import tasks
-from pipeline.tasks.vqa_files import VqaTask
+from pipeline.tasks.vqa import VqaTask
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import KILLED
 

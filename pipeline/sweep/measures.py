@@ -11,11 +11,10 @@ from pipeline.config.request import TrialRequest
 from pipeline.config.trial import KEY_LENGTH, EvaluationConfig, digest
 from pipeline.core.files import file_digest
 from pipeline.core.progress import bar
-from pipeline.measure.base import Measure, MeasureJob, Numbers, create_measure
+from pipeline.measure import Measure, MeasureJob, Numbers, create_measure
 from pipeline.plan.space import Cell
 from pipeline.pool import answers
-from pipeline.records.evaluation import CellResult, Measurement
-from pipeline.records.evaluations import Evaluations
+from pipeline.records.evaluation import CellResult, Evaluations, Measurement
 from pipeline.records.trial import Machine
 from pipeline.sweep.mlflow_sync import MlflowSync
 

@@ -12,10 +12,9 @@ from pipeline.core.files import folder_digest
 from pipeline.core.progress import say
 from pipeline.plan.plan import Plan
 from pipeline.pool.messages import Watcher
-from pipeline.records.epoch import EpochReport
-from pipeline.records.evaluation import CodeVersion, Evaluation
-from pipeline.records.evaluations import Evaluations
+from pipeline.records.evaluation import CodeVersion, Evaluation, Evaluations
 from pipeline.records.store import TrialStore
+from pipeline.records.trial import EpochReport
 from pipeline.sweep.trial_runs import metric_points, parameters, run_name, scored_by, sweep_note, trial_note, used_by
 from pipeline.tracking import store as place
 from pipeline.tracking.client import Tracker

@@ -9,10 +9,8 @@ from pathlib import Path
 from pipeline import backbones
 from pipeline.config.load import Explicit, Params, Study, StudyMethod
 from pipeline.config.trial import EvaluationConfig, TrialConfig
-from pipeline.core.errors import InputError
-from pipeline.core.invalid import validate
-from pipeline.records.evaluation import Evaluation
-from pipeline.records.evaluations import Evaluations
+from pipeline.core.errors import InputError, validate
+from pipeline.records.evaluation import Evaluation, Evaluations
 from pipeline.sweep.evaluate import evaluate
 from pipeline.sweep.train import sweep
 from pipeline.tasks import tasks

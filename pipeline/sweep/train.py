@@ -12,7 +12,7 @@ from pipeline.core.progress import say
 from pipeline.plan.inputs import all_cells, places
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.plan.unheard import unheard
-from pipeline.pool.signals import in_order
+from pipeline.pool.processes import in_order
 from pipeline.pool.supervisor import Driver, ahead, train
 from pipeline.records.journal import Journal
 from pipeline.records.store import TrialStore

@@ -11,7 +11,7 @@ from pipeline.config.trial import TrialConfig
 from pipeline.plan.inputs import Places
 from pipeline.plan.plan import Plan
 from pipeline.plan.space import Cell
-from pipeline.records.epoch import EpochReport
+from pipeline.records.trial import EpochReport
 from pipeline.tracking.records import MetricPoint, RunInput
 
 POINTS = 200  # of a trial's losses in MLflow, where each takes 0.2 ms and 260 bytes

@@ -13,7 +13,7 @@ from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.scores.files import need
 from pipeline.tasks.base import IndexEntry, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
-from pipeline.tasks.vqa_files import SUBSETS
+from pipeline.tasks.vqa import SUBSETS
 
 if TYPE_CHECKING:
     from pipeline.scores.chair import ChairScore

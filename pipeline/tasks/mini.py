@@ -6,9 +6,8 @@ from dataclasses import replace
 
 from pipeline.scores.chair import MINIATURE_WORDS
 from pipeline.tasks import tasks
-from pipeline.tasks.coco import COCO
-from pipeline.tasks.okvqa import OKVQA
-from pipeline.tasks.vqav2 import VQAV2
+from pipeline.tasks.captions import COCO
+from pipeline.tasks.vqa import OKVQA, VQAV2
 
 IMAGE = "COCO_{subset}_{image_id:012d}.png"  # of the questions; of the captions, `file_name` says where each PNG is
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.core.errors import InputError
-from pipeline.core.rounding import rounded
 from pipeline.data.images import open_image
 from pipeline.records.evaluation import Prediction
+from pipeline.tracking.records import rounded
 
 FILE, IMAGES = "answers.json", "table_images/answers"
 TAG = {"mlflow.loggedArtifacts": json.dumps([{"path": FILE, "type": "table"}])}

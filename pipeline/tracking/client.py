@@ -28,11 +28,10 @@ from pipeline.core.copies import main_checkout
 from pipeline.core.errors import InputError, WorkError
 from pipeline.core.files import folder_digest
 from pipeline.core.progress import say
-from pipeline.core.rounding import rounded
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import Provenance
-from pipeline.tracking import answers, owner, page, store
-from pipeline.tracking.provenance import provenance
+from pipeline.tracking import answers, page, store
+from pipeline.tracking.provenance import process_is_gone, process_tags, provenance
 from pipeline.tracking.records import (
     EVALUATIONS,
     FAILED,
@@ -43,6 +42,7 @@ from pipeline.tracking.records import (
     RunInput,
     TrialRun,
     missing_inputs,
+    rounded,
     text_of,
 )
 from pipeline.tracking.store import StoreAway
@@ -333,7 +333,7 @@ class Tracker:
         self, study: str, known: LoggedRun | None, *, name: str, tags: Mapping[str, object], parent: str | None
     ) -> str:
         """Create or reopen a run as this process's own."""
-        every = {key: text_of(value) for key, value in {**code_tags(self.provenance), **tags, **owner.tags()}.items()}
+        every = {key: text_of(value) for key, value in {**code_tags(self.provenance), **tags, **process_tags()}.items()}
         with self.talking() as client:
             if known is None:
                 run_id = client.create_run(self.experiment(study), tags=every, run_name=name).info.run_id
@@ -527,7 +527,7 @@ class Tracker:
 
     def end_leftovers(self) -> int:
         """End as KILLED what ended processes of this machine left RUNNING; return how many runs that were."""
-        gone = [run for run in self.search("attributes.status = 'RUNNING'") if owner.is_gone(run.tags)]
+        gone = [run for run in self.search("attributes.status = 'RUNNING'") if process_is_gone(run.tags)]
         with self.talking() as client:
             for run in gone:
                 client.set_terminated(run.run_id, KILLED)

@@ -183,3 +183,9 @@ def text_of(value: object) -> str:
 
 def _context(entry: DatasetInput) -> str:
     return next((tag.value for tag in entry.tags if tag.key == CONTEXT), "")
+
+
+def rounded(value: float) -> float:
+    """Return `value` to six significant digits; a whole number as it is."""
+    value = float(value)
+    return value if value.is_integer() else float(f"{value:.6g}")

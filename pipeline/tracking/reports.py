@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.files import folder_digest
-from pipeline.core.rounding import rounded
 from pipeline.tracking.client import Tracker, plain
 from pipeline.tracking.page import REPORT
-from pipeline.tracking.records import LoggedRun
+from pipeline.tracking.records import LoggedRun, rounded
 
 _POSITION = ("table.row", "table.column")  # tags of a trial's run
 _METRIC = re.compile(r"[^\w./ :-]")  # what MLflow does not allow in a metric's name

@@ -24,9 +24,8 @@ from pipeline.backbones.decoder import decoder_of
 from pipeline.core.errors import WorkError
 from pipeline.core.progress import say
 from pipeline.prompts.collate import Batch
-from pipeline.records.epoch import TrialReport
-from pipeline.resident.compiled import compiled_parts
-from pipeline.resident.resident import TEACHER_BYTES, Resident
+from pipeline.records.trial import TrialReport
+from pipeline.resident.resident import TEACHER_BYTES, Resident, compiled_parts
 from pipeline.train import loss
 from pipeline.train.capacity import Capacity
 from pipeline.train.imitation import Imitation

@@ -18,9 +18,8 @@ from pipeline.core.files import folder_atomic
 from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import Sample
 from pipeline.prompts.prompt import Encoded
-from pipeline.records.epoch import EpochReport, Status, TrialReport
-from pipeline.records.trial import Best, CheckpointState, TrialEnd
-from pipeline.records.trial_folder import TrialFolder
+from pipeline.records.store import TrialFolder
+from pipeline.records.trial import Best, CheckpointState, EpochReport, Status, TrialEnd, TrialReport
 from pipeline.resident.resident import Resident, Target
 from pipeline.tasks import tasks
 from pipeline.train import checkpoint

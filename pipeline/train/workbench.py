@@ -13,8 +13,8 @@ from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import WorkError
 from pipeline.evaluate.predict import WHOLE, Answers, SplitPart
 from pipeline.evaluate.score import answer, score
-from pipeline.records.epoch import TrialReport
 from pipeline.records.evaluation import Evaluation
+from pipeline.records.trial import TrialReport
 from pipeline.resident.resident import Resident, Residents
 from pipeline.train.loop import TrainingLoop
 from pipeline.train.trial_run import TrialRun

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from pipeline import backbones
-from pipeline.baselines.task_vector import TaskVectorOptions
-from pipeline.baselines.vectors import edited_prefill
+from pipeline.baselines.vectors import TaskVectorOptions, edited_prefill
 from pipeline.core.errors import InputError
 from pipeline.evaluate.generate import generate
 from pipeline.prompts.collate import collate

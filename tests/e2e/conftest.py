@@ -98,7 +98,7 @@ class Project:
 
 
 def make_project(folder: Path) -> Project:
-    from pipeline.commands.workspace_folder import create
+    from pipeline.commands.workspace import make_workspace
 
     data = folder.parent / f"{folder.name}-data"
     for subset, first, images in (("train2014", 1, 24), ("val2014", 1001, 6)):
@@ -108,7 +108,7 @@ def make_project(folder: Path) -> Project:
     before = Path.cwd()
     os.chdir(ROOT)
     try:
-        create(folder, profile="real-check", data=data)
+        make_workspace(folder, profile="real-check", data=data)
     finally:
         os.chdir(before)
     project = Project(folder)

@@ -55,7 +55,7 @@ def test_batches_give_what_single_prompts_give(beams, loaded, pictures):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_shared_demonstrations_are_computed_once(beams, loaded, pictures, monkeypatch):
     """The answers behind one common head are those of the whole prompts."""
-    from pipeline.evaluate import prefix
+    from pipeline.evaluate.generate import Prefix
 
     samples = [
         Sample("vqav2", i, (ImageRef(f"{i % 2}.png"),), "What color is the " + "big " * i + "dog?", "red", ())
@@ -68,8 +68,8 @@ def test_shared_demonstrations_are_computed_once(beams, loaded, pictures, monkey
         "stop_strings": (), "batch_size": 3,
     }  # fmt: skip
     heads = []
-    original = prefix.Prefix.of
-    monkeypatch.setattr(prefix.Prefix, "of", lambda head, *rest: heads.append(head) or original(head, *rest))
+    original = Prefix.of
+    monkeypatch.setattr(Prefix, "of", lambda head, *rest: heads.append(head) or original(head, *rest))
     shared = generate(loaded, requests, **options)
     once = [2] if loaded.family.shares_prefix and beams == 1 else []
     assert [len(head.images) for head in heads] == once

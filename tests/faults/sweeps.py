@@ -183,12 +183,12 @@ def cmdline(process: psutil.Process) -> list[str]:
 
 def make_sweep(folder: Path) -> Sweep:
     """A workspace with four trials of three epochs on a small world, manifests drawn."""
-    from pipeline.commands.workspace_folder import create
+    from pipeline.commands.workspace import make_workspace
 
     before = Path.cwd()
     os.chdir(ROOT)
     try:
-        create(folder, profile="mini")
+        make_workspace(folder, profile="mini")
     finally:
         os.chdir(before)
     made = Sweep(folder)

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.core.errors import InputError
-from pipeline.measure import measures
-from pipeline.measure.base import create_measure
-from pipeline.measure.counters import CountedFlops, peak_bytes
+from pipeline.measure import create_measure, measures
+from pipeline.measure.training_cost import CountedFlops, peak_bytes
 
 
 def test_products_are_counted_forward_and_backward() -> None:

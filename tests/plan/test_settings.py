@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
+from pipeline.config import papers
 from pipeline.config.load import load
-from pipeline.config.papers import settings
 from pipeline.core.errors import InputError
 from pipeline.plan import trials
 from pipeline.plan.inputs import Places, as_given, places
@@ -48,7 +48,7 @@ def test_each_trial_has_what_its_paper_gives_unless_the_study_asks_otherwise(row
     by_hand, params = Counter(), rows[1]
     for name, row in [*all_of(rows, "hificl"), *all_of(rows, "mimic")]:
         wanted = {}
-        for rule in settings.rules(
+        for rule in papers.rules(
             params.studies[name].paper, name, row.trial.method, row.trial.backbone, row.trial.task
         ):
             wanted.update(rule.set)

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from pipeline.pool.signals import as_interrupt, check
+from pipeline.pool.processes import as_interrupt, raise_dropped_interrupt
 
 
 class Finalised:
@@ -28,8 +28,8 @@ def test_a_signal_in_a_finaliser_is_not_lost(number: int) -> None:
         dropped = Finalised(number)
         del dropped  # KeyboardInterrupt is raised in it, and dropped
         with pytest.raises(KeyboardInterrupt):
-            check()
-        check()  # once
+            raise_dropped_interrupt()
+        raise_dropped_interrupt()  # once
     assert signal.getsignal(number) is before
 
 
@@ -38,4 +38,4 @@ def test_a_signal_is_an_interrupt(number: int) -> None:
     with pytest.raises(KeyboardInterrupt), as_interrupt():
         os.kill(os.getpid(), number)
     with as_interrupt():
-        check()  # the next sweep has nothing to do with it
+        raise_dropped_interrupt()  # the next sweep has nothing to do with it

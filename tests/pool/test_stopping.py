@@ -18,9 +18,8 @@ from pipeline.pool import tuner
 from pipeline.pool.dispatcher import Dispatcher
 from pipeline.pool.messages import Result, TrialEnded
 from pipeline.pool.proxy import TrialProxy
-from pipeline.records.epoch import EpochReport, TrialReport
 from pipeline.records.store import TrialStore
-from pipeline.records.trial import TrialEnd
+from pipeline.records.trial import EpochReport, TrialEnd, TrialReport
 from tests.conftest import ROOT
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the dispatcher's process does not find this file

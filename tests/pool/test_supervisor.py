@@ -10,10 +10,9 @@ import pytest
 
 from pipeline.core.errors import WorkError
 from pipeline.pool import supervisor
-from pipeline.pool.messages import TrialEnded, Watcher
-from pipeline.pool.work import Training
+from pipeline.pool.messages import Training, TrialEnded, Watcher
+from pipeline.records.store import TrialFolder
 from pipeline.records.trial import TrialEnd
-from pipeline.records.trial_folder import TrialFolder
 
 
 class Heard(Watcher):

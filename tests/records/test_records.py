@@ -12,12 +12,10 @@ from pydantic import ValidationError
 
 from pipeline.core.errors import InputError
 from pipeline.records.base import Record, as_written, say_once
-from pipeline.records.epoch import EpochReport, StepLosses
-from pipeline.records.evaluation import Evaluation, Measurement, StudyFile
-from pipeline.records.evaluations import Evaluations
+from pipeline.records.evaluation import Evaluation, Evaluations, Measurement, StudyFile
 from pipeline.records.journal import JournalEvent
-from pipeline.records.trial import CheckpointState, Provenance, TrialEnd, TrialRecord
-from pipeline.records.trial_folder import TrialFolder
+from pipeline.records.store import TrialFolder
+from pipeline.records.trial import CheckpointState, EpochReport, Provenance, StepLosses, TrialEnd, TrialRecord
 
 OLD = Path(__file__).parents[1] / "golden/records"  # as version 1.2 wrote them
 KEY = "c850f8e56511b660"

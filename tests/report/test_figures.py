@@ -13,8 +13,8 @@ import matplotlib as mpl
 import pytest
 from matplotlib.figure import Figure
 
-from pipeline.report import bars, curves, emergence, figures, load_table, papers
-from pipeline.report.svg import STYLE, of_method, standalone
+from pipeline.report import bars, figures, load_table, miniature, papers
+from pipeline.report.drawing import STYLE, of_method, standalone
 
 FACTORS = {"time": 4.27, "flops": 4.7, "gpu_memory": 2.99, "milliseconds_per_sample": 14.1}
 UNITS = {"time": "times", "flops": "times", "gpu_memory": "times", "milliseconds_per_sample": "ms"}
@@ -207,7 +207,7 @@ def test_losses_have_the_studys_colours_and_their_spread(maker: Any) -> None:
     ]
     maker.study("hificl-table1", cells)
     table = load_table("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
-    (axes,) = curves.loss_figure(table, table.lines, table.columns).axes
+    (axes,) = figures.loss_figure(table, table.lines, table.columns).axes
     assert [(one.get_color(), one.get_marker()) for one in axes.get_lines()] == [of_method("lora"), of_method("hificl")]
     assert list(axes.get_lines()[0].get_ydata()) == pytest.approx([2.5, 1.25, 2.5 / 3])
     assert max(axes.collections[0].get_paths()[0].vertices[:, 1]) == pytest.approx(2.5 + 0.5**0.5)
@@ -229,12 +229,12 @@ def test_a_picture_has_a_size_and_may_shrink(maker: Any) -> None:
 def test_a_pretraining_shows_its_losses_in_readable_numbers_and_shares_that_do_not_exaggerate(tmp_path: Path) -> None:
     steps = (100, 200, 300)
     decoder = [
-        {"step": step, "loss": {"vqa": 300 / step, "facts": 60 / step}} | dict.fromkeys(emergence.LINES, step / 300)
+        {"step": step, "loss": {"vqa": 300 / step, "facts": 60 / step}} | dict.fromkeys(miniature.LINES, step / 300)
         for step in steps
     ]
     vision = [{"step": step, "accuracy": 0.96 + step / 10_000} for step in steps]
-    (tmp_path / emergence.RECORD).write_text(json.dumps({"vision": vision, "decoder": decoder}))
-    picture = ElementTree.parse(emergence.draw_emergence(tmp_path, tmp_path / "out.svg"))  # noqa: S314 - our own
+    (tmp_path / miniature.RECORD).write_text(json.dumps({"vision": vision, "decoder": decoder}))
+    picture = ElementTree.parse(miniature.draw_emergence(tmp_path, tmp_path / "out.svg"))  # noqa: S314 - our own
     words = [node.text for node in picture.iter() if node.tag.endswith("text")]
-    assert {"vqa", "facts", *emergence.LINES.values(), "0.2", "0.5", "1", "2"} <= set(words)
+    assert {"vqa", "facts", *miniature.LINES.values(), "0.2", "0.5", "1", "2"} <= set(words)
     assert "0.80" in words  # at least a fifth of the axis, for shares of 0.97 to 0.99

@@ -163,12 +163,12 @@ def test_costs_are_better_where_they_are_lower_and_the_best_rank_is_named(maker:
 
 
 def test_losses_are_drawn_where_epochs_are_known(maker: Any) -> None:
-    from pipeline.report import curves
+    from pipeline.report import figures
 
     epochs = [{"epoch": e, "ground_truth_loss": 3.0 / e, "train_loss": 3.0 / e} for e in (1, 2, 3)]
     cells = [maker.cell(row, "mini-vqa", seed) | {"epochs": epochs} for row in ("mimic", "hificl") for seed in (0, 1)]
     maker.study("hificl-table1", [*cells, maker.cell("zero-shot", "mini-vqa", 0)])
     table = load_table("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
-    ((name, (svg, words)),) = curves.draw_losses(table).items()
+    ((name, (svg, words)),) = figures.draw_losses(table).items()
     assert name == "loss-mini-idefics2" and "currentColor" in svg
     assert "MimIC" in words and "Zero-shot" not in words

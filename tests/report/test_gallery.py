@@ -8,8 +8,7 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from pipeline.records.evaluation import Prediction
-from pipeline.records.evaluations import Evaluations
+from pipeline.records.evaluation import Evaluations, Prediction
 from pipeline.report import load_table, write_index
 from pipeline.report.answers import SAMPLES, answer_table, marked_pieces
 from pipeline.scores.chair import chair_scores

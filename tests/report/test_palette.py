@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 
 from pipeline import methods
 from pipeline.report import load_table, papers
-from pipeline.report.svg import MARKERS, looks, of_method
+from pipeline.report.drawing import MARKERS, looks, of_method
 
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB
 SIGHTS = {

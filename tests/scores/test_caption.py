@@ -5,7 +5,7 @@ import os
 import pytest
 
 from pipeline.core.errors import InputError
-from pipeline.scores import caption, tokens
+from pipeline.scores import caption, java
 from pipeline.scores.java import find_java
 
 QUICK = tuple(name for name in caption.METRICS if name != "METEOR")
@@ -22,7 +22,7 @@ def test_tokens_are_those_of_pycocoevalcap(pairs):
     raw = [text for texts in references.values() for text in texts] + list(captions.values())
     wanted = [text for texts in expected["tokens"]["references"].values() for text in texts]
     wanted += [texts[0] for texts in expected["tokens"]["captions"].values()]
-    assert tokens.tokenise(raw) == wanted
+    assert java.tokenise(raw) == wanted
 
 
 def test_metrics_are_those_of_pycocoevalcap(pairs):
@@ -44,9 +44,9 @@ def test_the_same_references_give_the_same_number_and_start_java_for_new_texts_o
     _, captions, references = pairs
     whole = caption.caption_scores(captions, references, ("CIDEr",)).overall["CIDEr"]
     started = []
-    run = tokens.run_java
+    run = java.run_java
     monkeypatch.setattr(
-        tokens, "run_java", lambda arguments, text, **where: started.append(text) or run(arguments, text, **where)
+        java, "run_java", lambda arguments, text, **where: started.append(text) or run(arguments, text, **where)
     )
     assert caption.caption_scores(captions, references, ("CIDEr",)).overall["CIDEr"] == whole
     assert len(started) == 1  # the captions; not the references
@@ -58,7 +58,7 @@ def test_the_same_references_give_the_same_number_and_start_java_for_new_texts_o
 
 def test_line_breaks_and_odd_letters_stay_in_their_caption():
     raw = ["one\u2028two", "three\rfour", "five\x0csix\x0bseven", "\ud800 dog", "", "  ", "eight"]
-    assert tokens.tokenise(raw) == ["one two", "three four", "five six seven", "dog", "", "", "eight"]
+    assert java.tokenise(raw) == ["one two", "three four", "five six seven", "dog", "", "", "eight"]
 
 
 ODD = ["a vitamin C.", "A dog", "a vitamin C.", "a dog", "no.", "5 dogs", "no.", "", "the u.s.", "He runs",
@@ -74,13 +74,13 @@ def test_the_next_caption_counts_as_in_pycocoevalcap(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setenv("PATH", str(find_java().parent), prepend=os.pathsep)
             official = PTBTokenizer().tokenize({at: [{"caption": text}] for at, text in enumerate(texts)})
-        assert tokens.tokenise(texts) == [official[at][0] for at in range(len(texts))]
-    assert tokens.tokenise(ODD) != tokens.tokenise(ODD[::-1])[::-1]
+        assert java.tokenise(texts) == [official[at][0] for at in range(len(texts))]
+    assert java.tokenise(ODD) != java.tokenise(ODD[::-1])[::-1]
 
 
 def test_blank_captions_score_without_java(monkeypatch):
-    monkeypatch.setattr(tokens, "run_java", None)
-    assert tokens.tokenise(["", " "]) == ["", ""]
+    monkeypatch.setattr(java, "run_java", None)
+    assert java.tokenise(["", " "]) == ["", ""]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pycocoevalcap.meteor import meteor
 from pycocoevalcap.spice import spice
 
 from pipeline.core.errors import InputError, WorkError
-from pipeline.scores import caption, java, tokens
+from pipeline.scores import caption, java
 from tests.support import odd_paths
 
 HOME = Path(meteor.__file__).parent
@@ -80,14 +80,14 @@ def test_java_and_its_programs_are_found_below_any_name(monkeypatch, tmp_path, n
     """The runtime too, in an environment whose letters are ASCII; METEOR with a small table of its own."""
     place = tmp_path / name
     odd_paths.linked(java.find_java().parent.parent, place / "java")
-    odd_paths.linked(tokens._JAR.parent, place / "tokenizer")
+    odd_paths.linked(java._JAR.parent, place / "tokenizer")
     (place / "meteor/data").mkdir(parents=True)
     shutil.copy(HOME / meteor.METEOR_JAR, place / "meteor")
     with gzip.open(place / "meteor" / caption._PARAPHRASES, "wt") as table:
         table.write("0.5\nhound\ndog\n")
     monkeypatch.setenv(java.JAVA_HOME_VARIABLE, str(place / "java"))
     monkeypatch.setenv("LC_ALL", "C")
-    monkeypatch.setattr(tokens, "_JAR", place / "tokenizer" / tokens._JAR.name)
+    monkeypatch.setattr(java, "_JAR", place / "tokenizer" / java._JAR.name)
     monkeypatch.setattr(meteor, "__file__", str(place / "meteor/meteor.py"))
     score = caption.caption_scores({1: "A hound in the café."}, {1: ["a dog in the café"]}, ("METEOR",))
     assert 0.5 < score.overall["METEOR"] < 1  # "hound" counts by the table

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipeline.scores import caption, chair, files, mme, mmmu_pro, seed_bench, tokens, vqa
+from pipeline.scores import caption, chair, files, java, mme, mmmu_pro, seed_bench, vqa
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_vqa_accuracy(read, score, shared_data, normalise, name):
 
 def test_ptb_tokens(read):
     pairs = read("golden/ptb_tokenizer.json")["pairs"]
-    assert tokens.tokenise([pair["input"] for pair in pairs]) == [pair["tokenized"] for pair in pairs]
+    assert java.tokenise([pair["input"] for pair in pairs]) == [pair["tokenized"] for pair in pairs]
 
 
 CAPTIONS = [

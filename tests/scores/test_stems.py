@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.scores.stems import stem_answer
+from pipeline.scores.vqa import stem_answer
 
 PAIRS = """racing:race riding:ride skateboarding:skateboard running:run eating:eat sitting:sit baking:bake flying:fly
 skiing:ski fishing:fish celebrating:celebrate hiking:hike cutting:cut boating:boat juggling:juggle cycling:cycle

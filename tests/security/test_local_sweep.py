@@ -55,7 +55,7 @@ from pipeline.config.load import Sweep
 from pipeline.pool import tuner
 import ray
 with tuner.cluster(Sweep()):
-    from pipeline.pool.worker import Worker
+    from pipeline.pool.slot import Worker
     worker = Worker.remote(0, 1)
     ray.get(worker.address.remote())
     me = psutil.Process()

@@ -10,8 +10,7 @@ import pytest
 
 from pipeline.config.trial import EvaluationConfig
 from pipeline.pool import answers
-from pipeline.records.evaluation import Evaluation, Prediction
-from pipeline.records.evaluations import Evaluations
+from pipeline.records.evaluation import Evaluation, Evaluations, Prediction
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import TrialEnd
 from pipeline.sweep import evaluate as evaluation

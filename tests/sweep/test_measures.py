@@ -9,8 +9,7 @@ from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import WorkError
 from pipeline.core.files import file_digest
 from pipeline.pool import answers
-from pipeline.records.evaluation import CellResult, Evaluation
-from pipeline.records.evaluations import Evaluations
+from pipeline.records.evaluation import CellResult, Evaluation, Evaluations
 from pipeline.records.trial import Provenance
 from pipeline.sweep import measures
 

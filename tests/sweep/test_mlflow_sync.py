@@ -11,10 +11,9 @@ import pytest
 
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import WorkError
-from pipeline.records.epoch import EpochReport
 from pipeline.records.evaluation import Evaluation, Measurement
 from pipeline.records.store import TrialStore
-from pipeline.records.trial import TrialEnd
+from pipeline.records.trial import EpochReport, TrialEnd
 from pipeline.sweep.mlflow_sync import MlflowSync
 from pipeline.tracking import store as place
 from pipeline.tracking.client import Tracker

@@ -9,7 +9,7 @@ import pytest
 from pipeline.config.trial import TrialConfig
 from pipeline.plan.inputs import Places
 from pipeline.plan.plan import Plan
-from pipeline.records.epoch import EpochReport
+from pipeline.records.trial import EpochReport
 from pipeline.sweep.pace import Pace
 from pipeline.sweep.view import View
 

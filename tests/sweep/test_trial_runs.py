@@ -9,7 +9,7 @@ import pytest
 from pipeline.config.trial import TrialConfig
 from pipeline.plan.inputs import Places
 from pipeline.plan.space import Digests, cells
-from pipeline.records.epoch import EpochReport
+from pipeline.records.trial import EpochReport
 from pipeline.sweep.trial_runs import POINTS, curve, metric_points, trial_note, used_by
 from pipeline.tracking.records import MetricPoint
 from tests.support.plans import make_plan

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from pipeline.records.epoch import EpochReport
 from pipeline.records.journal import JournalEvent
+from pipeline.records.trial import EpochReport
 from pipeline.sweep import view
 from pipeline.sweep.view import View
 from tests.plan.test_plan_order import plan_of

@@ -12,7 +12,7 @@ from pipeline import backbones, tasks
 from pipeline.core.errors import InputError
 from pipeline.evaluate.generate import cut_at_stop
 from pipeline.prompts.prompt import stop_strings
-from pipeline.tasks.vqa_files import most_frequent
+from pipeline.tasks.vqa import most_frequent
 
 SIZE = SyntheticSize(num_questions=40, num_images=9)
 

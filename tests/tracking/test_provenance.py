@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tracking import owner
-from pipeline.tracking.provenance import code_version, provenance, refused
+from pipeline.tracking.provenance import code_version, process_is_gone, process_tags, provenance, refused
 from tests.support import odd_paths
 
 LOCK = """
@@ -142,9 +141,9 @@ def test_an_edit_of_the_same_second_and_size_is_kept(checkout: Path) -> None:
 
 
 def test_an_ended_process_is_gone_and_a_living_one_is_not() -> None:
-    mine = owner.tags()
-    assert not owner.is_gone(mine)
-    assert owner.is_gone({**mine, "owner.started": "1"}), "the id was given to another process since"
-    assert owner.is_gone({**mine, "owner.boot": "another boot"})
-    assert not owner.is_gone({**mine, "owner.host": "another host", "owner.pid": "999999999"})
-    assert not owner.is_gone({}), "a run that is not ours is left alone"
+    mine = process_tags()
+    assert not process_is_gone(mine)
+    assert process_is_gone({**mine, "owner.started": "1"}), "the id was given to another process since"
+    assert process_is_gone({**mine, "owner.boot": "another boot"})
+    assert not process_is_gone({**mine, "owner.host": "another host", "owner.pid": "999999999"})
+    assert not process_is_gone({}), "a run that is not ours is left alone"

@@ -9,9 +9,9 @@ import psutil
 import pytest
 import torch
 
-from pipeline.measure.counters import CountedFlops
+from pipeline.measure.training_cost import CountedFlops
+from pipeline.records.store import TrialFolder
 from pipeline.records.trial import TrialEnd
-from pipeline.records.trial_folder import TrialFolder
 from pipeline.train.cost import Memory
 from pipeline.train.loop import TrainingLoop
 from pipeline.train.workbench import Workbench

@@ -1,4 +1,4 @@
-"""Open-ended VQA in the official files (VQAv2, OK-VQA, and the miniature's, which have the same shape)."""
+"""Open-ended VQA in the official files: VQAv2, OK-VQA, and the shape that the miniature's have too."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pipeline.core.errors import InputError
 from pipeline.data.files import field, find
 from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.scores.stems import stem_answer
-from pipeline.scores.vqa import vqa_accuracy
+from pipeline.scores.vqa import stem_answer, vqa_accuracy
+from pipeline.tasks import tasks
 from pipeline.tasks.base import IndexEntry, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
 
 VQA_TEMPLATE = PromptTemplate(
@@ -43,7 +43,7 @@ class VqaTask(Task):
         folders: where the two files are looked for, relative to the data root, in order.
         questions, annotations: file names, with `{subset}` for `train2014` or `val2014`.
         image: name of an image file, with `{subset}` and `{image_id}`.
-        stemmed_references: the references are stems (`scores.stems`), so that predictions may be brought to that form.
+        stemmed_references: the references are stems (`scores.vqa`), so that predictions may be brought to that form.
         normalise: normalise every answer, or only where the ten differ.
         stem_predictions: compare the predictions' stems, for references that are stems.
     """
@@ -180,3 +180,29 @@ def _object(value: object, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise InputError(f"an answer is {value!r}, an object is needed", where=where)
     return value
+
+
+# visualqa.org: 443,757 training and 214,354 validation questions on COCO 2014 images
+VQAV2 = VqaTask(
+    name="vqav2",
+    stands_for="vqav2",
+    folders=("vqav2", "VQAv2", "."),
+    questions="v2_OpenEnded_mscoco_{subset}_questions.json",
+    annotations="v2_mscoco_{subset}_annotations.json",
+    official_evaluation=214_354,
+)
+tasks.register(VQAV2)
+
+# okvqa.allenai.org: 9,009 training and 5,046 test questions on COCO 2014 images. References and target are the `answer`
+# field (stemmed in release 1.0 and, otherwise, in 1.1), as in the official score; `raw_answer`, the typed text, is not
+# used
+OKVQA = VqaTask(
+    name="okvqa",
+    stands_for="okvqa",
+    folders=("okvqa", "ok_vqa", "OK-VQA", "."),
+    questions="OpenEnded_mscoco_{subset}_questions.json",
+    annotations="mscoco_{subset}_annotations.json",
+    official_evaluation=5_046,
+    stemmed_references=True,
+)
+tasks.register(OKVQA)
