@@ -24,6 +24,11 @@ from pipeline.backbones.decoder import DecoderSpec, decoder_of
 from pipeline.backbones.states import modules_at
 from pipeline.core.errors import InputError
 
+_FROZEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_HIDDEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+NAME = "hificl"
+_UNSUPPORTED = ("softcap", "position_bias", "s_aux")  # they change the scores, and with them Z2
+
 
 @contextmanager
 def attach(
@@ -69,10 +74,6 @@ def attach(
         if hidden:
             stack.enter_context(_edited_hidden(spec, hidden, pack))
         yield pack
-
-
-_FROZEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-_HIDDEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -141,9 +142,6 @@ def _hooks() -> Iterator[list[torch.utils.hooks.RemovableHandle]]:
         for handle in handles:
             handle.remove()
 
-
-NAME = "hificl"
-_UNSUPPORTED = ("softcap", "position_bias", "s_aux")  # they change the scores, and with them Z2
 
 # edit(q, k, v, mask, scale=, causal=) -> [B, H, T, d]
 LayerEdit = Callable[..., Tensor]

@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.parser import CommandLine, profile_name, settable, study_names
 from pipeline.core.errors import InputError
-from pipeline.core.terminal import Answer, Facts
-
-if TYPE_CHECKING:
-    from pipeline.cost.hours import Rates
-
-
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from pipeline.core.terminal import short, table
+from pipeline.core.terminal import Answer, Facts, short, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from pipeline.cost.hours import Rates
     from pipeline.plan.trials import TrialRow
 
-
-import re
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-
 REAL = "real"
+_SHOWN = (
+    "task", "backbone", "num_train_samples", "num_shots", "epochs", "learning_rate", "weight_decay", "precision",
+    "seed", "num_evaluation",
+)  # fmt: skip
 
 
 def register(line: CommandLine) -> None:
@@ -110,12 +99,6 @@ def forecast(
         "method": "FLOPs counted by the formulas of pipeline/cost from the real configurations; "
         "hours = FLOPs / (peak x utilisation), decoding = weights read / (bandwidth x utilisation). No GPU was asked.",
     }  # fmt: skip
-
-
-_SHOWN = (
-    "task", "backbone", "num_train_samples", "num_shots", "epochs", "learning_rate", "weight_decay", "precision",
-    "seed", "num_evaluation",
-)  # fmt: skip
 
 
 def trials(args: argparse.Namespace) -> Trials:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.parser import CommandLine, study_names
+from pipeline.core.terminal import Answer
 
 if TYPE_CHECKING:
     from pipeline.report.results import StudyResults
-
-
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from pipeline.core.terminal import Answer
 
 
 def register(line: CommandLine) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands.parser import CommandLine, settable
-from pipeline.core.errors import HificlError
+from pipeline.commands.parser import CommandLine, settable, study_names
+from pipeline.core.errors import HificlError, InputError, nearest
 from pipeline.core.terminal import GOOD, Answer, table
 
 if TYPE_CHECKING:
@@ -16,16 +17,6 @@ if TYPE_CHECKING:
 
     from pipeline.config.load import Params
     from pipeline.plan.inputs import Inputs
-
-
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from pipeline.commands.parser import study_names
-from pipeline.core.errors import InputError, nearest
-
-if TYPE_CHECKING:
-    from pipeline.config.load import Params
 
 
 def register(line: CommandLine) -> None:

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.parser import CommandLine, study_names
 from pipeline.core.errors import InputError
-from pipeline.core.terminal import Answer, short, table
-from pipeline.lineage.checks import SAME, UNRECORDED
+from pipeline.core.terminal import Answer, Facts, short, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-
-from pipeline.core.terminal import Facts
+_DIGITS = 12  # of a digest
 
 
 def register(line: CommandLine) -> None:
@@ -63,9 +61,6 @@ def trace(args: argparse.Namespace) -> Traced:
     return Traced(lineage.trace(place, params, Path.cwd()))
 
 
-_DIGITS = 12  # of a digest
-
-
 @dataclass(frozen=True)
 class Traced(Answer):
     """The answer of `trace.trace` or `trace.trace_all`."""
@@ -84,6 +79,8 @@ class Traced(Answer):
 
     def shown(self) -> Iterator[RenderableType]:
         """Give the number, the way of each seed, and how many checks of each kind came out how."""
+        from pipeline.lineage.checks import SAME, UNRECORDED
+
         if "cell" not in self.found:
             yield from self._all()
             return

@@ -12,6 +12,10 @@ from typing import Any
 from pipeline.commands.parser import CommandLine, profile_name
 from pipeline.core.errors import InputError, WorkError
 
+_LINKS = (".venv", "pipeline", "stages", "checkpoints", "weights")
+PAGE = "page.html"  # what `dvc plots` fills, below .dvc
+_REAL, _MADE = "data/real", "data/miniature"
+
 
 def register(line: CommandLine) -> None:
     """Add the verb."""
@@ -24,11 +28,6 @@ def register(line: CommandLine) -> None:
 def workspace(args: argparse.Namespace) -> None:
     """Make the folder, or bring it up to date."""
     make_workspace(Path(args.folder), profile=args.profile, data=Path(args.data) if args.data else None)
-
-
-_LINKS = (".venv", "pipeline", "stages", "checkpoints", "weights")
-PAGE = "page.html"  # what `dvc plots` fills, below .dvc
-_REAL, _MADE = "data/real", "data/miniature"
 
 
 def make_workspace(folder: Path, *, profile: str, data: Path | None = None) -> None:

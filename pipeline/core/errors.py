@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:  # a verb that reads no settings starts without pydantic
     from pydantic import BaseModel, ValidationError
 
+_SHOWN = 80  # characters of a value in an error
+
 
 class HificlError(Exception):
     """Base of the project's own errors; its text is one line a user can act on."""
@@ -54,7 +56,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 M = TypeVar("M", bound="BaseModel")
-_SHOWN = 80  # characters of a value in an error
 
 
 def validate(model: type[M], raw: Any, where: str, *, noun: str = "key", way_out: str | None = None) -> M:

@@ -7,7 +7,9 @@ follows, so the answers are those of the whole prompts.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +18,8 @@ from torch import Tensor
 
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.load import Loaded
-from pipeline.prompts.collate import collate
+from pipeline.prompts.collate import Batch, collate
 from pipeline.prompts.prompt import Encoded
-
-if TYPE_CHECKING:
-    from pipeline.resident.visual_tokens import VisualTokens
-
-
-import copy
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-from pipeline.prompts.collate import Batch
 
 if TYPE_CHECKING:
     from pathlib import Path

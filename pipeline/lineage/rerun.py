@@ -29,6 +29,10 @@ from pipeline.tracking.client import Tracker
 
 _RECORDED = Path("pipeline/sweep/recorded.py")  # code that has it takes a trial's own JSON (`hificl run-trial`)
 _STANDARD_ERROR = 2
+STUDY = "again"
+_STAGES = ("stages.train", "stages.evaluate")
+_IDENTITY = ("backbone", "backbone_digest", "task", "manifest_digest", "method", "options", "seed")
+_GENERATION = ("num_beams", "length_penalty", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -128,12 +132,6 @@ def _result(folder: Path, *, scored: bool) -> Again:
         key, exact(tracker, run_id, run.metrics, evaluation), evaluation, folder_digest(done.parent / "adapter"),
         run.tags.get("mlflow.source.git.commit"),
     )  # fmt: skip
-
-
-STUDY = "again"
-_STAGES = ("stages.train", "stages.evaluate")
-_IDENTITY = ("backbone", "backbone_digest", "task", "manifest_digest", "method", "options", "seed")
-_GENERATION = ("num_beams", "length_penalty", "max_new_tokens")
 
 
 def params_of_older_code(record: RunRecord, machine: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,9 @@ from pipeline.measure import Measure, MeasureJob, Numbers, measures, middle
 from pipeline.records.trial import TrialReport
 from pipeline.train.workbench import Workbench
 
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
 
 @measures.register
 class TrainingCost(Measure):
@@ -94,10 +97,6 @@ def _counted(bench: Workbench, samples: int) -> Numbers:
     with CountedFlops() as counter, peak_bytes(torch.cuda.is_available()) as peak:
         bench.advance()
     return {"flops_per_sample": counter.total / samples, "peak_bytes": float(peak.value)}
-
-
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

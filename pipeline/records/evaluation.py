@@ -18,6 +18,9 @@ from pipeline.core.files import write_atomic
 from pipeline.records.base import Count, Flag, Frozen, Json, Number, Record
 from pipeline.records.trial import Machine, Provenance
 
+_KEY = re.compile(r"[A-Za-z0-9_.-]+")  # what may become a file's name
+_AGAIN = "Remove the file and run dvc repro evaluate again"
+
 
 class Prediction(Frozen):
     """One answer, with what a gallery shows of its sample.
@@ -201,10 +204,6 @@ class StudyFile(Record):
     protocol: str | None = None
     provenance: Provenance = Provenance()
     cells: tuple[CellResult, ...]
-
-
-_KEY = re.compile(r"[A-Za-z0-9_.-]+")  # what may become a file's name
-_AGAIN = "Remove the file and run dvc repro evaluate again"
 
 
 class Evaluations:

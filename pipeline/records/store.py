@@ -29,6 +29,7 @@ from pipeline.records.base import lines
 from pipeline.records.trial import AGAIN, EpochReport, Provenance, StepLosses, TrialEnd, TrialRecord
 
 _WAIT_SECONDS = 1.0
+LOSSES = "losses.jsonl"
 
 
 class TrialStore:
@@ -135,9 +136,6 @@ class TrialStore:
         finally:
             note.write_text("", encoding="utf-8")
             lock.release()
-
-
-LOSSES = "losses.jsonl"
 
 
 class TrialFolder:

@@ -48,6 +48,14 @@ _STANDALONE = (
     "<style>svg{color:#1d2430;background:#fff}"
     "@media (prefers-color-scheme:dark){svg{color:#e4e8ee;background:#12161c}}</style>"
 )
+MARKERS = "os^DXPv<>hp*d8H"
+# of series that are not methods, such as a miniature's losses by kind of document
+SERIES = ("#1872f7", "#b15c08", "#2e9e7b", "#c234b5", "#336877", "#de8308", "#983648", "#9f97b9")
+_SHADES = ((0.0, "white"), (0.45, "white"), (0.3, "black"))  # of a method's rows: its colour, lighter, darker
+DASHES = ("-", "--", ":", "-.")
+_LEAST_SPAN = 0.2  # of the highest value: what an axis shows at least, so that a small difference looks small
+_LABEL = 34  # letters a line
+_PANEL, _LETTER = 2.0, 0.11  # inches: a panel's least width, a letter's width in a tick label with its space
 
 
 class Drawing(NamedTuple):
@@ -81,11 +89,6 @@ def safe(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "-", name)
 
 
-MARKERS = "os^DXPv<>hp*d8H"
-# of series that are not methods, such as a miniature's losses by kind of document
-SERIES = ("#1872f7", "#b15c08", "#2e9e7b", "#c234b5", "#336877", "#de8308", "#983648", "#9f97b9")
-_SHADES = ((0.0, "white"), (0.45, "white"), (0.3, "black"))  # of a method's rows: its colour, lighter, darker
-DASHES = ("-", "--", ":", "-.")
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -144,11 +147,6 @@ def _look(method: str, turn: int) -> Look:
     share, toward = _SHADES[turn % len(_SHADES)]
     red, green, blue = (a + share * (b - a) for a, b in zip(to_rgb(colour), to_rgb(toward), strict=True))
     return Look(to_hex((red, green, blue)), marker, DASHES[turn % len(DASHES)], filled=turn % 2 == 0)
-
-
-_LEAST_SPAN = 0.2  # of the highest value: what an axis shows at least, so that a small difference looks small
-_LABEL = 34  # letters a line
-_PANEL, _LETTER = 2.0, 0.11  # inches: a panel's least width, a letter's width in a tick label with its space
 
 
 def line(axes: Axes, xs: Sequence[Any], values: Sequence[float], spread: Sequence[float], look: Look) -> Any:

@@ -20,6 +20,7 @@ LINES = {
     "unseen": "right word, not asked before",
     "right_value": "right value, any dialect",
 }
+COLUMNS, ROWS = 4, 2
 
 
 def draw_emergence(folder: Path, out: Path) -> Path:
@@ -77,9 +78,6 @@ def _finish(axes: Axes, title: str, below: str) -> None:
     axes.set_title(title)
     axes.set_xlabel(below)
     axes.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.7)
-
-
-COLUMNS, ROWS = 4, 2
 
 
 def draw_world(world: Path, out: Path) -> Path:

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from cachetools import LRUCache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -27,11 +28,6 @@ from pipeline.data.images import decode_image
 
 if TYPE_CHECKING:
     from pipeline.backbones.load import Loaded
-
-
-from typing import TypeVar
-
-from cachetools import LRUCache
 
 GIB = 1 << 30
 _CODE = ("pillow", "torch", "transformers")  # what reads pictures and computes on them

@@ -31,6 +31,11 @@ _OPTIONS = (
 )  # fmt: skip
 _ENDING_SECONDS = 5.0  # how long a failing program may take to end after its output is closed
 _MEMORY = ("OutOfMemory", "enough space", "insufficient memory", "Could not allocate")
+_JAR = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
+_ARGUMENTS = ("-cp", _JAR.name, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
+_PUNCTUATION = frozenset(ptbtokenizer.PUNCTUATIONS)
+# What Java ends a line at. One left inside a caption would shift every later caption to another image.
+_LINE_BREAKS = re.compile("[\n\r\v\f\u2028\u2029]")
 
 
 def find_java() -> Path:
@@ -186,13 +191,6 @@ def _failure(status: int, said: bytes, name: str) -> WorkError:
     short = status == -9 or any(word in cause for word in _MEMORY)
     way_out = "Free some memory (METEOR takes 2 GiB, SPICE 8), or leave the metric out" if short else _WAY_OUT
     return WorkError(f"Java {end}: {cause}", where=name, way_out=way_out)
-
-
-_JAR = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
-_ARGUMENTS = ("-cp", _JAR.name, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
-_PUNCTUATION = frozenset(ptbtokenizer.PUNCTUATIONS)
-# What Java ends a line at. One left inside a caption would shift every later caption to another image.
-_LINE_BREAKS = re.compile("[\n\r\v\f\u2028\u2029]")
 
 
 def tokenise(captions: Sequence[str]) -> list[str]:

@@ -21,6 +21,8 @@ from pipeline.tasks.caption_files import CAPTION_TEMPLATE, CaptionTask, cider_sc
 from pipeline.tasks.karpathy import KarpathyTask, SplitFile
 
 FOLDERS = ("coco/annotations", "annotations", "coco", ".")
+IMAGE_PARENTS = ("flickr30k", "images", "flickr30k_images", ".")
+IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images")
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,6 @@ class KarpathyCoco(KarpathyTask, CaptionTask):
 
 COCO = CocoCaptions(name="coco", stands_for="coco", folders=FOLDERS, official_evaluation=40_504)
 tasks.register(COCO)
-
-IMAGE_PARENTS = ("flickr30k", "images", "flickr30k_images", ".")
-IMAGE_FOLDERS = ("flickr30k-images", "flickr30k_images")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ PACKAGES = ("torch", "transformers", "ray", "deepspeed", "mlflow", "dvc")
 MAX_DIFF = 2_000_000  # characters: a diff beyond this is no edit of source any more
 MAX_SOURCE = 250_000  # bytes of a changed file that is still kept in a diff
 _GIT_SECONDS = 20
+_HOST, _BOOT, _PID, _STARTED = "owner.host", "owner.boot", "owner.pid", "owner.started"
 
 
 def provenance(root: Path | str) -> Provenance:
@@ -233,9 +234,6 @@ def _gpus() -> list[str]:
             if line.startswith("Model:"):
                 names.append(line.partition(":")[2].strip())
     return names
-
-
-_HOST, _BOOT, _PID, _STARTED = "owner.host", "owner.boot", "owner.pid", "owner.started"
 
 
 def process_tags() -> dict[str, str]:
