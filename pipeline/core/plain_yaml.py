@@ -45,18 +45,17 @@ def read(text: str, where: str) -> Any:
         raise InputError(f"YAML takes {error} for a date", where=where, way_out="Put it in quotes") from None
 
 
-def read_file(path: Path, where: str | None = None) -> Any:
-    """Return the document in a file, which errors name as `where`.
+def read_file(path: Path) -> Any:
+    """Return the document in a file.
 
     Raises:
         FileNotFoundError: no such file.
         InputError: as `read` has it, or the file is not UTF-8.
     """
-    where = where or str(path)
     try:
-        return read(path.read_text(encoding="utf-8"), where)
+        return read(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
-        raise InputError(f"not readable as YAML: {error}", where=where) from None
+        raise InputError(f"not readable as YAML: {error}", where=str(path)) from None
 
 
 def write(value: Any) -> str:
