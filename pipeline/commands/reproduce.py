@@ -22,14 +22,12 @@ def register(line: CommandLine) -> None:
 def reproduce(args: argparse.Namespace) -> Answer:
     """Return both numbers and how they differ; more than the tolerance is a problem."""
     from pipeline.config.load import load
-    from pipeline.lineage import reproduce as lineage
+    from pipeline.lineage.reproduce import reproduce_run
     from pipeline.pool.signals import as_interrupt
 
     with as_interrupt():  # so that the worktree is removed
-        compared = lineage.reproduce(
+        reproduction = reproduce_run(
             args.run_id, load(), Path.cwd(), tolerance=args.tolerance, here=args.here,
             keep=Path(args.keep) if args.keep else None,
         )  # fmt: skip
-    gap, allowed = compared["largest_difference"], compared["tolerance"]
-    problem = None if compared["reproduced"] else f"{args.run_id} differs by {gap:g}, the tolerance is {allowed:g}"
-    return Facts(compared, problem)
+    return Facts(reproduction.record(), reproduction.problem)

@@ -10,7 +10,7 @@ from pipeline.commands.parser import CommandLine, study_names
 from pipeline.core.errors import InputError
 
 if TYPE_CHECKING:
-    from pipeline.lineage.traced import Traced
+    from pipeline.core.terminal import Answer
 
 
 def register(line: CommandLine) -> None:
@@ -23,21 +23,20 @@ def register(line: CommandLine) -> None:
     parser.add_argument("--all", action="store_true", help="every number of every report, or of the --study's")
 
 
-def trace(args: argparse.Namespace) -> Traced:
+def trace(args: argparse.Namespace) -> Answer:
     """Return what one number, or every number, was made from.
 
     Raises:
         InputError: not exactly one way to name what is traced, or no such number.
     """
     from pipeline.config.load import load
-    from pipeline.lineage import trace as lineage
     from pipeline.lineage.place import locate, locate_cell
-    from pipeline.lineage.traced import Traced
+    from pipeline.lineage.trace import trace_number, trace_reports
 
     if args.all:
         if args.number is not None or args.cell is not None:
             raise InputError("--all takes a --study at most", where="trace")
-        return Traced(lineage.trace_all([args.study] if args.study else [], load(), Path.cwd()))
+        return trace_reports([args.study] if args.study else [], load(), Path.cwd())
     if (args.number is None) == (args.study is None) or (args.study is None) != (args.cell is None):
         raise InputError("give FILE:ROW:COLUMN, or --study S with --cell ROW:COLUMN", where="trace")
     params, evaluations = load(), Path("evaluations")
@@ -46,4 +45,4 @@ def trace(args: argparse.Namespace) -> Traced:
         if args.study
         else locate(args.number, params, evaluations)
     )
-    return Traced(lineage.trace(place, params, Path.cwd()))
+    return trace_number(place, params, Path.cwd())

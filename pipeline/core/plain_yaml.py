@@ -11,6 +11,7 @@ import io
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import JsonValue
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
@@ -18,6 +19,8 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 from ruamel.yaml.nodes import ScalarNode
 
 from pipeline.core.errors import InputError
+
+Json = dict[str, JsonValue]  # a mapping of plain values, as JSON and YAML have them
 
 MAX_CHARACTERS = 4_000_000
 MAX_VALUES = 200_000  # after every alias is written out

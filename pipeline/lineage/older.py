@@ -8,6 +8,7 @@ from typing import Any
 from pipeline import backbones
 from pipeline.config.load import merge
 from pipeline.config.trial import EvaluationConfig, TrialConfig
+from pipeline.core.plain_yaml import Json
 from pipeline.lineage.record import RunRecord
 from pipeline.records.evaluation import Evaluation
 from pipeline.tasks import tasks
@@ -18,19 +19,19 @@ _IDENTITY = ("backbone", "backbone_digest", "task", "manifest_digest", "method",
 _GENERATION = ("num_beams", "length_penalty", "max_new_tokens")
 
 
-def params(record: RunRecord, surroundings: dict[str, Any]) -> dict[str, Any]:
+def study_params(record: RunRecord, surroundings: Json) -> Json:
     """Return a params.yaml: what is no part of the trial, with the study and how it is scored."""
     config = record.config
-    study = {
+    study: Json = {
         "title": f"Run {record.run_id} again", "seeds": [config["seed"]],
-        "backbones": [backbones.get(config["backbone"]).stands_for or config["backbone"]],
-        "tasks": [tasks.get(config["task"]).stands_for],
-        "methods": {"again": {"method": config["method"], "set": {**_settings(config), **config["options"]}}},
+        "backbones": [backbones.get(record.backbone).stands_for or record.backbone],
+        "tasks": [tasks.get(record.task).stands_for],
+        "methods": {"again": {"method": config["method"], "set": {**_settings(config), **record.options}}},
     }  # fmt: skip
     return merge(surroundings, {"studies": {STUDY: study}, "evaluate": _evaluate(record.evaluation)})
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
+def _settings(config: Json) -> Json:
     """Return every training setting of a configuration, by its name in params.yaml."""
     later = _defaults(TrialConfig, TrialConfig.later)
     row = {name: value for name, value in config.items() if name not in _IDENTITY and (name, value) not in later}
@@ -45,7 +46,7 @@ def _defaults(kind: type[TrialConfig] | type[EvaluationConfig], names: Iterable[
     return [(name, kind.model_fields[name].default) for name in names]
 
 
-def _evaluate(evaluation: Evaluation | None) -> dict[str, Any]:
+def _evaluate(evaluation: Evaluation | None) -> Json:
     """Return how the trial was scored, by the names of params.yaml."""
     if evaluation is None:
         return {}

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.load import Params
 from pipeline.core import plain_yaml
 from pipeline.core.errors import WorkError
 from pipeline.core.files import folder_digest
+from pipeline.core.plain_yaml import Json
 from pipeline.data.manifest import Manifest
 from pipeline.lineage import older
 from pipeline.lineage.record import RunRecord, exact
@@ -58,7 +58,8 @@ def rerun(record: RunRecord, params: Params, manifest: Manifest, code: Path, fol
     here.save(folder / "data/manifests" / manifest.task / "manifest.json")
     raw, scored = surroundings(record, params), record.evaluation is not None
     whole = (code / _ENTRY).is_file()
-    (folder / "params.yaml").write_text(plain_yaml.write(raw if whole else older.params(record, raw)), encoding="utf-8")
+    written = plain_yaml.write(raw if whole else older.study_params(record, raw))
+    (folder / "params.yaml").write_text(written, encoding="utf-8")
     if whole:
         (folder / "trial.json").write_text(json.dumps(record.config), encoding="utf-8")
         how = ["--train-only"]
@@ -72,18 +73,18 @@ def rerun(record: RunRecord, params: Params, manifest: Manifest, code: Path, fol
     return _result(folder, scored=scored)
 
 
-def surroundings(record: RunRecord, params: Params) -> dict[str, Any]:
+def surroundings(record: RunRecord, params: Params) -> Json:
     """Return a params.yaml with all that is no part of a trial: where weights and files lie, and the machine."""
-    backbone = record.config["backbone"]
-    profile = {
-        "backbones": [backbone], "tasks": [record.config["task"]], "studies": [older.STUDY],
+    backbone = record.backbone
+    profile: Json = {
+        "backbones": [backbone], "tasks": [record.task], "studies": [older.STUDY],
         "data_root": str(Path(params.run.data_root).resolve()),
     }  # fmt: skip
     source = params.backbone_source(backbone).model_dump()
     if source["weights"]:
         source["weights"] = str(Path(source["weights"]).resolve())
     # only what older code knows too; a pack of one and one slot: nothing else runs beside it
-    sweep = {
+    sweep: Json = {
         "slots": 1, "threads_per_worker": int(record.tags.get("threads_per_worker", params.sweep.threads_per_worker)),
         "cpus_per_worker": params.sweep.cpus_per_worker, "gpus_per_worker": params.sweep.gpus_per_worker,
     }  # fmt: skip
@@ -98,8 +99,8 @@ def _run(folder: Path, code: Path, module: str, *arguments: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "HIFICL_DATA_ROOT")}
     command = [sys.executable, "-m", module, *arguments]
     # standard output is this command's JSON, so its own goes to standard error with its progress
-    own = {**environment, "PYTHONPATH": str(code)}
-    done = subprocess.run(command, cwd=folder, env=own, stdout=_STANDARD_ERROR, check=False)
+    environment["PYTHONPATH"] = str(code)
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=_STANDARD_ERROR, check=False)
     if done.returncode:
         words = " ".join([module, *arguments[:1]])
         raise WorkError(f"{words} ended with status {done.returncode}; its own message stands above", where=str(folder))

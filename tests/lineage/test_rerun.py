@@ -55,7 +55,7 @@ def test_the_second_trial_has_the_firsts_key(study: str, params, tmp_path: Path)
     for config in first:
         record = record_of(config)
         own = surroundings(record, params)
-        (cell,) = cells(loaded(older.params(record, own), tmp_path), older.STUDY, digests)
+        (cell,) = cells(loaded(older.study_params(record, own), tmp_path), older.STUDY, digests)
         assert cell.trial({}).key == config.key, config.method
         (tmp_path / "trial.json").write_text(json.dumps(record.config))
         whole = recorded.params_of(recorded.read(tmp_path / "trial.json"), loaded(own, tmp_path))
