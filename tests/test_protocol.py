@@ -17,7 +17,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.evaluate.generate import cut_at_stop
 from pipeline.plan.space import Digests, cells
-from pipeline.prompts.prompt import draw_demos, encode, render, stop_strings
+from pipeline.prompts.prompt import draw_demos, encode_all, render, stop_strings
 from pipeline.sweep.draw import draw_manifest
 from pipeline.tasks import tasks
 from pipeline.tasks.caption_files import CAPTION_TEMPLATE
@@ -143,10 +143,9 @@ def test_prompts_of_the_published_code(name, tiny):
     opened = render(VQA_TEMPLATE, loaded.backbone, asked(2), [asked(1)], style="published")
     assert opened.text == text.replace("<image>", loaded.backbone.image_text)
     closed = render(VQA_TEMPLATE, loaded.backbone, asked(2), [asked(1)], answer=True, style="published")
-    sizes = [(56, 56)] * 2
-    ids, whole = encode(loaded, opened, image_sizes=sizes).input_ids, encode(loaded, closed, image_sizes=sizes)
+    open_prompt, whole = encode_all(loaded, [opened, closed], image_sizes=[[(56, 56)] * 2] * 2)
     start, end = whole.answer_span
-    assert whole.input_ids[:start] == ids and end == len(whole)
+    assert whole.input_ids[:start] == open_prompt.input_ids and end == len(whole)
     stops = stop_strings(VQA_TEMPLATE, loaded.backbone, "published")
     assert cut_at_stop(loaded.tokenizer.decode(whole.input_ids[start:end]), stops) == "A2"
     alone = render(CAPTION_TEMPLATE, loaded.backbone, replace(asked(1), question=None), style="published").text

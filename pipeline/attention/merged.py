@@ -149,8 +149,8 @@ def logits(q: Tensor, keys: Tensor | None, bias: Tensor | None, scale: float, wi
         if bias is None:
             raise InputError("virtual tokens need keys or logits")
         return bias.to(wide).expand(shape)
-    found = product(q.to(wide), keys.to(wide)).mul_(scale)
-    return found if bias is None else found.add_(bias)
+    scores = product(q.to(wide), keys.to(wide)).mul_(scale)
+    return scores if bias is None else scores.add_(bias)
 
 
 def check(

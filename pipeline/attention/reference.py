@@ -70,8 +70,8 @@ def _masked(scores: Tensor, mask: Tensor | None, virtual_mask: Tensor | None, n:
         virtual_mask = torch.ones(n, dtype=torch.bool, device=scores.device)
     virtual_mask = virtual_mask.unsqueeze(-2)
     parts = []
-    for part, one in ((scores[..., :n], virtual_mask), (scores[..., n:], mask)):
-        parts.append(part.masked_fill(~one, -_INF) if one.dtype == torch.bool else part + one)
+    for part, hides in ((scores[..., :n], virtual_mask), (scores[..., n:], mask)):
+        parts.append(part.masked_fill(~hides, -_INF) if hides.dtype == torch.bool else part + hides)
     return torch.cat(parts, -1)
 
 

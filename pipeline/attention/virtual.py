@@ -231,19 +231,8 @@ class _VirtualAttention(torch.autograd.Function):
     """`virtual_attention` and its backward; see the top of this file."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        keys: Tensor | None,
-        bias: Tensor | None,
-        values: Tensor | None,
-        per_query: Tensor | None,
-        call: kernels.Call,
-        groups: int,
-        replaces: bool | Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        q, k, v, keys, bias, values, per_query, call, groups, replaces = inputs  # as `_without_gradient` is given them
         with no_autocast(q):
             context, lse, extra = merging.context(call, q, k, v, groups)
             wide = lse.dtype

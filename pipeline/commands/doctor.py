@@ -117,16 +117,16 @@ def _python(params: Params, root: Path) -> Iterator[Finding]:
 
 def _code(params: Params, root: Path) -> Iterator[Finding]:
     """Whether runs can name their commit, and `dvc exp` can read it."""
-    from pipeline.tracking.provenance import code_root, code_version, refused
+    from pipeline.tracking.provenance import checkout_state, code_root, refused
 
-    code = code_root(root)
-    version = code_version(code)
-    if version["commit"] is None:
-        yield Finding("code", NOTE, f"runs will have no commit: {version['note']}")
-    elif (why := refused(code)) is not None:
-        yield Finding("code", NOTE, f"commit {version['commit'][:12]}; `dvc exp` and git itself refuse it: {why}")
+    checkout = code_root(root)
+    code = checkout_state(checkout)
+    if code.commit is None:
+        yield Finding("code", NOTE, f"runs will have no commit: {code.note}")
+    elif (why := refused(checkout)) is not None:
+        yield Finding("code", NOTE, f"commit {code.commit[:12]}; `dvc exp` and git itself refuse it: {why}")
     else:
-        yield Finding("code", OK, f"commit {version['commit'][:12]}{', changed since' if version['dirty'] else ''}")
+        yield Finding("code", OK, f"commit {code.commit[:12]}{', changed since' if code.dirty else ''}")
 
 
 def _studies(params: Params, root: Path) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ import io
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import JsonValue
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
@@ -18,6 +19,8 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 from ruamel.yaml.nodes import ScalarNode
 
 from pipeline.core.errors import InputError
+
+Json = dict[str, JsonValue]  # a mapping of plain values, as JSON and YAML have them
 
 MAX_CHARACTERS = 4_000_000
 MAX_VALUES = 200_000  # after every alias is written out
@@ -45,18 +48,17 @@ def read(text: str, where: str) -> Any:
         raise InputError(f"YAML takes {error} for a date", where=where, way_out="Put it in quotes") from None
 
 
-def read_file(path: Path, where: str | None = None) -> Any:
-    """Return the document in a file, which errors name as `where`.
+def read_file(path: Path) -> Any:
+    """Return the document in a file.
 
     Raises:
         FileNotFoundError: no such file.
         InputError: as `read` has it, or the file is not UTF-8.
     """
-    where = where or str(path)
     try:
-        return read(path.read_text(encoding="utf-8"), where)
+        return read(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
-        raise InputError(f"not readable as YAML: {error}", where=where) from None
+        raise InputError(f"not readable as YAML: {error}", where=str(path)) from None
 
 
 def write(value: Any) -> str:

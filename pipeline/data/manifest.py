@@ -86,7 +86,7 @@ class Manifest:
             "replaced": list(self.replaced),
         }
 
-    def verify_images(self, splits: Sequence[str] = SPLITS) -> None:
+    def verify_images(self) -> None:
         """Check that every image is there, opens, and has the bytes it had when the manifest was drawn.
 
         Raises:
@@ -94,7 +94,7 @@ class Manifest:
         """
         wanted = {
             self.image_root / image.path: image.sha256
-            for name in splits
+            for name in SPLITS
             for sample in self.splits.get(name, ())
             for image in sample.images
         }
@@ -141,12 +141,8 @@ class Manifest:
         yield "\n}\n}\n"
 
     @classmethod
-    def load(cls, path: Path, *, image_root: Path | None = None) -> Manifest:
-        """Read a manifest and verify its digest.
-
-        Args:
-            path: the file that `save` wrote.
-            image_root: where the images lie on this machine, if not where they lay at the draw.
+    def load(cls, path: Path) -> Manifest:
+        """Read the manifest that `save` wrote, and verify its digest.
 
         Raises:
             InputError: the file is missing, no manifest, of another format, or not what was written; the
@@ -179,7 +175,7 @@ class Manifest:
                     name: tuple(Sample.from_json(sample) for sample in samples)
                     for name, samples in record["splits"].items()
                 },
-                image_root=Path(image_root or record["image_root"]),
+                image_root=Path(record["image_root"]),
                 replaced=tuple(record["replaced"]),
                 prompt=record.get("prompt", "papers"),
             )

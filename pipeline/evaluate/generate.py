@@ -100,7 +100,7 @@ def generate(
 
     Args:
         loaded: the backbone.
-        requests: open prompts (`encode` of a `render` without answer).
+        requests: open prompts (`encode_all` of a `render` without answer).
         max_new_tokens: most tokens of an answer.
         visual_tokens: where the images' visual tokens come from.
         root: the data root of the images.

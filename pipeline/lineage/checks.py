@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from pipeline.config.trial import KEY_LENGTH, EvaluationConfig, TrialConfig, digest
+from pipeline.core.plain_yaml import Json
 
 SAME, DIFFERS, MISSING, UNRECORDED = "same", "differs", "missing", "not recorded"
 
@@ -68,16 +69,17 @@ class Checks:
         """The checks that found something missing or different."""
         return [check for check in self._made.values() if check.state in (DIFFERS, MISSING)]
 
-    def records(self) -> list[dict[str, Any]]:
-        """Return all checks as JSON values."""
-        return [asdict(check) for check in self._made.values()]
+    @property
+    def made(self) -> list[Check]:
+        """All of them, in the order in which they were made."""
+        return list(self._made.values())
 
 
 def _short(text: str | None) -> str:
     return str(text) if text is None or len(text) <= 80 else f"{text[:77]}..."
 
 
-def key_of(kind: type[TrialConfig] | type[EvaluationConfig], stored: dict[str, Any], stated: str) -> str:
+def key_of(kind: type[TrialConfig] | type[EvaluationConfig], stored: Json, stated: str) -> str:
     """Return the key of a stored configuration.
 
     Code of its own time hashed it as it stands, newer code leaves out later fields at their defaults: where one of the

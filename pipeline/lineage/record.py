@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
+
+from pydantic import JsonValue
 
 from pipeline import methods
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
+from pipeline.core.plain_yaml import Json
 from pipeline.lineage.checks import key_of
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import EpochReport, Provenance
@@ -33,7 +36,7 @@ class RunRecord:
     """
 
     run_id: str
-    config: dict[str, Any]
+    config: Json
     evaluation: Evaluation | None
     metrics: dict[str, float]
     provenance: Provenance
@@ -43,6 +46,21 @@ class RunRecord:
     def key(self) -> str:
         """The trial's key."""
         return self.tags["trial_key"]
+
+    @property
+    def backbone(self) -> str:
+        """The backbone's name."""
+        return str(self.config["backbone"])
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return str(self.config["task"])
+
+    @property
+    def options(self) -> Json:
+        """The method's own."""
+        return cast(Json, self.config["options"])
 
 
 def read_record(tracker: Tracker, run_id: str) -> RunRecord:
@@ -86,12 +104,12 @@ def exact(tracker: Tracker, run_id: str, metrics: dict[str, float], evaluation: 
     last = EpochReport.parse(lines[-1], f"{run_id} {LEDGER_FILE}", _OTHER_RUN).metrics if lines else {}
     scores = evaluation.metrics if evaluation else {}
     known = {**last, **{f"test_{name}": value for name, value in scores.items()}}
-    found = dict(metrics)
+    unrounded = dict(metrics)
     for name, value in metrics.items():
         whole = known.get(name)
         if isinstance(whole, int | float) and rounded(whole) == rounded(value):
-            found[name] = float(whole)
-    return found
+            unrounded[name] = float(whole)
+    return unrounded
 
 
 def _newest_score(tracker: Tracker, run_id: str, metrics: dict[str, float]) -> Evaluation | None:
@@ -116,17 +134,17 @@ def _is_measurement(text: str) -> bool:
     return isinstance(fields, dict) and ("measure" in fields or "evaluation" not in fields)
 
 
-def _from_params(params: dict[str, str]) -> dict[str, Any]:
+def _from_params(params: dict[str, str]) -> Json:
     """Rebuild the configuration of a run of before runs kept it whole."""
-    own = set(methods.option_names(params["method"]))
+    known = set(methods.option_names(params["method"]))
     fields = TrialConfig.model_fields
-    options = {name: _parsed(value) for name, value in params.items() if name in own or name not in fields}
+    options = {name: _parsed(value) for name, value in params.items() if name in known or name not in fields}
     plain = {name: value for name, value in params.items() if name not in options}
     typed = {name: value if fields[name].annotation is str else _parsed(value) for name, value in plain.items()}
-    return TrialConfig(**typed, options=options).model_dump(mode="json")
+    return TrialConfig.model_validate({**typed, "options": options}).model_dump(mode="json")
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str) -> JsonValue:
     try:
         return json.loads(text)
     except ValueError:

@@ -7,30 +7,122 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline import backbones
 from pipeline.config.load import Params
 from pipeline.core.errors import InputError
+from pipeline.core.plain_yaml import Json
 from pipeline.core.progress import say
 from pipeline.data.manifest import Manifest
 from pipeline.lineage.record import RunRecord, read_record
 from pipeline.lineage.rerun import Again, rerun
 from pipeline.lineage.worktree import check_code, checked_out
 from pipeline.records.evaluation import Evaluation
+from pipeline.records.trial import Machine
 from pipeline.tracking.client import Tracker
-from pipeline.tracking.provenance import code_root, code_version, machine, versions
+from pipeline.tracking.provenance import checkout_state, code_root, this_machine, versions
 
 # what a score may differ by where sums come in another order: on a GPU, over ranks, in a pack, on another processor
 TOLERANCES = {"percent": 1.0, "fraction": 0.02}
 _MEASURED = ("seconds", "memory_bytes")  # metrics that end so are measurements of the machine
 
 
-def reproduce(
+@dataclass(frozen=True)
+class Pair:
+    """A number as it was recorded, and as it came out again; text where it is none (`nan`)."""
+
+    recorded: float | str
+    again: float | str
+    difference: float
+
+
+@dataclass(frozen=True)
+class AdapterPair:
+    """The digests of both adapters."""
+
+    recorded: str
+    again: str | None
+    same: bool
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """How many answers there are, and how many of them differ."""
+
+    samples: int
+    differ: int
+
+
+@dataclass(frozen=True)
+class CodePair:
+    """The commits of both times."""
+
+    recorded: str | None
+    ran: str | None
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What else is not as it was.
+
+    Attributes:
+        notes: in sentences.
+        versions_differ: by package: the version then and now.
+        recorded_machine: on which the run was made.
+    """
+
+    notes: list[str]
+    versions_differ: dict[str, list[str | None]]
+    recorded_machine: Machine
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A run beside itself, made again.
+
+    Attributes:
+        metric: what `number` is; `unit` None: the training's objective.
+        number: what the run is known by; None where neither time gave one.
+        others: the further metrics, by name.
+        largest_difference: of all of them.
+        tolerance: what may differ by.
+        reproduced: whether no more does.
+        adapter: None for a method without training.
+        predictions: None where one of the two was not scored.
+    """
+
+    run_id: str
+    trial: str
+    metric: str
+    unit: str | None
+    number: Pair | None
+    others: dict[str, Pair]
+    largest_difference: float
+    tolerance: float
+    reproduced: bool
+    adapter: AdapterPair | None
+    predictions: Predictions | None
+    code: CodePair
+    environment: Environment
+
+    def record(self) -> Json:
+        """Return the fields as JSON has them."""
+        environment = asdict(self.environment) | {"recorded_machine": self.environment.recorded_machine.model_dump()}
+        return asdict(self) | {"environment": environment}
+
+    @property
+    def problem(self) -> str | None:
+        """That it differs by more than the tolerance."""
+        gap, allowed = self.largest_difference, self.tolerance
+        return None if self.reproduced else f"{self.run_id} differs by {gap:g}, the tolerance is {allowed:g}"
+
+
+def reproduce_run(
     run_id: str, params: Params, root: Path, *, tolerance: float | None = None, here: bool = False,
     keep: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> Reproduction:  # fmt: skip
     """Train and evaluate a run again by its own record, in a private store, and compare.
 
     Args:
@@ -40,10 +132,6 @@ def reproduce(
         tolerance: what the numbers may differ by; None: 0 for a run in one process on this CPU, else `TOLERANCES`.
         here: run the code as it is now instead of the run's commit.
         keep: keep the private store in this folder.
-
-    Returns:
-        `number` (`recorded`, `again`, `difference`), `others`, `adapter`, `predictions`, `code`, `environment`,
-        `tolerance` and `reproduced`.
 
     Raises:
         InputError: said before any work: data, weights or code are not what the run recorded.
@@ -57,33 +145,33 @@ def reproduce(
         check_code(repository, record.provenance, run_id)
     allowed = _tolerance(record) if tolerance is None else tolerance
     environment = _environment(record, repository, here)
-    for note in environment["notes"]:
+    for note in environment.notes:
         say(note)
-    say(f"training {record.config['method']} on {record.config['task']} again, seed {record.config['seed']}")
+    say(f"training {record.config['method']} on {record.task} again, seed {record.config['seed']}")
     with _folder(keep) as private:
         if here:
             again = rerun(record, params, manifest, repository, private / "store")
         else:
             with checked_out(repository, record.provenance, private / "code") as code:
                 again = rerun(record, params, manifest, code, private / "store")
-    return {**_compared(record, again, allowed), "environment": environment}
+    return _compared(record, again, allowed, environment)
 
 
 def _same_data(record: RunRecord, root: Path) -> Manifest:
-    path = root / "data/manifests" / record.config["task"] / "manifest.json"
+    path = root / "data/manifests" / record.task / "manifest.json"
     manifest = Manifest.load(path)
     way_out = "Put the old params of stage subsample and the old files back and draw again"
-    manifest.check_digest(record.config["manifest_digest"], where=path, way_out=way_out)
+    manifest.check_digest(str(record.config["manifest_digest"]), where=path, way_out=way_out)
     manifest.verify_images()
     return manifest
 
 
 def _same_weights(record: RunRecord, params: Params) -> None:
-    name, wanted = record.config["backbone"], record.config["backbone_digest"]
-    found = backbones.digest_of(name, params.backbone_source(name))
-    if found != wanted:
+    name, wanted = record.backbone, str(record.config["backbone_digest"])
+    present = backbones.digest_of(name, params.backbone_source(name))
+    if present != wanted:
         raise InputError(
-            f"the weights changed: digest {found[:12]}, the run was made with {wanted[:12]}",
+            f"the weights changed: digest {present[:12]}, the run was made with {wanted[:12]}",
             where=f"backbones.{name}", way_out="Put the old weights back",
         )  # fmt: skip
 
@@ -101,17 +189,17 @@ def _tolerance(record: RunRecord) -> float:
 def _other_processor(record: RunRecord) -> str | None:
     """Return the processor that a run was made on, where it is not this machine's."""
     recorded = record.provenance.machine.cpu
-    return recorded if recorded not in (None, machine()["cpu"]) else None
+    return recorded if recorded not in (None, this_machine().cpu) else None
 
 
-def _environment(record: RunRecord, repository: Path, here: bool) -> dict[str, Any]:
+def _environment(record: RunRecord, repository: Path, here: bool) -> Environment:
     origin = record.provenance
     notes = []
     if here:
-        now = code_version(repository)
-        notes.append(f"running the code as it is now ({now['commit'] or now['note']}), not the run's own")
-        if now["dirty"]:
-            notes.append(f"this tree is dirty: {', '.join(now['changed'][:5])}")
+        now = checkout_state(repository)
+        notes.append(f"running the code as it is now ({now.commit or now.note}), not the run's own")
+        if now.dirty:
+            notes.append(f"this tree is dirty: {', '.join(now.changed[:5])}")
     elif origin.dirty:
         lines = origin.diff.count("\n")
         notes.append(f"the run was made from a dirty tree: its own diff of {lines} lines is laid over the commit")
@@ -123,10 +211,10 @@ def _environment(record: RunRecord, repository: Path, here: bool) -> dict[str, A
     if differ:
         pairs = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in differ.items())
         notes.append(f"other versions than the run's: {pairs}")
-    other = _other_processor(record)
-    if other is not None:
-        notes.append(f"another processor than the run's, {other}: it sums in another order")
-    return {"notes": notes, "versions_differ": differ, "recorded_machine": origin.machine.model_dump()}
+    processor = _other_processor(record)
+    if processor is not None:
+        notes.append(f"another processor than the run's, {processor}: it sums in another order")
+    return Environment(notes, differ, origin.machine)
 
 
 @contextmanager
@@ -144,51 +232,51 @@ def _folder(keep: Path | None) -> Iterator[Path]:
         shutil.rmtree(private, ignore_errors=True)
 
 
-def _compared(record: RunRecord, again: Again, allowed: float) -> dict[str, Any]:
+def _compared(record: RunRecord, again: Again, allowed: float, environment: Environment) -> Reproduction:
     first, second = record.metrics, again.metrics
-    number: dict[str, Any] | None
     shared = sorted(name for name in first if name in second and not name.endswith(_MEASURED) and "/" not in name)
     others = {name: _pair(first[name], second[name]) for name in shared}
     if record.evaluation and again.evaluation:
+        number: Pair | None = _pair(_value(record.evaluation), _value(again.evaluation))
         metric, unit = record.evaluation.metric, record.evaluation.unit
-        number = _pair(_value(record.evaluation), _value(again.evaluation))
     else:
-        metric, unit = "objective", None
-        number = others.get("objective")
-    worst = max([abs(pair["difference"]) for pair in (*others.values(), *([number] if number else []))], default=0.0)
-    gap = abs(number["difference"]) if number else worst
-    return {
-        "run_id": record.run_id, "trial": record.key, "metric": metric, "unit": unit, "number": number,
-        "others": others, "largest_difference": worst, "tolerance": allowed,
+        metric, unit, number = "objective", None, others.get("objective")
+    worst = max([abs(pair.difference) for pair in (*others.values(), *([number] if number else []))], default=0.0)
+    gap = abs(number.difference) if number else worst
+    return Reproduction(
+        run_id=record.run_id, trial=record.key, metric=metric, unit=unit, number=number,
+        others=others, largest_difference=worst, tolerance=allowed,
         # without a tolerance everything has to be equal, losses too; with one the number is what it is about
-        "reproduced": worst == 0.0 if allowed == 0.0 else gap <= allowed,
-        "adapter": _adapters(record, again), "predictions": _predictions(record, again),
-        "code": {"recorded": record.provenance.commit, "ran": again.commit},
-    }  # fmt: skip
+        reproduced=worst == 0.0 if allowed == 0.0 else gap <= allowed,
+        adapter=_adapters(record, again), predictions=_predictions(record, again),
+        code=CodePair(record.provenance.commit, again.commit), environment=environment,
+    )  # fmt: skip
 
 
 def _value(evaluation: Evaluation) -> float:
     return math.nan if evaluation.value is None else evaluation.value
 
 
-def _pair(recorded: float, again: float) -> dict[str, Any]:
+def _pair(recorded: float, again: float) -> Pair:
     first, second = (value if math.isfinite(value) else str(value) for value in (recorded, again))
     # no number twice (a norm that an engine does not give) is no difference; once, it is one without bound
     finite = math.isfinite(recorded) and math.isfinite(again)
     gap = again - recorded if finite else 0.0 if first == second else math.inf
-    return {"recorded": first, "again": second, "difference": gap}
+    return Pair(first, second, gap)
 
 
-def _adapters(record: RunRecord, again: Again) -> dict[str, Any] | None:
+def _adapters(record: RunRecord, again: Again) -> AdapterPair | None:
     recorded = record.tags.get("adapter_digest")
     if recorded is None:
         return None
-    return {"recorded": recorded, "again": again.adapter_digest, "same": recorded == again.adapter_digest}
+    return AdapterPair(recorded, again.adapter_digest, recorded == again.adapter_digest)
 
 
-def _predictions(record: RunRecord, again: Again) -> dict[str, int] | None:
+def _predictions(record: RunRecord, again: Again) -> Predictions | None:
     if not (record.evaluation and again.evaluation):
         return None
-    mine = {str(answer.sample_id): answer.prediction for answer in record.evaluation.predictions}
-    theirs = {str(answer.sample_id): answer.prediction for answer in again.evaluation.predictions}
-    return {"samples": len(mine), "differ": sum(theirs.get(name) != text for name, text in mine.items())}
+    first, second = (
+        {str(answer.sample_id): answer.prediction for answer in evaluation.predictions}
+        for evaluation in (record.evaluation, again.evaluation)
+    )
+    return Predictions(len(first), sum(second.get(name) != text for name, text in first.items()))

@@ -20,6 +20,7 @@ from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core import plain_yaml
 from pipeline.core.errors import WorkError
 from pipeline.core.files import folder_digest
+from pipeline.core.plain_yaml import Json
 from pipeline.data.manifest import Manifest
 from pipeline.lineage.record import RunRecord, exact
 from pipeline.records.evaluation import Evaluation, Evaluations
@@ -67,9 +68,8 @@ def rerun(record: RunRecord, params: Params, manifest: Manifest, code: Path, fol
     here.save(folder / "data/manifests" / manifest.task / "manifest.json")
     raw, scored = surroundings(record, params), record.evaluation is not None
     whole = (code / _RECORDED).is_file()
-    (folder / "params.yaml").write_text(
-        plain_yaml.write(raw if whole else params_of_older_code(record, raw)), encoding="utf-8"
-    )
+    written = plain_yaml.write(raw if whole else study_params(record, raw))
+    (folder / "params.yaml").write_text(written, encoding="utf-8")
     if whole:
         (folder / "trial.json").write_text(json.dumps(record.config), encoding="utf-8")
         how = ["--train-only"]
@@ -83,18 +83,18 @@ def rerun(record: RunRecord, params: Params, manifest: Manifest, code: Path, fol
     return _result(folder, scored=scored)
 
 
-def surroundings(record: RunRecord, params: Params) -> dict[str, Any]:
+def surroundings(record: RunRecord, params: Params) -> Json:
     """Return a params.yaml with all that is no part of a trial: where weights and files lie, and the machine."""
-    backbone = record.config["backbone"]
-    profile = {
-        "backbones": [backbone], "tasks": [record.config["task"]], "studies": [STUDY],
+    backbone = record.backbone
+    profile: Json = {
+        "backbones": [backbone], "tasks": [record.task], "studies": [STUDY],
         "data_root": str(Path(params.run.data_root).resolve()),
     }  # fmt: skip
     source = params.backbone_source(backbone).model_dump()
     if source["weights"]:
         source["weights"] = str(Path(source["weights"]).resolve())
     # only what older code knows too; a pack of one and one slot: nothing else runs beside it
-    sweep = {
+    sweep: Json = {
         "slots": 1, "threads_per_worker": int(record.tags.get("threads_per_worker", params.sweep.threads_per_worker)),
         "cpus_per_worker": params.sweep.cpus_per_worker, "gpus_per_worker": params.sweep.gpus_per_worker,
     }  # fmt: skip
@@ -109,8 +109,8 @@ def _run(folder: Path, code: Path, module: str, *arguments: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "HIFICL_DATA_ROOT")}
     command = [sys.executable, "-m", module, *arguments]
     # standard output is this command's JSON, so its own goes to standard error with its progress
-    own = {**environment, "PYTHONPATH": str(code)}
-    done = subprocess.run(command, cwd=folder, env=own, stdout=_STANDARD_ERROR, check=False)
+    environment["PYTHONPATH"] = str(code)
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=_STANDARD_ERROR, check=False)
     if done.returncode:
         words = " ".join([module, *arguments[:1]])
         raise WorkError(f"{words} ended with status {done.returncode}; its own message stands above", where=str(folder))
@@ -134,19 +134,19 @@ def _result(folder: Path, *, scored: bool) -> Again:
     )  # fmt: skip
 
 
-def params_of_older_code(record: RunRecord, machine: dict[str, Any]) -> dict[str, Any]:
+def study_params(record: RunRecord, machine: Json) -> Json:
     """Return a params.yaml: what is no part of the trial, with the study and how it is scored."""
     config = record.config
-    study = {
+    study: Json = {
         "title": f"Run {record.run_id} again", "seeds": [config["seed"]],
-        "backbones": [backbones.get(config["backbone"]).stands_for or config["backbone"]],
-        "tasks": [tasks.get(config["task"]).stands_for],
-        "methods": {"again": {"method": config["method"], "set": {**_settings(config), **config["options"]}}},
+        "backbones": [backbones.get(record.backbone).stands_for or record.backbone],
+        "tasks": [tasks.get(record.task).stands_for],
+        "methods": {"again": {"method": config["method"], "set": {**_settings(config), **record.options}}},
     }  # fmt: skip
     return merge(machine, {"studies": {STUDY: study}, "evaluate": _evaluate(record.evaluation)})
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
+def _settings(config: Json) -> Json:
     """Return every training setting of a configuration, by its name in params.yaml."""
     later = _defaults(TrialConfig, TrialConfig.later)
     row = {name: value for name, value in config.items() if name not in _IDENTITY and (name, value) not in later}
@@ -161,7 +161,7 @@ def _defaults(kind: type[TrialConfig] | type[EvaluationConfig], names: Iterable[
     return [(name, kind.model_fields[name].default) for name in names]
 
 
-def _evaluate(evaluation: Evaluation | None) -> dict[str, Any]:
+def _evaluate(evaluation: Evaluation | None) -> Json:
     """Return how the trial was scored, by the names of params.yaml."""
     if evaluation is None:
         return {}

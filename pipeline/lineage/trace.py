@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 from pipeline import backbones
 from pipeline.config.load import Params
 from pipeline.config.trial import EvaluationConfig, TrialConfig, digest
 from pipeline.core.errors import HificlError, InputError
 from pipeline.core.files import file_digest, folder_digest
+from pipeline.core.plain_yaml import Json
 from pipeline.data import image_files
 from pipeline.data.manifest import Manifest
 from pipeline.data.parquet import shard_order
 from pipeline.lineage import place as places
 from pipeline.lineage.checks import DIFFERS, MISSING, SAME, UNRECORDED, Check, Checks, key_of
 from pipeline.lineage.place import Place
+from pipeline.lineage.traced import (
+    Chain,
+    NamedManifest,
+    NamedRun,
+    Origin,
+    TracedAdapter,
+    TracedBackbone,
+    TracedCell,
+    TracedCode,
+    TracedManifest,
+    TracedNumber,
+    TracedReports,
+    TracedRun,
+    TracedStudy,
+)
 from pipeline.records.evaluation import CellResult, Evaluation, Evaluations
 from pipeline.records.store import TrialStore
 from pipeline.tracking.client import Tracker
@@ -24,16 +39,13 @@ from pipeline.tracking.provenance import code_root, has_commit
 from pipeline.tracking.records import rounded
 
 
-def trace(place: Place, params: Params, root: Path) -> dict[str, Any]:
+def trace_number(place: Place, params: Params, root: Path) -> TracedNumber:
     """Walk from a number to everything it was made from, checking each digest on the way.
 
     Args:
         place: the number.
         params: the project's.
         root: the project's folder.
-
-    Returns:
-        `cell`, one entry of `chain` a seed, `checks`, `wrong` (sentences) and `intact`.
 
     Raises:
         InputError: no trial stands behind the number.
@@ -44,21 +56,16 @@ def trace(place: Place, params: Params, root: Path) -> dict[str, Any]:
         why = "; ".join(cell.error or cell.status for cell in entry.cells)
         raise InputError(f"no number stands there: {why}", where=f"{place.study} {entry.line.method}")
     walk = _Walk(params, root, Checks())
-    checks, chain = walk.checks, walk.chains(place)
-    return {
-        "cell": {
-            "study": place.study, "file": str(place.file) if place.file else None, "backbone": entry.line.backbone,
-            "task": entry.column.task, "method": entry.line.method, "metric": entry.metric, "value": entry.value,
-            "std": entry.std, "unit": entry.unit, "seeds": [cell.seed for cell in done],
-        },
-        "chain": chain,
-        "checks": checks.records(),
-        "wrong": [check.sentence() for check in checks.wrong],
-        "intact": not checks.wrong,
-    }  # fmt: skip
+    chains = walk.chains(place)
+    cell = TracedCell(
+        study=place.study, file=str(place.file) if place.file else None, backbone=entry.line.backbone,
+        task=entry.column.task, method=entry.line.method, metric=entry.metric, value=entry.value,
+        std=entry.std, unit=entry.unit, seeds=[cell.seed for cell in done],
+    )  # fmt: skip
+    return TracedNumber(cell, chains, walk.checks.made, walk.wrong())
 
 
-def trace_all(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
+def trace_reports(studies: list[str], params: Params, root: Path) -> TracedReports:
     """Walk from every number of the studies' reports to what it was made from; what they share is read once.
 
     Args:
@@ -66,26 +73,19 @@ def trace_all(studies: list[str], params: Params, root: Path) -> dict[str, Any]:
         params: the project's.
         root: the project's folder.
 
-    Returns:
-        `studies` (numbers that are traced and cells without one, by study), `runs` and `checks` (how many), `wrong`
-        (sentences) and `intact`.
-
     Raises:
         InputError: a study has not been evaluated.
     """
     evaluations = root / "evaluations"
     walk = _Walk(params, root, Checks())
-    found, runs = {}, set()
+    traced, runs = {}, set()
     for study in studies or Evaluations(evaluations).studies():
         numbers = places.every(study, params, evaluations)
         chains = [chain for place in numbers for chain in walk.chains(place)]
-        runs |= {chain["run"].get("run_id") for chain in chains}
+        runs |= {chain.run.run_id for chain in chains if chain.run}
         empty = sum(not place.entry.done for place in numbers)
-        found[study] = {"numbers": len(numbers) - empty, "without_a_number": empty, "seeds": len(chains)}
-    return {
-        "studies": found, "runs": len(runs - {None}), "checks": len(walk.checks.records()),
-        "wrong": [check.sentence() for check in walk.checks.wrong], "intact": not walk.checks.wrong,
-    }  # fmt: skip
+        traced[study] = TracedStudy(len(numbers) - empty, empty, len(chains))
+    return TracedReports(traced, len(runs), len(walk.checks.made), walk.wrong())
 
 
 class _Walk:
@@ -97,32 +97,36 @@ class _Walk:
         self.tracker = Tracker(params.tracking.uri, root)
         self.manifest = functools.cache(self._manifest)
 
-    def chains(self, place: Place) -> list[dict[str, Any]]:
+    def wrong(self) -> list[str]:
+        """Return what is not as it was recorded, in sentences."""
+        return [check.sentence() for check in self.checks.wrong]
+
+    def chains(self, place: Place) -> list[Chain]:
         """Return the way of each seed of a number, after comparing it with what its file prints."""
         if place.printed is not None:
             where = f"{place.file or place.study} {place.entry.line.method}:{place.entry.column.task}"
             self.checks.compare("report", where, places.expected(place.entry), place.printed)
         return [self.chain(cell) for cell in place.entry.done]
 
-    def chain(self, cell: CellResult) -> dict[str, Any]:
+    def chain(self, cell: CellResult) -> Chain:
         """Return the way of one seed's number."""
         evaluation = self._evaluation(cell)
         run = self._run(cell)
         config = self._trial(cell, evaluation)
-        scored_by = evaluation.scored_by if evaluation else None
-        record: dict[str, Any] = {
-            "seed": cell.seed, "value": cell.value, "run": run, "trial": cell.trial,
-            "evaluation": f"evaluations/{cell.evaluation}.json", "scored_by": scored_by and scored_by.model_dump(),
-        }  # fmt: skip
-        if config is None:
-            return record
-        record["config"] = config
-        if config["epochs"]:
-            record["adapter"] = self._adapter(cell, evaluation, run)
-        record["data"] = self.manifest(config["task"], config["manifest_digest"])
-        record["backbone"] = self._backbone(config)
-        record["code"] = self._code(cell)
-        return record
+        origin = None
+        if config is not None:
+            origin = Origin(
+                config=config,
+                adapter=self._adapter(cell, evaluation, run) if config["epochs"] else None,
+                data=self.manifest(str(config["task"]), str(config["manifest_digest"])),
+                backbone=self._backbone(str(config["backbone"]), str(config["backbone_digest"])),
+                code=self._code(cell),
+            )
+        return Chain(
+            seed=cell.seed, value=cell.value, run=run, trial=cell.trial,
+            evaluation=f"evaluations/{cell.evaluation}.json",
+            scored_by=evaluation.scored_by if evaluation else None, origin=origin,
+        )  # fmt: skip
 
     def _evaluation(self, cell: CellResult) -> Evaluation | None:
         evaluations, key = Evaluations(self.root / "evaluations"), str(cell.evaluation)
@@ -144,27 +148,26 @@ class _Walk:
         self.checks.compare("evaluation's trial", where, cell.trial, evaluation.trial)
         return evaluation
 
-    def _run(self, cell: CellResult) -> dict[str, Any]:
+    def _run(self, cell: CellResult) -> NamedRun | None:
         if cell.run_id is None:
             self.checks.add(Check("run", cell.trial or "", None, None, MISSING))
-            return {}
+            return None
         try:
             run = self.tracker.read_run(cell.run_id)
         except InputError as error:
             self.checks.add(Check("run", cell.run_id, cell.run_id, error.what, MISSING))
-            return {"run_id": cell.run_id}
+            return NamedRun(cell.run_id)
         self.checks.compare("run's trial", cell.run_id, cell.trial, run.tags.get("trial_key"))
         if not cell.measurement:
             logged = run.metrics.get(f"test_{cell.metric}")
             shown = None if cell.value is None else rounded(cell.value)  # as MLflow's metrics are
             self.checks.compare("run's metric", cell.run_id, shown, None if logged is None else rounded(logged))
-        return {
-            "run_id": cell.run_id, "name": run.name, "study": run.tags.get("study"),
-            "status": run.status, "parent": run.parent,
-            "adapter_digest": run.tags.get("adapter_digest"), "store": self.tracker.address,
-        }  # fmt: skip
+        return TracedRun(
+            run_id=cell.run_id, name=run.name, study=run.tags.get("study"), status=run.status, parent=run.parent,
+            adapter_digest=run.tags.get("adapter_digest"), store=self.tracker.address,
+        )  # fmt: skip
 
-    def _trial(self, cell: CellResult, evaluation: Evaluation | None) -> dict[str, Any] | None:
+    def _trial(self, cell: CellResult, evaluation: Evaluation | None) -> Json | None:
         key = str(cell.trial)
         where = f"runs/{key}/config.json"
         try:
@@ -177,24 +180,24 @@ class _Walk:
             self.checks.compare("trial's configuration", where, digest(evaluation.config), digest(config))
         return config
 
-    def _adapter(self, cell: CellResult, evaluation: Evaluation | None, run: dict[str, Any]) -> dict[str, Any]:
+    def _adapter(self, cell: CellResult, evaluation: Evaluation | None, run: NamedRun | None) -> TracedAdapter:
         folder = self.store.folder(str(cell.trial)) / "adapter"
         where = folder.relative_to(self.root)
         end = self.store.done(str(cell.trial))
-        found = functools.cache(lambda: folder_digest(folder))
+        present = functools.cache(lambda: folder_digest(folder))
         recorded = {
             "at the end of training": end.adapter_digest if end else None,
             "when it was scored": evaluation.adapter_digest if evaluation else None,
-            "in MLflow": run.get("adapter_digest"),
+            "in MLflow": run.adapter_digest if isinstance(run, TracedRun) else None,
         }
         for when, known in recorded.items():
             if known:
-                self.checks.compare(f"adapter (recorded {when})", where, known, found)
+                self.checks.compare(f"adapter (recorded {when})", where, known, present)
         if not any(recorded.values()):
-            self.checks.compare("adapter", where, None, found)
-        return {"folder": str(where), "digest": found(), "epoch": end.chosen_epoch if end else None}
+            self.checks.compare("adapter", where, None, present)
+        return TracedAdapter(str(where), present(), end.chosen_epoch if end else None)
 
-    def _manifest(self, task: str, wanted: str) -> dict[str, Any]:
+    def _manifest(self, task: str, wanted: str) -> NamedManifest:
         path = self.root / "data/manifests" / task / "manifest.json"
         where = str(path.relative_to(self.root))
         try:
@@ -202,7 +205,7 @@ class _Walk:
         except InputError as error:
             state = DIFFERS if path.exists() else MISSING
             self.checks.add(Check("manifest", where, wanted, error.what, state))
-            return {"manifest": where, "digest": None}
+            return NamedManifest(where, None)
         self.checks.compare("manifest", where, wanted, manifest.digest)
         base = self.root / manifest.image_root
         files = {source.path: source.sha256 for source in manifest.sources}
@@ -210,35 +213,31 @@ class _Walk:
         for name, known in files.items():
             self.checks.compare("source file", base / name, known, functools.partial(_digest_of, base / name))
         self._images(base, images)
-        return {
-            "manifest": where, "digest": manifest.digest, "seed": manifest.seed, "root": str(manifest.image_root),
-            "sources": files, "images": len(images),
-        }  # fmt: skip
+        return TracedManifest(where, manifest.digest, manifest.seed, str(manifest.image_root), files, len(images))
 
     def _images(self, base: Path, images: dict[str, str]) -> None:
         wrong = 0
         for name, known in sorted(images.items(), key=lambda item: shard_order(item[0])):
             try:
-                found = image_files.image_digest(name, base)  # a file's, or that of a cell in a shard
+                present = image_files.image_digest(name, base)  # a file's, or that of a cell in a shard
             except InputError:
-                found = None
-            if found != known:
+                present = None
+            if present != known:
                 wrong += 1
-                self.checks.compare("image", base / name, known, found)
+                self.checks.compare("image", base / name, known, present)
         if not wrong:
             self.checks.add(Check("images", str(base), f"{len(images)} files", f"{len(images)} files", SAME))
 
-    def _backbone(self, config: dict[str, Any]) -> dict[str, Any]:
-        name, wanted = config["backbone"], config["backbone_digest"]
+    def _backbone(self, name: str, wanted: str) -> TracedBackbone:
         try:
             self.checks.compare(
                 "backbone", name, wanted, lambda: backbones.digest_of(name, self.params.backbone_source(name))
             )
         except InputError as error:
             self.checks.add(Check("backbone", name, wanted, error.what, MISSING))
-        return {"name": name, "digest": wanted}
+        return TracedBackbone(name, wanted)
 
-    def _code(self, cell: CellResult) -> dict[str, Any]:
+    def _code(self, cell: CellResult) -> TracedCode:
         record = self.store.record(str(cell.trial))
         origin = record.provenance
         checkout = code_root(self.root)
@@ -247,11 +246,10 @@ class _Walk:
         else:
             present = origin.commit if has_commit(checkout, origin.commit) else None
             self.checks.compare("commit", checkout, origin.commit, present)
-        return {
-            "commit": origin.commit, "dirty": origin.dirty, "changed": list(origin.changed),
-            "diff_lines": origin.diff.count("\n"), "earlier_commits": list(record.earlier_commits),
-            "versions": origin.versions,
-        }  # fmt: skip
+        return TracedCode(
+            commit=origin.commit, dirty=origin.dirty, changed=list(origin.changed),
+            diff_lines=origin.diff.count("\n"), earlier_commits=list(record.earlier_commits), versions=origin.versions,
+        )  # fmt: skip
 
 
 def _digest_of(path: Path) -> str | None:

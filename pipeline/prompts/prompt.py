@@ -189,17 +189,6 @@ def stop_strings(template: PromptTemplate, backbone: Backbone, style: PromptStyl
     return ("\n", *template.stop_words, *(roles.stop if roles else ()))
 
 
-def encode(
-    loaded: Loaded,
-    rendered: Rendered,
-    *,
-    image_sizes: Sequence[image_files.ImageSize] | None = None,
-    root: Path | str = "",
-) -> Encoded:
-    """Return one prompt's token ids; see `encode_all`."""
-    return encode_all(loaded, [rendered], image_sizes=None if image_sizes is None else [image_sizes], root=root)[0]
-
-
 def sizes_that_matter(loaded: Loaded, rendered: Sequence[Rendered], root: Path | str = "") -> list[ImageSizes]:
     """Return each prompt's image sizes, or nothing for a backbone whose number of tokens does not depend on them.
 

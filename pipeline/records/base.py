@@ -17,20 +17,19 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    JsonValue,
     SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
 
 from pipeline.core.errors import InputError, validate
+from pipeline.core.plain_yaml import Json
 from pipeline.core.progress import say
 
 # as JSON has them: neither a string nor a truth value is a number
 Number = Annotated[float, Field(strict=True)]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Flag = Annotated[bool, Field(strict=True)]
-Json = dict[str, JsonValue]  # an object as it was written, whose fields another room knows
 
 
 class NewerRecord(InputError):

@@ -98,10 +98,6 @@ class TrialStore:
         """Return the metrics by epoch."""
         return self.trial(key).epochs()
 
-    def losses(self, key: str) -> dict[int, tuple[float, ...]]:
-        """Return the training loss of every step by epoch; trials of before it was kept have none."""
-        return self.trial(key).losses()
-
     def all_keys(self) -> list[str]:
         """Return the keys of all trials, open and done."""
         return sorted(p.parent.name for p in self.root.glob("*/config.json"))

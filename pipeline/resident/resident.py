@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cachetools import LRUCache
 from torch import Tensor, nn
 
 from pipeline import backbones
@@ -68,7 +67,7 @@ class Resident:
                 where=config.backbone,
                 way_out="Put the old weights back, or run the sweep again for the new ones",
             )
-        self.device = device
+        self.device, self.key = device, self.key_of(config)
         self.forwards: Forwards = {}  # compiled ones, of the decoder's frozen parts
         self.visual = VisualTokens(self.loaded, cache)
         # by micro-batch: whoever finds one finds it whole, made in a pass of the same shape, so that a trial's numbers
@@ -80,7 +79,7 @@ class Resident:
         self._alone: Recent[tuple[Rendered, ImageSizes], Encoded] = Recent(PROMPTS_ALONE, lambda _: 1)
 
     @staticmethod
-    def key(config: TrialConfig) -> tuple[str, str, str]:
+    def key_of(config: TrialConfig) -> tuple[str, str, str]:
         """What must be equal for two trials to share a resident backbone."""
         return config.backbone, config.backbone_digest, config.precision
 
@@ -158,30 +157,6 @@ class Resident:
             pixels=self.visual.pixels(images, root) if pixels else None,
         )
         return batch.to(self.device)
-
-
-class Residents:
-    """The backbones a process keeps, the least recently used dropped first.
-
-    Args:
-        device: where models go.
-        keep: how many; an 8B backbone fills a GPU, so one.
-    """
-
-    def __init__(self, device: str, keep: int = 1) -> None:
-        self.device, self.keep = device, keep
-        self._held: LRUCache[tuple[str, str, str], Resident] = LRUCache(keep)
-
-    def get(self, config: TrialConfig, source: BackboneSource, cache: Path | None) -> Resident:
-        """Return the resident backbone of a trial, loading it if it is not held."""
-        key = Resident.key(config)
-        if key not in self._held:
-            while len(self._held) >= self.keep:  # before the next one is loaded, which needs the room
-                self._held.popitem()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-            self._held[key] = Resident(config, source, cache, self.device)
-        return self._held[key]
 
 
 Forwards = dict[nn.Module, Callable[..., Any]]

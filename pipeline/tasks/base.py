@@ -15,6 +15,7 @@ from pipeline.scores.files import printable
 
 Split = Literal["train", "evaluation"]
 SampleId = int | str
+_SHOWN_IDS = 10  # in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +211,7 @@ def image_folder(root: Path, subset: str) -> str:
     return find(root, IMAGE_FOLDERS, subset).relative_to(root).as_posix()
 
 
-def shown_ids(ids: Sequence[object], limit: int = 10) -> str:
+def shown_ids(ids: Sequence[object]) -> str:
     """Return the first ids, and how many more there are."""
-    more = f", and {len(ids) - limit} more" if len(ids) > limit else ""
-    return ", ".join(map(printable, ids[:limit])) + more
+    more = f", and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
+    return ", ".join(map(printable, ids[:_SHOWN_IDS])) + more

@@ -7,7 +7,7 @@ Read from the release's folders (both layouts: pictures beside the questions, or
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.core.errors import InputError
@@ -17,7 +17,7 @@ from pipeline.data.sample import ImageRef, Sample
 from pipeline.scores.mme import GROUPS, MmeRow, MmeScore, is_right, subtask_score
 from pipeline.tasks import tasks
 from pipeline.tasks.base import PromptTemplate, SampleId, Score, Split
-from pipeline.tasks.choice_files import ChoiceTask, accuracy, shards_in
+from pipeline.tasks.choice_files import CHOICE_TEMPLATE, ChoiceTask, accuracy, shards_in
 
 PERCEPTION, COGNITION = GROUPS["Perception"], GROUPS["Cognition"]
 FOLDERS = tuple(
@@ -33,13 +33,9 @@ FOLDERS = tuple(
 SHARD_FOLDERS = ("mme/data", "mme", "MME/data", "MME")
 _PICTURES = (".jpg", ".png", ".jpeg")
 
-MME_TEMPLATE = PromptTemplate(
-    prefix="",  # the stored question says what to answer with
-    prefix_needs_demos=False,
-    query="Image: {image} Question: {question} Answer:",
-    answer=" {answer}\n",
-    stop_words=("Question", "Answer", "Image"),
-    instruction='Provide an answer in "Yes" or "No" to the question. Use the image to answer.',
+# without a prefix: the stored question says what to answer with
+MME_TEMPLATE = replace(
+    CHOICE_TEMPLATE, instruction='Provide an answer in "Yes" or "No" to the question. Use the image to answer.'
 )
 
 

@@ -9,10 +9,9 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.load import FOLDERS, PARAMS
 from pipeline.core.errors import InputError
@@ -36,14 +35,14 @@ def provenance(root: Path | str) -> Provenance:
     """
     root = Path(root)
     data = data_digests(root)
-    code = code_version(code_root(root), generated=data.outs)
-    return Provenance(**code, versions=versions(), machine=Machine.model_validate(machine()), data=data)
+    code = checkout_state(code_root(root), generated=data.outs)
+    return code.model_copy(update={"versions": versions(), "machine": this_machine(), "data": data})
 
 
 def head_commit(root: Path | str = ".") -> str | None:
     """Return the commit of the checkout whose code runs in `root`, marked `-dirty` where it was changed since."""
-    version = code_version(code_root(Path(root)))
-    return version["commit"] and version["commit"] + ("-dirty" if version["dirty"] else "")
+    code = checkout_state(code_root(Path(root)))
+    return code.commit and code.commit + ("-dirty" if code.dirty else "")
 
 
 def code_root(root: Path) -> Path:
@@ -52,10 +51,8 @@ def code_root(root: Path) -> Path:
     return package.resolve().parent if package.exists() else root
 
 
-def code_version(root: Path | str, generated: Any = ()) -> dict[str, Any]:
-    """Return `commit`, `dirty`, `changed`, `left_out`, `diff` and `note` of the checkout at `root`.
-
-    `left_out` are the changed files that the diff does not hold, because they are too big to be source.
+def checkout_state(root: Path | str, generated: Iterable[str] = ()) -> Provenance:
+    """Return the code of the checkout at `root`: its commit, and what was changed since.
 
     A changed dvc.lock does not make a checkout dirty, nor does a tracked file that a stage writes: `dvc repro`
     rewrites both while it runs, so every run of a clean checkout would call itself dirty.
@@ -67,24 +64,19 @@ def code_version(root: Path | str, generated: Any = ()) -> dict[str, Any]:
     root = Path(root)
     commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     if commit is None:
-        return {"commit": None, "dirty": None, "changed": [], "diff": "", "note": _why(root), "left_out": []}
+        return Provenance(note=_why(root))
     status = _git(root, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all", "--", ".") or ""
     prefix = (_git(root, "rev-parse", "--show-prefix") or "").strip()
     paths = sorted({entry[3:].removeprefix(prefix) for entry in status.split("\0") if len(entry) > 3})
     ignored = [LOCK, *generated]
-    changed = [path for path in paths if not any(path == own or path.startswith(f"{own}/") for own in ignored)]
+    changed = [path for path in paths if not any(path == name or path.startswith(f"{name}/") for name in ignored)]
     left_out = [path for path in changed if _is_big(root / path)]
     diff = _diff(root, [path for path in changed if path not in left_out])
     if len(diff) > MAX_DIFF:
         diff = f"{diff[:MAX_DIFF]}\n(cut off: {len(diff)} characters)\n"
-    return {
-        "commit": commit.strip(),
-        "dirty": bool(changed),
-        "changed": changed,
-        "diff": diff,
-        "note": None,
-        "left_out": left_out,
-    }
+    return Provenance(
+        commit=commit.strip(), dirty=bool(changed), changed=tuple(changed), left_out=tuple(left_out), diff=diff
+    )
 
 
 def _why(root: Path) -> str:
@@ -134,15 +126,12 @@ def versions() -> dict[str, str | None]:
     return out | extensions()
 
 
-def machine() -> dict[str, Any]:
-    """Return processor, cores, memory (GiB) and GPUs; no host name, so that it can be published."""
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "memory_gib": _memory_gib(),
-        "gpus": _gpus(),
-    }
+def this_machine() -> Machine:
+    """Return processor, cores, memory (GiB) and GPUs."""
+    return Machine(
+        system=f"{platform.system()} {platform.machine()}", cpu=_cpu(), cores=os.cpu_count(),
+        memory_gib=_memory_gib(), gpus=_gpus(),
+    )  # fmt: skip
 
 
 def data_digests(root: Path | str) -> DataDigests:
@@ -203,10 +192,10 @@ def _run_git(
 ) -> subprocess.CompletedProcess[str]:
     # without optional locks: a reading command must not disturb a commit that somebody makes meanwhile; and a name with
     # a star is a name
-    own = {"GIT_OPTIONAL_LOCKS": "0", "GIT_LITERAL_PATHSPECS": "1", "LC_ALL": "C", **(environment or {})}
+    settings = {"GIT_OPTIONAL_LOCKS": "0", "GIT_LITERAL_PATHSPECS": "1", "LC_ALL": "C", **(environment or {})}
     return subprocess.run(
         [*(command or git_command(root)), *arguments], capture_output=True, text=True, errors="replace",
-        env={**os.environ, **own}, check=False, timeout=_GIT_SECONDS,
+        env={**os.environ, **settings}, check=False, timeout=_GIT_SECONDS,
     )  # fmt: skip
 
 
@@ -226,14 +215,14 @@ def _memory_gib() -> float | None:
         return None
 
 
-def _gpus() -> list[str]:
+def _gpus() -> tuple[str, ...]:
     # the driver's own files: no import of torch, no start of a CUDA context
     names = []
     for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("Model:"):
                 names.append(line.partition(":")[2].strip())
-    return names
+    return tuple(names)
 
 
 def process_tags() -> dict[str, str]:

@@ -15,7 +15,7 @@ from pipeline.evaluate.predict import WHOLE, Answers, SplitPart
 from pipeline.evaluate.score import answer, score
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import TrialReport
-from pipeline.resident.resident import Resident, Residents
+from pipeline.resident.resident import Resident
 from pipeline.train.loop import TrainingLoop
 from pipeline.train.trial_run import TrialRun
 
@@ -31,19 +31,25 @@ class Workbench:
     Args:
         device: where models go; None: a GPU if there is one.
         batch_size: prompts generated at once.
-        keep: backbones kept in memory.
     """
 
-    def __init__(self, device: str | None = None, batch_size: int = 64, keep: int = 1) -> None:
+    def __init__(self, device: str | None = None, batch_size: int = 64) -> None:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.batch_size = batch_size
-        self.residents = Residents(self.device, keep)
+        self._resident: Resident | None = None  # one: an 8B backbone fills a GPU
         self.loop: TrainingLoop | None = None
         self.steps = 0  # counts up while work goes on
 
     def resident(self, request: TrialRequest) -> Resident:
-        """Return the resident backbone of a trial."""
-        return self.residents.get(request.config, request.source, Path(request.cache) if request.cache else None)
+        """Return the resident backbone of a trial, loading it if another one or none is held."""
+        config = request.config
+        if self._resident is None or self._resident.key != Resident.key_of(config):
+            self._resident = None  # before the next one is loaded, which needs the room
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            cache = Path(request.cache) if request.cache else None
+            self._resident = Resident(config, request.source, cache, self.device)
+        return self._resident
 
     def admit(self, request: TrialRequest) -> int:
         """Take a trial up at its last checkpoint, beside those that are admitted; return the epochs behind it.
@@ -85,9 +91,9 @@ class Workbench:
     def answer(
         self, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, part: SplitPart = WHOLE
     ) -> list[Answers]:
-        """Let trials answer a part of a split; see `scoring.answer`."""
+        """Let trials answer a part of a split; see `evaluate.score.answer`."""
         return answer(self.resident(requests[0]), requests, evaluation, part=part, batch_size=self.batch_size)
 
     def finish(self, request: TrialRequest, evaluation: EvaluationConfig, parts: Sequence[Answers]) -> Evaluation:
-        """Score a trial that has answered all parts; see `scoring.score`."""
+        """Score a trial that has answered all parts; see `evaluate.score.score`."""
         return score(self.resident(request), request, evaluation, parts)

@@ -12,15 +12,7 @@ from pipeline.data.sample import ImageRef, Sample
 from pipeline.evaluate.generate import cut_at_stop, generate
 from pipeline.prompts.prompt import encode_all, render, stop_strings
 from pipeline.resident.visual_tokens import VisualTokens
-from pipeline.tasks.base import PromptTemplate
-
-TEMPLATE = PromptTemplate(
-    prefix="Instruction: provide an answer to the question. Use the image to answer.\n",
-    prefix_needs_demos=False,
-    query="Image: {image} Question: {question} Answer:",
-    answer=" {answer}\n",
-    stop_words=("Question", "Answer", "Image"),
-)
+from pipeline.tasks.vqa import VQA_TEMPLATE as TEMPLATE
 
 
 @pytest.fixture(params=backbones.names())

@@ -13,7 +13,7 @@ from pipeline.config.load import load
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.lineage.record import RunRecord
-from pipeline.lineage.rerun import STUDY, params_of_older_code, surroundings
+from pipeline.lineage.rerun import STUDY, study_params, surroundings
 from pipeline.plan.space import Digests, cells
 from pipeline.records.trial import Provenance
 from pipeline.sweep import recorded
@@ -54,7 +54,7 @@ def test_the_second_trial_has_the_firsts_key(study: str, params, tmp_path: Path)
     for config in first:
         record = record_of(config)
         own = surroundings(record, params)
-        (cell,) = cells(loaded(params_of_older_code(record, own), tmp_path), STUDY, digests)
+        (cell,) = cells(loaded(study_params(record, own), tmp_path), STUDY, digests)
         assert cell.trial({}).key == config.key, config.method
         (tmp_path / "trial.json").write_text(json.dumps(record.config))
         whole = recorded.params_of(recorded.read(tmp_path / "trial.json"), loaded(own, tmp_path))

@@ -6,7 +6,7 @@ from pipeline.lineage.record import RunRecord
 from pipeline.lineage.reproduce import _environment, _tolerance
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import Provenance
-from pipeline.tracking.provenance import machine
+from pipeline.tracking.provenance import this_machine
 from tests.conftest import ROOT
 
 
@@ -16,7 +16,7 @@ def scored(unit):
 
 
 def made(unit="percent", packed="1", world_size=1, **on):
-    record = Provenance.model_validate({"machine": {**machine(), "gpus": [], **on}})
+    record = Provenance(machine=this_machine().model_copy(update={"gpus": (), **on}))
     return RunRecord("id", {"world_size": world_size}, scored(unit), {}, record, {"packed": packed})
 
 
@@ -26,7 +26,7 @@ def test_alone_on_this_processor_it_is_nothing():
 
 
 @pytest.mark.parametrize(
-    "record", [made(packed="2"), made(world_size=2), made(gpus=["H100"]), made(cpu="another processor")]
+    "record", [made(packed="2"), made(world_size=2), made(gpus=("H100",)), made(cpu="another processor")]
 )
 def test_where_sums_come_in_another_order_it_is_not(record):
     assert _tolerance(record) == 1.0
@@ -34,6 +34,6 @@ def test_where_sums_come_in_another_order_it_is_not(record):
 
 
 def test_another_processor_is_named():
-    notes = _environment(made(cpu="another processor"), ROOT, here=False)["notes"]
+    notes = _environment(made(cpu="another processor"), ROOT, here=False).notes
     assert any("another processor than the run's, another processor" in note for note in notes)
-    assert not any("processor" in note for note in _environment(made(), ROOT, here=False)["notes"])
+    assert not any("processor" in note for note in _environment(made(), ROOT, here=False).notes)

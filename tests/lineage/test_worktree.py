@@ -9,8 +9,7 @@ import pytest
 
 from pipeline.core.errors import InputError, WorkError
 from pipeline.lineage.worktree import check_code, checked_out
-from pipeline.records.trial import Provenance
-from pipeline.tracking.provenance import code_version
+from pipeline.tracking.provenance import checkout_state
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -34,7 +33,7 @@ def test_a_dirty_trees_code_comes_back_new_files_included(repository: Path, tmp_
     (repository / "weights.bin").write_bytes(bytes(300_000))
     (repository / "new").mkdir()
     (repository / "new/file.py").write_text("added = 1\n")
-    made_by = Provenance.model_validate(code_version(repository))
+    made_by = checkout_state(repository)
     index = git(repository, "status", "--porcelain")
     git(repository, "stash", "-uq")
     (repository / "code.py").write_text("later = 1\n")
@@ -60,11 +59,11 @@ def test_a_dirty_trees_code_comes_back_new_files_included(repository: Path, tmp_
 )
 def test_code_that_cannot_be_had_is_said(repository: Path, change: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        check_code(repository, Provenance.model_validate({**code_version(repository), **change}), "run")
+        check_code(repository, checkout_state(repository).model_copy(update=change), "run")
 
 
 def test_a_diff_that_does_not_fit_is_a_failure_of_work_and_leaves_nothing(repository: Path, tmp_path: Path) -> None:
-    broken = Provenance.model_validate({**code_version(repository), "dirty": True, "diff": "no diff\n"})
+    broken = checkout_state(repository).model_copy(update={"dirty": True, "diff": "no diff\n"})
     with pytest.raises(WorkError, match="git apply"), checked_out(repository, broken, tmp_path / "code"):
         pass
     assert len(git(repository, "worktree", "list").splitlines()) == 1

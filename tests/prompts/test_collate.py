@@ -10,15 +10,7 @@ from pipeline.data.sample import ImageRef, Sample
 from pipeline.prompts.collate import IGNORED, collate
 from pipeline.prompts.prompt import Encoded, encode_all, render
 from pipeline.resident.visual_tokens import VisualTokens
-from pipeline.tasks.base import PromptTemplate
-
-TEMPLATE = PromptTemplate(
-    prefix="Instruction: provide an answer to the question. Use the image to answer.\n",
-    prefix_needs_demos=False,
-    query="Image: {image} Question: {question} Answer:",
-    answer=" {answer}\n",
-    stop_words=("Question", "Answer", "Image"),
-)
+from pipeline.tasks.vqa import VQA_TEMPLATE as TEMPLATE
 
 
 @pytest.fixture(params=backbones.names())

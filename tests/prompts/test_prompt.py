@@ -14,23 +14,10 @@ from tokenizers import AddedToken
 from pipeline import backbones
 from pipeline.core.errors import InputError
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.prompts.prompt import draw_demos, encode, encode_all, render, stop_strings
-from pipeline.tasks.base import PromptTemplate
+from pipeline.prompts.prompt import draw_demos, encode_all, render, stop_strings
+from pipeline.tasks.caption_files import CAPTION_TEMPLATE as CAPTION
+from pipeline.tasks.vqa import VQA_TEMPLATE as VQA
 
-VQA = PromptTemplate(
-    prefix="Instruction: provide an answer to the question. Use the image to answer.\n",
-    prefix_needs_demos=False,
-    query="Image: {image} Question: {question} Answer:",
-    answer=" {answer}\n",
-    stop_words=("Question", "Answer", "Image"),
-)
-CAPTION = PromptTemplate(
-    prefix="Instruction: provide a short caption of the input image.\n",
-    prefix_needs_demos=True,
-    query="Image: {image} Caption:",
-    answer=" {answer}\n",
-    stop_words=("Caption", "Image"),
-)
 PLAIN = [name for name in backbones.names() if backbones.get(name).chat is None]
 CHATML = [name for name in backbones.names() if backbones.get(name).chat == backbones.get("llava-interleave-7b").chat]
 
@@ -38,6 +25,10 @@ CHATML = [name for name in backbones.names() if backbones.get(name).chat == back
 def sample(i, question="What color is the dog?", target="red", images=1):
     refs = tuple(ImageRef(f"{(i + j) % 7}.png") for j in range(images))
     return Sample("vqav2", i, refs, question, target, (target,))
+
+
+def encode(loaded, rendered, *, image_sizes=None, root=""):
+    return encode_all(loaded, [rendered], image_sizes=image_sizes and [image_sizes], root=root)[0]
 
 
 def by_the_processor(loaded, text, images):

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline import backbones
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.prompts.prompt import Encoded, Rendered, encode, render, stop_strings
+from pipeline.prompts.prompt import Encoded, Rendered, encode_all, render, stop_strings
 from pipeline.tasks import mmmu_pro, seed_bench, tasks
 from pipeline.tasks.choice_files import with_choices
 
@@ -56,7 +56,7 @@ def prompt(loaded: Any, task: str, shots: int, *, answer: bool) -> tuple[Rendere
     """Return sample 0's prompt behind samples 1 to `shots`, as text and as token ids."""
     demos = [sample(task, 1 + i) for i in range(shots)]
     rendered = render(tasks.get(task).template, loaded.backbone, sample(task, 0), demos, answer=answer)
-    return rendered, encode(loaded, rendered, image_sizes=[SIZE] * len(rendered.images))
+    return rendered, encode_all(loaded, [rendered], image_sizes=[[SIZE] * len(rendered.images)])[0]
 
 
 def record(loaded: Any, task: str, shots: int) -> dict[str, Any]:

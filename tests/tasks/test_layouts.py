@@ -63,4 +63,4 @@ def test_a_trace_finds_the_pictures_where_they_lie(drawn):
     walk = SimpleNamespace(checks=Checks())
     images = {i.path: i.sha256 for samples in drawn.splits.values() for one in samples for i in one.images}
     _Walk._images(walk, drawn.image_root, images)
-    assert [check.state for check in walk.checks._made.values()] == [SAME]
+    assert [check.state for check in walk.checks.made] == [SAME]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tracking.provenance import code_version, process_is_gone, process_tags, provenance, refused
+from pipeline.tracking.provenance import checkout_state, process_is_gone, process_tags, provenance, refused
 from tests.support import odd_paths
 
 LOCK = """
@@ -84,7 +84,7 @@ def test_in_a_folder_of_a_larger_checkout_paths_are_its_own(tmp_path: Path) -> N
     git(tmp_path, "commit", "-q", "-m", "first")
     (project / "dvc.lock").write_text(LOCK + "# more\n")
     (tmp_path / "outside.txt").write_text("not ours")
-    assert code_version(project)["dirty"] is False
+    assert checkout_state(project).dirty is False
 
 
 @pytest.mark.parametrize("with_git", [False, True])
@@ -103,21 +103,21 @@ def test_a_checkout_of_another_user_is_read_and_what_lies_around_it_is_not(
 ) -> None:
     (checkout / "params.yaml").write_text("rank: 16\n")
     (checkout / "inner").mkdir()
-    mine = code_version(checkout)
+    before = checkout_state(checkout)
     assert refused(checkout) is None
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch for its own tests
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
     assert "dubious ownership" in refused(checkout)
-    assert code_version(checkout) == mine
-    assert mine["commit"] and "+rank: 16" in mine["diff"]
-    note = code_version(checkout / "inner")["note"]
+    assert checkout_state(checkout) == before
+    assert before.commit and "+rank: 16" in before.diff
+    note = checkout_state(checkout / "inner").note
     assert note.startswith("git refuses: detected dubious ownership")
     assert f"git config --global --add safe.directory {checkout}" in note
 
 
 def test_a_missing_git_is_named(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(checkout))
-    assert code_version(checkout)["note"] == "git is not installed"
+    assert checkout_state(checkout).note == "git is not installed"
 
 
 @pytest.mark.parametrize("name", odd_paths.NAMES)
@@ -129,15 +129,15 @@ def test_a_checkout_of_any_name_is_read(tmp_path: Path, name: str) -> None:
     git(root, "add", "-A")
     git(root, "commit", "-q", "-m", "first")
     (root / name).write_text("two\n")
-    found = code_version(root)
-    assert found["changed"] == [name]
-    assert "+two" in found["diff"]
+    found = checkout_state(root)
+    assert found.changed == (name,)
+    assert "+two" in found.diff
 
 
 def test_an_edit_of_the_same_second_and_size_is_kept(checkout: Path) -> None:
     """Git tells it by the age of its index alone."""
     (checkout / "params.yaml").write_text("rank: 9\n")
-    assert "+rank: 9" in code_version(checkout)["diff"]
+    assert "+rank: 9" in checkout_state(checkout).diff
 
 
 def test_an_ended_process_is_gone_and_a_living_one_is_not() -> None:

@@ -77,7 +77,7 @@ def test_a_pack_loses_what_its_trials_lose_alone(bench, trial, tmp_path, name):
         assert [r.selection_score for r in reports] == pytest.approx([r.selection_score for r in alone[key]])
         stores = [TrialStore(tmp_path / place) for place in ("together", "alone")]
         assert all(store.done(key).status == "finished" for store in stores)
-        steps, others = (store.losses(key) for store in stores)
+        steps, others = (store.trial(key).losses() for store in stores)
         assert list(steps) == list(others) == [report.epoch for report in reports]
         assert all(steps[epoch] == pytest.approx(others[epoch], abs=1e-5) for epoch in steps)
 

@@ -31,7 +31,7 @@ def train(bench: Workbench, request: TrialRequest) -> tuple[float, ...]:
     bench.admit(request)
     (report,) = bench.advance()
     store = TrialStore(Path(request.folder).parent)
-    return report.metrics.train_loss, report.metrics.selection_score, *store.losses(request.key).get(1, ())
+    return report.metrics.train_loss, report.metrics.selection_score, *store.trial(request.key).losses().get(1, ())
 
 
 def _rank(rank: int, port: int, requests: list[TrialRequest], queue) -> None:
