@@ -8,7 +8,6 @@ from __future__ import annotations
 from pipeline.commands import (
     bench,
     doctor,
-    gc,
     miniature,
     names,
     plan,
@@ -24,7 +23,7 @@ from pipeline.commands import (
 from pipeline.commands.parser import CommandLine
 
 VERBS = (  # in the order in which the help lists them within their groups
-    studies, sweep, workspace, doctor, results, plan, trace, predict, gc, names, score, bench, miniature, servers,
+    studies, sweep, workspace, doctor, results, plan, trace, predict, names, score, bench, miniature, servers,
 )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def _studies(params: Params, root: Path) -> Iterator[Finding]:
     from pipeline.plan.inputs import places
     from pipeline.plan.plan import make_plan
     from pipeline.plan.unheard import unheard
-    from pipeline.sweep.checks import check_engines
+    from pipeline.sweep.train import check_engines
 
     studies, asked = params.run.studies, _cells(params)
 
@@ -174,7 +174,7 @@ def _data(params: Params, root: Path) -> Iterator[Finding]:
 def _pictures(params: Params, root: Path) -> Iterator[Finding]:
     """Whether the backbones take the pictures that are drawn already."""
     from pipeline.plan.inputs import places
-    from pipeline.sweep.checks import check_pictures, has_rules
+    from pipeline.sweep.train import check_pictures, has_rules
 
     for backbone, task in sorted({(cell.backbone, cell.task) for cell in _cells(params) if has_rules(cell.backbone)}):
         path = places(root).manifest(task)

@@ -1,16 +1,22 @@
-"""`hificl workspace`: a folder beside this one that runs another profile, with stores and reports of its own."""
+"""`hificl workspace`: a folder beside this one that runs another profile; `hificl gc`: what no report refers to."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.parser import CommandLine, profile_name
-from pipeline.core.errors import InputError, WorkError
+from pipeline.core.errors import HificlError, InputError, WorkError
+from pipeline.core.terminal import Answer, Facts
+
+if TYPE_CHECKING:
+    from pipeline.config.load import Params
+    from pipeline.records.evaluation import Evaluations
 
 _LINKS = (".venv", "pipeline", "stages", "checkpoints", "weights")
 PAGE = "page.html"  # what `dvc plots` fills, below .dvc
@@ -18,11 +24,14 @@ _REAL, _MADE = "data/real", "data/miniature"
 
 
 def register(line: CommandLine) -> None:
-    """Add the verb."""
+    """Add the verbs."""
     parser = line.verb("run", "workspace", workspace, "make a folder that runs another profile beside this one")
     parser.add_argument("folder")
     profile_name(parser.add_argument("--profile", required=True))
     parser.add_argument("--data", help="folder of the official files")
+
+    parser = line.verb("check", "gc", gc, "show what no report refers to; --yes removes it", answers=True)
+    parser.add_argument("--yes", action="store_true", help="remove what is shown")
 
 
 def workspace(args: argparse.Namespace) -> None:
@@ -140,3 +149,89 @@ def dvc(folder: Path, *args: str, shown: bool = False) -> None:
     done = subprocess.run(words, cwd=folder, capture_output=not shown, text=True, check=False, env=active())
     if done.returncode:
         raise WorkError(f"dvc {args[0]} failed: {(done.stderr or '').strip()[-300:]}".rstrip(": "), where=str(folder))
+
+
+def gc(args: argparse.Namespace) -> Answer:
+    """Show or remove it in the current folder."""
+    from pipeline.config.load import load
+
+    return Facts(collect(load(), Path.cwd(), remove=args.yes))
+
+
+def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
+    """Return the trials, evaluations and MLflow runs that no study's evaluation refers to; remove them if asked.
+
+    What the profile's studies plan is kept also where it is not evaluated yet, as are the candidates of a search.
+
+    Args:
+        params: the project's.
+        root: the project's folder.
+        remove: whether to remove what was found. MLflow runs go to MLflow's own bin (`mlflow gc` empties it);
+            registered models of trials that go are taken out of the registry.
+
+    Raises:
+        InputError: nothing was evaluated, so that nothing is referred to; or a sweep holds the store.
+    """
+    from pipeline.records.evaluation import Evaluations
+    from pipeline.records.store import TrialStore
+    from pipeline.tracking.client import Tracker
+    from pipeline.tracking.registry import ModelRegistry
+
+    kept = Evaluations(root / "evaluations")
+    if not kept.studies():
+        raise InputError(
+            "no study was evaluated, so nothing says what is referred to",
+            where=str(root / "evaluations/studies"), way_out="Run dvc repro first",
+        )  # fmt: skip
+    store = TrialStore(root / "runs")
+    with store.lock("hificl gc"):
+        trials, evaluations = _referred(kept)
+        trials |= _planned(params, root)
+        old_trials = [store.folder(key) for key in store.all_keys() if key not in trials]
+        every = sorted([*(root / "evaluations").glob("*.json"), *(root / "evaluations/measures").glob("*.json")])
+        old_files = [file for file in every if str(file.relative_to(root)) not in evaluations]
+        tracker = Tracker(params.tracking.uri, root)
+        registry = ModelRegistry(tracker)
+        gone = {folder.name for folder in old_trials}
+        runs = sorted(run.run_id for every in tracker.runs_of(gone).values() for run in every)
+        models = registry.models_of(gone)
+        shown = {
+            "trials": [str(folder.relative_to(root)) for folder in old_trials],
+            "evaluations": [str(file.relative_to(root)) for file in old_files],
+            "mlflow_runs": runs, "models": [f"{name}/{version}" for name, version in models],
+            "bytes": sum(_size(path) for path in (*old_trials, *old_files)),
+            "kept_trials": len(trials), "removed": remove,
+        }  # fmt: skip
+        if remove:
+            registry.delete(models)
+            tracker.delete_runs(runs)
+            for folder in old_trials:
+                shutil.rmtree(folder)
+            for file in old_files:
+                file.unlink()
+    return shown
+
+
+def _referred(evaluations: Evaluations) -> tuple[set[str], set[str]]:
+    """Return the trials and the files that the studies' cells name."""
+    cells = [cell for name in evaluations.studies() for cell in evaluations.study(name).cells]
+    trials = {cell.trial for cell in cells} | {row.trial for cell in cells for row in cell.candidates}
+    files = {f"evaluations/{cell.evaluation}.json" for cell in cells} | {cell.measurement for cell in cells}
+    return {key for key in trials if key is not None}, {file for file in files if file is not None}
+
+
+def _planned(params: Params, root: Path) -> set[str]:
+    from pipeline.plan.inputs import all_cells, places
+    from pipeline.plan.plan import make_plan
+
+    where = places(root)
+    try:
+        return set(make_plan(params, all_cells(params, params.run.studies, where), where).trials)
+    except HificlError as error:
+        # what is planned cannot be told, so nothing may be taken away
+        raise InputError(f"the profile's studies cannot be laid out: {error}", where="hificl gc") from error
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

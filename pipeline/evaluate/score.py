@@ -24,8 +24,7 @@ from pipeline.data.sample import ImageRef, Sample
 from pipeline.evaluate.predict import WHOLE, Answers, SplitPart, predict, predict_each
 from pipeline.records.base import as_written
 from pipeline.records.evaluation import Evaluation, Prediction
-from pipeline.resident import image_features
-from pipeline.resident.resident import Resident
+from pipeline.resident.resident import Resident, image_features
 from pipeline.tasks import tasks
 from pipeline.tasks.base import Split
 from pipeline.tasks.vqa import VqaTask
@@ -167,7 +166,7 @@ def _selection(config: TrialConfig, manifest: Manifest) -> Sequence[Sample]:
 
 
 def _features(resident: Resident, manifest: Manifest) -> Callable[[Sequence[ImageRef]], torch.Tensor]:
-    store = image_features.beside(resident.visual)
+    store = image_features(resident.visual)
     return lambda images: torch.stack(store.get(images, manifest.image_root))
 
 

@@ -17,8 +17,7 @@ from pipeline.core.plain_yaml import Json
 from pipeline.core.progress import say
 from pipeline.data.manifest import Manifest
 from pipeline.lineage.record import RunRecord, read_record
-from pipeline.lineage.rerun import Again, rerun
-from pipeline.lineage.worktree import check_code, checked_out
+from pipeline.lineage.rerun import Again, check_code, checked_out, rerun
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import Machine
 from pipeline.tracking.client import Tracker

@@ -47,7 +47,7 @@ class Evaluator:
         return kind.run(self.bench, jobs)
 
 
-def measure(params: Params, kind: Measure, jobs: list[MeasureJob]) -> list[dict[str, float]]:
+def measure_on_cluster(params: Params, kind: Measure, jobs: list[MeasureJob]) -> list[dict[str, float]]:
     """Measure jobs on the current cluster, in a process of their own that has its slot for itself.
 
     Raises:
@@ -62,7 +62,7 @@ def measure(params: Params, kind: Measure, jobs: list[MeasureJob]) -> list[dict[
         ray.kill(alone)
 
 
-def score_all(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Evaluation | Exception]]:
+def score_on_cluster(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Evaluation | Exception]]:
     """Score trials on the current cluster; yield (evaluation key, evaluation or exception) in the order of completion.
 
     What is called, made again and given up is decided in `units.Calls`.

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pipeline.core.errors import InputError, WorkError
 from pipeline.core.progress import say
-from pipeline.pool.token import ensure_token
+from pipeline.pool import ensure_token
 
 DASHBOARD = "http://127.0.0.1:8265"
 MLFLOW = "http://127.0.0.1:5000"

@@ -146,9 +146,9 @@ class Scoring:
 
     def run(self, tell: Tell) -> None:
         """See `Work`."""
-        from pipeline.pool.evaluators import score_all
+        from pipeline.pool.evaluators import score_on_cluster
 
-        for key, result in score_all(self.params, list(self.jobs)):
+        for key, result in score_on_cluster(self.params, list(self.jobs)):
             tell(Answer(key, _sendable(result)))
 
 
@@ -162,11 +162,11 @@ class Measuring:
 
     def run(self, tell: Tell) -> None:
         """See `Work`."""
-        from pipeline.pool.evaluators import measure
+        from pipeline.pool.evaluators import measure_on_cluster
 
         for number, jobs in self.groups.items():
             try:
-                tell(Answer(number, measure(self.params, self.kind, jobs)))
+                tell(Answer(number, measure_on_cluster(self.params, self.kind, jobs)))
             except Exception as error:  # the other groups are measured all the same
                 tell(Answer(number, _sendable(error)))
 

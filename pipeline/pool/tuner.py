@@ -22,13 +22,13 @@ from pipeline.core import plain_paths
 from pipeline.core.errors import InputError, WorkError
 from pipeline.plan.plan import Plan, in_lanes
 from pipeline.plan.space import Cell
+from pipeline.pool import ensure_token
 from pipeline.pool.dispatcher import Dispatcher
 from pipeline.pool.messages import PROXY_DIED, EpochEnded, Tell, TrialEnded, TrialStarted
 from pipeline.pool.nodes import check_nodes
 from pipeline.pool.processes import kept_handlers
 from pipeline.pool.proxy import TrialProxy
 from pipeline.pool.schedule import PerCellOptuna, make_scheduler
-from pipeline.pool.token import ensure_token
 from pipeline.records.trial import EpochReport
 
 # the dispatcher and the proxies only wait, so they take no processor; on the head, whose loss ends a sweep anyway

@@ -1,17 +1,21 @@
-"""What stays in a process between trials: the frozen backbone and its compiled parts, visual tokens, prompts."""
+"""What stays in a process between trials: the frozen backbone, its compiled parts, image features, prompts."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from pipeline import backbones
+from pipeline.backbones.base import Pixels
 from pipeline.backbones.decoder import decoder_of
 from pipeline.config.load import BackboneSource
 from pipeline.config.request import TrialRequest
@@ -21,11 +25,15 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Sample
 from pipeline.prompts.collate import Batch, TrainedSpan, collate
 from pipeline.prompts.prompt import Encoded, ImageSizes, Rendered, encode_all, render, sizes_that_matter
-from pipeline.resident.visual_tokens import Recent, VisualTokens
+from pipeline.resident.visual_tokens import DiskStore, Recent, VisualTokens
 from pipeline.tasks import tasks
+
+if TYPE_CHECKING:
+    from pipeline.backbones.load import Loaded
 
 TEACHER_BYTES = 1 << 30  # of a teacher's targets: computed ahead, and kept for trials with the same demonstrations
 PROMPTS_ALONE = 50_000  # kept; a few kilobytes each
+_DISK_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -187,3 +195,51 @@ def compiled_parts(model: nn.Module, forwards: Forwards) -> Iterator[None]:
     finally:
         for part in parts:
             del part.forward
+
+
+class ImageFeatures(VisualTokens):
+    """One vector [D_v] an image: the vision tower's last hidden state, averaged over its positions.
+
+    Looked up and kept as visual tokens are, in a store of its own.
+
+    Args:
+        loaded: the backbone.
+        folder: of the store, shared by any number of processes; None: memory only.
+    """
+
+    def __init__(self, loaded: Loaded, folder: Path | None) -> None:
+        super().__init__(loaded, disk_bytes=_DISK_BYTES)
+        self.disk = None if folder is None else DiskStore(folder, _DISK_BYTES)
+        self._tower: nn.Module = loaded.model.get_submodule(loaded.backbone.modules.vision)
+
+    @override
+    @torch.no_grad()
+    def _encode(self, group: Sequence[tuple[str, Pixels]]) -> list[tuple[str, Tensor]]:
+        seen: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(getattr(output, "last_hidden_state", output if isinstance(output, Tensor) else output[0]))
+
+        handle = self._tower.register_forward_hook(keep)
+        try:
+            super()._encode(group)
+        finally:
+            handle.remove()
+        # Pictures of a group have one shape, so each has the same share of the tower's rows (tiles, patches), in order.
+        states = torch.cat([state.flatten(0, -2) for state in seen]).float()
+        pooled = states.unflatten(0, (len(group), -1)).mean(1).cpu()
+        return [(key, vector.clone()) for (key, _), vector in zip(group, pooled, strict=True)]
+
+
+_HELD: WeakKeyDictionary[VisualTokens, ImageFeatures] = WeakKeyDictionary()
+
+
+def image_features(visual: VisualTokens) -> ImageFeatures:
+    """Return the features that go with a backbone's visual tokens: one object a process, its store beside theirs."""
+    if visual not in _HELD:
+        folder = None
+        if visual.disk is not None:
+            name = hashlib.sha256(f"{visual.settings}:pooled".encode()).hexdigest()[:16]
+            folder = visual.disk.folder.parent / name
+        _HELD[visual] = ImageFeatures(visual.loaded, folder)
+    return _HELD[visual]

@@ -16,7 +16,7 @@ from pipeline.core.progress import bar, say
 from pipeline.plan.inputs import all_cells, places
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.plan.space import Cell, Point, points
-from pipeline.pool import answers
+from pipeline.pool import supervisor
 from pipeline.pool.processes import in_order
 from pipeline.pool.supervisor import Driver, ahead
 from pipeline.records.evaluation import Candidate, CellResult, CurvePoint, Evaluations, StudyFile
@@ -183,7 +183,7 @@ def _score(
     with bar("evaluate") as progress:
         progress(0, len(todo))
         jobs = [(plan.request_of(config), evaluation) for config, evaluation in todo]
-        for number, (key, result) in enumerate(answers.score_all(params, jobs, driver), start=1):
+        for number, (key, result) in enumerate(supervisor.score_all(params, jobs, driver), start=1):
             progress(number, len(todo))
             if isinstance(result, Exception):
                 yield key, str(result)

@@ -13,7 +13,7 @@ from pipeline.core.files import file_digest
 from pipeline.core.progress import bar
 from pipeline.measure import Measure, MeasureJob, Numbers, create_measure
 from pipeline.plan.space import Cell
-from pipeline.pool import answers
+from pipeline.pool import supervisor
 from pipeline.records.evaluation import CellResult, Evaluations, Measurement
 from pipeline.records.trial import Machine
 from pipeline.sweep.mlflow_sync import MlflowSync
@@ -69,7 +69,7 @@ def measured(
     jobs = [[_job(params, row, evaluations) for row in rows] for rows in new]
     with bar(name) as progress:
         progress(0, len(new))
-        for ended, (number, result) in enumerate(answers.measure_all(params, kind, jobs), start=1):
+        for ended, (number, result) in enumerate(supervisor.measure_all(params, kind, jobs), start=1):
             progress(ended, len(new))
             names = [row.cell.name for row in new[number]]
             if isinstance(result, Exception):

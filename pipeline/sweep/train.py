@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline import backbones
 from pipeline.config.load import Params
+from pipeline.config.trial import TrialConfig
 from pipeline.core import copies
-from pipeline.core.errors import WorkError
+from pipeline.core.errors import InputError, WorkError
 from pipeline.core.progress import say
+from pipeline.data import image_files
+from pipeline.data.manifest import Manifest
 from pipeline.plan.inputs import all_cells, places
 from pipeline.plan.plan import Plan, make_plan
 from pipeline.plan.unheard import unheard
@@ -17,12 +23,13 @@ from pipeline.pool.supervisor import Driver, ahead, train
 from pipeline.records.journal import Journal
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import TrialEnd
-from pipeline.sweep.checks import check_all, check_open
 from pipeline.sweep.mlflow_sync import MlflowSync
 from pipeline.sweep.trial_runs import experiment_note
 from pipeline.sweep.view import View
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import KILLED
+
+_NAMED = 5  # pictures of one message
 
 
 def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
@@ -89,3 +96,70 @@ def _sweep(plan: Plan, store: TrialStore, sync: MlflowSync, driver: Driver | Non
             failed[key] = (done.error if done else None) or errors.get(key, "it did not end")
     sync.close_sweeps(failed=bool(failed))
     return failed
+
+
+def check_engines(trials: Iterable[TrialConfig]) -> str:
+    """Return which engines train the trials.
+
+    Raises:
+        InputError: DeepSpeed is asked for and not there; it is installed on Linux alone.
+    """
+    asked = [trial.engine for trial in trials if trial.trained]
+    if "deepspeed" in asked and importlib.util.find_spec("deepspeed") is None:
+        raise InputError(
+            f"{asked.count('deepspeed')} trials ask for ZeRO, offload or the engine deepspeed, and DeepSpeed, "
+            "which is for Linux, is not installed",
+            where="train",
+            way_out="Set train.zero_stage to 0, train.offload to none and train.engine to auto; or make setup on Linux",
+        )
+    return ", ".join(f"{asked.count(name)} trained by {name}" for name in sorted(set(asked)))
+
+
+def check_open(plan: Plan, store: TrialStore) -> None:
+    """Check the engine of every trial that is not done.
+
+    Raises:
+        InputError: see `check_engines`.
+    """
+    check_engines([*(plan.trials[key] for key in plan.open_keys(store.finished)), *plan.examples])
+
+
+def has_rules(backbone: str) -> bool:
+    """Whether there are pictures that the backbone does not take."""
+    return bool(backbones.get(backbone).family.size_rules)
+
+
+def check_pictures(path: Path, backbone: str) -> int:
+    """Read the sizes of all pictures of a manifest; return how many there are.
+
+    Raises:
+        InputError: some are not what the backbone takes, with file, size and rule; or cannot be read.
+    """
+    manifest, family = Manifest.load(path), backbones.get(backbone).family
+    images = list(dict.fromkeys(i for samples in manifest.splits.values() for one in samples for i in one.images))
+    bad = []
+    for image, size in zip(images, image_files.sizes(images, manifest.image_root), strict=True):
+        try:
+            family.check_size(*size, where=str(image_files.located(image, manifest.image_root)))
+        except InputError as error:
+            bad.append(f"{error.where}: {error.what}")
+    if bad:
+        more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        raise InputError(
+            f"{backbone} does not take {len(bad)} of {len(images)} pictures: {'; '.join(bad[:_NAMED])}{more}",
+            where=manifest.task,
+            way_out="Take them out of the data and draw again, or leave the backbone out",
+        )
+    return len(images)
+
+
+def check_all(plan: Plan, store: TrialStore) -> None:
+    """Check the pictures of every trial that is not done, for the backbones that have rules.
+
+    Raises:
+        InputError: see `check_pictures`.
+    """
+    known = {(one.backbone, one.task) for key, one in plan.trials.items() if not store.finished(key)}
+    for backbone, task in sorted(known | {(cell.backbone, cell.task) for cell in plan.searched}):
+        if has_rules(backbone):
+            check_pictures(plan.places.manifest(task), backbone)

@@ -13,8 +13,8 @@ from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import InputError
 from pipeline.evaluate.predict import predict
 from pipeline.evaluate.score import answer, score
-from pipeline.resident import image_features
-from pipeline.resident.image_features import ImageFeatures
+from pipeline.resident.resident import ImageFeatures, image_features
+from pipeline.resident.visual_tokens import VisualTokens
 
 BACKBONES = ["idefics2-8b-base", "idefics-9b", "llava-interleave-7b", "llava-v1.6-mistral-7b", "qwen3-vl-8b"]
 SMALL = {
@@ -77,13 +77,13 @@ def test_features_do_not_depend_on_their_batch(backbone, resident, manifest):
 
 def test_features_are_kept_beside_the_visual_tokens(resident, manifest, tmp_path):
     loaded = resident("idefics2-8b-base").loaded
-    visual = image_features.VisualTokens(loaded, tmp_path)
+    visual = VisualTokens(loaded, tmp_path)
     image = manifest.splits["train"][0].images[0]
-    store = image_features.beside(visual)
-    assert store is image_features.beside(visual)
+    store = image_features(visual)
+    assert store is image_features(visual)
     first = store.get([image], manifest.image_root)[0]
     tokens = visual.get([image], manifest.image_root)[0]
-    again = image_features.beside(image_features.VisualTokens(loaded, tmp_path))
+    again = image_features(VisualTokens(loaded, tmp_path))
     assert torch.equal(again.get([image], manifest.image_root)[0], first) and again.computed == 0
     assert first.dim() == 1 and tokens.dim() == 2
 

@@ -84,19 +84,19 @@ def report(sweep: Sweep, *, without: str | None = None) -> list[dict[str, str]]:
     from pipeline import report as reports
     from pipeline.config.load import load
     from pipeline.core.errors import WorkError
-    from pipeline.pool import answers
+    from pipeline.pool import supervisor
     from pipeline.sweep import evaluate as evaluation
 
-    before, pooled = Path.cwd(), answers.score_all
+    before, pooled = Path.cwd(), supervisor.score_all
     os.chdir(sweep.folder)
     try:
-        answers.score_all = score_here  # type: ignore[assignment]
+        supervisor.score_all = score_here  # type: ignore[assignment]
         params = load()
         with pytest.raises(WorkError, match=f"1 of 4 cells have no number.*/{without}/") if without else nullcontext():
             evaluation.evaluate(params, ["small"])
         reports.write_study("small", params, Path("evaluations"), Path("reports"))
     finally:
-        answers.score_all = pooled
+        supervisor.score_all = pooled
         os.chdir(before)
     with (sweep.folder / "reports/small.csv").open(newline="") as file:
         return [{k: v for k, v in row.items() if k != "run_ids"} for row in csv.DictReader(file)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.pool.token import ensure_token
+from pipeline.pool import ensure_token
 from tests.faults.checks import survived
 from tests.faults.sweeps import Sweep, set_sweep
 from tests.support.free_port import free_port

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import InputError, WorkError
-from pipeline.lineage.worktree import check_code, checked_out
+from pipeline.lineage.rerun import check_code, checked_out
 from pipeline.tracking.provenance import checkout_state
 
 

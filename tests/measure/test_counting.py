@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from pipeline.core.errors import InputError
 from pipeline.measure import create_measure, measures
-from pipeline.measure.training_cost import CountedFlops, peak_bytes
+from pipeline.measure.costs import CountedFlops, peak_bytes
 
 
 def test_products_are_counted_forward_and_backward() -> None:

@@ -65,7 +65,7 @@ def score(params, tmp_path, monkeypatch):
             (TrialRequest(config, name, str(tmp_path), source, pack_key="one"), EvaluationConfig(trial=name))
             for name in names
         ]
-        found = dict(evaluators.score_all(params, jobs))
+        found = dict(evaluators.score_on_cluster(params, jobs))
         calls = (tmp_path / "calls").read_text().splitlines()
         return {request.folder: found[evaluation.key] for request, evaluation in jobs}, calls
 

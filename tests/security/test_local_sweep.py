@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import InputError
-from pipeline.pool.token import ensure_token
+from pipeline.pool import ensure_token
 from tests.conftest import ROOT
 
 

@@ -9,7 +9,7 @@ from pipeline.config.load import load
 from pipeline.core.errors import InputError
 from pipeline.plan.inputs import as_given
 from pipeline.plan.space import cells
-from pipeline.sweep.checks import check_engines
+from pipeline.sweep.train import check_engines
 from tests.conftest import ROOT
 
 

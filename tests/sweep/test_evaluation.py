@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.config.trial import EvaluationConfig
-from pipeline.pool import answers
+from pipeline.pool import supervisor
 from pipeline.records.evaluation import Evaluation, Evaluations, Prediction
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import TrialEnd
@@ -46,7 +46,7 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             predictions=[Prediction(**fields) for fields in predictions],
         )))  # fmt: skip
     tracker.close(parent, FINISHED)
-    monkeypatch.setattr(answers, "score_all", lambda params, jobs, driver: iter(results))
+    monkeypatch.setattr(supervisor, "score_all", lambda params, jobs, driver: iter(results))
     return SimpleNamespace(plan=plan, store=store, out=out, tracker=tracker, todo=todo, folder=tmp_path)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import WorkError
 from pipeline.core.files import file_digest
-from pipeline.pool import answers
+from pipeline.pool import supervisor
 from pipeline.records.evaluation import CellResult, Evaluation, Evaluations
 from pipeline.records.trial import Provenance
 from pipeline.sweep import measures
@@ -40,7 +40,7 @@ def test_a_row_of_two_studies_keeps_both_numbers(tmp_path, monkeypatch):
         for number, jobs in enumerate(groups):
             yield number, [{"milliseconds_per_sample": float(next(seconds)), **same} for _ in jobs]
 
-    monkeypatch.setattr(answers, "measure_all", measure_all)
+    monkeypatch.setattr(supervisor, "measure_all", measure_all)
     monkeypatch.setattr(measures, "data_root", lambda params: tmp_path)
     study = SimpleNamespace(measure="training_cost", measured={}, reference="hificl")
     params = SimpleNamespace(studies={"first": study, "second": study})
@@ -66,7 +66,7 @@ def test_a_row_of_two_studies_keeps_both_numbers(tmp_path, monkeypatch):
 
 
 def test_a_group_that_cannot_be_measured_has_no_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(answers, "measure_all", lambda params, kind, groups: iter([(0, WorkError("no memory"))]))
+    monkeypatch.setattr(supervisor, "measure_all", lambda params, kind, groups: iter([(0, WorkError("no memory"))]))
     monkeypatch.setattr(measures, "data_root", lambda params: tmp_path)
     study = SimpleNamespace(measure="training_cost", measured={}, reference="hificl")
     evaluations = Evaluations(tmp_path / "evaluations")

@@ -13,9 +13,8 @@ from pipeline.commands.doctor import examine
 from pipeline.commands.predict import answer
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
-from pipeline.sweep.checks import check_pictures
 from pipeline.sweep.draw import draw_manifest
-from pipeline.sweep.train import places, sweep
+from pipeline.sweep.train import check_pictures, places, sweep
 from tests.e2e.conftest import change, make_project
 
 RULE = "Qwen3-VL reads no picture more than 200 times as wide as high, or as high as wide"

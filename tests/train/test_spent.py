@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from pipeline.measure.training_cost import CountedFlops
+from pipeline.measure.costs import CountedFlops
 from pipeline.records.store import TrialFolder
 from pipeline.records.trial import TrialEnd
 from pipeline.train.cost import Memory
