@@ -65,9 +65,9 @@ class FunctionVector(VectorMethod):
         """Return every head's mean output before W_O, [L, H, d]."""
         shots = self.shots(self.options.num_prompts, "function-vector")
         total: Tensor | float = 0.0
-        for one in shots:
+        for prompt in shots:
             with last_states(self.outputs, inputs=True) as seen:
-                self.run([one])
+                self.run([prompt])
             total = total + torch.cat(seen)
         return (torch.as_tensor(total) / len(shots)).unflatten(1, (self.spec.num_heads, self.spec.head_dim))
 
@@ -75,8 +75,8 @@ class FunctionVector(VectorMethod):
         """Return every head's average indirect effect, [L, H]."""
         shots = self.shots(self.options.num_effect_prompts, "function-vector effects")
         total = torch.zeros(means.shape[:2])
-        for number, one in enumerate(shots):
-            total += self._effect(self._shuffled(one, number), means)
+        for number, prompt in enumerate(shots):
+            total += self._effect(self._shuffled(prompt, number), means)
         return total / len(shots)
 
     def _effect(self, shots: Shots, means: Tensor) -> Tensor:

@@ -51,11 +51,11 @@ class Driver:
         self.works = False
         plain_paths.ray_folder()
         python = plain_paths.python()
-        self.pipe, theirs = multiprocessing.Pipe()
-        with theirs:
+        self.pipe, end = multiprocessing.Pipe()
+        with end:
             # in a session of its own: Ctrl-C reaches the supervisor alone, which ends it in order
             self.process = subprocess.Popen(
-                [python, "-m", "pipeline.pool.driver", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                [python, "-m", "pipeline.pool.driver", str(end.fileno())], pass_fds=[end.fileno()],
                 env={**os.environ, MARK: self.mark}, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 

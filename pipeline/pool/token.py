@@ -32,9 +32,9 @@ def ensure_token() -> Path | None:
     try:
         if not path.exists():
             _create(path)
-        found = path.stat()
-        if stat.S_IMODE(found.st_mode) & 0o077:
-            if found.st_uid != os.getuid():
+        state = path.stat()
+        if stat.S_IMODE(state.st_mode) & 0o077:
+            if state.st_uid != os.getuid():
                 raise InputError(
                     "Ray's token can be read by others", where=str(path), way_out="Have its owner chmod it to 600"
                 )
