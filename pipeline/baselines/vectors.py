@@ -117,10 +117,6 @@ def edited_prefill(layer: nn.Module, edit: Edit) -> Iterator[None]:
 
     For prompts that end at the batch's last position: one prompt, or rows padded on the left. A pass over a single
     position is a step of cached decoding; it sees the edit through the cache of the layers above.
-
-    Args:
-        layer: a decoder layer.
-        edit: [B, D] -> [B, D].
     """
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:

@@ -62,16 +62,7 @@ def predict(
     demonstrations: Callable[[Sample], list[Sample]] | None = None,
     part: SplitPart = WHOLE,
 ) -> dict[Any, str]:
-    """Return the answer to every sample (of those in `part`), by id.
-
-    Args:
-        resident: backbone, tokenizer and visual tokens.
-        manifest: of the samples.
-        samples: the queries.
-        decoding: how text is generated.
-        demonstrations: gives each query's demonstrations; None: none.
-        part: which batches.
-    """
+    """Return the answer to every sample of the `part`, by id; behind its `demonstrations`, where there are any."""
     if demonstrations is None:
         prompts = resident.alone(manifest, samples, answer=False)
     else:
@@ -91,17 +82,7 @@ def predict_each(
     part: SplitPart = WHOLE,
     on_batch: Callable[[], None] = lambda: None,
 ) -> list[dict[Any, str]]:
-    """Return the answers of several adapters of a pack to the same samples, decoded in shared batches.
-
-    Args:
-        resident: backbone, tokenizer and visual tokens.
-        manifest: of the samples.
-        samples: the queries, without demonstrations.
-        pack: the adapters that are attached.
-        members: which of them answer.
-        decoding: how text is generated.
-        part: which batches.
-        on_batch: called after every batch.
+    """Return what the `members` of a pack answer to the same samples, decoded in shared batches.
 
     Returns:
         One mapping of id to answer for every entry of `members`.

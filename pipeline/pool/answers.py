@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 def score_all(
     params: Params, jobs: Sequence[Job], first: Driver | None = None
 ) -> Iterator[tuple[str, Evaluation | Exception]]:
-    """Yield (evaluation key, evaluation or error) in the order of completion.
-
-    Args:
-        params: the project's.
-        jobs: trials, each with how it is scored.
-        first: a driver that was started beforehand.
+    """Yield (evaluation key, evaluation or error) in the order of completion; `first` is a driver that runs already.
 
     Raises:
         InputError: as the driver's.

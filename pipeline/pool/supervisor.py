@@ -125,13 +125,7 @@ def ahead(wanted: bool) -> Iterator[Driver | None]:
 
 
 class Attempts:
-    """Counts how often a driver was lost with nothing done in between.
-
-    Args:
-        params: the project's.
-        stage: whose driver it is.
-        note: where a loss is noted.
-    """
+    """Counts and notes how often the driver of a stage was lost with nothing done in between."""
 
     def __init__(self, params: Params, stage: str, note: Callable[..., None]) -> None:
         self.count, self.most, self.stage, self.note = 0, params.sweep.retry.max_attempts, stage, note

@@ -112,13 +112,7 @@ def set_learning_rates(optimizer: Any, learning_rates: Sequence[float], scale: f
 
 
 class TorchEngine:
-    """AdamW over the adapter alone; gradients are summed over ranks where there are several.
-
-    Args:
-        student: adapter and loss.
-        groups: the adapter's parameter groups.
-        config: clip threshold and precision.
-    """
+    """AdamW over the adapter alone; gradients are summed over ranks where there are several."""
 
     def __init__(self, student: Student, groups: list[ParameterGroup], config: TrialConfig) -> None:
         self.student, self.config = student, config
