@@ -63,7 +63,7 @@ def facts(config: TrialConfig) -> Facts:
     return options(config).facts()
 
 
-def defaults(method: str) -> dict[str, Any]:
+def defaults(method: str) -> dict[str, float]:
     """Return the training settings that the method brings, where they are not those of all methods."""
     if not is_trained(method):
         return {}

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,16 @@ import torch
 from torch import nn
 
 from pipeline.adapters.attach import attach
-from pipeline.adapters.base import CONFIG_FILE, METHODS, WEIGHTS_FILE, Adapter, Backbone, HiddenAdapter, parts_of
+from pipeline.adapters.base import (
+    CONFIG_FILE,
+    METHODS,
+    WEIGHTS_FILE,
+    Adapter,
+    AdapterConfig,
+    BackboneIdentity,
+    HiddenAdapter,
+    parts_of,
+)
 from pipeline.adapters.options import Facts, Options
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.decoder import decoder_of
@@ -83,8 +91,8 @@ def make(name: str, model: nn.Module, options: Options, *, seed: int = 0) -> Ada
     return adapter
 
 
-def read_config(folder: Path | str) -> dict[str, Any]:
-    """Return `adapter_config.json` of a saved adapter: method, options, backbone, extra.
+def read_config(folder: Path | str) -> AdapterConfig:
+    """Return `adapter_config.json` of a saved adapter.
 
     Raises:
         InputError: it is missing or damaged.
@@ -93,16 +101,16 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG:
             raise InputError(f"is larger than {MAX_CONFIG} bytes", where=str(path))
-        config = json.loads(path.read_text(encoding="utf-8"))
-        Backbone(**config["backbone"])
-        if not isinstance(config["method"], str) or not isinstance(config["options"], dict):
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        method, options, extra = fields["method"], fields["options"], fields.get("extra") or {}
+        if not (isinstance(method, str) and isinstance(options, dict) and isinstance(extra, dict)):
             raise TypeError
+        return AdapterConfig(method, options, BackboneIdentity(**fields["backbone"]), extra)
     except FileNotFoundError:
         way_out = "Give the folder that save_pretrained wrote"
         raise InputError("no such file", where=str(path), way_out=way_out) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError):
         raise InputError("not an adapter's configuration (method, options, backbone)", where=str(path)) from None
-    return config
 
 
 def load(folder: Path | str, model: nn.Module) -> Adapter:
@@ -112,21 +120,20 @@ def load(folder: Path | str, model: nn.Module) -> Adapter:
         InputError: files missing or damaged, or another backbone.
     """
     config = read_config(folder)
-    Backbone(**config["backbone"]).check(decoder_of(model), str(folder))
+    config.backbone.check(decoder_of(model), str(folder))
     weights = _inside(Path(folder), WEIGHTS_FILE)
-    options = METHODS.get(config["method"]).Options.completed(config["options"])
-    _planned(config["method"], options, model, str(folder)).check_weights(weights)
-    adapter = create(config["method"], model, **options)
+    schema = options_of(config.method)
+    options = schema.checked(schema.completed(config.options), config.method)
+    _planned(config.method, options, model, str(folder)).check_weights(weights)
+    adapter = make(config.method, model, options)
     adapter.read_weights(weights)
     return adapter
 
 
-def _planned(name: str, given: Mapping[str, Any], model: nn.Module, where: str) -> Adapter:
+def _planned(name: str, options: Options, model: nn.Module, where: str) -> Adapter:
     """Return the adapter on the meta device, where a shape of any size costs nothing."""
-    method = METHODS.get(name)
-    options = method.Options.checked(given, name)
     try:
-        return method.build(model, decoder_of(model), options, 0, torch.device("meta"))
+        return METHODS.get(name).build(model, decoder_of(model), options, 0, torch.device("meta"))
     except (RuntimeError, OverflowError, TypeError) as error:
         raise InputError(f"no adapter has such a shape ({str(error).splitlines()[0]})", where=where) from None
 

@@ -8,13 +8,14 @@ A method edits the decoder in one or more of three places, and says so by the cl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
+from pydantic import JsonValue
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from pipeline.adapters.options import Facts
 from pipeline.adapters.options import Options as AnyOptions
 from pipeline.backbones.decoder import DecoderSpec
 from pipeline.core.errors import InputError
+from pipeline.core.plain_yaml import Json
 from pipeline.core.registry import Registry
 
 METHODS: Registry[type[Adapter]] = Registry("method", "pipeline.adapters", "hificl.methods")
@@ -30,8 +32,8 @@ WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass(frozen=True)
-class Backbone:
-    """The identity of the backbone that an adapter is made for; it fits no other."""
+class BackboneIdentity:
+    """What of a backbone an adapter is made for; it fits no other."""
 
     model_type: str
     num_layers: int
@@ -40,7 +42,7 @@ class Backbone:
     hidden_size: int
 
     @classmethod
-    def of(cls, spec: DecoderSpec) -> Backbone:
+    def of(cls, spec: DecoderSpec) -> BackboneIdentity:
         """Read the identity off a decoder."""
         return cls(**{field.name: getattr(spec, field.name) for field in fields(cls)})
 
@@ -50,15 +52,32 @@ class Backbone:
         Raises:
             InputError: the model has another type or another shape.
         """
-        other = Backbone.of(spec)
-        for field in fields(self):
-            mine, its = getattr(self, field.name), getattr(other, field.name)
-            if mine != its:
+        present = asdict(BackboneIdentity.of(spec))
+        for name, wanted in asdict(self).items():
+            if present[name] != wanted:
                 raise InputError(
-                    f"the adapter was made for a backbone with {field.name} {mine}, this model has {its}",
+                    f"the adapter was made for a backbone with {name} {wanted}, this model has {present[name]}",
                     where=where,
                     way_out="Use the backbone that the adapter was trained on",
                 )
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """`adapter_config.json`: what a saved adapter is, and `extra`, what its trial noted beside it."""
+
+    method: str
+    options: Json
+    backbone: BackboneIdentity
+    extra: Json
+
+
+class ParameterGroup(TypedDict):
+    """Parameters with a learning rate and a weight decay of their own, as AdamW takes them."""
+
+    params: list[nn.Parameter]
+    lr: float
+    weight_decay: float
 
 
 class Init:
@@ -97,7 +116,7 @@ class Adapter(nn.Module):
 
     def __init__(self, options: AnyOptions, spec: DecoderSpec, init: Init) -> None:
         super().__init__()
-        self.options, self.backbone = options, Backbone.of(spec)
+        self.options, self.backbone = options, BackboneIdentity.of(spec)
 
     @classmethod
     def build(cls, model: nn.Module, spec: DecoderSpec, options: Any, seed: int, device: torch.device) -> Adapter:
@@ -132,8 +151,8 @@ class Adapter(nn.Module):
         """Return the number of trainable values by parameter group of the equations."""
         return {name: p.numel() for name, p in self.named_parameters()}
 
-    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Return AdamW groups, each with `params`, `lr` and `weight_decay`; biases and scalars are not decayed.
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[ParameterGroup]:
+        """Return AdamW groups; biases and scalars are not decayed.
 
         Args:
             learning_rate: peak rate of the schedule.
@@ -149,11 +168,7 @@ class Adapter(nn.Module):
         """Return one parameter's learning rate, given the trial's."""
         return learning_rate
 
-    def describe(self) -> dict[str, Any]:
-        """Return what `adapter_config.json` holds besides `extra`."""
-        return {"method": self.name, "options": self.options.model_dump(mode="json"), "backbone": asdict(self.backbone)}
-
-    def save_pretrained(self, folder: Path | str, extra: dict[str, Any] | None = None) -> None:
+    def save_pretrained(self, folder: Path | str, extra: Mapping[str, JsonValue] | None = None) -> None:
         """Write `adapter_model.safetensors` and `adapter_config.json`.
 
         Args:
@@ -164,7 +179,8 @@ class Adapter(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        text = json.dumps({**self.describe(), "extra": extra or {}}, indent=2, sort_keys=True)
+        config = AdapterConfig(self.name, self.options.plain(), self.backbone, dict(extra or {}))
+        text = json.dumps(asdict(config), indent=2, sort_keys=True)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
     def read_weights(self, path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from pipeline.adapters.base import METHODS, Adapter, Init
+from pipeline.adapters.base import METHODS, Adapter, Init, ParameterGroup
 from pipeline.adapters.hificl import HiFICL, HiFICLOptions
 from pipeline.adapters.lora import LoRA, LoRAOptions
 from pipeline.adapters.mimic import MimIC, MimICOptions
@@ -72,10 +72,10 @@ class Combined(Adapter):
             for key, count in part.modules_trainable().items()  # type: ignore[operator]
         }
 
-    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[ParameterGroup]:
         """Return both parts' groups; a part's rate keeps its own proportion to the first part's."""
         first = self.parts[0].facts.learning_rate
-        groups: list[dict[str, Any]] = []
+        groups: list[ParameterGroup] = []
         for part in self.parts:
             groups += part.parameter_groups(learning_rate * part.facts.learning_rate / first, weight_decay)
         return groups

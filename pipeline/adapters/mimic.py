@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.adapters.base import METHODS, AttentionAdapter, Init
 from pipeline.adapters.options import Facts, Options
 from pipeline.backbones.decoder import DecoderSpec
+from pipeline.core.plain_yaml import Json
 
 _SHIFT_STD, _GATE_STD = 0.001, 0.02
 _OUTPUT: dict[str, Literal["mlp", "attention"]] = {"ffn": "mlp", "attention": "attention"}
@@ -33,7 +34,7 @@ class MimICOptions(Options):
         return point
 
     @classmethod
-    def completed(cls, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    def completed(cls, recorded: Mapping[str, Any]) -> Json:
         """Before there was a point, the residual stream was compared after the FFN, and the attention's output."""
         point = "attention" if recorded.get("alignment") == "attention" else "residual"
         return super().completed({"point": point, **recorded})

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 
 from pipeline.config.trial import Kind, State
 from pipeline.core.errors import validate
+from pipeline.core.plain_yaml import Json
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,10 @@ class Options(BaseModel):
     @property
     def shots(self) -> int:
         """How many demonstrations the method itself puts before a question; 0: it puts none."""
-        return int(self.plain().get("num_shots", 0))
+        shots = self.plain().get("num_shots")
+        return shots if isinstance(shots, int) else 0
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> Json:
         """Return them as JSON values, which a trial's key is made from."""
         return self.model_dump(mode="json")
 
@@ -98,14 +100,14 @@ class Options(BaseModel):
         return validate(cls, dict(given), f"method '{method}'", noun="option")
 
     @classmethod
-    def completed(cls, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    def completed(cls, recorded: Mapping[str, Any]) -> Json:
         """Return the options of a record or a saved adapter with those that its time did not know."""
-        found = {**cls.later, **recorded}
+        options: Json = {**cls.later, **recorded}
         for name, field in cls.model_fields.items():
-            section = field.annotation
-            if isinstance(section, type) and issubclass(section, Options):
-                found[name] = section.completed(found.get(name, {}))
-        return found
+            section, given = field.annotation, options.get(name, {})
+            if isinstance(section, type) and issubclass(section, Options) and isinstance(given, dict):
+                options[name] = section.completed(given)
+        return options
 
 
 class TeacherOptions(Options):

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from pipeline.core.errors import InputError
+from pipeline.core.plain_yaml import Json
 
 if TYPE_CHECKING:
     from PIL import Image
+    from transformers.utils import ModelOutput
 
 # Facts from the published checkpoints use these names for the processor's pixel path. PIL is named explicitly: the
 # torchvision processors resize with other rounding, and the papers' numbers were made with PIL.
@@ -23,6 +25,8 @@ IMAGE_BACKEND = "pil"
 _OF_TEXT = ("unk", "bos", "eos", "pad", "turn")  # roles of special tokens that stand in text; the others, for images
 
 Pixels = dict[str, Tensor]  # what one image (or a row of images) looks like to the vision tower
+# Arguments of a model by name: tensors, and what its vision tower would have given; None takes one away.
+ModelArguments = dict[str, "Tensor | dict[str, ModelOutput] | None"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +118,11 @@ class Backbone:
     placeholder: str | None = None
     added_tokens: tuple[str, ...] = ()
 
-    def config_for(self, variant: str) -> dict[str, Any]:
+    def config_for(self, variant: str) -> Json:
         """Return the configuration of a variant ('published' and 'meta': the real one; 'tiny')."""
         return merged(self.config, self.tiny) if variant == "tiny" else copy.deepcopy(dict(self.config))
 
-    def processor_for(self, variant: str) -> dict[str, Any]:
+    def processor_for(self, variant: str) -> Json:
         """Return the processor's settings of a variant."""
         return merged(self.processor, self.tiny_processor) if variant == "tiny" else copy.deepcopy(dict(self.processor))
 
@@ -148,12 +152,15 @@ class Backbone:
         return self.placeholder or self.image_token
 
 
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Json:
     """Return `base` with `changes` laid over it; nested mappings are merged, everything else is replaced."""
-    out = copy.deepcopy(dict(base))
+    out: Json = copy.deepcopy(dict(base))
     for key, value in changes.items():
-        nested = isinstance(value, Mapping) and isinstance(out.get(key), Mapping) and key != "size"
-        out[key] = merged(out[key], value) if nested else copy.deepcopy(value)
+        below = out.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping) and key != "size":
+            out[key] = merged(below, value)
+        else:
+            out[key] = copy.deepcopy(value)
     return out
 
 
@@ -228,7 +235,7 @@ class Family(ABC):
         """Return the transformers configuration."""
         return self.config_class(**copy.deepcopy(dict(settings)))
 
-    def fit_vocabulary(self, settings: Mapping[str, Any], tokenizer: Any, special: Mapping[str, str]) -> dict[str, Any]:
+    def fit_vocabulary(self, settings: Mapping[str, Any], tokenizer: Any, special: Mapping[str, str]) -> Json:
         """Return `settings` with vocabulary size and token ids of a small tokenizer (variant tiny)."""
         ids = {role: tokenizer.convert_tokens_to_ids(text) for role, text in special.items()}
         text = {
@@ -301,7 +308,7 @@ class Family(ABC):
         input_ids: Tensor,
         image_counts: Sequence[int],
         image_token_id: int,
-    ) -> dict[str, Any]:
+    ) -> ModelArguments:
         """Return the model's arguments that carry the images of a batch.
 
         Args:
@@ -312,7 +319,7 @@ class Family(ABC):
             image_token_id: the token that stands for an image.
 
         Returns:
-            Arguments by name; one that is None takes the batch's own argument of that name away.
+            Arguments; one that is None takes the batch's own argument of that name away.
         """
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.backbones.base import IMAGE_BACKEND, Backbone
 from pipeline.core.errors import InputError, WorkError
 from pipeline.core.files import stamp, write_atomic
+from pipeline.core.plain_yaml import Json
 
 CHECKPOINTS = "checkpoints"  # the miniatures' folder, beside params.yaml
 INDEX = "model.safetensors.index.json"
@@ -90,8 +91,8 @@ def check_folder(backbone: Backbone, folder: Path) -> None:
             way_out=_way_out(backbone),
         )
     if (folder / INDEX).is_file():
-        index = _read_json(folder / INDEX, backbone)
-        shards = sorted(set(index.get("weight_map", {}).values()))
+        weight_map = _read_json(folder / INDEX, backbone).get("weight_map")
+        shards = sorted({str(shard) for shard in weight_map.values()}) if isinstance(weight_map, dict) else []
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing or not shards:
             what = f"{len(missing)} of {len(shards)} weight files are missing: {', '.join(missing[:3])}"
@@ -103,7 +104,7 @@ def check_folder(backbone: Backbone, folder: Path) -> None:
         raise InputError(what, where=str(folder), way_out=_way_out(backbone))
 
 
-def _read_json(path: Path, backbone: Backbone) -> dict[str, Any]:
+def _read_json(path: Path, backbone: Backbone) -> Json:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

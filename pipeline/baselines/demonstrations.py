@@ -101,8 +101,8 @@ class SimilarImages(Baseline):
         """
         if not queries:
             return []
-        found = self.index.kneighbors(self._features(queries), n_neighbors=len(self.entries))
-        return [self._nearest(*row) for row in zip(queries, *found, strict=True)]
+        neighbours = self.index.kneighbors(self._features(queries), n_neighbors=len(self.entries))
+        return [self._nearest(*row) for row in zip(queries, *neighbours, strict=True)]
 
     def _nearest(self, query: Sample, distances: Any, indices: Any) -> list[Sample]:
         own = set(_images(query))

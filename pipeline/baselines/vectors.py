@@ -121,10 +121,6 @@ def edited_prefill(layer: nn.Module, edit: Edit) -> Iterator[None]:
 
     For prompts that end at the batch's last position: one prompt, or rows padded on the left. A pass over a single
     position is a step of cached decoding; it sees the edit through the cache of the layers above.
-
-    Args:
-        layer: a decoder layer.
-        edit: [B, D] -> [B, D].
     """
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -233,9 +229,9 @@ class FunctionVector(VectorMethod):
         """Return every head's mean output before W_O, [L, H, d]."""
         shots = self.shots(self.options.num_prompts, "function-vector")
         total: Tensor | float = 0.0
-        for one in shots:
+        for prompt in shots:
             with last_states(self.outputs, inputs=True) as seen:
-                self.run([one])
+                self.run([prompt])
             total = total + torch.cat(seen)
         return (torch.as_tensor(total) / len(shots)).unflatten(1, (self.spec.num_heads, self.spec.head_dim))
 
@@ -243,8 +239,8 @@ class FunctionVector(VectorMethod):
         """Return every head's average indirect effect, [L, H]."""
         shots = self.shots(self.options.num_effect_prompts, "function-vector effects")
         total = torch.zeros(means.shape[:2])
-        for number, one in enumerate(shots):
-            total += self._effect(self._shuffled(one, number), means)
+        for number, prompt in enumerate(shots):
+            total += self._effect(self._shuffled(prompt, number), means)
         return total / len(shots)
 
     def _effect(self, shots: Shots, means: Tensor) -> Tensor:

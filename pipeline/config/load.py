@@ -37,7 +37,7 @@ from pipeline.config.schema import (
     Train,
 )
 from pipeline.core.errors import InputError, nearest, validate
-from pipeline.core.plain_yaml import read
+from pipeline.core.plain_yaml import Json, read
 
 __all__ = [
     "BackboneSource",
@@ -91,8 +91,10 @@ def load(path: Path | str = PARAMS, overrides: Sequence[str] = (), profile: str 
     for section, folder in FOLDERS.items():
         files = {file.stem: _mapping(file) for file in sorted((path.parent / folder).glob("*.yaml"))}
         raw[section] = merge(files, _section(raw, section, str(path)))
-    if profile is not None:
-        raw |= {"run": _named(profile, raw["profiles"], str(path))} if "run" in raw else {"profile": profile}
+    if profile is not None and "run" in raw:
+        raw["run"] = _named(profile, _section(raw, "profiles", str(path)), str(path))
+    elif profile is not None:
+        raw["profile"] = profile
     for item in overrides:
         _override(raw, item)
     return _resolved(raw, str(path))
@@ -149,14 +151,14 @@ def _profile(raw: dict[str, Any], own: dict[str, Any], chosen: Protocol, where: 
     return str(name), validate(Profile, _named(name, profiles, where), at), at
 
 
-def _named(name: str, profiles: dict[str, Any], where: str) -> dict[str, Any]:
+def _named(name: str, profiles: Json, where: str) -> Json:
     """Return a profile, complete."""
     if name not in profiles:
         raise InputError(f"unknown profile '{name}'", where=where, way_out=nearest(str(name), profiles))
     return _extended(name, profiles, ())
 
 
-def _extended(name: str, profiles: dict[str, Any], seen: tuple[str, ...]) -> dict[str, Any]:
+def _extended(name: str, profiles: Json, seen: tuple[str, ...]) -> Json:
     """Return a profile laid over the one that it extends."""
     profile = profiles[name]
     if not isinstance(profile, dict):
@@ -164,7 +166,7 @@ def _extended(name: str, profiles: dict[str, Any], seen: tuple[str, ...]) -> dic
     base = profile.get("extends")
     if base is None:
         return profile
-    if base not in profiles or base in (*seen, name):
+    if not isinstance(base, str) or base not in profiles or base in (*seen, name):
         what = "extends itself" if base in (*seen, name) else f"extends unknown profile '{base}'"
         raise InputError(what, where=f"profile '{name}'", way_out=nearest(str(base), set(profiles) - {name}))
     return merge(_extended(base, profiles, (*seen, name)), {k: v for k, v in profile.items() if k != "extends"})
@@ -188,7 +190,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def _mapping(path: Path) -> Json:
     """Read a file that must hold a mapping."""
     try:
         raw = read(path.read_text(encoding="utf-8"), str(path))
@@ -203,7 +205,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _section(raw: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+def _section(raw: Json, name: str, where: str) -> Json:
     section = raw.get(name)
     if section is None:
         return {}
@@ -212,9 +214,9 @@ def _section(raw: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     return section
 
 
-def _set(section: dict[str, Any]) -> dict[str, Any]:
+def _set(section: Json) -> Json:
     """Return what a section sets: an empty value sets nothing."""
-    values = {key: _set(value) if isinstance(value, dict) else value for key, value in section.items()}
+    values: Json = {key: _set(value) if isinstance(value, dict) else value for key, value in section.items()}
     return {key: value for key, value in values.items() if value is not None and value != {}}
 
 
@@ -232,11 +234,12 @@ def data_root(params: Params) -> Path:
     return Path(params.run.data_root)
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Json:
     """Return `over` laid over `base`, mapping by mapping."""
-    out = dict(base)
+    out: Json = dict(base)
     for key, value in over.items():
-        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+        below = out.get(key)
+        out[key] = merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
     return out
 
 

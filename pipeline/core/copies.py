@@ -51,15 +51,15 @@ def link_official(root: Path) -> None:
     File by file, in folders of the copy's own: DVC does not look behind a link to a folder in there. Where the
     project's own folder is a link, the copy's is one too.
     """
-    official, mine = main_checkout(root) / _OFFICIAL, root / _OFFICIAL
+    official, copied = main_checkout(root) / _OFFICIAL, root / _OFFICIAL
     if not is_copy(root):
         return
     if official.is_symlink():
-        _link(mine, official)
+        _link(copied, official)
         return
-    mine.mkdir(parents=True, exist_ok=True)
+    copied.mkdir(parents=True, exist_ok=True)
     for parent, folders, files in os.walk(official):
-        here = mine / Path(parent).relative_to(official)
+        here = copied / Path(parent).relative_to(official)
         here.mkdir(exist_ok=True)
         for name in [*files, *(name for name in folders if Path(parent, name).is_symlink())]:
             _link(here / name, Path(parent, name))
@@ -81,15 +81,15 @@ UNWATCHED_WAY_OUT = f"Link {_OFFICIAL} itself, or files one by one; or run `dvc 
 @contextmanager
 def shared_evaluations(root: Path) -> Iterator[None]:
     """Let a copy have its project's evaluations, and the project those that the block adds."""
-    mine, theirs = root / "evaluations", main_checkout(root) / "evaluations"
+    copied, shared = root / "evaluations", main_checkout(root) / "evaluations"
     if not is_copy(root):
         yield
         return
-    _share(theirs, mine)
+    _share(shared, copied)
     try:
         yield
     finally:
-        _share(mine, theirs)
+        _share(copied, shared)
 
 
 def _link(link: Path, target: Path) -> None:

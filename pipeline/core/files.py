@@ -159,11 +159,11 @@ def fill(path: Path, marks: re.Pattern[str], way_out: str, made: Callable[[re.Ma
 
     def put(match: re.Match[str]) -> str:
         nonlocal written
-        found = made(match)
-        if found is None:
+        content = made(match)
+        if content is None:
             return match[0]
         written += 1
-        return f"{match['open']}\n{found}\n{match['close']}"
+        return f"{match['open']}\n{content}\n{match['close']}"
 
     filled = marks.sub(put, text)
     write_atomic(path, filled)

@@ -123,9 +123,9 @@ def _own_folder() -> Path:
     own = ray_folder() / f"hificl-{os.getuid()}"
     try:
         own.mkdir(mode=0o700, exist_ok=True)
-        found = own.lstat()
+        state = own.lstat()
     except OSError as error:
         raise disk_error(error, own) from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022:
         raise InputError("is not a folder of yours alone", where=str(own), way_out=f"Remove it, or set {VARIABLE}")
     return own

@@ -92,7 +92,7 @@ def _lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[RenderableTyp
             yield f"{indent}{name}"
             yield from _lines(value, f"{indent}  ")
         elif isinstance(value, list) and len(value) > 1:
-            yield from (f"{indent}{name if not at else '':{width}}{short(one)}" for at, one in enumerate(value))
+            yield from (f"{indent}{name if not at else '':{width}}{short(entry)}" for at, entry in enumerate(value))
         else:
             yield f"{indent}{name:{width}}{short(value[0] if isinstance(value, list) and value else value)}"
 
@@ -104,8 +104,8 @@ def short(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return " ".join(f"{name}({short(one)})" if isinstance(one, Mapping) else f"{name}={short(one)}"
-                        for name, one in value.items())  # fmt: skip
+        parts = ((name, short(inner), isinstance(inner, Mapping)) for name, inner in value.items())
+        return " ".join(f"{name}({text})" if nested else f"{name}={text}" for name, text, nested in parts)
     if isinstance(value, list | tuple):
         return ",".join(map(short, value))
     if isinstance(value, float):

@@ -94,23 +94,13 @@ class Costs:
     def step(self, method: str, options: Mapping[str, Any] | None = None, *, shots: int = 8) -> StepCost:
         """Return what one sample's step costs.
 
-        Args:
-            method: one that trains.
-            options: its own.
-            shots: demonstrations before a teacher's query.
-
         Raises:
             InputError: no such method or option.
         """
         return self.of(adapters.create(method, self.model, **(options or {})), shots=shots)
 
     def of(self, adapter: Adapter, *, shots: int = 8) -> StepCost:
-        """Return what one sample's step costs with an adapter that is there already.
-
-        Args:
-            adapter: what is trained.
-            shots: demonstrations before a teacher's query.
-        """
+        """Return what one sample's step costs with an adapter that is there already."""
         trains_vision, teaches = adapter.facts.trains_vision, adapter.facts.teacher is not None
         tokens, logits = self.turn, self.prompt.answer
         weighs = any(True for _ in parts_of([adapter], WeightsAdapter))

@@ -48,9 +48,9 @@ def read_image(image: Image, root: Path | str = "") -> bytes:
     return data
 
 
-def changed(found: str, wanted: str) -> str:
+def changed(actual: str, wanted: str) -> str:
     """Return what a message says about an image whose bytes are not those of the draw."""
-    return f"its bytes changed since the draw (SHA-256 {found[:12]}, was {wanted[:12]})"
+    return f"its bytes changed since the draw (SHA-256 {actual[:12]}, was {wanted[:12]})"
 
 
 def image_digest(image: Image, root: Path | str = "") -> str:

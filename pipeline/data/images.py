@@ -67,6 +67,18 @@ def open_image(path: Path | str) -> Image.Image:
     return decode_image(data, str(path))
 
 
+def thumbnail(path: Path, side: int, form: str, quality: int) -> bytes | None:
+    """Return a picture of at most `side` pixels as a file of the format `form`; None where it cannot be opened."""
+    try:
+        image = open_image(path)
+    except InputError:
+        return None
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, form, quality=quality)
+    return buffer.getvalue()
+
+
 def upright(data: bytes, name: str) -> bytes | None:
     """Return the picture as its camera wants it shown, stored anew without loss; None where it is stored so.
 

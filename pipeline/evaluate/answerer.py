@@ -47,14 +47,14 @@ class Answerer:
     def __init__(self, folder: Path, *, project: Path = Path(), task_name: str | None = None) -> None:
         self.folder, self.project = folder, project
         self.config = adapters.read_config(folder)
-        self.origin: dict[str, Any] = self.config.get("extra") or {}
+        self.origin: dict[str, Any] = self.config.extra
         if "backbone" not in self.origin:
             raise InputError(
                 "the adapter does not name its backbone and task",
                 where=str(folder),
                 way_out="Give the adapter folder of a trial: runs/KEY/adapter",
             )
-        self.task = tasks.get(task_name or self.origin["task"])
+        self.task = tasks.get(task_name or str(self.origin["task"]))
 
     def answer(
         self, image: str | Path, question: str | None = None, max_new_tokens: int | None = None
@@ -82,7 +82,7 @@ class Answerer:
             text = self._generate(file, question, max_new_tokens or self.task.max_new_tokens)
         return {
             "answer": text, "text": text, "question": question,
-            "method": self.config["method"], "options": self.config["options"], "backbone": self.origin["backbone"],
+            "method": self.config.method, "options": self.config.options, "backbone": self.origin["backbone"],
             "task": self.task.name, "trial": self.origin.get("trial"),
         }  # fmt: skip
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from pipeline.config.request import TrialRequest
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.evaluate.predict import WHOLE, Answers, SplitPart, predict, predict_each
+from pipeline.evaluate.predict import Answers, Decoding, SplitPart, predict, predict_each
 from pipeline.records.base import as_written
 from pipeline.records.evaluation import Evaluation, Prediction
 from pipeline.resident.resident import Resident, image_features
@@ -31,9 +30,8 @@ from pipeline.tasks.vqa import VqaTask
 
 
 def answer(
-    resident: Resident, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, *, part: SplitPart = WHOLE,
-    batch_size: int = 64,
-) -> list[Answers]:  # fmt: skip
+    resident: Resident, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, part: SplitPart, batch_size: int
+) -> list[Answers]:
     """Return each trial's answers to one part of a split.
 
     Args:
@@ -49,32 +47,29 @@ def answer(
     started = time.perf_counter()
     first = requests[0].config
     manifest = resident.manifest(requests[0])
-    options: dict[str, Any] = {
-        "max_new_tokens": evaluation.max_new_tokens, "num_beams": evaluation.num_beams,
-        "length_penalty": evaluation.length_penalty, "batch_size": batch_size, "part": part,
-        "from_pixels": methods.facts(first).trains_vision,
-    }  # fmt: skip
+    pixels = methods.facts(first).trains_vision
+    decoding = Decoding(evaluation.max_new_tokens, evaluation.num_beams, evaluation.length_penalty, batch_size, pixels)
     model = resident.loaded.model
-    found: dict[str, Any] = {}
+    learned: dict[str, Any] = {}
     samples = _samples(manifest, evaluation)
     if methods.is_trained(first.method):
         trained = [adapters.load(Path(request.folder) / "adapter", model) for request in requests]
         with adapters.attach(model, trained) as pack:
             if len(trained) == 1:
-                texts = [predict(resident, manifest, samples, **options)]
+                texts = [predict(resident, manifest, samples, decoding, part=part)]
             else:
-                texts = predict_each(resident, manifest, samples, pack, range(len(trained)), **options)
+                members = range(len(trained))
+                texts = predict_each(resident, manifest, samples, pack, members, decoding, part=part)
     else:
         method = fitted(first, resident, manifest, batch_size=batch_size)
         samples = asked(first, evaluation, manifest)
         shown = method.demonstrations(samples)
         shots = {sample.sample_id: demos for sample, demos in zip(samples, shown, strict=True)}
-        context: AbstractContextManager[object] = method.edited()
-        with context:
-            texts = [predict(resident, manifest, samples, demonstrations=lambda s: shots[s.sample_id], **options)]
-        found = method.found
+        with method.edited():
+            texts = [predict(resident, manifest, samples, decoding, lambda s: shots[s.sample_id], part=part)]
+        learned = method.found
     seconds = (time.perf_counter() - started) / len(requests)
-    return [Answers(mine, seconds, found) for mine in texts]
+    return [Answers(of_trial, seconds, learned) for of_trial in texts]
 
 
 def score(
@@ -174,6 +169,6 @@ def _scorer(resident: Resident, manifest: Manifest, batch_size: int) -> Callable
     task = tasks.get(manifest.task)
 
     def score(samples: Sequence[Sample]) -> float:
-        return task.score(samples, predict(resident, manifest, samples, batch_size=batch_size)).value
+        return task.score(samples, predict(resident, manifest, samples, Decoding(batch_size=batch_size))).value
 
     return score

@@ -21,15 +21,7 @@ Numbers = dict[str, float]
 
 @dataclass(frozen=True)
 class MeasureJob:
-    """One scored trial to measure.
-
-    Attributes:
-        row: the study's row.
-        request: the trial.
-        evaluation: how it was scored.
-        scored: its score, predictions included.
-        data_root: folder of the official files.
-    """
+    """One scored trial to measure, of a study's row; `data_root` has the official files."""
 
     row: str
     request: TrialRequest

@@ -13,6 +13,7 @@ from pipeline import backbones, methods
 from pipeline.config.load import Params, Study, StudyMethod, Train
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core.errors import InputError, nearest
+from pipeline.core.plain_yaml import Json
 from pipeline.plan.settings import EXPLICIT, Settings, check_methods, resolve
 from pipeline.tasks import tasks
 
@@ -82,13 +83,13 @@ class Cell:
             used = train.model_dump(include={"precision", *(TO_CHOOSE if options.selects() else ())})
         if train.num_train_samples < self.digests.train_sizes[self.task]:
             used["sample_draw"] = train.sample_draw
-        return TrialConfig(
-            **used, backbone=self.backbone, backbone_digest=self.digests.backbones[self.backbone], task=self.task,
-            manifest_digest=self.digests.manifests[self.task], method=self.method, options=options.plain(),
-            seed=self.seed, num_train_samples=train.num_train_samples,
-        )  # fmt: skip
+        return TrialConfig.model_validate({
+            **used, "backbone": self.backbone, "backbone_digest": self.digests.backbones[self.backbone],
+            "task": self.task, "manifest_digest": self.digests.manifests[self.task], "method": self.method,
+            "options": options.plain(), "seed": self.seed, "num_train_samples": train.num_train_samples,
+        })  # fmt: skip
 
-    def _trained(self, train: Train, settings: Settings) -> dict[str, Any]:
+    def _trained(self, train: Train, settings: Settings) -> Json:
         """Return the fields of a trial that trains: those of the same names, and those that follow from several."""
         facts = settings.options.facts()
         full = train.num_train_samples >= PAPERS_FULL_SIZE

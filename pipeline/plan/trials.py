@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.config.load import Params
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
+from pipeline.core.plain_yaml import Json
 from pipeline.plan.inputs import Inputs, Places, as_given, evaluated_samples
 from pipeline.plan.settings import TRAIN_FIELDS
 from pipeline.plan.space import PAPERS_FULL_SIZE, Cell, Digests, Point, cells, corners, points
@@ -44,7 +44,7 @@ class TrialRow:
     done: bool
     sources: dict[str, str]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Json:
         """Return all settings of the trial, and what is known of it beside them."""
         return {
             "study": self.study, "row": self.row, "vary": self.vary, "searched": self.searched,

@@ -1,8 +1,8 @@
 """Which trial trains where, and the processes that do it. All that imports Ray lies here.
 
 In this file is done what has to be done before Ray is imported: its environment, and its token, which every cluster
-that a sweep starts or joins asks for. Who has the token can run code on the cluster, so its file is for its owner alone.
-Ray's own generator leaves it readable by everyone, which is why it is made here, before Ray looks for it.
+that a sweep starts or joins asks for. Who has the token can run code on the cluster, so its file is for its owner
+alone. Ray's own generator leaves it readable by everyone, which is why it is made here, before Ray looks for it.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def attach() -> int:
             where=str(Path.cwd()),
             way_out="Start one with `ray submit cluster.yaml sweep`, or `hificl sweep --submit` on the head",
         )
-    job = next((one for one in jobs if not _ended(one)), jobs[0])
+    job = next((running for running in jobs if not _ended(running)), jobs[0])
     return _follow(client, job.submission_id)
 
 
@@ -97,8 +97,8 @@ def _client() -> Any:
 def _sweeps(client: Any) -> list[Any]:
     """Return the jobs that are sweeps of this folder, the newest first."""
     here = str(Path.cwd())
-    mine = [job for job in client.list_jobs() if (job.metadata or {}).get("hificl") == here]
-    return sorted(mine, key=lambda job: job.start_time or 0, reverse=True)
+    of_folder = [job for job in client.list_jobs() if (job.metadata or {}).get("hificl") == here]
+    return sorted(of_folder, key=lambda job: job.start_time or 0, reverse=True)
 
 
 def _ended(job: Any) -> bool:

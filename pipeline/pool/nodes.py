@@ -35,14 +35,14 @@ def _reader(packages: tuple[str, ...]) -> Callable[[], Version]:
             except metadata.PackageNotFoundError:
                 return "not installed"
 
-        found = importlib.util.find_spec("pipeline")
+        package = importlib.util.find_spec("pipeline")
         content = hashlib.sha256()
-        if found is not None and found.origin is not None:
-            root = Path(found.origin).parent
+        if package is not None and package.origin is not None:
+            root = Path(package.origin).parent
             files = sorted(file for file in root.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
             for file in files:
                 content.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
-        code = content.hexdigest()[:12] if found is not None else "not installed"
+        code = content.hexdigest()[:12] if package is not None else "not installed"
         versions = {name: version(name) for name in packages}
         return {"code": code, "python": platform.python_version(), "executable": sys.executable, **versions}
 
@@ -52,7 +52,7 @@ def _reader(packages: tuple[str, ...]) -> Callable[[], Version]:
 def code_version() -> Version:
     """Return this process's `code` (digest of the package `pipeline`), `python` and package versions."""
     read = _reader(PACKAGES)()
-    return {what: value for what, value in read.items() if what != "executable"}
+    return {part: value for part, value in read.items() if part != "executable"}
 
 
 def require(expected: Version) -> None:
@@ -86,7 +86,7 @@ def check_nodes() -> int:
     Raises:
         InputError: a node has another version, or does not answer; nothing was started.
     """
-    mine = code_version()
+    expected = code_version()
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
     read = ray.remote(num_cpus=0, max_retries=0)(_reader(PACKAGES))
     asked = {
@@ -100,9 +100,9 @@ def check_nodes() -> int:
         )
     for answer in ready:
         name = nodes[asked[answer]]["NodeManagerAddress"]
-        its = _answer(name, answer)
-        _compare(name, its, mine)
-        plain_paths.require_plain(its["executable"], f"node {name}")
+        version = _answer(name, answer)
+        _compare(name, version, expected)
+        plain_paths.require_plain(version["executable"], f"node {name}")
     return len(nodes)
 
 
@@ -114,11 +114,11 @@ def _answer(name: str, answer: Any) -> Version:
         raise InputError(f"could not say which code it has ({cause})", where=f"node {name}", way_out=_WAY_OUT) from None
 
 
-def _compare(name: str, its: Version, mine: Version) -> None:
-    for what, expected in mine.items():
-        if its.get(what) != expected:
+def _compare(name: str, version: Version, expected: Version) -> None:
+    for part, wanted in expected.items():
+        if version.get(part) != wanted:
             raise InputError(
-                f"has {what} {its.get(what)}, the sweep was started from {what} {expected}",
+                f"has {part} {version.get(part)}, the sweep was started from {part} {wanted}",
                 where=f"node {name}",
                 way_out=_WAY_OUT,
             )

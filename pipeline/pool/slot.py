@@ -129,10 +129,6 @@ class Worker:
     """A resident process that keeps the backbone loaded and trains one trial after another.
 
     Two calls may run at once, so that `steps` answers while `advance` works.
-
-    Args:
-        rank: of this process in the slot.
-        world_size: processes of the slot.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:

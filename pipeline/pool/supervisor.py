@@ -60,11 +60,11 @@ class Driver:
         self.works = False
         plain_paths.ray_folder()
         python = plain_paths.python()
-        self.pipe, theirs = multiprocessing.Pipe()
-        with theirs:
+        self.pipe, end = multiprocessing.Pipe()
+        with end:
             # in a session of its own: Ctrl-C reaches the supervisor alone, which ends it in order
             self.process = subprocess.Popen(
-                [python, "-m", "pipeline.pool.driver", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                [python, "-m", "pipeline.pool.driver", str(end.fileno())], pass_fds=[end.fileno()],
                 env={**os.environ, MARK: self.mark}, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
@@ -134,13 +134,7 @@ def ahead(wanted: bool) -> Iterator[Driver | None]:
 
 
 class Attempts:
-    """Counts how often a driver was lost with nothing done in between.
-
-    Args:
-        params: the project's.
-        stage: whose driver it is.
-        note: where a loss is noted.
-    """
+    """Counts and notes how often the driver of a stage was lost with nothing done in between."""
 
     def __init__(self, params: Params, stage: str, note: Callable[..., None]) -> None:
         self.count, self.most, self.stage, self.note = 0, params.sweep.retry.max_attempts, stage, note
@@ -238,12 +232,7 @@ def _progress(store: TrialStore, keys: set[str]) -> int:
 def score_all(
     params: Params, jobs: Sequence[Job], first: Driver | None = None
 ) -> Iterator[tuple[str, Evaluation | Exception]]:
-    """Yield (evaluation key, evaluation or error) in the order of completion.
-
-    Args:
-        params: the project's.
-        jobs: trials, each with how it is scored.
-        first: a driver that was started beforehand.
+    """Yield (evaluation key, evaluation or error) in the order of completion; `first` is a driver that runs already.
 
     Raises:
         InputError: as the driver's.

@@ -163,8 +163,8 @@ def run_trials(plan: Plan, keys: list[str], params: Params, tell: Tell, actor: A
 
     Returns when every one has ended; which ones failed is in the trial store.
     """
-    for world_size, mine, asked in by_world_size(plan, keys):
-        _run(plan, mine, asked, params, tell, world_size, actor)
+    for world_size, of_size, searched in by_world_size(plan, keys):
+        _run(plan, of_size, searched, params, tell, world_size, actor)
 
 
 def by_world_size(plan: Plan, keys: list[str]) -> list[tuple[int, list[str], list[Cell]]]:

@@ -1,12 +1,9 @@
 """What lies in `runs/` and `evaluations/`: a frozen, numbered model of each record, and the one place that keeps it.
 
-    epoch         an epoch's metrics and losses; what a slot says of a trial
-    trial         config.json and done.json of a trial, state.json of a checkpoint; where a number comes from
-    trial_folder  `runs/<key>/`: reads and writes a trial's files
-    store         `runs/`: the trials, and their lock
-    journal       `runs/journal.jsonl`: a line an event
-    evaluation    a scored trial, a measurement, the cells of a study
-    evaluations   `evaluations/`: reads and writes them
+    trial       a trial's config.json, epochs, end and checkpoint; where a number comes from; what a slot says of a trial
+    store       `runs/`: reads and writes the trials' folders, and locks them
+    journal     `runs/journal.jsonl`: a line an event
+    evaluation  `evaluations/`: scored trials, measurements, the cells of studies
 
 No record imports torch, Ray or MLflow.
 """

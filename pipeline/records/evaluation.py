@@ -207,11 +207,7 @@ class StudyFile(Record):
 
 
 class Evaluations:
-    """The records of evaluations.
-
-    Args:
-        root: the folder.
-    """
+    """The records of evaluations in the folder `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

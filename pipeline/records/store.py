@@ -36,9 +36,6 @@ class TrialStore:
     """Reads and writes `runs/`.
 
     What is read of a trial raises InputError where the file is damaged or newer than this code.
-
-    Args:
-        root: the folder, usually `runs`.
     """
 
     def __init__(self, root: Path | str = "runs") -> None:
@@ -135,11 +132,7 @@ class TrialStore:
 
 
 class TrialFolder:
-    """The records of one trial.
-
-    Args:
-        path: its folder.
-    """
+    """The records of one trial, in the folder `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -48,12 +48,6 @@ def write_study(study: str, params: Params, evaluations: Path, out: Path) -> Non
 
     Equal inputs give equal bytes.
 
-    Args:
-        study: its name.
-        params: the parameters.
-        evaluations: what stage `evaluate` wrote.
-        out: the folder of the reports.
-
     Raises:
         InputError: the study has not been evaluated, or its file breaks the schema.
     """

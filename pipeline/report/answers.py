@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.core.errors import InputError
-from pipeline.data.images import open_image
+from pipeline.data.images import thumbnail
 from pipeline.records.evaluation import Evaluations, Prediction
 from pipeline.report import papers
 from pipeline.report.tables import Column, Line, Table
@@ -125,11 +123,5 @@ def marked_pieces(prediction: Prediction) -> list[tuple[str, bool]]:
 
 def _data_uri(file: Path) -> str | None:
     """Return the image as a small JPEG within the page; None where it is gone. It may stand in a Parquet shard."""
-    try:
-        image = open_image(file)
-    except InputError:
-        return None
-    image.thumbnail((_MAX_SIDE, _MAX_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    data = thumbnail(file, _MAX_SIDE, "JPEG", quality=85)
+    return None if data is None else f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"

@@ -263,10 +263,6 @@ def by_sample(entry: TableEntry, scores: ScoreLookup) -> dict[str, float]:
     """Return the score of each sample, averaged over the seeds that scored it, in the entry's unit.
 
     Nothing where the number is a measurement: the samples' scores are of something else.
-
-    Args:
-        entry: the number.
-        scores: `sample_scores` of an evaluation's key, remembered by the caller.
     """
     seen: dict[str, list[float]] = {}
     for cell in entry.done:

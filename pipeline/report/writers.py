@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pipeline.report import costs, papers
 from pipeline.report.tables import Table, TableEntry
@@ -19,25 +19,12 @@ SCORES = ("study", "backbone", "task", "metric", "unit", "method", "value")
 
 def to_csv(table: Table) -> str:
     """Return one row a cell of the table; `value`, `std` and `paper` in the unit that the paper's table prints."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows = []
     for line in table.lines:
         for entry in table.row(line):
-            writer.writerow(
-                [
-                    line.backbone,
-                    entry.column.task,
-                    line.method,
-                    entry.metric,
-                    number(entry.value),
-                    number(entry.std),
-                    len(entry.done),
-                    number(entry.paper),
-                    ";".join(entry.run_ids),
-                ]
-            )
-    return buffer.getvalue()
+            names, numbers = (line.backbone, entry.column.task, line.method, entry.metric), (entry.value, entry.std)
+            rows.append((*names, *map(number, numbers), len(entry.done), number(entry.paper), ";".join(entry.run_ids)))
+    return _csv(COLUMNS, rows)
 
 
 def to_markdown(table: Table, notes: list[str]) -> str:
@@ -86,16 +73,14 @@ def to_metrics(table: Table) -> str:
 
 def to_scores(tables: Sequence[Table]) -> str:
     """Return a row a number of several studies, for `dvc plots`; without its run, so that equal numbers are equal."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(SCORES)
+    rows = []
     for table in tables:
         for line in table.lines:
             for entry in table.row(line):
                 if entry.value is not None:
                     names = (table.study.study, line.backbone, entry.column.task, entry.metric, entry.unit)
-                    writer.writerow((*names, line.method, format_value(entry.value, entry.unit)))
-    return buffer.getvalue()
+                    rows.append((*names, line.method, format_value(entry.value, entry.unit)))
+    return _csv(SCORES, rows)
 
 
 def to_summary(tables: Sequence[Table]) -> str:
@@ -118,6 +103,12 @@ def to_summary(tables: Sequence[Table]) -> str:
     for (task, *further), value in rows.items():
         _put(numbers, [task, *(name for name, wanted in zip(further, several, strict=True) if wanted)], value)
     return _json(numbers)
+
+
+def _csv(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([heads, *rows])
+    return buffer.getvalue()
 
 
 def number(value: float | None) -> str:

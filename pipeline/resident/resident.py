@@ -80,7 +80,9 @@ class Resident:
         self.visual = VisualTokens(self.loaded, cache)
         # by micro-batch: whoever finds one finds it whole, made in a pass of the same shape, so that a trial's numbers
         # do not depend on the trials that were here before it
-        self.targets: Recent[tuple, list[Target]] = Recent(TEACHER_BYTES, lambda made: sum(one.bytes for one in made))
+        self.targets: Recent[tuple, list[Target]] = Recent(
+            TEACHER_BYTES, lambda made: sum(target.bytes for target in made)
+        )
         self.kinds: set[Kind] = set()  # of target that are made in one pass: those that are asked for soon
         self._manifests: dict[Path, Manifest] = {}
         # by all that their tokens come from: splits and manifests may give one id to different samples
@@ -106,21 +108,15 @@ class Resident:
         return self._manifests[path]
 
     def alone(self, manifest: Manifest, samples: Sequence[Sample], *, answer: bool) -> list[Encoded]:
-        """Return the samples' prompts without demonstrations, tokenised once for all trials and epochs.
-
-        Args:
-            manifest: of the samples.
-            samples: any of it.
-            answer: whether the answer stands behind the prompt, as in training.
-        """
+        """Return the samples' prompts without demonstrations, tokenised once; with the answer behind, as in training."""
         rendered = self._rendered(manifest, samples, [()] * len(samples), answer)
         keys = list(zip(rendered, sizes_that_matter(self.loaded, rendered, manifest.image_root), strict=True))
-        found = {key: encoded for key in keys if (encoded := self._alone.get(key)) is not None}
-        missing = list(dict.fromkeys(key for key in keys if key not in found))
+        prompts = {key: encoded for key in keys if (encoded := self._alone.get(key)) is not None}
+        missing = list(dict.fromkeys(key for key in keys if key not in prompts))
         made = encode_all(self.loaded, [text for text, _ in missing], image_sizes=[sizes for _, sizes in missing])
         for key, encoded in zip(missing, made, strict=True):
-            found[key] = self._alone.put(key, encoded)
-        return [found[key] for key in keys]
+            prompts[key] = self._alone.put(key, encoded)
+        return [prompts[key] for key in keys]
 
     def prompts(
         self, manifest: Manifest, queries: Sequence[Sample], demos: Sequence[Sequence[Sample]], *, answer: bool

@@ -76,10 +76,10 @@ class VisualTokens:
             InputError: an image cannot be read.
         """
         keys = [image_files.image_digest(image, root) for image in images]
-        found: dict[str, Tensor] = {}
+        known: dict[str, Tensor] = {}
         missing: dict[str, Image] = {}
         for key, image in zip(keys, images, strict=True):
-            if key in found or key in missing:
+            if key in known or key in missing:
                 continue
             tokens = self._memory.get(key)
             if tokens is None and self.disk is not None:
@@ -87,12 +87,12 @@ class VisualTokens:
             if tokens is None:
                 missing[key] = image
             else:
-                found[key] = self._memory.put(key, tokens)
+                known[key] = self._memory.put(key, tokens)
         for key, tokens in self._compute(missing, root):
             if self.disk is not None:
                 self.disk.write(key, tokens)
-            found[key] = self._memory.put(key, tokens)
-        return [found[key] for key in keys]
+            known[key] = self._memory.put(key, tokens)
+        return [known[key] for key in keys]
 
     def prefetch(self, images: Iterable[Image], root: Path | str = "") -> None:
         """Compute what is not on disk (or, without a disk, in memory) yet, a batch at a time."""

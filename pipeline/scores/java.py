@@ -112,10 +112,6 @@ class Conversation:
 def conversation(arguments: Sequence[str], *, folder: Path) -> Iterator[Conversation]:
     """Run a Java program for the time of the block; it is gone afterwards, however the block ends.
 
-    Args:
-        arguments: what follows `java` on the command line.
-        folder: the program's working folder.
-
     Raises:
         InputError, WorkError: no Java, or it could not be started.
     """

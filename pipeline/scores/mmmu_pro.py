@@ -54,10 +54,6 @@ def read_letter(response: str, options: Sequence[str]) -> str | None:
     After the last "Answer:" a single option letter decides. Else the whole reply is searched for (X),
     then "X ", then "X.", then, if it is longer than five words, for the text of an option; of several
     finds the one that stands last wins.
-
-    Args:
-        response: the reply as generated.
-        options: the texts of the options, A first.
     """
     letters = [chr(ord("A") + at) for at in range(len(options))]
     before, marker, after = response.rpartition(_MARKER)

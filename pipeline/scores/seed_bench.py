@@ -53,11 +53,6 @@ def questions(
 
     The names of the dimensions come from the file itself: ids 3 and 4 changed places between its issues.
 
-    Args:
-        content: the file.
-        rows: its array "questions".
-        where: the file's name, for messages.
-
     Raises:
         InputError: a record of another shape.
     """

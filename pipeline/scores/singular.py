@@ -126,11 +126,7 @@ _ENDINGS = (
 
 @lru_cache(maxsize=1 << 16)
 def singular(word: str) -> str:
-    """Return the singular of a lower-case word by pattern's rules.
-
-    Args:
-        word: one token in lower case.
-    """
+    """Return the singular of a token in lower case by pattern's rules."""
     parts = word.split("-")
     if len(parts) > 1 and parts[1] in _PREPOSITIONS:
         return "-".join([singular(parts[0]), *parts[1:]])

@@ -240,11 +240,7 @@ _SHORT = re.compile(r"^[^aeiouy]*[aeiouy][^aeiouywx]$|^[^aeiouy]*qu[aeiouy][^aei
 
 
 def stem_answer(answer: str) -> str:
-    """Return the answer with each of its words as a stem; case is kept where nothing changes.
-
-    Args:
-        answer: a prediction.
-    """
+    """Return a prediction with each of its words as a stem; case is kept where nothing changes."""
     return " ".join(_stem(word) for word in answer.split())
 
 

@@ -264,17 +264,17 @@ def _check(
     checked.update(zip(new, results, strict=True))
 
 
-def _too_few(task: Task, candidates: Candidates, found: int, chosen: dict[str, list[IndexEntry]]) -> InputError:
+def _too_few(task: Task, candidates: Candidates, available: int, chosen: dict[str, list[IndexEntry]]) -> InputError:
     total = len(candidates.entries)
     images = len({image for entry in candidates.entries for image in entry.images})
     taken = ", ".join(f"{name} takes {len(entries)}" for name, entries in chosen.items() if entries)
     shared = f"; {taken}, and no image may be in two splits" if taken else ""
     asked = candidates.wanted if candidates.wanted >= 0 else "all the remaining"
     return InputError(
-        f"{asked} {candidates.split} samples were asked for, {found} are available "
+        f"{asked} {candidates.split} samples were asked for, {available} are available "
         f"({total} samples on {images} images{shared})",
         where=task.name,
-        way_out=f"Lower num_{candidates.split} to {found} or less, lower the other sizes, or get the full files",
+        way_out=f"Lower num_{candidates.split} to {available} or less, lower the other sizes, or get the full files",
     )
 
 

@@ -130,14 +130,14 @@ def candidates(params: Params, cell: Cell, store: TrialStore) -> list[tuple[Poin
     """Return the points of a cell with their trials; under Optuna, those that the store holds."""
     if params.sweep.search != "optuna" or not cell.search:
         return [(point, cell.trial(point)) for point in points(cell, params)]
-    found = []
+    asked = []
     for key in store.all_keys():
         config = store.config(key)
         values = {**config.model_dump(), **config.options}
         point = {name: values[name] for name in cell.search if name in values}
         if len(point) == len(cell.search) and config.method == cell.method and cell.trial(point).key == key:
-            found.append((point, config))
-    return found
+            asked.append((point, config))
+    return asked
 
 
 def _choose(params: Params, cell: Cell, store: TrialStore) -> Choice:

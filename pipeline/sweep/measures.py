@@ -21,13 +21,7 @@ from pipeline.sweep.mlflow_sync import MlflowSync
 
 @dataclass(frozen=True)
 class ScoredCell:
-    """A cell with its score.
-
-    Attributes:
-        result: the score, over which a measurement is laid.
-        request: the chosen trial.
-        evaluation: how it was scored.
-    """
+    """A cell with the score of its chosen trial, over which a measurement is laid."""
 
     cell: Cell
     result: CellResult

@@ -35,12 +35,6 @@ class MlflowSync(Watcher):
     goes away stops nothing: what it lacks is noted, and added when it answers again, in `settle`, or by the next start,
     which compares.
 
-    Args:
-        tracker: the MLflow store.
-        store: the trial store.
-        plan: which trial belongs to which cell.
-        studies: whose sweeps these are.
-
     Attributes:
         parents: the sweeps' runs by study, once they are open.
     """
@@ -129,12 +123,7 @@ class MlflowSync(Watcher):
         )
 
     def score(self, config: TrialConfig, key: str) -> None:
-        """Log an evaluation with every run of its trial that lacks it: scores, costs, samples and some answers.
-
-        Args:
-            config: the trial.
-            key: of the evaluation, which is read from its file.
-        """
+        """Log an evaluation's scores, costs, samples and some answers with every run of its trial that lacks it."""
         lacking = [run.run_id for run in self._scored.get(config.key, []) if key not in run.evaluations]
         if lacking:
             self._bring(key, partial(self._log_score, config, key, lacking))
@@ -160,10 +149,7 @@ class MlflowSync(Watcher):
     # -- a store that is away ----------------------------------------------------------------------------------------
 
     def settle(self, patience: float) -> None:
-        """Add everything that MLflow lacks, waiting for the store if it is away.
-
-        Args:
-            patience: seconds to wait.
+        """Add everything that MLflow lacks; wait `patience` seconds for the store if it is away.
 
         Raises:
             WorkError: it did not come back; the message names the store, what it lacks, and where that is kept.

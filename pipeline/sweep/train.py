@@ -136,7 +136,7 @@ def check_pictures(path: Path, backbone: str) -> int:
         InputError: some are not what the backbone takes, with file, size and rule; or cannot be read.
     """
     manifest, family = Manifest.load(path), backbones.get(backbone).family
-    images = list(dict.fromkeys(i for samples in manifest.splits.values() for one in samples for i in one.images))
+    images = list(dict.fromkeys(i for samples in manifest.splits.values() for sample in samples for i in sample.images))
     bad = []
     for image, size in zip(images, image_files.sizes(images, manifest.image_root), strict=True):
         try:
@@ -159,7 +159,7 @@ def check_all(plan: Plan, store: TrialStore) -> None:
     Raises:
         InputError: see `check_pictures`.
     """
-    known = {(one.backbone, one.task) for key, one in plan.trials.items() if not store.finished(key)}
-    for backbone, task in sorted(known | {(cell.backbone, cell.task) for cell in plan.searched}):
+    pairs = {(config.backbone, config.task) for key, config in plan.trials.items() if not store.finished(key)}
+    for backbone, task in sorted(pairs | {(cell.backbone, cell.task) for cell in plan.searched}):
         if has_rules(backbone):
             check_pictures(plan.places.manifest(task), backbone)

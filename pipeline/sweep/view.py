@@ -175,7 +175,7 @@ class View(Watcher):
         return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
     def _line(self) -> str:
-        by_metric = {one.metric: one for one in sorted(self.best.values(), key=lambda one: one.objective)}
+        by_metric = {best.metric: best for best in sorted(self.best.values(), key=lambda best: best.objective)}
         said = [
             f"{self.ended} of {self.total} done",
             f"{self.failed} failed" if self.failed else "",
@@ -194,8 +194,8 @@ class View(Watcher):
     def _drawn(self) -> RenderableType:
         with self._lock:
             best = [
-                f"best {task}: {one} ({one.row})" if one.row else f"best {task}: {one}"
-                for task, one in self.best.items()
+                f"best {task}: {of_task} ({of_task.row})" if of_task.row else f"best {task}: {of_task}"
+                for task, of_task in self.best.items()
             ]
             above: list[RenderableType] = [self._bar(), *([Text(self.shared, style=QUIET)] if self.shared else [])]
             room = console.height - 4 - _lines(self.shared, console.width)  # bar, heads, their line, the cursor's
@@ -204,7 +204,8 @@ class View(Watcher):
 
     def _bar(self) -> Table:
         """Return how much is done: a trial that runs counts by its epochs."""
-        halves = sum(one.epoch / one.config.epochs for one in self.running.values() if one.config and one.config.epochs)
+        known = ((trial.epoch, trial.config.epochs) for trial in self.running.values() if trial.config)
+        halves = sum(epoch / epochs for epoch, epochs in known if epochs)
         row = Table.grid(expand=True, padding=(0, 1))
         row.add_column(ratio=1)
         row.add_column(no_wrap=True)
@@ -244,20 +245,20 @@ def _lines(text: str, width: int) -> int:
 def _parts(plan: Plan, todo: Sequence[str]) -> tuple[str, dict[str, dict[str, str]]]:
     """Return what all trials have in common, and what tells each apart, by kind; the study only where it has to."""
     parts = {key: name_parts(plan.cells[plan.cell_of[key]], plan.trials[key]) for key in todo if key in plan.cell_of}
-    values = {kind: dict.fromkeys(one.get(kind) for one in parts.values()) for kind in _kinds(parts)}
+    values = {kind: dict.fromkeys(named.get(kind) for named in parts.values()) for kind in _kinds(parts)}
     common = {kind for kind, seen in values.items() if len(seen) == 1}
     if len(parts) == 1:
         common -= {"task", "row"}  # a name is left
-    without = {tuple(text for kind, text in one.items() if kind != "study") for one in parts.values()}
+    without = {tuple(text for kind, text in named.items() if kind != "study") for named in parts.values()}
     if len(without) == len(parts):
         common.add("study")
     shared = [", ".join(map(str, seen)) for kind, seen in values.items() if kind in common]
-    own = {key: {kind: text for kind, text in one.items() if kind not in common} for key, one in parts.items()}
-    return "; ".join(shared), own
+    apart = {key: {kind: text for kind, text in named.items() if kind not in common} for key, named in parts.items()}
+    return "; ".join(shared), apart
 
 
 def _kinds(parts: Mapping[str, Mapping[str, str]]) -> dict[str, None]:
-    return dict.fromkeys(kind for one in parts.values() for kind in one)
+    return dict.fromkeys(kind for named in parts.values() for kind in named)
 
 
 __all__ = ["LINE_SECONDS", "View"]

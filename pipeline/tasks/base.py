@@ -155,10 +155,6 @@ class Task(ABC):
     def score(self, samples: Sequence[Sample], predictions: Mapping[SampleId, str]) -> Score:
         """Score `predictions`, cut where generation ends, against the samples' references.
 
-        Args:
-            samples: what was asked.
-            predictions: the answers, by id.
-
         Raises:
             InputError: there is no sample, or a sample has no prediction.
         """
@@ -170,13 +166,6 @@ class Task(ABC):
 
         For the final evaluation alone: the scores that choose an epoch do without. What cannot be had is named in
         `details["left_out"]`.
-
-        Args:
-            score: what `score` returned.
-            samples: what was asked.
-            predictions: the answers, by id.
-            root: the data root.
-            split: the official split that the samples are of.
         """
         del samples, predictions, root, split
         return score

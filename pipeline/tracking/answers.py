@@ -7,13 +7,11 @@ every picture twice.
 from __future__ import annotations
 
 import functools
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.core.errors import InputError
-from pipeline.data.images import open_image
+from pipeline.data.images import thumbnail
 from pipeline.records.evaluation import Prediction
 from pipeline.tracking.records import rounded
 
@@ -60,14 +58,7 @@ def _picture(path: Path, number: int, out: Path) -> dict[str, str] | None:
 
 @functools.lru_cache(maxsize=256)
 def _thumbnail(path: Path) -> bytes | None:
-    try:
-        image = open_image(path)
-    except InputError:
-        return None
-    image.thumbnail((_SIDE, _SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=80)
-    return buffer.getvalue()
+    return thumbnail(path, _SIDE, "WEBP", quality=80)
 
 
 def _short(text: str | None) -> str | None:

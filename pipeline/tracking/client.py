@@ -184,12 +184,7 @@ class Tracker:
     # -- finding and reading -----------------------------------------------------------------------------------------
 
     def search(self, query: str, experiments: list[str] | None = None) -> list[LoggedRun]:
-        """Return the runs that a filter of MLflow's gives.
-
-        Args:
-            query: the filter.
-            experiments: where to look; None: in all.
-        """
+        """Return the runs that a filter of MLflow's gives, in some experiments or, where these are None, in all."""
         with self.talking() as client:
             if experiments is None:
                 experiments = [experiment.experiment_id for experiment in pages(client.search_experiments)]
@@ -300,11 +295,6 @@ class Tracker:
     def open_trial(self, study: str, parent: str, trial: TrialRun) -> str:
         """Open the child run of a trial: the one of the same key under the same parent if there is one.
 
-        Args:
-            study: name of the study.
-            parent: id of the sweep's run.
-            trial: what the run says of itself.
-
         Returns:
             The run's id.
         """
@@ -384,10 +374,6 @@ class Tracker:
     def log_adapter(self, run_id: str, folder: Path) -> None:
         """Keep a trained adapter as the run's logged model; the same files are not kept twice.
 
-        Args:
-            run_id: the trial's run.
-            folder: the adapter's folder (adapter_model.safetensors, adapter_config.json).
-
         Raises:
             WorkError: the folder is missing or empty.
         """
@@ -457,13 +443,7 @@ class Tracker:
         self.mark_logged(run_id, file, {**page.SCORED, **table, **note})  # last: what was cut off is logged again
 
     def mark_logged(self, run_id: str, file: Path, tags: Mapping[str, str] | None = None) -> None:
-        """Note with a run that it has all of an evaluation or measurement, by the name of its file.
-
-        Args:
-            run_id: the trial's run.
-            file: the evaluation's.
-            tags: further tags.
-        """
+        """Note with a run that it has all of an evaluation or measurement, by the name of its file."""
         known = self.read_run(run_id).tags.get(EVALUATIONS, "").split()
         self.tag(run_id, {**(tags or {}), EVALUATIONS: " ".join(dict.fromkeys([*known, file.stem]))})
 

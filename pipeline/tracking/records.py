@@ -49,13 +49,7 @@ class RunInput:
 
 
 class MetricPoint(NamedTuple):
-    """One value of a metric.
-
-    Attributes:
-        name: the metric's.
-        step: the epoch, or the optimiser step.
-        value: of the metric; None is not logged.
-    """
+    """One value of a metric at an epoch or an optimiser step; one that is None is not logged."""
 
     name: str
     step: int
@@ -98,21 +92,7 @@ class LoggedInput:
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """A run as the store has it.
-
-    Attributes:
-        run_id: of the run.
-        experiment_id: where it lies.
-        name: what it is called.
-        status: RUNNING, FINISHED, FAILED or KILLED.
-        start_time: in ms since 1970.
-        end_time: likewise; None while it runs.
-        params: its parameters, as text.
-        tags: its tags.
-        metrics: the last value of each metric.
-        metric_steps: the step of that value.
-        inputs: its dataset inputs.
-    """
+    """A run as the store has it: times in ms since 1970, all parameters as text, each metric's last value and step."""
 
     run_id: str
     experiment_id: str

@@ -62,11 +62,7 @@ class ModelCandidate:
 
 
 class ModelRegistry:
-    """Registers adapters.
-
-    Args:
-        tracker: the store that has their runs.
-    """
+    """Registers adapters whose runs are in a store."""
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker

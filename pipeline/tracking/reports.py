@@ -34,11 +34,7 @@ class TableNumber:
 
 
 class Reporter:
-    """Logs reports.
-
-    Args:
-        tracker: the store.
-    """
+    """Logs reports to a store."""
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker

@@ -43,8 +43,8 @@ def move_into(source: Path, target: Path) -> None:
 
 def epochs(folder: Path) -> list[int]:
     """Return the epochs that have a checkpoint, oldest first."""
-    found = (re.fullmatch(r"epoch-(\d+)", p.name) for p in folder.glob("epoch-*"))
-    return sorted(int(match.group(1)) for match in found if match)
+    names = (re.fullmatch(r"epoch-(\d+)", path.name) for path in folder.glob("epoch-*"))
+    return sorted(int(match.group(1)) for match in names if match)
 
 
 def newest(folder: Path) -> tuple[Path, CheckpointState] | None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipeline.adapters.base import ParameterGroup
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import WorkError
 
@@ -87,7 +88,7 @@ def loss_scale(config: TrialConfig) -> float:
     return FP16_LOSS_SCALE if config.precision == "fp16" else 1.0
 
 
-def make_optimizer(groups: list[dict[str, Any]], config: TrialConfig, *, fused: bool) -> torch.optim.AdamW:
+def make_optimizer(groups: list[ParameterGroup], config: TrialConfig, *, fused: bool) -> torch.optim.AdamW:
     """Return AdamW over the adapter's parameter groups (each with its own `lr` and `weight_decay`).
 
     Args:
@@ -96,7 +97,11 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrialConfig, *, fused: 
         fused: one operator a step: a third to a half of the time of one for all tensors (`foreach`), on a CPU too.
     """
     return torch.optim.AdamW(
-        groups, lr=config.learning_rate, eps=ADAM_EPSILON * loss_scale(config), foreach=not fused, fused=fused
+        map(dict, groups),
+        lr=config.learning_rate,
+        eps=ADAM_EPSILON * loss_scale(config),
+        foreach=not fused,
+        fused=fused,
     )
 
 
@@ -107,15 +112,9 @@ def set_learning_rates(optimizer: Any, learning_rates: Sequence[float], scale: f
 
 
 class TorchEngine:
-    """AdamW over the adapter alone; gradients are summed over ranks where there are several.
+    """AdamW over the adapter alone; gradients are summed over ranks where there are several."""
 
-    Args:
-        student: adapter and loss.
-        groups: the adapter's parameter groups.
-        config: clip threshold and precision.
-    """
-
-    def __init__(self, student: Student, groups: list[dict[str, Any]], config: TrialConfig) -> None:
+    def __init__(self, student: Student, groups: list[ParameterGroup], config: TrialConfig) -> None:
         self.student, self.config = student, config
         self.scale = loss_scale(config)
         self.learning_rates = [group["lr"] for group in groups]
@@ -187,7 +186,7 @@ class TorchEngine:
 class DeepSpeedEngine:
     """DeepSpeed's engine behind the same interface; ZeRO stage, offload and ranks from the trial's configuration."""
 
-    def __init__(self, student: Student, groups: list[dict[str, Any]], config: TrialConfig) -> None:
+    def __init__(self, student: Student, groups: list[ParameterGroup], config: TrialConfig) -> None:
         import deepspeed
 
         self.student, self.config = student, config

@@ -34,12 +34,7 @@ class _Compared:
 
 
 class Imitation:
-    """What the samples of one forward pass are compared with.
-
-    Args:
-        chunk: the samples, with their teachers' targets.
-        batch: of them.
-    """
+    """What the samples of one forward pass are compared with: their teachers' targets."""
 
     def __init__(self, chunk: Sequence[MicroBatch], batch: Batch) -> None:
         self.chunk = chunk

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from pipeline import adapters
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.data.sample import Sample
-from pipeline.evaluate.predict import predict_each
+from pipeline.evaluate.predict import Decoding, predict_each
 from pipeline.resident.resident import Resident
 from pipeline.train import loss
 from pipeline.train.trial_run import TrialRun
@@ -40,10 +40,8 @@ def select(resident: Resident, trials: Sequence[TrialRun], on_batch: Callable[[]
                     mean = sum(losses.values()) / len(losses)
                     scores[number] = {"selection_loss": mean, "objective": -mean}
                 continue
-            pixels = first.facts.trains_vision
-            texts = predict_each(
-                resident, first.manifest, samples, pack, numbers, from_pixels=pixels, on_batch=on_batch
-            )
+            decoding = Decoding(from_pixels=first.facts.trains_vision)
+            texts = predict_each(resident, first.manifest, samples, pack, numbers, decoding, on_batch=on_batch)
             for number, answers in zip(numbers, texts, strict=True):
                 score = first.task.score(first.selection, _of_all_ranks(answers, first.world))
                 scores[number] = {"selection_score": score.value, "objective": score.value}

@@ -151,12 +151,7 @@ class TrialRun:
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def micro_batches(self, number: int, *, ahead: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of the step `ahead` of the next one.
-
-        Args:
-            number: of the trial's adapter in the pack.
-            ahead: steps.
-        """
+        """Return this rank's micro-batches, `ahead` steps from now; `number` is the adapter's in the pack."""
         config, epoch = self.config, self._epoch
         global_batch = epoch.order[epoch.steps + ahead]
         of_rank = micro_batches_of_rank(

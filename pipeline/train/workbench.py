@@ -92,7 +92,7 @@ class Workbench:
         self, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, part: SplitPart = WHOLE
     ) -> list[Answers]:
         """Let trials answer a part of a split; see `evaluate.score.answer`."""
-        return answer(self.resident(requests[0]), requests, evaluation, part=part, batch_size=self.batch_size)
+        return answer(self.resident(requests[0]), requests, evaluation, part, self.batch_size)
 
     def finish(self, request: TrialRequest, evaluation: EvaluationConfig, parts: Sequence[Answers]) -> Evaluation:
         """Score a trial that has answered all parts; see `evaluate.score.score`."""

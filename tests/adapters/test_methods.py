@@ -138,7 +138,7 @@ def test_saved_and_loaded_it_computes_the_same(
     adapter = stirred(adapters.create(method, model, **options))
     adapter.save_pretrained(tmp_path, extra={"trial": "abc"})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert adapters.read_config(tmp_path)["extra"] == {"trial": "abc"}
+    assert adapters.read_config(tmp_path).extra == {"trial": "abc"}
     loaded = adapters.load(tmp_path, model)
     with adapters.attach(model, adapter):
         expected = logits(model, batch)

@@ -11,7 +11,7 @@ from pipeline.config.load import BackboneSource
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import InputError
-from pipeline.evaluate.predict import predict
+from pipeline.evaluate.predict import WHOLE, Decoding, predict
 from pipeline.evaluate.score import answer, score
 from pipeline.resident.resident import ImageFeatures, image_features
 from pipeline.resident.visual_tokens import VisualTokens
@@ -30,9 +30,8 @@ def answers(method, resident, manifest, **options):
     samples = manifest.splits["evaluation"]
     shots = dict(zip([s.sample_id for s in samples], method.demonstrations(samples), strict=True))
     with method.edited():
-        return predict(
-            resident, manifest, samples, demonstrations=lambda s: shots[s.sample_id], max_new_tokens=4, **options
-        )
+        decoding = Decoding(max_new_tokens=4, **options)
+        return predict(resident, manifest, samples, decoding, demonstrations=lambda s: shots[s.sample_id])
 
 
 @pytest.mark.parametrize("method", baselines.names())
@@ -121,8 +120,8 @@ def test_an_incomplete_few_shot_batch_is_left_out_on_request(method, options, sc
     request = TrialRequest(trial, "", str(manifest.image_root / "manifest.json"), BackboneSource(variant="tiny"))
     asked = EvaluationConfig(trial=trial.key, drop_incomplete_batch=2, max_new_tokens=2)
     host = resident("idefics2-8b-base")
-    record = score(host, request, asked, answer(host, [request], asked))
+    record = score(host, request, asked, answer(host, [request], asked, WHOLE, 64))
     assert record.num_samples == len(record.predictions) == scored
     every = asked.model_copy(update={"drop_incomplete_batch": None})
-    whole = score(host, request, every, answer(host, [request], every))
+    whole = score(host, request, every, answer(host, [request], every, WHOLE, 64))
     assert whole.num_samples == 5

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pipeline.backbones.base import Family, Modules, Pixels, merged, vocabulary_size
+from pipeline.backbones.base import Family, ModelArguments, Modules, Pixels, merged, vocabulary_size
 from pipeline.backbones.families.tokenizers import llama_tokenizer
+from pipeline.core.plain_yaml import Json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,7 +43,7 @@ class IdeficsFamily(Family):
         return "IdeficsForVisionText2Text"
 
     @override
-    def fit_vocabulary(self, settings: Mapping[str, Any], tokenizer: Any, special: Mapping[str, str]) -> dict[str, Any]:
+    def fit_vocabulary(self, settings: Mapping[str, Any], tokenizer: Any, special: Mapping[str, str]) -> Json:
         # The image tokens have rows of their own behind the language model's vocabulary.
         extra = settings["additional_vocab_size"]
         return merged(settings, {"vocab_size": vocabulary_size(tokenizer) - extra})
@@ -79,7 +80,7 @@ class IdeficsFamily(Family):
     def image_arguments(
         self, *, visual: Sequence[Tensor] | None, pixels: Mapping[str, Tensor] | None, input_ids: Tensor,
         image_counts: Sequence[int], image_token_id: int,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> ModelArguments:  # fmt: skip
         if visual is None and pixels is None:
             return {}
         # A position looks at the image before it, and at no other: [B, S, I]. Without one the gate is closed.

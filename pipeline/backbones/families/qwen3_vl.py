@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from pipeline.backbones.base import Family, Modules, Pixels, SizeRule, replace_in_order
+from pipeline.backbones.base import Family, ModelArguments, Modules, Pixels, SizeRule, replace_in_order
 from pipeline.backbones.families.tokenizers import qwen2_tokenizer
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Qwen3VLFamily(Family):
     def image_arguments(
         self, *, visual: Sequence[Tensor] | None, pixels: Mapping[str, Tensor] | None, input_ids: Tensor,
         image_counts: Sequence[int], image_token_id: int,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> ModelArguments:  # fmt: skip
         if visual is None and pixels is None:
             return {}
         # The model numbers the positions itself, in three dimensions.
