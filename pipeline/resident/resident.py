@@ -108,7 +108,7 @@ class Resident:
         return self._manifests[path]
 
     def alone(self, manifest: Manifest, samples: Sequence[Sample], *, answer: bool) -> list[Encoded]:
-        """Return the samples' prompts without demonstrations, tokenised once; with the answer behind, as in training."""
+        """Return the samples' prompts without demonstrations, tokenised once; with the answer, as in training."""
         rendered = self._rendered(manifest, samples, [()] * len(samples), answer)
         keys = list(zip(rendered, sizes_that_matter(self.loaded, rendered, manifest.image_root), strict=True))
         prompts = {key: encoded for key in keys if (encoded := self._alone.get(key)) is not None}
