@@ -58,12 +58,7 @@ class Facts(Answer):
 
 @dataclass(frozen=True)
 class Rows(Answer):
-    """A list of records of one kind, of which the table shows some fields.
-
-    Attributes:
-        rows: the records.
-        columns: the fields that the table shows, and its heads for them.
-    """
+    """A list of records of one kind; `columns` are the fields that the table shows, and its heads for them."""
 
     rows: Sequence[Mapping[str, Any]]
     columns: Mapping[str, str]

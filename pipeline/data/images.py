@@ -155,11 +155,7 @@ def check_image(path: Path) -> CheckedImage:
 
 
 def check_images(paths: Iterable[Path], *, progress: Callable[[int], None] | None = None) -> list[CheckedImage]:
-    """Check every file, in threads; the results come in the order of `paths`.
-
-    Args:
-        paths: the files.
-        progress: called with 1 after each file; none is looked at twice.
+    """Check every file once, in threads, with a call of `progress` each; the results come in the order of `paths`.
 
     Returns:
         One entry a path; those with a `problem` are the bad ones. All are looked at, none stops the rest.

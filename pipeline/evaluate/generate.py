@@ -180,12 +180,7 @@ def without_head(request: Encoded) -> Encoded:
 
 @dataclass(frozen=True)
 class Prefix:
-    """The keys and values of a common head.
-
-    Attributes:
-        tokens: the head's token ids.
-        cache: its keys and values, of one row.
-    """
+    """The token ids of a common head, and the cache of its keys and values, of one row."""
 
     tokens: tuple[int, ...]
     cache: Any

@@ -75,14 +75,7 @@ def answer(
 def score(
     resident: Resident, request: TrialRequest, evaluation: EvaluationConfig, parts: Sequence[Answers]
 ) -> Evaluation:
-    """Return a scored trial; its run and the code that scored it are added by the stage.
-
-    Args:
-        resident: the trial's backbone, beside which its samples are kept.
-        request: the trial.
-        evaluation: what was asked of it.
-        parts: its answers to all parts of the split.
-    """
+    """Return a trial's score from all parts of its answers; its run and the code that scored are added by the stage."""
     config, manifest = request.config, resident.manifest(request)
     started = time.perf_counter()
     samples = asked(config, evaluation, manifest)

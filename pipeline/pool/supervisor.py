@@ -158,15 +158,7 @@ class Attempts:
 def train(
     plan: Plan, todo: list[str], params: Params, watchers: Sequence[Watcher], first: Driver | None, *, adaptive: bool
 ) -> dict[str, str]:
-    """Train the trials `todo` until each has an end, with as many drivers as that takes.
-
-    Args:
-        plan: of the sweep.
-        todo: keys of the trials.
-        params: the project's.
-        watchers: who hears what happens.
-        first: a driver that was started beforehand.
-        adaptive: whether a searcher asks for further trials.
+    """Train the trials `todo`, and those that an adaptive searcher asks for, with as many drivers as that takes.
 
     Returns:
         The errors of trials that failed, by key; most stand in the trial store too.

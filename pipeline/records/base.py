@@ -80,12 +80,7 @@ class Record(Frozen):
 
     @classmethod
     def parse(cls, text: str | bytes, where: str, way_out: str) -> Self:
-        """Read a record.
-
-        Args:
-            text: the JSON.
-            where: the file, for the error.
-            way_out: what to do about a record that is damaged.
+        """Read a record; `where` it lies and the `way_out` of a damaged one are for the error.
 
         Raises:
             InputError: it is damaged or no such record; the message names file and field.

@@ -18,12 +18,7 @@ _LONGEST = 200  # characters of a fact in a sentence
 
 
 class Journal:
-    """Appends events and reads new ones.
-
-    Args:
-        root: the trial store.
-        whole: whether what it holds already is news too.
-    """
+    """Appends events and reads new ones, with `whole` also those that are there already."""
 
     def __init__(self, root: Path | str, *, whole: bool = False) -> None:
         self.path = Path(root) / "journal.jsonl"

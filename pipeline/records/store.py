@@ -101,11 +101,7 @@ class TrialStore:
 
     @contextmanager
     def lock(self, what: str, *, wait: bool = False) -> Iterator[None]:
-        """Hold the store for one sweep or evaluation.
-
-        Args:
-            what: who holds it, for the others.
-            wait: until it is free, where another process holds it.
+        """Hold the store for one sweep or evaluation, which is `what` others are told; `wait` until it is free.
 
         Raises:
             InputError: another process holds it; the message names it.

@@ -77,13 +77,7 @@ def write_numbers(params: Params, evaluations: Path, out: Path) -> None:
 
 @dataclass(frozen=True)
 class Index:
-    """What `write_index` made.
-
-    Attributes:
-        page: the page over all studies.
-        tables: every study that has been evaluated, by name.
-        claims: every claim with its verdict.
-    """
+    """What `write_index` made: the page, every evaluated study's table by name, every claim with its verdict."""
 
     page: Path
     tables: dict[str, tables.Table]

@@ -94,14 +94,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Look:
-    """How one row is drawn.
-
-    Attributes:
-        colour: as hexadecimal digits.
-        marker: Matplotlib's sign for it; it tells the methods apart where colours do not.
-        dash: Matplotlib's line style.
-        filled: whether the marker is.
-    """
+    """How one row is drawn; the marker tells the methods apart where colours do not."""
 
     colour: str
     marker: str

@@ -45,13 +45,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class CheckedClaim:
-    """What became of a claim.
-
-    Attributes:
-        claim: the claim.
-        verdict: holds, holds in part, does not hold, or not measured.
-        details: the numbers behind it, one sentence a backbone and task.
-    """
+    """What became of a claim, and the numbers behind it, one sentence a backbone and task."""
 
     claim: Claim
     verdict: str

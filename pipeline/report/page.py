@@ -90,14 +90,7 @@ def section_html(
 
 
 def page(tables: list[Table], parts: list[str], params: Params, claims: list[CheckedClaim]) -> str:
-    """Return the whole page.
-
-    Args:
-        tables: every study, laid out.
-        parts: the studies' parts, in the same order.
-        params: for the studies' papers and the address of the runs.
-        claims: the papers' claims, checked.
-    """
+    """Return the whole page over studies and their parts, in the same order, with the papers' claims."""
     outlines = [
         _outline(table, Markup(part))  # noqa: S704 - rendered by our own template with autoescape
         for table, part in zip(tables, parts, strict=True)

@@ -16,14 +16,7 @@ _BLOCK = 4_000_000  # resampled counts held at once: 32 MB
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two methods on the same samples.
-
-    Attributes:
-        mean: a - b.
-        low: lower end of the confidence interval.
-        high: upper end.
-        num_samples: how many samples both were scored on.
-    """
+    """A difference of two methods on the same samples, a - b, with the ends of its confidence interval."""
 
     mean: float
     low: float
@@ -83,10 +76,6 @@ def paired_bootstrap(a: Mapping[str, float], b: Mapping[str, float]) -> Differen
 
     The samples are drawn again with replacement, both methods' scores of a sample together, so that what makes
     a sample hard for both falls out (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13).
-
-    Args:
-        a: score by sample id.
-        b: score by sample id, in the same unit.
 
     Returns:
         The difference in the scores' unit; None where fewer than two samples are shared.

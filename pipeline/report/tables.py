@@ -132,13 +132,7 @@ class Table:
 
 
 def build(study: StudyFile, params: Params, evaluations: Path) -> Table:
-    """Lay a study out.
-
-    Args:
-        study: its cells.
-        params: for the study's paper and metrics, and for the backbones' sources.
-        evaluations: the folder of the trials' predictions, for the differences between rows.
-    """
+    """Lay a study out; the predictions in `evaluations` tell the differences between its rows."""
     definition = params.studies.get(study.study)
     path = definition.paper if definition else None
     extra = definition.metrics if definition else []

@@ -108,7 +108,7 @@ class Resident:
         return self._manifests[path]
 
     def alone(self, manifest: Manifest, samples: Sequence[Sample], *, answer: bool) -> list[Encoded]:
-        """Return the samples' prompts without demonstrations, tokenised once; with the answer, as in training."""
+        """Return the samples' prompts without demonstrations, tokenised once; in training the answer follows."""
         rendered = self._rendered(manifest, samples, [()] * len(samples), answer)
         keys = list(zip(rendered, sizes_that_matter(self.loaded, rendered, manifest.image_root), strict=True))
         prompts = {key: encoded for key in keys if (encoded := self._alone.get(key)) is not None}
@@ -174,10 +174,6 @@ def compiled_parts(model: nn.Module, forwards: Forwards) -> Iterator[None]:
     what is attached, and a new adapter would have it compiled anew. On leaving, all is as it was.
 
     What is compiled is compiled at its first call, for any length and number of rows.
-
-    Args:
-        model: a transformers model.
-        forwards: of earlier blocks, reused and added to.
     """
     spec = decoder_of(model)
     attentions = set(spec.attentions)

@@ -66,11 +66,7 @@ class VisualTokens:
         )
 
     def get(self, images: Sequence[Image], root: Path | str = "") -> list[Tensor]:
-        """Return the visual tokens [T, D] of every image, in order, on the CPU.
-
-        Args:
-            images: references, or paths; both relative to `root`.
-            root: the data root.
+        """Return the visual tokens [T, D] of every image below `root`, in order, on the CPU.
 
         Raises:
             InputError: an image cannot be read.
@@ -106,12 +102,7 @@ class VisualTokens:
             self.get(pending, root)
 
     def pixels(self, rows: Sequence[Sequence[Image]], root: Path | str = "") -> dict[str, Tensor]:
-        """Return the model's pixel arguments for a batch, for methods that train the vision tower.
-
-        Args:
-            rows: the images of every row of the batch.
-            root: the data root.
-        """
+        """Return the model's pixel arguments for the rows of a batch, for methods that train the vision tower."""
         dtype = self.loaded.dtype
         blocks = [
             [self._processed(image_files.image_digest(image, root), image, root) for image in row] for row in rows

@@ -169,12 +169,7 @@ def _join(words: Sequence[str]) -> tuple[list[str], list[int]]:
 
 
 def mentions(caption: str, words: Collection[str]) -> list[tuple[int, int]]:
-    """Return where a caption names one of `words` (as `CaptionObjects.words` has them), as spans of characters.
-
-    Args:
-        caption: raw text.
-        words: names of objects in the singular, by the rules of `singular`.
-    """
+    """Return where a caption names one of `words` (as `CaptionObjects.words` has them), as spans of characters."""
     if not words:
         return []
     words_found = list(_WORD.finditer(caption))

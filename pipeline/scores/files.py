@@ -175,14 +175,7 @@ def group_by(rows: Iterable[_Row], key: Callable[[_Row], _Key]) -> dict[_Key, li
 def need(
     wanted: Iterable[object], known: Container[object], needed: str, *, where: str | None = None, way_out: str
 ) -> None:
-    """Check that every image is known.
-
-    Args:
-        wanted: ids of images.
-        known: ids of the images that have what is needed.
-        needed: its name, for the message.
-        where: the file that the message names.
-        way_out: what to do.
+    """Check that every image is known, that is, has what is `needed`.
 
     Raises:
         InputError: some are not known; the first few are named.

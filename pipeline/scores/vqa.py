@@ -113,9 +113,6 @@ def normalise_answer(text: str) -> str:
     """Return the answer in the form in which VQA accuracy compares answers.
 
     Source: the evaluation code published with VQA v2 (processPunctuation, then processDigitArticle).
-
-    Args:
-        text: an answer as generated or annotated.
     """
     return normalise_words(strip_punctuation(clean_answer(text)))
 

@@ -33,14 +33,7 @@ from pipeline.tracking.records import KILLED
 
 @dataclass(frozen=True)
 class Choice:
-    """The trial that a cell is scored with.
-
-    Attributes:
-        candidates: all that were tried.
-        trial: the best of them on the selection set; None where none has ended well.
-        searched: its point of the row's search.
-        error: why there is none.
-    """
+    """The trial of the candidates that a cell is scored with, and its point of the search; or why there is none."""
 
     candidates: tuple[Candidate, ...]
     trial: str | None

@@ -32,14 +32,7 @@ class ScoredCell:
 def measured(
     params: Params, study: str, scored: Sequence[ScoredCell], evaluations: Evaluations, sync: MlflowSync
 ) -> list[CellResult]:
-    """Return what a study's scored cells come out as; measure what is not measured yet.
-
-    Args:
-        params: the parameters.
-        study: its name.
-        scored: its scored cells.
-        evaluations: where measurements are kept.
-        sync: where numbers are logged, also those that were measured before.
+    """Return what a study's scored cells come out as; measure, keep and log what is not measured yet.
 
     Returns:
         The cells' results in order. Those of a study of plain scores are as they were.

@@ -88,12 +88,9 @@ class MlflowSync(Watcher):
     # -- evaluations -------------------------------------------------------------------------------------------------
 
     def find_runs(self, trials: Collection[str]) -> None:
-        """Find out which runs each trial has, before anything is scored.
+        """Find out which runs each trial has, before `trials` are scored.
 
         A sweep whose end MLflow has not seen, and a trial without any run, are brought in line first.
-
-        Args:
-            trials: those that will be scored.
 
         Raises:
             WorkError: the store is away.

@@ -121,24 +121,13 @@ def _run_input(
 def metric_points(
     reports: Iterable[EpochReport], losses: Mapping[int, Sequence[float]], epochs: int
 ) -> list[MetricPoint]:
-    """Return what a trial's epochs and losses are in MLflow.
-
-    Args:
-        reports: the epochs', as the trial store has them.
-        losses: of every step, by epoch.
-        epochs: of the whole trial.
-    """
+    """Return what a trial's epochs, and its losses of every step by epoch, are in MLflow."""
     points = [MetricPoint(name, report.epoch, report.metrics[name]) for report in reports for name in report.metrics]
     return [*points, *(MetricPoint(STEP_LOSS, step, loss) for step, loss in curve(losses, epochs))]
 
 
 def curve(losses: Mapping[int, Sequence[float]], epochs: int) -> list[tuple[int, float]]:
-    """Return steps and losses of a trial's curve: every step's, or the means of so many that about `POINTS` are left.
-
-    Args:
-        losses: of every step, by epoch.
-        epochs: of the whole trial.
-    """
+    """Return steps and losses of a trial's curve: of every step, or means of so many that about `POINTS` are left."""
     points = []
     for epoch, values in losses.items():
         together = -(-epochs * len(values) // POINTS)

@@ -140,12 +140,7 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, root: Path, split: Split, only: Collection[SampleId] | None = None) -> Iterator[Sample]:
-        """Yield the samples of `split`, in the order of the official file.
-
-        Args:
-            root: the data root.
-            split: `train` or `evaluation`.
-            only: ids of the samples wanted; None for all. Nothing is kept of the others.
+        """Yield the samples of `split` (of the ids `only`; nothing is kept of others), in the official file's order.
 
         Raises:
             InputError: a file is missing, damaged or of another split; a question has no annotation.

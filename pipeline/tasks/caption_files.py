@@ -105,13 +105,7 @@ class CaptionTask(Task):
     def chair(
         self, root: Path, split: Split, predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
     ) -> ChairScore:
-        """Return CHAIR of predicted captions.
-
-        Args:
-            root: the data root.
-            split: the official split that the images are of.
-            predictions: a caption by image id, as text.
-            references: the reference captions of the same images.
+        """Return CHAIR of captions by image id, as text, and the reference captions of the same images.
 
         Raises:
             InputError: there is no instances file, it is damaged, or it does not hold these images.

@@ -462,13 +462,7 @@ class Tracker:
     # -- closing -----------------------------------------------------------------------------------------------------
 
     def close(self, run_id: str, status: str, error: str | None = None) -> None:
-        """End a run; ending it again does nothing.
-
-        Args:
-            run_id: a run that this tracker opened.
-            status: FINISHED, FAILED or KILLED.
-            error: why it failed, kept as the tag `error`.
-        """
+        """End a run as FINISHED, FAILED or KILLED, with the tag `error`; ending it again does nothing."""
         if status not in (FINISHED, FAILED, KILLED):
             raise ValueError(f"status {status!r} is none of {FINISHED}, {FAILED}, {KILLED}")
         opened = self._open.get(run_id)

@@ -45,12 +45,6 @@ class Reporter:
         A run that several studies share lies in the experiment of the study that asked for it first, and is tagged as
         that study has it. What was logged already is not logged again.
 
-        Args:
-            study: its name.
-            folder: the report's files.
-            numbers: the table's by run.
-            means: the table's numbers over seeds by name, the parent's metrics.
-
         Returns:
             Whether anything was logged: False where the study has no parent run, or its report is there already.
         """

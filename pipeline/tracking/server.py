@@ -39,13 +39,7 @@ START_SECONDS, ANSWER_SECONDS = 300.0, 30.0  # a busy machine imports MLflow for
 
 
 def serve_page(folder: Path, uri: str | None, *, host: str, port: int) -> None:
-    """Serve the MLflow UI until it is interrupted.
-
-    Args:
-        folder: the project's.
-        uri: the store's address; None: MLFLOW_TRACKING_URI, else mlflow.db in `folder`.
-        host: where it listens.
-        port: likewise.
+    """Serve the MLflow UI of the store at `uri` (None: the environment's, else the project's) until it is interrupted.
 
     Raises:
         InputError: there is no store yet, or it is a server, which has a page of its own.

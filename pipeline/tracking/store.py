@@ -149,10 +149,6 @@ def follow_moved(file: Path, artifacts: str) -> list[str]:
     """Point a store at its files after the project's folder was moved; return a sentence for each place of before.
 
     Nothing is changed while the old folder is there: a copied project reads and writes the first one's files.
-
-    Args:
-        file: the SQLite store.
-        artifacts: the address of the folder with the experiments' files.
     """
     here, new = _local(artifacts), artifacts.rstrip("/")
     if here is None:

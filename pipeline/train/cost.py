@@ -66,10 +66,6 @@ class Memory:
 
     So neither what earlier trials left for later ones counts (a teacher's targets, visual tokens) nor the interpreter.
     Trials of one pack are counted together.
-
-    Args:
-        model: the backbone.
-        device: where it is; a GPU's memory is torch's, a CPU's the whole process's.
     """
 
     def __init__(self, model: nn.Module, device: str) -> None:
