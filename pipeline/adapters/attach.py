@@ -115,10 +115,8 @@ def _continues(kwargs: dict[str, Any]) -> bool:
 @contextmanager
 def _edited_hidden(spec: DecoderSpec, parts: Mapping[int, HiddenAdapter], pack: Pack) -> Iterator[None]:
     if spec.decoder in _HIDDEN:
-        raise InputError(
-            "an adapter of hidden states is attached to this model already",
-            way_out="Leave the first `attach`, or give both to one `attach` with rows",
-        )
+        way_out = "Leave the first `attach`, or give both to one `attach` with rows"
+        raise InputError("an adapter of hidden states is attached to this model already", way_out=way_out)
     _HIDDEN[spec.decoder] = True
     try:
         with _hooks() as hooks:
@@ -202,10 +200,8 @@ def edited_attention(spec: DecoderSpec, edits: list[LayerEdit]) -> Iterator[None
         InputError: the attention of this model is edited already.
     """
     if any(module in _EDITS for module in spec.attentions):
-        raise InputError(
-            "an adapter of attention is attached to this model already",
-            way_out="Leave the first `attach`, or give both to one `attach` with rows",
-        )
+        way_out = "Leave the first `attach`, or give both to one `attach` with rows"
+        raise InputError("an adapter of attention is attached to this model already", way_out=way_out)
     _register()
     config, before = spec.text_config, spec.text_config._attn_implementation
     try:

@@ -44,11 +44,8 @@ def field(record: Mapping[str, Any], name: str, kind: type | tuple[type, ...], w
     if not isinstance(record, Mapping):
         raise InputError(f"is a {type_name(record)}", where=place, way_out=f"It must be an object with '{name}'")
     if name not in record:
-        raise InputError(
-            f"field '{name}' is missing",
-            where=place,
-            way_out=f"The record has the fields {', '.join(sorted(record)) or '(none)'}; is this the official file?",
-        )
+        way_out = f"The record has the fields {', '.join(sorted(record)) or '(none)'}; is this the official file?"
+        raise InputError(f"field '{name}' is missing", where=place, way_out=way_out)
     kinds = kind if isinstance(kind, tuple) else (kind,)
     wanted = " or ".join(_TYPE_NAMES.get(k, k.__name__) for k in kinds)
     shown = json.dumps(value, ensure_ascii=False, default=str)[:60]
@@ -90,7 +87,5 @@ def find(root: Path, folders: Sequence[str], name: str) -> Path:
     for place in places:
         if place.exists():
             return place
-    raise InputError(
-        f"'{name}' was not found under the data root '{root}'",
-        way_out="Looked at: " + ", ".join(place.relative_to(root).as_posix() for place in places),
-    )
+    way_out = "Looked at: " + ", ".join(place.relative_to(root).as_posix() for place in places)
+    raise InputError(f"'{name}' was not found under the data root '{root}'", way_out=way_out)

@@ -176,11 +176,8 @@ def problems_error(problems: Iterable[CheckedImage], *, where: str) -> InputErro
     bad = list(problems)
     lines = "".join(f"\n  {image.path}: {image.problem}" for image in bad)
     plural = "image is" if len(bad) == 1 else "images are"
-    return InputError(
-        f"{len(bad)} {plural} missing or cannot be read:{lines}\n",
-        where=where,
-        way_out="Get these files again (for COCO: train2014.zip, val2014.zip), or take them out of the data",
-    )
+    way_out = "Get these files again (for COCO: train2014.zip, val2014.zip), or take them out of the data"
+    return InputError(f"{len(bad)} {plural} missing or cannot be read:{lines}\n", where=where, way_out=way_out)
 
 
 class _TooLarge(Exception):

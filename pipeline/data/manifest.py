@@ -202,11 +202,8 @@ def _verify_paths(manifest: Manifest, where: str) -> None:
     for path in sorted(images | {source.path for source in manifest.sources}):
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path:
-            raise InputError(
-                f"the path {path!r} leads out of the data root",
-                where=where,
-                way_out="Draw the manifest here, by the subsample stage",
-            )
+            way_out = "Draw the manifest here, by the subsample stage"
+            raise InputError(f"the path {path!r} leads out of the data root", where=where, way_out=way_out)
 
 
 def _canonical(value: object) -> bytes:
@@ -230,11 +227,8 @@ def _verify_samples(splits: Any, text: str, where: str) -> None:
                 bad.append(f"{name}[{row}] (sample {sample_id})" + _line_of(text, stated))
     if bad:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise InputError(
-            f"{len(bad)} sample(s) are not what was written: {shown}",
-            where=where,
-            way_out="The file was edited or damaged; draw it again with the subsample stage",
-        )
+        way_out = "The file was edited or damaged; draw it again with the subsample stage"
+        raise InputError(f"{len(bad)} sample(s) are not what was written: {shown}", where=where, way_out=way_out)
 
 
 def _line_of(text: str, check: object) -> str:

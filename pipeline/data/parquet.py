@@ -49,11 +49,8 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, ob
     file = _opened(path)
     missing = [column for column in columns if column not in file.schema_arrow.names]
     if missing:
-        raise InputError(
-            f"column '{missing[0]}' is missing",
-            where=str(path),
-            way_out=f"The file has {', '.join(file.schema_arrow.names)}; is this the official shard?",
-        )
+        way_out = f"The file has {', '.join(file.schema_arrow.names)}; is this the official shard?"
+        raise InputError(f"column '{missing[0]}' is missing", where=str(path), way_out=way_out)
     number = 0
     batches = file.iter_batches(batch_size=256, columns=list(columns))
     while True:

@@ -110,11 +110,8 @@ class RecordFile:
         """Check what can be known only at the end of the file."""
         missing = [name for name in self.lists if name not in seen]
         if missing:
-            raise InputError(
-                f"the list '{missing[0]}' is missing",
-                where=str(self.path),
-                way_out=f"The file has {', '.join(seen) or 'nothing'} at its top level; were two files swapped?",
-            )
+            way_out = f"The file has {', '.join(seen) or 'nothing'} at its top level; were two files swapped?"
+            raise InputError(f"the list '{missing[0]}' is missing", where=str(self.path), way_out=way_out)
         for key in self.expect:
             self._check_expected(key)
         if self._peek("after the end", end_allowed=True):
@@ -173,11 +170,8 @@ class RecordFile:
         wanted, value = self.expect[key], self.header.get(key)
         if value != wanted:
             problem = f"'{key}' is '{value}'" if key in self.header else f"'{key}' is missing"
-            raise InputError(
-                f"{problem}, but '{wanted}' is needed here",
-                where=str(self.path),
-                way_out="The file belongs to another split; were the train and the val file swapped or renamed?",
-            )
+            way_out = "The file belongs to another split; were the train and the val file swapped or renamed?"
+            raise InputError(f"{problem}, but '{wanted}' is needed here", where=str(self.path), way_out=way_out)
 
     # Scanning -----------------------------------------------------------------------------------------
 
@@ -238,19 +232,13 @@ class RecordFile:
             return value
 
     def _cut_short(self, place: str) -> InputError:
-        return InputError(
-            f"the file ends {place} (byte {self._bytes_read})",
-            where=str(self.path),
-            way_out="It is cut short: the download or copy was probably interrupted; get it again",
-        )
+        way_out = "It is cut short: the download or copy was probably interrupted; get it again"
+        return InputError(f"the file ends {place} (byte {self._bytes_read})", where=str(self.path), way_out=way_out)
 
     def _malformed(self, pos: int, what: str, place: str) -> InputError:
         byte = self._passed + _encoded_length(self._text[:pos])
-        return InputError(
-            f"is not valid JSON {place} (byte {byte}: {what})",
-            where=str(self.path),
-            way_out="The file is damaged or was edited; get it again",
-        )
+        way_out = "The file is damaged or was edited; get it again"
+        return InputError(f"is not valid JSON {place} (byte {byte}: {what})", where=str(self.path), way_out=way_out)
 
 
 def _incomplete(text: str, error: json.JSONDecodeError) -> bool:

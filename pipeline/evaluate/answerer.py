@@ -49,11 +49,8 @@ class Answerer:
         self.config = adapters.read_config(folder)
         self.origin: dict[str, Any] = self.config.extra
         if "backbone" not in self.origin:
-            raise InputError(
-                "the adapter does not name its backbone and task",
-                where=str(folder),
-                way_out="Give the adapter folder of a trial: runs/KEY/adapter",
-            )
+            way_out = "Give the adapter folder of a trial: runs/KEY/adapter"
+            raise InputError("the adapter does not name its backbone and task", where=str(folder), way_out=way_out)
         self.task = tasks.get(task_name or str(self.origin["task"]))
 
     def answer(

@@ -69,11 +69,8 @@ def attach() -> int:
     client = _client()
     jobs = _sweeps(client)
     if not jobs:
-        raise InputError(
-            "no sweep was submitted from this folder",
-            where=str(Path.cwd()),
-            way_out="Start one with `ray submit cluster.yaml sweep`, or `hificl sweep --submit` on the head",
-        )
+        way_out = "Start one with `ray submit cluster.yaml sweep`, or `hificl sweep --submit` on the head"
+        raise InputError("no sweep was submitted from this folder", where=str(Path.cwd()), way_out=way_out)
     job = next((running for running in jobs if not _ended(running)), jobs[0])
     return _follow(client, job.submission_id)
 

@@ -148,11 +148,8 @@ class Attempts:
         self.count = 1 if progress else self.count + 1
         self.note(f"the driver of stage {self.stage} is lost", why=str(why), attempt=self.count)
         if self.count >= self.most:
-            raise WorkError(
-                f"gave up after {self.count} attempts: {why}",
-                where=self.stage,
-                way_out="What had finished is kept; mend the cause and run the same command again",
-            ) from why
+            way_out = "What had finished is kept; mend the cause and run the same command again"
+            raise WorkError(f"gave up after {self.count} attempts: {why}", where=self.stage, way_out=way_out) from why
 
 
 def train(

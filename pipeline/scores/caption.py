@@ -162,10 +162,8 @@ def _tokens(
         raise InputError("there is no caption to score", way_out="Give at least one prediction")
     bare = [key for key in ids if not references.get(key)]
     if bare:
-        raise InputError(
-            f"images without reference caption ({first_few(bare)})",
-            way_out="Give the caption file of the same split, or drop these images",
-        )
+        way_out = "Give the caption file of the same split, or drop these images"
+        raise InputError(f"images without reference caption ({first_few(bare)})", way_out=way_out)
     tokens = iter(tokenise_references(tuple(text for key in ids for text in references[key])))
     # Numbers instead of the caller's ids: SPICE sorts them.
     token_references = {at: list(islice(tokens, len(references[key]))) for at, key in enumerate(ids)}

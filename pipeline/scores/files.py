@@ -85,11 +85,8 @@ def as_object(value: object, where: str) -> JsonObject:
 def records(value: object, where: str) -> list[JsonObject]:
     """Return `value` if it is a JSON array of objects, or raise an InputError that names the first bad record."""
     if not isinstance(value, list):
-        raise InputError(
-            f"an array of records is expected, found {_kind(value)}",
-            where=where,
-            way_out="Check that this is the right file",
-        )
+        way_out = "Check that this is the right file"
+        raise InputError(f"an array of records is expected, found {_kind(value)}", where=where, way_out=way_out)
     for number, row in enumerate(value):
         as_object(row, f"{where}, record {number}")
     return value

@@ -170,11 +170,8 @@ def read_results(folder: str | Path, *, subset: bool = False) -> dict[str, list[
         raise InputError("no such folder", where=str(folder), way_out="Give the folder of MME's <subtask>.txt files")
     missing = [task for task in _TASKS if not (home / f"{task}.txt").is_file()]
     if len(missing) == len(_TASKS) or (missing and not subset):
-        raise InputError(
-            f"lacks {', '.join(f'{task}.txt' for task in missing)}",
-            where=str(folder),
-            way_out="Both sums need all 14 subtasks; --subset scores those that are there",
-        )
+        way_out = "Both sums need all 14 subtasks; --subset scores those that are there"
+        raise InputError(f"lacks {', '.join(f'{task}.txt' for task in missing)}", where=str(folder), way_out=way_out)
     return {task: list(_read_task(home / f"{task}.txt")) for task in _TASKS if task not in missing}
 
 
@@ -185,9 +182,6 @@ def _read_task(path: Path) -> Iterable[MmeRow]:
         place = f"{path}, line {number}"
         columns = line.rstrip("\r").split("\t", len(_COLUMNS) - 1)
         if len(columns) < len(_COLUMNS):
-            raise InputError(
-                f"has {len(columns)} columns",
-                where=place,
-                way_out=f"A line holds {', '.join(_COLUMNS)}, with tabs between them",
-            )
+            way_out = f"A line holds {', '.join(_COLUMNS)}, with tabs between them"
+            raise InputError(f"has {len(columns)} columns", where=place, way_out=way_out)
         yield MmeRow(image=columns[0], truth=columns[2], response=columns[3], place=place)

@@ -91,11 +91,8 @@ def read_options(value: object, where: str) -> list[str]:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             value = None
     if not isinstance(value, (list, tuple)) or not value:
-        raise InputError(
-            "field 'options' is not a list of options",
-            where=where,
-            way_out="It holds a Python list literal, as in the published files",
-        )
+        way_out = "It holds a Python list literal, as in the published files"
+        raise InputError("field 'options' is not a list of options", where=where, way_out=way_out)
     return [str(option) for option in value]
 
 

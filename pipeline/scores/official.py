@@ -61,11 +61,8 @@ def score_vqa(
         )
     unanswered = [key for key in asked if key not in predictions]
     if unanswered and not subset:
-        raise InputError(
-            f"questions without result ({first_few(unanswered)})",
-            where=str(results),
-            way_out="Answer every question, or pass --subset to score those that are answered",
-        )
+        way_out = "Answer every question, or pass --subset to score those that are answered"
+        raise InputError(f"questions without result ({first_few(unanswered)})", where=str(results), way_out=way_out)
     if stem:
         predictions = {key: stem_answer(answer) for key, answer in predictions.items()}
     return vqa.vqa_accuracy(
@@ -166,11 +163,8 @@ def score_chair(
     """
     annotated = bool(instances and captions)
     if bool(objects) == bool(instances or captions) or not (objects or annotated):
-        raise InputError(
-            "the ground truth is not clear",
-            where="hificl score chair",
-            way_out="Give --instances and --captions together, or --objects alone",
-        )
+        way_out = "Give --instances and --captions together, or --objects alone"
+        raise InputError("the ground truth is not clear", where="hificl score chair", way_out=way_out)
     predictions = results_by_id(results, "image_id", "caption")
     if objects:
         truth = _objects(objects)

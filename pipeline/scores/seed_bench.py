@@ -103,11 +103,8 @@ def seed_bench_scores(
         truth = question.answer if question else text_field(row, "gt_answer", at).strip()
         rows.append(SeedBenchRow(key, prediction, truth, prediction == truth))
     if unknown:
-        raise InputError(
-            f"unknown questions ({first_few(unknown)})",
-            where=where,
-            way_out="Give the SEED-Bench.json of the same issue",
-        )
+        way_out = "Give the SEED-Bench.json of the same issue"
+        raise InputError(f"unknown questions ({first_few(unknown)})", where=where, way_out=way_out)
     by_dimension = group_by(rows, lambda row: known[row.question_id].dimension) if known else {}
     return SeedBenchScore(
         n=len(rows),

@@ -150,10 +150,8 @@ def vqa_accuracy(
         raise InputError("there is no answer to score", way_out="Give at least one prediction")
     unannotated = [key for key in predictions if not references.get(key)]
     if unannotated:
-        raise InputError(
-            f"questions without annotation ({first_few(unannotated)})",
-            way_out="Give the annotation file of the same split, or drop these answers",
-        )
+        way_out = "Give the annotation file of the same split, or drop these answers"
+        raise InputError(f"questions without annotation ({first_few(unannotated)})", way_out=way_out)
     compare = {"always": _matches_always, "official": _matches_official}[normalise]
     per_question = {
         key: _leave_one_out(compare(answer, references[key]), len(references[key]))

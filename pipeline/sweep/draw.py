@@ -142,11 +142,8 @@ def _check_sizes(task: Task, num_train: int, num_selection: int, num_evaluation:
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
             raise InputError(f"{name} is {size!r}", where=task.name, way_out="It must be a whole number, 0 or more")
     if num_train + num_selection == 0 and num_evaluation == 0:
-        raise InputError(
-            "num_train, num_selection and num_evaluation are all 0",
-            where=task.name,
-            way_out="Ask for at least one sample",
-        )
+        way_out = "Ask for at least one sample"
+        raise InputError("num_train, num_selection and num_evaluation are all 0", where=task.name, way_out=way_out)
 
 
 def _splits(task: Task) -> tuple[Split, ...]:

@@ -33,7 +33,7 @@ from pipeline.tracking.records import KILLED
 
 @dataclass(frozen=True)
 class Choice:
-    """The trial of the candidates that a cell is scored with, and its point of the search; or why there is none."""
+    """The trial of the candidates that a cell is scored with, its point of the row's search, or why there is none."""
 
     candidates: tuple[Candidate, ...]
     trial: str | None

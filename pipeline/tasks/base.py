@@ -120,11 +120,8 @@ class Task(ABC):
         return self
 
     def _unknown_splits(self, name: str, known: Sequence[str]) -> InputError:
-        return InputError(
-            f"unknown splits '{name}' of {self.name}",
-            where="subsample.splits",
-            way_out=nearest(name, ["official", *known]),
-        )
+        way_out = nearest(name, ["official", *known])
+        return InputError(f"unknown splits '{name}' of {self.name}", where="subsample.splits", way_out=way_out)
 
     @abstractmethod
     def files(self, root: Path, split: Split) -> tuple[Path, ...]:

@@ -202,11 +202,8 @@ class CaptionTask(Task):
 
 def _file_name(name: str, subset: str, where: Callable[[], str]) -> str:
     if name.startswith("COCO_") and not name.startswith(f"COCO_{subset}_"):
-        raise InputError(
-            f"file_name '{name}' is of another split than {subset}",
-            where=where(),
-            way_out="Were the train and the val file swapped or renamed?",
-        )
+        way_out = "Were the train and the val file swapped or renamed?"
+        raise InputError(f"file_name '{name}' is of another split than {subset}", where=where(), way_out=way_out)
     return plain_file_name(name, where())
 
 

@@ -81,11 +81,8 @@ class SplitFile:
                 raise InputError(f"'split' is '{part}'", where=file.where(), way_out=nearest(part, _KNOWN_PARTS))
         dataset = file.header.get("dataset", self.dataset)
         if dataset != self.dataset:
-            raise InputError(
-                f"'dataset' is {dataset!r}, '{self.dataset}' is needed",
-                where=str(path),
-                way_out=f"Karpathy's three files look alike; take {self.name}",
-            )
+            way_out = f"Karpathy's three files look alike; take {self.name}"
+            raise InputError(f"'dataset' is {dataset!r}, '{self.dataset}' is needed", where=str(path), way_out=way_out)
 
 
 def references(record: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -82,11 +82,8 @@ def start(folder: Path, *, host: str, port: int, database: str | None, artifacts
     """
     address = f"http://{host}:{port}"
     if host in ("0.0.0.0", "::", ""):  # noqa: S104 - refused here
-        raise InputError(
-            "the server would listen on every interface of the machine",
-            where="--host",
-            way_out="Give 127.0.0.1 and look through an ssh tunnel, or the cluster's own address",
-        )
+        way_out = "Give 127.0.0.1 and look through an ssh tunnel, or the cluster's own address"
+        raise InputError("the server would listen on every interface of the machine", where="--host", way_out=way_out)
     folder = folder.expanduser().resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     database = database or os.environ.get("MLFLOW_BACKEND_STORE_URI") or store.sqlite_uri(folder / "mlflow.db")

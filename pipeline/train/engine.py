@@ -192,11 +192,8 @@ class DeepSpeedEngine:
         self.student, self.config = student, config
         self.scale = loss_scale(config)
         if not torch.distributed.is_initialized():
-            raise WorkError(
-                "torch.distributed is not initialised",
-                where="train.engine: deepspeed",
-                way_out="Train by `hificl sweep`, which starts the ranks, or set train.engine: torch",
-            )
+            way_out = "Train by `hificl sweep`, which starts the ranks, or set train.engine: torch"
+            raise WorkError("torch.distributed is not initialised", where="train.engine: deepspeed", way_out=way_out)
         # An all-reduce in C++ for several ranks on one CPU, compiled when first used: minutes, and a compiler to have.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed updates its own flat partitions, few and large, wherever it has put them
