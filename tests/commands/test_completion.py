@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from tests.commands.test_cli import hificl
 from tests.conftest import ROOT
-from tests.test_cli import hificl
 
 
 def completed(line: str, tmp_path) -> set[str]:

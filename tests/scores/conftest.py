@@ -30,7 +30,7 @@ def write(tmp_path):
 @pytest.fixture
 def score(capsys):
     """`score("vqa", "--results", ..)` runs the command and returns (exit status, JSON or None, standard error)."""
-    from tests.scoring import main
+    from tests.support.scoring import main
 
     def run(*arguments):
         status = main([str(argument) for argument in arguments])

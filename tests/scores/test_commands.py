@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.scoring import main
+from tests.support.scoring import main
 
 QUESTIONS = {"questions": [{"question_id": 1, "image_id": 1, "question": "?"}, {"question_id": 2, "image_id": 1}]}
 ANNOTATIONS = {

@@ -17,7 +17,7 @@ from pipeline.scores.mmmu_pro import read_options
 from pipeline.sweep.draw import draw_manifest
 from pipeline.tasks.choice_files import letter_of
 from pipeline.tasks.seed_bench import CLOSING
-from tests.scoring import main
+from tests.support.scoring import main
 from tests.tasks.conftest import failure
 
 

@@ -10,7 +10,7 @@ from pipeline import tasks
 from pipeline.core.errors import InputError
 from pipeline.data.images import open_image
 from pipeline.sweep.draw import draw_manifest
-from tests.scoring import main
+from tests.support.scoring import main
 from tests.tasks.conftest import failure, make_mme_shards
 
 

@@ -13,7 +13,7 @@ from pipeline.miniature.world import object_synonyms
 from pipeline.records.evaluation import Evaluation
 from pipeline.scores import chair
 from pipeline.train.workbench import Workbench
-from tests.scoring import main
+from tests.support.scoring import main
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import pytest
 
 from pipeline.core.errors import WorkError
 from pipeline.core.terminal import Answer, Facts, Rows, short, table, write
+from tests.commands.test_cli import hificl
 from tests.conftest import ROOT
 from tests.support.terminal import Terminal
-from tests.test_cli import hificl
 
 ESCAPE = "\x1b"
 
