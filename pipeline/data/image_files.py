@@ -74,14 +74,11 @@ def sizes(images: Sequence[Image], root: Path | str = "") -> list[ImageSize]:
         # a shard is read by whole row groups, so its images are taken one after the other
         order = sorted(unknown, key=lambda image: shard_order(str(located(image, root))))
         with ThreadPoolExecutor(min(_THREADS, len(order))) as threads:
-            read = dict(zip(order, threads.map(lambda image: _read_size(image, root), order), strict=True))
+            contents = threads.map(lambda image: size_of(read_image(image, root), str(located(image, root))), order)
+            read = dict(zip(order, contents, strict=True))
         _SIZES.update({_key(image): size for image, size in read.items() if _key(image)})
     return [read[image] if image in read else _SIZES[_key(image)] for image in images]
 
 
 def _key(image: Image) -> str:
     return image.sha256 if isinstance(image, ImageRef) else ""
-
-
-def _read_size(image: Image, root: Path | str) -> ImageSize:
-    return size_of(read_image(image, root), str(located(image, root)))

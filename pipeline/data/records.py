@@ -79,8 +79,9 @@ class RecordFile:
         place = "before the first value"
         if self._peek(place) != "{":
             value = "a list" if self._peek(place) == "[" else "no JSON object"
+            wanted = " and ".join(f"'{name}'" for name in self.lists)
             raise InputError(
-                f"the top level is {value}; an object with {self._wanted()} is needed",
+                f"the top level is {value}; an object with {wanted} is needed",
                 where=str(self.path),
                 way_out="Is this the official file, unchanged?",
             )
@@ -160,9 +161,6 @@ class RecordFile:
     def where(self) -> str:
         """Return what a message calls the record that the iteration is at."""
         return f"{self.path}: record {self._number} of '{self._list}'"
-
-    def _wanted(self) -> str:
-        return " and ".join(f"'{name}'" for name in self.lists)
 
     def _check_expected(self, key: str) -> None:
         if key not in self.expect:

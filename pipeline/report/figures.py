@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from pipeline.records.evaluation import CellResult
 from pipeline.report import bars, papers
 from pipeline.report.drawing import (
     QUIET,
@@ -141,15 +140,11 @@ def _curve(entry: TableEntry) -> list[tuple[float, float, float]]:
     """Return (epoch, loss averaged over the seeds that have it, its standard deviation over them)."""
     by_epoch: dict[float, list[float]] = {}
     for cell in entry.done:
-        for epoch, loss in _points(cell):
-            by_epoch.setdefault(epoch, []).append(loss)
+        for row in cell.epochs:
+            if row.ground_truth_loss is not None:  # the answers' cross-entropy, the one loss that all methods share
+                by_epoch.setdefault(row.epoch, []).append(row.ground_truth_loss)
     averaged = {epoch: mean_std(values) for epoch, values in sorted(by_epoch.items())}
     return [(epoch, mean, std or 0.0) for epoch, (mean, std) in averaged.items()]
-
-
-def _points(cell: CellResult) -> list[tuple[float, float]]:
-    """Return epoch and loss of the answers' cross-entropy, the one loss that all methods share."""
-    return [(row.epoch, row.ground_truth_loss) for row in cell.epochs if row.ground_truth_loss is not None]
 
 
 def _draw(table: Table, lines: Sequence[Line], columns: Sequence[Column]) -> str:

@@ -163,12 +163,8 @@ def build(study: StudyFile, params: Params, evaluations: Path) -> Table:
 
 
 def _line(cell: CellResult) -> Line:
-    vary = tuple((axis, _plain(value)) for axis, value in cell.vary.items())
-    return Line(cell.backbone, cell.paper_backbone, cell.row, cell.label, vary)
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, int | float | str) else str(value)
+    plain = {axis: value if isinstance(value, int | float | str) else str(value) for axis, value in cell.vary.items()}
+    return Line(cell.backbone, cell.paper_backbone, cell.row, cell.label, tuple(plain.items()))
 
 
 def _entry(

@@ -202,7 +202,7 @@ class DiskStore:
             with suppress(OSError):
                 temporary.unlink()
             return
-        self._size = self._scan() if self._size is None else self._size + len(data)
+        self._size = sum(size for _, size, _ in self._files()) if self._size is None else self._size + len(data)
         if self._size > self.limit:
             self._remove_oldest()
 
@@ -215,9 +215,6 @@ class DiskStore:
                 continue  # another process was quicker
             files.append((state.st_mtime, state.st_size, path))
         return files
-
-    def _scan(self) -> int:
-        return sum(size for _, size, _ in self._files())
 
     def _remove_oldest(self) -> None:
         files = sorted(self._files())

@@ -43,7 +43,8 @@ def score_vqa(
             `--subset` is given, without result.
     """
     predictions = results_by_id(results, "question_id", "answer")
-    asked = _ids(record_list(read_json(questions), "questions", questions), "question_id", questions)
+    records = record_list(read_json(questions), "questions", questions)
+    asked = dict.fromkeys(id_field(row, "question_id", f"{questions}, record {at}") for at, row in enumerate(records))
     annotated = _annotations(annotations, predictions)
     unknown = [key for key in predictions if key not in asked]
     if unknown:
@@ -72,10 +73,6 @@ def score_vqa(
         answer_types={key: row.answer_type for key, row in annotated.items() if row.answer_type is not None},
         question_types={key: row.question_type for key, row in annotated.items() if row.question_type is not None},
     ).as_dict()
-
-
-def _ids(rows: Sequence[JsonObject], name: str, where: str) -> dict[str, None]:
-    return dict.fromkeys(id_field(row, name, f"{where}, record {number}") for number, row in enumerate(rows))
 
 
 @dataclass(frozen=True)

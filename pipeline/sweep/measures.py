@@ -44,7 +44,8 @@ def measured(
         return [row.result for row in scored]
     groups: dict[tuple[Any, ...], list[ScoredCell]] = {}
     for row in scored:
-        groups.setdefault(_group(row.cell), []).append(row)
+        cell = row.cell
+        groups.setdefault((cell.backbone, cell.task, cell.seed, *sorted(cell.vary.items())), []).append(row)
     keys = {row.cell.name: _key(name, kind, row.evaluation, rows) for rows in groups.values() for row in rows}
     problems: dict[str, str] = {}
     # rows are measured in alternation, so one that is new is measured together with those it is compared with
@@ -71,10 +72,6 @@ def measured(
     for rows in groups.values():
         results |= _related(kind, name, definition.reference, rows, keys, problems, evaluations)
     return [results[row.cell.name] for row in scored]
-
-
-def _group(cell: Cell) -> tuple[Any, ...]:
-    return cell.backbone, cell.task, cell.seed, tuple(sorted(cell.vary.items()))
 
 
 def _key(name: str, kind: Measure, evaluation: EvaluationConfig, rows: Sequence[ScoredCell]) -> str:

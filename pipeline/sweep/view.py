@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,7 +199,7 @@ class View(Watcher):
             ]
             above: list[RenderableType] = [self._bar(), *([Text(self.shared, style=QUIET)] if self.shared else [])]
             room = console.height - 4 - _lines(self.shared, console.width)  # bar, heads, their line, the cursor's
-            below = list(map(_one_line, best)) if room - len(best) > _ROWS else []
+            below = [Text(row, no_wrap=True, overflow="ellipsis") for row in best] if room - len(best) > _ROWS else []
             return Group(*above, self._rows(room - len(below)), *below)
 
     def _bar(self) -> Table:
@@ -233,10 +233,6 @@ class View(Watcher):
         return made
 
 
-def _one_line(text: str) -> Text:
-    return Text(text, no_wrap=True, overflow="ellipsis")
-
-
 def _lines(text: str, width: int) -> int:
     """Return how many lines a text takes, no less than it will."""
     return -(-cell_len(text) // width)
@@ -245,7 +241,8 @@ def _lines(text: str, width: int) -> int:
 def _parts(plan: Plan, todo: Sequence[str]) -> tuple[str, dict[str, dict[str, str]]]:
     """Return what all trials have in common, and what tells each apart, by kind; the study only where it has to."""
     parts = {key: name_parts(plan.cells[plan.cell_of[key]], plan.trials[key]) for key in todo if key in plan.cell_of}
-    values = {kind: dict.fromkeys(named.get(kind) for named in parts.values()) for kind in _kinds(parts)}
+    kinds = dict.fromkeys(kind for named in parts.values() for kind in named)
+    values = {kind: dict.fromkeys(named.get(kind) for named in parts.values()) for kind in kinds}
     common = {kind for kind, seen in values.items() if len(seen) == 1}
     if len(parts) == 1:
         common -= {"task", "row"}  # a name is left
@@ -255,10 +252,6 @@ def _parts(plan: Plan, todo: Sequence[str]) -> tuple[str, dict[str, dict[str, st
     shared = [", ".join(map(str, seen)) for kind, seen in values.items() if kind in common]
     apart = {key: {kind: text for kind, text in named.items() if kind not in common} for key, named in parts.items()}
     return "; ".join(shared), apart
-
-
-def _kinds(parts: Mapping[str, Mapping[str, str]]) -> dict[str, None]:
-    return dict.fromkeys(kind for named in parts.values() for kind in named)
 
 
 __all__ = ["LINE_SECONDS", "View"]
