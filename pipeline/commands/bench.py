@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 from importlib import import_module, util
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.commands.parser import CommandLine
 from pipeline.core.errors import InputError
 
+if TYPE_CHECKING:
+    from pipeline.core.plain_yaml import Json
+
 
 def register(line: CommandLine) -> None:
     """Add the verb."""
-    parser = line.verb("numbers", "bench", bench, "measure ratios in alternation in one run")
+    parser = line.verb("numbers", "bench", _bench, "measure ratios in alternation in one run")
     parser.add_argument("verb", nargs="?")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--save", action="store_true", help="also write benchmarks/<verb>-<device>.json")
@@ -23,7 +26,7 @@ def register(line: CommandLine) -> None:
     parser.add_argument("--into", metavar="FILE", help=text)
 
 
-def bench(args: argparse.Namespace) -> dict[str, Any] | None:
+def _bench(args: argparse.Namespace) -> Json | None:
     """Measure, or print what can be or was measured."""
     benchmarks = _installed()
     if args.list or args.table:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from pipeline.config.load import Params
+    from pipeline.core.plain_yaml import Json
     from pipeline.plan.space import Cell
 
 OK, MISSING, NOTE = "ok", "missing", "note"
@@ -32,11 +33,11 @@ _SHARED_MEMORY_GIB = 0.5  # below, Ray writes its objects to the disk
 
 def register(line: CommandLine) -> None:
     """Add the verb."""
-    parser = line.verb("check", "doctor", doctor, "data, weights, Java, GPUs, Ray, MLflow and disk", answers=True)
+    parser = line.verb("check", "doctor", _doctor, "data, weights, Java, GPUs, Ray, MLflow and disk", answers=True)
     profile_name(parser.add_argument("--profile", metavar="P", help="a profile (default: params.yaml's)"))
 
 
-def doctor(args: argparse.Namespace) -> Examination:
+def _doctor(args: argparse.Namespace) -> Examination:
     """Examine the current folder."""
     from pipeline.config.load import load
 
@@ -60,7 +61,7 @@ class Examination(Answer):
     profile: str
     checks: list[Finding]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Json:
         """Return `profile`, `ok` and `checks`."""
         return {"profile": self.profile, "ok": self.problem is None, "checks": [asdict(check) for check in self.checks]}
 

@@ -12,7 +12,7 @@ from pipeline.commands.parser import CommandLine
 def register(line: CommandLine) -> None:
     """Add the verbs."""
     text = "write its pictures and annotations, in the official formats"
-    parser = line.verb("miniature", "world", world, text)
+    parser = line.verb("miniature", "world", _world, text)
     parser.add_argument("folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-train-images", type=int, default=2500)
@@ -20,7 +20,7 @@ def register(line: CommandLine) -> None:
     parser.add_argument("--difficulty", type=float, default=0.2)
     parser.add_argument("--picture", metavar="FILE", help="also draw the first pictures with their texts, as PNG")
 
-    parser = line.verb("miniature", "pretrain", pretrain, "make one of its backbones from nothing")
+    parser = line.verb("miniature", "pretrain", _pretrain, "make one of its backbones from nothing")
     parser.add_argument("backbone")
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=0)
@@ -29,7 +29,7 @@ def register(line: CommandLine) -> None:
     parser.add_argument("--threads", type=int, help="another number than the usual two rounds sums otherwise")
 
 
-def world(args: argparse.Namespace) -> Any:
+def _world(args: argparse.Namespace) -> Any:
     """Write the world and return what was written."""
     from pipeline.miniature.world import write_world
 
@@ -44,7 +44,7 @@ def world(args: argparse.Namespace) -> Any:
     return written
 
 
-def pretrain(args: argparse.Namespace) -> None:
+def _pretrain(args: argparse.Namespace) -> None:
     """Pretrain a backbone and draw how it learned."""
     from pipeline.core.progress import bar
     from pipeline.miniature import pretrain as training

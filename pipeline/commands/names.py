@@ -11,17 +11,17 @@ from pipeline.core.terminal import Rows
 def register(line: CommandLine) -> None:
     """Add the verbs."""
     text = "what adapts a model: every method and its options"
-    line.verb("names", "methods", of_methods, text, answers=True)
+    line.verb("names", "methods", _of_methods, text, answers=True)
     text = "what is adapted: every backbone and its class"
-    line.verb("names", "backbones", of_backbones, text, answers=True)
+    line.verb("names", "backbones", _of_backbones, text, answers=True)
     text = "what is asked: every task and its score"
-    line.verb("names", "tasks", of_tasks, text, answers=True)
+    line.verb("names", "tasks", _of_tasks, text, answers=True)
 
-    parser = line.verb("names", "completion", completion, 'complete words: eval "$(hificl completion bash)"')
+    parser = line.verb("names", "completion", _completion, 'complete words: eval "$(hificl completion bash)"')
     parser.add_argument("shell", choices=["bash", "zsh", "fish"])
 
 
-def of_methods(_: argparse.Namespace) -> Rows:
+def _of_methods(_: argparse.Namespace) -> Rows:
     """Return every method, with its options and their defaults."""
     from pipeline import methods
 
@@ -35,7 +35,7 @@ def of_methods(_: argparse.Namespace) -> Rows:
     return Rows(rows, {"name": "method", "trained": "trained", "what": "what it does", "options": "options"})
 
 
-def of_backbones(_: argparse.Namespace) -> Rows:
+def _of_backbones(_: argparse.Namespace) -> Rows:
     """Return every backbone, with its class in transformers and its checkpoint."""
     from pipeline import backbones
 
@@ -51,7 +51,7 @@ def of_backbones(_: argparse.Namespace) -> Rows:
     return Rows(rows, heads)
 
 
-def of_tasks(_: argparse.Namespace) -> Rows:
+def _of_tasks(_: argparse.Namespace) -> Rows:
     """Return every task, with what it is scored by."""
     from pipeline.tasks import tasks
 
@@ -67,7 +67,7 @@ def of_tasks(_: argparse.Namespace) -> Rows:
     return Rows(rows, heads)
 
 
-def completion(args: argparse.Namespace) -> None:
+def _completion(args: argparse.Namespace) -> None:
     """Print the shell's code."""
     import argcomplete
 

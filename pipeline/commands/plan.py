@@ -6,16 +6,17 @@ import argparse
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.commands.parser import CommandLine, profile_name, settable, study_names
 from pipeline.core.errors import InputError
-from pipeline.core.terminal import Answer, Facts, short, table
+from pipeline.core.terminal import Answer, Fields, short, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from pipeline.core.plain_yaml import Json
     from pipeline.cost.hours import Rates
     from pipeline.plan.trials import TrialRow
 
@@ -28,7 +29,7 @@ _SHOWN = (
 
 def register(line: CommandLine) -> None:
     """Add the verbs."""
-    parser = line.verb("check", "plan", plan, "the GPU-hours of a study on the real backbones", answers=True)
+    parser = line.verb("check", "plan", _plan, "the GPU-hours of a study on the real backbones", answers=True)
     study_names(parser.add_argument("--study", required=True))
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of peak that is reached (default: 0.4)")
@@ -37,28 +38,28 @@ def register(line: CommandLine) -> None:
     profile_name(parser.add_argument("--profile", default=REAL))
     settable(parser)
 
-    parser = line.verb("look", "trials", trials, "what would train: every setting, and where it is from", answers=True)
+    parser = line.verb("look", "trials", _trials, "what would train: every setting, and where it is from", answers=True)
     study_names(parser.add_argument("--study", action="append", metavar="S", help="a study (default: the profile's)"))
     profile_name(parser.add_argument("--profile", metavar="P", help="a profile (default: params.yaml's)"))
     settable(parser)
 
-    parser = line.verb("check", "params", params, "a method's trainable parameters on a real backbone", answers=True)
+    parser = line.verb("check", "params", _params, "a method's trainable parameters on a real backbone", answers=True)
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--method", required=True)
     settable(parser)
 
 
-def plan(args: argparse.Namespace) -> Answer:
+def _plan(args: argparse.Namespace) -> Answer:
     """Return the forecast of the command line."""
     from pipeline.cost.hours import Rates
 
     rates = Rates(args.peak_tflops, args.bandwidth_tb, args.utilisation)
-    return Facts(forecast(args.study, gpus=args.gpus, rates=rates, profile=args.profile, overrides=args.set))
+    return Fields(study_hours(args.study, gpus=args.gpus, rates=rates, profile=args.profile, overrides=args.set))
 
 
-def forecast(
+def study_hours(
     study: str, *, gpus: int, rates: Rates, profile: str = REAL, overrides: list[str] | None = None
-) -> dict[str, Any]:
+) -> Json:
     """Return the GPU-hours of a study on the real backbones.
 
     Args:
@@ -74,26 +75,26 @@ def forecast(
     from pipeline.config.load import load
     from pipeline.cost import hours
     from pipeline.cost.steps import Prompt
-    from pipeline.plan.inputs import drawn_samples, evaluated_samples, trials
+    from pipeline.plan.inputs import drawn_samples, evaluated_samples, planned_trials
 
     if gpus < 1:
         raise InputError(f"at least one GPU is needed, got {gpus}", where="--gpus")
     if not 0 < rates.utilisation <= 1:
         raise InputError(f"a share between 0 and 1 is needed, got {rates.utilisation}", where="--utilisation")
     params = load(overrides=overrides or [], profile=profile)
-    planned = trials(params, study)
+    planned = planned_trials(params, study)
     evaluated = {task: evaluated_samples(params, task) for task in params.run.tasks}
     images = {task: drawn_samples(params, task) + count for task, count in evaluated.items()}
     prompt = Prompt()
     result = hours.forecast(planned, evaluated=evaluated, images=images, rates=rates, prompt=prompt)
-    total = result.total
+    total, plain = result.total, asdict(result)
     return {
         "study": study, "profile": profile, "gpus": gpus, "gpu_hours": total, "wall_hours": total / gpus,
         "gpu_hours_with_shared_teacher": total - result.teacher_saved, "trials": result.trials,
-        "gpu_hours_by_part": result.hours, "gpu_hours_by_method": result.by_method,
-        "not_counted": result.not_counted,
+        "gpu_hours_by_part": plain["hours"], "gpu_hours_by_method": plain["by_method"],
+        "not_counted": plain["not_counted"],
         "assumed": {
-            **asdict(rates), **asdict(prompt), "evaluation_samples": evaluated, "images_a_task": images,
+            **asdict(rates), **asdict(prompt), "evaluation_samples": {**evaluated}, "images_a_task": {**images},
             "picture": "480 x 640 pixels where a backbone keeps a picture's size",
         },
         "method": "FLOPs counted by the formulas of pipeline/cost from the real configurations; "
@@ -101,7 +102,7 @@ def forecast(
     }  # fmt: skip
 
 
-def trials(args: argparse.Namespace) -> Trials:
+def _trials(args: argparse.Namespace) -> Trials:
     """Return the trials of some studies."""
     from pipeline.config.load import load
     from pipeline.plan.inputs import places
@@ -119,7 +120,7 @@ class Trials(Answer):
 
     rows: list[TrialRow]
 
-    def record(self) -> list[dict[str, Any]]:
+    def record(self) -> list[Json]:
         """Return a record a trial."""
         return [row.record() for row in self.rows]
 
@@ -137,12 +138,12 @@ class Trials(Answer):
 def _by_trial(rows: Sequence[TrialRow]) -> Table:
     """Return a row a trial, with the settings that are not the same in all that have them."""
     facts, options = [_settings(row) for row in rows], [_options(row) for row in rows]
-    differ, own = _differing(facts), _differing(options)
+    differ, own_options = _differing(facts), _differing(options)
     heads = [name.replace("_", "\n") for name in differ]  # narrow as the numbers below them
-    made = table("row", *heads, *(["options"] if own else []), "done", right=heads[differ.count("task") :])
+    made = table("row", *heads, *(["options"] if own_options else []), "done", right=heads[differ.count("task") :])
     for row, fact, option in zip(rows, facts, options, strict=True):
-        shown = " ".join(f"{name}={option[name]}" for name in own if name in option)
-        cells = [*(fact[name] for name in differ), *([shown] if own else [])]
+        shown = " ".join(f"{name}={option[name]}" for name in own_options if name in option)
+        cells = [*(fact[name] for name in differ), *([shown] if own_options else [])]
         made.add_row(row.row, *cells, "yes" if row.done else "")
     return made
 
@@ -175,22 +176,22 @@ def _options(row: TrialRow) -> dict[str, str]:
     return {name: short(value) for name, value in row.trial.options.items() if not isinstance(value, dict | list)}
 
 
-def params(args: argparse.Namespace) -> Count:
+def _params(args: argparse.Namespace) -> ParameterCount:
     """Count what the command line names."""
     return count(args.backbone, args.method, args.set)
 
 
 @dataclass(frozen=True)
-class Count(Answer):
+class ParameterCount(Answer):
     """The parameters that a method trains, in all and by module."""
 
     backbone: str
     method: str
-    options: dict[str, Any]
+    options: Json
     trainable: int
     modules: dict[str, int]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Json:
         """Return the fields."""
         return asdict(self)
 
@@ -207,7 +208,7 @@ class Count(Answer):
         yield rows
 
 
-def count(backbone: str, method: str, settings: list[str]) -> Count:
+def count(backbone: str, method: str, settings: list[str]) -> ParameterCount:
     """Return what a method trains on a backbone's real configuration.
 
     Args:
@@ -230,4 +231,4 @@ def count(backbone: str, method: str, settings: list[str]) -> Count:
     checked = adapters.options_of(method).checked(options, method)
     model = backbones.load(backbone, variant="meta").model
     adapter = adapters.make(method, model, checked)
-    return Count(backbone, method, checked.plain(), adapter.num_trainable(), adapter.modules_trainable())
+    return ParameterCount(backbone, method, checked.plain(), adapter.num_trainable(), adapter.modules_trainable())

@@ -6,16 +6,19 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.commands.parser import CommandLine
 from pipeline.core.errors import nearest
 from pipeline.core.terminal import Answer, short
 
+if TYPE_CHECKING:
+    from pipeline.core.plain_yaml import Json
+
 
 def register(line: CommandLine) -> None:
     """Add the verb."""
-    parser = line.verb("look", "predict", predict, "an adapter's answer to a question about a picture", answers=True)
+    parser = line.verb("look", "predict", _predict, "an adapter's answer to a question about a picture", answers=True)
     parser.add_argument("--adapter", required=True, metavar="DIR", help="such as runs/KEY/adapter")
     parser.add_argument("--image", required=True, metavar="F")
     parser.add_argument("--question", metavar="Q", help="left out for a caption")
@@ -23,9 +26,9 @@ def register(line: CommandLine) -> None:
     parser.add_argument("--max-new-tokens", type=int)
 
 
-def predict(args: argparse.Namespace) -> Predicted:
+def _predict(args: argparse.Namespace) -> Predicted:
     """Answer the question of the command line."""
-    return answer(
+    return ask(
         Path(args.adapter), args.image, question=args.question, task_name=args.task,
         max_new_tokens=args.max_new_tokens,
     )  # fmt: skip
@@ -35,22 +38,22 @@ def predict(args: argparse.Namespace) -> Predicted:
 class Predicted(Answer):
     """What an adapter's backbone said to an image."""
 
-    said: dict[str, Any]
+    said: Json
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Json:
         """Return all that is known of the answer."""
         return self.said
 
     def shown(self) -> Iterator[str]:
         """Give the answer, who gave it, and what is to be known of the question."""
-        yield self.said["answer"]
         said = self.said
+        yield str(said["answer"])
         yield f"\n{said['method']} on {said['backbone']}, {said['task']}, trial {short(said['trial'])}"
-        if self.said.get("note"):
-            yield f"note: {self.said['note']}"
+        if said.get("note"):
+            yield f"note: {said['note']}"
 
 
-def answer(
+def ask(
     folder: Path, image: str | Path, *, question: str | None = None, task_name: str | None = None,
     max_new_tokens: int | None = None,
 ) -> Predicted:  # fmt: skip

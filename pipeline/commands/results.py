@@ -6,30 +6,31 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.commands.parser import CommandLine, study_names
 from pipeline.core.terminal import Answer
 
 if TYPE_CHECKING:
+    from pipeline.core.plain_yaml import Json
     from pipeline.report.results import StudyResults
 
 
 def register(line: CommandLine) -> None:
     """Add the verbs."""
-    parser = line.verb("look", "results", results, "what studies came out as: the report's tables", answers=True)
+    parser = line.verb("look", "results", _results, "what studies came out as: the report's tables", answers=True)
     text = "a study that is evaluated (default: the profile's)"
     study_names(parser.add_argument("study", nargs="*", metavar="S", help=text))
 
-    line.verb("look", "where", where, "where the report and the MLflow store of this folder are", answers=True)
+    line.verb("look", "where", _where, "where the report and the MLflow store of this folder are", answers=True)
 
-    parser = line.verb("look", "gallery", gallery, "a Markdown page of the report's figures")
+    parser = line.verb("look", "gallery", _gallery, "a Markdown page of the report's figures")
     parser.add_argument("--out", default="docs/gallery.md", metavar="FILE")
     text = "also write tables between the marks of a document"
     parser.add_argument("--into", action="append", default=[], metavar="FILE", help=text)
 
 
-def results(args: argparse.Namespace) -> StudyResults:
+def _results(args: argparse.Namespace) -> StudyResults:
     """Return the tables of evaluated studies."""
     from pipeline import report
     from pipeline.config.load import load
@@ -58,14 +59,14 @@ class Whereabouts(Answer):
         yield f"runs    {f'{self.runs}, in a browser by `hificl ui`' if self.runs else 'none yet'}"
 
 
-def where(_: argparse.Namespace) -> Whereabouts:
+def _where(_: argparse.Namespace) -> Whereabouts:
     """Return where the report, its tables and the MLflow store of the current folder are."""
     folder = Path.cwd()
     places = (folder / "reports/index.html", folder / "reports", folder / "mlflow.db")
     return Whereabouts(*(str(path) if path.exists() else None for path in places))
 
 
-def gallery(args: argparse.Namespace) -> dict[str, Any]:
+def _gallery(args: argparse.Namespace) -> Json:
     """Write the page and return what is on it."""
     from pipeline.config.load import load
     from pipeline.report import gallery as documents
@@ -73,4 +74,4 @@ def gallery(args: argparse.Namespace) -> dict[str, Any]:
 
     params, evaluations = load(), Path("evaluations")
     filled = {path: documents.write_into(Path(path), params, evaluations) for path in args.into}
-    return {"page": args.out, "studies": write_gallery(params, evaluations, Path(args.out)), "filled": filled}
+    return {"page": args.out, "studies": [*write_gallery(params, evaluations, Path(args.out))], "filled": {**filled}}

@@ -10,11 +10,11 @@ from pipeline.commands.parser import CommandLine
 
 def register(line: CommandLine) -> None:
     """Add the verbs."""
-    parser = line.verb("look", "ui", ui, "the MLflow UI over this folder's store, on loopback")
+    parser = line.verb("look", "ui", _ui, "the MLflow UI over this folder's store, on loopback")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=5000)
 
-    parser = line.verb("cluster", "tracking-server", serve, "an MLflow server with a password, for its head")
+    parser = line.verb("cluster", "tracking-server", _serve, "an MLflow server with a password, for its head")
     parser.add_argument("--folder", default="~/.hificl/tracking", help="its secrets, artifacts and log")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=5000)
@@ -24,7 +24,7 @@ def register(line: CommandLine) -> None:
     parser.add_argument("--detach", action="store_true", help="leave it running, and return when it answers")
 
 
-def ui(args: argparse.Namespace) -> None:
+def _ui(args: argparse.Namespace) -> None:
     """Serve until interrupted."""
     from pipeline.config.load import PARAMS, load
     from pipeline.tracking.server import serve_page
@@ -33,7 +33,7 @@ def ui(args: argparse.Namespace) -> None:
     serve_page(Path.cwd(), uri, host=args.host, port=args.port)
 
 
-def serve(args: argparse.Namespace) -> None:
+def _serve(args: argparse.Namespace) -> None:
     """Start the server."""
     from pipeline.tracking.server import start
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.commands.parser import CommandLine, settable, study_names
 from pipeline.core.errors import HificlError, InputError, nearest
@@ -16,19 +16,20 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from pipeline.config.load import Params
+    from pipeline.core.plain_yaml import Json
     from pipeline.plan.inputs import Inputs
 
 
 def register(line: CommandLine) -> None:
     """Add the verbs."""
-    settable(line.verb("look", "studies", studies, "every study, its trials done and open", answers=True))
+    settable(line.verb("look", "studies", _studies, "every study, its trials done and open", answers=True))
 
-    parser = line.verb("run", "study", study, "one or more studies: train, evaluate, report", answers=True)
+    parser = line.verb("run", "study", _study, "one or more studies: train, evaluate, report", answers=True)
     study_names(parser.add_argument("study", nargs="+", metavar="S", help="`hificl studies` lists them"))
     settable(parser)
 
 
-def studies(args: argparse.Namespace) -> Overview:
+def _studies(args: argparse.Namespace) -> Overview:
     """Look at the current folder's."""
     from pipeline.config.load import load
 
@@ -36,7 +37,7 @@ def studies(args: argparse.Namespace) -> Overview:
 
 
 @dataclass(frozen=True)
-class State:
+class StudyState:
     """A study, and how many of its trials are done; `not_ready` says why they cannot be told.
 
     Attributes:
@@ -63,9 +64,9 @@ class Overview(Answer):
     """The studies by name, under a profile."""
 
     profile: str
-    studies: dict[str, State]
+    studies: dict[str, StudyState]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Json:
         """Return a study's fields by its name, those that it has."""
         always = ("title", "paper")
         return {
@@ -96,28 +97,26 @@ def overview(params: Params) -> Overview:
     from pipeline.plan.inputs import Inputs, places
 
     inputs = Inputs(params, places())
-    states = {
-        name: State(study.title, study.paper, name in params.run.studies, **_counts(name, inputs))
-        for name, study in params.studies.items()
-    }
-    return Overview(params.profile, states)
+    return Overview(params.profile, {name: _state(name, inputs) for name in params.studies})
 
 
-def _counts(study: str, inputs: Inputs) -> dict[str, Any]:
+def _state(name: str, inputs: Inputs) -> StudyState:
     from pipeline.plan.plan import make_plan
     from pipeline.plan.space import cells
     from pipeline.records.store import TrialStore
 
+    params = inputs.params
+    study, in_profile = params.studies[name], name in params.run.studies
     try:
-        plan = make_plan(inputs.params, cells(inputs.params, study, inputs.digests([study])), inputs.where)
+        plan = make_plan(params, cells(params, name, inputs.digests([name])), inputs.where)
         store = TrialStore(inputs.where.runs)
         done = sum(store.finished(key) for key in plan.trials)
     except HificlError as error:
-        return {"not_ready": str(error)}
-    return {"trials": len(plan.trials), "done": done, "open": len(plan.trials) - done}
+        return StudyState(study.title, study.paper, in_profile, not_ready=str(error))
+    return StudyState(study.title, study.paper, in_profile, len(plan.trials), done, len(plan.trials) - done)
 
 
-def study(args: argparse.Namespace) -> Reported:
+def _study(args: argparse.Namespace) -> Reported:
     """Run the studies of the command line in the current folder."""
     from pipeline.config.load import load
 
@@ -131,7 +130,7 @@ class Reported(Answer):
     page: str
     studies: dict[str, list[str]]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Json:
         """Return the page, and the files by study."""
         return asdict(self)
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.commands.parser import CommandLine, settable, study_names
-from pipeline.core.terminal import Answer, Facts
+from pipeline.core.terminal import Answer, Fields
+
+if TYPE_CHECKING:
+    from pipeline.core.plain_yaml import Json
 
 
 def register(line: CommandLine) -> None:
     """Add the verbs."""
-    parser = line.verb("run", "sweep", sweep, "train the trials that are open; safe to kill and to run again")
+    parser = line.verb("run", "sweep", _sweep, "train the trials that are open; safe to kill and to run again")
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--submit", action="store_true", help="as a job of the Ray cluster whose head this is, and follow it"
@@ -22,7 +25,7 @@ def register(line: CommandLine) -> None:
     study_names(parser.add_argument("--study", action="append", metavar="S", help="a study (default: the profile's)"))
     settable(parser)
 
-    parser = line.verb("run", "run-trial", run_trial, "train and score a trial by its own config.json", answers=True)
+    parser = line.verb("run", "run-trial", _run_trial, "train and score a trial by its own config.json", answers=True)
     parser.add_argument("file", metavar="FILE", help="such as runs/KEY/config.json, from here or elsewhere")
     text = "score it as this evaluations/KEY.json was (default: as params.yaml has it)"
     parser.add_argument("--evaluation", metavar="FILE", help=text)
@@ -30,7 +33,7 @@ def register(line: CommandLine) -> None:
     settable(parser)
 
 
-def sweep(args: argparse.Namespace) -> None:
+def _sweep(args: argparse.Namespace) -> None:
     """Train the open trials, submit a job that does, or follow one."""
     from pipeline.config.load import load
 
@@ -40,16 +43,16 @@ def sweep(args: argparse.Namespace) -> None:
 
         chosen = [*_repeated("--study", args.study or []), *_repeated("--set", args.set)]
         sys.exit(job.attach() if args.attach else job.submit(chosen))
-    from pipeline.sweep.train import sweep as train
+    from pipeline.sweep.train import sweep
 
-    train(params, args.study or params.run.studies)
+    sweep(params, args.study or params.run.studies)
 
 
 def _repeated(flag: str, values: list[str]) -> list[str]:
     return [word for value in values for word in (flag, value)]
 
 
-def run_trial(args: argparse.Namespace) -> Answer:
+def _run_trial(args: argparse.Namespace) -> Answer:
     """Train and score it in the current folder: weights, samples and machine are params.yaml's, the rest its own."""
     from pipeline.config.load import load
     from pipeline.sweep import recorded
@@ -57,9 +60,9 @@ def run_trial(args: argparse.Namespace) -> Answer:
     trial = recorded.read(Path(args.file), Path(args.evaluation) if args.evaluation else None)
     params, root = load(overrides=args.set), Path.cwd()
     recorded.train(trial, params, root)
-    facts: dict[str, Any] = {"trial": trial.config.key, "folder": f"runs/{trial.config.key}"}
+    fields: Json = {"trial": trial.config.key, "folder": f"runs/{trial.config.key}"}
     if not args.train_only:
         key, score = recorded.score(trial, params, root)
-        facts |= {"evaluation": f"evaluations/{key}.json", "metric": score.metric, "unit": score.unit}
-        facts["value"] = score.value
-    return Facts(facts)
+        fields |= {"evaluation": f"evaluations/{key}.json", "metric": score.metric, "unit": score.unit}
+        fields["value"] = score.value
+    return Fields(fields)

@@ -7,19 +7,19 @@ from pathlib import Path
 
 from pipeline.commands.parser import CommandLine, study_names
 from pipeline.core.errors import InputError
-from pipeline.core.terminal import Answer, Facts
+from pipeline.core.terminal import Answer, Fields
 
 
 def register(line: CommandLine) -> None:
     """Add the verbs."""
-    parser = line.verb("look", "trace", trace, "from a number to its run, adapter, data and commit", answers=True)
+    parser = line.verb("look", "trace", _trace, "from a number to its run, adapter, data and commit", answers=True)
     shown = "such as reports/hificl-table1.csv:1:value"
     parser.add_argument("number", nargs="?", metavar="FILE:ROW:COLUMN", help=shown)
     study_names(parser.add_argument("--study", metavar="S"))
     parser.add_argument("--cell", metavar="ROW:COLUMN", help="such as hificl:coco")
     parser.add_argument("--all", action="store_true", help="every number of every report, or of the --study's")
 
-    parser = line.verb("check", "reproduce", reproduce, "train and score a run again by its own record", answers=True)
+    parser = line.verb("check", "reproduce", _reproduce, "train and score a run again by its own record", answers=True)
     parser.add_argument("run_id", metavar="RUN_ID")
     text = "what the numbers may differ by (default: 0 on one CPU process)"
     parser.add_argument("--tolerance", type=float, help=text)
@@ -27,7 +27,7 @@ def register(line: CommandLine) -> None:
     parser.add_argument("--keep", metavar="FOLDER", help="keep the private store")
 
 
-def trace(args: argparse.Namespace) -> Answer:
+def _trace(args: argparse.Namespace) -> Answer:
     """Return what one number, or every number, was made from.
 
     Raises:
@@ -52,7 +52,7 @@ def trace(args: argparse.Namespace) -> Answer:
     return trace_number(place, params, Path.cwd())
 
 
-def reproduce(args: argparse.Namespace) -> Answer:
+def _reproduce(args: argparse.Namespace) -> Answer:
     """Return both numbers and how they differ; more than the tolerance is a problem."""
     from pipeline.config.load import load
     from pipeline.lineage.reproduce import reproduce_run
@@ -63,4 +63,4 @@ def reproduce(args: argparse.Namespace) -> Answer:
             args.run_id, load(), Path.cwd(), tolerance=args.tolerance, here=args.here,
             keep=Path(args.keep) if args.keep else None,
         )  # fmt: skip
-    return Facts(reproduction.record(), reproduction.problem)
+    return Fields(reproduction.record(), reproduction.problem)

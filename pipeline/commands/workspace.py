@@ -7,15 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.parser import CommandLine, profile_name
 from pipeline.core.errors import HificlError, InputError, WorkError
-from pipeline.core.terminal import Answer, Facts
+from pipeline.core.terminal import Answer, Fields
 
 if TYPE_CHECKING:
     from pipeline.config.load import Params
+    from pipeline.core.plain_yaml import Json
     from pipeline.records.evaluation import Evaluations
 
 _LINKS = (".venv", "pipeline", "stages", "checkpoints", "weights")
@@ -25,16 +27,16 @@ _REAL, _MADE = "data/real", "data/miniature"
 
 def register(line: CommandLine) -> None:
     """Add the verbs."""
-    parser = line.verb("run", "workspace", workspace, "make a folder that runs another profile beside this one")
+    parser = line.verb("run", "workspace", _workspace, "make a folder that runs another profile beside this one")
     parser.add_argument("folder")
     profile_name(parser.add_argument("--profile", required=True))
     parser.add_argument("--data", help="folder of the official files")
 
-    parser = line.verb("check", "gc", gc, "show what no report refers to; --yes removes it", answers=True)
+    parser = line.verb("check", "gc", _gc, "show what no report refers to; --yes removes it", answers=True)
     parser.add_argument("--yes", action="store_true", help="remove what is shown")
 
 
-def workspace(args: argparse.Namespace) -> None:
+def _workspace(args: argparse.Namespace) -> None:
     """Make the folder, or bring it up to date."""
     make_workspace(Path(args.folder), profile=args.profile, data=Path(args.data) if args.data else None)
 
@@ -97,7 +99,7 @@ def check_links(data: Path) -> None:
                 )  # fmt: skip
 
 
-def _pipeline(root: Path, *, made_here: bool, given: bool) -> dict[str, Any]:
+def _pipeline(root: Path, *, made_here: bool, given: bool) -> Json:
     """Return dvc.yaml with the stages that a workspace needs; `backbone` is the root's own.
 
     Args:
@@ -151,14 +153,32 @@ def dvc(folder: Path, *args: str, shown: bool = False) -> None:
         raise WorkError(f"dvc {args[0]} failed: {(done.stderr or '').strip()[-300:]}".rstrip(": "), where=str(folder))
 
 
-def gc(args: argparse.Namespace) -> Answer:
+def _gc(args: argparse.Namespace) -> Answer:
     """Show or remove it in the current folder."""
     from pipeline.config.load import load
 
-    return Facts(collect(load(), Path.cwd(), remove=args.yes))
+    return Fields(asdict(collect(load(), Path.cwd(), remove=args.yes)))
 
 
-def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Unreferred:
+    """What no report refers to: folders, files, runs and models, and the bytes of the first two.
+
+    Attributes:
+        kept_trials: how many trials stay.
+        removed: whether it is gone now.
+    """
+
+    trials: list[str]
+    evaluations: list[str]
+    mlflow_runs: list[str]
+    models: list[str]
+    bytes: int
+    kept_trials: int
+    removed: bool
+
+
+def collect(params: Params, root: Path, *, remove: bool) -> Unreferred:
     """Return the trials, evaluations and MLflow runs that no study's evaluation refers to; remove them if asked.
 
     What the profile's studies plan is kept also where it is not evaluated yet, as are the candidates of a search.
@@ -195,13 +215,13 @@ def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
         gone = {folder.name for folder in old_trials}
         runs = sorted(run.run_id for every in tracker.runs_of(gone).values() for run in every)
         models = registry.models_of(gone)
-        shown = {
-            "trials": [str(folder.relative_to(root)) for folder in old_trials],
-            "evaluations": [str(file.relative_to(root)) for file in old_files],
-            "mlflow_runs": runs, "models": [f"{name}/{version}" for name, version in models],
-            "bytes": sum(_size(path) for path in (*old_trials, *old_files)),
-            "kept_trials": len(trials), "removed": remove,
-        }  # fmt: skip
+        unreferred = Unreferred(
+            trials=[str(folder.relative_to(root)) for folder in old_trials],
+            evaluations=[str(file.relative_to(root)) for file in old_files],
+            mlflow_runs=runs, models=[f"{name}/{version}" for name, version in models],
+            bytes=sum(_size(path) for path in (*old_trials, *old_files)),
+            kept_trials=len(trials), removed=remove,
+        )  # fmt: skip
         if remove:
             registry.delete(models)
             tracker.delete_runs(runs)
@@ -209,7 +229,7 @@ def collect(params: Params, root: Path, *, remove: bool) -> dict[str, Any]:
                 shutil.rmtree(folder)
             for file in old_files:
                 file.unlink()
-    return shown
+    return unreferred
 
 
 def _referred(evaluations: Evaluations) -> tuple[set[str], set[str]]:

@@ -36,19 +36,19 @@ class Answer(ABC):
 
 
 @dataclass(frozen=True)
-class Facts(Answer):
+class Fields(Answer):
     """Names and values, nested as they may be: for answers that are no table."""
 
-    facts: Mapping[str, Any]
+    values: Mapping[str, Any]
     wrong: str | None = None
 
     def record(self) -> Any:
-        """Return the facts."""
-        return self.facts
+        """Return them."""
+        return self.values
 
     def shown(self) -> Iterator[RenderableType]:
-        """Give a line a fact."""
-        yield from _lines(self.facts)
+        """Give a line a value."""
+        yield from _lines(self.values)
 
     @property
     def problem(self) -> str | None:

@@ -19,9 +19,9 @@ from pipeline.lineage.checks import DIFFERS, MISSING, SAME, UNRECORDED, Check, C
 from pipeline.lineage.place import Place
 from pipeline.lineage.traced import (
     Chain,
+    MadeFrom,
     NamedManifest,
     NamedRun,
-    Origin,
     TracedAdapter,
     TracedBackbone,
     TracedCell,
@@ -115,7 +115,7 @@ class _Walk:
         config = self._trial(cell, evaluation)
         origin = None
         if config is not None:
-            origin = Origin(
+            origin = MadeFrom(
                 config=config,
                 adapter=self._adapter(cell, evaluation, run) if config["epochs"] else None,
                 data=self.manifest(str(config["task"]), str(config["manifest_digest"])),

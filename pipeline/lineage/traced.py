@@ -93,7 +93,7 @@ class TracedCode:
 
 
 @dataclass(frozen=True)
-class Origin:
+class MadeFrom:
     """What a trial was made from; `adapter` is None for a method without training."""
 
     config: Json
@@ -120,7 +120,7 @@ class Chain:
     trial: str | None
     evaluation: str
     scored_by: CodeVersion | None
-    origin: Origin | None
+    origin: MadeFrom | None
 
     def record(self) -> Json:
         """Return the stations that there are."""

@@ -101,7 +101,7 @@ def as_given(params: Params) -> Digests:
     )
 
 
-def trials(params: Params, study: str) -> list[TrialConfig]:
+def planned_trials(params: Params, study: str) -> list[TrialConfig]:
     """Return the trials of a study, each once, with nothing read from disk."""
     digests = as_given(params)
     planned = (cell.trial(point) for cell in cells(params, study, digests) for point in points(cell, params))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from pipeline.core.errors import WorkError
-from pipeline.core.terminal import Answer, Facts, Rows, short, table, write
+from pipeline.core.terminal import Answer, Fields, Rows, short, table, write
 from tests.commands.test_cli import hificl
 from tests.conftest import ROOT
 from tests.support.terminal import Terminal
@@ -80,7 +80,7 @@ def test_an_answer_is_printed_before_its_problem_ends_the_command(capsys, form, 
 
 def test_facts_nest_and_a_long_line_is_not_broken(capsys):
     path = "/a/" + "long/" * 40
-    write(Facts({"path": path, "none": None, "parts": {"of": 1234, "share": 0.123456}, "all": ["a", "b"]}), "table")
+    write(Fields({"path": path, "none": None, "parts": {"of": 1234, "share": 0.123456}, "all": ["a", "b"]}), "table")
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"path   {path}", "none   -", "parts", "  of     1,234", "  share  0.1235", "all    a", "       b"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.commands.plan import forecast as plan
+from pipeline.commands.plan import study_hours as plan
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.cost.hours import Rates, forecast

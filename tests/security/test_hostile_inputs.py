@@ -101,6 +101,13 @@ def test_a_configuration_that_is_none(folder, model):
             adapters.load(folder, model)
 
 
+@pytest.mark.parametrize("part", [{"extra": ["x"]}, {"options": 3}, {"backbone": {}}])
+def test_a_configuration_with_a_part_of_another_kind(folder, model, part):
+    change(folder, lambda config: config.update(part))
+    with pytest.raises(InputError, match="not an adapter's configuration"):
+        adapters.load(folder, model)
+
+
 @pytest.mark.parametrize("method", ["../../etc/passwd", "os", "pipeline.cli", "hificl; rm -rf /"])
 def test_a_method_is_a_registered_name(folder, model, method):
     change(folder, lambda config: config.update(method=method))
@@ -111,11 +118,11 @@ def test_a_method_is_a_registered_name(folder, model, method):
 @pytest.mark.parametrize("extra", [{"backbone": "../../../tmp", "task": "vqav2"}, {"backbone": "x", "task": "../x"}])
 def test_predict_takes_no_path_from_an_adapter(folder, pictures, extra):
     """The backbone and the task that a folder names are looked up among the registered ones; a path is no name."""
-    from pipeline.commands.predict import answer
+    from pipeline.commands.predict import ask
 
     change(folder, lambda config: config.update(extra=extra))
     with pytest.raises(InputError, match=r"unknown (backbone|task) '\.\./"):
-        answer(folder, pictures / "0.png", question="What?")
+        ask(folder, pictures / "0.png", question="What?")
 
 
 # -- a manifest ------------------------------------------------------------------------------------------------------

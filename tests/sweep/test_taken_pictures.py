@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline import tasks
 from pipeline.commands.doctor import examine
-from pipeline.commands.predict import answer
+from pipeline.commands.predict import ask
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
 from pipeline.sweep.draw import draw_manifest
@@ -68,4 +68,4 @@ def test_predict_says_so_before_it_loads_weights(project, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     thin = sorted((project / "data/real/images/train2014").iterdir())[0]
     with pytest.raises(InputError, match=rf"{thin.name}: 300 x 1 pixels: {RULE}"):
-        answer(tmp_path, thin, question="What?")
+        ask(tmp_path, thin, question="What?")
