@@ -206,12 +206,12 @@ class Adapter(nn.Module):
                 saved = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
         except (OSError, SafetensorError) as error:
             raise InputError(f"not readable: {error}", where=str(path)) from None
-        own = {name: list(value.shape) for name, value in self.state_dict().items()}
-        for name in sorted(own.keys() | saved.keys()):
-            mine, its = (shapes.get(name, "absent") for shapes in (own, saved))
-            if mine != its:
-                what = f"tensor {name}: the configuration asks for {mine}, the file has {its}"
-                raise InputError(what, where=str(path))
+        expected = {name: list(value.shape) for name, value in self.state_dict().items()}
+        for name in sorted(expected.keys() | saved.keys()):
+            wanted, given = (shapes.get(name, "absent") for shapes in (expected, saved))
+            if wanted != given:
+                problem = f"tensor {name}: the configuration asks for {wanted}, the file has {given}"
+                raise InputError(problem, where=str(path))
 
 
 class AttentionAdapter(Adapter):

@@ -31,8 +31,8 @@ class LoRAOptions(TeacherOptions):
 
     def facts(self) -> Facts:
         """Cross-entropy alone; with a teacher, MimIC's alignment and half of it (MimIC Table 11)."""
-        own = Facts(learning_rate=_LEARNING_RATE, trains_vision=self.scope == "all", drops=self.dropout > 0)
-        return self.taught(own)
+        facts = Facts(learning_rate=_LEARNING_RATE, trains_vision=self.scope == "all", drops=self.dropout > 0)
+        return self.taught(facts)
 
 
 class LoRAMiniOptions(LoRAOptions):

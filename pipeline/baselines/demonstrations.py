@@ -105,10 +105,10 @@ class SimilarImages(Baseline):
         return [self._nearest(*row) for row in zip(queries, *neighbours, strict=True)]
 
     def _nearest(self, query: Sample, distances: Any, indices: Any) -> list[Sample]:
-        own = set(_images(query))
+        query_images = set(_images(query))
         # of two images at one distance the earlier in the pool is the nearer, on every machine
         order = indices[np.lexsort((indices, distances))]
-        free = [self.entries[i] for i in order if own.isdisjoint(_images(self.entries[i]))]
+        free = [self.entries[i] for i in order if query_images.isdisjoint(_images(self.entries[i]))]
         free = [sample for sample in free if sample.sample_id != query.sample_id]
         if len(free) < self.options.num_shots:
             raise InputError(

@@ -102,8 +102,8 @@ def _tried(name: str, work: Callable[[], str], way_out: str | None = None) -> Fi
     try:
         return Finding(name, OK, work())
     except HificlError as error:
-        where = f"{error.where}: " if error.where else ""
-        return Finding(name, MISSING, where + error.what, ". ".join(filter(None, (error.way_out, way_out))) or None)
+        prefix = f"{error.where}: " if error.where else ""
+        return Finding(name, MISSING, prefix + error.what, ". ".join(filter(None, (error.way_out, way_out))) or None)
 
 
 def _python(params: Params, root: Path) -> Iterator[Finding]:

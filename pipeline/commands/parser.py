@@ -34,8 +34,8 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            what = f"value of {action.option_strings[-1]}" if action.option_strings else f"{action.metavar}".lower()
-            self.error(f"unknown {what} '{value}'. {nearest(str(value), map(str, action.choices))}")
+            subject = f"value of {action.option_strings[-1]}" if action.option_strings else f"{action.metavar}".lower()
+            self.error(f"unknown {subject} '{value}'. {nearest(str(value), map(str, action.choices))}")
 
 
 class CommandLine(Parser):
@@ -61,8 +61,8 @@ class CommandLine(Parser):
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         if answers:
             form = sub.add_mutually_exclusive_group()
-            for form_name, where in (("json", "a pipe"), ("table", "a terminal")):
-                text = f"print {form_name if form_name == 'table' else 'JSON'}, as into {where}"
+            for form_name, medium in (("json", "a pipe"), ("table", "a terminal")):
+                text = f"print {form_name if form_name == 'table' else 'JSON'}, as into {medium}"
                 form.add_argument(f"--{form_name}", dest="form", action="store_const", const=form_name, help=text)
         return sub
 

@@ -109,9 +109,9 @@ def _trials(args: argparse.Namespace) -> Trials:
     from pipeline.plan.trials import trial_rows
     from pipeline.records.store import TrialStore
 
-    params, where = load(overrides=args.set, profile=args.profile), places()
+    params, folders = load(overrides=args.set, profile=args.profile), places()
     studies = args.study or params.run.studies
-    return Trials(trial_rows(params, studies, where, TrialStore(where.runs).finished))
+    return Trials(trial_rows(params, studies, folders, TrialStore(folders.runs).finished))
 
 
 @dataclass(frozen=True)

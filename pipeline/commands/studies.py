@@ -179,10 +179,10 @@ def _draw_samples(params: Params, studies: list[str], root: Path) -> None:
     from pipeline.plan.space import needed
     from pipeline.sweep.draw import draw_task
 
-    where = places(root)
+    folders = places(root)
 
     def absent() -> list[str]:
-        return [task for task in needed(params, studies)[1] if not where.manifest(task).is_file()]
+        return [task for task in needed(params, studies)[1] if not folders.manifest(task).is_file()]
 
     if absent() and (root / ".dvc").is_dir():
         dvc(root, "repro", "subsample", shown=True)  # what the profile's own studies need

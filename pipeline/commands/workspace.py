@@ -244,9 +244,9 @@ def _planned(params: Params, root: Path) -> set[str]:
     from pipeline.plan.inputs import all_cells, places
     from pipeline.plan.plan import make_plan
 
-    where = places(root)
+    folders = places(root)
     try:
-        return set(make_plan(params, all_cells(params, params.run.studies, where), where).trials)
+        return set(make_plan(params, all_cells(params, params.run.studies, folders), folders).trials)
     except HificlError as error:
         # what is planned cannot be told, so nothing may be taken away
         raise InputError(f"the profile's studies cannot be laid out: {error}", where="hificl gc") from error

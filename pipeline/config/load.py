@@ -105,7 +105,7 @@ def _resolved(raw: dict[str, Any], where: str) -> Params:
         if name in raw:
             raw[name] = _set(_section(raw, name, where))
     file: ParamsFile = validate(ParamsFile, raw, where)
-    own = {name: raw.get(name, {}) for name in OWN}
+    sections = {name: raw.get(name, {}) for name in OWN}
     for kind in FOLDERS:
         for name in raw[kind]:
             if not _NAME.fullmatch(str(name)):
@@ -117,8 +117,8 @@ def _resolved(raw: dict[str, Any], where: str) -> Params:
     if file.protocol is not None and file.protocol not in protocols:
         raise InputError(f"unknown protocol '{file.protocol}'", where=where, way_out=nearest(file.protocol, protocols))
     chosen = protocols[file.protocol] if file.protocol else Protocol()
-    name, run, run_at = _profile(raw, own, chosen, where)
-    explicit = own if file.run is None else dict.fromkeys(OWN, {})
+    name, run, run_at = _profile(raw, sections, chosen, where)
+    explicit = sections if file.run is None else dict.fromkeys(OWN, {})
     laid = {}
     for section in SECTIONS:
         merged = merge(merge(getattr(chosen, section, {}), getattr(run, section)), explicit[section])
@@ -167,8 +167,8 @@ def _extended(name: str, profiles: Json, seen: tuple[str, ...]) -> Json:
     if base is None:
         return profile
     if not isinstance(base, str) or base not in profiles or base in (*seen, name):
-        what = "extends itself" if base in (*seen, name) else f"extends unknown profile '{base}'"
-        raise InputError(what, where=f"profile '{name}'", way_out=nearest(str(base), set(profiles) - {name}))
+        problem = "extends itself" if base in (*seen, name) else f"extends unknown profile '{base}'"
+        raise InputError(problem, where=f"profile '{name}'", way_out=nearest(str(base), set(profiles) - {name}))
     return merge(_extended(base, profiles, (*seen, name)), {k: v for k, v in profile.items() if k != "extends"})
 
 

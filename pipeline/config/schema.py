@@ -44,8 +44,8 @@ class Subsample(Section):
 
     def of(self, task: str) -> Subsample:
         """Return the same with the sizes of `task`."""
-        own = self.tasks.get(task, Sizes()).model_dump(exclude_none=True)
-        return self.model_copy(update=own)
+        of_task = self.tasks.get(task, Sizes()).model_dump(exclude_none=True)
+        return self.model_copy(update=of_task)
 
 
 class Train(Section):
@@ -235,12 +235,12 @@ class Study(Section):
     def _short_rows(cls, data: Any) -> Any:
         # `lora-r16: {method: lora, rank: 16}` is the short form of `{method: lora, set: {rank: 16}}`
         if isinstance(data, dict) and isinstance(data.get("methods"), dict):
-            own = set(StudyMethod.model_fields)
+            row_fields = set(StudyMethod.model_fields)
             rows = {}
             for name, given in data["methods"].items():
                 row = {"method": name} if given is None else dict(given)
                 row.setdefault("method", name)
-                extra = {k: row.pop(k) for k in list(row) if k not in own}
+                extra = {k: row.pop(k) for k in list(row) if k not in row_fields}
                 row["set"] = {**row.get("set", {}), **extra}
                 rows[name] = row
             data = {**data, "methods": rows}

@@ -101,11 +101,11 @@ def _link(link: Path, target: Path) -> None:
 def _share(source: Path, target: Path) -> None:
     for pattern in _BY_CONTENT:
         for file in source.glob(pattern):
-            other = target / file.relative_to(source)
-            if other.exists():
+            link = target / file.relative_to(source)
+            if link.exists():
                 continue
-            other.parent.mkdir(parents=True, exist_ok=True)
+            link.parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(file, other)
+                os.link(file, link)
             except OSError:  # a file system without hard links
-                shutil.copy2(file, other)
+                shutil.copy2(file, link)

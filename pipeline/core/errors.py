@@ -98,8 +98,8 @@ def _explained(
     more = f" (and {len(complaints) - len(same)} more)" if len(complaints) > len(same) else ""
     value = repr(first["input"])
     got = f", got {value if len(value) <= _SHOWN else f'{value[:_SHOWN]}...'}"
-    what = f"{field}: {says}{'' if first['type'] == 'missing' else got}{more}" if field else f"{says}{more}"
-    return InputError(what, where=where, way_out=way_out)
+    problem = f"{field}: {says}{'' if first['type'] == 'missing' else got}{more}" if field else f"{says}{more}"
+    return InputError(problem, where=where, way_out=way_out)
 
 
 def _path(parts: tuple[Any, ...]) -> str:

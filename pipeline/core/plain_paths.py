@@ -120,12 +120,14 @@ def _unfit(path: str) -> str | None:
 
 def _own_folder() -> Path:
     """Return a folder that nobody else can put a link into."""
-    own = ray_folder() / f"hificl-{os.getuid()}"
+    user_folder = ray_folder() / f"hificl-{os.getuid()}"
     try:
-        own.mkdir(mode=0o700, exist_ok=True)
-        state = own.lstat()
+        user_folder.mkdir(mode=0o700, exist_ok=True)
+        state = user_folder.lstat()
     except OSError as error:
-        raise disk_error(error, own) from error
+        raise disk_error(error, user_folder) from error
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022:
-        raise InputError("is not a folder of yours alone", where=str(own), way_out=f"Remove it, or set {VARIABLE}")
-    return own
+        raise InputError(
+            "is not a folder of yours alone", where=str(user_folder), way_out=f"Remove it, or set {VARIABLE}"
+        )
+    return user_folder

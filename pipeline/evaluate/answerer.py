@@ -74,8 +74,8 @@ class Answerer:
         """
         self._check_question(question)
         with _as_file(image) as file:
-            where = str(image) if file == Path(image) else "the image given"
-            backbones.get(self.origin["backbone"]).family.check_size(*image_files.sizes([file])[0], where)
+            name = str(image) if file == Path(image) else "the image given"
+            backbones.get(self.origin["backbone"]).family.check_size(*image_files.sizes([file])[0], name)
             text = self._generate(file, question, max_new_tokens or self.task.max_new_tokens)
         return {
             "answer": text, "text": text, "question": question,

@@ -123,17 +123,19 @@ def _named(table: Table, row: str, column: str, where: str) -> TableEntry:
     if not rows:
         known = {entry.line.method for entry in table.entries.values()}
         raise InputError(f"no row '{row}'", where=where, way_out=nearest(row, known))
-    found = [entry for entry in rows if column in _column_names(entry)]
-    if not found:
+    entries = [entry for entry in rows if column in _column_names(entry)]
+    if not entries:
         known = {entry.column.task for entry in rows}
         raise InputError(f"no column '{column}'", where=where, way_out=nearest(column, known))
-    if len(found) > 1:
+    if len(entries) > 1:
         # the task's own score goes before its further metrics
-        found = [entry for entry in found if entry.column.metric is None] or found
-    if len(found) > 1:
-        fits = ", ".join(f"{e.line.backbone}/{e.line.method}:{e.column.task}" for e in found[:6])
-        raise InputError(f"{len(found)} numbers are called {row}:{column}", where=where, way_out=f"Give one of: {fits}")
-    return found[0]
+        entries = [entry for entry in entries if entry.column.metric is None] or entries
+    if len(entries) > 1:
+        fits = ", ".join(f"{e.line.backbone}/{e.line.method}:{e.column.task}" for e in entries[:6])
+        raise InputError(
+            f"{len(entries)} numbers are called {row}:{column}", where=where, way_out=f"Give one of: {fits}"
+        )
+    return entries[0]
 
 
 def _row_names(entry: TableEntry) -> set[str]:

@@ -104,8 +104,8 @@ class _Walk:
     def chains(self, place: Place) -> list[Chain]:
         """Return the way of each seed of a number, after comparing it with what its file prints."""
         if place.printed is not None:
-            where = f"{place.file or place.study} {place.entry.line.method}:{place.entry.column.task}"
-            self.checks.compare("report", where, places.expected(place.entry), place.printed)
+            name = f"{place.file or place.study} {place.entry.line.method}:{place.entry.column.task}"
+            self.checks.compare("report", name, places.expected(place.entry), place.printed)
         return [self.chain(cell) for cell in place.entry.done]
 
     def chain(self, cell: CellResult) -> Chain:
@@ -131,21 +131,21 @@ class _Walk:
     def _evaluation(self, cell: CellResult) -> Evaluation | None:
         evaluations, key = Evaluations(self.root / "evaluations"), str(cell.evaluation)
         path = evaluations.path(key)
-        where = path.relative_to(self.root)
+        place = path.relative_to(self.root)
         try:
             evaluation = evaluations.read(key)
         except InputError as error:
-            self.checks.add(Check("evaluation", str(where), cell.evaluation, error.what, MISSING))
+            self.checks.add(Check("evaluation", str(place), cell.evaluation, error.what, MISSING))
             return None
         if cell.evaluation_digest:
-            self.checks.compare("evaluation", where, cell.evaluation_digest, file_digest(path))
-        self.checks.compare("evaluation's key", where, key, key_of(EvaluationConfig, evaluation.evaluation, key))
+            self.checks.compare("evaluation", place, cell.evaluation_digest, file_digest(path))
+        self.checks.compare("evaluation's key", place, key, key_of(EvaluationConfig, evaluation.evaluation, key))
         if cell.measurement:
             measured = self.root / cell.measurement
             self.checks.compare("measurement", cell.measurement, cell.measurement_digest, _digest_of(measured))
         else:
-            self.checks.compare("evaluation's value", where, cell.value, evaluation.value)
-        self.checks.compare("evaluation's trial", where, cell.trial, evaluation.trial)
+            self.checks.compare("evaluation's value", place, cell.value, evaluation.value)
+        self.checks.compare("evaluation's trial", place, cell.trial, evaluation.trial)
         return evaluation
 
     def _run(self, cell: CellResult) -> NamedRun | None:
@@ -169,20 +169,20 @@ class _Walk:
 
     def _trial(self, cell: CellResult, evaluation: Evaluation | None) -> Json | None:
         key = str(cell.trial)
-        where = f"runs/{key}/config.json"
+        place = f"runs/{key}/config.json"
         try:
             config = self.store.record(key).config
         except HificlError as error:
-            self.checks.add(Check("trial", where, key, error.what, MISSING))
+            self.checks.add(Check("trial", place, key, error.what, MISSING))
             return None
-        self.checks.compare("trial's key", where, key, key_of(TrialConfig, config, key))
+        self.checks.compare("trial's key", place, key, key_of(TrialConfig, config, key))
         if evaluation:
-            self.checks.compare("trial's configuration", where, digest(evaluation.config), digest(config))
+            self.checks.compare("trial's configuration", place, digest(evaluation.config), digest(config))
         return config
 
     def _adapter(self, cell: CellResult, evaluation: Evaluation | None, run: NamedRun | None) -> TracedAdapter:
         folder = self.store.folder(str(cell.trial)) / "adapter"
-        where = folder.relative_to(self.root)
+        place = folder.relative_to(self.root)
         end = self.store.done(str(cell.trial))
         present = functools.cache(lambda: folder_digest(folder))
         recorded = {
@@ -192,28 +192,28 @@ class _Walk:
         }
         for when, known in recorded.items():
             if known:
-                self.checks.compare(f"adapter (recorded {when})", where, known, present)
+                self.checks.compare(f"adapter (recorded {when})", place, known, present)
         if not any(recorded.values()):
-            self.checks.compare("adapter", where, None, present)
-        return TracedAdapter(str(where), present(), end.chosen_epoch if end else None)
+            self.checks.compare("adapter", place, None, present)
+        return TracedAdapter(str(place), present(), end.chosen_epoch if end else None)
 
     def _manifest(self, task: str, wanted: str) -> NamedManifest:
         path = self.root / "data/manifests" / task / "manifest.json"
-        where = str(path.relative_to(self.root))
+        place = str(path.relative_to(self.root))
         try:
             manifest = Manifest.load(path)
         except InputError as error:
             state = DIFFERS if path.exists() else MISSING
-            self.checks.add(Check("manifest", where, wanted, error.what, state))
-            return NamedManifest(where, None)
-        self.checks.compare("manifest", where, wanted, manifest.digest)
+            self.checks.add(Check("manifest", place, wanted, error.what, state))
+            return NamedManifest(place, None)
+        self.checks.compare("manifest", place, wanted, manifest.digest)
         base = self.root / manifest.image_root
         files = {source.path: source.sha256 for source in manifest.sources}
         images = {i.path: i.sha256 for rows in manifest.splits.values() for sample in rows for i in sample.images}
         for name, known in files.items():
             self.checks.compare("source file", base / name, known, functools.partial(_digest_of, base / name))
         self._images(base, images)
-        return TracedManifest(where, manifest.digest, manifest.seed, str(manifest.image_root), files, len(images))
+        return TracedManifest(place, manifest.digest, manifest.seed, str(manifest.image_root), files, len(images))
 
     def _images(self, base: Path, images: dict[str, str]) -> None:
         wrong = 0

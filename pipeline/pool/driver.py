@@ -87,7 +87,7 @@ def _watched(relay: Relay) -> Iterator[None]:
 
     here = ray.get_runtime_context().get_node_id()
     children = {process.name(): process for process in psutil.Process().children()}
-    own = {name: children[name] for name in CLUSTER if name in children}  # of a private cluster
+    processes = {name: children[name] for name in CLUSTER if name in children}  # of a private cluster
     stop = threading.Event()
     heard = time.monotonic()
 
@@ -102,7 +102,7 @@ def _watched(relay: Relay) -> Iterator[None]:
 
     def watch() -> None:
         while not stop.wait(LIFE_SECONDS / 2):
-            dead = [name for name, process in own.items() if not alive(process)]
+            dead = [name for name, process in processes.items() if not alive(process)]
             if dead or time.monotonic() - heard > CLUSTER_SECONDS:
                 why = f"Ray's {dead[0]} died" if dead else f"Ray did not answer for {CLUSTER_SECONDS:.0f} s"
                 relay.send(WorkLost(why))

@@ -151,10 +151,10 @@ class Queue:
             return
         trial = self.waiting[0]
         if not trial.attempts:
-            others = {other.teacher for other in self.slots if other is not slot} - {None}
-            own = [t for t in self.waiting if slot.teacher is not None and t.request.teacher_key == slot.teacher]
+            others = {neighbour.teacher for neighbour in self.slots if neighbour is not slot} - {None}
+            of_teacher = [t for t in self.waiting if slot.teacher is not None and t.request.teacher_key == slot.teacher]
             free = [t for t in self.waiting if t.request.teacher_key not in others]
-            trial = (own or free or self.waiting)[0]
+            trial = (of_teacher or free or self.waiting)[0]
         self.waiting.remove(trial)
         slot.trials.append(trial)
         slot.teacher = trial.request.teacher_key or slot.teacher
@@ -226,7 +226,7 @@ class Queue:
     def not_built(self, slot: SlotState, why: str) -> list[Decision]:
         """Note that a slot could not be built; where none at all can be built any more, what waits fails."""
         slot.failures += 1
-        if any(other.built or other.failures < self.max_attempts for other in self.slots):
+        if any(peer.built or peer.failures < self.max_attempts for peer in self.slots):
             return []
         waiting, self.waiting = self.waiting, []
         return [self._fail(trial, why) for trial in waiting]

@@ -140,9 +140,9 @@ class VisualTokens:
     def _processed(self, key: str, image: Image, root: Path | str, *, keep: bool = True) -> Pixels:
         pixels = self._pixels.get(key)
         if pixels is None:
-            where = str(image_files.located(image, root))
-            picture = decode_image(image_files.read_image(image, root), where)
-            self.loaded.family.check_size(picture.height, picture.width, where)
+            place = str(image_files.located(image, root))
+            picture = decode_image(image_files.read_image(image, root), place)
+            self.loaded.family.check_size(picture.height, picture.width, place)
             pixels = self.loaded.family.process(self.loaded.processor, picture)
             if keep:
                 self._pixels.put(key, pixels)

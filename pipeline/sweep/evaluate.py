@@ -57,9 +57,9 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None) -> No
 
 
 def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore) -> None:
-    where, evaluations = places(root), Evaluations(root.resolve() / "evaluations")
-    cells = all_cells(params, studies, where)
-    plan = make_plan(params, cells, where)
+    folders, evaluations = places(root), Evaluations(root.resolve() / "evaluations")
+    cells = all_cells(params, studies, folders)
+    plan = make_plan(params, cells, folders)
     chosen = {cell.name: _choose(params, cell, store) for cell in cells}
     scoring = {
         cell.name: _evaluation(params, cell, choice.trial)
@@ -155,9 +155,9 @@ def _choose(params: Params, cell: Cell, store: TrialStore) -> Choice:
 def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
     if cell.evaluation is not None:
         return cell.evaluation.model_copy(update={"trial": trial})
-    settings, own, task = params.evaluate, methods.published_decoding(cell.method), tasks.get(cell.task)
+    settings, published, task = params.evaluate, methods.published_decoding(cell.method), tasks.get(cell.task)
     given = {name: getattr(settings.generation, name) for name in ("num_beams", "length_penalty", "max_new_tokens")}
-    decoding = {name: getattr(own, name) if value == "published" else value for name, value in given.items()}
+    decoding = {name: getattr(published, name) if value == "published" else value for name, value in given.items()}
     decoding["max_new_tokens"] = decoding["max_new_tokens"] or task.max_new_tokens
     return EvaluationConfig(
         trial=trial, num_samples=settings.num_evaluation_samples, **decoding, vqa_normalise=settings.vqa_normalise,

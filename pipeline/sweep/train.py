@@ -41,12 +41,12 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
         InputError: params, data, weights, cluster or tracking store are not in order; nothing was started.
         WorkError: some trials failed; the others are done.
     """
-    where = places(root)
-    plan = make_plan(params, all_cells(params, studies, where), where)
+    folders = places(root)
+    plan = make_plan(params, all_cells(params, studies, folders), folders)
     for line in unheard(params, plan.cells.values()):
         say(f"note: {line}")
-    store = TrialStore(where.runs)
-    with in_order(), store.lock("a sweep", wait=copies.is_copy(where.runs.parent)):
+    store = TrialStore(folders.runs)
+    with in_order(), store.lock("a sweep", wait=copies.is_copy(folders.runs.parent)):
         check_open(plan, store)
         check_all(plan, store)
         with ahead(bool(plan.open_keys(store.finished) or plan.searched)) as driver:

@@ -280,8 +280,8 @@ class Tracker:
         """
         key = str(tags.get("sweep_key", ""))
         known = self.find_sweep(study, key)
-        own = {"kind": "sweep", "sweep_key": key, "study": study}
-        run_id = self._start(study, known, name=f"{study} {key[:6]}".strip(), tags={**tags, **own}, parent=None)
+        identity = {"kind": "sweep", "sweep_key": key, "study": study}
+        run_id = self._start(study, known, name=f"{study} {key[:6]}".strip(), tags={**tags, **identity}, parent=None)
         report = page.report_link(self.experiment(study), run_id, study)
         note = f"{description}\n\n[Tables and figures]({report})"
         self.tag(run_id, page.note_tags(known.tags if known else {}, note, ours=True))
@@ -300,8 +300,8 @@ class Tracker:
         """
         code = trial.made_by or self.provenance
         known = self._find(study, {"trial_key": trial.key, "mlflow.parentRunId": parent})
-        own = {"kind": "trial", "study": study, "trial_key": trial.key, "mlflow.parentRunId": parent, **LAYOUT}
-        tags = {**code_tags(code), **trial.tags, **own}
+        identity = {"kind": "trial", "study": study, "trial_key": trial.key, "mlflow.parentRunId": parent, **LAYOUT}
+        tags = {**code_tags(code), **trial.tags, **identity}
         run_id = self._start(study, known, name=trial.name, tags=tags, parent=parent)
         if known is None:
             self._log_provenance(run_id, code)
@@ -532,16 +532,16 @@ def _talking(uri: str, kind: type[InputError] | type[WorkError] = WorkError) -> 
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise  # a file of ours, not the store
-        where, cause = store.shown(uri), (str(error).strip() or type(error).__name__).splitlines()[0]
+        address, cause = store.shown(uri), (str(error).strip() or type(error).__name__).splitlines()[0]
         if "out-of-date database schema" in str(error):
             raise InputError(
                 "the store was written by another version of MLflow",
-                where=where,
-                way_out=f"Save a copy, then run: mlflow db upgrade {where}",
+                where=address,
+                way_out=f"Save a copy, then run: mlflow db upgrade {address}",
             ) from None
         away = not isinstance(error, MlflowException) or error.error_code in _AWAY_CODES
         away_kind = StoreAway if kind is WorkError else store.Unreachable
-        raise (away_kind if away else kind)(f"the MLflow store failed: {cause}", where=where) from error
+        raise (away_kind if away else kind)(f"the MLflow store failed: {cause}", where=address) from error
 
 
 def pages(call: Callable[..., Any], *arguments: Any) -> Iterator[Any]:

@@ -61,8 +61,8 @@ def serve_page(folder: Path, uri: str | None, *, host: str, port: int) -> None:
     files = ["--artifacts-destination", (main_checkout(folder) / "mlartifacts").as_uri()]
     # in the environment, not among the arguments: the address may hold a password. Jobs are processes of their own that
     # nothing here asks for.
-    own = {"MLFLOW_BACKEND_STORE_URI": address, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    subprocess.run([*command, *files], check=False, env={**os.environ, **own})
+    environment = {"MLFLOW_BACKEND_STORE_URI": address, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    subprocess.run([*command, *files], check=False, env={**os.environ, **environment})
 
 
 def start(folder: Path, *, host: str, port: int, database: str | None, artifacts: str | None, detach: bool) -> None:
