@@ -18,7 +18,7 @@ from pipeline import commands
 from pipeline.commands.parser import CommandLine
 from pipeline.core import plain_paths
 from pipeline.core.errors import HificlError
-from pipeline.core.terminal import write
+from pipeline.core.terminal import print_answer
 
 INTERRUPTED = 130
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     def work() -> None:
         if argv is None:
             plain_paths.go_on_plainly()
-        write(args.func(args), getattr(args, "form", None))
+        print_answer(args.func(args), getattr(args, "form", None))
 
     sys.exit(guarded(work, debug=args.debug))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import adapters
 from pipeline.adapters.base import METHODS
-from pipeline.adapters.options import Decoding, Facts, Options
+from pipeline.adapters.options import Facts, Options, PublishedDecoding
 from pipeline.baselines import baselines
 from pipeline.config.trial import TrialConfig, canonical
 from pipeline.core.errors import InputError, nearest
@@ -77,7 +77,7 @@ def summary(method: str) -> str:
     return (kind.__doc__ or "").partition("\n")[0]
 
 
-def published_decoding(method: str) -> Decoding:
+def published_decoding(method: str) -> PublishedDecoding:
     """Return how the method's published code decodes."""
     return _schema(method).published_decoding
 

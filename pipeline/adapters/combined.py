@@ -12,7 +12,7 @@ from pipeline.adapters.base import METHODS, Adapter, Init, ParameterGroup
 from pipeline.adapters.hificl import HiFICL, HiFICLOptions
 from pipeline.adapters.lora import LoRA, LoRAOptions
 from pipeline.adapters.mimic import MimIC, MimICOptions
-from pipeline.adapters.options import Decoding, Facts, Options
+from pipeline.adapters.options import Facts, Options, PublishedDecoding
 from pipeline.backbones.decoder import DecoderSpec
 
 
@@ -31,7 +31,7 @@ class MimICLoRAOptions(Options):
 class HiFICLLoRAOptions(Options):
     """The options of both parts."""
 
-    published_decoding: ClassVar[Decoding] = HiFICLOptions.published_decoding
+    published_decoding: ClassVar[PublishedDecoding] = HiFICLOptions.published_decoding
     hificl: HiFICLOptions = HiFICLOptions()
     lora: LoRAOptions = LoRAOptions()
 

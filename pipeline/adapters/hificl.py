@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.adapters.base import METHODS, AttentionAdapter, Init
-from pipeline.adapters.options import Decoding, Facts, Options, TeacherOptions
+from pipeline.adapters.options import Facts, Options, PublishedDecoding, TeacherOptions
 from pipeline.attention.merged import no_autocast
 from pipeline.backbones.decoder import DecoderSpec
 
@@ -20,7 +20,9 @@ _QUIET = 4.0  # alpha_init "identity": the virtual tokens start with Z1 of about
 class HiFICLOptions(TeacherOptions):
     """HiFICL's options; the four after `rank` are Table 2's ablations."""
 
-    published_decoding: ClassVar[Decoding] = Decoding(num_beams=1, length_penalty=1.0, max_new_tokens=20)
+    published_decoding: ClassVar[PublishedDecoding] = PublishedDecoding(
+        num_beams=1, length_penalty=1.0, max_new_tokens=20
+    )
     num_virtual_tokens: int = Field(default=8, ge=1)
     rank: int = Field(default=8, ge=1)
     lowrank_k: bool = True

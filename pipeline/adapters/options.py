@@ -50,7 +50,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Decoding:
+class PublishedDecoding:
     """How a method's published code writes answers; the defaults are MimIC's, which runs the baselines too.
 
     Attributes:
@@ -68,7 +68,7 @@ class Options(BaseModel):
     """Base of a method's options: frozen, unknown keys refused with the nearest known one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    published_decoding: ClassVar[Decoding] = Decoding()
+    published_decoding: ClassVar[PublishedDecoding] = PublishedDecoding()
     # Options that came later, with the values that records and adapters of before mean by leaving them out.
     later: ClassVar[Mapping[str, Any]] = {}
 

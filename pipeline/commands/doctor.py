@@ -247,7 +247,9 @@ def _mlflow(params: Params, root: Path) -> Iterator[Finding]:
     from pipeline.tracking import store
 
     def reached() -> str:
-        uri = store.resolve(params.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None, main_checkout(root))
+        uri = store.resolve_address(
+            params.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None, main_checkout(root)
+        )
         file = store.sqlite_file(uri)
         if file is not None and not file.exists():  # looking must not make it
             if not os.access(file.parent, os.W_OK):

@@ -42,7 +42,7 @@ def _sweep(args: argparse.Namespace) -> None:
         from pipeline.pool import job
 
         chosen = [*_repeated("--study", args.study or []), *_repeated("--set", args.set)]
-        sys.exit(job.attach() if args.attach else job.submit(chosen))
+        sys.exit(job.attach_to_sweep() if args.attach else job.submit(chosen))
     from pipeline.sweep.train import sweep
 
     sweep(params, args.study or params.run.studies)
@@ -57,12 +57,12 @@ def _run_trial(args: argparse.Namespace) -> Answer:
     from pipeline.config.load import load
     from pipeline.sweep import recorded
 
-    trial = recorded.read(Path(args.file), Path(args.evaluation) if args.evaluation else None)
+    trial = recorded.read_recorded(Path(args.file), Path(args.evaluation) if args.evaluation else None)
     params, root = load(overrides=args.set), Path.cwd()
-    recorded.train(trial, params, root)
+    recorded.train_recorded(trial, params, root)
     fields: Json = {"trial": trial.config.key, "folder": f"runs/{trial.config.key}"}
     if not args.train_only:
-        key, score = recorded.score(trial, params, root)
+        key, score = recorded.score_recorded(trial, params, root)
         fields |= {"evaluation": f"evaluations/{key}.json", "metric": score.metric, "unit": score.unit}
         fields["value"] = score.value
     return Fields(fields)

@@ -132,7 +132,7 @@ class BackboneSource(Section):
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
-class Miniature(Section):
+class MiniatureSettings(Section):
     """Stages `backbone` and `world`: the backbones made here and the world they see."""
 
     seed: int = 0
@@ -268,7 +268,7 @@ class ParamsFile(Section):
     sweep: Sweep = Sweep()
     evaluate: Evaluate = Evaluate()
     backbones: dict[str, BackboneSource] = {}
-    miniature: Miniature = Miniature()
+    miniature: MiniatureSettings = MiniatureSettings()
     tracking: Tracking = Tracking()
 
 
@@ -291,7 +291,7 @@ class Params(Section):
     profiles: dict[str, dict[str, Any]]
     protocols: dict[str, Protocol] = {}
     protocol: str | None = None  # one of `protocols`; None: every choice as its own section has it
-    miniature: Miniature = Miniature()
+    miniature: MiniatureSettings = MiniatureSettings()
     backbones: dict[str, BackboneSource] = {}
     subsample: Subsample = Subsample()
     train: Train = Train()

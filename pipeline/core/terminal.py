@@ -19,7 +19,7 @@ GOOD, BAD, QUIET = "green", "bold red", "dim"  # Rich's names of styles
 
 
 class Answer(ABC):
-    """What a command found; `write` prints it."""
+    """What a command found; `print_answer` prints it."""
 
     @abstractmethod
     def record(self) -> Any:
@@ -127,7 +127,7 @@ def table(*columns: str, right: Iterable[str] = (), title: str | None = None) ->
     return made
 
 
-def write(answer: Any, form: str | None = None) -> None:
+def print_answer(answer: Any, form: str | None = None) -> None:
     """Print what a command returned.
 
     Args:

@@ -19,7 +19,7 @@ from pipeline.evaluate.predict import Answers, SplitPart
 from pipeline.measure import Measure, MeasureJob
 from pipeline.pool.nodes import work_in
 from pipeline.pool.tuner import count_slots
-from pipeline.pool.units import Call, Calls, Job, Unit
+from pipeline.pool.units import Calls, EvaluatorCall, Job, Unit
 from pipeline.records.evaluation import Evaluation
 
 
@@ -69,7 +69,7 @@ def score_on_cluster(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Eva
     """
     calls = Calls(jobs, count_slots(params.sweep, 1, sys.maxsize), params.sweep.pack, params.sweep.retry.max_attempts)
     idle = [_evaluator(params) for _ in range(calls.slots)]
-    working: dict[Any, tuple[Any, Call]] = {}
+    working: dict[Any, tuple[Any, EvaluatorCall]] = {}
     while True:
         while idle and (call := calls.take()):
             actor = idle.pop()
@@ -94,7 +94,7 @@ def score_on_cluster(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Eva
                 yield call.job[1].key, result
 
 
-def _made(actor: Any, call: Call) -> Any:
+def _made(actor: Any, call: EvaluatorCall) -> Any:
     """Make a call; return Ray's reference to its result."""
     if isinstance(call, Unit):
         return actor.answer.remote([request for request, _ in call.jobs], call.jobs[0][1], call.part)

@@ -58,7 +58,7 @@ def entrypoint(home: str, arguments: list[str], tracking: str) -> str:
     return f"cd {shlex.quote(home)} && exec {shlex.join(words)}"
 
 
-def attach() -> int:
+def attach_to_sweep() -> int:
     """Follow the sweep of this folder that runs on the cluster, or show how the last one ended; return its exit status.
 
     Ctrl-C ends the following, not the sweep.

@@ -44,7 +44,7 @@ class TrialEnded:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Outcome:
     """What came of one piece of work, a result or an error."""
 
     key: str | int
@@ -82,7 +82,7 @@ class Stop:
 
 
 TrialMessage = TrialStarted | EpochEnded | TrialEnded
-Result = TrialMessage | Answer  # what work may tell
+Result = TrialMessage | Outcome  # what work may tell
 Message = Result | Alive | WorkEnded | WorkRefused | WorkLost
 Tell = Callable[[Result], None]
 
@@ -139,7 +139,7 @@ class Training:
 
 @dataclass
 class Scoring:
-    """Trials to score; tells an `Answer` by evaluation key."""
+    """Trials to score; tells an `Outcome` by evaluation key."""
 
     params: Params
     jobs: Sequence[Job]
@@ -149,12 +149,12 @@ class Scoring:
         from pipeline.pool.evaluators import score_on_cluster
 
         for key, result in score_on_cluster(self.params, list(self.jobs)):
-            tell(Answer(key, _sendable(result)))
+            tell(Outcome(key, _sendable(result)))
 
 
 @dataclass
 class Measuring:
-    """Groups of trials to measure; tells an `Answer` by the group's number: the numbers of each trial."""
+    """Groups of trials to measure; tells an `Outcome` by the group's number: the numbers of each trial."""
 
     params: Params
     kind: Measure
@@ -166,9 +166,9 @@ class Measuring:
 
         for number, jobs in self.groups.items():
             try:
-                tell(Answer(number, measure_on_cluster(self.params, self.kind, jobs)))
+                tell(Outcome(number, measure_on_cluster(self.params, self.kind, jobs)))
             except Exception as error:  # the other groups are measured all the same
-                tell(Answer(number, _sendable(error)))
+                tell(Outcome(number, _sendable(error)))
 
 
 def _sendable(result: object) -> object:

@@ -20,9 +20,9 @@ from pipeline.pool import processes
 from pipeline.pool.messages import (
     PROXY_DIED,
     Alive,
-    Answer,
     Measuring,
     Message,
+    Outcome,
     Result,
     Scoring,
     Stop,
@@ -179,7 +179,7 @@ def train(
                 for event in journal.news():
                     for watcher in watchers:
                         watcher.on_event(event)
-                if message is None or isinstance(message, Answer):
+                if message is None or isinstance(message, Outcome):
                     continue
                 keys.add(message.key)  # those that a searcher asked for included
                 if isinstance(message, TrialEnded) and message.error != PROXY_DIED:
@@ -260,7 +260,7 @@ def _answers(
         lost = Lost("it ended before its work")
         try:
             for message in driver.messages(work):
-                if isinstance(message, Answer):
+                if isinstance(message, Outcome):
                     done.add(message.key)
                     yield message.key, message.result
         except Lost as error:

@@ -56,7 +56,7 @@ class Complete:
         return (self.job,)
 
 
-Call = Unit | Complete
+EvaluatorCall = Unit | Complete
 
 
 @dataclass
@@ -121,12 +121,12 @@ class Calls:
         self.max_attempts = max_attempts
         planned = units(jobs, slots, pack)
         self.slots = min(slots, len(planned))
-        self._waiting: list[Call] = list(reversed(planned))
+        self._waiting: list[EvaluatorCall] = list(reversed(planned))
         self._ledger = Ledger()
         self._ledger.expect(planned)
         self._deaths: Counter[Hashable] = Counter()  # by the key of the call
 
-    def take(self) -> Call | None:
+    def take(self) -> EvaluatorCall | None:
         """Return the next call, or None where none waits."""
         return self._waiting.pop() if self._waiting else None
 
@@ -134,7 +134,7 @@ class Calls:
         """Take a unit's answers; what is complete with them is scored next."""
         self._waiting.extend(self._ledger.put(unit, answers))
 
-    def failed(self, call: Call, *, died: bool) -> list[str]:
+    def failed(self, call: EvaluatorCall, *, died: bool) -> list[str]:
         """Plan a failed call again, or give its evaluations up and return their keys.
 
         A call whose process died is made again `max_attempts` times in all; one that raised would raise again. Where

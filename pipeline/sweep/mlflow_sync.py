@@ -18,7 +18,7 @@ from pipeline.records.trial import EpochReport
 from pipeline.sweep.trial_runs import metric_points, parameters, run_name, scored_by, sweep_note, trial_note, used_by
 from pipeline.tracking import store as place
 from pipeline.tracking.client import Tracker
-from pipeline.tracking.records import FAILED, FINISHED, KILLED, LoggedRun, TrialRun
+from pipeline.tracking.records import FAILED, FINISHED, KILLED, LoggedRun, TrialRunStart
 from pipeline.tracking.registry import ModelCandidate, ModelRegistry
 
 ENDS = {"finished": FINISHED, "diverged": FAILED, "failed": FAILED, "stopped": KILLED}
@@ -236,7 +236,7 @@ class MlflowSync(Watcher):
             config, params, origin = self._config(key), self.plan.params, self.store.record(key).provenance
             cell = self.plan.cells[self.plan.cell_of[key]] if key in self.plan.cell_of else None
             study = cell.study if cell else next(iter(self.parents))
-            self._runs[key] = self.tracker.open_trial(study, self.parents[study], TrialRun(
+            self._runs[key] = self.tracker.open_trial(study, self.parents[study], TrialRunStart(
                 key=key, params=parameters(config), inputs=used_by(config, self.plan.places),
                 name=run_name(cell, config, with_backbone=self._several) if cell else config.name,
                 tags={

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from pipeline.config.trial import TrialConfig
 
-Kind = tuple[str, str, int]  # backbone, method, shots of its teacher: what an epoch's seconds a sample depend on
+EpochKind = tuple[str, str, int]  # backbone, method, shots of its teacher: what an epoch's seconds a sample depend on
 
 
 class Pace:
@@ -27,11 +27,11 @@ class Pace:
     def __init__(self, trials: Mapping[str, TrialConfig], points: int = 0) -> None:
         self._trials, self._points = trials, points
         self._open = {key: config.epochs for key, config in trials.items()}
-        self._left: Counter[Kind] = Counter()  # samples to come, once an epoch
+        self._left: Counter[EpochKind] = Counter()  # samples to come, once an epoch
         for config in trials.values():
             self._left[_kind(config)] += config.epochs * config.num_train_samples
-        self._samples: dict[Kind, int] = defaultdict(int)
-        self._seconds: dict[Kind, float] = defaultdict(float)
+        self._samples: dict[EpochKind, int] = defaultdict(int)
+        self._seconds: dict[EpochKind, float] = defaultdict(float)
         self._asked: dict[str, float] = defaultdict(float)  # seconds of the points asked for, and of those that ended
         self._ended: list[float] = []
         self._started: float | None = None
@@ -80,5 +80,5 @@ class Pace:
         self._left[_kind(config)] -= closed * config.num_train_samples
 
 
-def _kind(config: TrialConfig) -> Kind:
+def _kind(config: TrialConfig) -> EpochKind:
     return config.backbone, config.method, config.num_shots

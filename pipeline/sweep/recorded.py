@@ -26,7 +26,7 @@ class Recorded:
     evaluation: EvaluationConfig | None = None
 
 
-def read(trial: Path, evaluation: Path | None = None) -> Recorded:
+def read_recorded(trial: Path, evaluation: Path | None = None) -> Recorded:
     """Read `runs/KEY/config.json` and `evaluations/KEY.json`, or files of the configurations alone.
 
     Raises:
@@ -63,7 +63,7 @@ def params_of(recorded: Recorded, params: Params) -> Params:
     )
 
 
-def train(recorded: Recorded, params: Params, root: Path | None = None) -> None:
+def train_recorded(recorded: Recorded, params: Params, root: Path | None = None) -> None:
     """Train the trial, unless the store has it.
 
     Raises:
@@ -73,7 +73,7 @@ def train(recorded: Recorded, params: Params, root: Path | None = None) -> None:
     sweep(params_of(recorded, params), [STUDY], root)
 
 
-def score(recorded: Recorded, params: Params, root: Path | None = None) -> tuple[str, Evaluation]:
+def score_recorded(recorded: Recorded, params: Params, root: Path | None = None) -> tuple[str, Evaluation]:
     """Score the trial, unless that is done, and return the score's key and the score.
 
     Raises:

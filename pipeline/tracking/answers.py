@@ -22,7 +22,7 @@ _SIDE, _TEXT = 128, 600  # pixels of a thumbnail, characters of a text: at most 
 _COLUMNS = ("sample", "image", "answer", "references", "score", "question")  # answers are compared first, by sample
 
 
-def write(predictions: Sequence[Prediction], project: Path, out: Path) -> bool:
+def write_answers(predictions: Sequence[Prediction], project: Path, out: Path) -> bool:
     """Write the table of an evaluation and its thumbnails below `out`; return whether it has answers at all.
 
     Args:

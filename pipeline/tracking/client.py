@@ -40,7 +40,7 @@ from pipeline.tracking.records import (
     LoggedRun,
     MetricPoint,
     RunInput,
-    TrialRun,
+    TrialRunStart,
     missing_inputs,
     rounded,
     text_of,
@@ -85,7 +85,7 @@ class Tracker:
     def __init__(self, uri: str | None, root: Path | str, artifacts: str | None = None) -> None:
         self.root = Path(root).resolve()
         home = main_checkout(self.root)
-        self.uri = store.resolve(uri or os.environ.get("MLFLOW_TRACKING_URI") or None, home)
+        self.uri = store.resolve_address(uri or os.environ.get("MLFLOW_TRACKING_URI") or None, home)
         if artifacts is None and store.is_database(self.uri):
             artifacts = str(home / "mlartifacts")
         self.artifacts = artifacts and (artifacts if "://" in artifacts else (home / artifacts).resolve().as_uri())
@@ -292,7 +292,7 @@ class Tracker:
             self._open[run_id].monitor = monitor
         return run_id
 
-    def open_trial(self, study: str, parent: str, trial: TrialRun) -> str:
+    def open_trial(self, study: str, parent: str, trial: TrialRunStart) -> str:
         """Open the child run of a trial: the one of the same key under the same parent if there is one.
 
         Returns:
@@ -434,7 +434,7 @@ class Tracker:
             run = LoggedRun.of(client.get_run(run_id))
             if inputs := missing_inputs(run.inputs, [data]):
                 client.log_inputs(run_id, inputs)
-            table = answers.TAG if answers.write(evaluation.predictions, self.root, Path(folder)) else {}
+            table = answers.TAG if answers.write_answers(evaluation.predictions, self.root, Path(folder)) else {}
             client.log_artifacts(run_id, folder)
         note: dict[str, str] = {}
         if description and page.NOTE not in run.tags:

@@ -57,7 +57,7 @@ class MetricPoint(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TrialRun:
+class TrialRunStart:
     """What the run of a trial is opened with.
 
     Attributes:

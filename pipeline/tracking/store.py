@@ -39,7 +39,7 @@ _LOCK_SECONDS = 60  # for other writers
 _CONNECT_TIMEOUT = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}
 
 
-def resolve(uri: str | None, root: Path) -> str:
+def resolve_address(uri: str | None, root: Path) -> str:
     """Return the absolute address: SQLite paths are taken from `root`, and None is `root`/mlflow.db.
 
     Raises:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from pipeline.core.errors import WorkError
-from pipeline.core.terminal import Answer, Fields, Rows, short, table, write
+from pipeline.core.terminal import Answer, Fields, Rows, print_answer, short, table
 from tests.commands.test_cli import hificl
 from tests.conftest import ROOT
 from tests.support.terminal import Terminal
@@ -74,19 +74,23 @@ class _Wrong(Answer):
 @pytest.mark.parametrize(("form", "out"), [(None, '"value": NaN'), ("table", "one line")])
 def test_an_answer_is_printed_before_its_problem_ends_the_command(capsys, form, out):
     with pytest.raises(WorkError, match="not in order"):
-        write(_Wrong(), form)
+        print_answer(_Wrong(), form)
     assert out in capsys.readouterr().out
 
 
 def test_facts_nest_and_a_long_line_is_not_broken(capsys):
     path = "/a/" + "long/" * 40
-    write(Fields({"path": path, "none": None, "parts": {"of": 1234, "share": 0.123456}, "all": ["a", "b"]}), "table")
+    print_answer(
+        Fields({"path": path, "none": None, "parts": {"of": 1234, "share": 0.123456}, "all": ["a", "b"]}), "table"
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"path   {path}", "none   -", "parts", "  of     1,234", "  share  0.1235", "all    a", "       b"]
 
 
 def test_rows_show_numbers_at_the_right_and_markup_as_it_stands(capsys):
-    write(Rows([{"a": "[red]x[/red]", "b": 7}, {"a": ":smile:", "b": 1000}], {"a": "name", "b": "count"}), "table")
+    print_answer(
+        Rows([{"a": "[red]x[/red]", "b": 7}, {"a": ":smile:", "b": 1000}], {"a": "name", "b": "count"}), "table"
+    )
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[2:] == ["[red]x[/red]      7", ":smile:       1,000"]
 

@@ -22,7 +22,7 @@ import sys, tempfile
 from pathlib import Path
 import mlflow, pandas
 from pipeline.tracking import store
-mlflow.set_tracking_uri(store.resolve(None, Path.cwd()))
+mlflow.set_tracking_uri(store.resolve_address(None, Path.cwd()))
 (model,) = mlflow.search_registered_models()
 asked = pandas.DataFrame([{"image": sys.argv[1], "question": "Which?"}])
 with tempfile.TemporaryDirectory(dir="/tmp") as copy:

@@ -57,7 +57,7 @@ def test_the_second_trial_has_the_firsts_key(study: str, params, tmp_path: Path)
         (cell,) = cells(loaded(study_params(record, own), tmp_path), STUDY, digests)
         assert cell.trial({}).key == config.key, config.method
         (tmp_path / "trial.json").write_text(json.dumps(record.config))
-        whole = recorded.params_of(recorded.read(tmp_path / "trial.json"), loaded(own, tmp_path))
+        whole = recorded.params_of(recorded.read_recorded(tmp_path / "trial.json"), loaded(own, tmp_path))
         (cell,) = cells(whole, recorded.STUDY, digests)
         assert cell.trial({}) == config
 
@@ -68,7 +68,7 @@ def test_a_recorded_trial_is_scored_as_its_record_says_and_no_setting_reaches_it
     scored = EvaluationConfig(trial="of old", num_samples=7, num_beams=3, length_penalty=0.5, max_new_tokens=4)
     (tmp_path / "config.json").write_text(json.dumps({"config": config.model_dump(mode="json"), "provenance": {}}))
     (tmp_path / "score.json").write_text(json.dumps({"evaluation": scored.model_dump(mode="json"), "value": 1}))
-    trial = recorded.read(tmp_path / "config.json", tmp_path / "score.json")
+    trial = recorded.read_recorded(tmp_path / "config.json", tmp_path / "score.json")
     explicit = load(ROOT / "params.yaml", ["train.epochs=3", "evaluate.num_evaluation_samples=2", "sweep.slots=1"])
     again = recorded.params_of(trial, explicit)
     (cell,) = cells(again, recorded.STUDY, digests_of(params))
@@ -81,7 +81,7 @@ def test_other_weights_and_damaged_records_are_refused_before_any_work(params, t
     config = cell.trial({}).model_dump(mode="json")
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**config, "backbone_digest": "1" * 64}))
-    again = recorded.params_of(recorded.read(file), params)
+    again = recorded.params_of(recorded.read_recorded(file), params)
     with pytest.raises(InputError, match="weights of mini-idefics2 have digest 0{12}, .* recorded with 1{12}"):
         cells(again, recorded.STUDY, digests_of(params))
     for text, words in (
@@ -90,9 +90,9 @@ def test_other_weights_and_damaged_records_are_refused_before_any_work(params, t
     ):
         file.write_text(text)
         with pytest.raises(InputError, match=words):
-            recorded.read(file)
+            recorded.read_recorded(file)
     with pytest.raises(InputError, match="gone.json: no such file"):
-        recorded.read(tmp_path / "gone.json")
+        recorded.read_recorded(tmp_path / "gone.json")
 
 
 def test_todays_code_trains_an_old_trial_as_it_was(params, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_todays_code_trains_an_old_trial_as_it_was(params, tmp_path: Path) -> No
     (tmp_path / "old.json").write_text(
         json.dumps({**config, "options": {"magnitude_learning_rate": None}})  # of before there was a point
     )
-    again = recorded.params_of(recorded.read(tmp_path / "old.json"), params)
+    again = recorded.params_of(recorded.read_recorded(tmp_path / "old.json"), params)
     (cell,) = cells(again, recorded.STUDY, digests)
     trial = cell.trial({})
     assert "point" not in trial.options

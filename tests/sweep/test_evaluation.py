@@ -16,7 +16,7 @@ from pipeline.records.trial import TrialEnd
 from pipeline.sweep import evaluate as evaluation
 from pipeline.sweep.mlflow_sync import MlflowSync
 from pipeline.tracking.client import Tracker
-from pipeline.tracking.records import FINISHED, TrialRun
+from pipeline.tracking.records import FINISHED, TrialRunStart
 from pipeline.tracking.store import Unreachable
 from tests.support.plans import make_plan
 
@@ -110,7 +110,7 @@ def test_scores_that_mlflow_lacks_are_shown_by_their_files(scored):
     config, asked = scored.todo[0]
     run_id = scored.tracker.find_run(config.key)
     parent = scored.tracker.open_sweep("study", tags={"sweep_key": "another"}, description="")
-    later = scored.tracker.open_trial("study", parent, TrialRun(config.key, "n"))
+    later = scored.tracker.open_trial("study", parent, TrialRunStart(config.key, "n"))
     scored.tracker.close_all(FINISHED)
     scored.tracker.mlflow.delete_tag(run_id, "evaluations")  # a store of before
     opened(scored).score(config, asked.key)

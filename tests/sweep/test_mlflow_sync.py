@@ -17,7 +17,7 @@ from pipeline.records.trial import EpochReport, TrialEnd
 from pipeline.sweep.mlflow_sync import MlflowSync
 from pipeline.tracking import store as place
 from pipeline.tracking.client import Tracker
-from pipeline.tracking.records import FINISHED, KILLED, TrialRun
+from pipeline.tracking.records import FINISHED, KILLED, TrialRunStart
 from tests.support.free_port import free_port
 from tests.support.plans import make_plan
 from tests.tracking.conftest import ask
@@ -330,7 +330,7 @@ def test_a_run_that_a_reader_has_begun_is_none_of_a_sweeps(tmp_path: Path) -> No
     project = Project(tmp_path, 1)
     sync = project.sync()
     other = sync.tracker.open_sweep("study", tags={"sweep_key": "another"}, description="")
-    sync.tracker.open_trial("study", other, TrialRun(project.keys[0], "n"))
+    sync.tracker.open_trial("study", other, TrialRunStart(project.keys[0], "n"))
     project.train(project.keys[0], EPOCHS, "finished")
     sync.record_done(set(project.keys))
     runs = sync.tracker.runs_of(set(project.keys))[project.keys[0]]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.tracking.client import Tracker
-from pipeline.tracking.records import KILLED, MetricPoint, RunInput, TrialRun
+from pipeline.tracking.records import KILLED, MetricPoint, RunInput, TrialRunStart
 
 DATA = [RunInput(name="manifest", source="data/manifest.json", digest="d" * 64, context="train")]
 
@@ -54,7 +54,7 @@ def tracker(root: Path) -> Iterator[Tracker]:
 
 def open_both(tracker: Tracker, key: str = "abc", **params: Any) -> tuple[str, str]:
     parent = tracker.open_sweep("study", tags={"sweep_key": "s1", "profile": "mini"}, description="a sweep")
-    trial = TrialRun(key, "hificl vqa", params={"rank": 8, **params}, inputs=DATA, tags={"profile": "mini"})
+    trial = TrialRunStart(key, "hificl vqa", params={"rank": 8, **params}, inputs=DATA, tags={"profile": "mini"})
     return parent, tracker.open_trial("study", parent, trial)
 
 

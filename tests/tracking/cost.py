@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline import adapters, backbones
 from pipeline.tracking.client import Tracker
-from pipeline.tracking.records import FINISHED, TrialRun
+from pipeline.tracking.records import FINISHED, TrialRunStart
 from pipeline.tracking.registry import ModelCandidate, ModelRegistry
 
 TRIALS = 20
@@ -29,7 +29,7 @@ def seconds(root: Path) -> dict[str, float]:
     logged, registered = [], []
     for number in range(TRIALS):
         key = f"{number:016x}"
-        run = tracker.open_trial("study", parent, TrialRun(key=key, name="hificl"))
+        run = tracker.open_trial("study", parent, TrialRunStart(key=key, name="hificl"))
         start = time.perf_counter()
         tracker.log_adapter(run, root / "adapter")
         logged.append(time.perf_counter() - start)

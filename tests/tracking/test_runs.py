@@ -11,7 +11,7 @@ import pytest
 from pipeline.core.errors import InputError, WorkError
 from pipeline.records.trial import Provenance
 from pipeline.tracking.client import Tracker
-from pipeline.tracking.records import FAILED, FINISHED, KILLED, TrialRun
+from pipeline.tracking.records import FAILED, FINISHED, KILLED, TrialRunStart
 from pipeline.tracking.reports import Reporter, TableNumber
 from tests.tracking.conftest import ask, open_both, points, statuses
 
@@ -78,7 +78,7 @@ def test_sweeps_of_other_keys_and_studies_are_other_runs(tracker: Tracker) -> No
         for study in ("study", "other")
         for key in ("s1", "s2", "")
     }
-    children = {tracker.open_trial("study", parent, TrialRun(key="abc", name="n")) for parent in parents}
+    children = {tracker.open_trial("study", parent, TrialRunStart(key="abc", name="n")) for parent in parents}
     assert len(parents) == len(children) == 6
 
 
@@ -123,7 +123,7 @@ def test_find_run_prefers_a_finished_one(tracker: Tracker) -> None:
     _, done = open_both(tracker)
     tracker.close(done, FINISHED)
     other = tracker.open_sweep("study", tags={"sweep_key": "s2"}, description="")
-    tracker.open_trial("study", other, TrialRun(key="abc", name="n"))
+    tracker.open_trial("study", other, TrialRunStart(key="abc", name="n"))
     assert tracker.find_run("abc") == done
     assert tracker.find_run("unknown") is None
 
@@ -148,7 +148,7 @@ def test_uncommitted_changes_are_kept_with_the_sweep(root: Path) -> None:
 def test_a_trial_that_is_found_done_keeps_the_commit_that_made_it(tracker: Tracker, root: Path) -> None:
     parent, _ = open_both(tracker)
     made_by = Provenance(commit="c" * 40, dirty=True, diff="a diff")
-    child = tracker.open_trial("study", parent, TrialRun(key="old", name="n", made_by=made_by))
+    child = tracker.open_trial("study", parent, TrialRunStart(key="old", name="n", made_by=made_by))
     assert tracker.read_run(child).tags["mlflow.source.git.commit"] == "c" * 40
     assert tracker.provenance_of(child) == made_by
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.tracking import answers
 from pipeline.tracking.client import Tracker
-from pipeline.tracking.records import FINISHED, MetricPoint, RunInput, TrialRun
+from pipeline.tracking.records import FINISHED, MetricPoint, RunInput, TrialRunStart
 from tests.tracking.conftest import ask, open_both, points
 
 KIND, NOTE = "mlflow.experimentKind", "mlflow.note.content"
@@ -74,7 +74,7 @@ def test_what_a_reader_has_written_stays(root: Path) -> None:
         tracker.prepare(["study"], {"study": f"of {time.monotonic_ns()}"})
         parent = tracker.open_sweep("study", tags={"sweep_key": "s"}, description=f"of {time.monotonic_ns()}")
         text = f"of {time.monotonic_ns()}"
-        child = tracker.open_trial("study", parent, TrialRun(key="abc", name="n", description=text))
+        child = tracker.open_trial("study", parent, TrialRunStart(key="abc", name="n", description=text))
         tracker.close_all(FINISHED)
         found = [tracker.read_run(run).tags[NOTE] for run in (parent, child)]
         assert f"hificl reproduce {child}" in found[1] and f"runs/{parent}/artifacts/report" in found[1]
@@ -129,7 +129,7 @@ def test_a_run_of_before_is_completed_and_keeps_its_time(tracker: Tracker, root:
     time.sleep(0.05)
     again = Tracker(None, root)
     more = [RunInput(name="vqa/selection", source="m.json", digest="d", context="selection", samples="", rows=8)]
-    run = again.open_trial("study", parent, TrialRun(key="abc", name="n", inputs=more, description="said"))
+    run = again.open_trial("study", parent, TrialRunStart(key="abc", name="n", inputs=more, description="said"))
     again.close(run, FINISHED)
     assert run == child and client.get_run(child).info.end_time == ended
     assert set(again.ended_trials("study", parent)) == {"abc"}

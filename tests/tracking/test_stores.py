@@ -26,10 +26,10 @@ from tests.tracking.conftest import ask, checkout, open_both, points, statuses
 KILLED_CHILD = """
 import sys, time
 from pipeline.tracking.client import Tracker
-from pipeline.tracking.records import TrialRun
+from pipeline.tracking.records import TrialRunStart
 tracker = Tracker(None, sys.argv[1])
 parent = tracker.open_sweep("study", tags={"sweep_key": "s1"}, description="")
-tracker.open_trial("study", parent, TrialRun(key="abc", name="n"))
+tracker.open_trial("study", parent, TrialRunStart(key="abc", name="n"))
 print("open", flush=True)
 time.sleep(600)
 """
@@ -38,14 +38,14 @@ WRITERS = """
 import os, sys
 import mlflow.store.tracking.sqlalchemy_store  # once, for all four: the imports take seconds
 from pipeline.tracking.client import Tracker
-from pipeline.tracking.records import MetricPoint, TrialRun
+from pipeline.tracking.records import MetricPoint, TrialRunStart
 root, parent = sys.argv[1:]
 children = []
 for number in range(4):
     child = os.fork()
     if child == 0:
         tracker = Tracker(None, root)
-        run = tracker.open_trial("study", parent, TrialRun(key=f"key{number}", name="n"))
+        run = tracker.open_trial("study", parent, TrialRunStart(key=f"key{number}", name="n"))
         for epoch in range(10):
             tracker.log_metrics(run, [MetricPoint("loss", epoch, 1.0), MetricPoint("score", epoch, 2.0)])
         tracker.close_all("FINISHED")
