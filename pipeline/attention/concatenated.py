@@ -27,13 +27,10 @@ def fits(
 
     Where `q` needs no gradient, as in the lowest layer, merging skips the context's backward altogether.
     """
-    return (
-        q.device.type == "cpu" and q.requires_grad and replaces is True and per_query is None
-        and keys.dtype == q.dtype
-        and 1 < q.shape[2] == k.shape[2] <= MOST_TOKENS
-        and (bias is None or bias.shape[-2] == 1)
-        and (mask is None or mask.dead is None)
-    )  # fmt: skip
+    if q.device.type != "cpu" or not q.requires_grad or replaces is not True or per_query is not None:
+        return False
+    one_row = (bias is None or bias.shape[-2] == 1) and (mask is None or mask.dead is None)
+    return keys.dtype == q.dtype and 1 < q.shape[2] == k.shape[2] <= MOST_TOKENS and one_row
 
 
 def attention(

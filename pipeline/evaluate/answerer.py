@@ -85,10 +85,7 @@ class Answerer:
 
     def _generate(self, file: Path, question: str | None, max_new_tokens: int) -> str:
         loaded, adapter = self._loaded
-        sample = Sample(
-            task=self.task.name, sample_id=0, images=(ImageRef(str(file.resolve())),), question=question, target="",
-            references=(),
-        )  # fmt: skip
+        sample = Sample(self.task.name, 0, (ImageRef(str(file.resolve())),), question, target="", references=())
         template, style = self.task.template, self.origin.get("prompt", "papers")
         prompts = encode_all(loaded, [render(template, loaded.backbone, sample, style=style)], root="")
         with adapters.attach(loaded.model, adapter):

@@ -171,11 +171,8 @@ def common_head(requests: Sequence[Encoded]) -> Encoded | None:
 
 def without_head(request: Encoded) -> Encoded:
     """Return the query's own turn of a request."""
-    start = request.query_start
-    return replace(
-        request, input_ids=request.input_ids[start:], images=request.images[request.query_image :], query_start=0,
-        query_image=0,
-    )  # fmt: skip
+    ids, images = request.input_ids[request.query_start :], request.images[request.query_image :]
+    return replace(request, input_ids=ids, images=images, query_start=0, query_image=0)
 
 
 @dataclass(frozen=True)

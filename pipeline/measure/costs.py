@@ -72,12 +72,9 @@ class TrainingCost(Measure):
     def _short(self, request: TrialRequest, folder: Path) -> TrialRequest:
         """Return the trial with few samples, enough epochs, and one selection sample."""
         config = request.config
-        few = config.model_copy(
-            update={
-                "num_train_samples": min(self.num_samples, config.num_train_samples), "epochs": self.rounds + 2,
-                "selection": "selection", "num_selection_samples": 1, "selection_metric": "loss",
-            }
-        )  # fmt: skip
+        training = {"num_train_samples": min(self.num_samples, config.num_train_samples), "epochs": self.rounds + 2}
+        selection = {"selection": "selection", "num_selection_samples": 1, "selection_metric": "loss"}
+        few = config.model_copy(update={**training, **selection})
         return replace(request, config=few, folder=str(folder / few.key))
 
 

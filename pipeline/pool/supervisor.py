@@ -63,10 +63,10 @@ class Driver:
         self.pipe, end = multiprocessing.Pipe()
         with end:
             # in a session of its own: Ctrl-C reaches the supervisor alone, which ends it in order
+            command, marked = [python, "-m", "pipeline.pool.driver", str(end.fileno())], {**os.environ, MARK: self.mark}
             self.process = subprocess.Popen(
-                [python, "-m", "pipeline.pool.driver", str(end.fileno())], pass_fds=[end.fileno()],
-                env={**os.environ, MARK: self.mark}, stdin=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+                command, pass_fds=[end.fileno()], env=marked, stdin=subprocess.DEVNULL, start_new_session=True
+            )
 
     def messages(self, work: Work) -> Iterator[Result | None]:
         """Do work; yield what it tells, and None where for a moment there is nothing.

@@ -193,10 +193,9 @@ class MlflowSync(Watcher):
 
     def _open_sweep(self, study: str) -> None:
         keys, params = self._keys(study), self.plan.params
-        self.parents[study] = self.tracker.open_sweep(
-            study, tags={"sweep_key": _sweep_key(keys), "profile": params.profile},
-            description=sweep_note(params, study, len(keys)), system_metrics=params.tracking.system_metrics,
-        )  # fmt: skip
+        tags, load = {"sweep_key": _sweep_key(keys), "profile": params.profile}, params.tracking.system_metrics
+        note = sweep_note(params, study, len(keys))
+        self.parents[study] = self.tracker.open_sweep(study, tags=tags, description=note, system_metrics=load)
 
     def _keys(self, study: str) -> set[str]:
         return {key for key, cell in self.plan.cell_of.items() if self.plan.cells[cell].study == study}

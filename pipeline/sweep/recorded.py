@@ -52,11 +52,9 @@ def params_of(recorded: Recorded, params: Params) -> Params:
     """Return parameters whose one study is the trial; weights, sweep and tracking are those of `params`."""
     config = recorded.config
     row = StudyMethod(method=config.method, trial=config, evaluation=recorded.evaluation)
-    study = Study(
-        title=f"Trial {config.key}", methods={config.method: row}, seeds=[config.seed],
-        backbones=[backbones.get(config.backbone).stands_for or config.backbone],
-        tasks=[tasks.get(config.task).stands_for],
-    )  # fmt: skip
+    backbone, task = backbones.get(config.backbone).stands_for or config.backbone, tasks.get(config.task).stands_for
+    title, rows, seeds = f"Trial {config.key}", {config.method: row}, [config.seed]
+    study = Study(title=title, methods=rows, seeds=seeds, backbones=[backbone], tasks=[task])
     run = {"backbones": [config.backbone], "tasks": [config.task], "studies": [STUDY], "stand_ins": {}}
     return params.model_copy(
         update={"run": params.run.model_copy(update=run), "explicit": Explicit(), "studies": {STUDY: study}}

@@ -37,10 +37,9 @@ def name_parts(cell: Cell, config: TrialConfig) -> dict[str, str]:
     """Return what a trial is told apart by, kind by kind: its row, its task, ..., what varies and is searched, seed."""
     values = {**config.model_dump(mode="json"), **config.options}
     points = {**cell.vary, **{name: values[name] for name in cell.search if name in values}}
-    return {
-        "row": cell.row, "task": cell.task, "backbone": cell.backbone, "study": cell.study,
-        **{name: f"{name}={_short(value)}" for name, value in points.items()}, "seed": f"seed={config.seed}",
-    }  # fmt: skip
+    named = {"row": cell.row, "task": cell.task, "backbone": cell.backbone, "study": cell.study}
+    varied = {name: f"{name}={_short(value)}" for name, value in points.items()}
+    return {**named, **varied, "seed": f"seed={config.seed}"}
 
 
 def experiment_note(params: Params, study: str, cells: Iterable[Cell]) -> str:
@@ -56,10 +55,9 @@ def experiment_note(params: Params, study: str, cells: Iterable[Cell]) -> str:
 def sweep_note(params: Params, study: str, num_trials: int) -> str:
     """Return what a study's parent run says of itself, in Markdown."""
     definition = params.studies[study]
-    lines = [definition.title]
-    lines.append(f"{num_trials} trials, profile `{params.profile}`, seeds {', '.join(map(str, definition.seeds))}. "
-                 f"`hificl study {study}` runs it again, `hificl trace` leads from a number to its run.")  # fmt: skip
-    return "\n\n".join(lines)
+    size = f"{num_trials} trials, profile `{params.profile}`, seeds {', '.join(map(str, definition.seeds))}."
+    again = f"`hificl study {study}` runs it again, `hificl trace` leads from a number to its run."
+    return f"{definition.title}\n\n{size} {again}"
 
 
 def trial_note(plan: Plan, config: TrialConfig) -> str:
@@ -112,10 +110,7 @@ def _run_input(
     config: TrialConfig, places: Places, split: str, context: str, samples: str, rows: int | None
 ) -> RunInput:
     manifest = os.path.relpath(places.manifest(config.task), places.runs.parent)
-    return RunInput(
-        name=f"{config.task}/{split}", source=manifest, digest=config.manifest_digest, context=context, samples=samples,
-        rows=rows,
-    )  # fmt: skip
+    return RunInput(f"{config.task}/{split}", manifest, config.manifest_digest, context, samples, rows)
 
 
 def metric_points(

@@ -128,10 +128,8 @@ def versions() -> dict[str, str | None]:
 
 def this_machine() -> Machine:
     """Return processor, cores, memory (GiB) and GPUs."""
-    return Machine(
-        system=f"{platform.system()} {platform.machine()}", cpu=_cpu(), cores=os.cpu_count(),
-        memory_gib=_memory_gib(), gpus=_gpus(),
-    )  # fmt: skip
+    system = f"{platform.system()} {platform.machine()}"
+    return Machine(system=system, cpu=_cpu(), cores=os.cpu_count(), memory_gib=_memory_gib(), gpus=_gpus())
 
 
 def data_digests(root: Path | str) -> DataDigests:

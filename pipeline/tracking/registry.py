@@ -121,8 +121,8 @@ class ModelRegistry:
 
     def _register(self, candidate: ModelCandidate, run: LoggedRun, *, first: bool) -> ModelVersion:
         model_id = run.tags["adapter_model_id"]
-        about = {"backbone": candidate.backbone, "task": candidate.task, "method": candidate.method,
-                 "trial": candidate.trial}  # fmt: skip
+        about = {"backbone": candidate.backbone, "task": candidate.task, "method": candidate.method}
+        about["trial"] = candidate.trial
         with self.tracker.talking() as client, tempfile.TemporaryDirectory() as temporary:
             if first:
                 self._create(candidate)
@@ -130,12 +130,13 @@ class ModelRegistry:
             write_flavor(flavor, model_id=model_id, task=candidate.task, about=about)
             client.log_model_artifacts(model_id, str(flavor))
             objective = "" if candidate.objective is None else repr(candidate.objective)
+            tags = {"trial_key": candidate.trial, "objective": objective, "protocol": candidate.protocol}
+            text = f"{run.name}, `hificl predict --adapter runs/{candidate.trial}/adapter`"
+            name, source = candidate.name, f"models:/{model_id}"
             with _process_wide(self.tracker.uri):
                 return client.create_model_version(
-                    candidate.name, f"models:/{model_id}", run.run_id, model_id=model_id,
-                    tags={"trial_key": candidate.trial, "objective": objective, "protocol": candidate.protocol},
-                    description=f"{run.name}, `hificl predict --adapter runs/{candidate.trial}/adapter`",
-                )  # fmt: skip
+                    name, source, run.run_id, model_id=model_id, tags=tags, description=text
+                )
 
     def _create(self, candidate: ModelCandidate) -> None:
         trained = f"{candidate.method} on {candidate.backbone} for {candidate.task}"

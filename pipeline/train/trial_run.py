@@ -222,12 +222,10 @@ class TrialRun:
         """
         epoch, objective = self._epoch, selected["objective"]
         means = dict(zip(epoch.sums, self._over_ranks(list(epoch.sums.values())), strict=True))
-        fields = {
-            **means, **selected, "gradient_norm": epoch.gradient_norm,
-            "learning_rate": self.config.learning_rate * epoch.learning_rate_scale, "seconds": epoch.seconds + seconds,
-            "train_seconds": epoch.seconds,
-        }  # fmt: skip
-        report = EpochReport.model_validate({"epoch": self.epoch_number, **fields})
+        rate = self.config.learning_rate * epoch.learning_rate_scale
+        last = {"gradient_norm": epoch.gradient_norm, "learning_rate": rate}
+        took = {"seconds": epoch.seconds + seconds, "train_seconds": epoch.seconds}
+        report = EpochReport.model_validate({"epoch": self.epoch_number, **means, **selected, **last, **took})
         if self.best is None or objective > self.best.objective:
             self.best = Best(epoch=self.epoch_number, objective=objective)
             self._save_adapter()
@@ -273,11 +271,9 @@ class TrialRun:
     def _save_adapter(self) -> None:
         if self.rank == 0:
             config = self.config
-            extra = {
-                "trial": config.key, "task": config.task, "manifest": config.manifest_digest,
-                "backbone": config.backbone, "backbone_digest": config.backbone_digest,
-                "prompt": self.manifest.prompt,
-            }  # fmt: skip
+            extra = {"trial": config.key, "task": config.task, "manifest": config.manifest_digest}
+            extra |= {"backbone": config.backbone, "backbone_digest": config.backbone_digest}
+            extra["prompt"] = self.manifest.prompt
             started = time.perf_counter()
             with folder_atomic(self.folder.adapter) as temporary:
                 self.adapter.save_pretrained(temporary, extra=extra)

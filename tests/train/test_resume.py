@@ -29,7 +29,7 @@ def whole_state(folder: Path) -> dict:
     """Losses by step, schedule and scores by epoch, digests of adapter, optimiser and the chosen epoch's adapter."""
     state = json.loads((folder / f"checkpoint/epoch-{EPOCHS:04d}/state.json").read_text())
     rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in state["rows"]]
-    losses = TrialStore(folder.parent).losses(folder.name)
+    losses = TrialStore(folder.parent).trial(folder.name).losses()
     assert [row["train_loss"] for row in rows] == [pytest.approx(sum(one) / len(one)) for one in losses.values()]
     return {"rows": rows, "losses": losses, "best": state["best"], "files": state["files"],
             "adapter": json.loads((folder / "done.json").read_text())["adapter_digest"]}  # fmt: skip
