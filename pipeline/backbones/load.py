@@ -192,13 +192,13 @@ def _published(backbone: Backbone, folder: Path, *, dtype: torch.dtype, device: 
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        what = f"cannot be loaded as {backbone.name}: {' '.join(str(error).split())[:300]}"
-        raise InputError(what, where=str(folder), way_out=way_out) from error
+        problem = f"cannot be loaded as {backbone.name}: {' '.join(str(error).split())[:300]}"
+        raise InputError(problem, where=str(folder), way_out=way_out) from error
     if report["missing_keys"]:
         # transformers would fill these with random numbers and say so only in a warning
         missing = sorted(report["missing_keys"])
-        what = f"{len(missing)} parameters of {backbone.name} are not in the weights, such as {missing[0]}"
-        raise InputError(what, where=str(folder), way_out=way_out)
+        problem = f"{len(missing)} parameters of {backbone.name} are not in the weights, such as {missing[0]}"
+        raise InputError(problem, where=str(folder), way_out=way_out)
     loaded = Loaded(
         model.to(device), processor, processor.tokenizer, backbone, digest_of_folder(folder), "published", folder
     )

@@ -102,10 +102,10 @@ def _inside(spec: DecoderSpec) -> list[_Inside]:
     """Find every layer's FFN, once a decoder."""
     if spec.decoder not in _INSIDE:
         pairs = zip(spec.layers, spec.attentions, strict=True)
-        found = [_found(layer, attention, spec) for layer, attention in pairs]
+        inside = [_found(layer, attention, spec) for layer, attention in pairs]
         if any(parameter.is_meta for parameter in spec.decoder.parameters()):
-            return found  # not tried: it has no numbers
-        _INSIDE[spec.decoder] = found
+            return inside  # not tried: it has no numbers
+        _INSIDE[spec.decoder] = inside
     return _INSIDE[spec.decoder]
 
 
@@ -115,8 +115,8 @@ def _found(layer: nn.Module, attention: nn.Module, spec: DecoderSpec) -> _Inside
     matrices = {name: child for name, child in others.items() if any(p.dim() > 1 for p in child.parameters())}
     if len(matrices) != 1:
         names = f" ({', '.join(matrices)})" if matrices else ""
-        what = f"a decoder layer of {spec.model_type} has {len(matrices)} feed-forward modules{names}"
-        raise InputError(what, way_out=_RESIDUAL)
+        problem = f"a decoder layer of {spec.model_type} has {len(matrices)} feed-forward modules{names}"
+        raise InputError(problem, way_out=_RESIDUAL)
     ((name, mlp),) = matrices.items()
     like = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
     if like.is_meta:
@@ -124,8 +124,8 @@ def _found(layer: nn.Module, attention: nn.Module, spec: DecoderSpec) -> _Inside
     try:
         return _Inside(mlp, _tried(layer, attention, mlp, spec.hidden_size, like))
     except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
-        what = f"a decoder layer of {spec.model_type} does not add the output of its {name} to the residual stream"
-        raise InputError(f"{what} ({error})", way_out=_RESIDUAL) from None
+        problem = f"a decoder layer of {spec.model_type} does not add the output of its {name} to the residual stream"
+        raise InputError(f"{problem} ({error})", way_out=_RESIDUAL) from None
 
 
 @torch.no_grad()
@@ -141,9 +141,13 @@ def _tried(layer: nn.Module, attention: nn.Module, mlp: nn.Module, width: int, l
     """
     generator = torch.Generator().manual_seed(0)
     made = (torch.randint(-8, 9, (1, 2, width), generator=generator) for _ in range(3))
-    h, a, m = (one.to(like.device, like.dtype) for one in made)
+    h, a, m = (values.to(like.device, like.dtype) for values in made)
     needed = list(inspect.signature(layer.forward).parameters.values())[1:]
-    nothing = {one.name: None for one in needed if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD}
+    nothing = {
+        parameter.name: None
+        for parameter in needed
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    }
     readers: list[nn.Module] = []
 
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -95,13 +95,13 @@ def check_folder(backbone: Backbone, folder: Path) -> None:
         shards = sorted({str(shard) for shard in weight_map.values()}) if isinstance(weight_map, dict) else []
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing or not shards:
-            what = f"{len(missing)} of {len(shards)} weight files are missing: {', '.join(missing[:3])}"
-            raise InputError(what, where=str(folder), way_out=_way_out(backbone))
+            problem = f"{len(missing)} of {len(shards)} weight files are missing: {', '.join(missing[:3])}"
+            raise InputError(problem, where=str(folder), way_out=_way_out(backbone))
         return
     if not (folder / "model.safetensors").is_file():
         pickled = any(folder.glob("pytorch_model*.bin"))
-        what = "only pickled weights (.bin), which are not opened" if pickled else "model.safetensors is missing"
-        raise InputError(what, where=str(folder), way_out=_way_out(backbone))
+        problem = "only pickled weights (.bin), which are not opened" if pickled else "model.safetensors is missing"
+        raise InputError(problem, where=str(folder), way_out=_way_out(backbone))
 
 
 def _read_json(path: Path, backbone: Backbone) -> Json:

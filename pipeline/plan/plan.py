@@ -56,12 +56,12 @@ class Plan:
     @cached_property
     def _kinds(self) -> dict[str, tuple[Kind, ...]]:
         """The kinds of targets that are asked for of each teacher's pass."""
-        found: dict[str, set[Kind]] = {}
+        asked: dict[str, set[Kind]] = {}
         for config in self.trials.values():
             kind = methods.facts(config).kind if config.trained else None
             if kind is not None:
-                found.setdefault(teacher_key(config) or "", set()).add(kind)
-        return {key: tuple(sorted(kinds)) for key, kinds in found.items()}
+                asked.setdefault(teacher_key(config) or "", set()).add(kind)
+        return {key: tuple(sorted(kinds)) for key, kinds in asked.items()}
 
     @property
     def searched(self) -> list[Cell]:

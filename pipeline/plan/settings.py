@@ -58,10 +58,10 @@ class Settings:
         """
         if not layer:
             return self
-        own = methods.option_names(self.method)
+        options = methods.option_names(self.method)
         given, changed = dict(self.given), {}
         for name, value in _written(layer).items():
-            if name in own:
+            if name in options:
                 given = merge(given, {name: value})  # of a combined method's part, what is written alone changes
             elif name in TRAIN_FIELDS:
                 changed[name] = value

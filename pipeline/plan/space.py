@@ -273,13 +273,13 @@ def _recorded(
     Raises:
         InputError: the weights or the samples are others.
     """
-    for what, recorded, here in (
+    for part, recorded, here in (
         (f"weights of {trial.backbone}", trial.backbone_digest, digests.backbones[trial.backbone]),
         (f"samples of {trial.task}", trial.manifest_digest, digests.manifests[trial.task]),
     ):
         if recorded != here:
             raise InputError(
-                f"the {what} have digest {here[:12]}, the trial was recorded with {recorded[:12]}",
+                f"the {part} have digest {here[:12]}, the trial was recorded with {recorded[:12]}",
                 where=f"studies.{study}.methods.{row_name}", way_out="Put back what it was trained on",
             )  # fmt: skip
     backbone, paper_backbone, task, paper_task = pair

@@ -99,8 +99,8 @@ def _rows(params: Params, cell: Cell, finished: Callable[[str], bool] | None) ->
 
 def _sources(cell: Cell, trial: TrialConfig) -> dict[str, str]:
     """Return where each setting that the trial uses comes from."""
-    own = [name for name in TrialConfig.model_fields if name in TRAIN_FIELDS]
-    default = dict.fromkeys(own, "train") | dict.fromkeys(trial.options, "method")
+    fields = [name for name in TrialConfig.model_fields if name in TRAIN_FIELDS]
+    default = dict.fromkeys(fields, "train") | dict.fromkeys(trial.options, "method")
     below = "epochs_below_1000" if trial.num_train_samples < PAPERS_FULL_SIZE else "epochs"
     asked = {**{name: name for name in default}, "epochs": below}
     won = {name: cell.sources[setting] for name, setting in asked.items() if setting in cell.sources}

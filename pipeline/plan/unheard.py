@@ -40,9 +40,9 @@ def _of_trials(params: Params, cells: Sequence[Cell]) -> Iterator[str]:
             if not meant:
                 yield f"{said} changes nothing here: no trial of these studies uses it"
             fields = [(cell, _field(cell, name)) for cell in meant]
-            winners = Counter((cell.overruled[own], own) for cell, own in fields if own in cell.overruled)
-            for (winner, own), count in winners.items():
-                yield f"{said} does not reach {count} of {len(meant)} cells: {winner} sets {own}; change it there"
+            winners = Counter((cell.overruled[field], field) for cell, field in fields if field in cell.overruled)
+            for (winner, field), count in winners.items():
+                yield f"{said} does not reach {count} of {len(meant)} cells: {winner} sets {field}; change it there"
 
 
 def _field(cell: Cell, name: str) -> str:
@@ -71,38 +71,38 @@ def _uses(cell: Cell, name: str, layer: Mapping[str, Any]) -> bool:
 
 def _of_selection(params: Params, cells: Sequence[Cell]) -> Iterator[str]:
     """Say who asks for more to choose by than is drawn; that the user does, is an error (`Cell.trial`)."""
-    name, found = "num_selection_samples", _Found()
+    name, sentences = "num_selection_samples", _Sentences()
     for cell in cells:
         asked, drawn = cell.train.num_selection_samples, cell.digests.selection_sizes.get(cell.task)
         by_others = cell.sources.get(name, EXPLICIT) != EXPLICIT and name not in {*cell.vary, *cell.search}
         if by_others and drawn is not None and asked > drawn and _uses(cell, name, {}):
-            found.of(cell.task, f"{cell.sources[name]} sets {name}={asked}, {drawn} are drawn and all used: {{}}")
-    yield from found.lines()
+            sentences.of(cell.task, f"{cell.sources[name]} sets {name}={asked}, {drawn} are drawn and all used: {{}}")
+    yield from sentences.lines()
 
 
 # -- subsample ---------------------------------------------------------------------------------------------------------
 
 
 def _of_draw(params: Params, cells: Sequence[Cell]) -> Iterator[str]:
-    given, here, found = params.explicit.subsample, list(dict.fromkeys(cell.task for cell in cells)), _Found()
+    given, here, sentences = params.explicit.subsample, list(dict.fromkeys(cell.task for cell in cells)), _Sentences()
     for section in ("tasks", "splits"):
         for task in sorted(given.get(section, {}).keys() - set(here)):
             at = f"subsample.{section}.{task}={given[section][task]}"
             yield f"{at} changes nothing here: none of these studies asks for {task}"
     for name in ("num_train", "num_selection", "num_evaluation"):
         for task in here:
-            own = getattr(params.subsample.tasks.get(task), name, None)
-            mine = given.get("tasks", {}).get(task, {}).get(name)
-            if name in given and own is not None and mine is None:
+            size = getattr(params.subsample.tasks.get(task), name, None)
+            asked = given.get("tasks", {}).get(task, {}).get(name)
+            if name in given and size is not None and asked is None:
                 at = f"subsample.tasks.{task}.{name}"
-                said = f"subsample.{name}={given[name]} does not reach {{}}: profile {params.profile} sets {at}={own}"
-                found.of(task, f"{said}; set that too")
-            elif name in given or mine is not None:
+                said = f"subsample.{name}={given[name]} does not reach {{}}: profile {params.profile} sets {at}={size}"
+                sentences.of(task, f"{said}; set that too")
+            elif name in given or asked is not None:
                 drawn = getattr(params.subsample.of(task), name)
                 limit, used = _used(params, name, [cell for cell in cells if cell.task == task])
                 if used is not None and drawn != "whole" and drawn > used:
-                    found.of(task, f"of the {drawn} samples of subsample.{name}, {used} are used, by {limit}: {{}}")
-    yield from found.lines()
+                    sentences.of(task, f"of the {drawn} samples of subsample.{name}, {used} are used, by {limit}: {{}}")
+    yield from sentences.lines()
     if given.get("training_answer") == "first" and all(isinstance(tasks.get(task), ChoiceTask) for task in here):
         yield "subsample.training_answer=first changes nothing here: a question of these tasks has one answer"
 
@@ -117,7 +117,7 @@ def _used(params: Params, name: str, cells: Sequence[Cell]) -> tuple[str, int | 
     return f"train.{field}", max(getattr(cell.train, field) for cell in having) if known else None
 
 
-class _Found:
+class _Sentences:
     """Lines that are said of several tasks, once with all their names."""
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ def _packs(cell: Cell) -> bool:
 
 
 def _of_evaluation(params: Params, cells: Sequence[Cell]) -> Iterator[str]:
-    given, here, more = params.explicit.evaluate, list(dict.fromkeys(cell.task for cell in cells)), _Found()
+    given, here, more = params.explicit.evaluate, list(dict.fromkeys(cell.task for cell in cells)), _Sentences()
     asked = given.get("num_evaluation_samples", 0)
     for task in here:
         drawn = params.subsample.of(task).num_evaluation
