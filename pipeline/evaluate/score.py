@@ -21,11 +21,10 @@ from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.evaluate.predict import Answers, Decoding, SplitPart, predict, predict_each
-from pipeline.records.base import as_written
+from pipeline.records import as_written
 from pipeline.records.evaluation import Evaluation, Prediction
 from pipeline.resident.resident import Resident, image_features
-from pipeline.tasks import tasks
-from pipeline.tasks.base import Split
+from pipeline.tasks import Split, tasks
 from pipeline.tasks.vqa import VqaTask
 
 

@@ -23,7 +23,7 @@ from pipeline.data.sample import ImageRef, PromptStyle, Sample
 
 if TYPE_CHECKING:
     from pipeline.backbones.load import Loaded
-    from pipeline.tasks.base import PromptTemplate
+    from pipeline.tasks import PromptTemplate
 
 Span = tuple[int, int]
 ImageSizes = tuple[image_files.ImageSize, ...]  # of a prompt's images

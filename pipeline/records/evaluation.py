@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from pipeline.core.errors import InputError, nearest
 from pipeline.core.files import write_atomic
-from pipeline.records.base import Count, Flag, Frozen, Json, Number, Record
+from pipeline.records import Count, Flag, Frozen, Json, Number, Record
 from pipeline.records.trial import Machine, Provenance
 
 _KEY = re.compile(r"[A-Za-z0-9_.-]+")  # what may become a file's name

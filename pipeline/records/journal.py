@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, JsonValue
 
 from pipeline.core.errors import InputError
 from pipeline.core.progress import say
-from pipeline.records.base import Json, Number, Record
+from pipeline.records import Json, Number, Record
 
 _LONGEST = 200  # characters of a fact in a sentence
 

@@ -25,7 +25,7 @@ from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.core.files import folder_digest, write_atomic
 from pipeline.core.progress import say
-from pipeline.records.base import lines
+from pipeline.records import lines
 from pipeline.records.trial import AGAIN, EpochReport, Provenance, StepLosses, TrialEnd, TrialRecord
 
 _WAIT_SECONDS = 1.0

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import validate
-from pipeline.records.base import Count, Flag, Frozen, Json, Number, Record
+from pipeline.records import Count, Flag, Frozen, Json, Number, Record
 
 FINAL = ("finished", "diverged")  # ends that training again would only repeat
 AGAIN = "Remove the trial's folder to train it again"

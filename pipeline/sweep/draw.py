@@ -17,8 +17,7 @@ from pipeline.data.images import CheckedImage, check_images, problems_error
 from pipeline.data.manifest import Manifest, Source
 from pipeline.data.sample import PromptStyle, Sample
 from pipeline.plan.inputs import places
-from pipeline.tasks import tasks
-from pipeline.tasks.base import IndexEntry, SampleId, Split, Task
+from pipeline.tasks import IndexEntry, SampleId, Split, Task, tasks
 
 
 def draw_task(params: Params, task: str, root: Path | None = None) -> None:

@@ -12,7 +12,7 @@ from pipeline.data.files import field, find, source_digest
 from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.scores.files import need
-from pipeline.tasks.base import IndexEntry, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
+from pipeline.tasks import IndexEntry, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
 from pipeline.tasks.vqa import SUBSETS
 
 if TYPE_CHECKING:

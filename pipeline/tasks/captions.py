@@ -21,8 +21,7 @@ from pipeline.data.files import field, find
 from pipeline.data.records import RecordFile
 from pipeline.data.sample import Sample
 from pipeline.scores.files import printable
-from pipeline.tasks import tasks
-from pipeline.tasks.base import IndexEntry, PromptTemplate, SampleId, Score, Split, Task, image_folder
+from pipeline.tasks import IndexEntry, PromptTemplate, SampleId, Score, Split, Task, image_folder, tasks
 from pipeline.tasks.caption_files import CAPTION_TEMPLATE, CaptionTask, caption_sample, cider_score, plain_file_name
 
 FOLDERS = ("coco/annotations", "annotations", "coco", ".")

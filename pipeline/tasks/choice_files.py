@@ -11,7 +11,7 @@ from string import ascii_uppercase
 from typing import Literal
 
 from pipeline.data.sample import Sample
-from pipeline.tasks.base import IndexEntry, PromptTemplate, SampleId, Score, Split, Task
+from pipeline.tasks import IndexEntry, PromptTemplate, SampleId, Score, Split, Task
 
 CHOICE_TEMPLATE = PromptTemplate(
     prefix="",

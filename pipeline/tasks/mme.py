@@ -15,8 +15,7 @@ from pipeline.data.files import field, find
 from pipeline.data.parquet import cell_name, rows
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.scores.mme import GROUPS, MmeRow, MmeScore, is_right, subtask_score
-from pipeline.tasks import tasks
-from pipeline.tasks.base import PromptTemplate, SampleId, Score, Split
+from pipeline.tasks import PromptTemplate, SampleId, Score, Split, tasks
 from pipeline.tasks.choice_files import CHOICE_TEMPLATE, ChoiceTask, accuracy, shards_in
 
 PERCEPTION, COGNITION = GROUPS["Perception"], GROUPS["Cognition"]

@@ -18,8 +18,7 @@ from pipeline.data.files import field
 from pipeline.data.parquet import cell_name, rows
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.scores.mmmu_pro import mmmu_pro_scores, read_options
-from pipeline.tasks import tasks
-from pipeline.tasks.base import SampleId, Score, Split
+from pipeline.tasks import SampleId, Score, Split, tasks
 from pipeline.tasks.choice_files import ChoiceTask, accuracy, shards_in, with_choices
 
 CONFIGURATION = "standard (10 options)"

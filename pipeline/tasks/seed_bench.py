@@ -19,8 +19,7 @@ from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.scores.files import printable
 from pipeline.scores.seed_bench import seed_bench_scores
-from pipeline.tasks import tasks
-from pipeline.tasks.base import SampleId, Score, Split
+from pipeline.tasks import SampleId, Score, Split, tasks
 from pipeline.tasks.caption_files import plain_file_name
 from pipeline.tasks.choice_files import ChoiceTask, accuracy, letter_of, shards_in, with_choices
 

@@ -13,8 +13,7 @@ from pipeline.data.files import field, find
 from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.scores.vqa import stem_answer, vqa_accuracy
-from pipeline.tasks import tasks
-from pipeline.tasks.base import IndexEntry, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
+from pipeline.tasks import IndexEntry, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids, tasks
 
 VQA_TEMPLATE = PromptTemplate(
     prefix="Instruction: provide an answer to the question. Use the image to answer.\n",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.core.errors import InputError
 from pipeline.core.files import file_digest, folder_atomic
-from pipeline.records.base import NewerRecord
+from pipeline.records import NewerRecord
 from pipeline.records.trial import AGAIN, CheckpointState
 
 KEPT = 2  # the newest, and one generation back in case the newest is damaged

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.core.errors import InputError
-from pipeline.records.base import Record, as_written, say_once
+from pipeline.records import Record, as_written, say_once
 from pipeline.records.evaluation import Evaluation, Evaluations, Measurement, StudyFile
 from pipeline.records.journal import JournalEvent
 from pipeline.records.store import TrialFolder

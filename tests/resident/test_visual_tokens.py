@@ -15,7 +15,7 @@ from pipeline.data.sample import ImageRef, Sample
 from pipeline.prompts.collate import collate
 from pipeline.prompts.prompt import encode_all, render
 from pipeline.resident.visual_tokens import DiskStore, VisualTokens
-from pipeline.tasks.base import PromptTemplate
+from pipeline.tasks import PromptTemplate
 
 TEMPLATE = PromptTemplate("", False, "Image: {image} Question: {question} Answer:", " {answer}\n", ("Question",))
 

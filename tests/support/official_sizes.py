@@ -20,7 +20,7 @@ import pyarrow.parquet
 from benchmarks.support.synthetic import FULL_TRAIN, FULL_VAL, SyntheticSize, write_vqav2
 from pipeline.config.load import Subsample
 from pipeline.sweep.draw import plan_draw
-from pipeline.tasks.base import IndexEntry
+from pipeline.tasks import IndexEntry
 
 COCO_IMAGES = {"train2014": FULL_TRAIN.num_images, "val2014": FULL_VAL.num_images}
 COCO_CAPTIONS = {"train2014": 414_113, "val2014": 202_654}
