@@ -157,24 +157,10 @@ def _flash_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
 def _flash_backward(
     call: Call, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    cum_q, cum_k, max_q, max_k, seed, offset = extra
-    return aten._scaled_dot_product_flash_attention_backward(
-        _rows(grad),
-        _rows(q),
-        _rows(k),
-        _rows(v),
-        out,
-        lse.float().contiguous(),
-        cum_q,
-        cum_k,
-        max_q,
-        max_k,
-        0.0,
-        call.causal,
-        seed,
-        offset,
-        scale=call.scale,
-    )
+    *lengths, seed, offset = extra
+    inputs = (_rows(grad), _rows(q), _rows(k), _rows(v), out, lse.float().contiguous(), *lengths)
+    kernel = aten._scaled_dot_product_flash_attention_backward
+    return kernel(*inputs, 0.0, call.causal, seed, offset, scale=call.scale)
 
 
 _LSE_BLOCK = 32  # the efficient kernel's log-sum-exp is padded to whole blocks of queries
@@ -212,20 +198,9 @@ def _efficient_backward(
         grad = grad.masked_fill(call.dead.unsqueeze(-1), 0.0)
     padded = torch.nn.functional.pad(lse.float(), (0, -lse.shape[-1] % _LSE_BLOCK), value=_INF).contiguous()
     bias = _efficient_bias(call, q, k)
-    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-        _rows(grad),
-        _rows(q),
-        _rows(k),
-        _rows(v),
-        bias,
-        out,
-        padded,
-        *extra,
-        0.0,
-        [True, True, True, False],
-        call.causal,
-        scale=call.scale,
-    )
+    inputs, needed = (_rows(grad), _rows(q), _rows(k), _rows(v), bias, out, padded), [True, True, True, False]
+    kernel = aten._scaled_dot_product_efficient_attention_backward
+    dq, dk, dv, _ = kernel(*inputs, *extra, 0.0, needed, call.causal, scale=call.scale)
     return dq, dk, dv
 
 

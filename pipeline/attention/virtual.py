@@ -119,18 +119,10 @@ def mimic_attention(
     Raises:
         InputError: shapes do not fit.
     """
-    per_query = shift if shift.dim() == 4 else None
-    return virtual_attention(
-        q,
-        k,
-        v,
-        bias=log_z1.unsqueeze(-1),
-        values=None if shift.dim() == 4 else shift.unsqueeze(-2),
-        per_query=per_query,
-        mask=mask,
-        scale=scale,
-        replaces=form == "blend",
-    )
+    bias, blends = log_z1.unsqueeze(-1), form == "blend"
+    if shift.dim() == 4:
+        return virtual_attention(q, k, v, bias=bias, per_query=shift, mask=mask, scale=scale, replaces=blends)
+    return virtual_attention(q, k, v, bias=bias, values=shift.unsqueeze(-2), mask=mask, scale=scale, replaces=blends)
 
 
 def virtual_attention(
@@ -206,13 +198,8 @@ def _without_gradient(
     as one more column of a softmax over them, with lse as its logit: its weight there is alpha.
     """
     context, lse, _ = merging.context(call, q, k, v, groups)
-    if (
-        keys is not None
-        and values is not None
-        and per_query is None
-        and q.device.type == "cpu"
-        and keys.dtype == q.dtype
-    ):
+    elsewhere = q.device.type != "cpu" or per_query is not None
+    if not elsewhere and keys is not None and values is not None and keys.dtype == q.dtype:
         return merging.two(call, q, keys, bias, values, context, lse, replaces)
     logits = merging.logits(q, keys, bias, call.scale, lse.dtype)
     weights = torch.cat([logits, lse.unsqueeze(-1)], -1).softmax(-1)
@@ -244,18 +231,8 @@ class _VirtualAttention(torch.autograd.Function):
             alpha = (lse - total).exp_().unsqueeze(-1)
             shift = weighted(p, values, per_query, wide)
             out, saved, saved_lse = merging.combine(context, alpha, shift, lse, total, replaces)
-        context_needed = any(ctx.needs_input_grad[:3])
-        ctx.save_for_backward(
-            q,
-            k if context_needed else None,
-            v if context_needed else None,
-            keys,
-            values,
-            per_query,
-            p,
-            saved,
-            saved_lse,
-        )
+        context_keys = (k, v) if any(ctx.needs_input_grad[:3]) else (None, None)
+        ctx.save_for_backward(q, *context_keys, keys, values, per_query, p, saved, saved_lse)
         ctx.call, ctx.groups, ctx.extra, ctx.replaces = call, groups, extra, replaces
         ctx.bias = (bias.shape, bias.dtype) if bias is not None else None
         return out
