@@ -76,7 +76,7 @@ def ask(
     from pipeline.evaluate.answerer import Answerer
 
     said = Answerer(folder, task_name=task_name).answer(image, question, max_new_tokens)
-    note = _unheard(said["task"], question, Path("data/manifests"))
+    note = _unheard(str(said["task"]), question, Path("data/manifests"))
     return Predicted({**said, "image": str(image), **({"note": note} if note else {})})
 
 

@@ -19,6 +19,7 @@ from pipeline.adapters.base import Adapter
 from pipeline.backbones.load import Loaded
 from pipeline.config.load import PARAMS, BackboneSource, load
 from pipeline.core.errors import InputError
+from pipeline.core.plain_yaml import Json
 from pipeline.data import image_files
 from pipeline.data.images import decode_image, os_problem, read_image_bytes, size_of, upright
 from pipeline.data.sample import ImageRef, Sample
@@ -53,9 +54,7 @@ class Answerer:
             raise InputError("the adapter does not name its backbone and task", where=str(folder), way_out=way_out)
         self.task = tasks.get(task_name or str(self.origin["task"]))
 
-    def answer(
-        self, image: str | Path, question: str | None = None, max_new_tokens: int | None = None
-    ) -> dict[str, Any]:
+    def answer(self, image: str | Path, question: str | None = None, max_new_tokens: int | None = None) -> Json:
         """Return what the backbone says to an image.
 
         Args:

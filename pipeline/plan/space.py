@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import JsonValue
+
 from pipeline import backbones, methods
 from pipeline.config.load import Params, Study, StudyMethod, Train
 from pipeline.config.trial import EvaluationConfig, TrialConfig
@@ -17,7 +19,7 @@ from pipeline.core.plain_yaml import Json
 from pipeline.plan.settings import EXPLICIT, Settings, check_methods, resolve
 from pipeline.tasks import tasks
 
-Point = dict[str, Any]
+Point = Json
 INSIDE = 0.381966  # of a range: no whole number by chance
 TO_CHOOSE = ("selection", "num_selection_samples")  # what a method without training needs that chooses a layer
 PAPERS_FULL_SIZE = 1000  # below this many samples the papers train for twice the epochs
@@ -47,7 +49,7 @@ class Cell:
     vary: Point
     seed: int
     settings: Settings
-    search: dict[str, Any]
+    search: Json
     digests: Digests = field(repr=False)
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)  # where a setting's value comes from
     overruled: Mapping[str, str] = field(default_factory=dict, repr=False)  # explicit settings, and what wins over them
@@ -290,7 +292,7 @@ def _recorded(
     )  # fmt: skip
 
 
-def _grid(axes: Mapping[str, list[Any]]) -> Iterator[Point]:
+def _grid(axes: Mapping[str, list[JsonValue]]) -> Iterator[Point]:
     names = list(axes)
     for values in itertools.product(*(axes[name] for name in names)):
         yield dict(zip(names, values, strict=True))
@@ -310,6 +312,7 @@ def points(cell: Cell, params: Params) -> list[Point]:
     if not cell.search:
         return [{}]
     if params.sweep.search == "grid":
+        axes: dict[str, list[JsonValue]] = {}
         for name, values in cell.search.items():
             if not isinstance(values, list):
                 raise InputError(
@@ -317,7 +320,8 @@ def points(cell: Cell, params: Params) -> list[Point]:
                     where=f"studies.{cell.study}.methods.{cell.row}.search",
                     way_out="Give a list, or set sweep.search to random or optuna",
                 )
-        return list(_grid(cell.search))
+            axes[name] = values
+        return list(_grid(axes))
     generator = random.Random(f"{params.sweep.seed}:{cell.name}")
     drawn = [
         {name: draw(domain, generator, name) for name, domain in cell.search.items()}
@@ -331,7 +335,7 @@ def corners(cell: Cell) -> list[Point]:
 
     Each stands beside the first value of the other fields. What one of them cannot be is said before anything trains.
     """
-    tried: dict[str, list[Any]] = {}
+    tried: dict[str, list[JsonValue]] = {}
     for name, domain in cell.search.items():
         if isinstance(domain, list):
             tried[name] = domain
@@ -342,7 +346,7 @@ def corners(cell: Cell) -> list[Point]:
     return [{**first, name: value} for name, values in tried.items() for value in values]
 
 
-def draw(domain: Any, generator: random.Random, name: str) -> Any:
+def draw(domain: JsonValue, generator: random.Random, name: str) -> JsonValue:
     """Draw one value of a search domain: a list, {uniform|loguniform: [low, high]} or {randint: [low, high]}."""
     if isinstance(domain, list):
         return generator.choice(domain)

@@ -40,7 +40,7 @@ class AdapterModel(PythonModel):
             params: not used.
         """
         rows = model_input.astype(object).where(model_input.notna(), None).to_dict("records")
-        return [self._answerer.answer(row["image"], row.get("question"))["answer"] for row in rows]
+        return [str(self._answerer.answer(row["image"], row.get("question"))["answer"]) for row in rows]
 
 
 set_model(AdapterModel())
