@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline import report
 from pipeline.config.load import Params
 from pipeline.records.evaluation import Evaluations
-from pipeline.report import tracked
+from pipeline.report import mlflow_report
 from stages.common import run
 
 EVALUATIONS, REPORTS = Path("evaluations"), Path("reports")
@@ -18,7 +18,7 @@ def main(params: Params) -> None:
         report.write_study(study, params, EVALUATIONS, REPORTS)
     report.write_numbers(params, EVALUATIONS, Path.cwd())
     index = report.write_index(params, EVALUATIONS, REPORTS)
-    tracked.log(params, EVALUATIONS, Path.cwd())
+    mlflow_report.log(params, EVALUATIONS, Path.cwd())
     index.say(params.run.studies)
 
 

@@ -152,7 +152,7 @@ def run(studies: list[str], params: Params, root: Path) -> Reported:
         WorkError: some trials failed; the others are done.
     """
     from pipeline import report
-    from pipeline.report import tracked
+    from pipeline.report import mlflow_report
     from pipeline.sweep.evaluate import evaluate
     from pipeline.sweep.train import sweep
 
@@ -166,7 +166,7 @@ def run(studies: list[str], params: Params, root: Path) -> Reported:
     for name in studies:
         report.write_study(name, params, evaluations, out)
     index = report.write_index(params, evaluations, out)
-    tracked.log(params, evaluations, root)
+    mlflow_report.log(params, evaluations, root)
     index.say(studies)
     files = {name: [f"{out / name}.{end}" for end in ("md", "csv")] for name in studies}
     return Reported(str(index.page), files)

@@ -16,8 +16,8 @@ from pipeline.core.errors import InputError
 from pipeline.core.plain_yaml import Json
 from pipeline.core.progress import say
 from pipeline.data.manifest import Manifest
-from pipeline.lineage.record import RunRecord, read_record
 from pipeline.lineage.rerun import Again, check_code, checked_out, rerun
+from pipeline.lineage.run_record import RunRecord, read_record
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import Machine
 from pipeline.tracking.client import Tracker

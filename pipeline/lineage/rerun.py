@@ -23,7 +23,7 @@ from pipeline.core.errors import InputError, WorkError
 from pipeline.core.files import folder_digest
 from pipeline.core.plain_yaml import Json
 from pipeline.data.manifest import Manifest
-from pipeline.lineage.record import RunRecord, exact
+from pipeline.lineage.run_record import RunRecord, exact
 from pipeline.records.evaluation import Evaluation, Evaluations
 from pipeline.records.trial import Provenance
 from pipeline.tasks import tasks

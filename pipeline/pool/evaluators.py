@@ -1,6 +1,6 @@
 """Scores trials side by side on the cluster: one Ray actor a slot, each with the backbone resident.
 
-What is answered where is planned in `units`; a score is made where all parts of an evaluation have come together.
+What is answered where is planned in `evaluation_calls`; a score is made once all parts of an evaluation are there.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pipeline.config.request import TrialRequest
 from pipeline.config.trial import EvaluationConfig
 from pipeline.evaluate.predict import Answers, SplitPart
 from pipeline.measure import Measure, MeasureJob
+from pipeline.pool.evaluation_calls import Calls, EvaluatorCall, Job, Unit
 from pipeline.pool.nodes import work_in
 from pipeline.pool.tuner import count_slots
-from pipeline.pool.units import Calls, EvaluatorCall, Job, Unit
 from pipeline.records.evaluation import Evaluation
 
 
@@ -65,7 +65,7 @@ def measure_on_cluster(params: Params, kind: Measure, jobs: list[MeasureJob]) ->
 def score_on_cluster(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Evaluation | Exception]]:
     """Score trials on the current cluster; yield (evaluation key, evaluation or exception) in the order of completion.
 
-    What is called, made again and given up is decided in `units.Calls`.
+    What is called, made again and given up is decided in `evaluation_calls.Calls`.
     """
     calls = Calls(jobs, count_slots(params.sweep, 1, sys.maxsize), params.sweep.pack, params.sweep.retry.max_attempts)
     idle = [_evaluator(params) for _ in range(calls.slots)]

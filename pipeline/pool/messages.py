@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # whoever reads messages needs neither torch nor a plan
     from pipeline.config.load import Params
     from pipeline.measure import Measure, MeasureJob
     from pipeline.plan.plan import Plan
-    from pipeline.pool.units import Job
+    from pipeline.pool.evaluation_calls import Job
 
 
 PROXY_DIED = "the process that waits for it died"  # the trial itself may be well

@@ -17,6 +17,7 @@ from pipeline.core.errors import InputError, WorkError
 from pipeline.core.progress import say
 from pipeline.plan.plan import Plan
 from pipeline.pool import processes
+from pipeline.pool.evaluation_calls import Job
 from pipeline.pool.messages import (
     PROXY_DIED,
     Alive,
@@ -35,7 +36,6 @@ from pipeline.pool.messages import (
     WorkRefused,
 )
 from pipeline.pool.processes import DRIVER_SECONDS, MARK, POLL_SECONDS, STARTING_SECONDS, STOPPING_SECONDS, reap
-from pipeline.pool.units import Job
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.journal import Journal, sentence
 from pipeline.records.store import TrialStore

@@ -26,7 +26,7 @@ from pipeline.pool.messages import Watcher
 from pipeline.records.journal import JournalEvent, sentence
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import EpochReport
-from pipeline.sweep.pace import Pace
+from pipeline.sweep.time_left import TimeLeft
 from pipeline.sweep.trial_runs import name_parts
 from pipeline.tasks import tasks
 
@@ -85,7 +85,7 @@ class View(Watcher):
 
     def __init__(self, plan: Plan, todo: Sequence[str], points: int = 0) -> None:
         self.plan, self.total = plan, len(todo) + points
-        self.pace = Pace({key: plan.trials[key] for key in todo}, points)
+        self.pace = TimeLeft({key: plan.trials[key] for key in todo}, points)
         self.shared, self._parts = _parts(plan, todo)
         self.ended, self.failed = 0, 0
         self.running: dict[str, _Trial] = {}

@@ -12,8 +12,8 @@ from pipeline import methods
 from pipeline.config.load import load
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core.errors import InputError
-from pipeline.lineage.record import RunRecord
 from pipeline.lineage.rerun import STUDY, study_params, surroundings
+from pipeline.lineage.run_record import RunRecord
 from pipeline.plan.space import Digests, cells
 from pipeline.records.trial import Provenance
 from pipeline.sweep import recorded

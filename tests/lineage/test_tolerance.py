@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.lineage.record import RunRecord
 from pipeline.lineage.reproduce import _environment, _tolerance
+from pipeline.lineage.run_record import RunRecord
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import Provenance
 from pipeline.tracking.provenance import this_machine

@@ -103,7 +103,7 @@ def test_the_mlflow_server_listens_to_no_whole_world(tmp_path, host):
 
 
 def test_a_password_in_an_address_is_refused_before_anything_sees_it(home, monkeypatch):
-    from pipeline.pool.job import refuse_password
+    from pipeline.pool.ray_job import refuse_password
     from pipeline.tracking.server import start
 
     database = "postgresql+psycopg://mlflow:hunter2@127.0.0.1/mlflow"

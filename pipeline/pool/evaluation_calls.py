@@ -90,7 +90,7 @@ class Ledger:
         return self.needed.pop(key, None) is not None
 
 
-def units(jobs: Sequence[Job], slots: int, pack: int | Literal["auto"]) -> list[Unit]:
+def evaluation_units(jobs: Sequence[Job], slots: int, pack: int | Literal["auto"]) -> list[Unit]:
     """Return the calls that answer all jobs, those of one backbone and task side by side."""
     most = TOGETHER if pack == "auto" else pack
     groups: dict[Hashable, list[list[Job]]] = {}
@@ -119,7 +119,7 @@ class Calls:
 
     def __init__(self, jobs: Sequence[Job], slots: int, pack: int | Literal["auto"], max_attempts: int) -> None:
         self.max_attempts = max_attempts
-        planned = units(jobs, slots, pack)
+        planned = evaluation_units(jobs, slots, pack)
         self.slots = min(slots, len(planned))
         self._waiting: list[EvaluatorCall] = list(reversed(planned))
         self._ledger = Ledger()

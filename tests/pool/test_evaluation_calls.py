@@ -13,7 +13,7 @@ from pipeline.config.load import BackboneSource
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.evaluate.predict import Answers
-from pipeline.pool.units import TOGETHER, Calls, Complete, Ledger, Unit, units
+from pipeline.pool.evaluation_calls import TOGETHER, Calls, Complete, Ledger, Unit, evaluation_units
 
 
 def jobs(number, packable=lambda seed: True):
@@ -27,7 +27,7 @@ def jobs(number, packable=lambda seed: True):
 
 @given(number=st.integers(1, 20), slots=st.integers(1, 70), pack=st.one_of(st.just("auto"), st.integers(1, 9)))
 def test_every_job_is_answered_once_in_every_part(number, slots, pack):
-    found = units(jobs(number, lambda seed: seed % 3), slots, pack)
+    found = evaluation_units(jobs(number, lambda seed: seed % 3), slots, pack)
     seen: dict[str, list] = {}
     for unit in found:
         assert len(unit.jobs) <= (TOGETHER if pack == "auto" else pack)
@@ -45,9 +45,9 @@ def test_every_job_is_answered_once_in_every_part(number, slots, pack):
 
 
 def test_few_jobs_fill_the_slots_and_many_do_not_wait_for_each_other():
-    assert [unit.part for unit in units(jobs(1), 4, 1)] == [(i, 4) for i in range(4)]
-    assert {unit.part for unit in units(jobs(9), 4, 1)} == {(0, 1)}
-    assert [len(unit.jobs) for unit in units(jobs(9), 1, 4)] == [4, 4, 1]
+    assert [unit.part for unit in evaluation_units(jobs(1), 4, 1)] == [(i, 4) for i in range(4)]
+    assert {unit.part for unit in evaluation_units(jobs(9), 4, 1)} == {(0, 1)}
+    assert [len(unit.jobs) for unit in evaluation_units(jobs(9), 1, 4)] == [4, 4, 1]
 
 
 def test_only_what_is_alike_answers_together_and_a_trial_without_a_key_alone():
@@ -60,13 +60,13 @@ def test_only_what_is_alike_answers_together_and_a_trial_without_a_key_alone():
         [(request, evaluation), (other, second.model_copy(update={"num_beams": 3}))],
         [(keyless, evaluation), (keyless, second)],
     ):
-        assert [len(unit.jobs) for unit in units(apart, 1, 4)] == [1, 1]
-    assert [len(unit.jobs) for unit in units([(request, evaluation), (other, second)], 1, 4)] == [2]
-    assert units([], 4, 4) == []
+        assert [len(unit.jobs) for unit in evaluation_units(apart, 1, 4)] == [1, 1]
+    assert [len(unit.jobs) for unit in evaluation_units([(request, evaluation), (other, second)], 1, 4)] == [2]
+    assert evaluation_units([], 4, 4) == []
 
 
 def test_an_evaluation_is_scored_with_its_own_trials_answers():
-    (unit,) = units(jobs(2), 1, 4)
+    (unit,) = evaluation_units(jobs(2), 1, 4)
     ledger = Ledger()
     ledger.expect([unit])
     answers = [Answers({1: "red"}, 0.5), Answers({1: "blue"}, 0.25)]
@@ -76,7 +76,7 @@ def test_an_evaluation_is_scored_with_its_own_trials_answers():
 
 
 def test_a_given_up_evaluation_is_forgotten_once_and_the_others_complete():
-    (unit,) = units(jobs(3), 1, "auto")
+    (unit,) = evaluation_units(jobs(3), 1, "auto")
     ledger = Ledger()
     halves = [Unit(unit.jobs, (i, 2)) for i in range(2)]
     ledger.expect(halves)
@@ -140,5 +140,5 @@ def test_every_evaluation_ends_once_whatever_fails_and_a_neighbour_takes_none_al
 
 
 def test_every_call_has_a_key_of_its_own():
-    calls = [*units(jobs(3), 8, 2), *(Complete(job, []) for job in jobs(3))]
+    calls = [*evaluation_units(jobs(3), 8, 2), *(Complete(job, []) for job in jobs(3))]
     assert len({call.key for call in calls}) == len(calls)

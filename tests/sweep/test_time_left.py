@@ -10,7 +10,7 @@ from pipeline.config.trial import TrialConfig
 from pipeline.plan.inputs import Places
 from pipeline.plan.plan import Plan
 from pipeline.records.trial import EpochReport
-from pipeline.sweep.pace import Pace
+from pipeline.sweep.time_left import TimeLeft
 from pipeline.sweep.view import View
 
 
@@ -35,7 +35,7 @@ def _trial(method: str, **changed: object) -> TrialConfig:
 
 def test_each_method_counts_at_its_own_seconds(clock: Clock) -> None:
     trials = {"a": _trial("live"), "b": _trial("live", num_train_samples=50), "c": _trial("lora"), "d": _trial("mimic")}
-    pace = Pace(trials)
+    pace = TimeLeft(trials)
     assert pace.left() is None
     clock.pass_(10)
     pace.on_epoch("a", 1, 8.0)
@@ -51,7 +51,7 @@ def test_each_method_counts_at_its_own_seconds(clock: Clock) -> None:
 
 
 def test_a_trial_that_ends_early_and_one_that_goes_on_count_what_they_have_left(clock: Clock) -> None:
-    pace = Pace({"stopped": _trial("lora", epochs=10), "resumed": _trial("lora", epochs=10)})
+    pace = TimeLeft({"stopped": _trial("lora", epochs=10), "resumed": _trial("lora", epochs=10)})
     pace.on_epoch("stopped", 1, 1.0)
     clock.pass_(2)
     pace.on_epoch("resumed", 8, 1.0)
@@ -62,7 +62,7 @@ def test_a_trial_that_ends_early_and_one_that_goes_on_count_what_they_have_left(
 
 
 def test_points_to_be_asked_for_count_as_those_that_ended(clock: Clock) -> None:
-    pace = Pace({}, points=4)
+    pace = TimeLeft({}, points=4)
     pace.on_epoch("p", 1, 2.0)
     assert pace.left() is None
     clock.pass_(4)

@@ -11,7 +11,7 @@ from pipeline.config.trial import TrialConfig
 EpochKind = tuple[str, str, int]  # backbone, method, shots of its teacher: what an epoch's seconds a sample depend on
 
 
-class Pace:
+class TimeLeft:
     """The time left, `elapsed * W / D`.
 
     D are the seconds of the epochs seen; W those that the epochs to come would take, each at its kind's seconds a
