@@ -32,13 +32,8 @@ def say(text: str) -> None:
 def bar(title: str) -> Iterator[Report]:
     """Give a function `progress(done, total, note="")` to call as work goes on."""
     if console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
+        name, note_column = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+        columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note_column)
         with Progress(*columns, console=console, transient=True) as live:
             task = live.add_task(title, total=None, note="")
 

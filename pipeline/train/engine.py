@@ -31,27 +31,21 @@ class Engine(Protocol):
 
     def forward(self, loss: LossFunction) -> Tensor:
         """Run the student's forward pass; return the micro-batch's share of the loss."""
-        ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Run the backward pass of one micro-batch; `last` marks the last one before `step`."""
-        ...
 
     def for_joint_backward(self, loss: Tensor, *, last: bool) -> Tensor:
         """Return what is added to the other trials' losses of a pack, to run backward once for all of them."""
-        ...
 
     def step(self, learning_rate_scale: float) -> float:
         """Clip, update at the scaled learning rate, zero the gradients; return the gradient norm before clipping."""
-        ...
 
     def save(self, folder: Path) -> None:
         """Write parameters and optimiser state (every rank calls it)."""
-        ...
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote."""
-        ...
 
     def forget(self) -> None:
         """Drop the gradients of a step that did not come to its end.
@@ -59,11 +53,9 @@ class Engine(Protocol):
         Raises:
             WorkError: they are partly reduced already; the trial must go back to its checkpoint.
         """
-        ...
 
     def close(self) -> None:
         """Free what the engine holds; the backbone stays."""
-        ...
 
 
 class Student(nn.Module):
