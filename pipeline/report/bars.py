@@ -6,14 +6,13 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from pipeline.report import papers
-from pipeline.report.drawing import INK, QUIET, STYLE, Look, looks, metric_words, to_svg, wrapped
+from pipeline.report.drawing import INK, QUIET, Look, looks, metric_words, wrapped
 from pipeline.report.tables import Column, Line, Table, TableEntry
 
 _ACROSS = 4  # panels in a row at most
@@ -49,12 +48,6 @@ class _Panel:
     def end(self) -> float:
         """Where the longest bar ends, whisker and all."""
         return max((bar.value + (bar.std or 0.0) for bar in self.bars if bar.value is not None), default=0.0)
-
-
-def draw_bars(table: Table, lines: Sequence[Line]) -> str:
-    """Return the bars of a backbone's lines as SVG."""
-    with mpl.rc_context({**STYLE, "svg.hashsalt": f"{table.study.study} {lines[0].backbone}"}):
-        return to_svg(bar_figure(table, lines))
 
 
 def bar_figure(table: Table, lines: Sequence[Line]) -> Figure:

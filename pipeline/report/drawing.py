@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
@@ -63,6 +64,12 @@ class Drawing(NamedTuple):
 
     svg: str
     words: str
+
+
+def styled_svg(salt: str, draw: Callable[[], Figure]) -> str:
+    """Return what `draw` gives as SVG text in the report's style; the ids in it come from the salt."""
+    with mpl.rc_context({**STYLE, "svg.hashsalt": salt}):
+        return to_svg(draw())
 
 
 def to_svg(figure: Figure) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -13,7 +13,6 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from pipeline.report import bars, papers
 from pipeline.report.drawing import (
     QUIET,
-    STYLE,
     Drawing,
     Look,
     fit_range,
@@ -23,7 +22,7 @@ from pipeline.report.drawing import (
     metric_words,
     safe,
     spaced,
-    to_svg,
+    styled_svg,
 )
 from pipeline.report.statistics import mean_std
 from pipeline.report.tables import Column, Line, Table, TableEntry
@@ -33,19 +32,18 @@ Name = tuple[str, tuple[tuple[str, Any], ...]]  # a curve: its row, and the vari
 
 def draw_figures(table: Table, layout: str) -> dict[str, Drawing]:
     """Return a study's figures by name."""
+    study = table.study.study
     if table.axes and layout != "table":
         axis = max(table.axes, key=lambda name: len({dict(line.vary).get(name) for line in table.lines}))
-        return {f"over-{safe(axis)}": Drawing(_curves(table, axis), _curve_words(table, axis))}
+        curves = styled_svg(f"{study} {axis}", partial(curve_figure, table, axis))
+        return {f"over-{safe(axis)}": Drawing(curves, _curve_words(table, axis))}
     return {
-        f"bars-{safe(backbone)}": Drawing(bars.draw_bars(table, lines), _bar_words(table, lines))
+        f"bars-{safe(backbone)}": Drawing(
+            styled_svg(f"{study} {backbone}", partial(bars.bar_figure, table, lines)), _bar_words(table, lines)
+        )
         for backbone, lines in table.groups()
         if any(entry.value is not None for line in lines for entry in table.row(line))
     }
-
-
-def _curves(table: Table, axis: str) -> str:
-    with mpl.rc_context({**STYLE, "svg.hashsalt": f"{table.study.study} {axis}"}):
-        return to_svg(curve_figure(table, axis))
 
 
 def curve_figure(table: Table, axis: str) -> Figure:
@@ -131,8 +129,8 @@ def draw_losses(table: Table) -> dict[str, Drawing]:
         columns = [c for c in table.columns if c.metric is None and any(_curve(table.entries[i, c]) for i in lines)]
         if columns:
             rows = [line for line in lines if any(_curve(table.entries[line, column]) for column in columns)]
-            words = _words(rows, columns)
-            drawings[f"loss-{safe(backbone)}"] = Drawing(_draw(table, rows, columns), words)
+            losses = styled_svg(f"{table.study.study} losses {backbone}", partial(loss_figure, table, rows, columns))
+            drawings[f"loss-{safe(backbone)}"] = Drawing(losses, _words(rows, columns))
     return drawings
 
 
@@ -145,11 +143,6 @@ def _curve(entry: TableEntry) -> list[tuple[float, float, float]]:
                 by_epoch.setdefault(row.epoch, []).append(row.ground_truth_loss)
     averaged = {epoch: mean_std(values) for epoch, values in sorted(by_epoch.items())}
     return [(epoch, mean, std or 0.0) for epoch, (mean, std) in averaged.items()]
-
-
-def _draw(table: Table, lines: Sequence[Line], columns: Sequence[Column]) -> str:
-    with mpl.rc_context({**STYLE, "svg.hashsalt": f"{table.study.study} losses {lines[0].backbone}"}):
-        return to_svg(loss_figure(table, lines, columns))
 
 
 def loss_figure(table: Table, lines: Sequence[Line], columns: Sequence[Column]) -> Figure:
