@@ -1,4 +1,7 @@
-"""Runs a stage's driver process, starts another when it or its cluster is lost, and leaves no process behind."""
+"""Trains, scores and measures with a driver process, starts another when it or its cluster is lost, leaves none behind.
+
+This process never imports Ray.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TEACHER_BYTES = 1 << 30  # of a teacher's targets: computed ahead, and kept for trials with the same demonstrations
 PROMPTS_ALONE = 50_000  # kept; a few kilobytes each
-_DISK_BYTES = 1 << 30
+_DISK_BYTES = 1 << 30  # of the images' features
 
 
 @dataclass(frozen=True)

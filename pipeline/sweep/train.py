@@ -1,4 +1,8 @@
-"""A sweep from params to a full trial store: what the DVC stage `train` and `hificl sweep` run."""
+"""A sweep from params to a full trial store: what the DVC stage `train` and `hificl sweep` run.
+
+Before anything is trained, the engines that trials ask for are looked for, and the pictures are held to what the
+backbones take.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +51,8 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
         say(f"note: {line}")
     store = TrialStore(folders.runs)
     with in_order(), store.lock("a sweep", wait=copies.is_copy(folders.runs.parent)):
-        check_open(plan, store)
-        check_all(plan, store)
+        check_open_engines(plan, store)
+        check_open_pictures(plan, store)
         with ahead(bool(plan.open_keys(store.finished) or plan.searched)) as driver:
             tracker = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
             tracker.prepare(studies, {study: experiment_note(params, study, plan.cells.values()) for study in studies})
@@ -115,7 +119,7 @@ def check_engines(trials: Iterable[TrialConfig]) -> str:
     return ", ".join(f"{asked.count(name)} trained by {name}" for name in sorted(set(asked)))
 
 
-def check_open(plan: Plan, store: TrialStore) -> None:
+def check_open_engines(plan: Plan, store: TrialStore) -> None:
     """Check the engine of every trial that is not done.
 
     Raises:
@@ -153,7 +157,7 @@ def check_pictures(path: Path, backbone: str) -> int:
     return len(images)
 
 
-def check_all(plan: Plan, store: TrialStore) -> None:
+def check_open_pictures(plan: Plan, store: TrialStore) -> None:
     """Check the pictures of every trial that is not done, for the backbones that have rules.
 
     Raises:
