@@ -9,18 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.core.files import write_atomic
 from pipeline.data.image_files import changed
 from pipeline.data.images import check_images, problems_error
 from pipeline.data.sample import PromptStyle, Sample
-
-if TYPE_CHECKING:
-    from pipeline.config.trial import TrialConfig
-    from pipeline.data.sample import Sample
-
 
 SPLITS = ("train", "selection", "evaluation")
 FORMAT = 1

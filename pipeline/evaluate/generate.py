@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,7 @@ from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.load import Loaded
 from pipeline.prompts.collate import Batch, collate
 from pipeline.prompts.prompt import Encoded
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from pipeline.resident.visual_tokens import VisualTokens
+from pipeline.resident.visual_tokens import VisualTokens
 
 
 def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.adapters.pack import Pack
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Sample
 from pipeline.evaluate.generate import generate, of_part
 from pipeline.prompts.prompt import Encoded, stop_strings
+from pipeline.resident.resident import Resident
 from pipeline.tasks import tasks
-
-if TYPE_CHECKING:
-    from pipeline.resident.resident import Resident
 
 SplitPart = tuple[int, int]  # (i, n): every n-th batch from the i-th on
 WHOLE: SplitPart = (0, 1)

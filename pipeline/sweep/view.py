@@ -252,6 +252,3 @@ def _parts(plan: Plan, todo: Sequence[str]) -> tuple[str, dict[str, dict[str, st
     shared = [", ".join(map(str, seen)) for kind, seen in values.items() if kind in common]
     apart = {key: {kind: text for kind, text in named.items() if kind not in common} for key, named in parts.items()}
     return "; ".join(shared), apart
-
-
-__all__ = ["LINE_SECONDS", "View"]
