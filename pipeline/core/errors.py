@@ -28,7 +28,7 @@ class HificlError(Exception):
         # A file can hold half of a surrogate pair, which no terminal or log takes.
         super().__init__(text.encode("utf-8", "backslashreplace").decode())
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders (Ray); the keyword-only arguments must survive pickling.
         return _rebuild, (type(self), self.what, self.where, self.way_out)
 

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from pipeline.miniature.lexicon import ATTRIBUTES, QUESTIONS, RELATIONS, Convention, draw_convention
@@ -54,7 +55,7 @@ class Renderer:
     spec: Miniature
 
     @cached_property
-    def tokenizer(self):  # noqa: ANN201 - the backend's own type
+    def tokenizer(self) -> Tokenizer:
         """The fast tokenizer's Rust core."""
         return self.spec.make_tokenizer().backend_tokenizer
 

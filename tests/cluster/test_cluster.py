@@ -79,7 +79,7 @@ def test_a_node_with_other_code_is_named_and_nothing_is_started(up):
     worker = up.workers[1]
     other = up.lab.folder / "other-code"
     shutil.copytree(ROOT / "pipeline", other, ignore=shutil.ignore_patterns("__pycache__"))
-    (other / "trial.py").write_text((other / "trial.py").read_text() + "\n# another version\n")
+    (other / "config/trial.py").write_text((other / "config/trial.py").read_text() + "\n# another version\n")
     worker.run("mount", "--bind", str(other), str(ROOT / "pipeline"))
     try:
         done = up.ray("submit", "cluster.yaml", "sweep", check=False)
