@@ -95,18 +95,22 @@ class MlflowSync(Watcher):
         Raises:
             WorkError: the store is away.
         """
-        known = self.tracker.runs_of(set(self.store.all_keys()))
+        every = set(self.store.all_keys())
+        self._scored = self.tracker.runs_of(every)
+        mended = False
         for study in self.studies:
             keys = self._keys(study)
             sweep = self.tracker.find_sweep(study, _sweep_key(keys))
             cut_off = sweep is not None and sweep.status not in (FINISHED, FAILED)
-            if cut_off or (keys & set(trials)) - known.keys():
+            if cut_off or (keys & set(trials)) - self._scored.keys():
                 ends = {key: end.status for key in keys if (end := self.store.done(key)) is not None}
                 self._open_sweep(study)
                 self._record_done(ends)
                 whole = FAILED if "failed" in ends.values() else FINISHED
                 self.tracker.close(self.parents[study], whole if ends.keys() == keys else KILLED)
-        self._scored = self.tracker.runs_of(set(self.store.all_keys()))
+                mended = True
+        if mended:  # else the runs are those that were just found: a search takes seconds where there are thousands
+            self._scored = self.tracker.runs_of(every)
 
     def with_origin(self, evaluation: Evaluation) -> Evaluation:
         """Return a score with the newest run of its trial, the adapter's digest and the code that scored."""
