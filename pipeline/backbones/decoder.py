@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from pipeline.core.errors import InputError
@@ -78,3 +81,29 @@ def _self_attention(layer: nn.Module, kind: str) -> nn.Module:
     if len(matching) != 1:
         raise InputError(f"a decoder layer of {kind} has {len(matching)} self-attentions with q, k, v, o projections")
     return matching[0]
+
+
+Forwards = dict[nn.Module, Callable[..., Any]]
+
+
+@contextmanager
+def compiled_parts(model: nn.Module, forwards: Forwards) -> Iterator[None]:
+    """Let the decoder's norms and feed-forward nets run compiled (`train.compile`) inside the block.
+
+    Nothing is edited inside them, so one compilation serves all adapters and packs. Attention stays as it is: it holds
+    what is attached, and a new adapter would have it compiled anew. On leaving, all is as it was.
+
+    What is compiled is compiled at its first call, for any length and number of rows.
+    """
+    spec = decoder_of(model)
+    attentions = set(spec.attentions)
+    parts = [part for layer in spec.layers for part in layer.children() if part not in attentions]
+    for part in parts:
+        if part not in forwards:
+            forwards[part] = torch.compile(part.forward, dynamic=True)
+        part.forward = forwards[part]
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.forward

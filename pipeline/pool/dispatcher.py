@@ -49,14 +49,23 @@ class Dispatcher:
         world_size: ranks of a slot.
         run_ahead: whether a trial goes on before the scheduler has seen its last epoch (right for FIFO alone).
         home: the project's folder, in which workers find images by relative paths.
+        order: keys of the trials in the order in which they begin; Tune's actors ask in any order.
     """
 
     def __init__(
-        self, resolve: Resolve, sweep: Sweep, store_root: str, slots: int, world_size: int, run_ahead: bool, home: str
+        self,
+        resolve: Resolve,
+        sweep: Sweep,
+        store_root: str,
+        slots: int,
+        world_size: int,
+        run_ahead: bool,
+        home: str,
+        order: Sequence[str],
     ) -> None:
         self.resolve, self.world_size = resolve, world_size
         self.store, self.journal = TrialStore(store_root), Journal(store_root)
-        self.queue = Queue(slots, sweep.retry.max_attempts, run_ahead=run_ahead)
+        self.queue = Queue(slots, sweep.retry.max_attempts, run_ahead=run_ahead, order=order)
         self.queued = asyncio.Event()
         self.mail: dict[str, _Mailbox] = {}
         self.lost_at: dict[str, float] = {}  # when a trial's slot was lost

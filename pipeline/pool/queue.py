@@ -102,12 +102,14 @@ class Queue:
         max_attempts: after how many failures without an epoch in between a trial, or the building of all slots, is
             given up.
         run_ahead: whether a trial goes on before the scheduler has seen its last epoch (right for FIFO alone).
+        order: keys in the order in which their trials begin, whatever the order in which they are submitted.
     """
 
-    def __init__(self, slots: int, max_attempts: int, *, run_ahead: bool) -> None:
+    def __init__(self, slots: int, max_attempts: int, *, run_ahead: bool, order: Sequence[str] = ()) -> None:
         self.max_attempts, self.run_ahead = max_attempts, run_ahead
         self.trials: dict[str, Trial] = {}
         self.waiting: list[Trial] = []
+        self._position = {key: position for position, key in enumerate(order)}
         self.slots = [SlotState() for _ in range(slots)]
 
     # -- what Tune asks for --------------------------------------------------------------------------------------------
@@ -121,6 +123,8 @@ class Queue:
         trial = self.trials[request.key] = Trial(request)
         if not done:
             self.waiting.append(trial)
+            last = len(self._position)
+            self.waiting.sort(key=lambda t: (not t.attempts, self._position.get(t.request.key, last)))
         return trial
 
     def allow(self, key: str, epochs: int) -> None:

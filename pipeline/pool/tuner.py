@@ -181,8 +181,9 @@ def _run(plan: Plan, keys: list[str], adaptive: list[Cell], params: Params, tell
     slots = count_slots(params.sweep, world, len(keys) + len(adaptive) * params.sweep.num_samples)
     run_ahead = params.sweep.scheduler == "fifo"
     resolve = plan.request if adaptive else Requests({key: plan.request_of(plan.trials[key]) for key in keys})
+    order = in_lanes(plan, keys, slots)
     dispatcher = actor.options(resources=ON_HEAD).remote(
-        resolve, params.sweep, str(plan.places.runs), slots, world, run_ahead, str(Path.cwd())
+        resolve, params.sweep, str(plan.places.runs), slots, world, run_ahead, str(Path.cwd()), order
     )
     try:
         ray.get(dispatcher.start.remote())
@@ -193,7 +194,7 @@ def _run(plan: Plan, keys: list[str], adaptive: list[Cell], params: Params, tell
             samples = len(adaptive) * params.sweep.num_samples if search else 1
             tuner = tune.Tuner(
                 trainable,
-                param_space=None if search else {"trial": tune.grid_search(in_lanes(plan, keys, slots))},
+                param_space=None if search else {"trial": tune.grid_search(order)},
                 tune_config=tune.TuneConfig(
                     scheduler=make_scheduler(params, plan), search_alg=search, num_samples=samples,
                     max_concurrent_trials=most_in_progress(params.sweep, slots),

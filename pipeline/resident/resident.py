@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing_extensions import override
 
 from pipeline import backbones
 from pipeline.backbones.base import Pixels
-from pipeline.backbones.decoder import decoder_of
+from pipeline.backbones.decoder import Forwards
 from pipeline.config.load import BackboneSource
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import Kind, TrialConfig
@@ -161,32 +160,6 @@ class Resident:
             pixels=self.visual.pixels(images, root) if pixels else None,
         )
         return batch.to(self.device)
-
-
-Forwards = dict[nn.Module, Callable[..., Any]]
-
-
-@contextmanager
-def compiled_parts(model: nn.Module, forwards: Forwards) -> Iterator[None]:
-    """Let the decoder's norms and feed-forward nets run compiled (`train.compile`) inside the block.
-
-    Nothing is edited inside them, so one compilation serves all adapters and packs. Attention stays as it is: it holds
-    what is attached, and a new adapter would have it compiled anew. On leaving, all is as it was.
-
-    What is compiled is compiled at its first call, for any length and number of rows.
-    """
-    spec = decoder_of(model)
-    attentions = set(spec.attentions)
-    parts = [part for layer in spec.layers for part in layer.children() if part not in attentions]
-    for part in parts:
-        if part not in forwards:
-            forwards[part] = torch.compile(part.forward, dynamic=True)
-        part.forward = forwards[part]
-    try:
-        yield
-    finally:
-        for part in parts:
-            del part.forward
 
 
 class ImageFeatures(VisualTokens):

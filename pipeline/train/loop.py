@@ -20,12 +20,12 @@ from torch import Tensor
 from pipeline import adapters
 from pipeline.adapters.base import WeightsAdapter, parts_of
 from pipeline.adapters.pack import Pack, PackRows
-from pipeline.backbones.decoder import decoder_of
+from pipeline.backbones.decoder import compiled_parts, decoder_of
 from pipeline.core.errors import WorkError
 from pipeline.core.progress import say
 from pipeline.prompts.collate import Batch
 from pipeline.records.trial import TrialReport
-from pipeline.resident.resident import TEACHER_BYTES, Resident, compiled_parts
+from pipeline.resident.resident import TEACHER_BYTES, Resident
 from pipeline.train import loss
 from pipeline.train.capacity import Capacity
 from pipeline.train.imitation import Imitation

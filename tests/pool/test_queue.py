@@ -56,6 +56,20 @@ def test_a_slot_takes_its_own_teacher_then_one_that_no_other_slot_has_then_the_f
     assert first_of("b") == "b"
 
 
+def test_trials_begin_in_the_plans_order_whatever_the_order_they_came_in_and_lost_ones_before_them():
+    requests = [request(n) for n in range(4)]
+    queue = Queue(1, 3, run_ahead=True, order=[r.key for r in requests[:3]])
+    for number in (3, 2, 0):
+        queue.submit(requests[number], done=False)
+    (slot,) = queue.slots
+    queue.built(slot)
+    first = taken(queue, slot)
+    assert first.request == requests[0]
+    assert [type(decision) for decision in queue.lose(slot, TRANSIENT, "killed")] == [Requeued]
+    queue.submit(requests[1], done=False)
+    assert [trial.request for trial in queue.waiting] == [requests[n] for n in (0, 1, 2, 3)]
+
+
 def test_a_fresh_slot_takes_what_came_first_and_remembers_its_teacher():
     queue, trials = a_queue(*(request(n, teacher) for n, teacher in enumerate(["a", "a", None, "b"])), slots=1)
     (slot,) = queue.slots
