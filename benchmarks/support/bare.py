@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config.load import load
-from pipeline.plan.inputs import all_cells, places
-from pipeline.plan.plan import make_plan
+from pipeline.plan.plan import all_cells, make_plan, places
 from pipeline.train.workbench import Workbench, use_threads
 
 

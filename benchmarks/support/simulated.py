@@ -12,8 +12,7 @@ from benchmarks.support.timing import Findings
 from pipeline.config.load import BackboneSource, load
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import TrialConfig
-from pipeline.plan.inputs import Places
-from pipeline.plan.plan import Plan
+from pipeline.plan.plan import Places, Plan
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import EpochReport, TrialEnd, TrialReport
 

@@ -16,14 +16,12 @@ from pipeline.commands import (
     score,
     servers,
     studies,
-    sweep,
-    trace,
     workspace,
 )
 from pipeline.commands.parser import CommandLine
 
 VERBS = (  # in the order in which the help lists them within their groups
-    studies, sweep, workspace, doctor, results, plan, trace, predict, names, score, bench, miniature, servers,
+    studies, workspace, doctor, results, plan, predict, names, score, bench, miniature, servers,
 )  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def examine(params: Params, root: Path) -> Examination:
 
 
 def _cells(params: Params) -> list[Cell]:
-    from pipeline.plan.inputs import as_given
+    from pipeline.plan.plan import as_given
     from pipeline.plan.space import cells
 
     return [cell for study in params.run.studies for cell in cells(params, study, as_given(params))]
@@ -132,8 +132,7 @@ def _code(params: Params, root: Path) -> Iterator[Finding]:
 
 def _studies(params: Params, root: Path) -> Iterator[Finding]:
     """Whether the profile can give what its studies ask for, as far as params.yaml tells."""
-    from pipeline.plan.inputs import places
-    from pipeline.plan.plan import make_plan
+    from pipeline.plan.plan import make_plan, places
     from pipeline.plan.unheard import unheard
     from pipeline.sweep.train import check_engines
 
@@ -174,7 +173,7 @@ def _data(params: Params, root: Path) -> Iterator[Finding]:
 
 def _pictures(params: Params, root: Path) -> Iterator[Finding]:
     """Whether the backbones take the pictures that are drawn already."""
-    from pipeline.plan.inputs import places
+    from pipeline.plan.plan import places
     from pipeline.sweep.train import check_pictures, has_rules
 
     for backbone, task in sorted({(cell.backbone, cell.task) for cell in _cells(params) if has_rules(cell.backbone)}):

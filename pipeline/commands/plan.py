@@ -75,7 +75,7 @@ def study_hours(
     from pipeline.config.load import load
     from pipeline.cost import hours
     from pipeline.cost.steps import Prompt
-    from pipeline.plan.inputs import drawn_samples, evaluated_samples, planned_trials
+    from pipeline.plan.plan import drawn_samples, evaluated_samples, planned_trials
 
     if gpus < 1:
         raise InputError(f"at least one GPU is needed, got {gpus}", where="--gpus")
@@ -105,7 +105,7 @@ def study_hours(
 def _trials(args: argparse.Namespace) -> Trials:
     """Return the trials of some studies."""
     from pipeline.config.load import load
-    from pipeline.plan.inputs import places
+    from pipeline.plan.plan import places
     from pipeline.plan.trials import trial_rows
     from pipeline.records.store import TrialStore
 

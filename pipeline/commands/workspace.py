@@ -241,8 +241,7 @@ def _referred(evaluations: Evaluations) -> tuple[set[str], set[str]]:
 
 
 def _planned(params: Params, root: Path) -> set[str]:
-    from pipeline.plan.inputs import all_cells, places
-    from pipeline.plan.plan import make_plan
+    from pipeline.plan.plan import all_cells, make_plan, places
 
     folders = places(root)
     try:

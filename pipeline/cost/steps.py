@@ -9,8 +9,7 @@ from typing import Any
 from pipeline import adapters
 from pipeline.adapters.base import Adapter, AttentionAdapter, WeightsAdapter, parts_of
 from pipeline.backbones.base import Backbone
-from pipeline.cost.flops import DecoderCost
-from pipeline.cost.vision import ImageCost, image_cost
+from pipeline.cost.flops import DecoderCost, ImageCost, image_cost
 
 
 @dataclass(frozen=True)

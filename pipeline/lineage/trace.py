@@ -15,8 +15,8 @@ from pipeline.data import image_files
 from pipeline.data.manifest import Manifest
 from pipeline.data.parquet import shard_order
 from pipeline.lineage import place as places
-from pipeline.lineage.checks import DIFFERS, MISSING, SAME, UNRECORDED, Check, Checks, key_of
 from pipeline.lineage.place import Place
+from pipeline.lineage.run_record import DIFFERS, MISSING, SAME, UNRECORDED, Check, Checks, key_of
 from pipeline.lineage.traced import (
     Chain,
     MadeFrom,

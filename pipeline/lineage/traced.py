@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.core.terminal import Answer, short, table
-from pipeline.lineage.checks import SAME, UNRECORDED, Check
+from pipeline.lineage.run_record import SAME, UNRECORDED, Check
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -9,7 +9,7 @@ from pipeline.config.load import Params
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.core.plain_yaml import Json
-from pipeline.plan.inputs import Inputs, Places, as_given, evaluated_samples
+from pipeline.plan.plan import Inputs, Places, as_given, evaluated_samples
 from pipeline.plan.settings import TRAIN_FIELDS
 from pipeline.plan.space import PAPERS_FULL_SIZE, Cell, Digests, Point, cells, corners, points
 

@@ -16,7 +16,7 @@ from pipeline.data.files import source_digest
 from pipeline.data.images import CheckedImage, check_images, problems_error
 from pipeline.data.manifest import Manifest, Source
 from pipeline.data.sample import PromptStyle, Sample
-from pipeline.plan.inputs import places
+from pipeline.plan.plan import places
 from pipeline.tasks import IndexEntry, SampleId, Split, Task, tasks
 
 

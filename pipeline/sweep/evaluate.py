@@ -13,8 +13,7 @@ from pipeline.core import copies
 from pipeline.core.errors import WorkError
 from pipeline.core.files import file_digest
 from pipeline.core.progress import bar, say
-from pipeline.plan.inputs import all_cells, places
-from pipeline.plan.plan import Plan, make_plan
+from pipeline.plan.plan import Plan, all_cells, make_plan, places
 from pipeline.plan.space import Cell, Point, points
 from pipeline.pool import supervisor
 from pipeline.pool.processes import in_order

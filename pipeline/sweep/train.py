@@ -19,8 +19,7 @@ from pipeline.core.errors import InputError, WorkError
 from pipeline.core.progress import say
 from pipeline.data import image_files
 from pipeline.data.manifest import Manifest
-from pipeline.plan.inputs import all_cells, places
-from pipeline.plan.plan import Plan, make_plan
+from pipeline.plan.plan import Plan, all_cells, make_plan, places
 from pipeline.plan.unheard import unheard
 from pipeline.pool.processes import in_order
 from pipeline.pool.supervisor import Driver, ahead, train

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pipeline import methods
 from pipeline.config.load import Params
 from pipeline.config.trial import TrialConfig
-from pipeline.plan.inputs import Places
-from pipeline.plan.plan import Plan
+from pipeline.plan.plan import Places, Plan
 from pipeline.plan.space import Cell
 from pipeline.records.trial import EpochReport
 from pipeline.tracking.records import MetricPoint, RunInput

@@ -30,7 +30,8 @@ from pipeline.core.files import folder_digest
 from pipeline.core.progress import say
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import Provenance
-from pipeline.tracking import answers, page, store
+from pipeline.tracking import page, store
+from pipeline.tracking import records as answers
 from pipeline.tracking.provenance import process_is_gone, process_tags, provenance
 from pipeline.tracking.records import (
     EVALUATIONS,

@@ -27,7 +27,7 @@ from pipeline.prompts.collate import Batch
 from pipeline.records.trial import TrialReport
 from pipeline.resident.resident import TEACHER_BYTES, Resident
 from pipeline.train import loss
-from pipeline.train.capacity import Capacity
+from pipeline.train.cost import Capacity
 from pipeline.train.imitation import Imitation
 from pipeline.train.prefix_sharing import PrefixLayout, sharing_prefix
 from pipeline.train.selection import select

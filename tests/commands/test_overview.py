@@ -14,8 +14,7 @@ from pipeline.commands.studies import overview
 from pipeline.config.load import load
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.plan.inputs import all_cells, places
-from pipeline.plan.plan import make_plan
+from pipeline.plan.plan import all_cells, make_plan, places
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import TrialEnd
 from tests.conftest import ROOT

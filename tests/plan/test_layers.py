@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from pipeline.adapters.options import Options
 from pipeline.config.load import Train, load
 from pipeline.core.errors import InputError
-from pipeline.plan.inputs import as_given, places
-from pipeline.plan.plan import make_plan
+from pipeline.plan.plan import as_given, make_plan, places
 from pipeline.plan.settings import Settings
 from pipeline.plan.space import cells
 from tests.conftest import ROOT

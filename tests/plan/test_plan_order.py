@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.load import load
-from pipeline.plan.inputs import Places
-from pipeline.plan.plan import in_lanes, make_plan, teacher_key
+from pipeline.plan.plan import Places, in_lanes, make_plan, teacher_key
 from pipeline.plan.space import Digests, cells
 
 ROOT = Path(__file__).resolve().parents[2]

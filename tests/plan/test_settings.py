@@ -11,8 +11,7 @@ from pipeline.config import papers
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
 from pipeline.plan import trials
-from pipeline.plan.inputs import Places, as_given, places
-from pipeline.plan.plan import make_plan
+from pipeline.plan.plan import Places, as_given, make_plan, places
 from pipeline.plan.space import cells, needed
 from pipeline.plan.unheard import unheard
 from tests.conftest import ROOT

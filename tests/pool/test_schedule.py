@@ -10,8 +10,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from pipeline.config.load import Params, load
-from pipeline.plan.inputs import as_given, places
-from pipeline.plan.plan import Plan, make_plan
+from pipeline.plan.plan import Plan, as_given, make_plan, places
 from pipeline.plan.space import Cell, cells
 from pipeline.pool.schedule import PerCell, PerCellOptuna, make_scheduler
 from tests.conftest import ROOT

@@ -11,8 +11,7 @@ import pytest
 import ray
 
 from pipeline.config.load import load
-from pipeline.plan.inputs import as_given, places
-from pipeline.plan.plan import make_plan
+from pipeline.plan.plan import as_given, make_plan, places
 from pipeline.plan.space import cells
 from pipeline.pool import tuner
 from pipeline.pool.dispatcher import Dispatcher

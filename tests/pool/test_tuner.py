@@ -7,8 +7,7 @@ import pytest
 from pipeline.config.load import load
 from pipeline.config.schema import Sweep
 from pipeline.core.errors import InputError
-from pipeline.plan.inputs import as_given, places
-from pipeline.plan.plan import make_plan
+from pipeline.plan.plan import as_given, make_plan, places
 from pipeline.plan.space import cells
 from pipeline.pool.schedule import make_scheduler
 from pipeline.pool.tuner import by_world_size, most_in_progress

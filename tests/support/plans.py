@@ -6,8 +6,7 @@ from pathlib import Path
 
 from pipeline.config.load import load
 from pipeline.config.trial import TrialConfig
-from pipeline.plan.inputs import Places
-from pipeline.plan.plan import Plan
+from pipeline.plan.plan import Places, Plan
 from tests.conftest import ROOT
 
 

@@ -7,7 +7,7 @@ import pytest
 from pipeline.commands.doctor import examine
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
-from pipeline.plan.inputs import as_given
+from pipeline.plan.plan import as_given
 from pipeline.plan.space import cells
 from pipeline.sweep.train import check_engines
 from tests.conftest import ROOT

@@ -7,8 +7,7 @@ import time
 import pytest
 
 from pipeline.config.trial import TrialConfig
-from pipeline.plan.inputs import Places
-from pipeline.plan.plan import Plan
+from pipeline.plan.plan import Places, Plan
 from pipeline.records.trial import EpochReport
 from pipeline.sweep.time_left import TimeLeft
 from pipeline.sweep.view import View

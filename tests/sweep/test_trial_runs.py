@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.trial import TrialConfig
-from pipeline.plan.inputs import Places
+from pipeline.plan.plan import Places
 from pipeline.plan.space import Digests, cells
 from pipeline.records.trial import EpochReport
 from pipeline.sweep.trial_runs import POINTS, curve, metric_points, trial_note, used_by

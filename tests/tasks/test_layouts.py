@@ -10,7 +10,7 @@ import torch
 from pipeline import backbones, tasks
 from pipeline.data.image_files import image_digest, read_image, sizes
 from pipeline.data.images import open_image
-from pipeline.lineage.checks import SAME, Checks
+from pipeline.lineage.run_record import SAME, Checks
 from pipeline.lineage.trace import _Walk
 from pipeline.prompts.collate import collate
 from pipeline.prompts.prompt import encode_all, render

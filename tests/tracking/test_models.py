@@ -16,8 +16,7 @@ from mlflow.tracking import MlflowClient
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
 from pipeline.evaluate.answerer import Answerer
-from pipeline.plan.inputs import places
-from pipeline.plan.plan import Plan
+from pipeline.plan.plan import Plan, places
 from pipeline.records.store import TrialStore
 from pipeline.sweep.mlflow_sync import MlflowSync
 from pipeline.tracking.client import Tracker

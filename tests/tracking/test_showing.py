@@ -12,7 +12,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from pipeline.tracking import answers
+from pipeline.tracking import records as answers
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import FINISHED, MetricPoint, RunInput, TrialRunStart
 from tests.tracking.conftest import ask, open_both, points

@@ -16,7 +16,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from pipeline.adapters.attach import attach
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import EpochReport
-from pipeline.train.capacity import Capacity
+from pipeline.train.cost import Capacity
 from pipeline.train.loop import TrainingLoop, cut
 from pipeline.train.schedule import cosine_with_warmup
 from pipeline.train.trial_run import MicroBatch
