@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 
@@ -68,7 +68,7 @@ class Train(Section):
     alignment_weight: float | None = Field(None, ge=0)  # of the teacher's loss; None: the method's own
     ground_truth_weight: float | None = Field(None, ge=0)  # of the cross-entropy; None: the method's own
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    engine: Literal["auto", "deepspeed", "torch"] = "auto"  # auto: DeepSpeed where ZeRO has something to do
+    engine: Literal["auto", "deepspeed", "torch"] = "auto"  # auto: DeepSpeed where there are several ranks or offload
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "cpu"] = "none"
     world_size: int = Field(1, ge=1)
@@ -116,8 +116,16 @@ class Sweep(Section):
     slots: int | Literal["auto"] = "auto"  # pools of workers that train at the same time
     pack: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # most trials that share one forward pass in a slot
     cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
+    gpus_per_worker: float = Field(0, ge=0)  # 0: workers see none
     threads_per_worker: int = Field(1, ge=1)
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _whole_beyond_one(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError("more than one GPU is a whole number of them")
+        return gpus
+
     address: str | None = None  # None: a private cluster on this machine; "auto": the one that runs here
     retry: Retry = Retry()
 

@@ -116,9 +116,5 @@ class EvaluationConfig(_Config):
 
 
 def engine_packs(config: TrialConfig) -> bool:
-    """Whether several trials with this engine can share one backward pass.
-
-    DeepSpeed's stage 0 has no hooks at the parameters; stage 3 and offload gather and move them around each forward
-    pass.
-    """
-    return config.engine == "torch" or (config.zero_stage in (1, 2) and config.offload == "none")
+    """Whether several trials with this engine can share one backward pass: ZeRO-3 gathers parameters around each."""
+    return config.engine == "torch" or config.zero_stage < 3

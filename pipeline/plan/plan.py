@@ -130,6 +130,13 @@ def make_plan(params: Params, cells: Iterable[Cell], places: Places) -> Plan:
             except InputError as error:
                 problems.setdefault(cell.name, error)
                 continue
+            gpus = params.sweep.gpus_per_worker
+            if config.world_size > 1 and gpus != int(gpus):
+                problems.setdefault(cell.name, InputError(
+                    f"{config.world_size} ranks of {gpus:g} GPU each would share a card, which NCCL refuses",
+                    where=cell.name, way_out="Set sweep.gpus_per_worker to 1, or train.world_size to 1",
+                ))  # fmt: skip
+                continue
             if not asked_later:
                 plan.trials.setdefault(config.key, config)
                 plan.cell_of.setdefault(config.key, cell.name)

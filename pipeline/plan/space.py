@@ -105,7 +105,7 @@ class Cell:
         return {
             **same, **(taught if facts.teacher else {}), "epochs": train.epochs if full else train.epochs_below_1000,
             "ground_truth_weight": _given(train.ground_truth_weight, facts.ground_truth_weight),
-            "engine": _engine(train, self.name), "compile": _compile(train, self.name),
+            **_engine(train, self.name), "compile": _compile(train, self.name),
         }  # fmt: skip
 
     def _check_pool(self, settings: Settings) -> None:
@@ -143,20 +143,26 @@ class Cell:
         return train.model_copy(update={name: drawn})
 
 
-def _engine(train: Train, where: str) -> str:
+def _engine(train: Train, where: str) -> Json:
+    """Return engine and stage of a trial: torch, whatever the stage, where one rank has nothing to share out."""
     sharded = train.zero_stage > 0 or train.offload != "none"
     if train.engine == "torch" and sharded:
         raise InputError(
             "engine torch knows neither ZeRO nor offload", where=where,
             way_out="Set train.engine to auto, or train.zero_stage to 0 and train.offload to none",
         )  # fmt: skip
-    if train.engine != "auto":
-        return train.engine
-    return "deepspeed" if sharded else "torch"
+    if train.engine == "deepspeed" or (train.engine == "auto" and sharded and not shares_nothing(train)):
+        return {"engine": "deepspeed", "zero_stage": train.zero_stage}
+    return {"engine": "torch", "zero_stage": 0}
+
+
+def shares_nothing(train: Train) -> bool:
+    """Whether a trial has one rank, and keeps all it has on the device."""
+    return train.world_size == 1 and train.offload == "none"
 
 
 def _compile(train: Train, where: str) -> bool:
-    if train.compile and train.zero_stage == 3:
+    if train.compile and _engine(train, where)["zero_stage"] == 3:
         raise InputError(
             "ZeRO-3 gathers parameters around each call, which torch.compile does not see", where=where,
             way_out="Set train.compile to false, or train.zero_stage to 2",

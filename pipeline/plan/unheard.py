@@ -12,7 +12,7 @@ from pipeline.config.load import Params
 from pipeline.core.errors import InputError
 from pipeline.plan.plan import pack_key
 from pipeline.plan.settings import EXPLICIT
-from pipeline.plan.space import PAPERS_FULL_SIZE, TO_CHOOSE, Cell, corners
+from pipeline.plan.space import PAPERS_FULL_SIZE, TO_CHOOSE, Cell, corners, shares_nothing
 from pipeline.tasks import tasks
 from pipeline.tasks.choice_files import ChoiceTask
 from pipeline.tasks.vqa import VqaTask
@@ -37,12 +37,19 @@ def _of_trials(params: Params, cells: Sequence[Cell]) -> Iterator[str]:
         for name, value in layer.items():
             said = f"{section}.{name}={value}"
             meant = [cell for cell in cells if method in (None, cell.method) and _uses(cell, name, layer)]
+            if meant and name == "zero_stage" and value and all(map(_alone, meant)):
+                yield f"{said} changes nothing here: every trial has one rank and no offload, and plain torch trains it"
             if not meant:
                 yield f"{said} changes nothing here: no trial of these studies uses it"
             fields = [(cell, _field(cell, name)) for cell in meant]
             winners = Counter((cell.overruled[field], field) for cell, field in fields if field in cell.overruled)
             for (winner, field), count in winners.items():
                 yield f"{said} does not reach {count} of {len(meant)} cells: {winner} sets {field}; change it there"
+
+
+def _alone(cell: Cell) -> bool:
+    train = cell.train
+    return train.engine == "auto" and shares_nothing(train) and not {"world_size", "offload"} & cell.search.keys()
 
 
 def _field(cell: Cell, name: str) -> str:

@@ -18,7 +18,7 @@ import ray
 
 from pipeline.config.load import Sweep
 from pipeline.config.request import TrialRequest
-from pipeline.core.errors import WorkError
+from pipeline.core.errors import HificlError, WorkError
 from pipeline.pool.queue import Decision, Failed, Queue, Requeued, SlotState, Stopped, is_of_one_trial
 from pipeline.pool.slot import Slot, SlotLost
 from pipeline.records.journal import Journal
@@ -145,7 +145,9 @@ class Dispatcher:
             await slot.build()
         except Exception as error:
             slot.drop()
-            why = f"no slot can be built: {type(error).__name__}: {error}"
+            cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+            said = str(cause) if isinstance(cause, HificlError) else f"{type(cause).__name__}: {cause}"
+            why = f"no slot can be built: {said}"
             decisions = self.queue.not_built(state, why)
             self.journal.note("slot not built", why=why, attempt=state.failures)
             self._carry_out(decisions)

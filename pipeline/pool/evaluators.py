@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -19,20 +20,31 @@ from pipeline.evaluate.predict import Answers, SplitPart
 from pipeline.measure import Measure, MeasureJob
 from pipeline.pool.evaluation_calls import Calls, EvaluatorCall, Job, Unit
 from pipeline.pool.nodes import work_in
+from pipeline.pool.processes import worker_environment
 from pipeline.pool.tuner import count_slots
 from pipeline.records.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from pipeline.train.workbench import Workbench
 
 
 @ray.remote(max_restarts=0)
 class Evaluator:
     """A resident process that answers and scores for one trial after another."""
 
-    def __init__(self, batch_size: int, home: str) -> None:
-        from pipeline.train.workbench import Workbench, use_threads
+    def __init__(self, batch_size: int, home: str, gpus: float) -> None:
+        from pipeline.train.workbench import use_threads
 
         work_in(home)
         use_threads()
-        self.bench = Workbench(batch_size=batch_size)
+        self.batch_size, self.gpus = batch_size, gpus
+
+    @cached_property
+    def bench(self) -> Workbench:
+        """What answers; made by the first call, to which a GPU that does not work is an error as any other."""
+        from pipeline.train.workbench import Workbench, device_for
+
+        return Workbench(device_for(self.gpus), self.batch_size)
 
     def answer(self, requests: list[TrialRequest], evaluation: EvaluationConfig, part: SplitPart) -> list[Answers]:
         """Return trials' answers to one part of their split."""
@@ -105,7 +117,7 @@ def _evaluator(params: Params) -> Any:
     """Start an evaluator in a slot."""
     sweep = params.sweep
     actor: Any = Evaluator  # ray.remote makes it an actor class, which type checkers do not see
-    environment = {"OMP_NUM_THREADS": str(sweep.threads_per_worker)}
     return actor.options(
-        num_cpus=sweep.cpus_per_worker, num_gpus=sweep.gpus_per_worker, runtime_env={"env_vars": environment}
-    ).remote(params.evaluate.generation.batch_size, str(Path.cwd()))
+        num_cpus=sweep.cpus_per_worker, num_gpus=sweep.gpus_per_worker,
+        runtime_env={"env_vars": worker_environment(sweep)},
+    ).remote(params.evaluate.generation.batch_size, str(Path.cwd()), sweep.gpus_per_worker)  # fmt: skip

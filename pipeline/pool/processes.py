@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from pipeline.config.load import Sweep
+
 # -- the dispatcher, which watches its slots
 STEP_SECONDS = 5.0  # between two looks at a working slot's step counter
 BUILD_SECONDS = 300.0  # a slot that takes longer to start is given up
@@ -35,6 +37,15 @@ PARENT_SECONDS = 1.0  # between two looks at dvc; with STOPPING_SECONDS 7 s, bel
 
 MARK = "HIFICL_SWEEP"  # in the environment of all processes of one driver
 REAPING = 10  # passes: what is killed may have started another in between
+
+
+def worker_environment(sweep: Sweep) -> dict[str, str]:
+    """Return the variables of a worker: its threads; where it asks for no GPU, that there is none.
+
+    Ray leaves a machine's GPUs visible to an actor that asks for none, and whatever asks torch would take one.
+    """
+    hidden = {} if sweep.gpus_per_worker else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return {"OMP_NUM_THREADS": str(sweep.threads_per_worker), **hidden}
 
 
 def alive(process: psutil.Process) -> bool:

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pipeline.config.load import Sweep
 from pipeline.config.request import TrialRequest
 from pipeline.pool.nodes import Version, code_version, require, work_in
-from pipeline.pool.processes import BUILD_SECONDS, STEP_SECONDS
+from pipeline.pool.processes import BUILD_SECONDS, STEP_SECONDS, worker_environment
 from pipeline.records.trial import TrialReport
 
 ROOM = 0.98  # of the processors asked for: the rest is for Tune's waiting actors, which must fit beside the last slot
@@ -46,17 +46,14 @@ class Slot:
             bundle["GPU"] = self.sweep.gpus_per_worker
         self.group = placement_group([bundle] * self.world_size, strategy="PACK")
         await asyncio.wait_for(self.group.ready(), BUILD_SECONDS)
-        environment = {"OMP_NUM_THREADS": str(self.sweep.threads_per_worker)}
-        if not self.sweep.gpus_per_worker:
-            environment["DS_ACCELERATOR"] = "cpu"
         make: Any = Worker  # ray.remote makes it an actor class, which type checkers do not see
         self.workers = [
             make.options(
                 num_cpus=cpus,
                 num_gpus=self.sweep.gpus_per_worker,
-                runtime_env={"env_vars": environment},
+                runtime_env={"env_vars": worker_environment(self.sweep)},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=i),
-            ).remote(i, self.world_size)
+            ).remote(i, self.world_size, self.sweep.gpus_per_worker)
             for i in range(self.world_size)
         ]
         addresses = await self._all("address", limit=BUILD_SECONDS)
@@ -131,8 +128,8 @@ class Worker:
     Two calls may run at once, so that `steps` answers while `advance` works.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, rank: int, world_size: int, gpus: float) -> None:
+        self.rank, self.world_size, self.gpus = rank, world_size, gpus
         self.bench: Any = None
 
     def address(self) -> tuple[str, int, int]:
@@ -146,7 +143,7 @@ class Worker:
         """Join the slot's process group and load what every trial needs, in the project's folder `home`.
 
         Raises:
-            InputError: the code here is not `code`, or `home` is not here.
+            InputError: the code here is not `code`, `home` is not here, or there is no GPU where one is asked for.
         """
         require(code)
         work_in(home)
@@ -159,12 +156,13 @@ class Worker:
         )
         import torch
 
-        from pipeline.train.workbench import Workbench, use_threads
+        from pipeline.train.workbench import Workbench, device_for, use_threads
 
         use_threads()
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        device = device_for(self.gpus)
+        backend = "nccl" if device == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, rank=self.rank, world_size=self.world_size)
-        self.bench = Workbench()
+        self.bench = Workbench(device)
 
     def admit(self, request: TrialRequest) -> int:
         """Take a trial up, at its last checkpoint; return the epochs that it has behind it."""

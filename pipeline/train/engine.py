@@ -35,7 +35,7 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Run the backward pass of one micro-batch; `last` marks the last one before `step`."""
 
-    def for_joint_backward(self, loss: Tensor, *, last: bool) -> Tensor:
+    def for_joint_backward(self, loss: Tensor) -> Tensor:
         """Return what is added to the other trials' losses of a pack, to run backward once for all of them."""
 
     def step(self, learning_rate_scale: float) -> float:
@@ -51,7 +51,7 @@ class Engine(Protocol):
         """Drop the gradients of a step that did not come to its end.
 
         Raises:
-            WorkError: they are partly reduced already; the trial must go back to its checkpoint.
+            WorkError: they are partly reduced already (ZeRO-3); the trial must go back to its checkpoint.
         """
 
     def close(self) -> None:
@@ -119,9 +119,9 @@ class TorchEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See `Engine.backward`."""
-        self.for_joint_backward(loss, last=last).backward()
+        self.for_joint_backward(loss).backward()
 
-    def for_joint_backward(self, loss: Tensor, *, last: bool) -> Tensor:
+    def for_joint_backward(self, loss: Tensor) -> Tensor:
         """See `Engine.for_joint_backward`."""
         return loss * self.scale
 
@@ -176,7 +176,12 @@ class TorchEngine:
 
 
 class DeepSpeedEngine:
-    """DeepSpeed's engine behind the same interface; ZeRO stage, offload and ranks from the trial's configuration."""
+    """DeepSpeed's engine behind the same interface; ZeRO stage, offload and ranks from the trial's configuration.
+
+    Below stage 3 the adapter's parameters learn their gradients as under plain torch, and DeepSpeed, which has copies
+    of them, sees one backward pass a step: of a loss whose gradients are those. So a step that ran out of memory is
+    begun again as if nothing had happened, on this rank alone if need be, and ranks reduce once a step.
+    """
 
     def __init__(self, student: Student, groups: list[ParameterGroup], config: TrialConfig) -> None:
         import deepspeed
@@ -188,37 +193,63 @@ class DeepSpeedEngine:
             raise WorkError("torch.distributed is not initialised", where="train.engine: deepspeed", way_out=way_out)
         # An all-reduce in C++ for several ranks on one CPU, compiled when first used: minutes, and a compiler to have.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # DeepSpeed updates its own flat partitions, few and large, wherever it has put them
         self.learning_rates = [group["lr"] for group in groups]
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.copies: nn.ParameterList | None = None
+        if config.zero_stage < 3:
+            self.copies = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in self.parameters)
+            copies = iter(self.copies)
+            groups = [{**group, "params": [next(copies) for _ in group["params"]]} for group in groups]
+        # DeepSpeed updates its own flat partitions, few and large, wherever it has put them
         self.optimizer = make_optimizer(groups, config, fused=False)
         self.engine, *_ = deepspeed.initialize(
-            model=student, optimizer=self.optimizer, config=deepspeed_config(config), dist_init_required=False
+            model=student if self.copies is None else _Copies(self.copies),
+            optimizer=self.optimizer,
+            config=deepspeed_config(config, sum(p.numel() for p in self.parameters)),
+            dist_init_required=False,
         )
 
     def forward(self, loss: LossFunction) -> Tensor:
         """See `Engine.forward`."""
-        return self.engine(loss)
+        return self.engine(loss) if self.copies is None else loss()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See `Engine.backward`."""
-        self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(self._scaled(loss))
+        if self.copies is None:
+            self.engine.set_gradient_accumulation_boundary(last)
+            self.engine.backward(loss * (self.scale * self.config.world_size))  # which it averages over ranks
+        else:
+            self.for_joint_backward(loss).backward()
 
-    def for_joint_backward(self, loss: Tensor, *, last: bool) -> Tensor:
-        """See `Engine.for_joint_backward`; ZeRO's hooks at the loss and at the parameters do the engine's part."""
-        self.engine.set_gradient_accumulation_boundary(last)
-        return self.engine.scale(self.engine(lambda: self._scaled(loss)))
-
-    def _scaled(self, loss: Tensor) -> Tensor:
-        # DeepSpeed averages over ranks where the interface asks for a sum
-        return loss * (self.scale * self.config.world_size)
+    def for_joint_backward(self, loss: Tensor) -> Tensor:
+        """See `Engine.for_joint_backward`."""
+        return loss * self.scale
 
     def step(self, learning_rate_scale: float) -> float:
         """See `Engine.step`."""
+        if self.copies is not None:
+            self._hand_over(self.copies)
         set_learning_rates(self.engine.optimizer, self.learning_rates, learning_rate_scale)
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
+        if self.copies is not None:
+            self._take_back(self.copies)
         return float(norm) / self.scale if norm is not None else float("nan")
+
+    def _hand_over(self, copies: nn.ParameterList) -> None:
+        """Give DeepSpeed the step's gradients; it averages over ranks where the interface asks for a sum."""
+        world = self.config.world_size
+        # of all parameters, so that all ranks reduce the same
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad * world for p in self.parameters]
+        self.engine.set_gradient_accumulation_boundary(True)
+        products = [(copy * grad).sum() for copy, grad in zip(copies, grads, strict=True)]
+        self.engine.backward(self.engine(lambda: torch.stack(products).sum()))
+        self.forget()
+
+    def _take_back(self, copies: nn.ParameterList) -> None:
+        with torch.no_grad():
+            for copy, parameter in zip(copies, self.parameters, strict=True):
+                parameter.copy_(copy)
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`."""
@@ -229,22 +260,49 @@ class DeepSpeedEngine:
         path, _ = self.engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
         if path is None:
             raise WorkError("no DeepSpeed checkpoint in it", where=str(folder))
+        if self.copies is not None:
+            self._take_back(self.copies)
 
     def forget(self) -> None:
         """See `Engine.forget`."""
-        raise WorkError("DeepSpeed cannot take a half-done step back", where=self.config.key)
+        if self.copies is None:
+            raise WorkError(
+                "the memory ran out, and ZeRO-3 cannot take a half-done step back",
+                where=self.config.key,
+                way_out="Lower train.micro_batch_size and raise train.accumulation, or set train.zero_stage to 2",
+            )
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def close(self) -> None:
         """See `Engine.close`."""
         self.engine.destroy()
 
 
-def deepspeed_config(config: TrialConfig) -> dict[str, Any]:
+class _Copies(nn.Module):
+    """What DeepSpeed trains below stage 3: copies of the adapter's parameters."""
+
+    def __init__(self, copies: nn.ParameterList) -> None:
+        super().__init__()
+        self.copies = copies
+
+    def forward(self, loss: LossFunction) -> Tensor:
+        """Return what it is given."""
+        return loss()
+
+
+def deepspeed_config(config: TrialConfig, trainable: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration of a trial.
 
     Accumulation is ours (`set_gradient_accumulation_boundary`), because the last batch of an epoch may be short.
+
+    Args:
+        config: the trial.
+        trainable: values of its adapter: the size of a bucket, of which DeepSpeed takes two by default 1.9 GiB in fp32.
     """
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage, "reduce_bucket_size": trainable, "allgather_bucket_size": trainable,
+    }  # fmt: skip
     if config.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}
         if config.zero_stage == 3:

@@ -182,7 +182,7 @@ class TrainingLoop:
         else:
             losses = self.losses(pack, chunk)
             scaled = [
-                part.trial.engine.for_joint_backward(of_part["train_loss"], last=part.last)
+                part.trial.engine.for_joint_backward(of_part["train_loss"])
                 for part, of_part in zip(chunk, losses, strict=True)
             ]
             torch.stack(scaled).sum().backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import EvaluationConfig
-from pipeline.core.errors import WorkError
+from pipeline.core.errors import InputError, WorkError
 from pipeline.evaluate.predict import WHOLE, Answers, SplitPart
 from pipeline.evaluate.score import answer, score
 from pipeline.records.evaluation import Evaluation
@@ -23,6 +24,25 @@ from pipeline.train.trial_run import TrialRun
 def use_threads() -> None:
     """Let torch use the threads that this process was given, no more."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def device_for(gpus: float) -> str:
+    """Return where a process computes that was given this much of GPUs.
+
+    Raises:
+        InputError: it was given one, and none works: 8B parameters on a CPU would take weeks, and say nothing.
+    """
+    if not gpus:
+        return "cpu"
+    try:
+        torch.zeros(1, device="cuda")
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"no GPU works here: {str(error).splitlines()[0]}",
+            where=f"sweep.gpus_per_worker: {gpus:g}, node {socket.gethostname()}",
+            way_out="See that nvidia-smi shows it and torch is a build for CUDA, or set sweep.gpus_per_worker to 0",
+        ) from None
+    return "cuda"
 
 
 class Workbench:

@@ -261,12 +261,16 @@ def test_what_only_other_tasks_and_engines_know_is_named():
         "sweep.pack=4": "no two trials of these studies can share a pass",
         "subsample.num_selection=50": "does not reach mme: profile real sets subsample.tasks.mme.num_selection=",
     }
-    params = load(ROOT / "params.yaml", [choices, "train.zero_stage=3", *wanted], profile="real")
+    sharded = ["train.engine=deepspeed", "train.zero_stage=3"]
+    params = load(ROOT / "params.yaml", [choices, *sharded, *wanted], profile="real")
     lines = unheard(params, cells(params, "own", as_given(params)))
     assert len(lines) == 3 and all(any(says in line for line in lines) for says in wanted.values()), lines
     both = [*wanted, "subsample.tasks.mme.num_selection=50"]
-    params = load(ROOT / "params.yaml", [choices, "train.zero_stage=3", *both], profile="real")
+    params = load(ROOT / "params.yaml", [choices, *sharded, *both], profile="real")
     assert len(unheard(params, cells(params, "own", as_given(params)))) == 2
+    params = load(ROOT / "params.yaml", [choices, "train.zero_stage=3"], profile="real")
+    (line,) = unheard(params, cells(params, "own", as_given(params)))
+    assert line.startswith("train.zero_stage=3 changes nothing here: every trial has one rank")
     alone = [choices.replace(", flickr30k", ""), "subsample.training_answer=first"]
     params = load(ROOT / "params.yaml", alone, profile="real")
     (line,) = unheard(params, cells(params, "own", as_given(params)))

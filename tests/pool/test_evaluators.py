@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import ray
 from pipeline.config.load import BackboneSource, load
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import EvaluationConfig, TrialConfig
+from pipeline.core.errors import InputError
 from pipeline.evaluate.predict import Answers
-from pipeline.pool import evaluators
+from pipeline.pool import evaluators, slot
 from pipeline.pool.tuner import cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Told:
     """An evaluator without a backbone: a file `die-CALL` ends its process, one of `fail-NAME` raises."""
 
-    def __init__(self, batch_size: int, home: str) -> None:
+    def __init__(self, batch_size: int, home: str, gpus: float) -> None:
         pass
 
     def answer(self, requests, evaluation, part):
@@ -46,11 +48,30 @@ class Told:
             raise ValueError(names)
 
 
+@ray.remote(max_restarts=0)
+class Looking:
+    """A slot's worker, or an evaluator, that says which GPUs it is shown."""
+
+    def __init__(self, *_) -> None:
+        pass
+
+    def address(self):
+        return ray.util.get_node_ip_address(), 0, os.getpid()
+
+    def connect(self, *_) -> None:
+        pass
+
+    def sees(self) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
 @pytest.fixture(scope="module")
 def params():
     made = load(ROOT / "params.yaml", ["sweep.slots=1", "sweep.pack=auto", "sweep.retry.max_attempts=2"])
-    with cluster(made.sweep):
-        yield made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "0")  # as on a machine with a GPU
+        with cluster(made.sweep):
+            yield made
 
 
 @pytest.fixture
@@ -92,3 +113,23 @@ def test_a_call_whose_process_died_is_made_again_a_limited_number_of_times(score
     found, calls = score("a")
     assert len([call for call in calls if call.startswith(what)]) == 2
     assert found["a"] == "record of a" if deaths == 1 else isinstance(found["a"], ray.exceptions.RayActorError)
+
+
+def test_who_asks_for_no_gpu_is_shown_none(params, monkeypatch):
+    assert params.sweep.gpus_per_worker == 0
+    monkeypatch.setattr(evaluators, "Evaluator", Looking)
+    monkeypatch.setattr(slot, "Worker", Looking)
+    evaluator, trainer = evaluators._evaluator(params), slot.Slot(params.sweep, 1, str(ROOT))
+    assert ray.get(evaluator.sees.remote()) == ""
+    ray.kill(evaluator)
+    asyncio.run(trainer.build())
+    assert ray.get(trainer.workers[0].sees.remote()) == ""
+    trainer.drop()
+
+
+def test_who_asks_for_a_gpu_that_does_not_work_is_refused_in_a_line():
+    plain = evaluators.Evaluator.__ray_metadata__.modified_class
+    assert plain(2, str(ROOT), 0.0).bench.device == "cpu"
+    with pytest.raises(InputError, match=r"no GPU works here.*set sweep.gpus_per_worker to 0") as said:
+        _ = plain(2, str(ROOT), 1.0).bench
+    assert "\n" not in str(said.value) and "sweep.gpus_per_worker: 1" in str(said.value)
