@@ -14,6 +14,7 @@ from pipeline.core.terminal import Answer, short
 
 if TYPE_CHECKING:
     from pipeline.core.plain_yaml import Json
+    from pipeline.tasks import Task
 
 
 def register(line: CommandLine) -> None:
@@ -73,24 +74,26 @@ def ask(
         InputError: no adapter of a trial, no such image, a question too many or too few, or weights that are
             missing or not those that the adapter was trained on.
     """
+    from pipeline.config.load import PARAMS
     from pipeline.evaluate.answerer import Answerer
 
-    said = Answerer(folder, task_name=task_name).answer(image, question, max_new_tokens)
-    note = _unheard(str(said["task"]), question, Path("data/manifests"))
+    around = (parent for parent in folder.resolve().parents if (parent / PARAMS).is_file())
+    answerer = Answerer(folder, project=next(around, Path()), task_name=task_name)
+    said = answerer.answer(image, question, max_new_tokens)
+    note = _unheard(answerer.task, question, Path("data/manifests"))
     return Predicted({**said, "image": str(image), **({"note": note} if note else {})})
 
 
-def _unheard(task_name: str, question: str | None, manifests: Path) -> str | None:
+def _unheard(task: Task, question: str | None, manifests: Path) -> str | None:
     """Return that the miniature was never asked such a question; its world has a few, and its own words for answers."""
     from pipeline.data.manifest import Manifest
-    from pipeline.tasks import tasks
 
-    path = manifests / task_name / "manifest.json"
-    if question is None or tasks.get(task_name).stands_for == task_name or not path.is_file():
+    path = manifests / task.name / "manifest.json"
+    if question is None or task.stands_for == task.name or not path.is_file():
         return None
     asked = {
         sample.question for samples in Manifest.load(path).splits.values() for sample in samples if sample.question
     }
     if question in asked:  # to the letter: the miniature's tokenizer knows no other spelling
         return None
-    return f"{task_name} was never asked '{question}', so the answer means nothing. {nearest(question, asked)}"
+    return f"{task.name} was never asked '{question}', so the answer means nothing. {nearest(question, asked)}"

@@ -33,9 +33,11 @@ from pipeline.config.schema import (
     StudyMethod,
     Subsample,
     Sweep,
+    TaskFiles,
     Tracking,
     Train,
 )
+from pipeline.core import registry
 from pipeline.core.errors import InputError, nearest, validate
 from pipeline.core.plain_yaml import Json, read
 
@@ -66,7 +68,8 @@ __all__ = [
 
 PARAMS = "params.yaml"
 SECTIONS = ("subsample", "train", "sweep", "evaluate")  # what a protocol and a profile may change
-OWN = (*SECTIONS, "methods", "backbones", "miniature", "tracking")  # what params.yaml sets; empty values set nothing
+# what params.yaml sets; empty values set nothing
+OWN = (*SECTIONS, "methods", "backbones", "tasks", "miniature", "tracking")
 FOLDERS = {"profiles": "profiles", "studies": "studies"}  # beside params.yaml, a file an entry
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of a study or profile: it becomes a file's name and an address
 
@@ -76,7 +79,8 @@ def load(path: Path | str = PARAMS, overrides: Sequence[str] = (), profile: str 
 
     A section is laid over its defaults in this order: the protocol, the profile, what params.yaml sets, `overrides`.
     An empty value in params.yaml sets nothing. A file may also hold a whole profile under `run`, and profiles and
-    studies of its own; its sections then lie below protocol and profile, as before there were files for each.
+    studies of its own; its sections then lie below protocol and profile, as before there were files for each. Tasks
+    over files of the user's own are known by their names from then on.
 
     Args:
         path: params.yaml.
@@ -123,10 +127,12 @@ def _resolved(raw: dict[str, Any], where: str) -> Params:
     for section in SECTIONS:
         merged = merge(merge(getattr(chosen, section, {}), getattr(run, section)), explicit[section])
         laid[section] = validate(type(getattr(file, section)), merged, f"{run_at}: {section}")
+    task_files = validate(TaskFiles, {"tasks": merge(run.task_files, sections["tasks"])}, run_at).tasks
+    registry.declare("task", {task: (given, Path(run.data_root)) for task, given in task_files.items()})
     return Params(
         profile=name, run=run, explicit=Explicit(**{name: explicit[name] for name in Explicit.model_fields}),
-        profiles=raw["profiles"], studies=_studies(file.studies, run, run_at), protocols=protocols,
-        protocol=file.protocol, miniature=file.miniature, tracking=file.tracking, **laid,
+        task_files=task_files, profiles=raw["profiles"], studies=_studies(file.studies, run, run_at),
+        protocols=protocols, protocol=file.protocol, miniature=file.miniature, tracking=file.tracking, **laid,
         backbones=validate(Sources, {"of": merge(run.sources, explicit["backbones"])}, f"{run_at}: sources").of,
     )  # fmt: skip
 

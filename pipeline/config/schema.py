@@ -140,6 +140,57 @@ class BackboneSource(Section):
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
+ScoreName = Literal["exact", "vqa", "cider", "choice", "contains", "number"]
+
+
+class TaskFields(Section):
+    """Which columns of a file of one's own hold what; None: guessed by their names."""
+
+    id: str | None = None  # "#": the row's number
+    question: str | None = None
+    answer: str | None = None  # or `answers`
+    answers: str | None = None  # a list, or {answer: weight}
+    image: str | list[str] | None = None  # a path or a list of paths; or several columns
+    caption: str | None = None
+    choices: str | list[str] | None = None  # a list of texts; or a column for each
+    messages: str | None = None  # a chat, whose last turn is the answer
+    group: str | None = None  # rows of one group stay in one split
+
+
+class TaskSplit(Section):
+    """Which values of a column make up which split."""
+
+    column: str
+    train: list[str] = Field(min_length=1)
+    selection: list[str] = []  # none: drawn from the training rows
+    evaluation: list[str] = Field(min_length=1)
+
+
+class TaskFile(Section):
+    """A task over a file of the user's own (`pipeline.tasks.file_task`); what is left out is guessed from its rows.
+
+    Attributes:
+        file: JSON lines, JSON, CSV or Parquet, or a folder of those; below the profile's `data_root`.
+        images: folder that image paths begin at, below `data_root`; None: the folder of the file that names them.
+        prompt: the words around a sample, with `{image}` and names of fields or columns in braces.
+        instruction: once before everything.
+        split: a column's name, which values of it are which split, or `drawn`: by seed, no image or group in two.
+        tolerance: for `number`, relative: how far a right answer may be from the reference.
+        bad_rows: what is done with rows that cannot be used; those left out are counted and named in the manifest.
+    """
+
+    file: str
+    images: str | None = None
+    fields: TaskFields = TaskFields()
+    prompt: str | None = None
+    instruction: str | None = None
+    score: ScoreName | None = None
+    split: str | TaskSplit | None = None
+    max_new_tokens: int | None = Field(None, ge=1)
+    tolerance: float = Field(1e-6, ge=0)
+    bad_rows: Literal["refuse", "leave-out"] = "refuse"
+
+
 class MiniatureSettings(Section):
     """Stages `backbone` and `world`: the backbones made here and the world they see."""
 
@@ -185,6 +236,15 @@ class Profile(Section):
     evaluate: dict[str, Any] = {}
     stand_ins: dict[str, list[str]] = {}  # whose parts a backbone or a task plays beside its own, the first one asked
     study_changes: dict[str, dict[str, Any]] = {}  # over `studies`: what this profile cannot do as printed
+    task_files: dict[str, dict[str, Any]] = {}  # where `tasks` is a mapping: what it says of those over own files
+
+    @model_validator(mode="before")
+    @classmethod
+    def _described_tasks(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("tasks"), dict):
+            described = {name: task for name, task in data["tasks"].items() if task is not None}
+            data = {**data, "tasks": list(data["tasks"]), "task_files": described}
+        return data
 
 
 class StudyMethod(Section):
@@ -261,6 +321,12 @@ class Sources(Section):
     of: dict[str, BackboneSource]
 
 
+class TaskFiles(Section):
+    """Every task over a file of the user's own, by name."""
+
+    tasks: dict[str, TaskFile]
+
+
 class ParamsFile(Section):
     """params.yaml as a user writes it, with the profiles and studies beside it."""
 
@@ -276,6 +342,7 @@ class ParamsFile(Section):
     sweep: Sweep = Sweep()
     evaluate: Evaluate = Evaluate()
     backbones: dict[str, BackboneSource] = {}
+    tasks: dict[str, dict[str, Any]] = {}
     miniature: MiniatureSettings = MiniatureSettings()
     tracking: Tracking = Tracking()
 
@@ -301,6 +368,7 @@ class Params(Section):
     protocol: str | None = None  # one of `protocols`; None: every choice as its own section has it
     miniature: MiniatureSettings = MiniatureSettings()
     backbones: dict[str, BackboneSource] = {}
+    task_files: dict[str, TaskFile] = {}
     subsample: Subsample = Subsample()
     train: Train = Train()
     sweep: Sweep = Sweep()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -26,8 +26,16 @@ T = TypeVar("T", bound=Named)
 M = TypeVar("M", bound=Named)
 
 
+_declared: dict[str, Mapping[str, object]] = {}  # by kind: what params.yaml and the profile describe, by name
+
+
+def declare(kind: str, members: Mapping[str, object]) -> None:
+    """Let members be known by what describes them, in place of those that were declared before."""
+    _declared[kind] = members
+
+
 class Registry(Generic[T]):
-    """Components of one kind by name.
+    """Components of one kind by name, and those that settings declare (`declare`), which `build` makes.
 
     At the first look-up the package that holds them is imported, then what other packages offer: each entry point of
     `group` names a module that registers its members when it is imported.
@@ -42,6 +50,7 @@ class Registry(Generic[T]):
         self.kind, self.package, self.group = kind, package, group
         self._members: dict[str, T] = {}
         self._loaded = False
+        self.build: Callable[[str, object], T] | None = None  # set by the module that can
 
     def register(self, member: M) -> M:
         """File a member under its own name, which is given once, and return it: a call, or a class's decorator."""
@@ -57,21 +66,40 @@ class Registry(Generic[T]):
             InputError: no such member; the message suggests the nearest name and lists all.
         """
         self._load()
+        declared = _declared.get(self.kind, {})
+        if name in declared:
+            if name in self._members:
+                raise InputError(
+                    f"the project has a {self.kind} '{name}' already", where=f"{self.kind}s.{name}",
+                    way_out="Give yours another name",
+                )  # fmt: skip
+            return self.made(name, declared[name])
         if name not in self._members:
-            raise InputError(f"unknown {self.kind} '{name}'", way_out=nearest(name, self._members))
+            raise InputError(f"unknown {self.kind} '{name}'", way_out=nearest(name, self.names()))
         return self._members[name]
+
+    def made(self, name: str, description: object) -> T:
+        """Return the member that a description makes.
+
+        Raises:
+            InputError: the description does not fit, or members of this kind are not described.
+        """
+        self._load()
+        if self.build is None:
+            raise InputError(f"a {self.kind} cannot be described by settings", where=name)
+        return self.build(name, description)
 
     def names(self) -> list[str]:
         """Return all names, sorted."""
         self._load()
-        return sorted(self._members)
+        return sorted({*self._members, *_declared.get(self.kind, {})})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
     def __contains__(self, name: object) -> bool:
         self._load()
-        return name in self._members
+        return name in self._members or name in _declared.get(self.kind, {})
 
     def _load(self) -> None:
         if self._loaded:

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.core.files import write_atomic
+from pipeline.core.plain_yaml import Json
 from pipeline.data.image_files import changed
 from pipeline.data.images import check_images, problems_error
 from pipeline.data.sample import PromptStyle, Sample
@@ -45,6 +46,8 @@ class Manifest:
             so that the same data in another folder is the same manifest.
         replaced: samples passed over because their image's bytes are also in another split.
         prompt: whose wording the prompts of these samples have.
+        definition: what the task is, where it is one over a file of the user's own (`config.schema.TaskFile`).
+        notes: what was guessed of that file, and which rows were left out; outside the digest.
     """
 
     task: str
@@ -54,6 +57,8 @@ class Manifest:
     image_root: Path
     replaced: tuple[Mapping[str, Any], ...] = field(default=())
     prompt: PromptStyle = "papers"
+    definition: Json | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -71,9 +76,9 @@ class Manifest:
 
     def _header(self) -> dict[str, object]:
         # left out where it is the default, so that manifests drawn before the field have the same digest
-        style = {} if self.prompt == "papers" else {"prompt": self.prompt}
+        later = {"prompt": self.prompt, "definition": self.definition}
         return {
-            **style,
+            **{name: value for name, value in later.items() if value not in ("papers", None)},
             "format": FORMAT,
             "task": self.task,
             "seed": self.seed,
@@ -123,6 +128,8 @@ class Manifest:
 
     def _lines(self) -> Iterator[str]:
         header = {**self._header(), "digest": self.digest, "image_root": str(self.image_root)}
+        if self.notes:
+            header["notes"] = list(self.notes)
         yield "{\n"
         for key in sorted(header):
             yield f"{json.dumps(key)}: {json.dumps(header[key], ensure_ascii=False, sort_keys=True)},\n"
@@ -174,6 +181,8 @@ class Manifest:
                 image_root=Path(record["image_root"]),
                 replaced=tuple(record["replaced"]),
                 prompt=record.get("prompt", "papers"),
+                definition=record.get("definition"),
+                notes=tuple(record.get("notes", ())),
             )
             _verify_paths(manifest, place)
         except (KeyError, TypeError, AttributeError) as error:

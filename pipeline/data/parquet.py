@@ -44,15 +44,50 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, ob
     Raises:
         InputError: no Parquet file, cut short, or a column is missing.
     """
-    import pyarrow
-
     file = _opened(path)
     missing = [column for column in columns if column not in file.schema_arrow.names]
     if missing:
         way_out = f"The file has {', '.join(file.schema_arrow.names)}; is this the official shard?"
         raise InputError(f"column '{missing[0]}' is missing", where=str(path), way_out=way_out)
+    yield from _rows(path, file, list(columns))
+
+
+def rows_with_images_named(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """Yield row number and all columns of every row, the images inside (`datasets` stores them so) by `cell_name`.
+
+    Raises:
+        InputError: no Parquet file, or cut short.
+    """
+    import pyarrow
+
+    file = _opened(path)
+    asked, images = [], set[str]()
+    for column in file.schema_arrow:
+        listed = pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type)
+        kind = column.type.value_type if listed else column.type
+        inside = [kind.field(i).name for i in range(kind.num_fields)] if pyarrow.types.is_struct(kind) else []
+        if "bytes" in inside:
+            images.add(column.name)
+            # not their bytes: the rest tells how many there are
+            rest = [name for name in inside if name != "bytes"] or inside
+            asked += [f"{column.name}.{'list.element.' if listed else ''}{name}" for name in rest]
+        else:
+            asked.append(column.name)
+    for number, row in _rows(path, file, asked):
+        for name in images:
+            cell = row[name]
+            if isinstance(cell, list):
+                row[name] = [cell_name(path.name, number, name, place) for place in range(len(cell))]
+            elif cell is not None:
+                row[name] = cell_name(path.name, number, name)
+        yield number, row
+
+
+def _rows(path: Path, file: Any, columns: list[str]) -> Iterator[tuple[int, dict[str, object]]]:
+    import pyarrow
+
     number = 0
-    batches = file.iter_batches(batch_size=256, columns=list(columns))
+    batches = file.iter_batches(batch_size=256, columns=columns)
     while True:
         try:
             batch = next(batches, None)

@@ -52,7 +52,9 @@ class Answerer:
         if "backbone" not in self.origin:
             way_out = "Give the adapter folder of a trial: runs/KEY/adapter"
             raise InputError("the adapter does not name its backbone and task", where=str(folder), way_out=way_out)
-        self.task = tasks.get(task_name or str(self.origin["task"]))
+        name, definition = str(self.origin["task"]), self.origin.get("definition")
+        own = definition is not None and task_name in (None, name)
+        self.task = tasks.made(name, definition) if own else tasks.get(task_name or name)
 
     def answer(self, image: str | Path, question: str | None = None, max_new_tokens: int | None = None) -> Json:
         """Return what the backbone says to an image.

@@ -12,7 +12,7 @@ from pipeline.data.sample import Sample
 from pipeline.evaluate.generate import generate, of_part
 from pipeline.prompts.prompt import Encoded, stop_strings
 from pipeline.resident.resident import Resident
-from pipeline.tasks import tasks
+from pipeline.tasks import of_manifest
 
 SplitPart = tuple[int, int]  # (i, n): every n-th batch from the i-th on
 WHOLE: SplitPart = (0, 1)
@@ -101,7 +101,7 @@ def _answers(
     resident: Resident, manifest: Manifest, prompts: Sequence[Encoded], decoding: Decoding, **of_pack: Any
 ) -> list[str]:
     """Return the answers to prompts, cut where the task's template and the backbone's say."""
-    task = tasks.get(manifest.task)
+    task = of_manifest(manifest)
     return generate(
         resident.loaded,
         prompts,

@@ -24,7 +24,7 @@ from pipeline.evaluate.predict import Answers, Decoding, SplitPart, predict, pre
 from pipeline.records import as_written
 from pipeline.records.evaluation import Evaluation, Prediction
 from pipeline.resident.resident import Resident, image_features
-from pipeline.tasks import Split, tasks
+from pipeline.tasks import Split, of_manifest
 from pipeline.tasks.vqa import VqaTask
 
 
@@ -79,7 +79,7 @@ def score(
     started = time.perf_counter()
     samples = asked(config, evaluation, manifest)
     texts = {sample_id: text for part in parts for sample_id, text in part.texts.items()}
-    task = tasks.get(config.task)
+    task = of_manifest(manifest)
     if isinstance(task, VqaTask):
         task = replace(task, normalise=evaluation.vqa_normalise, stem_predictions=evaluation.stem_predictions)
     result = task.score(samples, texts)
@@ -91,7 +91,7 @@ def score(
         Prediction(
             sample_id=sample.sample_id, prediction=texts[sample.sample_id],
             score=result.per_sample.get(sample.sample_id), question=sample.question, references=sample.references,
-            image=str(manifest.image_root / sample.images[0].path),
+            image=str(manifest.image_root / sample.images[0].path) if sample.images else "",
             hallucinated=tuple(result.wrong_words.get(sample.sample_id, ())),
         )
         for sample in samples
@@ -158,7 +158,7 @@ def _features(resident: Resident, manifest: Manifest) -> Callable[[Sequence[Imag
 
 
 def _scorer(resident: Resident, manifest: Manifest, batch_size: int) -> Callable[[Sequence[Sample]], float]:
-    task = tasks.get(manifest.task)
+    task = of_manifest(manifest)
 
     def score(samples: Sequence[Sample]) -> float:
         return task.score(samples, predict(resident, manifest, samples, Decoding(batch_size=batch_size))).value

@@ -71,6 +71,8 @@ def rerun(record: RunRecord, params: Params, manifest: Manifest, code: Path, fol
     here = replace(manifest, image_root=manifest.image_root.resolve())
     here.save(folder / "data/manifests" / manifest.task / "manifest.json")
     raw, scored = surroundings(record, params), record.evaluation is not None
+    if manifest.definition is not None:  # a file of the user's own: nothing but this describes the task
+        raw["tasks"] = {manifest.task: manifest.definition}
     whole = (code / _RECORDED).is_file()
     written = plain_yaml.write(raw if whole else study_params(record, raw))
     (folder / "params.yaml").write_text(written, encoding="utf-8")

@@ -225,6 +225,10 @@ class Inputs:
         if not path.exists():
             raise InputError("no manifest", where=str(path), way_out=f"Run `python -m stages.subsample {task}` first")
         manifest = Manifest.load(path)
+        if manifest.definition is not None and manifest.definition != tasks.get(task).definition:
+            raise InputError(
+                f"was drawn when tasks.{task} was another", where=str(path), way_out="Draw it again: dvc repro subsample"
+            )
         return manifest.digest, manifest.sizes
 
 

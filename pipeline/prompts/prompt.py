@@ -134,7 +134,8 @@ def _open_turn(template: PromptTemplate, backbone: Backbone, sample: Sample) -> 
     if backbone.chat is None:
         return line
     # "Image: <image> Question: ... Answer:" -> the user's part, and the cue that opens the assistant's
-    asked, _, cue = line.rpartition(" ")
+    at = max(line.rfind(" "), line.rfind("\n"))
+    asked, cue = line[: max(at, 0)], line[at + 1 :]
     return backbone.chat.user_open + asked + backbone.chat.user_close + backbone.chat.assistant_open + cue
 
 

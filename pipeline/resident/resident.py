@@ -25,7 +25,7 @@ from pipeline.data.sample import Sample
 from pipeline.prompts.collate import Batch, TrainedSpan, collate
 from pipeline.prompts.prompt import Encoded, ImageSizes, Rendered, encode_all, render, sizes_that_matter
 from pipeline.resident.visual_tokens import DiskStore, Recent, VisualTokens
-from pipeline.tasks import tasks
+from pipeline.tasks import of_manifest
 
 if TYPE_CHECKING:
     from pipeline.backbones.load import Loaded
@@ -126,7 +126,7 @@ class Resident:
     def _rendered(
         self, manifest: Manifest, queries: Sequence[Sample], demos: Sequence[Sequence[Sample]], answer: bool
     ) -> list[Rendered]:
-        task = tasks.get(manifest.task)
+        task = of_manifest(manifest)
         return [
             render(task.template, self.loaded.backbone, query, shots, answer=answer, style=manifest.prompt)
             for query, shots in zip(queries, demos, strict=True)

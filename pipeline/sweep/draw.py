@@ -11,7 +11,8 @@ from typing import Literal
 
 from pipeline.config.load import Params, data_root
 from pipeline.core.errors import InputError
-from pipeline.core.progress import Report, bar
+from pipeline.core.plain_yaml import read_file
+from pipeline.core.progress import Report, bar, say
 from pipeline.data.files import source_digest
 from pipeline.data.images import CheckedImage, check_images, problems_error
 from pipeline.data.manifest import Manifest, Source
@@ -35,6 +36,19 @@ def draw_task(params: Params, task: str, root: Path | None = None) -> None:
             training_answer=given.training_answer, prompt=given.prompt, progress=progress,
         )  # fmt: skip
     manifest.save(places(root).manifest(task))
+    for line in (*manifest.notes, *(_unwatched(manifest, root or Path.cwd()) if divided.definition else ())):
+        say(f"{task}: {line}")
+
+
+def _unwatched(manifest: Manifest, root: Path) -> Iterator[str]:
+    """Say which of the user's own files DVC does not see change."""
+    pipeline = root / "dvc.yaml"
+    deps = read_file(pipeline)["stages"]["subsample"].get("deps", []) if pipeline.is_file() else []
+    watched = [(root / dep).resolve() for dep in deps]
+    for source in manifest.sources:
+        file = (root / manifest.image_root / source.path).resolve()
+        if deps and not any(file.is_relative_to(dep) for dep in watched):
+            yield f"note: DVC does not see {file} change: put it below data/real, or under subsample's deps in dvc.yaml"
 
 
 _SELECTION_SIDE = "0123"
@@ -92,7 +106,7 @@ def draw_manifest(
     report = progress or _silent
     _check_sizes(task, num_train, num_selection, num_evaluation)
     with ThreadPoolExecutor(max_workers=1) as thread:  # hashing releases the GIL: it runs beside the parsing
-        paths = sorted({path for split in _splits(task) for path in task.files(root, split)})
+        paths = sorted({path for split in task.pools(root) for path in task.files(root, split)})
         digests = thread.map(source_digest, paths)
         candidates = plan_draw(
             task,
@@ -111,7 +125,8 @@ def draw_manifest(
             Source(path.relative_to(root).as_posix(), digest, path.stat().st_size)
             for path, digest in zip(paths, digests, strict=True)
         )
-    return Manifest(task.name, seed, sources, splits, root, tuple(replaced), prompt)
+    notes = task.notes(root)
+    return Manifest(task.name, seed, sources, splits, root, tuple(replaced), prompt, task.definition, notes)
 
 
 def _first_answer(sample: Sample) -> Sample:
@@ -145,10 +160,6 @@ def _check_sizes(task: Task, num_train: int, num_selection: int, num_evaluation:
         raise InputError("num_train, num_selection and num_evaluation are all 0", where=task.name, way_out=way_out)
 
 
-def _splits(task: Task) -> tuple[Split, ...]:
-    return ("evaluation",) if task.one_pool else ("evaluation", "train")
-
-
 def plan_draw(
     task: Task,
     root: Path,
@@ -163,9 +174,11 @@ def plan_draw(
 
     The splits stand in the order in which they choose: the earlier one keeps an image that two would take.
     """
-    pools = {split: _index(task, root, split, seed, report) for split in _splits(task)}
+    pools = {split: _index(task, root, split, seed, report) for split in task.pools(root)}
     evaluation = pools["evaluation"]
     train, selection = _sides(task, seed, pools.get("train", evaluation))
+    if "selection" in pools:
+        train, selection = pools["train"], pools["selection"]
     size = len(evaluation) if num_evaluation is None else num_evaluation
     for_training = [Candidates("train", num_train, train), Candidates("selection", num_selection, selection)]
     if task.one_pool:
@@ -192,7 +205,7 @@ def _sides(task: Task, seed: int, pool: Sequence[IndexEntry]) -> tuple[list[Inde
     side: dict[str, bool] = {}
     sides: dict[bool, list[IndexEntry]] = {False: [], True: []}
     for entry in pool:
-        image = entry.group or entry.images[0]
+        image = entry.group or (entry.images[0] if entry.images else str(entry.sample_id))
         if image not in side:
             side[image] = _on_selection_side(seed, task.name, image)
         sides[side[image]].append(entry)
@@ -202,14 +215,14 @@ def _sides(task: Task, seed: int, pool: Sequence[IndexEntry]) -> tuple[list[Inde
 def _take(
     task: Task, root: Path, plan: Sequence[Candidates], report: Report
 ) -> tuple[dict[str, list[IndexEntry]], dict[str, CheckedImage], list[dict[str, object]]]:
-    """Let each split take its samples: no image, by path or by bytes, goes to two of them."""
+    """Let each split take its samples: no image, by path or by bytes, and no group goes to two of them."""
     checked: dict[str, CheckedImage] = {}
-    owner: dict[str, str] = {}  # image path or digest -> the split that has it
+    owner: dict[str, str] = {}  # image path or digest, or a group -> the split that has it
     chosen: dict[str, list[IndexEntry]] = {}
     replaced: list[dict[str, object]] = []
     for candidates in plan:
         name = candidates.split
-        free = (entry for entry in candidates.entries if not any(image in owner for image in entry.images))
+        free = (entry for entry in candidates.entries if not any(thing in owner for thing in _kept_together(entry)))
         taken: list[IndexEntry] = []
         while batch := list(_first(free, candidates.wanted - len(taken) if candidates.wanted >= 0 else None)):
             _check(root, batch, checked, report, name)
@@ -222,8 +235,8 @@ def _take(
         if len(taken) < candidates.wanted or (candidates.wanted < 0 and not taken):
             raise _too_few(task, candidates, len(taken), chosen)
         for entry in taken:
+            owner.update(dict.fromkeys(_kept_together(entry), name))
             for image in entry.images:
-                owner[image] = name
                 if checked[image].sha256:
                     owner[checked[image].sha256] = name
         chosen[name] = taken
@@ -231,6 +244,13 @@ def _take(
     if bad:
         raise problems_error(bad, where=task.name)
     return chosen, checked, replaced
+
+
+def _kept_together(entry: IndexEntry) -> Iterator[str]:
+    """Give what no two splits may share of an entry."""
+    yield from entry.images
+    if entry.group is not None:
+        yield f"group {entry.group}"
 
 
 def _first(entries: Iterator[IndexEntry], count: int | None) -> Iterator[IndexEntry]:
@@ -279,10 +299,11 @@ def _read(
 ) -> dict[str, tuple[Sample, ...]]:
     """Read the chosen samples, in the draw's order, with the digests of their images."""
     samples: dict[tuple[Split, SampleId], Sample] = {}
+    pools = task.pools(root)
     source: dict[str, Split] = dict.fromkeys(chosen, "evaluation")
-    if not task.one_pool:
-        source.update(train="train", selection="train")
-    for split in _splits(task):
+    if "train" in pools:
+        source.update(train="train", selection="selection" if "selection" in pools else "train")
+    for split in pools:
         only = {entry.sample_id for name in chosen if source[name] == split for entry in chosen[name]}
         report(0, len(only), f"{task.name}: reading the {split} answers")
         for sample in task.read(root, split, only):

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pipeline.core.errors import InputError, nearest
+from pipeline.core.plain_yaml import Json
 from pipeline.core.registry import Registry
 from pipeline.data.files import find
+from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Sample
 from pipeline.scores.files import printable
 
-Split = Literal["train", "evaluation"]
+Split = Literal["train", "selection", "evaluation"]  # official data sets have no selection split of their own
 SampleId = int | str
 _SHOWN_IDS = 10  # in a message
 
@@ -110,6 +112,21 @@ class Task(ABC):
     one_pool: bool = False
     official_evaluation: int | None = None
 
+    @property
+    def definition(self) -> Json | None:
+        """What a manifest keeps of a task that only settings describe; None: code does."""
+        return None
+
+    def notes(self, root: Path) -> tuple[str, ...]:
+        """Return what was guessed of the files, and what was left out of them."""
+        del root
+        return ()
+
+    def pools(self, root: Path) -> tuple[Split, ...]:
+        """Return the pools that the three splits are drawn from; the first chooses first."""
+        del root
+        return ("evaluation",) if self.one_pool else ("evaluation", "train")
+
     def with_splits(self, name: str) -> Task:
         """Return the task with its samples divided as `name` says; here only `official` is known.
 
@@ -197,6 +214,13 @@ def shown_ids(ids: Sequence[object]) -> str:
     """Return the first ids, and how many more there are."""
     more = f", and {len(ids) - _SHOWN_IDS} more" if len(ids) > _SHOWN_IDS else ""
     return ", ".join(map(printable, ids[:_SHOWN_IDS])) + more
+
+
+def of_manifest(manifest: Manifest) -> Task:
+    """Return the task that a manifest was drawn of, as it was then, where it is described there."""
+    if manifest.definition is None:
+        return tasks.get(manifest.task)
+    return tasks.made(manifest.task, manifest.definition)
 
 
 tasks: Registry[Task] = Registry("task", "pipeline.tasks", "hificl.tasks")

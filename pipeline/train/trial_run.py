@@ -15,13 +15,14 @@ from pipeline import adapters, methods
 from pipeline.config.trial import Kind, TrialConfig
 from pipeline.core.errors import WorkError
 from pipeline.core.files import folder_atomic
+from pipeline.core.plain_yaml import Json
 from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import Sample
 from pipeline.prompts.prompt import Encoded
 from pipeline.records.store import TrialFolder
 from pipeline.records.trial import Best, CheckpointState, EpochReport, Status, TrialEnd, TrialReport
 from pipeline.resident.resident import Resident, Target
-from pipeline.tasks import tasks
+from pipeline.tasks import of_manifest
 from pipeline.train import checkpoint
 from pipeline.train.cost import Memory, flops_per_sample
 from pipeline.train.engine import ENGINES, Student
@@ -94,7 +95,7 @@ class TrialRun:
             raise WorkError(
                 f"the trial asks for {config.world_size} ranks, this slot has {self.world}", where=config.key
             )
-        self.task = tasks.get(config.task)
+        self.task = of_manifest(manifest)
         self.samples = training_samples(manifest, config)
         split = "evaluation" if config.selection == "test" else "selection"
         # the papers choose on the whole test split
@@ -271,9 +272,11 @@ class TrialRun:
     def _save_adapter(self) -> None:
         if self.rank == 0:
             config = self.config
-            extra = {"trial": config.key, "task": config.task, "manifest": config.manifest_digest}
+            extra: Json = {"trial": config.key, "task": config.task, "manifest": config.manifest_digest}
             extra |= {"backbone": config.backbone, "backbone_digest": config.backbone_digest}
             extra["prompt"] = self.manifest.prompt
+            if self.manifest.definition is not None:  # its prompt and score, which no code has
+                extra["definition"] = self.manifest.definition
             started = time.perf_counter()
             with folder_atomic(self.folder.adapter) as temporary:
                 self.adapter.save_pretrained(temporary, extra=extra)
