@@ -226,9 +226,8 @@ class Inputs:
             raise InputError("no manifest", where=str(path), way_out=f"Run `python -m stages.subsample {task}` first")
         manifest = Manifest.load(path)
         if manifest.definition is not None and manifest.definition != tasks.get(task).definition:
-            raise InputError(
-                f"was drawn when tasks.{task} was another", where=str(path), way_out="Draw it again: dvc repro subsample"
-            )
+            way_out = "Draw it again: dvc repro subsample"
+            raise InputError(f"was drawn when tasks.{task} was another", where=str(path), way_out=way_out)
         return manifest.digest, manifest.sizes
 
 

@@ -240,8 +240,9 @@ def test_csv_and_a_folder_of_pictures_and_parquet_with_pictures_inside(tmp_path:
     assert by_split["train"][0] == "train/0.png" and by_split["evaluation"][11] == "test/11.png"
     stored = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     cells = [{"bytes": (tmp_path / f"{n}.png").read_bytes(), "path": None} for n in range(12)]
+    pairs = [[cell, cell] for cell in cells]
     columns = {
-        "image": pyarrow.array(cells, stored), "images": pyarrow.array([[cell, cell] for cell in cells], pyarrow.list_(stored)),
+        "image": pyarrow.array(cells, stored), "images": pyarrow.array(pairs, pyarrow.list_(stored)),
         "question": ["What?"] * 12, "answer": ["cat"] * 12,
     }  # fmt: skip
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
