@@ -4,14 +4,18 @@ PyTorch's public function hides the log-sum-exp; the operators under it return i
 only through delta = rowsum(dout * out) and the weights only through exp(score - lse), so a caller may hand it a merged
 output and log-sum-exp: that is what makes attention over further, separate keys exact without concatenation.
 
-Backends: `cpu` (flash for CPU), `flash` and `efficient` (CUDA), `plain` (any device and dtype).
-Shapes: B batch, H query heads, T query positions, S key positions, d head size. Keys arrive with H heads here.
+Backends: `cpu` (flash for CPU), `flash` and `efficient` (CUDA), `plain` (any device and dtype, by public functions
+alone). The operators are private to PyTorch: one whose signature is not the one that is called here is not used.
+Shapes: B batch, H query heads, T query positions, S key positions, d head size. `flash` takes keys as they are grouped,
+the others want them with H heads.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -19,6 +23,9 @@ from torch import Tensor
 
 aten = torch.ops.aten
 _INF = float("inf")
+CUDA = "cuda"  # the type of device whose operators `flash` and `efficient` are
+_LSE_BLOCK = 32  # the efficient kernel's log-sum-exp is padded to whole blocks of queries
+_BIAS_BLOCK = 16  # its bias must start every row at an aligned address
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,22 @@ class PreparedMask:
 
     bias: Tensor
     dead: Tensor | None
+
+    @cached_property
+    def aligned(self) -> Tensor:
+        """`bias` as the efficient kernel reads it, laid out once for all layers and both passes.
+
+        A row of -inf alone is not defined in that kernel: it sees all here, and its result is dropped.
+        """
+        return _aligned(self.bias if self.dead is None else self.bias.masked_fill(self.dead.unsqueeze(-1), 0.0))
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    keys = bias.shape[-1]
+    padding = -keys % _BIAS_BLOCK
+    if padding:
+        return torch.nn.functional.pad(bias, (0, padding))[..., :keys]
+    return bias if bias.stride(-1) == 1 and bias.stride(-2) % _BIAS_BLOCK == 0 else bias.contiguous()
 
 
 @dataclass(frozen=True)
@@ -88,15 +111,57 @@ def _backend(q: Tensor, v: Tensor, mask: PreparedMask | None) -> str:
     if size != v.shape[-1] or 0 in q.shape:
         return "plain"
     if q.device.type == "cpu":
-        return "cpu"
-    if q.device.type != "cuda":
+        return "cpu" if _as_called("cpu") else "plain"
+    if q.device.type != CUDA:
         return "plain"
     low = q.dtype in (torch.float16, torch.bfloat16)
-    if low and mask is None and size % 8 == 0 and size <= 256:
+    if low and mask is None and size % 8 == 0 and size <= 256 and _as_called("flash"):
         return "flash"
-    if (low and size % 8 == 0) or (q.dtype == torch.float32 and size % 4 == 0):
+    if ((low and size % 8 == 0) or (q.dtype == torch.float32 and size % 4 == 0)) and _as_called("efficient"):
         return "efficient"
     return "plain"
+
+
+# The operators' signatures as they are called here, of torch 2.11 to 2.13: arguments in order, and numbers of results.
+_SIGNATURES: dict[str, dict[str, tuple[str, int]]] = {
+    "cpu": {
+        "_scaled_dot_product_flash_attention_for_cpu": ("query key value dropout_p is_causal attn_mask scale", 2),
+        "_scaled_dot_product_flash_attention_for_cpu_backward": (
+            "grad_out query key value out logsumexp dropout_p is_causal attn_mask scale", 3,
+        ),
+    },
+    "flash": {
+        "_scaled_dot_product_flash_attention": ("query key value dropout_p is_causal return_debug_mask scale", 9),
+        "_scaled_dot_product_flash_attention_backward": (
+            "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p is_causal philox_seed "
+            "philox_offset scale", 3,
+        ),
+    },
+    "efficient": {
+        "_scaled_dot_product_efficient_attention": (
+            "query key value attn_bias compute_log_sumexp dropout_p is_causal scale", 4,
+        ),
+        "_scaled_dot_product_efficient_attention_backward": (
+            "grad_out_ query key value attn_bias out logsumexp philox_seed philox_offset dropout_p grad_input_mask "
+            "is_causal scale", 4,
+        ),
+    },
+}  # fmt: skip
+
+
+@cache
+def _as_called(backend: str) -> bool:
+    """Whether a backend's operators are there with the signatures that they are called by; if not, say so once."""
+    for name, (arguments, results) in _SIGNATURES[backend].items():
+        schema: Any = getattr(getattr(getattr(aten, name, None), "default", None), "_schema", None)
+        present, wanted = [] if schema is None else schema.arguments, arguments.split()
+        named = [argument.name for argument in present][: len(wanted)] == wanted
+        further = [argument for argument in present[len(wanted) :] if not argument.has_default_value()]
+        if not named or further or len(schema.returns) != results:
+            problem = f"torch {torch.__version__} has no {name} as it is called here"
+            warnings.warn(f"{problem}: attention runs without it, and slower", stacklevel=2)
+            return False
+    return True
 
 
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Any]:
@@ -163,23 +228,13 @@ def _flash_backward(
     return kernel(*inputs, 0.0, call.causal, seed, offset, scale=call.scale)
 
 
-_LSE_BLOCK = 32  # the efficient kernel's log-sum-exp is padded to whole blocks of queries
-_BIAS_BLOCK = 16  # its bias must start every row at an aligned address
-
-
 def _efficient_bias(call: Call, q: Tensor, k: Tensor) -> Tensor | None:
     if call.mask is None:
         return None
-    # A row of -inf alone is not defined in this kernel: let it see all, and drop the result.
-    bias = call.mask.bias if call.dead is None else call.mask.bias.masked_fill(call.dead.unsqueeze(-1), 0.0)
-    queries, keys = q.shape[2], k.shape[2]
-    bias = bias.expand(bias.shape[0], bias.shape[1], queries, keys)
-    padding = -keys % _BIAS_BLOCK
-    if padding:
-        bias = torch.nn.functional.pad(bias, (0, padding))[..., :keys]
-    elif bias.stride(-1) != 1 or bias.stride(-2) % _BIAS_BLOCK:
-        bias = bias.contiguous()
-    return bias.expand(q.shape[0], q.shape[1], queries, keys)
+    bias, shape = call.mask.aligned, (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if bias.shape[-1] != k.shape[2]:  # one value for all keys
+        bias = _aligned(bias.expand(*bias.shape[:-1], k.shape[2]))
+    return bias.expand(shape)
 
 
 def _efficient_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Any]:

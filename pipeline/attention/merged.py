@@ -79,7 +79,7 @@ _INF = float("inf")
 def context(call: kernels.Call, q: Tensor, k: Tensor, v: Tensor, groups: int) -> tuple[Tensor, Tensor, Any]:
     """Attend over the context; one query with grouped keys runs without repeating the cache."""
     batch, heads, queries, size = q.shape
-    if groups == 1:
+    if groups == 1 or (queries > 1 and call.backend == "flash"):
         return kernels.forward(call, q, k, v)
     if queries > 1:
         return kernels.forward(call, q, repeat(k, groups), repeat(v, groups))
@@ -93,6 +93,17 @@ def context(call: kernels.Call, q: Tensor, k: Tensor, v: Tensor, groups: int) ->
     out, lse, extra = kernels.forward(folded, q.reshape(batch, heads // groups, groups, size), k, v)
     # the random state that comes back is not used: there is no dropout
     return out.reshape(batch, heads, 1, size), lse.reshape(batch, heads, 1), extra
+
+
+def context_backward(
+    call: kernels.Call, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Tensor, lse: Tensor, extra: Any,
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of q, k and v by way of the context, for the output and log-sum-exp that `combine` gives."""
+    if call.backend == "flash":
+        groups = 1  # it sums a group's gradients itself
+    dq, dk, dv = kernels.backward(call, grad, q, repeat(k, groups), repeat(v, groups), saved, lse, extra)
+    return dq, sum_groups(dk, groups), sum_groups(dv, groups)
 
 
 def two(

@@ -13,11 +13,15 @@ out' = SA + alpha sum_i p_i h_i. The virtual side is a few products with n colum
     dz = p * (dout . h - delta),   delta = dout . out (replaces) or sum_i p_i dout . h_i (adds)
 
 K_learn is per query head, so concatenation would repeat grouped keys and copy the whole cache at every decoded token.
+The virtual side is one kernel on CUDA (`fused`), a few products elsewhere.
 Shapes: B batch, H query heads, H_kv key heads, T queries, S keys, n virtual tokens, d head size.
 """
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -28,7 +32,7 @@ from pipeline.attention import concatenated as joined
 from pipeline.attention import kernels
 from pipeline.attention import merged as merging
 from pipeline.attention.kernels import PreparedMask
-from pipeline.attention.merged import no_autocast, outer, product, repeat, sum_groups, weighted
+from pipeline.attention.merged import no_autocast, outer, product, weighted
 from pipeline.attention.reference import merge_attention_reference, mimic_attention_reference
 
 __all__ = [
@@ -41,6 +45,7 @@ __all__ = [
 ]
 
 _INF = float("inf")
+FUSED_ON = "cuda"  # the type of device on which the virtual side is one kernel
 
 
 def merge_attention(
@@ -173,7 +178,15 @@ def virtual_attention(
     if isinstance(replaces, Tensor):
         replaces = replaces.view(-1, 1, 1)
     inputs = (q, k, v, keys, bias, values, per_query)
-    if learns and any(x is not None and x.requires_grad for x in inputs):
+    learns = learns and any(x is not None and x.requires_grad for x in inputs)
+    kernel = _fused(q.device) if q.device.type == FUSED_ON and _current(q.device) else None
+    if kernel is not None and keys is not None and values is not None and kernel.fits(q, keys, bias, values, per_query):
+        if learns:
+            return _FusedAttention.apply(q, k, v, keys, bias, values, call, groups, replaces, kernel)
+        with no_autocast(q):
+            context, lse, _ = merging.context(call, q, k, v, groups)
+            return kernel.forward(q, keys, bias, values, context, lse, scale, replaces, keeps=False)[0]
+    if learns:
         return _VirtualAttention.apply(*inputs, call, groups, replaces)
     with no_autocast(q):
         return _without_gradient(*inputs, call, groups, replaces)
@@ -246,9 +259,7 @@ class _VirtualAttention(torch.autograd.Function):
         dk = dv = d_keys = d_bias = d_values = d_per_query = None
         with no_autocast(q):
             if any(needs[:3]):  # in the lowest layer nothing below learns: its flash backward is skipped
-                full_k, full_v = repeat(k, ctx.groups), repeat(v, ctx.groups)
-                dq, dk, dv = kernels.backward(call, grad, q, full_k, full_v, saved, saved_lse, ctx.extra)
-                dk, dv = sum_groups(dk, ctx.groups), sum_groups(dv, ctx.groups)
+                dq, dk, dv = merging.context_backward(call, grad, q, k, v, saved, saved_lse, ctx.extra, ctx.groups)
             g = grad.to(wide)
             d_p = torch.zeros_like(p) if values is None else product(g, values.to(wide))
             if per_query is not None:
@@ -268,3 +279,88 @@ class _VirtualAttention(torch.autograd.Function):
             if needs[6]:
                 d_per_query = (p[..., :1] * g).to(per_query.dtype)
         return dq, dk, dv, d_keys, d_bias, d_values, d_per_query, None, None, None
+
+
+class _FusedAttention(torch.autograd.Function):
+    """`_VirtualAttention` with the virtual side as one kernel forward and one backward (`fused`)."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        q, k, v, keys, bias, values, call, groups, replaces, kernel = inputs
+        with no_autocast(q):
+            context, lse, extra = merging.context(call, q, k, v, groups)
+            out, saved, saved_lse, total = kernel.forward(
+                q, keys, bias, values, context, lse, call.scale, replaces, keeps=True
+            )
+        context_keys = (k, v) if any(ctx.needs_input_grad[:3]) else (None, None)
+        ctx.save_for_backward(q, *context_keys, keys, bias, values, saved, saved_lse, total)
+        ctx.rest = call, groups, extra, replaces, kernel
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, keys, bias, values, saved, saved_lse, total = ctx.saved_tensors
+        call, groups, extra, replaces, kernel = ctx.rest
+        dq: Any = None
+        dk = dv = None
+        with no_autocast(q):
+            if any(ctx.needs_input_grad[:3]):
+                dq, dk, dv = merging.context_backward(call, grad, q, k, v, saved, saved_lse, extra, groups)
+            learned = kernel.backward(grad, q, keys, bias, values, saved, total, dq, call.scale, replaces)
+        dq, d_keys, d_values, d_bias = learned
+        return dq, dk, dv, d_keys, d_bias, d_values, None, None, None, None
+
+
+def _current(device: torch.device) -> bool:
+    """Whether kernels that are started now run on `device`, as Triton's do."""
+    return device.index is None or device.index == torch.cuda.current_device()
+
+
+@cache
+def _fused(device: torch.device) -> ModuleType | None:
+    """Return the kernel's module where it compiles for `device` and gives what torch gives, tried once; else None."""
+    try:
+        from pipeline.attention import fused
+
+        problem = fused_differs(fused, device, torch.bfloat16, tolerance=0.02)
+    except Exception as error:  # noqa: BLE001  a compiler, a driver, a version: whatever it is, torch's operators do it
+        text = str(error).strip().splitlines() or [""]
+        problem = f"{type(error).__name__}: {text[0]}"
+    if problem is None:
+        return fused
+    warnings.warn(f"virtual tokens run by torch's operators, for the Triton kernel fails: {problem}", stacklevel=2)
+    return None
+
+
+def fused_differs(kernel: ModuleType, device: torch.device, dtype: torch.dtype, *, tolerance: float) -> str | None:
+    """Return how the kernel differs from torch's operators on a small case, or None.
+
+    Args:
+        kernel: `pipeline.attention.fused`.
+        device: where it runs.
+        dtype: of queries, keys and values.
+        tolerance: of the largest difference, relative to the largest value.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, to).requires_grad_()
+
+    inputs = [drawn(2, 4, 37, 64), drawn(2, 2, 37, 64), drawn(2, 2, 37, 64)]
+    inputs += [drawn(*shape, to=torch.float32) for shape in ((4, 3, 64), (4, 1, 3), (4, 3, 64))]
+    q, k, v, keys, bias, values = inputs
+    grad = drawn(2, 4, 37, 64).detach()
+    call = kernels.plan(q, k, v, None, True, 0.125)
+    made = []
+    for out in (
+        _FusedAttention.apply(q, k, v, keys, bias, values, call, 2, True, kernel),
+        _VirtualAttention.apply(q, k, v, keys, bias, values, None, call, 2, True),
+    ):
+        made.append([out.detach(), *torch.autograd.grad(out, inputs, grad)])
+    names = ("output", "dq", "dk", "dv", "d keys", "d bias", "d values")
+    for name, own, wanted in zip(names, *made, strict=True):
+        gap = float((own.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+        if not gap <= tolerance:
+            return f"{name} is {gap:.2g} off"
+    return None
