@@ -52,6 +52,10 @@ test-cluster: setup  ## a cluster of network namespaces: ray up, a sweep with a 
 test-experiments: setup  ## DVC's experiments, copies and queue, on a real clone
 	$(BIN)/python -m pytest -m experiments tests/e2e/test_experiments.py
 
+mutation: setup  ## changes of policy, schedulers and records one by one: which does no fast test notice?
+	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --quiet --no-deps -r tests/mutation.txt
+	$(BIN)/mutmut run && $(BIN)/mutmut results
+
 check: setup     ## what CI runs beside the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

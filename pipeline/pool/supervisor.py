@@ -12,11 +12,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.load import Params
 from pipeline.core import plain_paths
-from pipeline.core.errors import InputError, WorkError
+from pipeline.core.errors import HificlError, InputError, WorkError
 from pipeline.core.progress import say
 from pipeline.plan.plan import Plan
 from pipeline.pool import processes
@@ -24,13 +25,11 @@ from pipeline.pool.evaluation_calls import Job
 from pipeline.pool.messages import (
     PROXY_DIED,
     Alive,
-    Measuring,
     Message,
     Outcome,
     Result,
-    Scoring,
     Stop,
-    Training,
+    Tell,
     TrialEnded,
     Watcher,
     Work,
@@ -45,6 +44,62 @@ from pipeline.records.store import TrialStore
 
 if TYPE_CHECKING:
     from pipeline.measure import Measure, MeasureJob
+
+
+@dataclass
+class Training:
+    """The trials `keys` of a plan, and the points that a searcher asks for; tells what becomes of them."""
+
+    plan: Plan
+    keys: list[str]
+    params: Params
+
+    def run(self, tell: Tell) -> None:
+        """See `Work`."""
+        from pipeline.pool.tuner import run_trials
+
+        run_trials(self.plan, self.keys, self.params, tell)
+
+
+@dataclass
+class Scoring:
+    """Trials to score; tells an `Outcome` by evaluation key."""
+
+    params: Params
+    jobs: Sequence[Job]
+
+    def run(self, tell: Tell) -> None:
+        """See `Work`."""
+        from pipeline.pool.evaluators import score_on_cluster
+
+        for key, result in score_on_cluster(self.params, list(self.jobs)):
+            tell(Outcome(key, _sendable(result)))
+
+
+@dataclass
+class Measuring:
+    """Groups of trials to measure; tells an `Outcome` by the group's number: the numbers of each trial."""
+
+    params: Params
+    kind: Measure
+    groups: dict[int, list[MeasureJob]]
+
+    def run(self, tell: Tell) -> None:
+        """See `Work`."""
+        from pipeline.pool.evaluators import measure_on_cluster
+
+        for number, jobs in self.groups.items():
+            try:
+                tell(Outcome(number, measure_on_cluster(self.params, self.kind, jobs)))
+            except Exception as error:  # the other groups are measured all the same
+                tell(Outcome(number, _sendable(error)))
+
+
+def _sendable(result: object) -> object:
+    """Return a result as it can be sent: an error of somebody's own class may not be."""
+    if isinstance(result, BaseException) and not isinstance(result, HificlError):
+        return WorkError(str(result) or type(result).__name__)
+    return result
 
 
 class Lost(Exception):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from pipeline.config.load import Params, load
+from pipeline.core.errors import InputError
 from pipeline.plan.plan import Plan, as_given, make_plan, places
 from pipeline.plan.space import Cell, cells
-from pipeline.pool.schedule import PerCell, PerCellOptuna, make_scheduler
+from pipeline.pool.schedule import PerCell, PerCellOptuna, _optuna_space, make_scheduler
 from tests.conftest import ROOT
 
 GO, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
@@ -93,7 +98,7 @@ def test_fifo_stops_nothing():
 
 
 def test_every_word_of_tune_reaches_the_scheduler_of_the_trials_cell_alone():
-    heard: list[tuple[str, str]] = []
+    heard: list[tuple[Any, ...]] = []
 
     class Heard(TrialScheduler):
         def __init__(self) -> None:
@@ -101,33 +106,66 @@ def test_every_word_of_tune_reaches_the_scheduler_of_the_trials_cell_alone():
             made.append(self)
 
         def on_trial_add(self, controller, trial):
-            heard.append(("add", self.cell))
+            heard.append(("add", self.cell, controller, trial))
 
         def on_trial_error(self, controller, trial):
-            heard.append(("error", self.cell))
+            heard.append(("error", self.cell, controller, trial))
+
+        def on_trial_result(self, controller, trial, result):
+            heard.append(("result", self.cell, controller, trial, result))
+            return GO
 
         def on_trial_complete(self, controller, trial, result):
-            heard.append(("complete", self.cell))
+            heard.append(("complete", self.cell, controller, trial, result))
 
         def on_trial_remove(self, controller, trial):
-            heard.append(("remove", self.cell))
+            heard.append(("remove", self.cell, controller, trial))
 
     made: list[Heard] = []
     scheduler = PerCell(Heard, lambda trial: trial.config["cell"])
     a, b = (Trial("proxy", config={"cell": cell}, stub=True) for cell in "ab")
-    scheduler.on_trial_add(None, a)
-    scheduler.on_trial_add(None, b)
-    scheduler.on_trial_error(None, b)
-    scheduler.on_trial_complete(None, a, {})
-    scheduler.on_trial_remove(None, a)
+    tune = object()
+    scheduler.on_trial_add(tune, a)
+    scheduler.on_trial_add(tune, b)
+    assert scheduler.on_trial_result(tune, a, {"epoch": 1}) == GO
+    scheduler.on_trial_error(tune, b)
+    scheduler.on_trial_complete(tune, a, {"epoch": 2})
+    scheduler.on_trial_remove(tune, a)
     of = {cell: scheduler._own[cell].cell for cell in "ab"}
-    assert heard == [("add", of["a"]), ("add", of["b"]), ("error", of["b"]), ("complete", of["a"]), ("remove", of["a"])]
+    assert heard == [
+        ("add", of["a"], tune, a), ("add", of["b"], tune, b), ("result", of["a"], tune, a, {"epoch": 1}),
+        ("error", of["b"], tune, b), ("complete", of["a"], tune, a, {"epoch": 2}), ("remove", of["a"], tune, a),
+    ]  # fmt: skip
     assert of["a"] != of["b"]
 
 
 # -- Optuna ------------------------------------------------------------------------------------------------------------
 
 SAMPLES = 3
+
+
+def test_each_form_of_a_search_is_optunas_distribution_of_the_same_bounds():
+    _, by_name = searcher()
+    cell = next(iter(by_name.values()))
+    searched = {"rank": [4, 8], "n": {"randint": [2, 9]}, "warmup": {"uniform": [0.1, 0.5]},
+                "learning_rate": {"loguniform": [0.001, 0.1]}}  # fmt: skip
+    assert _optuna_space(replace(cell, search=searched)) == {
+        "rank": CategoricalDistribution([4, 8]), "n": IntDistribution(2, 9), "warmup": FloatDistribution(0.1, 0.5),
+        "learning_rate": FloatDistribution(0.001, 0.1, log=True),
+    }  # fmt: skip
+    with pytest.raises(InputError, match=f"{re.escape(cell.name)}: nothing to search"):
+        _optuna_space(replace(cell, search={}))
+
+
+def test_optuna_is_told_what_larger_is_better_and_that_nothing_failed():
+    optuna, _ = searcher()
+    assert (optuna.metric, optuna.mode) == ("objective", "max")
+    told = []
+    point = optuna.suggest("a trial")
+    optuna._own[point["cell"]].on_trial_complete = lambda *words: told.append(words)
+    optuna.on_trial_complete("a trial", {"objective": 1.0})
+    optuna.on_trial_complete("nobody's", {"objective": 2.0})
+    assert told == [("a trial", {"objective": 1.0}, False)]
 
 
 def searcher() -> tuple[PerCellOptuna, dict[str, Cell]]:

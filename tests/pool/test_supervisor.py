@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.core.errors import WorkError
 from pipeline.pool import supervisor
-from pipeline.pool.messages import Training, TrialEnded, Watcher
+from pipeline.pool.messages import TrialEnded, Watcher
+from pipeline.pool.supervisor import Training
 from pipeline.records.store import TrialFolder
 from pipeline.records.trial import TrialEnd
 

@@ -93,7 +93,8 @@ def test_a_store_of_before_opens():
     assert evaluation.value == cell.value == 86.41 and [p.score for p in evaluation.predictions]
     measurement = evaluations.find_measurement("0123456789abcdef")
     assert measurement is not None and measurement.numbers["milliseconds_per_sample"] == 4.51
-    assert evaluations.find("gone") is None and evaluations.find("../../etc") is None
+    assert evaluations.find("gone") is evaluations.find("../../etc") is evaluations.find(None) is None
+    assert (folder.adapter, folder.checkpoint) == (folder.path / "adapter", folder.path / "checkpoint")
 
 
 numbers = st.floats(allow_nan=False) | st.none()
@@ -204,6 +205,8 @@ def test_a_torn_last_line_is_left_out_and_said_once(tmp_path, capsys):
         file.write('{"epoch": 3, "obj')
     assert [row.epoch for row in folder.epochs()] == [row.epoch for row in folder.epochs()] == [1, 2]
     assert capsys.readouterr().err.count(f"{folder.metrics}:3: the last line was torn by a crash") == 1
+    folder.metrics.write_text('{"epoch": 1}\n \n{"epoch": 2}\n')
+    assert [row.epoch for row in folder.epochs()] == [1, 2]
     folder.metrics.write_text('{"epoch": 1}\n{"epoch": 2, "obj\n{"epoch": 3}\n')
     with pytest.raises(InputError, match=r"metrics.jsonl:2: damaged: .*Remove the trial's folder"):
         folder.epochs()
@@ -262,7 +265,7 @@ def test_evaluations_come_back_as_they_were_kept(tmp_path):
     assert new.path(key).read_bytes() == old.path(key).read_bytes()  # schema 1 then and now: the digest stays
     new.path(key).unlink()
     new.path(key).mkdir()
-    with pytest.raises(InputError, match="not readable: Is a directory. Remove the file"):
+    with pytest.raises(InputError, match=rf"{key}.json: not readable: Is a directory. Remove the file"):
         new.find(key)
 
 
