@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +37,16 @@ class Evaluator:
         work_in(home)
         use_threads()
         self.batch_size, self.gpus = batch_size, gpus
+        self._bench: Workbench | None = None
 
-    @cached_property
+    @property  # a cached one has a lock in Python 3.11, which cannot be sent to an actor
     def bench(self) -> Workbench:
         """What answers; made by the first call, to which a GPU that does not work is an error as any other."""
         from pipeline.train.workbench import Workbench, device_for
 
-        return Workbench(device_for(self.gpus), self.batch_size)
+        if self._bench is None:
+            self._bench = Workbench(device_for(self.gpus), self.batch_size)
+        return self._bench
 
     def answer(self, requests: list[TrialRequest], evaluation: EvaluationConfig, part: SplitPart) -> list[Answers]:
         """Return trials' answers to one part of their split."""
