@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.backbones import REGISTRY
 from pipeline.backbones.base import Backbone, Family
+from pipeline.backbones.memory import Passes
 from pipeline.backbones.weights import check_folder, digest_of_folder, digest_of_settings, find_folder
 from pipeline.core.errors import InputError, nearest
 
@@ -34,6 +35,7 @@ class Loaded:
         digest: sha256 (hex) over configuration, tokenizer, processor and weights; for tiny over configuration and seed.
         variant: published, tiny or meta.
         folder: where published weights came from.
+        passes: how many rows go through it at once.
     """
 
     model: Any
@@ -43,6 +45,7 @@ class Loaded:
     digest: str
     variant: str = "published"
     folder: Path | None = None
+    passes: Passes = field(default_factory=Passes)
 
     @property
     def family(self) -> Family:

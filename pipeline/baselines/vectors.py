@@ -253,10 +253,16 @@ class FunctionVector(VectorMethod):
         at_once = max(1, min(self.spec.num_heads, _TOKENS // len(closed)))
         effects = torch.zeros(means.shape[:2])
         for layer, output in enumerate(self.outputs):
+
+            def patched(heads: Sequence[int], layer: int = layer, output: nn.Module = output) -> list[Tensor]:
+                with _replaced_heads(output, torch.tensor(heads), means[layer, heads]):
+                    return list(self.run([shots] * len(heads)).softmax(-1)[:, answer].cpu())
+
             for heads in torch.arange(self.spec.num_heads).split(at_once):
-                with _replaced_heads(output, heads, means[layer, heads]):
-                    patched = self.run([shots] * len(heads)).softmax(-1)[:, answer]
-                effects[layer, heads] = (patched - plain).cpu()
+                found = setting.host.loaded.passes.run(
+                    "function vectors", heads.tolist(), patched, width=lambda _: len(closed)
+                )
+                effects[layer, heads] = torch.stack(found) - plain.cpu()
         return effects
 
     def _shuffled(self, shots: Shots, number: int) -> Shots:

@@ -36,6 +36,9 @@ _WAY_OUT = "Give an image's path, or its content in base64"
 class Answerer:
     """Answers for images with a trial's adapter attached; weights are loaded at the first answer.
 
+    They are loaded in the precision that the trial was scored in; an older adapter, which does not name it, has the
+    source's `dtype`.
+
     Args:
         folder: an adapter's folder of a trial (`runs/KEY/adapter`).
         project: the folder whose params.yaml says where the weights lie.
@@ -101,8 +104,8 @@ class Answerer:
         name = self.origin["backbone"]
         source = _source(name, self.project)
         loaded = backbones.load(
-            name, variant=source.variant, weights=source.weights, revision=source.revision, dtype=source.dtype,
-            device=_device(), seed=source.seed,
+            name, variant=source.variant, weights=source.weights, revision=source.revision,
+            dtype=self.origin.get("precision", source.dtype), device=_device(), seed=source.seed,
         )  # fmt: skip
         wanted = self.origin.get("backbone_digest", loaded.digest)
         if loaded.digest != wanted:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.load import Loaded
+from pipeline.backbones.memory import bytes_of_row
 from pipeline.prompts.collate import Batch, collate
 from pipeline.prompts.prompt import Encoded
 from pipeline.resident.visual_tokens import VisualTokens
@@ -103,7 +104,7 @@ def generate(
         num_beams: 1 is greedy.
         length_penalty: exponent of the length that a beam's log-probability is divided by.
         stop_strings: the text is cut where the first of them begins (`prompt.stop_strings`).
-        batch_size: prompts at once.
+        batch_size: most prompts at once; fewer where the card does not hold them.
         from_pixels: run the vision tower on the pixels, for methods that train it.
         pack: the adapters that are attached, where there are several.
         members: the adapter of every request in that pack.
@@ -118,12 +119,14 @@ def generate(
     # beam search copies images by row, those of the shared head too; in a pack every adapter has its own head
     shares = loaded.family.shares_prefix and num_beams == 1 and pack is None and not from_pixels
     head = common_head(requests) if shares else None
-    prefix = Prefix.of(head, loaded, visual_tokens, root) if head else None
+    heads = [head] if head else []
+    made = loaded.passes.run("generation", heads, lambda _: [Prefix.of(heads[0], loaded, visual_tokens, root)])
+    prefix = made[0] if made else None
     settings: dict[str, Any] = {"do_sample": False, "num_beams": num_beams, "max_new_tokens": max_new_tokens}
     if num_beams > 1:
         settings["length_penalty"] = length_penalty
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+
+    def answered(chosen: Sequence[int]) -> list[str]:
         rows = [without_head(requests[i]) if prefix else requests[i] for i in chosen]
         if from_pixels:
             images: dict[str, Any] = {"pixels": visual_tokens.pixels([row.images for row in rows], root)}
@@ -143,9 +146,17 @@ def generate(
             stopping_criteria=[stop] if stop_strings else None,
         )
         written = loaded.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        for i, text in zip(chosen, written, strict=True):
-            texts[i] = cut_at_stop(text, stop_strings)
         on_batch()
+        return [cut_at_stop(text, stop_strings) for text in written]
+
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        answers = loaded.passes.run(
+            "generation", chosen, answered, width=lambda i: len(requests[i]), device=device,
+            bytes_of=lambda tokens: bytes_of_row(loaded.model, tokens, new=max_new_tokens, beams=num_beams),
+        )  # fmt: skip
+        for i, text in zip(chosen, answers, strict=True):
+            texts[i] = text
     return texts
 
 

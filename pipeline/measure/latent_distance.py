@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline import adapters, methods
 from pipeline.backbones.decoder import decoder_of
+from pipeline.backbones.memory import bytes_of_row
 from pipeline.backbones.states import recorded
 from pipeline.config.trial import State
 from pipeline.data.manifest import Manifest, training_samples
@@ -20,7 +21,7 @@ from pipeline.data.sample import Sample
 from pipeline.evaluate.score import fitted
 from pipeline.measure import Measure, MeasureJob, Numbers, measures
 from pipeline.prompts.collate import collate
-from pipeline.prompts.prompt import draw_demos
+from pipeline.prompts.prompt import Encoded, draw_demos
 from pipeline.resident.resident import Resident
 from pipeline.train.workbench import Workbench
 
@@ -93,12 +94,18 @@ def _states(
     loaded, root = resident.loaded, manifest.image_root
     encoded = resident.prompts(manifest, samples, shots, answer=False)
     spec = decoder_of(loaded.model)
-    parts = []
-    for start in range(0, len(encoded), _BATCH):
-        rows = encoded[start : start + _BATCH]
+
+    def of_rows(rows: Sequence[Encoded]) -> list[Tensor]:
         visual = resident.visual.get([image for row in rows for image in row.images], root)
         batch = collate(rows, loaded, side="left", visual=visual).to(loaded.device)
         with recorded(spec, point, lambda state: state[:, -1].clone()) as states:
             loaded.model.model(**batch.model_inputs(loaded), use_cache=False)
-        parts.append(torch.stack([state.float().cpu() for state in states], dim=1))
-    return torch.cat(parts)
+        return list(torch.stack([state.float().cpu() for state in states], dim=1))
+
+    parts: list[Tensor] = []
+    for start in range(0, len(encoded), _BATCH):
+        parts += loaded.passes.run(
+            "latent distances", encoded[start : start + _BATCH], of_rows, width=len, device=loaded.device,
+            bytes_of=lambda tokens: bytes_of_row(loaded.model, tokens, cached=False),
+        )  # fmt: skip
+    return torch.stack(parts)

@@ -119,11 +119,14 @@ class VisualTokens:
             group = groups.setdefault(shape, [])
             group.append((key, pixels))
             if len(group) == self.batch_size:
-                yield from self._encode(group)
+                yield from self._encoded(group)
                 group.clear()
         for group in groups.values():
             if group:
-                yield from self._encode(group)
+                yield from self._encoded(group)
+
+    def _encoded(self, group: Sequence[tuple[str, Pixels]]) -> list[tuple[str, Tensor]]:
+        return self.loaded.passes.run("the vision tower", group, self._encode)
 
     @torch.no_grad()
     def _encode(self, group: Sequence[tuple[str, Pixels]]) -> list[tuple[str, Tensor]]:

@@ -82,12 +82,17 @@ class Memory:
         else:
             torch.cuda.reset_peak_memory_stats(device)
         self.before = self._peak() or 0
+        self.highest = 0
+
+    def note(self) -> None:
+        """Remember the peak so far, before `Capacity` has the card count anew."""
+        self.highest = max(self.highest, self._peak() or 0)
 
     @property
     def peak(self) -> int | None:
         """Bytes; None where the system does not tell."""
         peak = self._peak()
-        return None if peak is None else self.weights + max(0, peak - self.before)
+        return None if peak is None else self.weights + max(0, max(self.highest, peak) - self.before)
 
     def _peak(self) -> int | None:
         if self.device != "cpu":
@@ -120,6 +125,11 @@ class Capacity:
     device: str
     rates: dict[int, float] = field(default_factory=dict)  # samples per second by number of trials
     peaks: dict[int, int] = field(default_factory=dict)  # bytes by number of trials
+
+    def begin(self) -> None:
+        """Count the peak from here: what selection took before is no part of what training takes."""
+        if self.device != "cpu":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def note(self, trials: int, samples: int, seconds: float, steps: int) -> None:
         """Take in what a pack of `trials` did."""
@@ -154,7 +164,7 @@ class Capacity:
 
     def _peak(self) -> int:
         if self.device != "cpu":
-            return torch.cuda.max_memory_reserved(self.device)
+            return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _total(self) -> int:

@@ -21,8 +21,7 @@ from pipeline import adapters
 from pipeline.adapters.base import WeightsAdapter, parts_of
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.decoder import compiled_parts, decoder_of
-from pipeline.core.errors import WorkError
-from pipeline.core.progress import say
+from pipeline.backbones.memory import is_out_of_memory
 from pipeline.prompts.collate import Batch
 from pipeline.records.trial import TrialReport
 from pipeline.resident.resident import TEACHER_BYTES, Resident
@@ -34,6 +33,7 @@ from pipeline.train.selection import select
 from pipeline.train.trial_run import MicroBatch, TrialRun
 
 Step = list[list[MicroBatch]]  # each trial's micro-batches, up to the next update of its adapter
+TRAINING = "training"
 Losses = dict[str, Tensor]  # "train_loss" and its parts, scalars
 
 
@@ -48,8 +48,13 @@ class TrainingLoop:
     def __init__(self, resident: Resident, on_step: Callable[[], None]) -> None:
         self.resident, self.on_step = resident, on_step
         self.trials: list[TrialRun] = []
-        self.max_rows: int | None = None  # of one forward pass, once the memory has run out
+        self.passes = resident.loaded.passes
         self.capacity = Capacity(resident.device)
+
+    @property
+    def max_rows(self) -> int | None:
+        """Of one forward pass in training, once the memory has run out."""
+        return self.passes.most.get(TRAINING)
 
     def room(self) -> int:
         """Return how many trials may join those that are here."""
@@ -71,6 +76,9 @@ class TrainingLoop:
         if complete:
             return [self._let_go(trial, trial.closed_report()) for trial in complete]
         num_steps = min(trial.steps_left for trial in self.trials)
+        for trial in self.trials:
+            trial.memory.note()
+        self.capacity.begin()
         done, started, pack_size = 0, time.perf_counter(), len(self.trials)
         while done < num_steps and not self._diverged():
             window = self.next_steps(num_steps - done)
@@ -249,18 +257,9 @@ class TrainingLoop:
             sum(len(micro_batches[index].ids) for micro_batches in step if index < len(micro_batches))
             for index in range(max(map(len, step)))
         )
-        if rows == 1:
-            raise WorkError(
-                "one sample alone does not fit the memory",
-                where=self.trials[0].config.key,
-                way_out="Use a larger device, a lower precision, or train.offload: cpu with train.zero_stage: 3",
-            )
         for trial in self.trials:
             trial.engine.forget()
-        self.max_rows = -(-rows // 2)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        say(f"out of memory with {rows} rows in one pass: from now on at most {self.max_rows}; no step is lost")
+        self.passes.halve(TRAINING, rows, where=self.trials[0].config.key)
 
     # -- the end of an epoch -------------------------------------------------------------------------------------------
 
@@ -312,8 +311,3 @@ def cut(parts: Sequence[MicroBatch], most: int | None) -> list[list[MicroBatch]]
             room -= end - start
             start = end
     return chunks
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: CUDA has a type for it, the CPU's allocator only a sentence."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -10,8 +10,10 @@ import torch.distributed as dist
 
 from pipeline import adapters
 from pipeline.adapters.pack import Pack, PackRows
+from pipeline.backbones.memory import bytes_of_row
 from pipeline.data.sample import Sample
 from pipeline.evaluate.predict import Decoding, predict_each
+from pipeline.prompts.prompt import Encoded
 from pipeline.resident.resident import Resident
 from pipeline.train import loss
 from pipeline.train.trial_run import TrialRun
@@ -65,12 +67,21 @@ def _losses(
     model = resident.loaded.model
     losses: dict[Any, float] = {}
     prompts = resident.alone(trial.manifest, samples, answer=True)
-    for start in range(0, len(prompts), BATCH):
-        chunk = prompts[start : start + BATCH]
+
+    def of_rows(chunk: Sequence[Encoded]) -> list[tuple[Any, float]]:
         batch = resident.batch(chunk, trial.manifest, span=trial.config.loss_span, pixels=trial.facts.trains_vision)
         pack.use(PackRows((number,) * len(batch), batch.image_counts))
         hidden = model.model(**batch.model_inputs(resident.loaded), use_cache=False).last_hidden_state
         rows, positions, targets = loss.shifted(batch.labels)
         values = loss.cross_entropy(loss.logits_at(model, hidden, rows, positions), targets, rows, len(batch))
-        losses.update(zip(batch.sample_ids, values.tolist(), strict=True))
+        return list(zip(batch.sample_ids, values.tolist(), strict=True))
+
+    passes = resident.loaded.passes
+    for start in range(0, len(prompts), BATCH):
+        losses.update(
+            passes.run(
+                "selection", prompts[start : start + BATCH], of_rows, width=len, device=resident.loaded.device,
+                bytes_of=lambda tokens: bytes_of_row(model, tokens, cached=False),
+            )
+        )  # fmt: skip
     return losses

@@ -75,9 +75,18 @@ class Teacher:
     def _compute(
         self, samples: Sequence[Sample], encoded: Sequence[Encoded], epoch: int, kinds: set[Kind]
     ) -> dict[Kind, list[Target]]:
-        """Return the samples' targets of each kind, from one pass."""
+        """Return the samples' targets of each kind, from one pass, or several where the memory does not hold it."""
         shots = [self.demonstrations(sample, epoch) for sample in samples]
         prompts = self.resident.prompts(self.manifest, samples, shots, answer=True)
+        each = self.resident.loaded.passes.run(
+            "a teacher's pass", list(zip(encoded, prompts, strict=True)), lambda rows: self._pass(rows, kinds),
+            width=lambda row: len(row[1]),
+        )  # fmt: skip
+        return {kind: [targets[kind] for targets in each] for kind in kinds}
+
+    def _pass(self, rows: Sequence[tuple[Encoded, Encoded]], kinds: set[Kind]) -> list[dict[Kind, Target]]:
+        """Return each row's targets; a row is a sample's prompt alone, and behind its demonstrations."""
+        encoded, prompts = zip(*rows, strict=True)
         batch = self.resident.batch(prompts, self.manifest)
         model, image = self.resident.loaded.model, self.resident.loaded.image_token_id
         counts = [query_length(alone, behind, image) for alone, behind in zip(encoded, prompts, strict=True)]
@@ -88,12 +97,11 @@ class Teacher:
         with ExitStack() as stack:
             states = {state: stack.enter_context(recorded(self.spec, state, ends)) for state in sorted(wanted)}
             last = model.model(**batch.model_inputs(self.resident.loaded), use_cache=False).last_hidden_state
-        targets: dict[Kind, list[Target]] = {}
+        targets: list[dict[Kind, Target]] = [{} for _ in prompts]
         for kind in kinds:
-            if kind[0] == "hidden":
-                targets[kind] = [Target(hidden, None) for hidden in torch.stack(states[kind[1]]).split(counts, 1)]
-            else:
-                targets[kind] = [Target(None, self._logits(batch, last, row)) for row in range(len(prompts))]
+            hidden = torch.stack(states[kind[1]]).split(counts, 1) if kind[0] == "hidden" else None
+            for row, of_row in enumerate(targets):
+                of_row[kind] = Target(hidden[row], None) if hidden else Target(None, self._logits(batch, last, row))
         return targets
 
     def _logits(self, batch: Batch, hidden: Tensor, row: int) -> Tensor:

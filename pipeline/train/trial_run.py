@@ -274,7 +274,7 @@ class TrialRun:
             config = self.config
             extra: Json = {"trial": config.key, "task": config.task, "manifest": config.manifest_digest}
             extra |= {"backbone": config.backbone, "backbone_digest": config.backbone_digest}
-            extra["prompt"] = self.manifest.prompt
+            extra |= {"prompt": self.manifest.prompt, "precision": config.precision}
             if self.manifest.definition is not None:  # its prompt and score, which no code has
                 extra["definition"] = self.manifest.definition
             started = time.perf_counter()

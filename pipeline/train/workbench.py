@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Sequence
@@ -61,10 +62,17 @@ class Workbench:
         self.steps = 0  # counts up while work goes on
 
     def resident(self, request: TrialRequest) -> Resident:
-        """Return the resident backbone of a trial, loading it if another one or none is held."""
+        """Return the resident backbone of a trial, loading it if another one or none is held.
+
+        Raises:
+            WorkError: another one is in training.
+        """
         config = request.config
         if self._resident is None or self._resident.key != Resident.key_of(config):
-            self._resident = None  # before the next one is loaded, which needs the room
+            if self.loop is not None and self.loop.trials:
+                raise WorkError("another backbone is in training here", where=request.key)
+            self._resident = self.loop = None  # before the next one is loaded, which needs the room
+            gc.collect()  # a model's modules refer to one another
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             cache = Path(request.cache) if request.cache else None
@@ -78,9 +86,7 @@ class Workbench:
             WorkError: it cannot train together with those that are admitted (`TrialRequest.pack_key` differs).
         """
         resident = self.resident(request)
-        if self.loop is None or self.loop.resident is not resident:
-            if self.loop is not None and self.loop.trials:
-                raise WorkError("another backbone is in training here", where=request.key)
+        if self.loop is None:
             self.loop = TrainingLoop(resident, self._count)
         self.evict(request.key)
         manifest = resident.manifest(request)

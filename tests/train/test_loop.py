@@ -17,7 +17,7 @@ from pipeline.adapters.attach import attach
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import EpochReport
 from pipeline.train.cost import Capacity
-from pipeline.train.loop import TrainingLoop, cut
+from pipeline.train.loop import TRAINING, TrainingLoop, cut
 from pipeline.train.schedule import cosine_with_warmup
 from pipeline.train.trial_run import MicroBatch
 from pipeline.train.workbench import Workbench
@@ -152,11 +152,11 @@ def test_a_teachers_pass_serves_trials_that_come_later_and_changes_nothing(bench
 def test_a_step_cut_in_pieces_is_the_same_step(bench, trial, tmp_path):
     requests = [trial("hificl", tmp_path / "whole", rank=rank) for rank in (1, 2)]
     whole = train(bench, requests)
-    bench.loop.max_rows = 3
+    bench.loop.passes.most[TRAINING] = 3
     try:
         pieces = train(bench, [trial("hificl", tmp_path / "pieces", rank=rank) for rank in (1, 2)])
     finally:
-        bench.loop.max_rows = None
+        del bench.loop.passes.most[TRAINING]
     assert gap(whole, pieces) < 1e-6
 
 
