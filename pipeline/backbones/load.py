@@ -191,8 +191,10 @@ def _published(backbone: Backbone, folder: Path, *, dtype: torch.dtype, device: 
     way_out = f"Download {backbone.hub_id} again" if backbone.hub_id else "Make the miniature again: dvc repro backbone"
     try:
         processor = family.load_processor(folder, backbone.processor_for("published"))
+        # straight from the mapped files to a card: eight slots of a node would else hold eight copies in its memory
+        placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
         model, report = family.model_class.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **placed
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         problem = f"cannot be loaded as {backbone.name}: {' '.join(str(error).split())[:300]}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def digest_of_folder(folder: Path) -> str:
     """Return the sha256 over name and sha256 of every deciding file of a published layout.
 
     A big file's sha256 is taken from the hub cache's own file name where the folder is one, else remembered in the
-    user's cache folder by path and `digests.stamp`, so that 16 GB are read once.
+    user's cache folder by path and `digests.stamp`, so that 16 GB are read once a node, whatever starts there.
     """
     files = sorted({path for pattern in _DECIDING for path in folder.glob(pattern)})
     total = hashlib.sha256(f"image_backend={IMAGE_BACKEND}\n".encode())
@@ -145,14 +146,36 @@ def digest_of_file(path: Path) -> str:
     identity = json.dumps([str(real), *stamp(real)])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hificl-lab" / "sha256"
     note = cache / hashlib.sha256(identity.encode()).hexdigest()
+    if known := _noted(note):
+        return known
+    with _turn(note.with_suffix(".lock")):
+        if known := _noted(note):  # by who had the turn before
+            return known
+        with real.open("rb") as file:
+            known = hashlib.file_digest(file, "sha256").hexdigest()
+        with suppress(WorkError):  # a home that cannot be written costs time only
+            write_atomic(note, known)
+    return known
+
+
+def _noted(note: Path) -> str | None:
     try:
         known = note.read_text(encoding="ascii").strip()
     except (OSError, ValueError):
-        known = ""
-    if re.fullmatch(r"[0-9a-f]{64}", known):
-        return known
-    with real.open("rb") as file:
-        known = hashlib.file_digest(file, "sha256").hexdigest()
-    with suppress(WorkError):  # a home that cannot be written costs time only
-        write_atomic(note, known)
-    return known
+        return None
+    return known if re.fullmatch(r"[0-9a-f]{64}", known) else None
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Let one process of this machine at a time do it, where its home can be written: the slots of a node start together."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError:
+        yield
+        return
+    with file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -263,6 +263,7 @@ def _mlflow(params: Params, root: Path) -> Iterator[Finding]:
 def _disk(params: Params, root: Path) -> Iterator[Finding]:
     from pipeline import backbones
     from pipeline.plan.space import needed
+    from pipeline.resident.visual_tokens import OF_THE_DISK
 
     free = shutil.disk_usage(root).free / 2**30
     published = any(
@@ -270,6 +271,34 @@ def _disk(params: Params, root: Path) -> Iterator[Finding]:
         for name in needed(params, params.run.studies)[0]
     )
     wanted = _DISK_GIB["published" if published else "tiny"]
+    tokens = _visual_gib(params) if published else 0.0
     enough = free >= wanted
     yield Finding("disk", OK if enough else MISSING, f"{free:.1f} GiB free at {root}, {wanted:g} are needed",
                   None if enough else "Free some space; `hificl gc` shows what no report refers to")  # fmt: skip
+    if tokens:
+        fits = tokens <= OF_THE_DISK * (free - wanted)
+        yield Finding("visual tokens", OK if fits else NOTE,
+                      f"{tokens:.0f} GiB if every image's are kept, {OF_THE_DISK * max(0.0, free - wanted):.0f} have room",
+                      None if fits else "Those used longest ago are dropped and computed again; cache/ may be a link to "
+                      "a larger disk")  # fmt: skip
+
+
+def _visual_gib(params: Params) -> float:
+    """Return what the visual tokens of all images take that the studies' trials see, as far as formulas tell."""
+    from pipeline import backbones
+    from pipeline.cost.flops import image_cost
+    from pipeline.plan.plan import drawn_samples, evaluated_samples
+
+    wide = {(cell.backbone, cell.task): cell.train.precision == "fp32" for cell in _cells(params)}
+    models: dict[str, int] = {}  # values an image
+    total = 0
+    for (name, task), fp32 in wide.items():
+        if name not in models:
+            loaded = backbones.load(name, variant="meta")
+            try:
+                tokens = image_cost(loaded.backbone, loaded.model).tokens
+            except InputError:  # no formula for its vision tower
+                tokens = 0
+            models[name] = tokens * backbones.decoder_of(loaded.model).hidden_size
+        total += models[name] * (4 if fp32 else 2) * (drawn_samples(params, task) + evaluated_samples(params, task))
+    return total / 2**30

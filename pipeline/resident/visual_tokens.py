@@ -8,13 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import psutil
 import torch
 from cachetools import LRUCache
 from safetensors import SafetensorError, safe_open
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from pipeline.backbones.load import Loaded
 
 GIB = 1 << 30
+LEAST_MEMORY = GIB // 4  # bytes
+OF_THE_DISK = 0.8  # the rest is for what else is written: adapters, checkpoints, MLflow
 _CODE = ("pillow", "torch", "transformers")  # what reads pictures and computes on them
 
 
@@ -42,8 +47,10 @@ class VisualTokens:
     Args:
         loaded: the backbone; its vision tower and connector must stay as loaded.
         cache_dir: folder of the store on disk, shared by any number of processes; None: memory only.
-        memory_bytes: most that is kept in memory; the least recently used goes first.
-        disk_bytes: most that is kept on disk, about; the least recently used goes first.
+        memory_bytes: most that is kept in memory; the least recently used goes first. None: an eighth of what is free,
+            for a node may have eight processes; 1,500 images of a LLaVA are 9 GB.
+        disk_bytes: most that all stores of `cache_dir` have on disk, about; the least recently used goes first. None:
+            four fifths of what they have and what is free.
         batch_size: images the vision tower sees at once.
     """
 
@@ -52,13 +59,17 @@ class VisualTokens:
         loaded: Loaded,
         cache_dir: Path | str | None = None,
         *,
-        memory_bytes: int = 2 * GIB,
-        disk_bytes: int = 200 * GIB,
+        memory_bytes: int | None = None,
+        disk_bytes: int | None = None,
         batch_size: int = 32,
     ) -> None:
         self.loaded, self.batch_size = loaded, batch_size
         self.settings = _settings_digest(loaded)
-        self.disk = None if cache_dir is None else DiskStore(Path(cache_dir) / self.settings[:16], disk_bytes)
+        self.disk: DiskStore | None = None
+        if cache_dir is not None:
+            self.disk = DiskStore(Path(cache_dir) / self.settings[:16], disk_bytes, Path(cache_dir))
+        if memory_bytes is None:
+            memory_bytes = max(LEAST_MEMORY, psutil.virtual_memory().available // 8)
         self.computed = 0  # images that went through the vision tower
         self._memory: Recent[str, Tensor] = Recent(memory_bytes, lambda tokens: tokens.nbytes)
         self._pixels: Recent[str, Pixels] = Recent(
@@ -160,14 +171,25 @@ class DiskStore:
 
     Args:
         folder: the store.
-        limit: bytes; passed over by at most what several writers add at the same time.
+        limit: bytes; passed over by at most what several writers add at the same time. None: `OF_THE_DISK` of what is
+            there and free.
+        together: the folder of all stores that share the limit; None: this one has it alone.
     """
 
     KEPT = 0.9  # share of the limit that is left after a removal, so that not every write removes
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path, limit: int | None, together: Path | None = None) -> None:
+        self.folder, self.together = folder, together or folder
+        self._limit = limit
         self._size: int | None = None
+
+    @cached_property
+    def limit(self) -> int:
+        """Bytes that the store, and those that it shares the room with, may have; asked for at the first write."""
+        if self._limit is not None:
+            return self._limit
+        free = shutil.disk_usage(self.folder).free
+        return int(OF_THE_DISK * (free + sum(size for _, size, _ in self._files())))
 
     def path(self, key: str) -> Path:
         """Return the file of a key."""
@@ -211,7 +233,7 @@ class DiskStore:
 
     def _files(self) -> list[tuple[float, int, Path]]:
         files = []
-        for path in self.folder.glob("*/*"):
+        for path in self.together.glob("**/*.safetensors"):
             try:
                 state = path.stat()
             except OSError:

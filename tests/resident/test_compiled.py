@@ -47,6 +47,6 @@ def test_its_key_is_another_and_that_of_a_trial_without_is_what_it_was(trial, tm
 
 
 def test_zero_3_is_refused():
-    train = load(ROOT / "params.yaml", ["train.compile=true", "train.zero_stage=3"]).train
+    train = load(ROOT / "params.yaml", ["train.compile=true", "train.engine=deepspeed", "train.zero_stage=3"]).train
     with pytest.raises(InputError, match="ZeRO-3 gathers"):
         _compile(train, "here")
