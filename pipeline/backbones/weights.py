@@ -168,7 +168,7 @@ def _noted(note: Path) -> str | None:
 
 @contextmanager
 def _turn(path: Path) -> Iterator[None]:
-    """Let one process of this machine at a time do it, where its home can be written: the slots of a node start together."""
+    """Let one process of this machine at a time do it, where its home can be written: a node's slots start together."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")

@@ -276,16 +276,18 @@ def _disk(params: Params, root: Path) -> Iterator[Finding]:
     yield Finding("disk", OK if enough else MISSING, f"{free:.1f} GiB free at {root}, {wanted:g} are needed",
                   None if enough else "Free some space; `hificl gc` shows what no report refers to")  # fmt: skip
     if tokens:
-        fits = tokens <= OF_THE_DISK * (free - wanted)
+        room = OF_THE_DISK * max(0.0, free - wanted)
+        fits = tokens <= room
         yield Finding("visual tokens", OK if fits else NOTE,
-                      f"{tokens:.0f} GiB if every image's are kept, {OF_THE_DISK * max(0.0, free - wanted):.0f} have room",
-                      None if fits else "Those used longest ago are dropped and computed again; cache/ may be a link to "
-                      "a larger disk")  # fmt: skip
+                      f"{tokens:.0f} GiB where every image's are kept, there is room for {room:.0f}",
+                      None if fits else "Those used longest ago are dropped and computed again; cache/ may be a link "
+                      "to a larger disk")  # fmt: skip
 
 
 def _visual_gib(params: Params) -> float:
     """Return what the visual tokens of all images take that the studies' trials see, as far as formulas tell."""
     from pipeline import backbones
+    from pipeline.backbones.decoder import decoder_of
     from pipeline.cost.flops import image_cost
     from pipeline.plan.plan import drawn_samples, evaluated_samples
 
@@ -299,6 +301,6 @@ def _visual_gib(params: Params) -> float:
                 tokens = image_cost(loaded.backbone, loaded.model).tokens
             except InputError:  # no formula for its vision tower
                 tokens = 0
-            models[name] = tokens * backbones.decoder_of(loaded.model).hidden_size
+            models[name] = tokens * decoder_of(loaded.model).hidden_size
         total += models[name] * (4 if fp32 else 2) * (drawn_samples(params, task) + evaluated_samples(params, task))
     return total / 2**30

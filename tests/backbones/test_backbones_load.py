@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from pipeline import backbones
+from pipeline.backbones import weights
 from pipeline.backbones.weights import digest_of_file
 from pipeline.config.load import BackboneSource
 from pipeline.core.errors import InputError
@@ -250,3 +254,37 @@ def test_miniature_facts_are_those_of_its_checkpoints(name):
     assert facts.config.get("image_token_id", facts.config.get("image_token_index")) == (
         tokenizer.convert_tokens_to_ids(facts.image_token)
     )
+
+
+def test_processes_that_start_together_hash_a_big_file_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(weights, "_BIG", 10)
+    file, hashed = tmp_path / "model.safetensors", []
+    file.write_bytes(b"w" * 1000)
+
+    def slowly(stream, name):
+        hashed.append(name)
+        time.sleep(0.2)
+        return hashlib.new(name, stream.read())
+
+    monkeypatch.setattr(hashlib, "file_digest", slowly)
+    with ThreadPoolExecutor(4) as threads:  # flock holds between open files, in one process as between several
+        found = set(threads.map(weights.digest_of_file, [file] * 4))
+    assert found == {hashlib.sha256(b"w" * 1000).hexdigest()} and hashed == ["sha256"]
+
+
+def test_weights_go_straight_to_a_card(monkeypatch):
+    """There is none here: what transformers is asked for is looked at, and given without it."""
+    family, asked = backbones.get("mini-idefics2").family, []
+    plain = family.model_class.from_pretrained
+
+    def loading(*args, **kwargs):
+        asked.append(kwargs.pop("device_map", None))
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(family.model_class, "from_pretrained", loading)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *args, **kwargs: self)
+    folder = ROOT / "checkpoints" / "mini-idefics2"
+    for device in ("cpu", "cuda"):
+        backbones.load("mini-idefics2", weights=folder, device=device)
+    assert asked == [None, {"": torch.device("cuda")}]

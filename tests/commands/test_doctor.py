@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from pipeline.commands import doctor
@@ -31,3 +33,20 @@ def test_a_checkout_that_git_refuses_is_noted(params, monkeypatch):
     (refused,) = doctor._code(params, ROOT)
     assert refused.state == doctor.NOTE and "git config --global --add safe.directory" in refused.detail
     assert refused.detail.startswith(found.detail[:19])  # the commit
+
+
+def test_the_disk_that_visual_tokens_want_is_said(monkeypatch):
+    """Idefics2 has 64 tokens an image and LLaVA 729, both 4,096 wide, in fp16 (HiFICL Table 5)."""
+    given = "studies.own={title: o, backbones: [BACKBONE], tasks: [okvqa], methods: {zero-shot: {}}}"
+    said = {}
+    for name, tokens in (("idefics2-8b-base", 64), ("llava-interleave-7b", 729)):
+        chosen = [given.replace("BACKBONE", name), "run.studies=[own]", "train.precision=bf16"]
+        params = load(ROOT / "params.yaml", chosen, profile="real")
+        images = 1500 + 5046  # of OK-VQA's evaluation split
+        gib = tokens * 4096 * 2 * images / 2**30
+        for free, state in ((gib / 0.8 + 6, doctor.OK), (gib / 0.8 + 4, doctor.NOTE)):
+            monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free * 2**30))
+            disk, tokens_found = doctor._disk(params, ROOT)
+            assert disk.state == (doctor.OK if free > 5 else doctor.MISSING) and tokens_found.state == state
+            said[name] = tokens_found.detail
+        assert said[name].startswith(f"{gib:.0f} GiB where every image's are kept")

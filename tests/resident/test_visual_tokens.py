@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import save
 
 from pipeline import backbones
 from pipeline.core.errors import InputError
@@ -217,3 +220,17 @@ def test_missing_and_broken_pictures_are_named(tiny, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(InputError, match=r"text\.png"):
         visual.get(["text.png"], tmp_path)
+
+
+def test_stores_share_the_room_that_the_disk_has(tmp_path, monkeypatch):
+    size = len(save({"tokens": torch.zeros(1000)}, metadata={"crc32": "1" * 10}))
+    taken = lambda: sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))  # noqa: E731
+    disk = 25 * size  # of which the stores may have four fifths
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=disk - taken()))
+    for name in ("first", "second"):
+        store = DiskStore(tmp_path / name, None, tmp_path)
+        for number in range(18):
+            store.write(f"{number:02d}{name}", torch.full((1000,), float(number)))
+            os.utime(store.path(f"{number:02d}{name}"), (number, number + 100 * (name == "second")))
+        assert taken() <= 0.8 * disk
+    assert len(list((tmp_path / "second").rglob("*.safetensors"))) == 18  # the first backbone's make way
