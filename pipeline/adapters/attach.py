@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.adapters.base import Adapter, AttentionAdapter, HiddenAdapter, WeightsAdapter, parts_of
 from pipeline.adapters.edits import AttentionEdit, HiddenEdit, WeightsEdit, edited_weights
 from pipeline.adapters.pack import Pack, PackRows
-from pipeline.backbones.decoder import DecoderSpec, decoder_of
+from pipeline.backbones.decoder import DecoderSpec, check_hooks, decoder_of, eager
 from pipeline.backbones.states import modules_at
 from pipeline.core.errors import InputError
 
@@ -62,6 +62,7 @@ def attach(
     attention = dict(parts_of(pack.adapters, AttentionAdapter))
     hidden = dict(parts_of(pack.adapters, HiddenAdapter))
     weights = dict(parts_of(pack.adapters, WeightsAdapter))
+    check_hooks(model.modules(), [spec.decoder])  # which begins every pass anew
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
         if len(pack.adapters) == 1:  # PEFT's own layers
@@ -102,7 +103,7 @@ def _edited_attention(spec: DecoderSpec, edit: AttentionEdit) -> Iterator[None]:
         edit.refresh(continues=_continues(kwargs))
 
     with edited_attention(spec, edit.layers), _hooks() as hooks:
-        hooks.append(spec.decoder.register_forward_pre_hook(refresh, with_kwargs=True))
+        hooks.append(spec.decoder.register_forward_pre_hook(eager(refresh), with_kwargs=True))
         yield
 
 
@@ -121,11 +122,14 @@ def _edited_hidden(spec: DecoderSpec, parts: Mapping[int, HiddenAdapter], pack: 
     try:
         with _hooks() as hooks:
             for state in sorted({part.state for part in parts.values()}):
-                edit = HiddenEdit({index: part for index, part in parts.items() if part.state == state}, pack)
-                hooks.append(spec.decoder.register_forward_pre_hook(edit.before))
-                for index, module in enumerate(modules_at(spec, state)):
+                modules = modules_at(spec, state)
+                check_hooks([spec.decoder, *spec.layers], modules)
+                edit = HiddenEdit({index: part for index, part in parts.items() if part.state == state}, pack, modules)
+                hooks.append(spec.decoder.register_forward_pre_hook(eager(edit.before)))
+                hook = eager(edit.after)
+                for module in modules:
                     # first in line, so that whoever records hidden states sees the edited one
-                    hooks.append(module.register_forward_hook(edit.hook(index), prepend=True))
+                    hooks.append(module.register_forward_hook(hook, prepend=True))
             yield
     finally:
         del _HIDDEN[spec.decoder]
@@ -188,7 +192,7 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, attention_forward)
+    AttentionInterface.register(NAME, eager(attention_forward))
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 

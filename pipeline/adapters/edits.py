@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from pipeline.adapters.base import AttentionAdapter, HiddenAdapter
 from pipeline.adapters.pack import Pack
 from pipeline.attention.kernels import PreparedMask, prepare_mask
 from pipeline.attention.virtual import virtual_attention
-from pipeline.backbones.decoder import DecoderSpec
+from pipeline.backbones.decoder import DecoderSpec, check_hooks, eager
 from pipeline.core.errors import InputError
 
 
@@ -130,10 +130,12 @@ class HiddenEdit:
     Args:
         parts: adapters of hidden states by their number in the pack; rows of the others stay as they are.
         pack: knows which row uses which.
+        modules: give the states, layer by layer.
     """
 
-    def __init__(self, parts: Mapping[int, HiddenAdapter], pack: Pack) -> None:
+    def __init__(self, parts: Mapping[int, HiddenAdapter], pack: Pack, modules: Sequence[nn.Module]) -> None:
         self.parts, self.pack = dict(parts), pack
+        self.layer_of = {module: layer for layer, module in enumerate(modules)}
         self._shifts: Any = None
 
     def refresh(self) -> None:
@@ -150,15 +152,12 @@ class HiddenEdit:
         """Refresh, as the decoder's forward pre-hook."""
         self.refresh()
 
-    def hook(self, layer: int) -> Callable[..., Any]:
-        """Return the forward hook of the module that gives one layer's states."""
-
-        def edit(module: Any, args: Any, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (self.shifted(layer, output[0]), *output[1:])
-            return self.shifted(layer, output)
-
-        return edit
+    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Edit the states that a module gives, as its forward hook: one for all layers, so that none has another's."""
+        layer = self.layer_of[module]
+        if isinstance(output, tuple):
+            return (self.shifted(layer, output[0]), *output[1:])
+        return self.shifted(layer, output)
 
     def shifted(self, layer: int, h: Tensor) -> Tensor:
         """Return the edited hidden state [B, T, D], in the dtype of `h`."""
@@ -246,20 +245,19 @@ class WeightsEdit:
 @contextmanager
 def edited_weights(model: nn.Module, edit: WeightsEdit) -> Iterator[None]:
     """Add the updates to the model's linear modules for the length of the block."""
+    modules = {model.get_submodule(name): name for name in edit.modules}
     handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def hook(name: str) -> Any:
-        def add(module: Any, args: Any, output: Tensor) -> Tensor:
-            return output + edit.update(name, module, args[0]).to(output.dtype)
+    def add(module: Any, args: Any, output: Tensor) -> Tensor:
+        return output + edit.update(modules[module], module, args[0]).to(output.dtype)
 
-        return add
-
+    check_hooks(model.modules(), modules)
+    hook = eager(add)
     try:
-        for name in edit.modules:
-            module = model.get_submodule(name)
+        for module, name in modules.items():
             if not isinstance(module, nn.Linear):
                 raise InputError(f"the model has no plain linear module {name}", way_out="Attach LoRA once")
-            handles.append(module.register_forward_hook(hook(name)))
+            handles.append(module.register_forward_hook(hook))
         yield
     finally:
         for handle in handles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +83,41 @@ def _self_attention(layer: nn.Module, kind: str) -> nn.Module:
     return matching[0]
 
 
+def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` such that `torch.compile` calls it and does not look into it.
+
+    Layers that differ in their weights alone share one graph. What a function reads of its own layer from anywhere else
+    would be that of the layer which was traced: another layer's virtual tokens, silently.
+    """
+    return torch.compiler.disable(function)
+
+
+def check_hooks(modules: Iterable[nn.Module], hooked: Iterable[nn.Module]) -> None:
+    """Refuse hooks on modules inside a compiled one: what was compiled before does not call them.
+
+    Args:
+        modules: those that may be compiled.
+        hooked: those that get hooks.
+
+    Raises:
+        InputError: one of them lies in a compiled module.
+    """
+    inside = set(hooked)
+    for module in modules:
+        if _is_compiled(module) and any(child in inside for child in module.modules() if child is not module):
+            raise InputError(
+                f"a compiled {type(module).__name__} does not call hooks on what is inside it",
+                way_out="Let `train.compile` compile the decoder's parts",
+            )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    forward = vars(module).get("forward")
+    return hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
+
+
 Forwards = dict[nn.Module, Callable[..., Any]]
 
 
@@ -90,8 +125,8 @@ Forwards = dict[nn.Module, Callable[..., Any]]
 def compiled_parts(model: nn.Module, forwards: Forwards) -> Iterator[None]:
     """Let the decoder's norms and feed-forward nets run compiled (`train.compile`) inside the block.
 
-    Nothing is edited inside them, so one compilation serves all adapters and packs. Attention stays as it is: it holds
-    what is attached, and a new adapter would have it compiled anew. On leaving, all is as it was.
+    Nothing is edited inside them, so one compilation serves all adapters and packs. Attention stays as it is: it calls
+    what is attached, which is never compiled (`eager`). On leaving, all is as it was.
 
     What is compiled is compiled at its first call, for any length and number of rows.
     """

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones.decoder import DecoderSpec
+from pipeline.backbones.decoder import DecoderSpec, check_hooks, eager
 from pipeline.config.trial import State
 from pipeline.core.errors import InputError
 
@@ -87,10 +87,11 @@ def recorded(spec: DecoderSpec, state: State, keep: Callable[[Tensor], Tensor] =
         seen.append(keep(args[0]))
 
     modules = modules_at(spec, state)
+    check_hooks([spec.decoder, *spec.layers], modules)
     if state == "residual-mid":
-        hooks = [module.register_forward_pre_hook(note_input) for module in modules]
+        hooks = [module.register_forward_pre_hook(eager(note_input)) for module in modules]
     else:
-        hooks = [module.register_forward_hook(note) for module in modules]
+        hooks = [module.register_forward_hook(eager(note)) for module in modules]
     try:
         yield seen
     finally:
