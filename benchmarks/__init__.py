@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import pkgutil
 from pathlib import Path
@@ -16,15 +17,28 @@ def verbs() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg)
 
 
-def run(verb: str, *, device: str = "cpu", save: bool = False) -> dict[str, Any]:
+def run(verb: str, *, device: str | None = None, save: bool = False, **given: Any) -> dict[str, Any]:
     """Measure `verb` and return its ratios, spread, sizes and versions.
 
+    Args:
+        verb: which one.
+        device: cpu or cuda; None: the verb's own, which is cpu for all but `cuda`.
+        save: also write `benchmarks/<verb>-<device>.json`.
+        given: further arguments of the verb; None leaves one out.
+
     Raises:
-        InputError: no such verb.
+        InputError: no such verb, or an argument that it does not take.
     """
     if verb not in verbs():
         raise InputError(f"unknown benchmark '{verb}'", way_out=nearest(verb, verbs()))
-    result = importlib.import_module(f"{__name__}.{verb}").run(device=device)
+    module = importlib.import_module(f"{__name__}.{verb}")
+    device = device or getattr(module, "DEVICE", "cpu")
+    arguments = {name: value for name, value in given.items() if value is not None}
+    taken = inspect.signature(module.run).parameters
+    for name in arguments:
+        if name not in taken:
+            raise InputError(f"bench {verb} takes no --{name}", way_out="hificl bench cuda does")
+    result = module.run(device=device, **arguments)
     if save:
         path = Path("benchmarks") / f"{verb}-{device}.json"
         path.parent.mkdir(exist_ok=True)

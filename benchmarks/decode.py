@@ -64,14 +64,15 @@ def run(
     chosen = workloads or {"idefics2": WORKLOADS[device]["idefics2"]}
     findings = Findings()
     with one_thread(device), torch.no_grad():
-        _attention(findings, sizes, device)
+        attention_of_a_token(findings, sizes, device)
         for workload in chosen.values():
             _generation(findings, Bench(replace(workload, batch=sizes.batch), device), sizes, device)
     shown = {**asdict(sizes), **{name: asdict(workload) for name, workload in chosen.items()}}
     return report(findings, device=device, method=run.__doc__, sizes=shown)
 
 
-def _attention(findings: Findings, sizes: Sizes, device: str) -> None:
+def attention_of_a_token(findings: Findings, sizes: Sizes, device: str) -> None:
+    """File one layer's attention of a decoded token over plain SDPA."""
     dtype = getattr(torch, sizes.dtype)
     model = decoder(sizes.grouped, device=device, dtype=dtype)
     spec = decoder_of(model)

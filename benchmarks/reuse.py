@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.support.shapes import WORKLOADS, Bench, Workload
 from benchmarks.support.steps import hificl_step
-from benchmarks.support.timing import Findings, alternate, main, one_thread, report
+from benchmarks.support.timing import Findings, Rounds, alternate, main, one_thread, report
 from pipeline.adapters.attach import attach
 
 
@@ -68,25 +68,25 @@ def _visual(
     kept: dict[str, Any] = {}
     for name, workload in (workloads or WORKLOADS[device]).items():
         bench = Bench(workload, device)
-        step, adapter = hificl_step(bench)
-        ids = bench.ids()
-
-        def with_reuse(step: Any = step, ids: Any = ids) -> None:
-            step(ids)
-
-        def without(step: Any = step, ids: Any = ids) -> None:
-            step(ids, pixels=True)
-
-        def vision(bench: Bench = bench) -> None:
-            with torch.no_grad():
-                bench.family.encode_images(bench.model, [bench.image] * bench.workload.batch)
-
-        with attach(bench.model, adapter):
-            rounds = alternate({"with": with_reuse, "without": without, "vision": vision}, repeats, device=device)
+        rounds = times(bench, repeats, device)
         findings.add(f"with_over_without_{name}", rounds, "with", "without")
         findings.add(f"vision_share_{name}", rounds, "vision", "without")
         kept[name] = {"bytes_an_image": bench.visual.nbytes, "workload": workload}
     return findings, kept
+
+
+def times(bench: Bench, repeats: int, device: str) -> Rounds:
+    """Time HiFICL's step `with` visual tokens at hand and `without`, and the `vision` tower alone."""
+    step, adapter = hificl_step(bench)
+    ids = bench.ids()
+
+    def vision() -> None:
+        with torch.no_grad():
+            bench.family.encode_images(bench.model, [bench.image] * bench.workload.batch)
+
+    work = {"with": lambda: step(ids), "without": lambda: step(ids, pixels=True), "vision": vision}
+    with attach(bench.model, adapter):
+        return alternate(work, repeats, device=device)
 
 
 if __name__ == "__main__":

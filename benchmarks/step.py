@@ -24,6 +24,15 @@ from pipeline.cost.steps import Costs, Prompt
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 LORA_RANK = 16
 PACKED = 8
+RATIOS = (  # label, step, what it is compared with
+    ("step_over_floor", "hificl", "floor"),
+    ("mimic_step_over_floor", "mimic", "floor"),
+    ("mimic_over_hificl", "mimic_taught", "hificl"),
+    ("mimic_as_published_over_hificl", "mimic_published", "hificl_pixels"),
+    ("lora_over_hificl", "lora", "hificl"),
+    ("lora_over_hificl_from_pixels", "lora", "hificl_pixels"),
+    ("all_logits_over_answer_logits", "hificl_all_logits", "hificl"),
+)
 
 
 def run(
@@ -55,16 +64,19 @@ def run(
     with one_thread(device):
         for name, workload in chosen.items():
             bench = Bench(workload, device)
-            work, skipped = _callables(bench)
+            work, skipped = callables(bench)
             left_out += [f"{name}: {text}" for text in skipped]
             rounds = alternate(work, repeats, device=device)
-            _ratios(findings, name, rounds)
+            for label, of, over in RATIOS:
+                if of in rounds.seconds:
+                    findings.add(f"{label}_{name}", rounds, of, over)
+            findings.seconds(f"floor_seconds_{name}", rounds, "floor")
             together, alone = packed_steps(bench, PACKED)
             packs = alternate({"together": together, "alone": alone}, repeats, device=device)
             findings.add(f"packed_over_sequential_K{PACKED}_{name}", packs, "alone", "together")
-            counted[name] = _counted(bench, rounds, device)
+            counted[name] = count(bench, rounds, device)
             if device == "cuda":
-                counted[name]["peak_gib"] = {label: _peak(run_once) for label, run_once in work.items()}
+                counted[name]["peak_gib"] = {label: peak(run_once) for label, run_once in work.items()}
             if compiled if compiled is not None else device == "cuda":
                 left_out += _compiled(findings, bench, name, repeats, device)
                 _compiled_parts(findings, bench, name, repeats, device)
@@ -73,7 +85,8 @@ def run(
     return report(findings, device=device, method=run.__doc__, sizes=sizes, counted=counted, left_out=left_out)
 
 
-def _callables(bench: Bench) -> tuple[dict[str, Callable[[], Any]], list[str]]:
+def callables(bench: Bench) -> tuple[dict[str, Callable[[], Any]], list[str]]:
+    """Return the floor and the steps of every method by name, and what is missing and why."""
     ids, demonstrated = bench.ids(), bench.ids(bench.workload.shots)
     hificl, virtual = hificl_step(bench)
     whole = Trained(bench, list(virtual.parameters()), whole_logits=True)
@@ -109,19 +122,8 @@ def _callables(bench: Bench) -> tuple[dict[str, Callable[[], Any]], list[str]]:
     return {**work, "lora": attached(update, lora, pixels=True)}, []
 
 
-def _ratios(findings: Findings, name: str, rounds: Rounds) -> None:
-    findings.add(f"step_over_floor_{name}", rounds, "hificl", "floor")
-    findings.add(f"mimic_step_over_floor_{name}", rounds, "mimic", "floor")
-    findings.add(f"all_logits_over_answer_logits_{name}", rounds, "hificl_all_logits", "hificl")
-    findings.add(f"mimic_over_hificl_{name}", rounds, "mimic_taught", "hificl")
-    findings.add(f"mimic_as_published_over_hificl_{name}", rounds, "mimic_published", "hificl_pixels")
-    if "lora" in rounds.seconds:
-        findings.add(f"lora_over_hificl_{name}", rounds, "lora", "hificl")
-        findings.add(f"lora_over_hificl_from_pixels_{name}", rounds, "lora", "hificl_pixels")
-    findings.seconds(f"floor_seconds_{name}", rounds, "floor")
-
-
-def _counted(bench: Bench, rounds: Rounds, device: str) -> dict[str, Any]:
+def count(bench: Bench, rounds: Rounds, device: str) -> dict[str, Any]:
+    """Return FLOPs of a sample by step, and the rates and the share of the GPU's peak that the times give."""
     work = bench.workload
     height, width = work.pixels["pixel_values"][-2:]
     costs = Costs(
@@ -189,7 +191,8 @@ def _compiled_parts(findings: Findings, bench: Bench, name: str, repeats: int, d
     findings.add(f"compiled_parts_over_eager_{name}", rounds, "parts", "eager")
 
 
-def _peak(work: Callable[[], Any]) -> float:
+def peak(work: Callable[[], Any]) -> float:
+    """Return the GiB of GPU memory that are allocated at most while `work` runs."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     work()

@@ -55,12 +55,18 @@ def _section(path: Path) -> str:
     lines += [f"| {name} | {_number(value)} | {_spread(spread.get(name))} |" for name, value in sorted(ratios.items())]
     for name, row in sorted((result.get("growth") or {}).items()):
         lines += ["", f"{name}: " + ", ".join(f"{key}: {_number(value)}" for key, value in row.items())]
+    for label in ("wrong", "failed", "skipped"):
+        lines += ["", *(f"- {label}: {_plain(row)}" for row in result[label])] if result.get(label) else []
     lines += ["", f"*{result.get('method', '')}*", "", _machine(result)]
     return "\n".join(lines)
 
 
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else str(value)
+
+
+def _plain(row: Any) -> str:
+    return ", ".join(f"{key} {_number(value)}" for key, value in row.items()) if isinstance(row, dict) else str(row)
 
 
 def _spread(value: Any) -> str:
@@ -73,6 +79,7 @@ def _machine(result: dict[str, Any]) -> str:
     machine, versions = result.get("machine", {}), result.get("versions", {})
     parts = [
         machine.get("gpu") or f"{machine.get('cpu_count')} CPU cores",
+        f"driver {machine['driver']}" if machine.get("driver") else "",
         f"{machine['threads']} thread(s)" if "threads" in machine else "",
         ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         f"commit {result['commit']}" if result.get("commit") else "",

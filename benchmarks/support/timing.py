@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from pipeline.tracking.provenance import git_command
 
 Work = Callable[[], Any]
-PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "mlflow", "dvc")
+PACKAGES = ("torch", "transformers", "triton", "peft", "deepspeed", "ray", "mlflow", "dvc")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,18 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         facts.update(gpu=properties.name, gpu_gib=properties.total_memory / 2**30, cuda=torch.version.cuda)
+        facts["driver"] = _driver()
     return facts
+
+
+def _driver() -> str | None:
+    """Return the version of the GPU's driver, where its tool is installed."""
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.split("\n")[0].strip() or None
 
 
 def versions() -> dict[str, str]:

@@ -25,17 +25,28 @@ CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 
 
 class Trials:
-    """Requests of trials on a small world below `folder`."""
+    """Requests of trials on a small world below `folder`.
 
-    def __init__(self, folder: Path, num_samples: int) -> None:
-        self.folder, self.num_samples = folder, num_samples
-        self.source = BackboneSource(weights=str(CHECKPOINTS / BACKBONE))
+    Args:
+        folder: where.
+        num_samples: of each trial.
+        backbone: which one is trained.
+        source: where its weights lie; None: the miniature's.
+        num_shots: demonstrations of a teacher.
+    """
+
+    def __init__(
+        self, folder: Path, num_samples: int, backbone: str = BACKBONE, source: BackboneSource | None = None,
+        num_shots: int = 8,
+    ) -> None:  # fmt: skip
+        self.folder, self.num_samples, self.backbone, self.num_shots = folder, num_samples, backbone, num_shots
+        self.source = source or BackboneSource(weights=str(CHECKPOINTS / BACKBONE))
         write_world(folder / "data", num_train_images=2 * num_samples + 40, num_val_images=10)
         self.manifest = draw_manifest(
             tasks.get(TASK), folder / "data", seed=0, num_train=num_samples, num_selection=8, num_evaluation=4
         )
         self.manifest.save(folder / "manifest.json")
-        self.digest = backbones.digest_of(BACKBONE, self.source)
+        self.digest = backbones.digest_of(backbone, self.source)
 
     def request(self, method: str, place: str, options: dict[str, Any], **fields: Any) -> TrialRequest:
         """Return the request of one epoch on all samples, in the miniature's own step unless told otherwise."""
@@ -44,11 +55,11 @@ class Trials:
         base: dict[str, Any] = {
             "num_train_samples": self.num_samples, "epochs": 1, "learning_rate": facts.learning_rate,
             "weight_decay": 0.05, "warmup_ratio": 0.1, "gradient_clip": 1.0, "micro_batch_size": 8, "accumulation": 1,
-            "engine": "torch", "num_selection_samples": 2, "num_shots": 8 if facts.teacher else 0,
+            "engine": "torch", "num_selection_samples": 2, "num_shots": self.num_shots if facts.teacher else 0,
             "alignment_weight": facts.alignment_weight, "ground_truth_weight": facts.ground_truth_weight,
         }  # fmt: skip
         config = TrialConfig(
-            backbone=BACKBONE, backbone_digest=self.digest, task=TASK, manifest_digest=self.manifest.digest,
+            backbone=self.backbone, backbone_digest=self.digest, task=TASK, manifest_digest=self.manifest.digest,
             method=method, options=checked.plain(), **{**base, **fields},
         )  # fmt: skip
         return TrialRequest(
@@ -58,10 +69,10 @@ class Trials:
 
 
 @contextmanager
-def trials(num_samples: int) -> Iterator[Trials]:
+def trials(num_samples: int, **arguments: Any) -> Iterator[Trials]:
     """Give `Trials` in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        yield Trials(Path(folder), num_samples)
+        yield Trials(Path(folder), num_samples, **arguments)
 
 
 def train(bench: Workbench, requests: list[TrialRequest]) -> list[EpochReport]:

@@ -18,7 +18,9 @@ def register(line: CommandLine) -> None:
     """Add the verb."""
     parser = line.verb("numbers", "bench", _bench, "measure ratios in alternation in one run")
     parser.add_argument("verb", nargs="?")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="cpu for all but cuda")
+    parser.add_argument("--minutes", type=float, help="of bench cuda: all that it may take; 9 unless given")
+    parser.add_argument("--out", metavar="FOLDER", help="of bench cuda: for cuda.jsonl; runs/bench unless given")
     parser.add_argument("--save", action="store_true", help="also write benchmarks/<verb>-<device>.json")
     parser.add_argument("--list", action="store_true", help="print the verbs, one a line")
     parser.add_argument("--table", action="store_true", help="print benchmarks/*.json as Markdown")
@@ -34,7 +36,7 @@ def _bench(args: argparse.Namespace) -> Json | None:
         return None
     if args.verb is None:
         raise InputError("which benchmark?", way_out=f"One of {', '.join(benchmarks.verbs())}, or --list")
-    return benchmarks.run(args.verb, device=args.device, save=args.save)
+    return benchmarks.run(args.verb, device=args.device, save=args.save, minutes=args.minutes, out=args.out)
 
 
 def _installed() -> ModuleType:

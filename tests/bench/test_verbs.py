@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 
 from benchmarks import attention, decode, evaluate, overhead, pack, reuse, scale, step
 from benchmarks.support.published import Published, published_attention
-from benchmarks.support.shapes import CPU, DecoderShape, Workload, decoder
+from benchmarks.support.shapes import CPU, LEASE, DecoderShape, Workload, decoder
 from benchmarks.support.steps import Trained
 from benchmarks.support.timing import Rounds, alternate, report, saved_bytes
 from pipeline.attention.virtual import merge_attention
@@ -24,27 +23,7 @@ TINY = DecoderShape(32, 48, 2, 4, 2, 64)
 
 
 def tiny(name: str) -> Workload:
-    """A workload of the same architecture whose picture has sixteen patches."""
-    work = CPU[name]
-    changes = {
-        **work.changes,
-        "vision_config": {
-            "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1,
-            "image_size": 56,
-        },
-        "text_config": {
-            **work.changes["text_config"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2,
-        },
-    }  # fmt: skip
-    visual = 16
-    if "perceiver_config" in changes:
-        visual = 4
-        changes["perceiver_config"] = {
-            **work.changes["perceiver_config"], "hidden_size": 64, "resampler_n_latents": visual,
-        }  # fmt: skip
-    pixels = {label: (*shape[:-2], 56, 56) for label, shape in work.pixels.items()}
-    return replace(work, changes=changes, pixels=pixels, visual_tokens=visual, text_tokens=8, answer_tokens=2, shots=1)
+    return LEASE["cpu"][name]
 
 
 def check(result: dict[str, Any], names: list[str]) -> None:
