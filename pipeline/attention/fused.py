@@ -25,21 +25,23 @@ from torch import Tensor
 _ADDS, _REPLACES, _BY_ROW = 0, 1, 2  # whether virtual tokens take their mass from the context
 _ROWS = 32  # queries of a program
 _MOST_SIZE = 256
-_UNALIGNED = ["tokens", "lse_b", "lse_h", "key_b", "bias_b"]  # no variant of the kernel for each alignment of these
+# Neither value nor alignment of these makes a kernel of its own: one a dtype and head size serves all methods.
+_PLAIN = [
+    "heads", "tokens", "n", "kind", "keeps", "biased", "queries", "lse_b", "lse_h", "key_b", "bias_b",
+]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_UNALIGNED)
-def _forward_kernel(  # noqa: PLR0915  a kernel is one piece
-    q, keys, bias, values, context, lse, takes, out, saved, total, saved_lse, heads, tokens, n, scale,
-    q_b, q_h, q_t, context_b, context_h, context_t, out_b, out_h, out_t, lse_b, lse_h, key_b, bias_b,
-    SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr,
-    KEEPS: tl.constexpr,
+@triton.jit(do_not_specialize=_PLAIN)
+def _forward_kernel(
+    q, keys, bias, values, context, lse, takes, out, saved, total, saved_lse, heads, tokens, n, size, scale, kind,
+    biased, keeps, q_b, q_h, q_t, context_b, context_h, context_t, out_b, out_h, out_t, lse_b, lse_h, key_b, bias_b,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     batch_head = tl.program_id(1).to(tl.int64)
     b, h = batch_head // heads, batch_head % heads
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
-    seen, wide = t < tokens, c < SIZE
+    seen, wide = t < tokens, c < size
     inside = seen[:, None] & wide[None, :]
     at, across = t[:, None].to(tl.int64), c[None, :]
     query = tl.load(q + b * q_b + h * q_h + at * q_t + across, inside, 0.0).to(tl.float32) * scale
@@ -48,12 +50,11 @@ def _forward_kernel(  # noqa: PLR0915  a kernel is one piece
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(n):
-        place = (h * n + i) * SIZE + c
-        key = tl.load(keys + b * key_b + place, wide, 0.0).to(tl.float32)
-        value = tl.load(values + b * key_b + place, wide, 0.0).to(tl.float32)
+        place = b * key_b + (h * n + i) * size + c
+        key = tl.load(keys + place, wide, 0.0).to(tl.float32)
+        value = tl.load(values + place, wide, 0.0).to(tl.float32)
         z = tl.sum(query * key[None, :], 1)
-        if BIAS:
-            z += tl.load(bias + b * bias_b + h * n + i).to(tl.float32)
+        z += tl.load(bias + b * bias_b + h * n + i, biased != 0, 0.0).to(tl.float32)
         higher = tl.maximum(top, z)
         finite = tl.where(higher == -float("inf"), 0.0, higher)  # a row may see nothing so far
         kept, weight = tl.exp(top - finite), tl.exp(z - finite)
@@ -65,86 +66,72 @@ def _forward_kernel(  # noqa: PLR0915  a kernel is one piece
     whole = mass + rest
     whole = tl.where(whole == 0.0, 1.0, whole)  # a row that sees no token at all: its weights are zero
     alpha, shift = rest / whole, acc / whole[:, None]
-    attended = tl.load(
-        context + b * context_b + h * context_h + at * context_t + across, inside, 0.0
-    ).to(tl.float32)  # fmt: skip
-    merged = alpha[:, None] * attended + shift
     all_mass = finite + tl.log(whole)
-    to = out + b * out_b + h * out_h + at * out_t + across
-    kept_to = saved + b * out_b + h * out_h + at * out_t + across
-    flat = batch_head * tokens + t
-    if KEEPS:
+    from_context = context + b * context_b + h * context_h + at * context_t + across
+    attended = tl.load(from_context, inside, 0.0).to(tl.float32)
+    taken = kind != 0
+    if kind == 2:
+        taken = tl.load(takes + b) != 0
+    result = tl.where(taken, alpha, 1.0)[:, None] * attended + shift
+    place = b * out_b + h * out_h + at * out_t + across
+    tl.store(out + place, result.to(out.dtype.element_ty), inside)
+    if keeps != 0:
+        flat = batch_head * tokens + t
         tl.store(total + flat, all_mass, seen)
-    if KIND == 1:
-        tl.store(to, merged.to(out.dtype.element_ty), inside)
-    else:
-        added = attended + shift
-        for_context = attended + alpha[:, None] * shift
-        own = tl.where(own == -float("inf"), 0.0, own)
-        if KIND == 2:
-            taken = tl.load(takes + b) != 0
-            added = tl.where(taken, merged, added)
-            for_context = tl.where(taken, merged, for_context)
-            own = tl.where(taken, all_mass, own)
-        tl.store(to, added.to(out.dtype.element_ty), inside)
-        if KEEPS:
-            tl.store(kept_to, for_context.to(saved.dtype.element_ty), inside)
-            tl.store(saved_lse + flat, own, seen)
+        if kind != 1:
+            for_context = tl.where(taken, result, attended + alpha[:, None] * shift)
+            tl.store(saved + place, for_context.to(saved.dtype.element_ty), inside)
+            finite = tl.where(own == -float("inf"), 0.0, own)
+            tl.store(saved_lse + flat, tl.where(taken, all_mass, finite), seen)
 
 
-@triton.jit(do_not_specialize=_UNALIGNED)
+@triton.jit(do_not_specialize=_PLAIN)
 def _backward_kernel(
-    grad, q, keys, bias, values, saved, total, takes, dq, shares, bias_shares, heads, tokens, n, scale,
-    grad_b, grad_h, grad_t, q_b, q_h, q_t, saved_b, saved_h, saved_t, dq_b, dq_h, dq_t, key_b, bias_b,
-    SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr,
-    QUERIES: tl.constexpr,
+    grad, q, keys, bias, values, saved, total, takes, dq, shares, bias_shares, heads, tokens, n, size, scale, kind,
+    biased, queries, grad_b, grad_h, grad_t, q_b, q_h, q_t, saved_b, saved_h, saved_t, dq_b, dq_h, dq_t, key_b, bias_b,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     batch_head = tl.program_id(1).to(tl.int64)
     b, h = batch_head // heads, batch_head % heads
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
-    seen, wide = t < tokens, c < SIZE
+    seen, wide = t < tokens, c < size
     inside = seen[:, None] & wide[None, :]
     at, across = t[:, None].to(tl.int64), c[None, :]
     query = tl.load(q + b * q_b + h * q_h + at * q_t + across, inside, 0.0).to(tl.float32)
     g = tl.load(grad + b * grad_b + h * grad_h + at * grad_t + across, inside, 0.0).to(tl.float32)
     all_mass = tl.load(total + batch_head * tokens + t, seen, float("inf"))  # rows behind the end weigh nothing
-    delta = tl.zeros([ROWS], tl.float32)
-    if KIND != 0:
-        merged = tl.load(saved + b * saved_b + h * saved_h + at * saved_t + across, inside, 0.0).to(tl.float32)
-        delta += tl.sum(g * merged, 1)
-    if KIND != 1:
+    taken = kind != 0
+    if kind == 2:
+        taken = tl.load(takes + b) != 0
+    merged = tl.load(saved + b * saved_b + h * saved_h + at * saved_t + across, inside, 0.0).to(tl.float32)
+    delta = tl.sum(g * merged, 1)
+    if kind != 1:
         own = tl.zeros([ROWS], tl.float32)
         for i in range(n):
-            place = (h * n + i) * SIZE + c
-            key = tl.load(keys + b * key_b + place, wide, 0.0).to(tl.float32)
-            value = tl.load(values + b * key_b + place, wide, 0.0).to(tl.float32)
+            place = b * key_b + (h * n + i) * size + c
+            key = tl.load(keys + place, wide, 0.0).to(tl.float32)
+            value = tl.load(values + place, wide, 0.0).to(tl.float32)
             z = tl.sum(query * key[None, :], 1) * scale
-            if BIAS:
-                z += tl.load(bias + b * bias_b + h * n + i).to(tl.float32)
+            z += tl.load(bias + b * bias_b + h * n + i, biased != 0, 0.0).to(tl.float32)
             own += tl.exp(z - all_mass) * tl.sum(g * value[None, :], 1)
-        if KIND == 2:
-            own = tl.where(tl.load(takes + b) != 0, delta, own)
-        delta = own
+        delta = tl.where(taken, delta, own)
     d_query = tl.zeros([ROWS, COLUMNS], tl.float32)
     share = (batch_head * tl.num_programs(0) + tl.program_id(0)) * n
-    values_shares = shares + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * n * SIZE
+    values_shares = shares + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * n * size
     for i in range(n):
-        place = (h * n + i) * SIZE + c
-        key = tl.load(keys + b * key_b + place, wide, 0.0).to(tl.float32)
-        value = tl.load(values + b * key_b + place, wide, 0.0).to(tl.float32)
+        place = b * key_b + (h * n + i) * size + c
+        key = tl.load(keys + place, wide, 0.0).to(tl.float32)
+        value = tl.load(values + place, wide, 0.0).to(tl.float32)
         z = tl.sum(query * key[None, :], 1) * scale
-        if BIAS:
-            z += tl.load(bias + b * bias_b + h * n + i).to(tl.float32)
+        z += tl.load(bias + b * bias_b + h * n + i, biased != 0, 0.0).to(tl.float32)
         p = tl.exp(z - all_mass)
         dz = p * (tl.sum(g * value[None, :], 1) - delta)
-        tl.store(shares + (share + i) * SIZE + c, tl.sum(dz[:, None] * query, 0) * scale, wide)
-        tl.store(values_shares + (share + i) * SIZE + c, tl.sum(p[:, None] * g, 0), wide)
-        if BIAS:
-            tl.store(bias_shares + share + i, tl.sum(dz, 0))
-        if QUERIES:
-            d_query += dz[:, None] * key[None, :]
-    if QUERIES:
+        tl.store(shares + (share + i) * size + c, tl.sum(dz[:, None] * query, 0) * scale, wide)
+        tl.store(values_shares + (share + i) * size + c, tl.sum(p[:, None] * g, 0), wide)
+        tl.store(bias_shares + share + i, tl.sum(dz, 0), biased != 0)
+        d_query += dz[:, None] * key[None, :]
+    if queries != 0:
         to = dq + b * dq_b + h * dq_h + at * dq_t + across
         before = tl.load(to, inside, 0.0).to(tl.float32)
         tl.store(to, (before + d_query * scale).to(dq.dtype.element_ty), inside)
@@ -190,11 +177,10 @@ def forward(
     saved_lse = torch.empty_like(total) if keeps and kind != _REPLACES else total
     rows = 1 if tokens == 1 else _ROWS
     _forward_kernel[triton.cdiv(tokens, rows), batch * heads](
-        q, keys, bias if bias is not None else q, values, context, lse, takes, out, saved, total, saved_lse,
-        heads, tokens, keys.shape[-2], scale,
+        q, keys, keys if bias is None else bias, values, context, lse, takes, out, saved, total, saved_lse,
+        heads, tokens, keys.shape[-2], size, scale, kind, int(bias is not None), int(keeps),
         *q.stride()[:3], *context.stride()[:3], *out.stride()[:3], *lse.stride()[:2], _step(keys, 3), _step(bias, 2),
-        SIZE=size, ROWS=rows, COLUMNS=triton.next_power_of_2(size), BIAS=bias is not None, KIND=kind, KEEPS=keeps,
-        num_warps=1 if rows == 1 else _warps(size),
+        ROWS=rows, COLUMNS=triton.next_power_of_2(size), num_warps=1 if rows == 1 else _warps(size),
     )  # fmt: skip
     return out, saved, saved_lse, total
 
@@ -224,14 +210,12 @@ def backward(
     to = grad if dq is None else dq
     blocks, n = triton.cdiv(tokens, _ROWS), keys.shape[-2]
     shares = torch.empty(2, batch, heads, blocks, n, size, dtype=torch.float32, device=q.device)
-    bias_shares = torch.empty(batch, heads, blocks, n, dtype=torch.float32, device=q.device) if bias is not None else q
+    bias_shares = shares if bias is None else shares.new_empty(batch, heads, blocks, n)
     _backward_kernel[blocks, batch * heads](
-        grad, q, placed_keys, placed_bias if placed_bias is not None else q, placed_values, saved, total, takes, to,
-        shares, bias_shares, heads, tokens, n, scale,
+        grad, q, placed_keys, placed_keys if placed_bias is None else placed_bias, placed_values, saved, total, takes,
+        to, shares, bias_shares, heads, tokens, n, size, scale, kind, int(bias is not None), int(dq is not None),
         *grad.stride()[:3], *q.stride()[:3], *saved.stride()[:3], *to.stride()[:3], _step(placed_keys, 3),
-        _step(placed_bias, 2),
-        SIZE=size, ROWS=_ROWS, COLUMNS=triton.next_power_of_2(size), BIAS=bias is not None, KIND=kind,
-        QUERIES=dq is not None, num_warps=_warps(size),
+        _step(placed_bias, 2), ROWS=_ROWS, COLUMNS=triton.next_power_of_2(size), num_warps=_warps(size),
     )  # fmt: skip
     d_keys, d_values = shares.sum((1, 3) if keys.dim() == 3 or len(keys) == 1 else 3).to(keys.dtype).unbind(0)
     d_bias = None
@@ -255,7 +239,7 @@ def _step(x: Tensor | None, shared: int) -> int:
 
 def _kind(replaces: bool | Tensor, like: Tensor) -> tuple[int, Tensor]:
     if isinstance(replaces, Tensor):
-        return _BY_ROW, replaces.reshape(-1).to(torch.uint8)
+        return _BY_ROW, replaces.reshape(-1).to(torch.int32)
     return (_REPLACES if replaces else _ADDS), like
 
 

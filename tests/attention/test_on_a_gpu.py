@@ -190,15 +190,19 @@ def test_the_triton_kernel_compiles_for_every_card(architecture, tmp_path, monke
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     low = {"q", "context", "out", "saved", "grad", "dq"}
-    for kernel, flag in ((fused._forward_kernel, "KEEPS"), (fused._backward_kernel, "QUERIES")):
-        constants = {"SIZE": 128, "ROWS": 32, "COLUMNS": 128, "BIAS": True, "KIND": 2, flag: True}
-        kinds = {"takes": "*u8", "scale": "fp32"}
+    for kernel in (fused._forward_kernel, fused._backward_kernel):
+        constants = {"ROWS": 32, "COLUMNS": 128}
+        kinds = {"takes": "*i32", "scale": "fp32"}
         for name in kernel.arg_names:
-            whole = name in ("heads", "tokens", "n") or name.rpartition("_")[2] in ("b", "h", "t")
+            whole = name in (*fused._PLAIN, "size") or name.rpartition("_")[2] in ("b", "h", "t")
             pointer = "*bf16" if name in low else "*fp32"
             kinds.setdefault(name, "constexpr" if name in constants else "i32" if whole else pointer)
         given = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if kinds[name][0] in "*i"}
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(kernel.arg_names)
+            if kinds[name][0] in "*i" and name not in fused._PLAIN
+        }
         source = ASTSource(fn=kernel, signature=kinds, constexprs=given, attrs=aligned)
         made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 4})
         assert made.asm["cubin"][:4] == b"\x7fELF"
