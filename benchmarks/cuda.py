@@ -63,7 +63,7 @@ ITEMS = (  # most worth first
     Item("step-idefics2", 40, "items:step", _IDEFICS2),
     Item("packs-idefics2", 30, "items:packs", _IDEFICS2),
     Item("decode-idefics2", 30, "items:decoding", _IDEFICS2),
-    Item("exact-compiled", 40, "exact:compiled"),
+    Item("exact-compiled", 50, "exact:compiled"),
     Item("compiled-idefics2", 60, "items:compiled", _IDEFICS2),
     Item("reuse-idefics2", 5, "items:visual", _IDEFICS2),
     Item("step-llava", 40, "items:step", _LLAVA),

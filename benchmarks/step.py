@@ -135,7 +135,8 @@ def count(bench: Bench, rounds: Rounds, device: str) -> dict[str, Any]:
         for method, options in (("hificl", {}), ("mimic", {}), ("lora", {"rank": LORA_RANK}))
     }
     flops = {
-        "floor": costs.floor(), "hificl": steps["hificl"].reused, "mimic_taught": steps["mimic"].reused,
+        "floor": costs.floor(), "hificl": steps["hificl"].reused, "hificl_pixels": steps["hificl"].whole,
+        "mimic_taught": steps["mimic"].reused,
         "mimic_published": steps["mimic"].whole, "lora": steps["lora"].whole,
     }  # fmt: skip
     rates = {

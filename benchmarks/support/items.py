@@ -46,14 +46,23 @@ def step(lease: Lease, name: str) -> None:
         lease.milliseconds(f"{label}_ms_{name}", values)
     with lease.attempt("FLOPs"):
         counted = count(bench, Rounds(seconds), lease.device)
+        flops = counted["flops_a_sample"]
+        for label, of, over in RATIOS:
+            if of in flops and over in flops:
+                lease.number(f"{label}_flops_{name}", flops[of] / flops[over])
         for label, rate in counted["flops_a_second"].items():
             lease.number(f"{label}_teraflops_{name}", rate / 1e12)
         for label, share in (counted.get("utilisation") or {}).items():
             lease.number(f"{label}_utilisation_{name}", share)
     if lease.device == "cuda":
+        peaks: dict[str, float] = {}
         for label in seconds:
             with lease.attempt(f"memory of {label}"):
-                lease.number(f"{label}_peak_gib_{name}", peak(work[label]))
+                peaks[label] = peak(work[label])
+                lease.number(f"{label}_peak_gib_{name}", peaks[label])
+        for label, of, over in RATIOS:
+            if of in peaks and over in peaks:
+                lease.number(f"{label}_memory_{name}", peaks[of] / peaks[over])
 
 
 def packs(lease: Lease, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -324,9 +325,25 @@ class Family(ABC):
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         if visual is not None:
+            _check_takes_visual_tokens()
             features: Any = list(visual)  # fresh for each call: `generate` changes it
             return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
         return dict(pixels) if pixels is not None else {}
+
+
+@functools.cache
+def _check_takes_visual_tokens() -> None:
+    """Refuse a transformers whose models would drop visual tokens without a word.
+
+    Raises:
+        InputError: it knows no `mm_encoder_outputs`.
+    """
+    import transformers
+    from transformers.generation import utils
+
+    if not hasattr(utils.GenerationMixin, "_supports_mm_encoder_outputs"):
+        problem = f"its models take no visual tokens that were computed before (version {transformers.__version__})"
+        raise InputError(problem, where="transformers", way_out="Install the version that requirements.txt names")
 
 
 def _from_transformers(name: str) -> Any:

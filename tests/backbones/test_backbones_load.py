@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline import backbones
-from pipeline.backbones import weights
+from pipeline.backbones import base, weights
 from pipeline.backbones.weights import digest_of_file
 from pipeline.config.load import BackboneSource
 from pipeline.core.errors import InputError
@@ -288,3 +288,16 @@ def test_weights_go_straight_to_a_card(monkeypatch):
     for device in ("cpu", "cuda"):
         backbones.load("mini-idefics2", weights=folder, device=device)
     assert asked == [None, {"": torch.device("cuda")}]
+
+
+def test_a_transformers_that_drops_visual_tokens_is_refused(monkeypatch):
+    from transformers.generation import utils
+
+    check = base._check_takes_visual_tokens
+    check.cache_clear()
+    check()
+    check.cache_clear()
+    monkeypatch.delattr(utils.GenerationMixin, "_supports_mm_encoder_outputs")
+    arguments = {"pixels": None, "input_ids": torch.zeros(1, 1), "image_counts": [1], "image_token_id": 0}
+    with pytest.raises(InputError, match=r"no visual tokens .* requirements\.txt"):
+        backbones.get("llava-interleave-7b").family.image_arguments(visual=[torch.zeros(1, 1)], **arguments)
