@@ -56,7 +56,7 @@ BACKBONES = (
 _IDEFICS2, _LLAVA = {"name": "idefics2"}, {"name": "llava"}
 ITEMS = (  # most worth first
     Item("ceilings", 5, "items:ceilings"),
-    Item("exact-attention", 30, "exact:attention"),
+    Item("exact-attention", 60, "exact:attention"),
     Item("exact-decoding", 6, "exact:decoding"),
     *(Item(f"exact-{name}", 12, "exact:training", {"backbone": name}) for name in BACKBONES),
     Item("whole-trials", 30, "exact:whole_trials"),
