@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -17,6 +18,7 @@ from benchmarks.support.steps import floor_step, hificl_step, packed_steps
 from benchmarks.support.timing import Findings, Rounds, alternate
 from pipeline import adapters
 from pipeline.adapters.attach import attach
+from pipeline.attention import virtual
 from pipeline.backbones.decoder import Forwards, compiled_parts
 
 PACKS = (1, 2, 4, 8, 16, 32, 64)
@@ -84,6 +86,25 @@ def packs(lease: Lease, name: str) -> None:
             if k > 1 and lease.left < 30 and not lease.rehearses:
                 lease.write(part=f"K > {k}", skipped="no time")
                 break
+
+
+def fused(lease: Lease, name: str) -> None:
+    """Time HiFICL's step with the virtual side as one kernel over the same by torch's operators."""
+    bench = lease.bench(name)
+    ids = bench.ids()
+    train, adapter = hificl_step(bench)
+
+    def on(device: str) -> Callable[[], None]:
+        def run() -> None:
+            with patch.object(virtual, "FUSED_ON", device), attach(bench.model, adapter):
+                train(ids)
+
+        return run
+
+    if lease.device == "cuda":
+        lease.number("virtual_kernel_is_used", float(virtual.fused_on(ids.device) is not None))
+    rounds = alternate({"kernel": on("cuda"), "operators": on("none")}, _repeats(lease, 9), device=lease.device)
+    lease.ratio(f"virtual_kernel_over_operators_{name}", rounds, "kernel", "operators")
 
 
 def compiled(lease: Lease, name: str) -> None:

@@ -179,7 +179,7 @@ def virtual_attention(
         replaces = replaces.view(-1, 1, 1)
     inputs = (q, k, v, keys, bias, values, per_query)
     learns = learns and any(x is not None and x.requires_grad for x in inputs)
-    kernel = _fused(q.device) if q.device.type == FUSED_ON and _current(q.device) else None
+    kernel = fused_on(q.device) if q.device.type == FUSED_ON and _current(q.device) else None
     if kernel is not None and keys is not None and values is not None and kernel.fits(q, keys, bias, values, per_query):
         if learns:
             return _FusedAttention.apply(q, k, v, keys, bias, values, call, groups, replaces, kernel)
@@ -318,7 +318,7 @@ def _current(device: torch.device) -> bool:
 
 
 @cache
-def _fused(device: torch.device) -> ModuleType | None:
+def fused_on(device: torch.device) -> ModuleType | None:
     """Return the kernel's module where it compiles for `device` and gives what torch gives, tried once; else None."""
     try:
         from pipeline.attention import fused

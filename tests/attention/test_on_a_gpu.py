@@ -128,7 +128,7 @@ def interpreted() -> None:
 
     device = torch.device("cpu")
     assert fused_differs(fused, device, torch.bfloat16, tolerance=0.02) is None
-    virtual._fused = lambda _: fused
+    virtual.fused_on = lambda _: fused
     virtual.FUSED_ON = "cpu"
     virtual.joined.MOST_TOKENS = 0
     generator = torch.Generator().manual_seed(0)
