@@ -354,11 +354,15 @@ def _whole_trial(lease: Lease, made: Trials, bench: Workbench, name: str, method
     from pipeline.config.trial import EvaluationConfig
 
     requests = [made.request(method, f"whole-{name}", {}, precision="bf16") for method in methods]
-    for request in requests:
-        bench.admit(request)
     losses: list[float] = []
-    while reports := bench.advance():
-        losses += [report.metrics.train_loss or float("nan") for report in reports if report.metrics]
+    try:
+        for request in requests:
+            bench.admit(request)
+        while reports := bench.advance():
+            losses += [report.metrics.train_loss or float("nan") for report in reports if report.metrics]
+    finally:  # one that failed is not trained with the next
+        for request in requests:
+            bench.evict(request.key)
     answers = [bench.score(request, EvaluationConfig(trial=request.key, num_samples=4)) for request in requests]
     wrong = sum(not value < float("inf") for value in losses) + abs(len(losses) - len(requests))
     lease.check(f"whole_trial_{name}", wrong + abs(len(answers) - len(requests)), 0, losses=losses)
