@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.adapters.base import AttentionAdapter, HiddenAdapter
 from pipeline.adapters.pack import Pack
@@ -166,14 +167,21 @@ class HiddenEdit:
         shift = self._shifts[layer].to(h.device)
         rows = self.pack.of_rows(h.shape[0], h.device)
         shift = shift if rows is None else shift.index_select(0, rows).unsqueeze(1)
-        wide = h.to(torch.promote_types(h.dtype, shift.dtype))
-        moved = wide + shift
-        norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (wide, moved)]
-        out = (moved * (norms[0] / norms[1].clamp_min(torch.finfo(wide.dtype).tiny))).to(h.dtype)
+        if h.dtype != shift.dtype and torch.is_grad_enabled():  # several copies in fp32, made again when needed
+            out = checkpoint(_moved, h, shift, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = _moved(h, shift)
         if rows is None or len(self.parts) == len(self.pack.adapters):
             return out
         edits = torch.tensor([i in self.parts for i in range(len(self.pack.adapters))], device=h.device)[rows]
         return torch.where(edits.view(-1, 1, 1), out, h)
+
+
+def _moved(h: Tensor, shift: Tensor) -> Tensor:
+    wide = h.to(torch.promote_types(h.dtype, shift.dtype))
+    moved = wide + shift
+    norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (wide, moved)]
+    return (moved * (norms[0] / norms[1].clamp_min(torch.finfo(wide.dtype).tiny))).to(h.dtype)
 
 
 class WeightsEdit:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.core.errors import InputError
 
@@ -142,3 +144,20 @@ def compiled_parts(model: nn.Module, forwards: Forwards) -> Iterator[None]:
     finally:
         for part in parts:
             del part.forward
+
+
+@contextmanager
+def checkpointed_layers(model: nn.Module) -> Iterator[None]:
+    """Let every layer keep its input alone for the backward pass, and compute the rest again.
+
+    A third more work for a step whose memory hardly grows with the layers. What is attached is called again in the
+    backward pass, and must give what it gave.
+    """
+    layers: Any = decoder_of(model).layers
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

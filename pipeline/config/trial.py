@@ -73,9 +73,12 @@ class TrialConfig(_Config):
     num_selection_samples: int = 0
     demonstration_draw: Literal["without-replacement", "with-replacement"] = "without-replacement"
     compile: bool = False
+    gradient_checkpointing: bool = False
     sample_draw: Literal["first", "by-seed"] = "first"
 
-    later: ClassVar[frozenset[str]] = frozenset({"demonstration_draw", "compile", "sample_draw"})
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"demonstration_draw", "compile", "sample_draw", "gradient_checkpointing"}
+    )
 
     @property
     def pool(self) -> tuple[str, int, str, int]:

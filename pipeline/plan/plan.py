@@ -94,6 +94,10 @@ def pack_key(config: TrialConfig) -> str | None:
     if not facts.packable:
         return None
     shared = [config.backbone, config.backbone_digest, config.precision, config.engine, config.zero_stage]
+    if config.gradient_checkpointing:
+        if facts.drops:  # a pack's own streams of dropout do not give a mask twice
+            return None
+        shared.append("gradient_checkpointing")
     return canonical([*shared, config.world_size, facts.trains_vision, config.compile])
 
 

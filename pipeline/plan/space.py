@@ -106,6 +106,7 @@ class Cell:
             **same, **(taught if facts.teacher else {}), "epochs": train.epochs if full else train.epochs_below_1000,
             "ground_truth_weight": _given(train.ground_truth_weight, facts.ground_truth_weight),
             **_engine(train, self.name), "compile": _compile(train, self.name),
+            "gradient_checkpointing": _checkpointing(train, self.name),
         }  # fmt: skip
 
     def _check_pool(self, settings: Settings) -> None:
@@ -168,6 +169,15 @@ def _compile(train: Train, where: str) -> bool:
             way_out="Set train.compile to false, or train.zero_stage to 2",
         )  # fmt: skip
     return train.compile
+
+
+def _checkpointing(train: Train, where: str) -> bool:
+    if train.gradient_checkpointing and _engine(train, where)["zero_stage"] == 3:
+        raise InputError(
+            "ZeRO-3 gathers parameters around a layer's call, which is not made when it is computed again", where=where,
+            way_out="Set train.gradient_checkpointing to false, or train.zero_stage to 2",
+        )  # fmt: skip
+    return train.gradient_checkpointing
 
 
 def _given(value: float | None, default: float) -> float:

@@ -54,13 +54,26 @@ class Imitation:
             self.compared[state] = _Compared([number for number, *_ in of_state], targets, places)
 
     @contextmanager
-    def recording(self, spec: DecoderSpec, layout: PrefixLayout | None) -> Iterator[None]:
-        """Record the students' states while the model runs; `layout` says where they stand."""
+    def recording(self, spec: DecoderSpec, layout: PrefixLayout | None, *, again: bool) -> Iterator[None]:
+        """Record the students' states while the model runs.
+
+        Args:
+            spec: the decoder.
+            layout: says where the states stand.
+            again: layers are computed again in the backward pass, when nobody records: what is taken of a state is
+                taken outside them.
+        """
+        takes = {
+            state: loss.at(compared.places if layout is None else layout.where(compared.places))
+            for state, compared in self.compared.items()
+        }
         with ExitStack() as stack:
-            for state, compared in self.compared.items():
-                places = compared.places if layout is None else layout.where(compared.places)
-                self.states[state] = stack.enter_context(recorded(spec, state, loss.at(places)))
+            for state, take in takes.items():
+                kept = recorded(spec, state) if again else recorded(spec, state, take)
+                self.states[state] = stack.enter_context(kept)
             yield
+        if again:
+            self.states = {state: list(map(takes[state], whole)) for state, whole in self.states.items()}
 
     def distances(self, logits: Tensor, rows: Tensor) -> dict[int, Tensor]:
         """Return each taught trial's distance to its teacher, summed over its samples, by its number in the pack.

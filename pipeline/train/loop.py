@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline import adapters
 from pipeline.adapters.base import WeightsAdapter, parts_of
 from pipeline.adapters.pack import Pack, PackRows
-from pipeline.backbones.decoder import compiled_parts, decoder_of
+from pipeline.backbones.decoder import checkpointed_layers, compiled_parts, decoder_of
 from pipeline.backbones.memory import is_out_of_memory
 from pipeline.prompts.collate import Batch
 from pipeline.records.trial import TrialReport
@@ -84,7 +84,7 @@ class TrainingLoop:
             window = self.next_steps(num_steps - done)
             # dropout is drawn in training alone
             learners = [trial.adapter.train() for trial in self.trials]
-            with self._compiled(), adapters.attach(self.resident.loaded.model, learners) as pack:
+            with self._compiled(), self._checkpointed(), adapters.attach(self.resident.loaded.model, learners) as pack:
                 for step in window:
                     self._step(pack, step)
                     self.on_step()
@@ -104,6 +104,11 @@ class TrainingLoop:
         if updates or not all(trial.config.compile for trial in self.trials):
             return nullcontext()
         return compiled_parts(self.resident.loaded.model, self.resident.forwards)
+
+    def _checkpointed(self) -> AbstractContextManager[None]:
+        """Let the layers keep their inputs alone, where it is asked for (and so of a whole pack, `plan.pack_key`)."""
+        asked = any(trial.config.gradient_checkpointing for trial in self.trials)
+        return checkpointed_layers(self.resident.loaded.model) if asked else nullcontext()
 
     # -- the next steps' data ------------------------------------------------------------------------------------------
 
@@ -208,7 +213,8 @@ class TrainingLoop:
         layout = self._prefix_layout(chunk, batch)
         pack.use(rows_of(chunk, batch, layout))
         imitation = Imitation(chunk, batch)
-        with imitation.recording(spec, layout), sharing_prefix(spec, layout):
+        again = any(part.trial.config.gradient_checkpointing for part in chunk)
+        with imitation.recording(spec, layout, again=again), sharing_prefix(spec, layout):
             hidden = model.model(**batch.model_inputs(self.resident.loaded), use_cache=False).last_hidden_state
         rows, positions, targets = loss.shifted(batch.labels)
         logits = loss.logits_at(model, hidden, rows, positions)

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+ALIGNED_BYTES = 256 << 20  # of differences in fp32 that are kept for the backward pass
+_AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 def shifted(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,9 +94,21 @@ def alignment(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """
     counts = [target.shape[1] for target in teacher]
     sample = torch.tensor([s for s, m in enumerate(counts) for _ in range(m)], device=student[0].device)
-    # one difference for all: a product a row and layer would be all overhead
-    gaps = (wide(torch.stack(list(student))) - wide(torch.cat(list(teacher), 1))).square().mean((0, 2))
-    return mean_by_row(gaps, sample, len(counts))
+    taught, layers = torch.cat(list(teacher), 1), list(student)
+    at_once = max(1, ALIGNED_BYTES // (4 * layers[0].numel()))
+    if at_once >= len(layers):  # one difference for all: a product a row and layer would be all overhead
+        return mean_by_row((wide(torch.stack(layers)) - wide(taught)).square().mean((0, 2)), sample, len(counts))
+    # of long rows the differences in fp32 would be half as large as all that the decoder keeps: made again when needed
+    parts = [
+        checkpoint(_squares, taught[i : i + at_once], *layers[i : i + at_once], **_AGAIN)
+        for i in range(0, len(layers), at_once)
+    ]
+    return mean_by_row(torch.stack(parts).sum(0) / (len(layers) * taught.shape[-1]), sample, len(counts))
+
+
+def _squares(teacher: Tensor, *student: Tensor) -> Tensor:
+    """Return the squared distances [N] of some layers' states, summed over layers and width."""
+    return (wide(torch.stack(student)) - wide(teacher)).square().sum((0, 2))
 
 
 def divergence(student: Tensor, teacher: Tensor, rows: Tensor, batch: int) -> Tensor:

@@ -15,6 +15,7 @@ from pipeline.backbones.memory import FILL, Passes, is_out_of_memory
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import WorkError
 from pipeline.evaluate.answerer import Answerer
+from pipeline.train import loss
 from pipeline.train.cost import Capacity
 from pipeline.train.workbench import Workbench
 from tests.support.free_port import free_port
@@ -206,3 +207,53 @@ def test_a_card_too_small_for_a_larger_pack_ends_its_growth(monkeypatch):
         counters.take(12 * trials)  # 8 would take 16 + 96 of 80 GiB
         capacity.note(trials, 100 * trials, 1.0, 10)
     assert capacity.best() == 4
+
+
+CHECKPOINTED = [
+    ("hificl", "fp32", {}), ("live", "bf16", {}), ("mimic", "bf16", {}), ("lora", "fp32", {"dropout": 0.3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "precision", "given"), CHECKPOINTED)
+def test_gradient_checkpointing_changes_no_number_and_keeps_less(
+    trial, tmp_path, monkeypatch, method, given, precision
+):
+    kept: dict[bool, list[int]] = {False: [], True: []}
+    losses = {}
+    for again in (False, True):
+        bench = Workbench(device="cpu")
+        fields = {"epochs": 1, "num_train_samples": 8, "precision": precision, "selection_metric": "loss", **given}
+        request = trial(method, tmp_path / str(again), gradient_checkpointing=again, **fields)
+        bench.admit(request)
+        plain = bench.loop.losses
+
+        def counted(pack, chunk, plain=plain, sizes=kept[again]):
+            held = {}
+            hooks = torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor: held.setdefault(tensor.untyped_storage().data_ptr(), tensor.nbytes) and tensor,
+                lambda x: x,
+            )
+            with hooks:
+                made = plain(pack, chunk)
+            sizes.append(sum(held.values()))
+            return made
+
+        monkeypatch.setattr(bench.loop, "losses", counted)
+        (report,) = bench.advance()
+        losses[again] = report.metrics.train_loss, report.metrics.selection_loss, report.metrics.gradient_norm
+    assert losses[True] == losses[False]
+    assert max(kept[True]) < 0.7 * max(kept[False])
+
+
+def test_long_rows_states_are_compared_in_groups_of_layers(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(7, 16, generator=generator, dtype=torch.bfloat16).requires_grad_() for _ in range(5)]
+    targets = [torch.randn(5, m, 16, generator=generator, dtype=torch.bfloat16) for m in (4, 3)]
+    found = {}
+    for most in (1 << 20, 2 * 4 * 7 * 16):  # all layers, and two at once
+        monkeypatch.setattr(loss, "ALIGNED_BYTES", most)
+        values = loss.alignment(states, targets)
+        found[most] = values.detach(), torch.autograd.grad(values.sum(), states)
+    (whole, grads), (parts, others) = found.values()
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(others, grads, rtol=1e-2, atol=1e-4)
