@@ -112,7 +112,7 @@ def _backend(q: Tensor, v: Tensor, mask: PreparedMask | None) -> str:
         return "plain"
     if q.device.type == "cpu":
         return "cpu" if _as_called("cpu") else "plain"
-    if q.device.type != CUDA:
+    if q.device.type not in (CUDA, "meta"):  # without numbers, sizes are a card's
         return "plain"
     low = q.dtype in (torch.float16, torch.bfloat16)
     if low and mask is None and size % 8 == 0 and size <= 256 and _as_called("flash"):

@@ -1,4 +1,4 @@
-"""Before anything runs: `hificl trials` (every setting), `hificl plan` (GPU-hours), `hificl params` (parameters)."""
+"""Before anything runs: `hificl trials` (settings), `hificl plan` (GPU-hours, memory), `hificl params` (parameters)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.core.plain_yaml import Json
     from pipeline.cost.hours import Rates
     from pipeline.plan.trials import TrialRow
+    from pipeline.train.memory import BackboneMemory, StepMemory
 
 REAL = "real"
 _SHOWN = (
@@ -29,8 +30,14 @@ _SHOWN = (
 
 def register(line: CommandLine) -> None:
     """Add the verbs."""
-    parser = line.verb("check", "plan", _plan, "the GPU-hours of a study on the real backbones", answers=True)
+    parser = line.verb(
+        "check", "plan", _plan, "the GPU-hours, or the memory, of a study's real backbones", answers=True
+    )
     study_names(parser.add_argument("--study", required=True))
+    parser.add_argument("--memory", action="store_true", help="what fits which card, instead of the hours")
+    parser.add_argument(
+        "--card", type=int, action="append", metavar="GIB", help="a card's memory (default: 24, 48, 80)"
+    )
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of peak that is reached (default: 0.4)")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16 (default: an H100's 989)")
@@ -53,6 +60,8 @@ def _plan(args: argparse.Namespace) -> Answer:
     """Return the forecast of the command line."""
     from pipeline.cost.hours import Rates
 
+    if args.memory:
+        return study_memory(args.study, cards=args.card, profile=args.profile, overrides=args.set)
     rates = Rates(args.peak_tflops, args.bandwidth_tb, args.utilisation)
     return Fields(study_hours(args.study, gpus=args.gpus, rates=rates, profile=args.profile, overrides=args.set))
 
@@ -100,6 +109,101 @@ def study_hours(
         "method": "FLOPs counted by the formulas of pipeline/cost from the real configurations; "
         "hours = FLOPs / (peak x utilisation), decoding = weights read / (bandwidth x utilisation). No GPU was asked.",
     }  # fmt: skip
+
+
+def study_memory(
+    study: str, *, cards: Sequence[int] | None = None, profile: str = REAL, overrides: list[str] | None = None
+) -> MemoryPlan:
+    """Return what a study's trials take of a card, and what fits.
+
+    Args:
+        study: its name.
+        cards: GiB of each; None: those that there are.
+        profile: whose settings count.
+        overrides: as `--set` takes them.
+
+    Raises:
+        InputError: unknown study or profile, or a card without memory.
+    """
+    from pipeline.config.load import load
+    from pipeline.plan.plan import planned_trials
+    from pipeline.train.memory import CARDS, memory_of
+
+    for card in cards or ():
+        if card < 1:
+            raise InputError(f"a card of {card} GiB holds nothing", where="--card", way_out="Give its GiB: --card 24")
+    counted, left_out = memory_of(planned_trials(load(overrides=overrides or [], profile=profile), study))
+    return MemoryPlan(study, profile, tuple(cards or CARDS), counted, left_out)
+
+
+@dataclass(frozen=True)
+class MemoryPlan(Answer):
+    """What trials take of a card, by backbone, and what fits cards of so many GiB."""
+
+    study: str
+    profile: str
+    cards: tuple[int, ...]
+    backbones: list[BackboneMemory]
+    not_counted: dict[str, str]
+
+    def record(self) -> Json:
+        """Return GiB by method, and by card how many trials train together and questions are answered at once."""
+        from pipeline.train.memory import GIB
+
+        def of_step(backbone: BackboneMemory, step: StepMemory) -> Json:
+            sizes = {f"{name}_gib": getattr(step, name) / GIB for name in ("step", "checkpointed", "teacher")}
+            fit = {
+                str(card): {"trials": step.trials(room), "checkpointed": step.trials(room, again=True)}
+                for card in self.cards
+                for room in [backbone.room(card)]
+            }
+            return {"method": step.method, "micro_batch_size": step.rows, **sizes, "cards": fit}
+
+        return {
+            "study": self.study, "profile": self.profile, "not_counted": self.not_counted,
+            "backbones": [
+                {
+                    "backbone": of.backbone, "precision": of.precision, "weights_gib": of.weights / GIB,
+                    "methods": [of_step(of, step) for step in of.steps],
+                    "rows_answered_at_once": {
+                        str(card): {f"{shots} shots": of.rows(card, shots) for shots in of.answers}
+                        for card in self.cards
+                    },
+                }
+                for of in self.backbones
+            ],
+            "method": "storages of meta tensors counted while they live, at two depths, drawn out. No GPU was asked.",
+        }  # fmt: skip
+
+    def shown(self) -> Iterator[RenderableType]:
+        """Give a row a method, and one a number of demonstrations that questions are answered behind."""
+        from pipeline.train.memory import GIB
+
+        for of in self.backbones:
+            yield f"{of.backbone} in {of.precision}: {of.weights / GIB:.1f} GiB of weights; in GiB beside them:\n"
+            cards = [f"{card} GiB" for card in self.cards]
+            made = table("method", "step", "checkpointed", "teacher", *cards, right=("step", "checkpointed", "teacher"))
+            for step in of.steps:
+                sizes = [f"{size / GIB:.1f}" if size else "" for size in (step.step, step.checkpointed, step.teacher)]
+                made.add_row(
+                    f"{step.method}, {step.rows} rows", *sizes, *(_fits(of, step, card) for card in self.cards)
+                )
+            for shots in of.answers:
+                rows = [of.rows(card, shots) for card in self.cards]
+                made.add_row(f"answers, {shots}-shot", "", "", "", *(str(n or "no") for n in rows))
+            yield made
+            yield ""
+        yield "By card: trials of a method that train together (c.: with train.gradient_checkpointing), and questions"
+        yield "that are answered at once behind so many demonstrations."
+        yield from (f"{name} is not counted: {why}" for name, why in self.not_counted.items())
+
+
+def _fits(of: BackboneMemory, step: StepMemory, card: int) -> str:
+    """Return in words how a method trains on a card."""
+    plain, again = (step.trials(of.room(card), again=again) for again in (False, True))
+    if not plain:
+        return f"{again} c." if again else "no"
+    return str(plain)
 
 
 def _trials(args: argparse.Namespace) -> Trials:
