@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.config.load import Params
     from pipeline.core.plain_yaml import Json
     from pipeline.plan.space import Cell
+    from pipeline.train.memory import BackboneMemory
 
 OK, MISSING, NOTE = "ok", "missing", "note"
 _STYLES = {OK: GOOD, MISSING: BAD}
@@ -220,6 +221,34 @@ def _gpus(params: Params, root: Path) -> Iterator[Finding]:
                       "Run on a machine with a GPU (docs/sweep.md), or set sweep.gpus_per_worker to 0")  # fmt: skip
     else:
         yield Finding("gpus", OK, f"{names}; {wanted:g} a worker are asked for")
+    if wanted:
+        from pipeline.plan.plan import planned_trials
+        from pipeline.train.memory import CARDS, GIB, memory_of
+
+        sizes = [torch.cuda.get_device_properties(i).total_memory // GIB for i in range(count)]
+        cards = [int(min(sizes) * min(1.0, wanted))] if sizes else list(CARDS)
+        trials = {trial.key: trial for study in params.run.studies for trial in planned_trials(params, study)}
+        for of in memory_of(trials.values())[0]:
+            yield _memory(of, cards)
+
+
+def _memory(of: BackboneMemory, cards: Sequence[int]) -> Finding:
+    """Say which methods fit cards of so many GiB; of a machine without any, those that can be had."""
+    said, state, way_out = [], OK, None
+    for card in cards:
+        again = [
+            step.method
+            for step in of.steps
+            if not step.trials(of.room(card)) and step.trials(of.room(card), again=True)
+        ]
+        never = [step.method for step in of.steps if not step.trials(of.room(card), again=True)]
+        parts = [f"{', '.join(again)} with train.gradient_checkpointing alone"] * bool(again)
+        parts += [f"not {', '.join(never)}"] * bool(never)
+        said.append(f"{card} GiB: {'; '.join(parts) or 'all methods fit'}")
+    if len(cards) == 1 and (again or never):
+        state, way_out = NOTE, "Set train.gradient_checkpointing: true, or a lower train.micro_batch_size or precision"
+    detail = f"{of.backbone} in {of.precision} has {of.weights / 2**30:.1f} GiB of weights; {', '.join(said)}"
+    return Finding("memory", state, detail, way_out)
 
 
 def _ray(params: Params, root: Path) -> Iterator[Finding]:

@@ -33,7 +33,7 @@ def register(line: CommandLine) -> None:
     parser = line.verb(
         "check", "plan", _plan, "the GPU-hours, or the memory, of a study's real backbones", answers=True
     )
-    study_names(parser.add_argument("--study", required=True))
+    study_names(parser.add_argument("--study", help="needed for the hours (default: the profile's studies)"))
     parser.add_argument("--memory", action="store_true", help="what fits which card, instead of the hours")
     parser.add_argument(
         "--card", type=int, action="append", metavar="GIB", help="a card's memory (default: 24, 48, 80)"
@@ -62,6 +62,8 @@ def _plan(args: argparse.Namespace) -> Answer:
 
     if args.memory:
         return study_memory(args.study, cards=args.card, profile=args.profile, overrides=args.set)
+    if args.study is None:
+        raise InputError("whose hours?", where="--study", way_out="Give --study NAME; `hificl studies` lists them")
     rates = Rates(args.peak_tflops, args.bandwidth_tb, args.utilisation)
     return Fields(study_hours(args.study, gpus=args.gpus, rates=rates, profile=args.profile, overrides=args.set))
 
@@ -112,12 +114,12 @@ def study_hours(
 
 
 def study_memory(
-    study: str, *, cards: Sequence[int] | None = None, profile: str = REAL, overrides: list[str] | None = None
+    study: str | None, *, cards: Sequence[int] | None = None, profile: str = REAL, overrides: list[str] | None = None
 ) -> MemoryPlan:
     """Return what a study's trials take of a card, and what fits.
 
     Args:
-        study: its name.
+        study: its name; None: the profile's studies, all together.
         cards: GiB of each; None: those that there are.
         profile: whose settings count.
         overrides: as `--set` takes them.
@@ -132,15 +134,17 @@ def study_memory(
     for card in cards or ():
         if card < 1:
             raise InputError(f"a card of {card} GiB holds nothing", where="--card", way_out="Give its GiB: --card 24")
-    counted, left_out = memory_of(planned_trials(load(overrides=overrides or [], profile=profile), study))
-    return MemoryPlan(study, profile, tuple(cards or CARDS), counted, left_out)
+    params = load(overrides=overrides or [], profile=profile)
+    studies = tuple(params.run.studies if study is None else [study])
+    counted, left_out = memory_of(trial for name in studies for trial in planned_trials(params, name))
+    return MemoryPlan(studies, profile, tuple(cards or CARDS), counted, left_out)
 
 
 @dataclass(frozen=True)
 class MemoryPlan(Answer):
     """What trials take of a card, by backbone, and what fits cards of so many GiB."""
 
-    study: str
+    studies: tuple[str, ...]
     profile: str
     cards: tuple[int, ...]
     backbones: list[BackboneMemory]
@@ -160,7 +164,7 @@ class MemoryPlan(Answer):
             return {"method": step.method, "micro_batch_size": step.rows, **sizes, "cards": fit}
 
         return {
-            "study": self.study, "profile": self.profile, "not_counted": self.not_counted,
+            "studies": list(self.studies), "profile": self.profile, "not_counted": {**self.not_counted},
             "backbones": [
                 {
                     "backbone": of.backbone, "precision": of.precision, "weights_gib": of.weights / GIB,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -89,7 +89,7 @@ class StepMemory:
         """Return how many such trials train together in `room` bytes beside the weights; 0: not one does."""
         if self.teacher > room:
             return 0
-        return min(MOST_PACKED["cuda"], int(room // (self.checkpointed if again else self.step)))
+        return max(0, min(MOST_PACKED["cuda"], int(room // (self.checkpointed if again else self.step))))
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,8 @@ class MemoryOf:
     def step(self, config: TrialConfig) -> StepMemory:
         """Return what one trial's micro-batch takes."""
         rows, behind = config.micro_batch_size, self.turn * (config.num_shots + 1)
-        plain, again = (
-            self._drawn_out(lambda model, again=again: self._step(model, config, again=again))
-            for again in (False, True)
-        )
+        plain = self._drawn_out(lambda model: self._step(model, config, again=False))
+        again = self._drawn_out(lambda model: self._step(model, config, again=True))
         taught = methods.facts(config).teacher is not None
         teacher = self._drawn_out(lambda model: forward_peak(model, rows, behind)) if taught else 0
         return StepMemory(config.method, rows, plain, again, teacher)
@@ -200,7 +198,7 @@ def _shallow(name: str, depth: int) -> Any:
     """Return a backbone's model on the meta device with its decoder's first layers alone."""
     backbone = backbones.get(name)
     settings = backbone.config_for("meta")
-    text = settings.get("text_config", settings)
+    text: Any = settings.get("text_config", settings)
     text["num_hidden_layers"] = depth
     with torch.device("meta"):
         model = backbone.family.model_class(backbone.family.build_config(settings))
@@ -243,8 +241,10 @@ def step_peak(model: Any, config: TrialConfig, tokens: int, *, again: bool) -> i
     hidden_taught, living = facts.teacher == "hidden", _Living(model)
     with living, _as_on_a_card(), adapters.attach(model, adapter.train()):
         x = torch.empty(rows, tokens, spec.hidden_size, **like)
+        recording: AbstractContextManager[list[Tensor]]
         recording = recorded(spec, facts.state) if hidden_taught else nullcontext([])
-        with recording as states, checkpointed_layers(model) if again else nullcontext():
+        kept: AbstractContextManager[None] = checkpointed_layers(model) if again else nullcontext()
+        with recording as states, kept:
             hidden = spec.decoder(inputs_embeds=x, use_cache=False).last_hidden_state
             logits = loss.wide(model.get_output_embeddings()(hidden[:, -ANSWER:].flatten(0, 1)))
             value = logits.logsumexp(-1).mean()

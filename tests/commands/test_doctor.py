@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.commands import doctor
 from pipeline.config.load import load
+from pipeline.train.memory import GIB, BackboneMemory, StepMemory
 from tests.conftest import ROOT
 
 
@@ -50,3 +51,16 @@ def test_the_disk_that_visual_tokens_want_is_said(monkeypatch):
             assert disk.state == (doctor.OK if free > 5 else doctor.MISSING) and tokens_found.state == state
             said[name] = tokens_found.detail
         assert said[name].startswith(f"{gib:.0f} GiB where every image's are kept")
+
+
+def test_what_fits_which_card_is_said():
+    steps = [StepMemory("hificl", 2, 7 * GIB, GIB, 0), StepMemory("lora", 2, 40 * GIB, 7 * GIB, 0)]
+    of = BackboneMemory("big", "bf16", 15 * GIB, steps, {0: GIB})
+    everywhere = doctor._memory(of, (24, 48, 80))
+    assert everywhere.state == doctor.OK and everywhere.detail.endswith(
+        "24 GiB: hificl with train.gradient_checkpointing alone; not lora, 48 GiB: lora with "
+        "train.gradient_checkpointing alone, 80 GiB: all methods fit"
+    )
+    here = doctor._memory(of, (24,))
+    assert here.state == doctor.NOTE and "train.gradient_checkpointing: true" in here.way_out
+    assert doctor._memory(of, (80,)).state == doctor.OK
