@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pipeline.commands import (
+    adapt,
     bench,
     doctor,
     miniature,
@@ -21,7 +22,7 @@ from pipeline.commands import (
 from pipeline.commands.parser import CommandLine
 
 VERBS = (  # in the order in which the help lists them within their groups
-    studies, workspace, doctor, results, plan, predict, names, score, bench, miniature, servers,
+    studies, adapt, workspace, doctor, results, plan, predict, names, score, bench, miniature, servers,
 )  # fmt: skip
 
 

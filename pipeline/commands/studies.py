@@ -168,17 +168,23 @@ def run(studies: list[str], params: Params, root: Path) -> Reported:
         InputError: unknown study, or inputs that are not in order.
         WorkError: some trials failed; the others are done.
     """
-    from pipeline import report
-    from pipeline.report import mlflow_report
     from pipeline.sweep.evaluate import evaluate
     from pipeline.sweep.train import sweep
 
     for name in studies:
         if name not in params.studies:
             raise InputError(f"unknown study '{name}'", way_out=nearest(name, params.studies))
-    _draw_samples(params, studies, root)
+    draw_samples(params, studies, root)
     sweep(params, studies, root)
     evaluate(params, studies, root)
+    return report_on(studies, params, root)
+
+
+def report_on(studies: list[str], params: Params, root: Path) -> Reported:
+    """Write the reports of studies that are evaluated, and say what they came out as."""
+    from pipeline import report
+    from pipeline.report import mlflow_report
+
     evaluations, out = root / "evaluations", root / "reports"
     for name in studies:
         report.write_study(name, params, evaluations, out)
@@ -189,7 +195,7 @@ def run(studies: list[str], params: Params, root: Path) -> Reported:
     return Reported(str(index.page), files)
 
 
-def _draw_samples(params: Params, studies: list[str], root: Path) -> None:
+def draw_samples(params: Params, studies: list[str], root: Path) -> None:
     """Draw the samples that are not there yet: on a fresh clone a study is one command too."""
     from pipeline.commands.workspace import dvc
     from pipeline.plan.plan import places

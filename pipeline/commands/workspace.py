@@ -52,22 +52,33 @@ def make_workspace(folder: Path, *, profile: str, data: Path | None = None) -> N
             project's root.
     """
     from pipeline.config.load import FOLDERS, PARAMS, load
-    from pipeline.core import plain_yaml
 
     root = Path.cwd()
     params = load(root / PARAMS, profile=profile)
-    text = plain_yaml.with_value((root / PARAMS).read_text(encoding="utf-8"), PARAMS, "profile", profile)
     if data is not None:
         check_links(data)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / PARAMS, text)
-    pipeline = _pipeline(root, made_here=params.run.data_root == _MADE, given=data is not None)
-    _write(folder / "dvc.yaml", plain_yaml.write(pipeline))
-    for name in (*_LINKS, *FOLDERS.values()):
+    made_here, given = params.run.data_root == _MADE, data is not None
+    gone = {"backbone"} | (set() if made_here else {"world"}) | (set() if given else {"official"})
+    absent = (set() if made_here else {_MADE, "checkpoints"}) | (set() if given else {_REAL})
+    lay_out(folder, root, profile, stages_of(root, gone=gone, absent=absent))
+    for name in FOLDERS.values():
         _link(folder / name, root / name)
     if data is not None:
         (folder / "data").mkdir(exist_ok=True)
         _link(folder / _REAL, data.resolve())
+
+
+def lay_out(folder: Path, root: Path, profile: str, pipeline: Json) -> None:
+    """Make a workspace but for its data, profiles and studies: a DVC project with the code of `root`."""
+    from pipeline.config.load import PARAMS
+    from pipeline.core import plain_yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = plain_yaml.with_value((root / PARAMS).read_text(encoding="utf-8"), PARAMS, "profile", profile)
+    _write(folder / PARAMS, text)
+    _write(folder / "dvc.yaml", plain_yaml.write(pipeline))
+    for name in _LINKS:
+        _link(folder / name, root / name)
     if not (folder / ".dvc").is_dir():
         dvc(folder, "init", "--no-scm", "--quiet")
         dvc(folder, "config", "core.analytics", "false")
@@ -99,21 +110,11 @@ def check_links(data: Path) -> None:
                 )  # fmt: skip
 
 
-def _pipeline(root: Path, *, made_here: bool, given: bool) -> Json:
-    """Return dvc.yaml with the stages that a workspace needs; `backbone` is the root's own.
-
-    Args:
-        root: the project's root.
-        made_here: whether the profile reads the miniature's world, and not official files.
-        given: whether the workspace has official files.
-    """
+def stages_of(root: Path, *, gone: set[str], absent: set[str]) -> Json:
+    """Return the project's dvc.yaml without the stages `gone` and the dependencies `absent`."""
     from pipeline.core import plain_yaml
 
     whole: dict[str, Any] = plain_yaml.read_file(root / "dvc.yaml")
-    gone = {"backbone"} if made_here else {"backbone", "world"}
-    gone |= set() if given else {"official"}
-    absent = set() if given else {_REAL}
-    absent |= set() if made_here else {_MADE, "checkpoints"}
     stages = {name: stage for name, stage in whole["stages"].items() if name not in gone}
     for stage in stages.values():
         if "deps" in stage:

@@ -108,8 +108,11 @@ def write_index(params: Params, evaluations: Path, out: Path) -> Index:
     rendered = [_render(name, params, evaluations) for name in order]
     tables_in = [table for table, _, _ in rendered]
     claims = findings.check_claims(tables_in, evaluations)
+    if all(table.paper is None for table in tables_in) and all(checked.verdict == findings.OPEN for checked in claims):
+        claims = []  # studies of the user's own alone: what the papers found is none of theirs
     html = page.page(tables_in, [section for _, _, section in rendered], params, claims)
-    write_atomic(out / "findings.md", findings.claims_markdown(claims))
+    if claims:
+        write_atomic(out / "findings.md", findings.claims_markdown(claims))
     write_atomic(out / "index.html", html)
     return Index(out / "index.html", dict(zip(order, tables_in, strict=True)), claims)
 

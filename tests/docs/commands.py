@@ -33,6 +33,8 @@ NOT_RUN: dict[str, str] = {
     r"hificl pretrain .*": "takes up to half an hour",
     r"hificl (world|workspace) .*": "run by tests/miniature/test_world.py and tests/e2e",
     r"hificl sweep --study (?!hificl|mimic).*": "a study of the miniature",
+    r"hificl adapt .*": "trains: run, with what the page shows behind it, by tests/e2e/test_adapt.py",
+    r"hificl predict --adapter work/pets/.*": "likewise",
     r"python -m benchmarks\..*": "needs a GPU",
     r"python -m tests\..*": "measures or takes pictures for minutes",
 }

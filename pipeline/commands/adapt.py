@@ -1,0 +1,531 @@
+"""`hificl adapt`: a file of one's own and a backbone's name in; a table, a page and an adapter that answers out.
+
+What it does is written down as a profile and a study in a workspace of its own, so that `dvc repro` does it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.commands.parser import CommandLine
+from pipeline.commands.studies import draw_samples, report_on
+from pipeline.core.errors import InputError, WorkError
+from pipeline.core.files import write_atomic
+from pipeline.core.terminal import Answer, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from pipeline.config.load import Params
+    from pipeline.core.plain_yaml import Json
+    from pipeline.data.sample import Sample
+    from pipeline.records.evaluation import CellResult
+    from pipeline.report.tables import TableEntry
+    from pipeline.tasks.file_task import FileTask
+
+PLAN = "adapt.json"  # what was asked for and what it came to, beside params.yaml
+_TIMING, _TIMED, _TIMED_SCORED = "timing", 32, 16  # a study that only tells seconds; samples that it trains on, scores
+_SHOTS = 4
+_RATES = (1.0, 3.0, 10.0, 0.3)  # times a method's own learning rate: the points of its search, in this order
+# Points of the search and epochs, from what a long budget pays for to what the shortest does.
+_EFFORTS = ((4, 10), (4, 5), (3, 5), (2, 5), (2, 3), (1, 3), (1, 2), (1, 1))
+_MOST = {"train": 1000, "selection": 100, "evaluation": 1000}  # samples, in the order of `Budget`
+_LEAST_TRAINED, _LEAST_CHOSEN, _LEAST_SCORED = 16, 8, 20
+_LABELS = {"hificl": "HiFICL", "lora": "LoRA", "mimic": "MimIC", "live": "LIVE"}
+_TO_TRAIN, _TO_SCORE = 0.6, 0.25  # of the minutes: training with its scores, final scores; the rest is starting
+
+
+def register(line: CommandLine) -> None:
+    """Add the verb."""
+    text = "your own data and a backbone's name to a table and an adapter"
+    parser = line.verb("run", "adapt", _adapt, text, answers=True)
+    parser.add_argument("--data", required=True, metavar="FILE", help="JSON lines, JSON, CSV, Parquet, or a folder")
+    parser.add_argument("--backbone", required=True, metavar="NAME")
+    parser.add_argument("--methods", default="hificl,lora,mimic", metavar="M,M", help="(default: hificl,lora,mimic)")
+    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="about how long it may take (10)")
+    parser.add_argument("--out", metavar="DIR", help="the workspace that is made (default: work/<name of the file>)")
+    parser.add_argument("--images", metavar="DIR", help="where image paths begin (default: beside the file)")
+    parser.add_argument("--score", help="exact, vqa, cider, choice, contains or number (default: guessed)")
+    parser.add_argument("--prompt", metavar="TEXT", help="such as 'Image: {image} Question: {question} Answer:'")
+    parser.add_argument("--split", metavar="COLUMN", help="which says a row's split (default: guessed, or drawn)")
+    parser.add_argument("--field", action="append", default=[], metavar="NAME=COLUMN", help="such as question=asked")
+    parser.add_argument("--bad-rows", choices=["refuse", "leave-out"], default="refuse", help="(default: refuse)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for, paths absolute."""
+
+    data: str
+    backbone: str
+    methods: tuple[str, ...]
+    minutes: float
+    seed: int
+    settings: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What was measured: seconds a training sample of each method takes, and one that is scored."""
+
+    train: Mapping[str, float]
+    score: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the minutes pay for, each method the same.
+
+    Attributes:
+        points: of the search over learning rates.
+        epochs: of every point.
+        train: samples to train on.
+        selection: samples to choose epoch and rate by.
+        evaluation: samples that are reported on.
+    """
+
+    points: int
+    epochs: int
+    train: int
+    selection: int
+    evaluation: int
+
+    def words(self) -> str:
+        """Return what each method gets."""
+        searched = f"{self.points} learning rates, each with" if self.points > 1 else "one learning rate,"
+        return f"{searched} {self.train} samples for {self.epochs} epoch{'' if self.epochs == 1 else 's'}"
+
+
+def budget(seconds: Seconds, left: float, rows: Mapping[str, int], slots: int, baselines: int) -> Budget:
+    """Return what can be done in the seconds that are left.
+
+    Args:
+        seconds: what was measured.
+        left: seconds, by the clock.
+        rows: of each split at most.
+        slots: trainings side by side.
+        baselines: rows of the table that are only scored.
+    """
+    numbers = len(seconds.train) + baselines
+    scored = int(_TO_SCORE * left * slots / (numbers * seconds.score))
+    evaluation = min(rows["evaluation"], max(_LEAST_SCORED, min(scored, _MOST["evaluation"])))
+    most, chosen = min(rows["train"], _MOST["train"]), min(rows["selection"], _MOST["selection"])
+
+    def takes(points: int, epochs: int, train: int, selection: int) -> float:
+        of_epoch = sum(train * each + selection * seconds.score for each in seconds.train.values())
+        return points * epochs * of_epoch / slots
+
+    for points, epochs in _EFFORTS:
+        for selection in (chosen, max(1, chosen // 4)):
+            if takes(points, epochs, most, selection) <= _TO_TRAIN * left:
+                return Budget(points, epochs, most, selection, evaluation)
+    few = min(chosen, _LEAST_CHOSEN)
+    affordable = (_TO_TRAIN * left * slots / len(seconds.train) - few * seconds.score) / max(seconds.train.values())
+    return Budget(1, 1, min(most, max(_LEAST_TRAINED, int(affordable))), few, evaluation)
+
+
+@dataclass(frozen=True)
+class AdaptedRow:
+    """One method: its score with the 95 % interval over samples; its adapter, where it trains one."""
+
+    method: str
+    metric: str
+    value: float | None
+    interval: tuple[float, float] | None
+    unit: str
+    learning_rate: float | None
+    adapter: str | None
+
+
+@dataclass(frozen=True)
+class Adapted(Answer):
+    """What came out: the table, the best adapter by the selection split, and a line that asks it."""
+
+    rows: tuple[AdaptedRow, ...]
+    best: str | None
+    adapter: str | None
+    page: str
+    workspace: str
+    ask: str | None
+    failed: str | None = None
+
+    def record(self) -> Json:
+        """Return all of it."""
+        record: Json = asdict(self)
+        return record
+
+    def shown(self) -> Iterator[RenderableType]:
+        """Give the table, where everything lies, and the line."""
+        made = table("method", "score", "95 % interval", "rate", right=("score", "95 % interval", "rate"))
+        for row in self.rows:
+            digits = 1 if row.unit == "percent" else 3
+            span = "-" if row.interval is None else " to ".join(f"{end:.{digits}f}" for end in row.interval)
+            value = "-" if row.value is None else f"{row.value:.{digits}f}{'*' if row.method == self.best else ' '}"
+            made.add_row(row.method, value, span, "-" if row.learning_rate is None else f"{row.learning_rate:g}")
+        yield made
+        yield f"\n{self.rows[0].metric}, {self.rows[0].unit}; * chosen on the selection split"
+        yield f"page       {self.page}\nadapter    {self.adapter or 'none'}"
+        yield f"again      cd {shlex.quote(self.workspace)} && dvc repro"
+        if self.ask:
+            yield f"ask it     {self.ask}"
+
+    @property
+    def problem(self) -> str | None:
+        """What could not be done."""
+        return self.failed
+
+
+def _adapt(args: argparse.Namespace) -> Adapted:
+    """Adapt as the command line says."""
+    fields = dict(field.partition("=")[::2] for field in args.field)
+    data, images = Path(args.data).resolve(), Path(args.images).resolve() if args.images else None
+    given = {
+        "images": str(images) if images else None, "fields": fields, "score": args.score, "prompt": args.prompt,
+        "split": args.split, "bad_rows": args.bad_rows,
+    }  # fmt: skip
+    settings = {name: value for name, value in given.items() if value}
+    backbone = (
+        f"folder:{Path(rest).resolve()}" if (rest := args.backbone.removeprefix("folder:")) != args.backbone else rest
+    )
+    methods = tuple(filter(None, map(str.strip, args.methods.split(","))))
+    asked = Asked(str(data), backbone, methods, args.minutes, args.seed, settings)
+    out = Path(args.out) if args.out else Path("work") / _name(data)
+    return adapt(asked, out)
+
+
+def adapt(asked: Asked, out: Path) -> Adapted:
+    """Draw, search, train and score in the workspace `out`; what is done there already is not done again.
+
+    Raises:
+        InputError: the data, the backbone or a method do not fit, or `out` has something else.
+        WorkError: nothing could be trained.
+    """
+    from pipeline import backbones, methods
+    from pipeline.config.load import PARAMS, load
+    from pipeline.core.progress import say
+
+    started, root = time.monotonic(), _project()
+    backbones.get(asked.backbone)
+    load(root / PARAMS)  # whose own tasks have names too
+    for method in asked.methods:
+        if not methods.is_trained(method):
+            raise InputError(
+                f"'{method}' trains nothing", where="--methods", way_out="Zero- and few-shot rows are added"
+            )
+    if not asked.methods or asked.minutes <= 0:
+        problem = "names no method" if asked.minutes > 0 else f"is {asked.minutes:g}"
+        raise InputError(problem, where="--methods" if asked.minutes > 0 else "--minutes", way_out="Give one at least")
+    name = _name(Path(asked.data))
+    kept = _kept(out, asked)
+    task, data_root = _task(name, asked)
+    for line in task.guessed if kept is None else ():
+        say(f"guessed: {line}")
+    rows = _rows(task, data_root)
+    drawn = Budget(1, 1, *(min(rows[split], most) for split, most in _MOST.items()))
+    work = _Workspace(out.resolve(), root, name, asked, task, data_root, drawn)
+    if kept is None:
+        work.make(drawn)
+        # what starting takes is no reason to train next to nothing
+        given = work.measure(
+            rows, lambda: max(0.4, 1 - (time.monotonic() - started) / 60 / asked.minutes) * asked.minutes * 60
+        )
+        work.make(given)
+        write_atomic(out / PLAN, json.dumps({"asked": asdict(asked), "budget": asdict(given)}, indent=1) + "\n")
+    return work.run()
+
+
+def _project() -> Path:
+    """Return the folder of the project: this one, or else the one that this code lies in."""
+    import pipeline
+
+    places = (Path.cwd(), Path(pipeline.__path__[0]).parent)
+    for place in places:
+        if (place / "dvc.yaml").is_file() and (place / "stages").is_dir():
+            return place.resolve()
+    raise InputError("no project here", where=str(places[0]), way_out="Run it in a checkout of the project")
+
+
+def _name(data: Path) -> str:
+    """Return what a task over the file is called: a name that no other task has."""
+    from pipeline.tasks import tasks
+
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", data.stem).strip("-.") or "data"
+    return f"own-{plain}" if plain in tasks or not plain[0].isalnum() else plain
+
+
+def _kept(out: Path, asked: Asked) -> Budget | None:
+    """Return what an earlier call laid out in the same workspace, or None where there is none."""
+    path = out / PLAN
+    if not path.is_file():
+        if out.is_dir() and any(out.iterdir()) and not (out / ".dvc").is_dir():
+            raise InputError("is a folder with other things in it", where=str(out), way_out="Give another --out")
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["asked"] != json.loads(json.dumps(asdict(asked))):
+        changed = [
+            key for key, value in json.loads(json.dumps(asdict(asked))).items() if record["asked"].get(key) != value
+        ]
+        raise InputError(
+            f"was made with another {', '.join(changed)}", where=str(path), way_out="Give another --out, or remove it"
+        )
+    return Budget(**record["budget"])
+
+
+def _task(name: str, asked: Asked) -> tuple[FileTask, Path]:
+    """Return the task, all of it said, and the folder that its paths are below."""
+    from pipeline.config.schema import TaskFile
+    from pipeline.core.errors import validate
+    from pipeline.tasks.file_rows import completed
+    from pipeline.tasks.file_task import FileTask
+
+    data, settings = Path(asked.data), dict(asked.settings)
+    if not data.exists():
+        raise InputError("no such file or folder", where=asked.data, way_out="Give the file of your samples as --data")
+    below = [str(data.parent), *([str(settings["images"])] if "images" in settings else [])]
+    root = Path(os.path.commonpath(below))
+    if "images" in settings:
+        settings["images"] = os.path.relpath(str(settings["images"]), root)
+    given = validate(TaskFile, {"file": os.path.relpath(data, root), **settings}, "the task")
+    return FileTask.of(name, completed(name, given, root)), root
+
+
+def _rows(task: FileTask, root: Path) -> dict[str, int]:
+    """Return how many samples each split has at most; of a pool that is drawn from, four in ten are reported on."""
+    counts: dict[str, int] = {split: sum(1 for _ in task.index(root, split)) for split in task.pools(root)}
+    whole = counts["train"] if "train" in counts else counts["evaluation"]
+    if "train" not in counts:
+        counts = {"evaluation": int(whole * 0.4), "selection": max(1, int(whole * 0.1))}
+        counts["train"] = whole - counts["evaluation"] - counts["selection"]
+    elif "selection" not in counts:
+        counts["selection"] = max(1, whole // 7)
+        counts["train"] = whole - counts["selection"]
+    if counts["train"] < _LEAST_TRAINED or counts["evaluation"] < 1:
+        shown = ", ".join(f"{size} for {split}" for split, size in counts.items())
+        raise InputError(
+            f"{whole} usable rows are too few ({shown})", where=str(root / task.settings.file),
+            way_out=f"{_LEAST_TRAINED} to train on are the least",
+        )  # fmt: skip
+    return counts
+
+
+@dataclass(frozen=True)
+class _Workspace:
+    """The folder that everything is done in."""
+
+    folder: Path
+    root: Path
+    name: str
+    asked: Asked
+    task: FileTask
+    data_root: Path
+    drawn: Budget
+
+    def make(self, given: Budget) -> None:
+        """Write profile, study and stages, and link the code."""
+        from pipeline.commands.workspace import lay_out, stages_of
+        from pipeline.config.load import FOLDERS
+        from pipeline.core import plain_yaml
+
+        pipeline = stages_of(self.root, gone={"backbone", "world", "official"}, absent={"data/real", "data/miniature"})
+        subsample = pipeline["stages"]["subsample"]  # type: ignore[index,call-overload]
+        subsample["deps"] += self._watched()  # type: ignore[index,call-overload,operator]
+        lay_out(self.folder, self.root, self.name, pipeline)
+        written = {"profiles": self._profile(given), "studies": self._study(given)}
+        for kind, content in written.items():
+            (self.folder / FOLDERS[kind]).mkdir(exist_ok=True)
+            write_atomic(self.folder / FOLDERS[kind] / f"{self.name}.yaml", plain_yaml.write(content))
+
+    def _watched(self) -> list[str]:
+        """Return what DVC is to see: the data's own file, and the folders that hold its pictures."""
+        files = {self.data_root / self.task.settings.file}
+        for split in self.task.pools(self.data_root):
+            for entry in self.task.index(self.data_root, split):
+                for image in entry.images:
+                    below, _, rest = image.partition("#")[0].partition("/")  # one level down, so that there are few
+                    files.add(self.data_root / (self.task.settings.images or (below if rest else "")))
+        files = {file for file in files if not self.folder.is_relative_to(file)}  # of itself a stage cannot be made
+        return sorted(str(file) for file in files if not any(other in file.parents for other in files))
+
+    def _profile(self, given: Budget) -> Json:
+        import torch
+
+        gpu = torch.cuda.is_available()
+        source = self._source()
+        if gpu:
+            source.setdefault("dtype", "bf16")
+        settings = self.task.settings.model_dump(mode="json", exclude_none=True)
+        profile: Json = {
+            "backbones": [self.asked.backbone], "tasks": {self.name: settings}, "studies": [self.name],
+            "data_root": str(self.data_root), **({"sources": {self.asked.backbone: source}} if source else {}),
+            "stand_ins": {self.asked.backbone: [self.asked.backbone]},
+            "subsample": {
+                "seed": self.asked.seed, "num_train": self.drawn.train, "num_selection": self.drawn.selection,
+                "num_evaluation": self.drawn.evaluation,
+            },
+            "train": {
+                "num_train_samples": given.train, "num_selection_samples": given.selection, "epochs": given.epochs,
+                "num_shots": _SHOTS, "micro_batch_size": 8, "accumulation": 1, "precision": "bf16" if gpu else "fp32",
+            },
+            "sweep": {"gpus_per_worker": 1} if gpu else {"pack": 1},
+            "evaluate": {"num_evaluation_samples": given.evaluation, "generation": {"batch_size": 32}},
+        }  # fmt: skip
+        return profile
+
+    def _source(self) -> Json:
+        """Return where the weights lie: as params.yaml says it, or a profile that knows the backbone."""
+        from pipeline.config.load import load
+
+        params, name = load(self.root / "params.yaml"), self.asked.backbone
+        known = params.backbones.get(name)
+        if known is not None:
+            return known.model_dump(mode="json", exclude_unset=True)
+        described = (profile.get("sources", {}).get(name) for profile in params.profiles.values())
+        return dict(next((source for source in described if source), {}))
+
+    def _study(self, given: Budget) -> Json:
+        from pipeline import methods
+        from pipeline.config.schema import Train
+
+        rows: Json = {
+            "zero-shot": {"label": "Zero-shot"},
+            f"icl-{_SHOTS}": {"method": "icl-k", "num_shots": _SHOTS, "label": f"{_SHOTS}-shot"},
+        }
+        for method in self.asked.methods:
+            usual = methods.defaults(method).get("learning_rate", Train().learning_rate)
+            rates = [float(f"{times * usual:.2g}") for times in _RATES[: given.points]]
+            rows[method] = {"label": _LABELS.get(method, method), "search": {"learning_rate": rates}}  # type: ignore[dict-item]
+        data = f"Data: {Path(self.asked.data).name}, scored by {self.task.settings.score}."
+        return {
+            "title": f"{self.name} on {self.asked.backbone}",
+            "backbones": [self.asked.backbone], "tasks": [self.name], "seeds": [self.asked.seed], "methods": rows,
+            "reference": "zero-shot", "note": f"{data} Each method: {given.words()}.",
+        }  # fmt: skip
+
+    def measure(self, rows: Mapping[str, int], left: Callable[[], float]) -> Budget:
+        """Train every method on a few samples, and return what the seconds that are `left` pay for then."""
+        from pipeline.config.load import StudyMethod, load
+        from pipeline.core.progress import say
+        from pipeline.records.store import TrialStore
+        from pipeline.sweep.train import sweep
+
+        with _inside(self.folder):
+            params = load()
+            few = {"num_train_samples": min(_TIMED, rows["train"]), "epochs": 2}  # the first also warms up
+            few["num_selection_samples"] = min(_TIMED_SCORED, rows["selection"])
+            methods = {method: StudyMethod(method=method) for method in self.asked.methods}
+            study = params.studies[self.name].model_copy(update={"methods": methods, "train": few})
+            timing = params.model_copy(update={"studies": {_TIMING: study.model_copy(update={"title": "Timing"})}})
+            draw_samples(params, [self.name], Path.cwd())
+            sweep(timing, [_TIMING], Path.cwd())
+            store = TrialStore("runs")
+            last = {store.config(key).method: store.epochs(key)[-1] for key in store.all_keys() if store.done(key)}
+            slots = _slots(params)
+        train = {method: (epoch.train_seconds or 0.0) / few["num_train_samples"] for method, epoch in last.items()}
+        scoring = max((epoch.seconds or 0.0) - (epoch.train_seconds or 0.0) for epoch in last.values())
+        seconds = Seconds(train, max(scoring / few["num_selection_samples"], 1e-4))
+        given = budget(seconds, left(), rows, slots, baselines=2)
+        say(
+            f"{left() / 60:.1f} minutes: a method gets {given.words()}; {given.selection} samples choose, "
+            f"{given.evaluation} are reported on"
+        )
+        return given
+
+    def run(self) -> Adapted:
+        """Do what is written down, and return what came out."""
+        from pipeline import report
+        from pipeline.config.load import load
+        from pipeline.core.progress import say
+        from pipeline.data.manifest import Manifest
+        from pipeline.plan.plan import places
+        from pipeline.sweep.evaluate import evaluate
+        from pipeline.sweep.train import sweep
+
+        with _inside(self.folder):
+            params, problems = load(), []
+            draw_samples(params, [self.name], Path.cwd())
+            for work in (sweep, evaluate):
+                try:
+                    work(params, [self.name], Path.cwd())
+                except WorkError as error:  # of some trials: the others are shown
+                    problems.append(str(error))
+            made = report.load_table(self.name, params, Path("evaluations"))
+            if not any(entry.done for entry in made.entries.values()):
+                raise WorkError("; ".join(problems), where=str(self.folder))
+            report_on([self.name], params, Path.cwd())
+            manifest = Manifest.load(places().manifest(self.name))
+            cells = {entry.line.row: entry for entry in made.entries.values()}
+            best = self._best([cell for entry in cells.values() for cell in entry.done])
+            adapter = self.folder / "adapter"
+            if best is not None:
+                shutil.rmtree(adapter, ignore_errors=True)
+                shutil.copytree(Path("runs") / str(best.trial) / "adapter", adapter)
+            rows = tuple(self._row(row, entry) for row, entry in cells.items())
+        failed = [row.method for row in rows if row.value is None]
+        if failed and not set(failed) & set(self.asked.methods):
+            say(f"note: {', '.join(failed)} is not there: {'; '.join(problems)}")
+            problems.clear()
+        ask = self._question(adapter, manifest.splits["evaluation"][0]) if best else None
+        return Adapted(
+            rows, best.row if best else None, str(adapter) if best else None,
+            str(self.folder / "reports/index.html"), str(self.folder), ask, "; ".join(problems) or None,
+        )  # fmt: skip
+
+    def _best(self, cells: Sequence[CellResult]) -> CellResult | None:
+        """Return the trained method with the best score on the selection split."""
+        scored = [
+            (candidate.selection_score, cell)
+            for cell in cells
+            for candidate in cell.candidates
+            if cell.method in self.asked.methods and candidate.trial == cell.trial
+            if candidate.selection_score is not None
+        ]
+        return max(scored, key=lambda pair: pair[0])[1] if scored else None
+
+    def _row(self, row: str, entry: TableEntry) -> AdaptedRow:
+        cell = entry.cells[0]
+        adapter = self.folder / "runs" / str(cell.trial) / "adapter"
+        rate = cell.searched.get("learning_rate")
+        return AdaptedRow(
+            row, entry.metric, entry.value, entry.interval, entry.unit,
+            float(rate) if isinstance(rate, int | float) else None, str(adapter) if adapter.is_dir() else None,
+        )  # fmt: skip
+
+    def _question(self, adapter: Path, sample: Sample) -> str:
+        words = ["hificl", "predict", "--adapter", str(adapter)]
+        words += ["--image", str(self.data_root / sample.images[0].path)] if sample.images else []
+        words += ["--question", sample.question] if sample.question is not None else []
+        return shlex.join(words)
+
+
+def _slots(params: Params) -> int:
+    """Return how many trainings stand side by side on this machine."""
+    import torch
+
+    sweep = params.sweep
+    if isinstance(sweep.slots, int):
+        return sweep.slots
+    fit = torch.cuda.device_count() / sweep.gpus_per_worker if sweep.gpus_per_worker else os.cpu_count() or 1
+    return max(1, int(min(fit, (os.cpu_count() or 1) / sweep.cpus_per_worker)))
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Make a folder the current one."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

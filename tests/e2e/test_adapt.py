@@ -1,0 +1,136 @@
+"""One's own file and a backbone's name to a table and an adapter: the commands of docs/quickstart.md, end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.commands.adapt import Budget, Seconds, budget
+from pipeline.miniature.world import write_world
+from tests.conftest import ROOT
+from tests.e2e.conftest import environment
+
+HEADING = "## Your data in five minutes"
+COMMAND = re.compile(r"^(?:hificl|cd|dvc) .*", re.MULTILINE)
+
+
+def write_own(folder: Path, count: int = 60) -> Path:
+    """Write the miniature's world as a file of JSON lines, pictures beside it."""
+    write_world(folder, num_train_images=count, num_val_images=10)
+    questions, annotations = (
+        json.loads(next(folder.rglob(f"v2_*train2014_{name}.json")).read_text())[name]
+        for name in ("questions", "annotations")
+    )
+    answers = {record["question_id"]: [given["answer"] for given in record["answers"]] for record in annotations}
+    rows = [
+        {
+            "image": f"train2014/COCO_train2014_{record['image_id']:012d}.png", "question": record["question"],
+            "answers": answers[record["question_id"]],
+        }
+        for record in questions
+    ]  # fmt: skip
+    path = folder / "pets.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def shown() -> list[str]:
+    """Return the commands that the page shows."""
+    section = (ROOT / "docs/quickstart.md").read_text().partition(HEADING)[2].partition("\n## ")[0]
+    return COMMAND.findall("\n".join(re.findall(r"```bash\n(.*?)```", section, re.DOTALL)))
+
+
+def run(words: list[str], folder: Path) -> subprocess.CompletedProcess:
+    program = {"hificl": ["-m", "pipeline"], "dvc": ["-m", "dvc"]}[words[0]]
+    command = [sys.executable, *program, *words[1:]]
+    path = {**environment(), "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=folder, env=path, capture_output=True, text=True, timeout=900, check=False)
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_what_the_page_shows(tmp_path: Path) -> None:
+    data, out = write_own(tmp_path / "world"), tmp_path / "out"
+    adapt, ask, into, again = shown()
+    names = {"pets.jsonl": str(data), "work/pets": str(out), "photo.png": str(next(data.parent.rglob("*.png")))}
+    names |= {"--minutes 5": "--minutes 0.05 --methods hificl", "'Is it a cat?'": "'Which colour?'"}
+
+    def words(command: str) -> list[str]:
+        for before, after in names.items():
+            command = command.replace(before, after)
+        return shlex.split(command)
+
+    done = run(words(adapt), ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    record = json.loads(done.stdout)
+    rows = {row["method"]: row for row in record["rows"]}
+    assert list(rows) == ["zero-shot", "icl-4", "hificl"] and record["best"] == "hificl"
+    for row in rows.values():
+        assert row["metric"] == "accuracy" and row["interval"][0] <= row["value"] <= row["interval"][1]
+    assert rows["hificl"]["adapter"] and rows["zero-shot"]["adapter"] is None
+    assert "guessed: answers = column 'answers'" in done.stderr and "guessed: score = vqa" in done.stderr
+    page = (out / "reports/index.html").read_text()
+    assert "pets on mini-idefics2" in page and not re.search(r"papers?'|measured again|stands for", page)
+    assert not (out / "reports/findings.md").exists()
+    definition = json.loads((out / "data/manifests/pets/manifest.json").read_text())["definition"]
+    assert json.loads((out / "adapter/adapter_config.json").read_text())["extra"]["definition"] == definition
+    watched = yaml.safe_load((out / "dvc.yaml").read_text())["stages"]["subsample"]["deps"]
+    assert {str(data), str(data.parent / "train2014")} <= set(watched)
+
+    for command in (words(ask), shlex.split(record["ask"])):
+        answer = run(command, tmp_path)  # the adapter knows its own project
+        assert answer.returncode == 0 and json.loads(answer.stdout)["answer"], answer.stderr[-2000:]
+
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*/done.json")}
+    assert words(into) == ["cd", str(out)]
+    repeated = run(words(again), out)
+    assert repeated.returncode == 0, repeated.stderr[-4000:]
+    assert {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*/done.json")} == before
+    assert json.loads(run(words(adapt), ROOT).stdout) == record  # nothing is left to do
+    other = run([*words(adapt), "--seed", "1"], ROOT)
+    assert other.returncode == 2 and "was made with another seed" in other.stderr
+
+
+def test_minutes_pay_for_the_same_for_each_method() -> None:
+    seconds, rows = Seconds({"hificl": 0.02, "mimic": 0.05}, score=0.01), dict.fromkeys(("train", "selection"), 400)
+    rows["evaluation"] = 600
+    long, short = (budget(seconds, minutes * 60, rows, slots=2, baselines=2) for minutes in (10, 1))
+    assert long == Budget(points=4, epochs=5, train=400, selection=100, evaluation=600)
+    for given, minutes in ((long, 10), (short, 1)):
+        per_epoch = sum(given.train * each + given.selection * seconds.score for each in seconds.train.values())
+        assert given.points * given.epochs * per_epoch / 2 <= 0.6 * minutes * 60
+    least = budget(seconds, 0.1, rows, slots=1, baselines=2)
+    assert least == Budget(points=1, epochs=1, train=16, selection=8, evaluation=20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "no.jsonl"], "no.jsonl: no such file or folder"),
+        (["--backbone", "mini-idefics"], "unknown backbone 'mini-idefics'. Did you mean 'mini-idefics2'"),
+        (["--methods", "hificl,lorra"], "unknown method 'lorra'. Did you mean 'lora'"),
+        (["--methods", "icl-k"], "--methods: 'icl-k' trains nothing"),
+        (["--score", "bleu"], "the task: score: Input should be 'exact', 'vqa'"),
+        (["--field", "question=quest"], "tasks.pets.fields.question: column 'quest' is not in"),
+        (["--minutes", "0"], "--minutes: is 0"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_starts(tmp_path, monkeypatch, capsys, arguments, said) -> None:
+    from pipeline.cli import main
+
+    data = tmp_path / "pets.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{n}?", "answer": "cat"}) + "\n" for n in range(60)))
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as ended:
+        main(["adapt", "--data", str(data), "--backbone", "mini-idefics2", "--out", str(out), *arguments])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert not out.exists()
