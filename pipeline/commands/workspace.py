@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.records.evaluation import Evaluations
 
 _LINKS = (".venv", "pipeline", "stages", "checkpoints", "weights")
+_STANDARD_ERROR = 2
 PAGE = "page.html"  # what `dvc plots` fills, below .dvc
 _REAL, _MADE = "data/real", "data/miniature"
 
@@ -142,14 +143,15 @@ def active() -> dict[str, str]:
 
 
 def dvc(folder: Path, *args: str, shown: bool = False) -> None:
-    """Run dvc in a folder; `shown` lets its output through.
+    """Run dvc in a folder; `shown` lets its output through, to standard error: the other is for answers.
 
     Raises:
         WorkError: it failed.
     """
     # DVC is started as the program it is: its Python interface would pull it into every import of this module
     words = [sys.executable, "-m", "dvc", *args]
-    done = subprocess.run(words, cwd=folder, capture_output=not shown, text=True, check=False, env=active())
+    out, err = (_STANDARD_ERROR, None) if shown else (subprocess.PIPE, subprocess.PIPE)
+    done = subprocess.run(words, cwd=folder, stdout=out, stderr=err, text=True, check=False, env=active())
     if done.returncode:
         raise WorkError(f"dvc {args[0]} failed: {(done.stderr or '').strip()[-300:]}".rstrip(": "), where=str(folder))
 
