@@ -21,7 +21,7 @@ def register(line: CommandLine) -> None:
     """Add the verb."""
     parser = line.verb("look", "predict", _predict, "an adapter's answer to a question about a picture", answers=True)
     parser.add_argument("--adapter", required=True, metavar="DIR", help="such as runs/KEY/adapter")
-    parser.add_argument("--image", required=True, metavar="F")
+    parser.add_argument("--image", metavar="F", help="left out where the prompt has none")
     parser.add_argument("--question", metavar="Q", help="left out for a caption")
     parser.add_argument("--task", help="whose prompt is used (default: the adapter's own)")
     parser.add_argument("--max-new-tokens", type=int)
@@ -55,14 +55,14 @@ class Predicted(Answer):
 
 
 def ask(
-    folder: Path, image: str | Path, *, question: str | None = None, task_name: str | None = None,
+    folder: Path, image: str | Path | None, *, question: str | None = None, task_name: str | None = None,
     max_new_tokens: int | None = None,
 ) -> Predicted:  # fmt: skip
     """Return what the adapter's backbone says to an image, as the logged models do (`tracking.served`).
 
     Args:
         folder: an adapter's folder of a trial (`runs/KEY/adapter`).
-        image: the image's file, or its content in base64; EXIF orientation is applied.
+        image: the image's file, or its content in base64; EXIF orientation is applied. None: the prompt has none.
         question: for tasks that ask one.
         task_name: whose prompt is used; None: the adapter's own.
         max_new_tokens: None: the task's own.
@@ -81,7 +81,8 @@ def ask(
     answerer = Answerer(folder, project=next(around, Path()), task_name=task_name)
     said = answerer.answer(image, question, max_new_tokens)
     note = _unheard(answerer.task, question, Path("data/manifests"))
-    return Predicted({**said, "image": str(image), **({"note": note} if note else {})})
+    shown = None if image is None else str(image)
+    return Predicted({**said, "image": shown, **({"note": note} if note else {})})
 
 
 def _unheard(task: Task, question: str | None, manifests: Path) -> str | None:

@@ -59,12 +59,12 @@ class Answerer:
         own = definition is not None and task_name in (None, name)
         self.task = tasks.made(name, definition) if own else tasks.get(task_name or name)
 
-    def answer(self, image: str | Path, question: str | None = None, max_new_tokens: int | None = None) -> Json:
+    def answer(self, image: str | Path | None, question: str | None = None, max_new_tokens: int | None = None) -> Json:
         """Return what the backbone says to an image.
 
         Args:
             image: a file's path (or `shard.parquet#ROW/COLUMN`), or its content in base64 (a data URI too). EXIF
-                orientation is applied.
+                orientation is applied. None: of a task whose prompt has none.
             question: for tasks that ask one.
             max_new_tokens: None: the task's own.
 
@@ -77,19 +77,30 @@ class Answerer:
                 the adapter was trained on.
         """
         self._check_question(question)
+        if (image is None) == ("{image}" in self.task.template.query):
+            needs = "needs an image" if image is None else "has no image in its prompt"
+            way_out = "Give --image" if image is None else "Leave --image out"
+            raise InputError(f"task {self.task.name} {needs}", where="--image", way_out=way_out)
+        if image is None:
+            text = self._generate((), question, max_new_tokens or self.task.max_new_tokens)
+            return self._said(text, question)
         with _as_file(image) as file:
             name = str(image) if file == Path(image) else "the image given"
             backbones.get(self.origin["backbone"]).family.check_size(*image_files.sizes([file])[0], name)
-            text = self._generate(file, question, max_new_tokens or self.task.max_new_tokens)
+            images = (ImageRef(str(file.resolve())),)
+            text = self._generate(images, question, max_new_tokens or self.task.max_new_tokens)
+        return self._said(text, question)
+
+    def _said(self, text: str, question: str | None) -> Json:
         return {
             "answer": text, "text": text, "question": question,
             "method": self.config.method, "options": self.config.options, "backbone": self.origin["backbone"],
             "task": self.task.name, "trial": self.origin.get("trial"),
         }  # fmt: skip
 
-    def _generate(self, file: Path, question: str | None, max_new_tokens: int) -> str:
+    def _generate(self, images: tuple[ImageRef, ...], question: str | None, max_new_tokens: int) -> str:
         loaded, adapter = self._loaded
-        sample = Sample(self.task.name, 0, (ImageRef(str(file.resolve())),), question, target="", references=())
+        sample = Sample(self.task.name, 0, images, question, target="", references=())
         template, style = self.task.template, self.origin.get("prompt", "papers")
         prompts = encode_all(loaded, [render(template, loaded.backbone, sample, style=style)], root="")
         with adapters.attach(loaded.model, adapter):

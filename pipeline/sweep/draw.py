@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,7 +118,7 @@ def draw_manifest(
             num_evaluation=num_evaluation,
             report=report,
         )
-        chosen, images, replaced = _take(task, root, candidates, report)
+        chosen, images, replaced, passed = _take(task, root, candidates, report)
         splits = _read(task, root, chosen, images, report)
         if training_answer == "first":
             splits = {name: tuple(map(_first_answer, samples)) for name, samples in splits.items()}
@@ -125,7 +126,7 @@ def draw_manifest(
             Source(path.relative_to(root).as_posix(), digest, path.stat().st_size)
             for path, digest in zip(paths, digests, strict=True)
         )
-    notes = task.notes(root)
+    notes = (*task.notes(root), *passed)
     return Manifest(task.name, seed, sources, splits, root, tuple(replaced), prompt, task.definition, notes)
 
 
@@ -214,15 +215,19 @@ def _sides(task: Task, seed: int, pool: Sequence[IndexEntry]) -> tuple[list[Inde
 
 def _take(
     task: Task, root: Path, plan: Sequence[Candidates], report: Report
-) -> tuple[dict[str, list[IndexEntry]], dict[str, CheckedImage], list[dict[str, object]]]:
-    """Let each split take its samples: no image, by path or by bytes, and no group goes to two of them."""
+) -> tuple[dict[str, list[IndexEntry]], dict[str, CheckedImage], list[dict[str, object]], list[str]]:
+    """Let each split take its samples: no image, by path or by bytes, and no group goes to two of them.
+
+    Of a file that says itself which split a row is of, it is noted how many rows another split's image cost.
+    """
+    source, passed = _pool_of_each(task, root), Counter[str]()
     checked: dict[str, CheckedImage] = {}
     owner: dict[str, str] = {}  # image path or digest, or a group -> the split that has it
     chosen: dict[str, list[IndexEntry]] = {}
     replaced: list[dict[str, object]] = []
     for candidates in plan:
         name = candidates.split
-        free = (entry for entry in candidates.entries if not any(thing in owner for thing in _kept_together(entry)))
+        free = _free(candidates, owner, source, passed)
         taken: list[IndexEntry] = []
         while batch := list(_first(free, candidates.wanted - len(taken) if candidates.wanted >= 0 else None)):
             _check(root, batch, checked, report, name)
@@ -243,7 +248,30 @@ def _take(
     bad = [image for image in checked.values() if image.problem is not None]
     if bad:
         raise problems_error(bad, where=task.name)
-    return chosen, checked, replaced
+    lost = [
+        f"{count} rows of {name} share an image or a group with another split: passed over"
+        for name, count in passed.items()
+    ]
+    return chosen, checked, replaced, lost if task.definition is not None else []
+
+
+def _pool_of_each(task: Task, root: Path) -> dict[str, Split]:
+    """Return the pool that each of the three splits is drawn from."""
+    pools = task.pools(root)
+    train: Split = "train" if "train" in pools else "evaluation"
+    return {"train": train, "selection": "selection" if "selection" in pools else train, "evaluation": "evaluation"}
+
+
+def _free(
+    candidates: Candidates, owner: Mapping[str, str], source: Mapping[str, Split], passed: Counter[str]
+) -> Iterator[IndexEntry]:
+    """Give the entries that share nothing with another split; those that do with another pool are counted."""
+    for entry in candidates.entries:
+        takers = {owner[thing] for thing in _kept_together(entry) if thing in owner}
+        if not takers:
+            yield entry
+        elif any(source[taker] != source[candidates.split] for taker in takers):
+            passed[candidates.split] += 1
 
 
 def _kept_together(entry: IndexEntry) -> Iterator[str]:
@@ -299,11 +327,8 @@ def _read(
 ) -> dict[str, tuple[Sample, ...]]:
     """Read the chosen samples, in the draw's order, with the digests of their images."""
     samples: dict[tuple[Split, SampleId], Sample] = {}
-    pools = task.pools(root)
-    source: dict[str, Split] = dict.fromkeys(chosen, "evaluation")
-    if "train" in pools:
-        source.update(train="train", selection="selection" if "selection" in pools else "train")
-    for split in pools:
+    source = _pool_of_each(task, root)
+    for split in task.pools(root):
         only = {entry.sample_id for name in chosen if source[name] == split for entry in chosen[name]}
         report(0, len(only), f"{task.name}: reading the {split} answers")
         for sample in task.read(root, split, only):

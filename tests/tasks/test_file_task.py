@@ -142,6 +142,13 @@ def test_a_column_says_which_split_a_row_is_of(tmp_path: Path) -> None:
     for split, span in {"train": range(14), "selection": range(14, 18), "evaluation": range(18, 24)}.items():
         assert {int(sample.sample_id[1:]) for sample in manifest.splits[split]} <= set(span)
     assert manifest.sizes == {"train": 8, "selection": 4, "evaluation": 6}
+    names = ["train"] * 17 + ["test"] * 7  # rows 17 and 18 have one picture
+    write(tmp_path / "pets.jsonl", [{**row, "split": name} for row, name in zip(ROWS, names, strict=True)])
+    manifest = drawn(declared(tmp_path, file="pets.jsonl"), tmp_path, 16, 0)
+    assert manifest.notes[-1] == "1 rows of train share an image or a group with another split: passed over"
+    assert "q16" not in {sample.sample_id for sample in manifest.splits["train"]}
+    names = ["train"] * 14 + ["val"] * 4 + ["test"] * 6
+    write(tmp_path / "pets.jsonl", [{**row, "split": name} for row, name in zip(ROWS, names, strict=True)])
     held_out = {"column": "split", "train": ["train", "val"], "evaluation": ["test"]}  # selection out of training
     manifest = drawn(declared(tmp_path, file="pets.jsonl", split=held_out), tmp_path)
     chosen = {sample.sample_id for name in ("train", "selection") for sample in manifest.splits[name]}
