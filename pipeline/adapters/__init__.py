@@ -29,6 +29,7 @@ from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.decoder import decoder_of
 from pipeline.backbones.states import modules_at
 from pipeline.core.errors import InputError
+from pipeline.records.store import check_adapter
 
 MAX_CONFIG = 1 << 20  # bytes
 
@@ -117,8 +118,9 @@ def load(folder: Path | str, model: nn.Module) -> Adapter:
     """Read a saved adapter for the backbone that it was made for.
 
     Raises:
-        InputError: files missing or damaged, or another backbone.
+        InputError: files missing or damaged, or not those that the trial ended with, or another backbone.
     """
+    check_adapter(Path(folder))
     config = read_config(folder)
     config.backbone.check(decoder_of(model), str(folder))
     weights = _inside(Path(folder), WEIGHTS_FILE)

@@ -14,17 +14,30 @@ from pathlib import Path
 
 from pipeline.core.errors import InputError, WorkError
 
+GONE = ".gone."  # begins the name of a folder that is being removed
+_TRIES = 100
+
 # how safetensors and torch.save say that a write failed, which they raise as no OSError
 WRITERS = ("No space left on device", "PytorchStreamWriter failed")
 
 
-def write_atomic(path: Path, text: str) -> None:
+class Superseded(WorkError):
+    """Another process has taken up what this one was working on."""
+
+
+def write_atomic(path: Path, text: str, within: Path | None = None) -> None:
     """Write `text` to `path` so that a reader sees the old file or the whole new one, also after a crash.
 
+    Args:
+        path: the file.
+        text: its content.
+        within: the folder of this process alone that the file is written in first, on the same disk; None: beside it.
+
     Raises:
+        Superseded: `within` is gone, and `path` is as it was.
         WorkError: the disk is full or the folder cannot be written.
     """
-    temporary = _beside(path)
+    temporary = _beside(path, within)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # not by `tempfile`, whose files only their owner may read: reports and adapters are for a team
@@ -35,15 +48,42 @@ def write_atomic(path: Path, text: str) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise disk_error(error, path) from error
+        raise _write_error(error, path, within) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _beside(path: Path) -> Path:
-    """Return a name in the same folder that nobody else uses."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+def _beside(path: Path, within: Path | None = None) -> Path:
+    """Return a name in the same folder, or in the folder `within`, that nobody else uses."""
+    return (within or path.parent) / f".{path.name}.{uuid.uuid4().hex[:12]}"
+
+
+def _write_error(error: OSError, path: Path, within: Path | None) -> WorkError:
+    if within is None or within.exists():
+        return disk_error(error, path)
+    return Superseded("not written: another process has taken the trial up, and goes on with it", where=str(path))
+
+
+def remove_folder(folder: Path, within: Path | None = None) -> None:
+    """Remove a folder: at once by another name, then file by file. One that is not there is none.
+
+    Raises:
+        Superseded: `within` is gone (see `write_atomic`), and `folder` is as it was.
+        WorkError: it cannot be removed.
+    """
+    gone = (within or folder.parent) / f"{GONE}{uuid.uuid4().hex[:12]}"
+    try:
+        os.replace(folder, gone)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and (within is None or within.exists()):
+            return
+        raise _write_error(error, folder, within) from error
+    for _ in range(_TRIES):  # whoever still writes into it may add a file meanwhile
+        shutil.rmtree(gone, ignore_errors=True)
+        if not gone.exists():
+            return
+    raise disk_error(OSError(errno.ENOTEMPTY, "files in it cannot be removed"), folder)
 
 
 def sync_folder(folder: Path) -> None:
@@ -62,13 +102,18 @@ def disk_error(error: OSError, path: Path) -> WorkError:
 
 
 @contextmanager
-def folder_atomic(target: Path) -> Iterator[Path]:
+def folder_atomic(target: Path, within: Path | None = None) -> Iterator[Path]:
     """Give a temporary folder to fill, which takes the place of `target` when the block ends well.
 
+    Args:
+        target: the folder.
+        within: see `write_atomic`.
+
     Raises:
+        Superseded: `within` is gone, and `target` is as it was.
         WorkError: the disk is full or the folder cannot be written; `target` is as it was.
     """
-    temporary = _beside(target)
+    temporary = _beside(target, within)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -83,7 +128,7 @@ def folder_atomic(target: Path) -> Iterator[Path]:
                 finally:
                     os.close(handle)
         if target.exists():
-            old = _beside(target)
+            old = _beside(target, within)
             os.replace(target, old)
             os.replace(temporary, target)
             shutil.rmtree(old, ignore_errors=True)
@@ -91,8 +136,10 @@ def folder_atomic(target: Path) -> Iterator[Path]:
             os.replace(temporary, target)
         sync_folder(target.parent)
     except OSError as error:
-        raise disk_error(error, target) from error
+        raise _write_error(error, target, within) from error
     except Exception as error:
+        if within is not None and not within.exists():
+            raise _write_error(OSError(str(error)), target, within) from error
         if not any(words in str(error) for words in WRITERS):
             raise
         raise disk_error(OSError(errno.ENOSPC, str(error)), target) from error

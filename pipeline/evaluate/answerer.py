@@ -25,6 +25,7 @@ from pipeline.data.images import decode_image, os_problem, read_image_bytes, siz
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.evaluate.generate import generate
 from pipeline.prompts.prompt import encode_all, render, stop_strings
+from pipeline.records.store import check_adapter
 from pipeline.resident.visual_tokens import VisualTokens
 from pipeline.tasks import tasks
 
@@ -45,10 +46,11 @@ class Answerer:
         task_name: whose prompt is used; None: the adapter's own.
 
     Raises:
-        InputError: no adapter of a trial, or no such task.
+        InputError: no adapter of a trial, one that is damaged, or no such task.
     """
 
     def __init__(self, folder: Path, *, project: Path = Path(), task_name: str | None = None) -> None:
+        check_adapter(folder)  # before the backbone is loaded
         self.folder, self.project = folder, project
         self.config = adapters.read_config(folder)
         self.origin: dict[str, Any] = self.config.extra

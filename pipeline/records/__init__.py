@@ -15,6 +15,7 @@ guessed.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.core.errors import InputError, validate
+from pipeline.core.errors import InputError, WorkError, validate
 from pipeline.core.plain_yaml import Json
 from pipeline.core.progress import say
 
@@ -41,6 +42,16 @@ Flag = Annotated[bool, Field(strict=True)]
 
 class NewerRecord(InputError):
     """A file was written by newer code."""
+
+
+class Unreadable(WorkError):
+    """The system did not let a file be read; its content may be as good as ever, so nothing is concluded from it."""
+
+    @classmethod
+    def of(cls, error: OSError, path: Path) -> Self:
+        """Return the error of the system as one of these."""
+        way_out = "Nothing was removed; mend the cause and run the same command again"
+        return cls(f"cannot be read: {error.strerror or error}", where=str(path), way_out=way_out)
 
 
 class _Newer(Exception):  # which pydantic lets through
@@ -60,11 +71,14 @@ class Record(Frozen):
         schema_number: of what is written.
         upgrades: from a number to the next one; a number that is not there needs no change.
         sparse: whether what is None is left out of the file.
+        sealed: whether the file holds a digest of the rest of it as `check`, by which damage is seen. One without is of
+            before, or written by hand.
     """
 
     schema_number: ClassVar[int] = 1
     upgrades: ClassVar[Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]]] = {}
     sparse: ClassVar[bool] = False
+    sealed: ClassVar[bool] = False
 
     @model_validator(mode="before")
     @classmethod
@@ -72,18 +86,22 @@ class Record(Frozen):
         if not isinstance(data, dict) or "schema" not in data:
             return data
         fields = dict(data)
+        check, content = fields.pop("check", None) if cls.sealed else None, dict(fields)
         number = fields.pop("schema")
         if type(number) is not int or number < 0:
             raise ValueError("no schema has such a number")
         if number > cls.schema_number:
             raise _Newer(f"schema {number} was written by newer code, this code knows {cls.schema_number}")
+        if check is not None and check != _digest(content):
+            raise ValueError("damaged: its check is not that of its content")
         for step in range(number, cls.schema_number):
             fields = cls.upgrades[step](fields) if step in cls.upgrades else fields
         return fields
 
     @model_serializer(mode="wrap")
     def _numbered(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {"schema": self.schema_number, **handler(self)}
+        fields = {"schema": self.schema_number, **handler(self)}
+        return {**fields, "check": _digest(fields)} if self.sealed else fields
 
     @classmethod
     def parse(cls, text: str | bytes, where: str, way_out: str) -> Self:
@@ -113,20 +131,28 @@ class Record(Frozen):
 
         Raises:
             FileNotFoundError: there is none.
-            InputError: as `parse`, or it cannot be read.
+            InputError: as `parse`.
+            Unreadable: the system does not let it be read now.
         """
         try:
             content = path.read_bytes()
         except FileNotFoundError:
             raise
-        except OSError as error:
+        except (IsADirectoryError, NotADirectoryError) as error:
             raise InputError(f"not readable: {error.strerror}", where=str(path), way_out=way_out) from None
+        except OSError as error:
+            raise Unreadable.of(error, path) from error
         return cls.parse(content, str(path), way_out)
 
     def text(self, indent: int | None = 1) -> str:
         """Return the record as its file has it, or for a line of one (`indent` None) with its fields in order."""
         fields = self.model_dump(exclude_none=self.sparse)
         return json.dumps(fields, indent=indent, sort_keys=indent is not None)
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    """Return the sha256 (hex) of what JSON holds, whatever its order."""
+    return hashlib.sha256(json.dumps(as_written(fields), sort_keys=True).encode()).hexdigest()
 
 
 R = TypeVar("R", bound=Record)
@@ -142,10 +168,14 @@ def lines(model: type[R], path: Path, way_out: str) -> Iterator[R]:
 
     Raises:
         InputError: another line is damaged; the message names it.
+        Unreadable: as `Record.read`.
     """
-    if not path.exists():
+    try:
+        rows = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return
-    rows = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise Unreadable.of(error, path) from error
     for number, row in enumerate(rows, start=1):
         if not row.strip():
             continue

@@ -9,26 +9,33 @@ done.json        written last, by an atomic rename: the trial is done
 
 All but the checkpoints' engine files and the adapter are written here, each whole. Resume goes by this ledger and never
 by Ray's history, which offers finished trials again.
+
+A process that trains a trial takes it up (`TrialFolder.take`): it writes every file first in a folder of its own,
+`.writing/<id>/`, and renames it into its place. Taking a trial up removes the folder of the process before, so that one
+writes nothing any more, even if it was frozen just before a rename: the rename finds no file. This holds on every file
+system that renames atomically, shared ones too, and needs neither a lock nor a clock.
 """
 
 from __future__ import annotations
 
-import os
+import errno
+import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
-from pipeline.core.files import folder_digest, write_atomic
+from pipeline.core.files import GONE, Superseded, disk_error, file_digest, folder_digest, remove_folder, write_atomic
+from pipeline.core.locks import held
 from pipeline.core.progress import say
 from pipeline.records import lines
 from pipeline.records.trial import AGAIN, EpochReport, Provenance, StepLosses, TrialEnd, TrialRecord
 
-_WAIT_SECONDS = 1.0
+_CACHED_SECONDS = 60.0  # NFS' acdirmax
+WRITING = ".writing"  # what the process that trains a trial writes in
 LOSSES = "losses.jsonl"
 
 
@@ -105,36 +112,73 @@ class TrialStore:
 
         Raises:
             InputError: another process holds it; the message names it.
+            WorkError: the folder cannot be written.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        note, lock = self.root / ".lock", FileLock(self.root / ".lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            holder = note.read_text(encoding="utf-8").strip() or "another process"
-            if not wait:
-                raise InputError(
-                    f"held by {holder}", where=str(self.root), way_out="Wait for it to end, or stop it, and run again"
-                ) from None
-            say(f"{what} waits for {self.root}, held by {holder}")
-            lock.acquire(poll_interval=_WAIT_SECONDS)
-        try:
-            since = time.strftime("%F %T")
-            note.write_text(f"{what}, pid {os.getpid()} on {os.uname().nodename}, since {since}", encoding="utf-8")
+        waits = f"{what} waits for {self.root}, held by "
+        with held(self.root / ".lock", what, wait=None if wait else 0.0, waits=lambda holder: say(waits + holder)):
             yield
-        finally:
-            note.write_text("", encoding="utf-8")
-            lock.release()
+
+
+def check_adapter(folder: Path) -> None:
+    """Hold an adapter that lies in a trial's folder against the end of its training; another is left alone.
+
+    Raises:
+        InputError: see `TrialFolder.check_adapter`.
+    """
+    trial = TrialFolder(folder.resolve().parent)
+    if folder.resolve() == trial.adapter and trial.begun:
+        trial.check_adapter()
 
 
 class TrialFolder:
-    """The records of one trial, in the folder `path`."""
+    """The records of one trial, in the folder `path`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the folder.
+        within: what `take` gave; None: the store's own writes.
+    """
+
+    def __init__(self, path: Path, within: Path | None = None) -> None:
+        self.path, self.within = path, within
         self.adapter, self.checkpoint = path / "adapter", path / "checkpoint"
         self.metrics, self._losses = path / "metrics.jsonl", path / LOSSES
         self._config, self._done = path / "config.json", path / "done.json"
+
+    def take(self) -> TrialFolder:
+        """Take the trial up for this process alone; return its records, to be written by this process alone.
+
+        Whoever had taken it up raises `Superseded` at its next write.
+
+        Raises:
+            Superseded: another process took it up at the same time.
+            WorkError: the folder cannot be written.
+        """
+        place, own = self.path / WRITING, uuid.uuid4().hex
+        draft = self.path / f"{GONE}{own}"
+        try:
+            (draft / own).mkdir(parents=True)
+            for left in self.path.glob(f"{GONE}*"):  # by a process that was killed meanwhile
+                if left != draft:
+                    shutil.rmtree(left, ignore_errors=True)
+            while True:
+                remove_folder(place)
+                try:
+                    draft.rename(place)
+                    return TrialFolder(self.path, place / own)
+                except OSError as error:  # somebody else was quicker, and is superseded now
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+        except FileNotFoundError as error:  # another process has removed what was to become of it
+            raise Superseded("another process has just taken the trial up", where=str(place)) from error
+        except OSError as error:
+            raise disk_error(error, place) from error
+
+    def release(self) -> None:
+        """Give back what `take` gave."""
+        if self.within is not None:
+            shutil.rmtree(self.within, ignore_errors=True)
+            with suppress(OSError):  # of the next process by now
+                self.within.parent.rmdir()
 
     @property
     def begun(self) -> bool:
@@ -176,8 +220,27 @@ class TrialFolder:
             return None
 
     def finish(self, end: TrialEnd) -> None:
-        """Close the trial, with the digest of its adapter; the last thing that is written."""
-        write_atomic(self._done, end.model_copy(update={"adapter_digest": folder_digest(self.adapter)}).text())
+        """Close the trial, with the digests of what it leaves; the last thing that is written."""
+        digests = {"adapter_digest": folder_digest(self.adapter)}
+        if end.final:  # of another the files may still change
+            files = {"metrics_digest": self.metrics, "losses_digest": self._losses}
+            digests |= {name: file_digest(path) for name, path in files.items() if path.exists()}
+        write_atomic(self._done, end.model_copy(update=digests).text(), self.within)
+
+    def check_adapter(self) -> None:
+        """Hold the adapter against the end of its training; one of an open trial, or of before, has no digest.
+
+        Raises:
+            InputError: it is damaged, or another one.
+        """
+        end = self.end()
+        wanted = end.adapter_digest if end else None
+        if wanted is not None and (present := folder_digest(self.adapter)) != wanted:
+            raise InputError(
+                f"not the adapter that the training ended with (digest {present and present[:12]}, done.json has "
+                f"{wanted[:12]}): damaged or exchanged",
+                where=str(self.adapter), way_out="Put it back from a copy. Or r" + AGAIN[1:],
+            )  # fmt: skip
 
     def reopen(self) -> None:
         """Take back the end of a trial that was stopped or failed, so that it is continued."""
@@ -187,14 +250,27 @@ class TrialFolder:
         """Return the metrics by epoch; one that was run again after a crash replaces its first try.
 
         Raises:
-            InputError: a line is damaged, and not just the last one torn.
+            InputError: a line is damaged, and not just the last one torn; or the trial ended with other metrics.
         """
+        self._check("metrics_digest", self.metrics)
         rows = {row.epoch: row for row in lines(EpochReport, self.metrics, AGAIN)}
         return [rows[epoch] for epoch in sorted(rows)]
 
+    def _check(self, name: str, path: Path) -> None:
+        """Hold a file against the digest of it that the trial ended with, if there is one.
+
+        Not in the first minute: a client of a shared file system may for as long still see the file of before.
+        """
+        end = self.end()
+        wanted = getattr(end, name) if end else None
+        if wanted is None or time.time() - self._done.stat().st_mtime < _CACHED_SECONDS:
+            return
+        if not path.exists() or file_digest(path) != wanted:
+            raise InputError("damaged: not what the trial ended with", where=str(path), way_out=AGAIN)
+
     def write_epochs(self, reports: Sequence[EpochReport]) -> None:
         """Write the metrics of all epochs."""
-        write_atomic(self.metrics, "".join(report.text(indent=None) + "\n" for report in reports))
+        write_atomic(self.metrics, "".join(report.text(indent=None) + "\n" for report in reports), self.within)
 
     def losses(self) -> dict[int, tuple[float, ...]]:
         """Return the training loss of every step by epoch; trials of before it was kept have none.
@@ -202,11 +278,20 @@ class TrialFolder:
         Raises:
             InputError: as `epochs`.
         """
+        self._check("losses_digest", self._losses)
         rows = {row.epoch: row.train_loss for row in lines(StepLosses, self._losses, AGAIN)}
         return dict(sorted(rows.items()))
 
     def add_losses(self, epoch: int, losses: Sequence[float]) -> None:
         """Keep an epoch's training loss of every step, with the seven digits that a sum of fp32 numbers has."""
-        kept = {**self.losses(), epoch: tuple(float(f"{value:.7g}") for value in losses)}
+        self._write_losses({**self.losses(), epoch: tuple(float(f"{value:.7g}") for value in losses)})
+
+    def forget_losses(self, after: int) -> None:
+        """Drop the curves of epochs that a trial is going to train again."""
+        kept = self.losses()
+        if any(epoch > after for epoch in kept):
+            self._write_losses({epoch: losses for epoch, losses in kept.items() if epoch <= after})
+
+    def _write_losses(self, kept: Mapping[int, tuple[float, ...]]) -> None:
         rows = (StepLosses(epoch=number, train_loss=values) for number, values in kept.items())
-        write_atomic(self._losses, "".join(row.text(indent=None) + "\n" for row in rows))
+        write_atomic(self._losses, "".join(row.text(indent=None) + "\n" for row in rows), self.within)

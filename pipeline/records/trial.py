@@ -29,8 +29,12 @@ class TrialEnd(Record):
         packed: most trials, this one included, that it has shared a forward pass with.
         train_flops: by formula.
         adapter_digest: of the adapter's folder.
+        metrics_digest: of metrics.jsonl, and `losses_digest` of losses.jsonl, where the trial ended by itself.
         attempts: after how many it was given up.
     """
+
+    schema_number: ClassVar[int] = 2
+    sealed: ClassVar[bool] = True
 
     status: Status
     error: str | None = None
@@ -45,6 +49,8 @@ class TrialEnd(Record):
     peak_memory_bytes: Count | None = None
     train_flops: Number | None = None
     adapter_digest: str | None = None
+    metrics_digest: str | None = None
+    losses_digest: str | None = None
     attempts: Count | None = None
 
     @property
@@ -126,10 +132,15 @@ class TrialRecord(Record):
 
 
 class Best(Frozen):
-    """The best epoch so far."""
+    """The best epoch so far.
+
+    Attributes:
+        adapter_digest: of the adapter's folder; None: of before it was kept.
+    """
 
     epoch: Count
     objective: Number
+    adapter_digest: str | None = None
 
 
 class CheckpointState(Record):
@@ -144,6 +155,9 @@ class CheckpointState(Record):
         peak: bytes of memory.
         files: the digests of the other files, by path.
     """
+
+    schema_number: ClassVar[int] = 2
+    sealed: ClassVar[bool] = True
 
     epoch: Count
     rows: tuple[EpochReport, ...] = ()
@@ -200,6 +214,9 @@ class EpochReport(Record):
 
 class StepLosses(Record):
     """The training loss of every step of one epoch: a line of losses.jsonl."""
+
+    schema_number: ClassVar[int] = 2
+    sealed: ClassVar[bool] = True
 
     epoch: Count
     train_loss: tuple[Number, ...] = Field(strict=False)

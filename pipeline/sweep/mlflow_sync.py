@@ -226,6 +226,7 @@ class MlflowSync(Watcher):
         if end is None:
             return
         if trial.adapter.is_dir():
+            trial.check_adapter()
             self.tracker.log_adapter(run_id, trial.adapter)
         if reports:
             self.tracker.log_ledger(run_id, trial.metrics)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.config.load import FOLDERS, PARAMS
 from pipeline.core.errors import InputError
+from pipeline.core.locks import boot, started
 from pipeline.core.plain_yaml import read_file
 from pipeline.core.registry import extensions
 from pipeline.records.trial import DataDigests, Machine, Provenance
@@ -226,7 +227,7 @@ def _gpus() -> tuple[str, ...]:
 def process_tags() -> dict[str, str]:
     """Return the tags that name this process: host, boot, process id, and when the process started."""
     pid = os.getpid()
-    return {_HOST: socket.gethostname(), _BOOT: _boot(), _PID: str(pid), _STARTED: _started(pid)}
+    return {_HOST: socket.gethostname(), _BOOT: boot(), _PID: str(pid), _STARTED: started(pid)}
 
 
 def process_is_gone(of_run: Mapping[str, str]) -> bool:
@@ -242,22 +243,5 @@ def process_is_gone(of_run: Mapping[str, str]) -> bool:
         return False
     if of_run.get(_BOOT) != here[_BOOT]:
         return True
-    started = _started(int(of_run[_PID])) if of_run[_PID].isdigit() else ""
-    return not started or started != of_run.get(_STARTED)
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return "unknown"
-
-
-def _started(pid: int) -> str:
-    """Return the start of a process in clock ticks since boot; empty when it is gone or a zombie."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""
-    fields = text.rpartition(")")[2].split()  # the name before may hold spaces and brackets
-    return "" if fields[0] in "ZX" else fields[19]
+    now = started(int(of_run[_PID])) if of_run[_PID].isdigit() else ""
+    return not now or now != of_run.get(_STARTED)

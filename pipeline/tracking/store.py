@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import sqlite3
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -16,6 +15,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
 
 from pipeline.core.errors import InputError, WorkError
+from pipeline.core.locks import held
 
 
 class Unreachable(InputError):
@@ -112,18 +112,22 @@ def probe(uri: str) -> None:
 
 @contextmanager
 def creation_lock(uri: str) -> Iterator[None]:
-    """Let one process at a time create the tables of a SQLite file: several at once fail on a new one."""
+    """Let one process at a time create the tables of a SQLite file: several at once fail on a new one.
+
+    Raises:
+        Unreachable: the folder cannot be written, or another process holds the lock for too long; the message names it.
+    """
     file = sqlite_file(uri)
     if file is None:
         yield
         return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle = file.with_name(f"{file.name}.lock").open("w")
-    except OSError as error:
-        raise _unreachable(uri, error, f"Make {file.parent} a folder that can be written. {_DEFAULT}") from None
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(file.with_name(f"{file.name}.lock"), "the opening of a store", wait=_LOCK_SECONDS))
+        except WorkError as error:
+            raise _unreachable(uri, error, f"Make {file.parent} a folder that can be written. {_DEFAULT}") from None
+        except InputError as error:
+            raise _unreachable(uri, f"{error.where} is {error.what}", f"{error.way_out}") from None
         yield
 
 

@@ -1,37 +1,59 @@
 """Epoch checkpoints of a trial: whole or absent, the one before kept, damage found by digest.
 
 checkpoint/epoch-0003/state.json    a `CheckpointState`, with the digests of the other files
-checkpoint/epoch-0003/...           the engine's own files (adapter, optimiser)
+checkpoint/epoch-0003/adapter/      the best adapter by then; runs/KEY/adapter is a copy of it
+checkpoint/epoch-0003/...           the engine's own files (parameters, optimiser)
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.core.errors import InputError
-from pipeline.core.files import file_digest, folder_atomic
-from pipeline.records import NewerRecord
+from pipeline.core.errors import InputError, WorkError
+from pipeline.core.files import file_digest, folder_atomic, folder_digest, remove_folder
+from pipeline.records import NewerRecord, Unreadable
 from pipeline.records.trial import AGAIN, CheckpointState
 
+ADAPTER = "adapter"
 KEPT = 2  # the newest, and one generation back in case the newest is damaged
 
 
-def save(folder: Path, state: CheckpointState, write: Callable[[Path], None]) -> None:
-    """Write a checkpoint: `write` fills the folder, `state` and the digests are added.
+def save(
+    folder: Path, state: CheckpointState, write: Callable[[Path], None], within: Path | None = None
+) -> CheckpointState:
+    """Write a checkpoint: `write` fills the folder, `state` and the digests are added; return the state with them.
+
+    Args:
+        folder: of the checkpoints.
+        state: the trial's.
+        write: called with a folder.
+        within: see `core.files.write_atomic`.
 
     Raises:
-        WorkError: the disk is full; older checkpoints are untouched.
+        Superseded: `within` is gone; all checkpoints are untouched.
+        WorkError: the disk is full, or the adapter is not the one that was kept; older checkpoints are untouched.
     """
-    with folder_atomic(folder / f"epoch-{state.epoch:04d}") as temporary:
+    with folder_atomic(place(folder, state.epoch), within) as temporary:
         write(temporary)
+        digest = folder_digest(temporary / ADAPTER)
+        if state.best is not None and digest is not None:
+            if state.best.adapter_digest not in (None, digest):
+                raise WorkError(f"the adapter of epoch {state.best.epoch} is damaged", where=str(folder))
+            best = state.best.model_copy(update={"adapter_digest": digest})
+            state = state.model_copy(update={"best": best})
         files = {str(p.relative_to(temporary)): file_digest(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
-        text = state.model_copy(update={"files": files}).text(indent=None)
-        (temporary / "state.json").write_text(text, encoding="utf-8")
+        state = state.model_copy(update={"files": files})
+        (temporary / "state.json").write_text(state.text(indent=None), encoding="utf-8")
     for old in epochs(folder)[:-KEPT]:
-        shutil.rmtree(folder / f"epoch-{old:04d}", ignore_errors=True)
+        remove_folder(place(folder, old), within)
+    return state
+
+
+def place(folder: Path, epoch: int) -> Path:
+    """Return the folder of an epoch's checkpoint."""
+    return folder / f"epoch-{epoch:04d}"
 
 
 def move_into(source: Path, target: Path) -> None:
@@ -42,32 +64,53 @@ def move_into(source: Path, target: Path) -> None:
 
 
 def epochs(folder: Path) -> list[int]:
-    """Return the epochs that have a checkpoint, oldest first."""
-    names = (re.fullmatch(r"epoch-(\d+)", path.name) for path in folder.glob("epoch-*"))
+    """Return the epochs that have a checkpoint, oldest first.
+
+    Raises:
+        Unreadable: the system does not let the folder be read now.
+    """
+    try:
+        listed = [path.name for path in folder.iterdir()]  # `glob` takes a folder that cannot be read for an empty one
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise Unreadable.of(error, folder) from error
+    names = (re.fullmatch(r"epoch-(\d+)", name) for name in listed)
     return sorted(int(match.group(1)) for match in names if match)
 
 
-def newest(folder: Path) -> tuple[Path, CheckpointState] | None:
+def newest(folder: Path, within: Path | None = None) -> tuple[Path, CheckpointState] | None:
     """Return the newest undamaged checkpoint and its state, or None; damaged ones are removed.
+
+    Damage is in what a file holds, or that it is not there. Where the system does not let it be read (too many open
+    files, a disk's or a server's error), nothing is concluded and nothing removed.
 
     Raises:
         InputError: it was written by newer code.
+        Unreadable: the system does not let it be read now.
+        Superseded: see `save`.
     """
     for epoch in reversed(epochs(folder)):
-        path = folder / f"epoch-{epoch:04d}"
+        path = place(folder, epoch)
         state = _intact(path)
         if state is not None:
             return path, state
-        shutil.rmtree(path, ignore_errors=True)
+        remove_folder(path, within)
     return None
 
 
 def _intact(path: Path) -> CheckpointState | None:
+    file = path / "state.json"
     try:
-        state = CheckpointState.read(path / "state.json", AGAIN)
-        intact = all(file_digest(path / name) == digest for name, digest in state.files.items())
+        state = CheckpointState.read(file, AGAIN)
+        for name, digest in state.files.items():
+            file = path / name
+            if file_digest(file) != digest:
+                return None
     except NewerRecord:
         raise
-    except (OSError, ValueError, InputError):  # a name that is no path is a ValueError
-        return None
-    return state if intact else None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, InputError):
+        return None  # a name that is no path is a ValueError
+    except OSError as error:
+        raise Unreadable.of(error, file) from error
+    return state

@@ -8,17 +8,20 @@ losses. The caller scales each micro-batch's loss so that their sum over ranks a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.adapters.base import ParameterGroup
 from pipeline.config.trial import TrialConfig
-from pipeline.core.errors import WorkError
+from pipeline.core.errors import InputError, WorkError
 
+_STATE = ("parameter", "exp_avg", "exp_avg_sq", "step")  # of each parameter, in a file of `Engine.save`
 ADAM_EPSILON = 1e-8
 # fp16 gradients of activations underflow below 6e-8. AdamW is invariant to a scale of the gradients if its epsilon and
 # the clip threshold are scaled too, so a fixed scale is exact and needs no unscaling inside ZeRO's partitions.
@@ -41,11 +44,18 @@ class Engine(Protocol):
     def step(self, learning_rate_scale: float) -> float:
         """Clip, update at the scaled learning rate, zero the gradients; return the gradient norm before clipping."""
 
+    def whole(self) -> AbstractContextManager[None]:
+        """Return a context in which the adapter's parameters are whole on every rank (every rank enters it)."""
+
     def save(self, folder: Path) -> None:
         """Write parameters and optimiser state (every rank calls it)."""
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote."""
+        """Restore what `save` wrote.
+
+        Raises:
+            InputError: it is not there, not this engine's or of other parameters; no pickle is opened.
+        """
 
     def forget(self) -> None:
         """Drop the gradients of a step that did not come to its end.
@@ -103,6 +113,37 @@ def set_learning_rates(optimizer: Any, learning_rates: Sequence[float], scale: f
         group["lr"] = learning_rate * scale  # torch's word
 
 
+def _save(file: Path, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Write `parameter.<i>` and AdamW's `exp_avg.<i>`, `exp_avg_sq.<i>` and `step.<i>`."""
+    tensors = {f"parameter.{i}": p.detach().contiguous() for i, p in enumerate(parameters)}
+    for i, p in enumerate(parameters):
+        for name, value in optimizer.state.get(p, {}).items():
+            tensors[f"{name}.{i}"] = torch.as_tensor(value).contiguous()
+    save_file(tensors, file)
+
+
+@torch.no_grad()
+def _load(file: Path, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    try:
+        tensors = load_file(file)
+        for i, p in enumerate(parameters):
+            saved = {name: tensors.pop(f"{name}.{i}") for name in _STATE if f"{name}.{i}" in tensors}
+            sizes = {saved[name].shape for name in saved if name != "step"}
+            if sizes != {p.shape}:
+                raise ValueError(f"parameter {i} has the shape {list(p.shape)}, the file has other ones")
+            p.copy_(saved.pop("parameter"))
+            for name, value in saved.items():
+                if torch.is_tensor(there := optimizer.state[p].get(name)):
+                    there.copy_(value)  # in its place: ZeRO keeps some where it put them
+                else:
+                    optimizer.state[p][name] = value if name == "step" else value.to(p.device)
+        if tensors:
+            raise ValueError(f"unknown tensor {min(tensors)}")
+    except (SafetensorError, ValueError, KeyError, FileNotFoundError) as error:
+        way_out = f"Remove {file.parent} to go on at the checkpoint before"
+        raise InputError(f"not this engine's state: {error}", where=str(file), way_out=way_out) from None
+
+
 class TorchEngine:
     """AdamW over the adapter alone; gradients are summed over ranks where there are several."""
 
@@ -142,29 +183,18 @@ class TorchEngine:
         for p, g in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
             p.grad = g.view_as(p)
 
+    def whole(self) -> AbstractContextManager[None]:
+        """See `Engine.whole`."""
+        return nullcontext()
+
     def save(self, folder: Path) -> None:
         """See `Engine.save`; the ranks hold the same state, so the first one writes."""
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-            return
-        tensors = {f"parameter.{i}": p.detach().contiguous() for i, p in enumerate(self.parameters)}
-        for i, p in enumerate(self.parameters):
-            for name, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"{name}.{i}"] = torch.as_tensor(value).contiguous()
-        save_file(tensors, folder / "engine.safetensors")
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            _save(folder / "engine.safetensors", self.parameters, self.optimizer)
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
-        tensors = load_file(folder / "engine.safetensors")
-        with torch.no_grad():
-            for i, p in enumerate(self.parameters):
-                p.copy_(tensors[f"parameter.{i}"])
-                state = {
-                    n[: -len(f".{i}")]: t
-                    for n, t in tensors.items()
-                    if n.endswith(f".{i}") and not n.startswith("parameter.")
-                }
-                if state:
-                    self.optimizer.state[p] = {name: tensor.to(p.device) for name, tensor in state.items()}
+        _load(folder / "engine.safetensors", self.parameters, self.optimizer)
 
     def forget(self) -> None:
         """See `Engine.forget`."""
@@ -251,17 +281,61 @@ class DeepSpeedEngine:
             for copy, parameter in zip(copies, self.parameters, strict=True):
                 parameter.copy_(copy)
 
+    def whole(self) -> AbstractContextManager[None]:
+        """See `Engine.whole`."""
+        if self.config.zero_stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(self.student.adapter.parameters()))
+
     def save(self, folder: Path) -> None:
-        """See `Engine.save`."""
-        self.engine.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
+        """See `Engine.save`; each rank writes its partition, in `TorchEngine`'s layout: DeepSpeed's are pickles."""
+        _save(self._file(folder), self._partitions(), self.optimizer)
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
-        if path is None:
-            raise WorkError("no DeepSpeed checkpoint in it", where=str(folder))
+        file, zero = self._file(folder), self.engine.optimizer
+        if not file.exists() and (folder / "engine").is_dir():
+            raise InputError(
+                "a checkpoint of an earlier version, in pickles, which could run code and are not opened",
+                where=str(folder),
+                way_out=f"Remove {folder.parent} to begin again, or let the version that wrote it go on",
+            )
+        stage = self.config.zero_stage
+        if stage == 3:
+            zero.checkpoint_event_prologue()  # what is whole becomes a partition again
+        _load(file, self._partitions(), self.optimizer)
+        if stage == 3:
+            flat = zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
+            for index, (working, partition) in enumerate(flat):
+                working.data.copy_(partition.data)
+                group = zero.fp16_partitioned_groups[index]
+                for part, value in zip(group, zero.unflatten(working, group), strict=True):
+                    part.data = value.data
+            zero.checkpoint_event_epilogue()
+        elif stage > 0:
+            rank = torch.distributed.get_rank()
+            shares = zip(zero.parallel_partitioned_bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
+            for of_ranks, partition in shares:  # the parameters are views of the shares of all ranks
+                share = partition.data.to(of_ranks[rank].device, of_ranks[rank].dtype)
+                torch.distributed.all_gather(list(of_ranks), share)
         if self.copies is not None:
             self._take_back(self.copies)
+
+    def _file(self, folder: Path) -> Path:
+        return folder / f"engine-rank{torch.distributed.get_rank():04d}.safetensors"
+
+    def _partitions(self) -> list[Tensor]:
+        """Return what AdamW updates on this rank: parameters, or ZeRO's flat fp32 partition of each of their groups."""
+        zero = self.engine.optimizer
+        match self.config.zero_stage:
+            case 0:
+                return [p for group in self.optimizer.param_groups for p in group["params"]]
+            case 3:
+                return list(zero.fp32_partitioned_groups_flat)
+            case _:
+                return list(zero.single_partition_of_fp32_groups)
 
     def forget(self) -> None:
         """See `Engine.forget`."""

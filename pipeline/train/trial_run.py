@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,12 @@ import torch.distributed as dist
 from pipeline import adapters, methods
 from pipeline.config.trial import Kind, TrialConfig
 from pipeline.core.errors import WorkError
-from pipeline.core.files import folder_atomic
+from pipeline.core.files import folder_atomic, folder_digest, remove_folder
 from pipeline.core.plain_yaml import Json
 from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import Sample
 from pipeline.prompts.prompt import Encoded
-from pipeline.records.store import TrialFolder
+from pipeline.records.store import WRITING, TrialFolder
 from pipeline.records.trial import Best, CheckpointState, EpochReport, Status, TrialEnd, TrialReport
 from pipeline.resident.resident import Resident, Target
 from pipeline.tasks import of_manifest
@@ -89,12 +90,13 @@ class TrialRun:
     def __init__(
         self, config: TrialConfig, folder: Path, resident: Resident, manifest: Manifest, kinds: Collection[Kind] = ()
     ) -> None:
-        self.config, self.folder, self.resident, self.manifest = config, TrialFolder(folder), resident, manifest
+        self.config, self.resident, self.manifest = config, resident, manifest
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.world != config.world_size:
             raise WorkError(
                 f"the trial asks for {config.world_size} ranks, this slot has {self.world}", where=config.key
             )
+        self.folder = self._taken(TrialFolder(folder))
         self.task = of_manifest(manifest)
         self.samples = training_samples(manifest, config)
         split = "evaluation" if config.selection == "test" else "selection"
@@ -115,6 +117,7 @@ class TrialRun:
             self.adapter, config.backbone, resident, self.prompts, self.prefix_length, manifest, config.num_shots
         )
         self.memory = Memory(model, resident.device)
+        self.trainable = self.adapter.num_trainable()  # before ZeRO takes the parameters apart
         student = Student(self.adapter, model if config.zero_stage == 3 else None)
         groups = self.adapter.parameter_groups(config.learning_rate, config.weight_decay)
         self.engine = ENGINES[config.engine](student, groups, config)
@@ -125,6 +128,7 @@ class TrialRun:
         self.error: str | None = None  # why the trial diverged
         self.keeping = 0.0  # seconds spent on checkpoints and the ledger
         self.peak = 0  # bytes of memory
+        self._kept = self.folder.adapter  # where the best epoch's adapter is
         self.packed = 1  # most trials, this one included, that it has shared a forward pass with
         self._resume()
         self._epoch = self._next_epoch()
@@ -229,7 +233,6 @@ class TrialRun:
         report = EpochReport.model_validate({"epoch": self.epoch_number, **means, **selected, **last, **took})
         if self.best is None or objective > self.best.objective:
             self.best = Best(epoch=self.epoch_number, objective=objective)
-            self._save_adapter()
         self.reports.append(report)
         self.peak = max(self.peak, self.memory.peak or 0)
         self._save_losses(self._over_ranks(epoch.losses))
@@ -249,8 +252,10 @@ class TrialRun:
         return self._ended("finished")
 
     def close(self) -> None:
-        """Free the engine."""
+        """Free the engine, and leave the trial's folder to the next process."""
         self.engine.close()
+        if self.rank == 0:
+            self.folder.release()
 
     def _next_epoch(self) -> _Epoch:
         if self.finished:
@@ -269,18 +274,41 @@ class TrialRun:
 
     # -- keeping -----------------------------------------------------------------------------------------------------
 
-    def _save_adapter(self) -> None:
-        if self.rank == 0:
-            config = self.config
-            extra: Json = {"trial": config.key, "task": config.task, "manifest": config.manifest_digest}
-            extra |= {"backbone": config.backbone, "backbone_digest": config.backbone_digest}
-            extra |= {"prompt": self.manifest.prompt, "precision": config.precision}
-            if self.manifest.definition is not None:  # its prompt and score, which no code has
-                extra["definition"] = self.manifest.definition
-            started = time.perf_counter()
-            with folder_atomic(self.folder.adapter) as temporary:
-                self.adapter.save_pretrained(temporary, extra=extra)
-            self.keeping += time.perf_counter() - started
+    def _taken(self, folder: TrialFolder) -> TrialFolder:
+        """Take the trial's folder up, for all ranks of this slot."""
+        taken = folder.take() if self.rank == 0 else folder
+        if self.world == 1:
+            return taken
+        name = taken.within.name if taken.within is not None else "0" * 32
+        code = torch.tensor(list(bytes.fromhex(name)), dtype=torch.uint8, device=self.resident.device)
+        dist.broadcast(code, 0)
+        return TrialFolder(folder.path, folder.path / WRITING / bytes(code.tolist()).hex())
+
+    def _write_adapter(self, target: Path) -> None:
+        """Put the best epoch's adapter into a checkpoint: this epoch's, or the one that was kept before."""
+        if self.best is None:
+            return
+        if self.best.epoch != self.epochs_done:
+            shutil.copytree(self._kept, target / checkpoint.ADAPTER)
+            return
+        config = self.config
+        extra: Json = {"trial": config.key, "task": config.task, "manifest": config.manifest_digest}
+        extra |= {"backbone": config.backbone, "backbone_digest": config.backbone_digest}
+        extra |= {"prompt": self.manifest.prompt, "precision": config.precision}
+        if self.manifest.definition is not None:  # its prompt and score, which no code has
+            extra["definition"] = self.manifest.definition
+        self.adapter.save_pretrained(target / checkpoint.ADAPTER, extra=extra)
+
+    def _settle(self) -> None:
+        """Bring adapter/ and metrics.jsonl in line with the checkpoint, from which a crash may have kept them."""
+        if self.rank > 0:
+            return
+        if self.best is None:
+            remove_folder(self.folder.adapter, self.folder.within)
+        elif self._kept != self.folder.adapter and folder_digest(self.folder.adapter) != self.best.adapter_digest:
+            with folder_atomic(self.folder.adapter, self.folder.within) as temporary:
+                shutil.copytree(self._kept, temporary, dirs_exist_ok=True)
+        self.folder.write_epochs(self.reports)
 
     def _save_losses(self, losses: list[float]) -> None:
         """Keep the epoch's curve; before its checkpoint, so that no epoch that is kept lacks it."""
@@ -291,33 +319,45 @@ class TrialRun:
 
     def _save_checkpoint(self) -> None:
         started = time.perf_counter()
-        folder = self.folder.checkpoint
+        folder, within = self.folder.checkpoint, self.folder.within
         state = CheckpointState(
             epoch=self.epochs_done, rows=tuple(self.reports), best=self.best, packed=self.packed, keeping=self.keeping,
             peak=self.peak,
         )  # fmt: skip
-        if self.world == 1:
-            checkpoint.save(folder, state, self.engine.save)
+
+        def write(target: Path) -> None:
+            self.engine.save(target)
+            with self.engine.whole():
+                if self.rank == 0:
+                    self._write_adapter(target)
+
+        if self.world == 1 or within is None:
+            state = checkpoint.save(folder, state, write, within)
         else:
-            shared = folder / f".writing-{state.epoch}"
-            shared.mkdir(parents=True, exist_ok=True)
-            self.engine.save(shared)  # every rank writes its part
+            shared = within / f"epoch-{state.epoch}"
+            shared.mkdir(exist_ok=True)
+            write(shared)  # every rank its part
             dist.barrier()
             if self.rank == 0:
-                checkpoint.save(folder, state, lambda target: checkpoint.move_into(shared, target))
+                state = checkpoint.save(folder, state, lambda target: checkpoint.move_into(shared, target), within)
             dist.barrier()
-        if self.rank == 0:
-            self.folder.write_epochs(self.reports)
+        self.best = state.best
+        self._kept = checkpoint.place(folder, state.epoch) / checkpoint.ADAPTER
+        self._settle()
         self.keeping += time.perf_counter() - started
 
     def _resume(self) -> None:
-        newest = checkpoint.newest(self.folder.checkpoint)
-        if newest is None:
-            return
-        path, state = newest
-        self.engine.load(path)
-        self.reports, self.best, self.packed = list(state.rows), state.best, state.packed
-        self.keeping, self.peak = state.keeping, state.peak
+        newest = checkpoint.newest(self.folder.checkpoint, self.folder.within)
+        if newest is not None:
+            path, state = newest
+            self.engine.load(path)
+            self.reports, self.best, self.packed = list(state.rows), state.best, state.packed
+            self.keeping, self.peak = state.keeping, state.peak
+            if state.best is not None and state.best.adapter_digest is not None:  # else of before: adapter/ is all
+                self._kept = path / checkpoint.ADAPTER
+        self._settle()
+        if self.rank == 0:
+            self.folder.forget_losses(after=self.epochs_done)
 
     def _report(self, end: Status | None = None) -> TrialReport:
         """Return what there is to say of the trial's last epoch."""
@@ -333,7 +373,7 @@ class TrialRun:
                     status=status, error=error, epochs=self.epochs_done,
                     chosen_epoch=self.best.epoch if self.best else None,
                     objective=self.best.objective if self.best else None,
-                    trainable_parameters=self.adapter.num_trainable(),
+                    trainable_parameters=self.trainable,
                     train_seconds=sum(report.train_seconds or 0.0 for report in self.reports),
                     seconds=sum(report.seconds or 0.0 for report in self.reports), packed=self.packed,
                     keeping_seconds=self.keeping, peak_memory_bytes=self.peak or None,

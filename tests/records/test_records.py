@@ -1,7 +1,9 @@
 """Every record: files of before there were schema numbers, to the disk and back, and whatever else a file may hold."""
 
+import errno
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -11,10 +13,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.core.errors import InputError
-from pipeline.records import Record, as_written, say_once
+from pipeline.records import Record, Unreadable, as_written, say_once
 from pipeline.records.evaluation import Evaluation, Evaluations, Measurement, StudyFile
 from pipeline.records.journal import JournalEvent
-from pipeline.records.store import TrialFolder
+from pipeline.records.store import TrialFolder, check_adapter
 from pipeline.records.trial import CheckpointState, EpochReport, Provenance, StepLosses, TrialEnd, TrialRecord
 
 OLD = Path(__file__).parents[1] / "golden/records"  # as version 1.2 wrote them
@@ -182,7 +184,7 @@ def mutations(draw, tree):
         ("done.json", {"objective": "0.5"}, r"objective: Input should be a valid number, got '0.5'"),
         ("done.json", {"epochs": -1}, r"epochs: Input should be greater than or equal to 0, got -1"),
         ("done.json", {"typo": 1}, r"done.json: unknown field 'typo'. Known: adapter_digest,"),
-        ("done.json", {"schema": 2}, r"done.json: schema 2 was written by newer code, this code knows 1. Use the code"),
+        ("done.json", {"schema": 3}, r"done.json: schema 3 was written by newer code, this code knows 2. Use the code"),
         ("done.json", {"schema": True}, r"done.json: .*no schema has such a number"),
         ("config.json", {"config": {"backbone": 3}}, r"config.json: backbone: Input should be a valid string, got 3"),
         ("config.json", {"provenance": {"schema": 9}}, r"schema 9 was written by newer code"),
@@ -240,6 +242,72 @@ def test_the_end_has_the_digest_of_the_adapter_as_it_is(tmp_path):
     assert end is not None and end.adapter_digest and len(end.adapter_digest) == 64
     folder.reopen()
     assert folder.end() is None
+
+
+def test_an_end_that_was_changed_is_damaged(tmp_path):
+    folder = TrialFolder(tmp_path)
+    folder.finish(TrialEnd(status="finished", objective=0.5))
+    file = tmp_path / "done.json"
+    file.write_text(file.read_text().replace("0.5", "0.7"))
+    with pytest.raises(
+        InputError, match=r"done.json: .*damaged: its check is not that of its content.*Remove the trial"
+    ):
+        folder.end()
+
+
+@pytest.mark.parametrize("damage", ["flip", "exchange", "remove"])
+def test_an_adapter_or_a_curve_that_is_not_the_one_of_the_end_is_refused(tmp_path, damage):
+    def trained(name, value):
+        folder = TrialFolder(tmp_path / name)
+        folder.begin(TrialRecord(config={}))
+        folder.adapter.mkdir()
+        (folder.adapter / "weights").write_text(value)
+        folder.add_losses(1, [0.5])
+        folder.write_epochs([EpochReport(epoch=1, objective=0.25)])
+        folder.finish(TrialEnd(status="finished"))
+        return folder
+
+    folder, other = trained("a", "w"), trained("b", "v")
+    check_adapter(folder.adapter)
+    minute_ago = (tmp_path / "a/done.json").stat().st_mtime - 61
+    os.utime(tmp_path / "a/done.json", (minute_ago, minute_ago))
+    assert folder.epochs() and folder.losses()
+    if damage == "flip":
+        (folder.adapter / "weights").write_text("x")
+        folder.metrics.write_text(folder.metrics.read_text().replace("0.25", "0.75"))
+        (tmp_path / "a/losses.jsonl").write_text((tmp_path / "a/losses.jsonl").read_text().replace("0.5", "0.7"))
+    elif damage == "exchange":
+        shutil.rmtree(folder.adapter)
+        shutil.copytree(other.adapter, folder.adapter)
+        folder.write_epochs([EpochReport(epoch=1, objective=0.5)])
+        folder.add_losses(1, [0.25])
+    else:
+        shutil.rmtree(folder.adapter)
+        folder.metrics.unlink()
+        (tmp_path / "a/losses.jsonl").unlink()
+    with pytest.raises(
+        InputError, match=r"a/adapter: not the adapter that the training ended with.*Or remove the trial"
+    ):
+        check_adapter(folder.adapter)
+    with pytest.raises(InputError, match=r"metrics.jsonl: damaged"):
+        folder.epochs()
+    with pytest.raises(InputError, match=r"losses.jsonl: damaged|losses.jsonl:1: .*damaged"):
+        folder.losses()
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES])
+def test_what_the_system_does_not_let_be_read_is_no_damage(tmp_path, monkeypatch, error):
+    folder = TrialFolder(tmp_path)
+    folder.finish(TrialEnd(status="finished"))
+    folder.write_epochs([EpochReport(epoch=1)])
+
+    def fails(path):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    for read in (folder.end, folder.epochs):
+        with pytest.raises(Unreadable, match=rf"cannot be read: {os.strerror(error)}. Nothing was removed"):
+            read()
 
 
 def test_a_trial_that_other_code_goes_on_with_keeps_the_commits_that_began_it():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.records.store import TrialStore
+from pipeline.core.files import Superseded, folder_digest
+from pipeline.records.store import TrialFolder, TrialStore
+from pipeline.train.trial_run import TrialRun
 from pipeline.train.workbench import Workbench
 
 EPOCHS = 3
@@ -62,3 +65,112 @@ def test_a_resumed_trial_equals_an_undisturbed_one(bench, trial, tmp_path, name)
     steps = -(-whole.config.num_train_samples // (whole.config.micro_batch_size * whole.config.accumulation))
     losses = whole_state(Path(whole.folder))["losses"]
     assert {epoch: len(one) for epoch, one in losses.items()} == dict.fromkeys(range(1, EPOCHS + 1), steps)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the process runs after it."""
+
+
+class Renames:
+    """What of a process's renames comes to pass: with each a file or folder is there, or another one."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.count, self.stop_at, self.then, self.dead = 0, 0, None, False
+        for name in ("replace", "rename"):
+            monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
+        for name in ("unlink", "rmdir", "mkdir"):
+            monkeypatch.setattr(os, name, self._alive(getattr(os, name)))
+
+    def _alive(self, call):
+        def made(*args, **kwargs):
+            if self.dead:
+                raise Killed
+            return call(*args, **kwargs)
+
+        return made
+
+    def _counted(self, call):
+        def made(*args, **kwargs):
+            if self.dead:
+                raise Killed
+            self.count += 1
+            if self.count == self.stop_at:
+                then, self.then = self.then, None
+                if then is None:
+                    self.dead = True
+                    raise Killed
+                then()
+            return call(*args, **kwargs)
+
+        return made
+
+
+@pytest.fixture
+def rising(monkeypatch):
+    """Every epoch is better than the one before, so every epoch's adapter is kept."""
+    finish = TrialRun.finish_epoch
+
+    def scored(self, selected, seconds):
+        return finish(self, {**selected, "objective": float(self.epoch_number)}, seconds)
+
+    monkeypatch.setattr(TrialRun, "finish_epoch", scored)
+
+
+SHORT = {"rank": 2, "epochs": 2, "num_train_samples": 4, "num_selection_samples": 1}
+
+
+def left(folder: Path) -> dict:
+    """All that a trial leaves, but times."""
+    end = TrialStore(folder.parent).done(folder.name)
+    state = json.loads((folder / "checkpoint/epoch-0002/state.json").read_text())
+    reports = [report.model_copy(update={"seconds": 0, "train_seconds": 0}) for report in TrialFolder(folder).epochs()]
+    return {
+        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()),
+        "state": state["files"], "reports": reports, "losses": TrialFolder(folder).losses(),
+        "adapter": folder_digest(folder / "adapter"),
+        "end": (end.status, end.epochs, end.chosen_epoch, end.adapter_digest),
+    }  # fmt: skip
+
+
+def test_killed_between_any_two_writes_a_trial_ends_with_the_same_bits(bench, trial, tmp_path, monkeypatch, rising):
+    undisturbed = trial("lora", tmp_path / "undisturbed", **SHORT)
+    with monkeypatch.context() as patched:
+        renames = Renames(patched)
+        go_on(bench, undisturbed, 2)
+    wanted, number = left(Path(undisturbed.folder)), renames.count
+    assert number >= 10 and wanted["end"][:3] == ("finished", 2, 2)
+    for stop_at in range(1, number + 1):
+        request = trial("lora", tmp_path / f"killed-{stop_at}", **SHORT)
+        with monkeypatch.context() as patched:
+            Renames(patched).stop_at = stop_at
+            with pytest.raises(Killed):
+                go_on(bench, request, 2)
+        bench.loop.trials.clear()
+        behind = bench.admit(request)
+        while not bench.advance()[-1].end:
+            pass
+        assert left(Path(request.folder)) == wanted, (stop_at, behind)
+
+
+def test_a_process_that_thaws_writes_nothing_into_a_trial_that_another_has_ended(trial, tmp_path, monkeypatch, rising):
+    """Frozen before any of its renames, as a worker of another node is by a partition or a stalled NFS client."""
+    frozen, other = Workbench(device="cpu"), Workbench(device="cpu")
+    with monkeypatch.context() as patched:
+        renames = Renames(patched)
+        go_on(frozen, trial("lora", tmp_path / "count", **SHORT), 2)
+    for stop_at in range(2, renames.count + 1):  # the first one takes the trial up
+        request = trial("lora", tmp_path / f"frozen-{stop_at}", **SHORT)
+        states = []
+
+        def end_it(request=request, states=states):
+            go_on(other, request, 2)
+            states.append((left(Path(request.folder)), folder_digest(Path(request.folder))))
+
+        with monkeypatch.context() as patched:
+            renames = Renames(patched)
+            renames.stop_at, renames.then = stop_at, end_it
+            with pytest.raises(Superseded, match="another process has (just )?taken th"):
+                go_on(frozen, request, 2)
+        frozen.evict(request.key)
+        assert states and states[0][0]["end"][:3] == ("finished", 2, 2)
+        assert (left(Path(request.folder)), folder_digest(Path(request.folder))) == states[0], stop_at
