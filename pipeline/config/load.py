@@ -71,6 +71,7 @@ SECTIONS = ("subsample", "train", "sweep", "evaluate")  # what a protocol and a 
 # what params.yaml sets; empty values set nothing
 OWN = (*SECTIONS, "methods", "backbones", "tasks", "miniature", "tracking")
 FOLDERS = {"profiles": "profiles", "studies": "studies"}  # beside params.yaml, a file an entry
+_PASSWORD = re.compile(r"://[^/@]*:[^/@]*@")  # of an address
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of a study or profile: it becomes a file's name and an address
 
 
@@ -109,6 +110,12 @@ def _resolved(raw: dict[str, Any], where: str) -> Params:
         if name in raw:
             raw[name] = _set(_section(raw, name, where))
     file: ParamsFile = validate(ParamsFile, raw, where)
+    if _PASSWORD.search(file.tracking.uri or ""):
+        raise InputError(
+            "tracking.uri: has a password in it, which would stand in the file's history and in every run's diff",
+            where=where,
+            way_out="Leave it out: MLflow reads ~/.mlflow/credentials, PostgreSQL ~/.pgpass (both mode 600)",
+        )
     sections = {name: raw.get(name, {}) for name in OWN}
     for kind in FOLDERS:
         for name in raw[kind]:

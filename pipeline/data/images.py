@@ -6,9 +6,11 @@ import hashlib
 import io
 import os
 import struct
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +20,13 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from pipeline.core.errors import InputError
 from pipeline.data.parquet import cell_bytes, is_cell, shard_order
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit for a picture of 0.5 GB as RGB; COCO's largest have 0.4 million
+MAX_PIXELS = 110_000_000  # the largest cameras' pictures; COCO's largest have 0.4 million. At most 1 GiB to decode one
 # What is opened. Pillow knows more, and would start Ghostscript for a picture in PostScript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
 _BAND = 256  # rows
+_LARGE = 16_000_000  # pixels: of such pictures one is decoded at a time
+_one_at_a_time = threading.Lock()
 _TURNS: dict[object, Image.Transpose] = {  # by EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -145,7 +149,7 @@ def check_image(path: Path) -> CheckedImage:
         return CheckedImage(path, "", os_problem(error))
     digest = hashlib.sha256(data).hexdigest()
     try:
-        with _opened(data) as image:
+        with _opened(data) as image, _one_at_a_time if image.width * image.height > _LARGE else nullcontext():
             if image.format == "JPEG":
                 image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()

@@ -44,14 +44,17 @@ class Answerer:
         folder: an adapter's folder of a trial (`runs/KEY/adapter`).
         project: the folder whose params.yaml says where the weights lie.
         task_name: whose prompt is used; None: the adapter's own.
+        reads_files: whether an image may be a file's path. Not where others ask, who may have it read any file.
 
     Raises:
         InputError: no adapter of a trial, one that is damaged, or no such task.
     """
 
-    def __init__(self, folder: Path, *, project: Path = Path(), task_name: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, project: Path = Path(), task_name: str | None = None, reads_files: bool = True
+    ) -> None:
         check_adapter(folder)  # before the backbone is loaded
-        self.folder, self.project = folder, project
+        self.folder, self.project, self.reads_files = folder, project, reads_files
         self.config = adapters.read_config(folder)
         self.origin: dict[str, Any] = self.config.extra
         if "backbone" not in self.origin:
@@ -86,7 +89,7 @@ class Answerer:
         if image is None:
             text = self._generate((), question, max_new_tokens or self.task.max_new_tokens)
             return self._said(text, question)
-        with _as_file(image) as file:
+        with _as_file(image, reads_files=self.reads_files) as file:
             name = str(image) if file == Path(image) else "the image given"
             backbones.get(self.origin["backbone"]).family.check_size(*image_files.sizes([file])[0], name)
             images = (ImageRef(str(file.resolve())),)
@@ -140,9 +143,9 @@ class Answerer:
 
 
 @contextmanager
-def _as_file(image: str | Path) -> Iterator[Path]:
+def _as_file(image: str | Path, *, reads_files: bool = True) -> Iterator[Path]:
     """Give a whole, upright picture as a file: where it is, or written out for as long as it is needed."""
-    name, data = _given(str(image))
+    name, data = _given(str(image), reads_files)
     turned = upright(data, name)
     if turned is None:
         decode_image(data, name)
@@ -155,11 +158,11 @@ def _as_file(image: str | Path) -> Iterator[Path]:
         yield file
 
 
-def _given(text: str) -> tuple[str, bytes]:
+def _given(text: str, reads_files: bool) -> tuple[str, bytes]:
     """Return what messages call a picture, and its bytes: from where the text says, or from the text itself."""
-    problem = "neither a file nor an image in base64"
+    problem = "neither a file nor an image in base64" if reads_files else "not an image in base64"
     shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
-    inline = text.startswith("data:")
+    inline = not reads_files or text.startswith("data:")
     if not inline:
         try:
             return text, read_image_bytes(text)
@@ -175,7 +178,7 @@ def _given(text: str) -> tuple[str, bytes]:
         if not inline:
             size_of(data, _INLINE)  # a file's name may happen to be base64
         return _INLINE, data
-    raise InputError(problem, where=shown, way_out=_WAY_OUT)
+    raise InputError(problem, where=shown, way_out=_WAY_OUT if reads_files else "Give its content in base64")
 
 
 def _source(name: str, project: Path) -> BackboneSource:

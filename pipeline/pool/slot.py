@@ -6,8 +6,10 @@ import asyncio
 import os
 import signal
 import socket
+import tempfile
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -57,10 +59,11 @@ class Slot:
             for i in range(self.world_size)
         ]
         addresses = await self._all("address", limit=BUILD_SECONDS)
-        self.pids = [pid for *_, pid in addresses]
-        self.near = [pid for host, _, pid in addresses if host == ray.util.get_node_ip_address()]
-        host, port, _ = addresses[0]
-        await self._all("connect", host, port, code_version(), self.home, limit=BUILD_SECONDS)
+        self.pids = [pid for _, pid in addresses]
+        self.near = [pid for host, pid in addresses if host == ray.util.get_node_ip_address()]
+        together = len({host for host, _ in addresses}) == 1
+        meeting = (await self._all("meeting", together, limit=BUILD_SECONDS))[0]
+        await self._all("connect", meeting, code_version(), self.home, limit=BUILD_SECONDS)
 
     async def room(self) -> int:
         """Return how many more trials may join those that are admitted."""
@@ -131,15 +134,25 @@ class Worker:
     def __init__(self, rank: int, world_size: int, gpus: float) -> None:
         self.rank, self.world_size, self.gpus = rank, world_size, gpus
         self.bench: Any = None
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+        self.listener: socket.socket | None = None
 
-    def address(self) -> tuple[str, int, int]:
-        """Return this node's address, a free port on it, and the process id."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as free:
-            free.bind((host, 0))
-            return host, free.getsockname()[1], os.getpid()
+    def address(self) -> tuple[str, int]:
+        """Return this node's address and the process id."""
+        return ray.util.get_node_ip_address(), os.getpid()
 
-    def connect(self, host: str, port: int, code: Version, home: str) -> None:
+    def meeting(self, together: bool) -> str:
+        """Return where the slot's ranks meet (`join_group`): `together` on one machine, or on several."""
+        if self.rank > 0 or self.world_size == 1:
+            return ""
+        if together:
+            self.folder = tempfile.TemporaryDirectory(prefix="hificl-ranks-")  # its owner's alone
+            return str(Path(self.folder.name) / "meeting")
+        self.listener = socket.create_server((ray.util.get_node_ip_address(), 0))
+        host, port = self.listener.getsockname()[:2]
+        return f"tcp://{host}:{port}"
+
+    def connect(self, meeting: str, code: Version, home: str) -> None:
         """Join the slot's process group and load what every trial needs, in the project's folder `home`.
 
         Raises:
@@ -147,21 +160,11 @@ class Worker:
         """
         require(code)
         work_in(home)
-        os.environ.update(
-            RANK=str(self.rank),
-            LOCAL_RANK="0",
-            WORLD_SIZE=str(self.world_size),
-            MASTER_ADDR=host,
-            MASTER_PORT=str(port),
-        )
-        import torch
-
-        from pipeline.train.workbench import Workbench, device_for, use_threads
+        from pipeline.train.workbench import Workbench, device_for, join_group, use_threads
 
         use_threads()
-        device = device_for(self.gpus)
-        backend = "nccl" if device == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, rank=self.rank, world_size=self.world_size)
+        device, listener = device_for(self.gpus), self.listener.detach() if self.listener else None
+        join_group(device, self.rank, self.world_size, meeting, listener)
         self.bench = Workbench(device)
 
     def admit(self, request: TrialRequest) -> int:

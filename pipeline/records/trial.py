@@ -83,7 +83,8 @@ class Provenance(Record):
         commit: None outside git.
         dirty: whether the tree differed from it; None outside git.
         changed: the paths that did.
-        left_out: those of them that the diff does not hold, because they are too big to be source.
+        left_out: those of them that the diff does not hold, because they are too big to be source, no source to git, or
+            hold a secret.
         diff: against the commit.
         note: why there is no commit.
         versions: of Python and of the packages that a number depends on.

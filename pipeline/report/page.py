@@ -127,13 +127,13 @@ def page(tables: list[Table], parts: list[str], params: Params, claims: list[Che
 
 def ui_address(params: Params) -> str:
     """Return where a reader finds the runs: a tracking server, nothing where one machine alone has them."""
-    uri = params.tracking.uri or ""
-    host = (urlsplit(uri).hostname or "") if uri.startswith(("http://", "https://")) else ""
+    parts = urlsplit(params.tracking.uri or "")
+    host = (parts.hostname or "") if parts.scheme in ("http", "https") else ""
     try:
         here = ip_address(host).is_loopback
     except ValueError:
         here = host in ("", "localhost")
-    return "" if here else uri.rstrip("/")
+    return "" if here else parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
 
 
 def _policy(script: str) -> str:

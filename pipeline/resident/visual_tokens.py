@@ -21,7 +21,7 @@ import psutil
 import torch
 from cachetools import LRUCache
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.backbones.base import IMAGE_BACKEND, Pixels
@@ -206,10 +206,11 @@ class DiskStore:
                 with suppress(OSError):  # another user's, or a read-only disk: as good as any
                     os.utime(path)  # the time of last use, which the removal goes by
                 return tensor
-        except FileNotFoundError:
+        except OSError:  # no such file, or not now, which says nothing of its content
             return None
-        except (SafetensorError, OSError, ValueError):
-            pass  # damaged: fall through
+        except (SafetensorError, ValueError):
+            if not _is_damaged(path):
+                return None
         with suppress(OSError):
             path.unlink()
         return None
@@ -251,6 +252,17 @@ class DiskStore:
                 path.unlink()  # whoever has it mapped keeps it
             size -= length
         self._size = size
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a file's content is no safetensors; `safe_open` says the same where the system could not open it."""
+    try:
+        load(path.read_bytes())
+    except OSError:
+        return False
+    except (SafetensorError, ValueError):
+        return True
+    return False
 
 
 def _settings_digest(loaded: Loaded) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pipeline.config.load import FOLDERS, PARAMS
 from pipeline.core.errors import InputError
@@ -24,6 +25,13 @@ LOCK = "dvc.lock"
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "mlflow", "dvc")
 MAX_DIFF = 2_000_000  # characters: a diff beyond this is no edit of source any more
 MAX_SOURCE = 250_000  # bytes of a changed file that is still kept in a diff
+_SOURCE_FOLDERS = ("pipeline", "stages", *FOLDERS.values())
+_SOURCE_KINDS = (".py", ".yaml", ".json")
+# an address with a password, a private key, a token by its issuer's prefix
+_SECRET = re.compile(
+    r"://[^\s/:@]*:[^\s/@{}]+@|-----BEGIN [A-Z ]*PRIVATE KEY|\bA[KS]IA[0-9A-Z]{16}\b"
+    r"|\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abp]-)[\w-]{16}"
+)
 _GIT_SECONDS = 20
 _HOST, _BOOT, _PID, _STARTED = "owner.host", "owner.boot", "owner.pid", "owner.started"
 
@@ -55,6 +63,9 @@ def code_root(root: Path) -> Path:
 def checkout_state(root: Path | str, generated: Iterable[str] = ()) -> Provenance:
     """Return the code of the checkout at `root`: its commit, and what was changed since.
 
+    The diff goes to MLflow, whose readers are others. A file that git does not know is in it only where it is code or
+    settings by its place and name, for a local file of passwords is none; and nothing that looks like a secret is.
+
     A changed dvc.lock does not make a checkout dirty, nor does a tracked file that a stage writes: `dvc repro`
     rewrites both while it runs, so every run of a clean checkout would call itself dirty.
 
@@ -66,13 +77,19 @@ def checkout_state(root: Path | str, generated: Iterable[str] = ()) -> Provenanc
     commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     if commit is None:
         return Provenance(note=_why(root))
-    status = _git(root, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all", "--", ".") or ""
+    listed = _git(root, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all", "--", ".") or ""
     prefix = (_git(root, "rev-parse", "--show-prefix") or "").strip()
-    paths = sorted({entry[3:].removeprefix(prefix) for entry in status.split("\0") if len(entry) > 3})
+    states = {entry[3:].removeprefix(prefix): entry[:2] for entry in listed.split("\0") if len(entry) > 3}
     ignored = [LOCK, *generated]
-    changed = [path for path in paths if not any(path == name or path.startswith(f"{name}/") for name in ignored)]
-    left_out = [path for path in changed if _is_big(root / path)]
-    diff = _diff(root, [path for path in changed if path not in left_out])
+    changed = [
+        path for path in sorted(states) if not any(path == name or path.startswith(f"{name}/") for name in ignored)
+    ]
+    kept = [path for path in changed if not _is_big(root / path) and (states[path] != "??" or _is_source(path))]
+    diff = _diff(root, kept)
+    if _SECRET.search(diff):
+        kept = [path for path in kept if not _SECRET.search(_diff(root, [path]))]
+        diff = _diff(root, kept)
+    left_out = [path for path in changed if path not in kept]
     if len(diff) > MAX_DIFF:
         diff = f"{diff[:MAX_DIFF]}\n(cut off: {len(diff)} characters)\n"
     return Provenance(
@@ -94,6 +111,11 @@ def _why(root: Path) -> str:
     if "not a git repository" in said:
         return "not a git checkout"
     return f"git refuses: {' '.join(said.removeprefix('fatal: ').split())}"  # of another user's it names the way out
+
+
+def _is_source(path: str) -> bool:
+    """Whether a file that git does not know can be code or settings that a run is made with."""
+    return PurePosixPath(path).parts[0] in _SOURCE_FOLDERS and PurePosixPath(path).suffix in _SOURCE_KINDS
 
 
 def _is_big(path: Path) -> bool:

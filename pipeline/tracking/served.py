@@ -27,7 +27,8 @@ class AdapterModel(PythonModel):
         adapter = Path(context.artifacts["adapter"])
         given = context.model_config.get("project")
         around = (folder for folder in adapter.resolve().parents if (folder / "params.yaml").is_file())
-        self._answerer = Answerer(adapter, project=Path(given) if given else next(around, Path()))
+        project = Path(given) if given else next(around, Path())
+        self._answerer = Answerer(adapter, project=project, reads_files=False)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -36,7 +37,8 @@ class AdapterModel(PythonModel):
 
         Args:
             context: what MLflow loaded the model from.
-            model_input: `image` (a file's path, or base64) and, for tasks that ask one, `question`.
+            model_input: `image`, its content in base64 (no path: a request must not have files read), and for tasks
+                that ask one `question`.
             params: not used.
         """
         rows = model_input.astype(object).where(model_input.notna(), None).to_dict("records")

@@ -49,7 +49,9 @@ def serve_page(folder: Path, uri: str | None, *, host: str, port: int) -> None:
     if file is not None and not file.exists():
         raise InputError("no MLflow store", where=str(file), way_out="Run `make repro` or `hificl sweep` first")
     if not store.is_database(address):
-        raise InputError("the store is a server with its own page", where=address, way_out="Open it in a browser")
+        raise InputError(
+            "the store is a server with its own page", where=store.shown(address), way_out="Open it in a browser"
+        )
     if host not in LOOPBACK:
         say(f"warning: {host} can be reached from other machines, and this server asks nobody for a password")
     Tracker(address, folder).bring_up()

@@ -51,7 +51,9 @@ def resolve_address(uri: str | None, root: Path) -> str:
     if scheme in ("http", "https", "databricks"):
         return uri.rstrip("/")
     if scheme in ("", "file"):
-        raise InputError("MLflow no longer keeps runs in plain files", where=uri, way_out="Write sqlite:///mlflow.db")
+        raise InputError(
+            "MLflow no longer keeps runs in plain files", where=shown(uri), way_out="Write sqlite:///mlflow.db"
+        )
     url = _url(uri)
     if url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:":
         return sqlite_uri((root / url.database).resolve())

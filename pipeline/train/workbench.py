@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 
@@ -20,6 +22,8 @@ from pipeline.records.trial import TrialReport
 from pipeline.resident.resident import Resident
 from pipeline.train.loop import TrainingLoop
 from pipeline.train.trial_run import TrialRun
+
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 def use_threads() -> None:
@@ -44,6 +48,35 @@ def device_for(gpus: float) -> str:
             way_out="See that nvidia-smi shows it and torch is a build for CUDA, or set sweep.gpus_per_worker to 0",
         ) from None
     return "cuda"
+
+
+def join_group(device: str, rank: int, world_size: int, meeting: str = "", listener: int | None = None) -> None:
+    """Make the process group of a slot's ranks.
+
+    Ranks of one machine meet in a file of their owner's and talk over loopback. A rank alone needs neither; what torch
+    and DeepSpeed want of a group it finds in memory.
+
+    Args:
+        device: that the ranks compute on, `cuda` or `cpu`.
+        rank: this process's.
+        world_size: how many ranks.
+        meeting: a file's path, or `tcp://ADDRESS:PORT` where the ranks lie on several machines; no matter for one rank.
+        listener: descriptor of the first rank's socket, which listens at that address alone and is taken over.
+    """
+    store: torch.distributed.Store
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    address = urlsplit(meeting)
+    if address.scheme != "tcp":
+        os.environ |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _LOOPBACK)
+    if world_size == 1:
+        store = torch.distributed.HashStore()
+    elif address.scheme != "tcp":
+        store = torch.distributed.FileStore(meeting, world_size)
+    else:
+        host, port = str(address.hostname), int(address.port or 0)
+        store = torch.distributed.TCPStore(host, port, world_size, rank == 0, master_listen_fd=listener)
+    backend = "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 class Workbench:

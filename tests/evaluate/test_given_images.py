@@ -85,3 +85,34 @@ def test_what_is_neither_is_named(tmp_path, monkeypatch):
         with pytest.raises(InputError) as caught, _as_file(given):
             pass
         assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["image.png", "/etc/hostname", "s.parquet#0/image", "../image.png", "file:///etc/hostname"]
+)
+def test_where_others_ask_no_path_is_read(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "image.png").write_bytes(stored())
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"image": {"bytes": stored()}}]), "s.parquet")
+    with (
+        pytest.raises(InputError, match="(not an image in base64|no image of a known format).*"),
+        _as_file(path, reads_files=False),
+    ):
+        pass
+    text = base64.b64encode(stored()).decode()
+    for given in (text, f"data:image/png;base64,{text}"):
+        with _as_file(given, reads_files=False) as file:
+            assert np.array_equal(np.asarray(open_image(file)), NOISE)
+
+
+def test_a_logged_model_reads_no_path(monkeypatch, tmp_path):
+    """What MLflow runs for a request gives an answerer that reads none."""
+    from types import SimpleNamespace
+
+    from pipeline.evaluate import answerer
+    from pipeline.tracking.served import AdapterModel
+
+    made = []
+    monkeypatch.setattr(answerer, "Answerer", lambda *args, **names: made.append(names))
+    AdapterModel().load_context(SimpleNamespace(artifacts={"adapter": str(tmp_path)}, model_config={"project": ""}))
+    assert made[0]["reads_files"] is False

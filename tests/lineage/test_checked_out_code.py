@@ -31,8 +31,8 @@ def repository(tmp_path: Path) -> Path:
 def test_a_dirty_trees_code_comes_back_new_files_included(repository: Path, tmp_path: Path) -> None:
     (repository / "code.py").write_text("edited = 1\n")
     (repository / "weights.bin").write_bytes(bytes(300_000))
-    (repository / "new").mkdir()
-    (repository / "new/file.py").write_text("added = 1\n")
+    (repository / "pipeline").mkdir()
+    (repository / "pipeline/file.py").write_text("added = 1\n")
     made_by = checkout_state(repository)
     index = git(repository, "status", "--porcelain")
     git(repository, "stash", "-uq")
@@ -42,8 +42,8 @@ def test_a_dirty_trees_code_comes_back_new_files_included(repository: Path, tmp_
     check_code(repository, made_by, "run")
     with checked_out(repository, made_by, tmp_path / "code") as code:
         assert (code / "code.py").read_text() == "edited = 1\n"
-        assert (code / "new/file.py").read_text() == "added = 1\n"
-    assert "?? new/" in index
+        assert (code / "pipeline/file.py").read_text() == "added = 1\n"
+    assert "?? pipeline/" in index
     assert not (tmp_path / "code").exists()
     assert len(git(repository, "worktree", "list").splitlines()) == 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import threading
 from types import SimpleNamespace
@@ -147,6 +148,27 @@ def test_a_damaged_entry_is_computed_again(harm, tiny, pictures, tmp_path):
     once_more = VisualTokens(loaded, tmp_path)
     assert torch.equal(once_more.get(["0.png"], pictures)[0], expected)
     assert once_more.computed == 0
+
+
+def test_an_error_of_the_system_costs_time_and_removes_nothing(tmp_path, monkeypatch):
+    """Too many open files; another user's file, whose time may not be set; a disk that can only be read."""
+    store = DiskStore(tmp_path, limit=1 << 20)
+    store.write("ab", torch.arange(8.0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.open(tmp_path, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        assert store.read("ab") is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert store.path("ab").exists()
+
+    def refused(*_args, **_names):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert torch.equal(store.read("ab"), torch.arange(8.0)) and store.path("ab").exists()
 
 
 def test_the_disk_stays_below_its_limit(tmp_path):

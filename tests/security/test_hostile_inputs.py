@@ -9,6 +9,7 @@ import pickle
 import resource
 import struct
 import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image
 from pipeline import adapters
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
-from pipeline.data.images import check_image, open_image
+from pipeline.data.images import MAX_PIXELS, check_image, open_image
 from pipeline.data.manifest import Manifest, Source
 from pipeline.data.sample import ImageRef, Sample
 from tests.conftest import ROOT
@@ -153,11 +154,11 @@ def test_a_manifest_nested_without_end_is_refused(tmp_path):
 # -- an image --------------------------------------------------------------------------------------------------------
 
 
-def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+def png(width: int, height: int, *chunks: tuple[bytes, bytes], depth: int = 8, colour: int = 2) -> bytes:
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in ((b"IHDR", head), *chunks, (b"IEND", b"")))
 
 
@@ -177,6 +178,24 @@ def test_decompression_bombs_are_refused_before_they_unfold(tmp_path):
         with pytest.raises(InputError, match=name):
             open_image(tmp_path / name)
     assert peak_mib() - before < 200
+
+
+@pytest.mark.parametrize(("depth", "colour", "pixel"), [(16, 0, 2), (8, 2, 3)], ids=["16-bit grey", "RGB"])
+def test_a_picture_just_within_the_limit_takes_a_gibibyte_at_most(tmp_path, depth, colour, pixel):
+    """In a process of its own: a file of some 300 kB."""
+    side = int(MAX_PIXELS**0.5)
+    packer, row = zlib.compressobj(9), bytes(1 + side * pixel)
+    rows = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    (tmp_path / "large.png").write_bytes(png(side, side, (b"IDAT", rows), depth=depth, colour=colour))
+    code = (
+        "import resource, sys; from pipeline.data.images import open_image; before = resource.getrusage(0).ru_maxrss;"
+        "size = open_image(sys.argv[1]).size; print(*size, (resource.getrusage(0).ru_maxrss - before) / 2**20)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "large.png")], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    width, height, gib = map(float, done.stdout.split())
+    assert (width, height) == (side, side) and gib < 1.0
 
 
 def test_a_picture_that_is_a_program_is_not_run(tmp_path):

@@ -91,7 +91,7 @@ def test_a_model_goes_with_its_trial_and_comes_again_with_it(project, tmp_path, 
 def test_it_answers_in_a_fresh_process_as_predict_does(project, client, tmp_path):
     image = sorted((project.folder / "data/real/images").rglob("*.jpg"))[0]
     encoded = base64.b64encode(image.read_bytes()).decode()
-    rows = [{"image": str(image), "question": QUESTION}, {"image": encoded, "question": QUESTION}]
+    rows = [{"image": given, "question": QUESTION} for given in (encoded, f"data:image/jpeg;base64,{encoded}")]
     uri = f"sqlite:///{project.folder / 'mlflow.db'}"
     asked = [sys.executable, "-c", LOAD, uri, "models:/idefics2-8b-base_vqav2_hificl@best", json.dumps(rows)]
     done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)

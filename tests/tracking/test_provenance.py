@@ -147,3 +147,38 @@ def test_an_ended_process_is_gone_and_a_living_one_is_not() -> None:
     assert process_is_gone({**mine, "owner.boot": "another boot"})
     assert not process_is_gone({**mine, "owner.host": "another host", "owner.pid": "999999999"})
     assert not process_is_gone({}), "a run that is not ours is left alone"
+
+
+SECRETS = {
+    ".env": "HF_TOKEN=hf_SECRETSECRET123\nPASSWORD=hunter2\n",
+    "notes/secrets.yaml": "password: hunter2",
+    "credentials.py": "x = 'hunter2'",
+    "pipeline/methods.py": "URI = 'postgresql://mlflow:hunter2@db/mlflow'\n",
+    "studies/own.yaml": "title: hf_abcdefghijklmnopqrstuvwx1234\n",
+    "pipeline/key.py": "KEY = '''-----BEGIN OPENSSH PRIVATE KEY-----\nhunter2'''\n",
+    "pipeline/aws.json": '{"id": "AKIAIOSFODNN7EXAMPLE", "key": "hunter2"}',
+}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_no_secret_is_in_the_diff_and_what_is_left_out_is_named(checkout: Path, name: str) -> None:
+    for path, text in {
+        name: SECRETS[name],
+        "pipeline/adapters/own.py": "x = 1\n",
+        "profiles/own.yaml": "a: 1\n",
+    }.items():
+        (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / path).write_text(text)
+    (checkout / "params.yaml").write_text("rank: 16\n")
+    code = checkout_state(checkout)
+    assert code.left_out == (name,) and name in code.changed
+    assert "hunter2" not in code.diff and "hf_" not in code.diff
+    assert "+rank: 16" in code.diff and "+x = 1" in code.diff and "+a: 1" in code.diff
+
+
+def test_a_secret_that_is_taken_out_is_not_in_the_diff_either(checkout: Path) -> None:
+    (checkout / "params.yaml").write_text("tracking: {uri: 'https://admin:hunter2@mlflow.example.org'}\n")
+    git(checkout, "commit", "-q", "-a", "-m", "a mistake")
+    (checkout / "params.yaml").write_text("tracking: {}\n")
+    code = checkout_state(checkout)
+    assert code.changed == code.left_out == ("params.yaml",) and code.diff == ""

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import os
+import pickle
+import socket
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
 
 from pipeline.config.trial import TrialConfig, engine_packs
-from pipeline.core.errors import WorkError
+from pipeline.core.errors import InputError, WorkError
 from pipeline.train.engine import ENGINES, Student
-from tests.support.free_port import free_port
+from pipeline.train.workbench import join_group
 
 STEPS = 6
+
+
+class Bomb:
+    """What unpickling would do: leave a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
 
 
 def config(**fields) -> TrialConfig:
@@ -62,8 +77,7 @@ def losses(
 
 @pytest.fixture(scope="module")
 def one_rank():
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    dist.init_process_group("gloo", rank=0, world_size=1)
+    join_group("cpu", 0, 1)
     yield
     dist.destroy_process_group()
 
@@ -80,7 +94,9 @@ def test_deepspeed_gives_the_losses_of_plain_torch(oracle, stage):
     assert losses("deepspeed", config(zero_stage=stage)) == pytest.approx(oracle, abs=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), ("deepspeed", 0), ("deepspeed", 2), ("deepspeed", 3)])
+@pytest.mark.parametrize(
+    ("kind", "stage"), [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+)
 def test_a_resumed_engine_goes_on_bit_for_bit(oracle, tmp_path, kind, stage):
     cfg = config(zero_stage=stage)
     assert losses(kind, cfg, resume_at=2, folder=tmp_path) == losses(kind, cfg)
@@ -152,27 +168,88 @@ def test_the_fixed_loss_scale_of_fp16_changes_nothing(oracle):
     assert losses("torch", config(precision="fp16")) == pytest.approx(oracle, abs=1e-6)
 
 
-def _rank(rank: int, world: int, port: int, kind: str, stage: int, queue) -> None:
+def _rank(rank: int, machines: int, kind: str, stage: int, folder: Path, queue, meetings) -> None:
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    queue.put((rank, losses(kind, config(zero_stage=stage, world_size=world), rank, world)))
+    meeting, listener = str(folder / "meeting"), None
+    if machines == 2 and rank == 0:
+        server = socket.create_server(("127.0.0.1", 0))
+        meeting, listener = f"tcp://127.0.0.1:{server.getsockname()[1]}", server.detach()
+        meetings.put(meeting)
+    elif machines == 2:
+        meeting = meetings.get(timeout=100)
+    join_group("cpu", rank, 2, meeting, listener)
+    cfg = config(zero_stage=stage, world_size=2)
+    ports = {c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    queue.put((rank, losses(kind, cfg, rank, 2), losses(kind, cfg, rank, 2, resume_at=2, folder=folder), ports))
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), ("deepspeed", 2)])
-def test_two_ranks_give_the_losses_of_one(oracle, kind, stage):
+@pytest.mark.parametrize(("kind", "stage", "machines"), [("torch", 0, 1), ("deepspeed", 2, 1), ("deepspeed", 3, 2)])
+def test_two_ranks_give_the_losses_of_one_and_go_on_bit_for_bit(oracle, tmp_path, kind, stage, machines):
+    """On one machine and, as far as the meeting goes, on two; nobody listens on every interface."""
     context = mp.get_context("spawn")
-    queue, port = context.Queue(), free_port()
-    ranks = [context.Process(target=_rank, args=(r, 2, port, kind, stage, queue)) for r in range(2)]
+    queue, meetings = context.Queue(), context.Queue()
+    given = (machines, kind, stage, tmp_path, queue, meetings)
+    ranks = [context.Process(target=_rank, args=(rank, *given)) for rank in range(2)]
     for process in ranks:
         process.start()
-    found = dict(queue.get(timeout=300) for _ in ranks)
+    by_rank = {rank: rest for rank, *rest in (queue.get(timeout=300) for _ in ranks)}
     for process in ranks:
         process.join(60)
-    together = [a + b for a, b in zip(found[0], found[1], strict=True)]
+    together = [a + b for a, b in zip(by_rank[0][0], by_rank[1][0], strict=True)]
     assert together == pytest.approx(oracle, abs=1e-6)
+    for undisturbed, resumed, addresses in by_rank.values():
+        assert resumed == undisturbed and addresses == {"127.0.0.1"}
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_forged_checkpoint_runs_nothing(one_rank, tmp_path, stage):
+    """A pickle in the place of DeepSpeed's files of an earlier version, or of this version's file."""
+    engine, _ = make("deepspeed", config(zero_stage=stage))
+    bomb = pickle.dumps(Bomb(tmp_path / "trace"))
+    old = tmp_path / "epoch-0001"
+    (old / "engine").mkdir(parents=True)
+    (old / "latest").write_text("engine")
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        torch.save(Bomb(tmp_path / "trace"), old / "engine" / name)
+    with pytest.raises(InputError, match=r"in pickles, which could run code.*Remove .* to begin again"):
+        engine.load(old)
+    for content in (bomb, b"", b"\xff" * 64):
+        (tmp_path / "engine-rank0000.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match=r"engine-rank0000.safetensors: not this engine's state"):
+            engine.load(tmp_path)
+    engine.close()
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("change", ["shape", "lacking", "more"])
+def test_a_state_of_other_parameters_is_refused(one_rank, tmp_path, change):
+    engine, _ = make("torch", config())
+    engine.save(tmp_path)
+    tensors = load_file(tmp_path / "engine.safetensors")
+    tensors |= {"shape": {"parameter.0": torch.zeros(1)}, "more": {"parameter.9": torch.zeros(1)}, "lacking": {}}[
+        change
+    ]
+    if change == "lacking":
+        del tensors["parameter.0"]
+    save_file(tensors, tmp_path / "engine.safetensors")
+    with pytest.raises(InputError, match="not this engine's state"):
+        engine.load(tmp_path)
+
+
+def test_under_zero_3_an_adapter_of_any_size_is_whole_where_it_is_kept(one_rank):
+    """DeepSpeed leaves small parameters whole, and of larger ones each rank a part."""
+    torch.manual_seed(0)
+    adapter = torch.nn.Linear(400, 400)
+    wanted = {name: value.clone() for name, value in adapter.state_dict().items()}
+    cfg = config(zero_stage=3)
+    groups = [{"params": list(adapter.parameters()), "lr": cfg.learning_rate, "weight_decay": 0.0}]
+    engine = ENGINES["deepspeed"](Student(adapter, torch.nn.Linear(4, 4).requires_grad_(False)), groups, cfg)
+    assert adapter.weight.numel() == 0
+    with engine.whole():
+        kept = {name: value.clone() for name, value in adapter.state_dict().items()}
+    engine.close()
+    assert kept.keys() == wanted.keys() and all(torch.equal(kept[name], wanted[name]) for name in wanted)

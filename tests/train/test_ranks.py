@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +13,7 @@ import torch.multiprocessing as mp
 from pipeline import adapters, methods
 from pipeline.config.request import TrialRequest
 from pipeline.records.store import TrialStore
-from pipeline.train.workbench import Workbench
-from tests.support.free_port import free_port
+from pipeline.train.workbench import Workbench, join_group
 
 SHORT = {"epochs": 1, "num_train_samples": 7, "num_selection_samples": 3}  # the last batch leaves one rank without
 
@@ -34,10 +32,9 @@ def train(bench: Workbench, request: TrialRequest) -> tuple[float, ...]:
     return report.metrics.train_loss, report.metrics.selection_score, *store.trial(request.key).losses().get(1, ())
 
 
-def _rank(rank: int, port: int, requests: list[TrialRequest], queue) -> None:
+def _rank(rank: int, meeting: str, requests: list[TrialRequest], queue) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    join_group("cpu", rank, 2, meeting)
     try:
         bench = Workbench(device="cpu")
         found = [train(bench, request) for request in requests]
@@ -63,8 +60,8 @@ def test_two_ranks_train_every_method_as_one_process_does(trial, tmp_path: Path)
     bench = Workbench(device="cpu")
     alone = [train(bench, request) for request in requests(1)]
     context = mp.get_context("spawn")
-    queue, port = context.Queue(), free_port()
-    ranks = [context.Process(target=_rank, args=(rank, port, requests(2), queue)) for rank in range(2)]
+    queue, meeting = context.Queue(), str(tmp_path / "meeting")
+    ranks = [context.Process(target=_rank, args=(rank, meeting, requests(2), queue)) for rank in range(2)]
     for process in ranks:
         process.start()
     together = queue.get(timeout=200)
