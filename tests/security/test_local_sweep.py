@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
+import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.core.errors import InputError
@@ -48,16 +54,24 @@ def test_who_says_otherwise_is_left_alone(home, monkeypatch):
 
 
 SWEEP = """
-import json, os, subprocess, sys
+import json, os, pickle, subprocess, sys, time
 from pathlib import Path
 import psutil
 from pipeline.config.load import Sweep
 from pipeline.pool import tuner
 import ray
 with tuner.cluster(Sweep()):
+    from pipeline.pool.nodes import code_version
     from pipeline.pool.slot import Worker
-    worker = Worker.remote(0, 1)
-    ray.get(worker.address.remote())
+    workers = [Worker.remote(rank, 2, 0.0) for rank in range(2)]
+    meeting = ray.get([worker.meeting.remote(True) for worker in workers])[0]
+    ray.get([worker.connect.remote(meeting, code_version(), os.getcwd()) for worker in workers])
+    request = pickle.loads(Path(sys.argv[1]).read_bytes())
+    ray.get([worker.admit.remote(request) for worker in workers])
+    epoch = [worker.advance.remote() for worker in workers]
+    while not ray.get(workers[0].steps.remote()):
+        time.sleep(0.05)
+    training = not ray.wait(epoch, num_returns=2, timeout=0)[0]
     me = psutil.Process()
     family = [me, *me.children(recursive=True)]
     listening = {}
@@ -65,6 +79,10 @@ with tuner.cluster(Sweep()):
         for socket in one.net_connections("tcp"):
             if socket.status == psutil.CONN_LISTEN:
                 listening[f"{socket.laddr.ip} {socket.laddr.port}"] = one.name()
+    ports = sorted({int(place.split()[1]) for place in listening})
+    knock = [*json.loads(sys.argv[2]), *map(str, ports)]
+    reached = subprocess.run(knock, capture_output=True, text=True, check=True).stdout
+    ray.get(epoch)
     arguments = [" ".join(one.cmdline()) for one in family]
     stranger = subprocess.run(
         [sys.executable, "-c", "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False)",
@@ -72,21 +90,84 @@ with tuner.cluster(Sweep()):
         env={**os.environ, "RAY_AUTH_TOKEN": "f" * 64}, capture_output=True, text=True, timeout=120, check=False)
     session = ray._private.worker._global_node.get_session_dir_path()
     logs = "".join(p.read_text(errors="replace") for p in Path(session, "logs").rglob("*") if p.is_file())
-print(json.dumps({"listening": listening, "arguments": arguments, "stranger": stranger.returncode,
-                  "why": stranger.stderr[-3000:], "logs": logs}))
+print(json.dumps({"listening": listening, "arguments": arguments, "stranger": stranger.returncode, "training": training,
+                  "reached": json.loads(reached), "why": stranger.stderr[-3000:], "logs": logs}))
+"""
+KNOCK = """
+import json, socket, sys
+reached = []
+for address in json.loads(sys.argv[1]):
+    for port in map(int, sys.argv[2:]):
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as knock:
+            knock.settimeout(2)
+            if knock.connect_ex((address, port)) == 0:
+                reached.append([address, port])
+print(json.dumps(reached))
 """
 
 
-def test_a_running_sweep_listens_on_loopback_and_refuses_strangers(home):
+def outer_addresses() -> list[str]:
+    """Return this machine's addresses but those of loopback and of one link."""
+    every = [
+        entry.address for entries in psutil.net_if_addrs().values() for entry in entries if entry.family in FAMILIES
+    ]
+    return [address for address in every if not address.startswith(("127.", "::1", "fe80"))]
+
+
+FAMILIES = (socket.AF_INET, socket.AF_INET6)
+
+
+@pytest.fixture
+def knock() -> Iterator[list[str]]:
+    """The command that connects to ports of this machine from another one, as far as its network goes.
+
+    From a network namespace, where that may be made; else from here, by the outer addresses.
+    """
+    name, here, there = f"hificl{os.getpid()}", "10.231.77.1", "10.231.77.2"
+    made = os.geteuid() == 0 and shutil.which("ip") and not _ip("netns", "add", name).returncode
+    try:
+        if (
+            made
+            and not _ip("link", "add", "hificl0", "type", "veth", "peer", "name", "hificl1", "netns", name).returncode
+        ):
+            for words in (["addr", "add", f"{here}/30", "dev", "hificl0"], ["link", "set", "hificl0", "up"]):
+                _ip(*words)
+            for words in (["addr", "add", f"{there}/30", "dev", "hificl1"], ["link", "set", "hificl1", "up"]):
+                _ip("-n", name, *words)
+            yield ["ip", "netns", "exec", name, sys.executable, "-c", KNOCK, json.dumps([here])]
+        else:
+            yield [sys.executable, "-c", KNOCK, json.dumps(outer_addresses())]
+    finally:
+        if made:
+            _ip("netns", "del", name)
+
+
+def _ip(*words: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["ip", *words], capture_output=True, check=False)
+
+
+def test_the_knock_reaches_what_listens_on_every_interface(knock):
+    """Else the test below would prove nothing."""
+    with socket.create_server(("", 0)) as open_one, socket.create_server(("127.0.0.1", 0)) as closed:
+        ports = [server.getsockname()[1] for server in (open_one, closed)]
+        done = subprocess.run([*knock, *map(str, ports)], capture_output=True, text=True, check=True)
+    assert [port for _, port in json.loads(done.stdout)] == ports[:1] * len(json.loads(knock[-1]))
+
+
+@pytest.mark.timeout(600)
+def test_a_running_sweep_listens_on_loopback_and_refuses_strangers(home, trial, tmp_path, knock):
+    request = trial("lora", tmp_path / "runs", rank=2, epochs=1, num_train_samples=16, micro_batch_size=1, world_size=2)
+    (tmp_path / "request").write_bytes(pickle.dumps(replace(request, pack_key=None)))
     done = subprocess.run(
-        [sys.executable, "-c", SWEEP], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
-        env={**os.environ, "HOME": str(home)},
+        [sys.executable, "-c", SWEEP, str(tmp_path / "request"), json.dumps(knock)], cwd=ROOT, capture_output=True,
+        text=True, timeout=500, check=False, env={**os.environ, "HOME": str(home)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     seen = json.loads(done.stdout.splitlines()[-1])
     addresses = {one.split()[0].removeprefix("::ffff:") for one in seen["listening"]}
     assert addresses == {"127.0.0.1"}, seen["listening"]
-    assert {"gcs_server", "raylet"} <= set(seen["listening"].values())
+    assert seen["training"] and seen["reached"] == []
+    assert {"gcs_server", "raylet", "ray::Worker"} <= {name.split(".")[0] for name in seen["listening"].values()}
     assert seen["stranger"] != 0 and "token" in seen["why"].lower(), seen["why"]
     token = (home / ".ray/auth_token").read_text()
     assert mode(home / ".ray/auth_token") == 0o600
@@ -112,3 +193,24 @@ def test_a_password_in_an_address_is_refused_before_anything_sees_it(home, monke
     with pytest.raises(InputError, match="credentials") as second:
         refuse_password("http://admin:hunter2@127.0.0.1:5000")
     assert "hunter2" not in str(first.value) + str(second.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["https://admin:hunter2@mlflow.example.org", "postgresql://mlflow:hunter2@db/mlflow"]
+)
+def test_a_password_in_params_is_refused_and_one_in_the_environment_is_shown_nowhere(home, monkeypatch, address):
+    from pipeline.config.load import load
+    from pipeline.report.page import ui_address
+    from pipeline.tracking import store
+    from pipeline.tracking.client import Tracker
+
+    with pytest.raises(InputError, match="tracking.uri: has a password in it") as refused:
+        load(ROOT / "params.yaml", overrides=[f"tracking.uri={address}"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    shown = [str(refused.value), Tracker(None, home).address, store.shown(address)]
+    params = load(ROOT / "params.yaml")
+    shown.append(
+        ui_address(params.model_copy(update={"tracking": params.tracking.model_copy(update={"uri": address})}))
+    )
+    assert "hunter2" not in "".join(shown)
+    assert shown[-1] == ("https://mlflow.example.org" if address.startswith("https") else "")

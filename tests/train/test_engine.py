@@ -68,6 +68,7 @@ def losses(
         out.append(total)
         if step == resume_at:
             engine.save(folder)
+            dist.barrier()
             engine.close()
             engine, loss = make(kind, cfg)
             engine.load(folder)
