@@ -87,7 +87,21 @@ class Examination(Answer):
 def examine(params: Params, root: Path) -> Examination:
     """Return what the profile of `params` needs, and whether it is here."""
     checks: list[Finding] = []
-    for group in (_python, _code, _studies, _data, _weights, _pictures, _java, _gpus, _ray, _mlflow, _disk):
+    for group in (
+        _python,
+        _code,
+        _studies,
+        _data,
+        _weights,
+        _pictures,
+        _java,
+        _gpus,
+        _machine,
+        _ray,
+        _store,
+        _mlflow,
+        _disk,
+    ):
         checks += group(params, root)
     return Examination(params.profile, checks)
 
@@ -249,6 +263,40 @@ def _memory(of: BackboneMemory, cards: Sequence[int]) -> Finding:
         state, way_out = NOTE, "Set train.gradient_checkpointing: true, or a lower train.micro_batch_size or precision"
     detail = f"{of.backbone} in {of.precision} has {of.weights / 2**30:.1f} GiB of weights; {', '.join(said)}"
     return Finding("memory", state, detail, way_out)
+
+
+def _machine(params: Params, root: Path) -> Iterator[Finding]:
+    """What a private cluster needs of this machine."""
+    from pipeline.core import machine
+
+    if params.sweep.address is None:
+        yield from (_tried(name, check) for name, check in machine.CHECKS.items())
+
+
+def _store(params: Params, root: Path) -> Iterator[Finding]:
+    """Whether runs/ and evaluations/ can be written, are free and are of this version."""
+    from pipeline.core import locks
+    from pipeline.plan.plan import places
+    from pipeline.records.evaluation import Evaluations
+    from pipeline.records.store import TrialStore
+
+    runs = places(root).runs
+
+    def readable() -> str:
+        there = next(folder for folder in (runs, *runs.parents) if folder.exists())
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(
+                "cannot be written", where=str(there), way_out="Mend its permissions, or mount it writable"
+            )
+        store, evaluations = TrialStore(runs), Evaluations(root / "evaluations")
+        ended = [store.done(key) for key in store.all_keys() if store.record(key)]
+        studies = [evaluations.study(name) for name in evaluations.studies()]
+        return f"{len(ended)} trials, {len(ended) - ended.count(None)} ended; {len(studies)} studies evaluated"
+
+    yield _tried("runs", readable)
+    for name, file in (("runs' lock", runs / ".lock"), ("the MLflow store's lock", root / "mlflow.db.lock")):
+        if (holder := locks.holder(file)) is not None:
+            yield Finding(name, NOTE, f"{file} is held by {holder}", "Wait for it to end, or stop it")
 
 
 def _ray(params: Params, root: Path) -> Iterator[Finding]:

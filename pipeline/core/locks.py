@@ -118,6 +118,21 @@ def held(
         os.close(handle)
 
 
+def holder(path: Path) -> str | None:
+    """Return who holds a lock; None where it is free, or there is none."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            return _named(path)
+        there = Holder.read(path.with_name(f"{path.name}.held"))
+        return None if there is None or there.is_gone else str(there)
+    return None
+
+
 def _take(path: Path, handle: int, me: Holder) -> tuple[str | None, Path | None]:
     """Return who holds the lock, None where this process does now, and the file that stands for it without flock."""
     soft = None

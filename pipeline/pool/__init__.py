@@ -13,6 +13,7 @@ import stat
 import tempfile
 from pathlib import Path
 
+from pipeline.core import machine
 from pipeline.core.errors import InputError
 from pipeline.core.files import disk_error
 
@@ -36,13 +37,13 @@ def ensure_token() -> Path | None:
     None where the environment says something else: RAY_AUTH_MODE other than token, or a token of its own.
 
     Raises:
-        InputError: the file belongs to somebody else and can be read by others.
+        InputError: there is no place for the file, or it belongs to somebody else and can be read by others.
         WorkError: it cannot be written.
     """
-    given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    given = any(os.environ.get(name) for name in machine.TOKEN_VARIABLES)
     if given or os.environ.setdefault("RAY_AUTH_MODE", "token").lower() != "token":
         return None
-    path = Path.home() / ".ray/auth_token"
+    path = machine.token_file()
     try:
         if not path.exists():
             _create(path)

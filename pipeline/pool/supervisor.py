@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.load import Params
-from pipeline.core import plain_paths
+from pipeline.core import machine, plain_paths
 from pipeline.core.errors import HificlError, InputError, WorkError
 from pipeline.core.progress import say
 from pipeline.plan.plan import Plan
@@ -110,13 +110,13 @@ class Driver:
     """One driver process; it imports Ray while its stage opens MLflow.
 
     Raises:
-        InputError: there is no place for what Ray needs on this machine.
+        InputError: this machine lacks what Ray needs.
     """
 
     def __init__(self) -> None:
         self.mark = uuid.uuid4().hex
         self.works = False
-        plain_paths.ray_folder()
+        machine.require()
         python = plain_paths.python()
         self.pipe, end = multiprocessing.Pipe()
         with end:

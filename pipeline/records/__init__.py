@@ -163,6 +163,21 @@ def as_written(fields: Mapping[str, Any]) -> Json:
     return json.loads(json.dumps(fields))
 
 
+def part_of(path: Path, name: str) -> object:
+    """Return a part of a trial's or an evaluation's file, as its code wrote it; or all of a file that is the part.
+
+    Raises:
+        InputError: there is no such file, or no JSON in it.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError("no such file", where=str(path), way_out="Give runs/KEY/config.json") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"not readable as JSON: {error}", where=str(path)) from None
+    return content[name] if isinstance(content, dict) and name in content else content
+
+
 def lines(model: type[R], path: Path, way_out: str) -> Iterator[R]:
     """Yield a record for each line of a file; a last line that a crash has torn is left out, which is said.
 

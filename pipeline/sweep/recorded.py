@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import backbones
 from pipeline.config.load import Explicit, Params, Study, StudyMethod
 from pipeline.config.trial import EvaluationConfig, TrialConfig
-from pipeline.core.errors import InputError, validate
+from pipeline.core.errors import validate
+from pipeline.records import part_of
 from pipeline.records.evaluation import Evaluation, Evaluations
 from pipeline.sweep.evaluate import evaluate
 from pipeline.sweep.train import sweep
@@ -32,20 +32,12 @@ def read_recorded(trial: Path, evaluation: Path | None = None) -> Recorded:
     Raises:
         InputError: no such file, no JSON, or a field that this code does not know.
     """
-    config = validate(TrialConfig, _part(trial, "config"), str(trial), noun="field")
+    config = validate(TrialConfig, part_of(trial, "config"), str(trial), noun="field")
     if evaluation is None:
         return Recorded(config)
-    return Recorded(config, validate(EvaluationConfig, _part(evaluation, "evaluation"), str(evaluation), noun="field"))
-
-
-def _part(path: Path, name: str) -> object:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError("no such file", where=str(path), way_out="Give runs/KEY/config.json") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"not readable as JSON: {error}", where=str(path)) from None
-    return content[name] if isinstance(content, dict) and name in content else content
+    return Recorded(
+        config, validate(EvaluationConfig, part_of(evaluation, "evaluation"), str(evaluation), noun="field")
+    )
 
 
 def params_of(recorded: Recorded, params: Params) -> Params:

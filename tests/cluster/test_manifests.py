@@ -125,3 +125,15 @@ def test_no_file_of_cluster_holds_a_secret():
         (entry,) = [e for e in pods["headGroupSpec"]["template"]["spec"]["containers"][0]["env"] if e["name"] == name]
         assert "value" not in entry and entry["valueFrom"]["secretKeyRef"]
     assert stat.S_IMODE((CLUSTER / "sweep").stat().st_mode) & 0o111
+
+
+def test_rays_metrics_exporters_are_off_in_every_file():
+    """They ask nobody for a token."""
+    cluster = manifests()["RayCluster"]["spec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "RAY_enable_metrics_collection", "value": "0"} in container["env"]
+    for name in ("cluster.yaml", "cluster-aws.yaml"):
+        started = yaml.safe_load((ROOT / "cluster" / name).read_text())
+        for part in ("head_start_ray_commands", "worker_start_ray_commands"):
+            assert "RAY_enable_metrics_collection=0" in " ".join(started[part])

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pipeline.commands import doctor
 from pipeline.config.load import load
+from pipeline.core import machine
+from pipeline.core.locks import held
+from pipeline.plan import plan
 from pipeline.train.memory import GIB, BackboneMemory, StepMemory
 from tests.conftest import ROOT
 
@@ -64,3 +75,86 @@ def test_what_fits_which_card_is_said():
     here = doctor._memory(of, (24,))
     assert here.state == doctor.NOTE and "train.gradient_checkpointing: true" in here.way_out
     assert doctor._memory(of, (80,)).state == doctor.OK
+
+
+def finding(checks, name):
+    (check,) = [check for check in checks if check.name == name]
+    return check
+
+
+@pytest.mark.parametrize("case", ["no home", "read-only home", "a token of another's"])
+def test_a_home_that_gives_no_token_is_missing(params, monkeypatch, tmp_path, case):
+    for name in machine.TOKEN_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert finding(doctor._machine(params, ROOT), "home").state == doctor.OK
+    if case == "no home":
+        monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home"))))
+    else:
+        real = os.access  # the tests' user may be root, who may do everything
+        (tmp_path / ".ray").mkdir()
+        if case != "read-only home":
+            (tmp_path / ".ray/auth_token").write_text("t")
+        monkeypatch.setattr(os, "access", lambda path, how: not str(path).startswith(str(tmp_path)) and real(path, how))
+    check = finding(doctor._machine(params, ROOT), "home")
+    assert check.state == doctor.MISSING and "Set HOME to a folder that can be written" in check.way_out
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
+    assert finding(doctor._machine(params, ROOT), "home").state == doctor.OK
+
+
+@pytest.mark.parametrize(
+    ("before", "says"),
+    [
+        ("ulimit -n 64", "ulimit -n: a process may open 64 files, Ray needs 512. Call `ulimit -n 65536`"),
+        ("export RAY_TMPDIR=/tmp/" + "x" * 60, "too long for Ray's sockets"),
+        ("unset HOME; export RAY_TMPDIR=/nowhere", "RAY_TMPDIR"),
+    ],
+)
+def test_a_machine_that_cannot_start_ray_is_refused_at_once(before, says):
+    """By the very call that a sweep makes before it starts its driver; before, it took minutes and three attempts."""
+    code = "import sys; from pipeline.cli import guarded"
+    code += "; from pipeline.core import machine; sys.exit(guarded(machine.require))"
+    started = time.monotonic()
+    done = subprocess.run(
+        ["bash", "-c", f'{before}; exec "$0" -c "$1"', sys.executable, code], cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert time.monotonic() - started < 60
+
+
+def test_a_tiny_folder_for_ray_is_refused(params, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(total=1 << 18, used=0, free=1 << 18))
+    check = finding(doctor._machine(params, ROOT), "Ray's folder")
+    assert (
+        check.state == doctor.MISSING and "0.2 MiB free, Ray needs 64" in check.detail and "RAY_TMPDIR" in check.way_out
+    )
+
+
+def test_few_open_files_become_as_many_as_are_allowed():
+    code = "import resource; from pipeline.core import machine; print(machine.open_files(), resource.getrlimit(7)[0])"
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -Sn 100; exec "$0" -c "$1"', sys.executable, code], cwd=ROOT, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    assert int(done.stdout.split()[-1]) == (65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536))
+
+
+def test_a_store_is_read_whole(params, tmp_path, monkeypatch):
+    """What newer code has written, what cannot be written, and who holds a lock; with its process."""
+    monkeypatch.setattr(plan, "places", lambda root: SimpleNamespace(runs=tmp_path / "runs"))
+    assert finding(doctor._store(params, tmp_path), "runs").detail == "0 trials, 0 ended; 0 studies evaluated"
+    shutil.copytree(ROOT / "tests/golden/records/runs", tmp_path / "runs")
+    assert finding(doctor._store(params, tmp_path), "runs").state == doctor.OK
+    with held(tmp_path / "runs/.lock", "a sweep"), (tmp_path / "mlflow.db.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        checks = list(doctor._store(params, tmp_path))
+        assert f"is held by a sweep, pid {os.getpid()} on" in finding(checks, "runs' lock").detail
+        assert f"held by another process, pid {os.getpid()}" in finding(checks, "the MLflow store's lock").detail
+    (name,) = {path.parent.name for path in (tmp_path / "runs").glob("*/metrics.jsonl")}
+    (tmp_path / "runs" / name / "done.json").write_text('{"schema": 99}')
+    check = finding(doctor._store(params, tmp_path), "runs")
+    assert check.state == doctor.MISSING and "schema 99 was written by newer code" in check.detail
+    monkeypatch.setattr(os, "access", lambda _path, _how: False)
+    assert finding(doctor._store(params, tmp_path), "runs").detail == f"{tmp_path / 'runs'}: cannot be written"

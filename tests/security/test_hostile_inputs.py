@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
@@ -276,3 +277,29 @@ def test_a_study_named_like_a_path_is_unknown(tmp_path, monkeypatch):
     for name in ("../../etc", "x;touch pwned"):
         with pytest.raises(InputError, match="unknown study"):
             load(overrides=["run.studies=[hificl-table1]", f'run.study_changes={{"{name}": {{}}}}'])
+
+
+def test_no_module_opens_pickles():
+    """Neither the library nor its benchmarks call what runs code out of a file."""
+    opens = {"pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load", "joblib.load", "dill.load", "dill.loads",
+             "cloudpickle.load", "cloudpickle.loads", "shelve.open", "marshal.loads"}  # fmt: skip
+    calls = {}
+    for file in [
+        *(ROOT / "pipeline").rglob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.py"),
+        *(ROOT / "stages").rglob("*.py"),
+    ]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                name = f"{node.value.id}.{node.attr}" if isinstance(node.value, ast.Name) else f".{node.attr}"
+                if name in opens or node.attr in ("load_checkpoint", "load_universal_checkpoint"):
+                    calls[f"{file.relative_to(ROOT)}:{node.lineno}"] = name
+            elif isinstance(node, ast.ImportFrom) and node.module in (
+                "pickle",
+                "dill",
+                "cloudpickle",
+                "joblib",
+                "shelve",
+            ):
+                calls[f"{file.relative_to(ROOT)}:{node.lineno}"] = node.module
+    assert calls == {}
