@@ -72,6 +72,12 @@ def completed(name: str, given: TaskFile, root: Path) -> Completed:
         InputError: no such file, or no column for what is needed; the columns that there are are listed.
     """
     path = root / given.file
+    for key, place in (("file", given.file), ("images", given.images or "")):
+        if os.path.relpath(root / place, root).startswith(".."):
+            way_out = "Set the profile's data_root to a folder above it, or link it below"
+            raise InputError(
+                f"'{place}' lies outside the data root '{root}'", where=f"tasks.{name}.{key}", way_out=way_out
+            )
     files = parts(path)
     head = list(islice(chain.from_iterable(map(read, files)), HEAD))
     whole = [row for row in head if not row.problem]
@@ -319,7 +325,10 @@ class RowReader:
             base = self.root / self.settings.images
         below = os.path.relpath(os.path.normpath(base / path), self.root)
         if below.startswith(".."):
-            raise RowError(column, f"is {_shown(path)}, which lies outside the data root {self.root}")
+            raise RowError(
+                column,
+                f"is {_shown(path)}, which lies outside the data root {self.root}; it has to be a folder above both",
+            )
         return below.replace(os.sep, "/")
 
     def _answers(self, value: object, column: str) -> tuple[tuple[str, ...], list[float]]:

@@ -277,7 +277,8 @@ def _built(name: str, described: object) -> Task:
         settings = validate(TaskFile, dict(described), f"the definition of {name}")
         return FileTask.of(name, Completed(settings, ()))
     given, root = cast(tuple[TaskFile, Path], described)
-    marks = tuple(stamp(part.file) for part in parts(root / given.file))
+    path = root / given.file
+    marks = tuple(stamp(part.file) for part in parts(path)) if path.exists() else ()
     return _declared(name, given.model_dump_json(), str(root), marks)
 
 

@@ -116,6 +116,7 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, row, said) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"file": "../pets.jsonl"}, "tasks.own.file: '../pets.jsonl' lies outside the data root"),
         ({"file": "no.jsonl"}, "no.jsonl: no such file or folder"),
         ({"file": "0.png"}, "0.png: is a '.png'. Give .jsonl"),
         ({"fields": {"question": "quest"}}, "fields.question: column 'quest' is not in .*Did you mean 'question'"),
