@@ -242,7 +242,7 @@ def _efficient_forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Ten
         _rows(q), _rows(k), _rows(v), _efficient_bias(call, q, k), True, 0.0, call.causal, scale=call.scale
     )
     if call.dead is not None:
-        output = output.masked_fill(call.dead.unsqueeze(-1), 0.0)
+        output.masked_fill_(call.dead.unsqueeze(-1), 0.0)  # in its place: the backward wants its layout
     return output, lse[..., : q.shape[2]], (seed, offset)
 
 
@@ -253,6 +253,8 @@ def _efficient_backward(
         grad = grad.masked_fill(call.dead.unsqueeze(-1), 0.0)
     padded = torch.nn.functional.pad(lse.float(), (0, -lse.shape[-1] % _LSE_BLOCK), value=_INF).contiguous()
     bias = _efficient_bias(call, q, k)
+    # in half precision the kernel takes the output's strides for granted: without gaps, [B, T, H, d]
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
     inputs, needed = (_rows(grad), _rows(q), _rows(k), _rows(v), bias, out, padded), [True, True, True, False]
     kernel = aten._scaled_dot_product_efficient_attention_backward
     dq, dk, dv, _ = kernel(*inputs, *extra, 0.0, needed, call.causal, scale=call.scale)

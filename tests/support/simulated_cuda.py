@@ -255,7 +255,8 @@ def _efficient_backward(gpu, grad, q, k, v, bias, out, lse, seed, offset, dropou
     gpu.backends["efficient backward"] += 1
     _need(lse.shape[-1] % 32 == 0 and lse.shape[-1] >= q.shape[2], f"log-sum-exp of {lse.shape[-1]} queries")
     _check_bias(bias, q, k)
-    _need(all(x.stride(-1) == 1 for x in (grad, q, k, v, out)), "last dimension with gaps")
+    _need(all(x.stride(-1) == 1 for x in (grad, q, k, v)), "last dimension with gaps")
+    _need(out.transpose(1, 2).is_contiguous(), "output, whose strides in half precision are taken for granted,")
     return (*_backward(grad, q, k, v, out, lse[..., : q.shape[2]], bias, causal, scale), None)
 
 
