@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pipeline.adapters.base import Adapter, AttentionAdapter, HiddenAdapter, WeightsAdapter, parts_of
 from pipeline.adapters.edits import AttentionEdit, HiddenEdit, WeightsEdit, edited_weights
 from pipeline.adapters.pack import Pack, PackRows
+from pipeline.attention.kernels import prepare_mask
 from pipeline.backbones.decoder import DecoderSpec, check_hooks, decoder_of, eager
 from pipeline.backbones.states import modules_at
 from pipeline.core.errors import InputError
@@ -27,7 +28,7 @@ from pipeline.core.errors import InputError
 _FROZEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _HIDDEN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 NAME = "hificl"
-_UNSUPPORTED = ("softcap", "position_bias", "s_aux")  # they change the scores, and with them Z2
+_UNSUPPORTED = ("softcap", "position_bias")  # they change the scores, and with them Z2
 
 
 @contextmanager
@@ -179,8 +180,31 @@ def attention_forward(
     if attention_mask is None and causal and 1 < queries < key.shape[2]:
         # transformers leaves the mask out here only for the prefill of an empty static cache
         key, value = key[:, :, :queries], value[:, :, :queries]
+    if kwargs.get("s_aux") is not None:
+        key, value, attention_mask = _with_sinks(query, key, value, attention_mask, kwargs["s_aux"], causal=causal)
     output = edit(query, key, value, attention_mask, scale=scaling, causal=causal)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor, *, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write each head's sink, a logit that takes mass and gives nothing, as one more key of zeros: Z2 holds it then.
+
+    Returns:
+        Keys and values [B, H_kv, S + 1, d], and the additive mask [.., H, T, S + 1] with the sinks in its last column.
+    """
+    tokens, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(tokens, keys, dtype=torch.bool, device=query.device)
+        mask = (mask.tril(keys - tokens) if causal else mask)[None, None]
+    prepared = prepare_mask(mask, query.dtype)
+    shape = (prepared.bias.shape[0], len(sinks), tokens)
+    column = sinks.to(query.dtype).view(1, -1, 1, 1).expand(*shape, 1)
+    if prepared.dead is not None:  # a padded row sees nothing at all
+        column = column.masked_fill(prepared.dead[..., None], float("-inf"))
+    bias = torch.cat([prepared.bias.expand(*shape, keys), column], -1)
+    return torch.nn.functional.pad(key, (0, 0, 0, 1)), torch.nn.functional.pad(value, (0, 0, 0, 1)), bias
 
 
 @cache

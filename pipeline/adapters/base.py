@@ -223,6 +223,14 @@ class AttentionAdapter(Adapter):
 
     replaces: bool = True  # whether virtual tokens take their mass from the context (see `attention.py`)
 
+    def __init__(self, options: AnyOptions, spec: DecoderSpec, init: Init) -> None:
+        super().__init__(options, spec, init)
+        if cap := getattr(spec.text_config, "attn_logit_softcapping", None):
+            raise InputError(
+                f"the attention of {spec.model_type} caps its scores at {cap:g}, so that no sum Z2 of exponentials is left",
+                where=f"method '{self.name}'", way_out="Use a method that leaves attention alone: live, lora",
+            )  # fmt: skip
+
     def forward(self) -> dict[str, Tensor]:
         """Return `keys` [L, H, n, d], `values` [L, H, n, d]; optional `bias` [L, H, n] and `linear` [L, H, d, d]."""
         raise NotImplementedError

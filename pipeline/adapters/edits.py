@@ -29,9 +29,9 @@ class AttentionEdit:
     """
 
     def __init__(self, parts: Mapping[int, AttentionAdapter], pack: Pack, spec: DecoderSpec) -> None:
-        self.parts, self.pack, self.num_layers = dict(parts), pack, spec.num_layers
-        self.shape = (spec.num_layers, spec.num_heads, spec.head_dim)
-        self.layers: list[Callable[..., Tensor]] = [partial(self.attend, layer) for layer in range(spec.num_layers)]
+        self.parts, self.pack, self.num_layers = dict(parts), pack, spec.num_attentions
+        self.shape = (spec.num_attentions, spec.num_heads, spec.head_dim)
+        self.layers: list[Callable[..., Tensor]] = [partial(self.attend, layer) for layer in range(spec.num_attentions)]
         self._tokens: Any = None  # of every layer: name -> tensor
         self._mask: tuple[Tensor, torch.dtype, PreparedMask] | None = None
         kinds = {part.replaces for part in self.parts.values()}

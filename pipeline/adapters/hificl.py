@@ -53,7 +53,7 @@ class HiFICL(AttentionAdapter):
     def __init__(self, options: HiFICLOptions, spec: DecoderSpec, init: Init) -> None:
         super().__init__(options, spec, init)
         n, r = options.num_virtual_tokens, options.rank
-        grid, size = (spec.num_layers, spec.num_heads), spec.head_dim
+        grid, size = (spec.num_attentions, spec.num_heads), spec.head_dim
         self.replaces = options.alpha == "full"
         if options.lowrank_k:
             self.k_a = init.normal(*grid, n, r, std=1.0)

@@ -60,7 +60,7 @@ class MimIC(AttentionAdapter):
 
     def __init__(self, options: MimICOptions, spec: DecoderSpec, init: Init) -> None:
         super().__init__(options, spec, init)
-        grid, size = (spec.num_layers, spec.num_heads), spec.head_dim
+        grid, size = (spec.num_attentions, spec.num_heads), spec.head_dim
         self.replaces = options.shift != "vector"
         self.scale = float(getattr(spec.attentions[0], "scaling", size**-0.5))
         self.shift = init.normal(*grid, size, std=_SHIFT_STD)

@@ -22,7 +22,8 @@ class DecoderSpec:
     Attributes:
         decoder: the module whose forward runs the layers.
         layers: the decoder layers, bottom first; a layer's output is the residual stream.
-        attentions: the self-attention module of each layer (cross-attention blocks are not among them).
+        attentions: the self-attention modules, bottom first, all of one shape; a layer that mixes tokens in another
+            way (a convolution, linear attention) or looks at the images alone (cross-attention) has none.
         num_layers, num_heads, num_kv_heads, head_dim, hidden_size: sizes, read off the modules.
         text_config: the configuration that the attention modules read.
         model_type: `config.model_type` of the whole model.
@@ -39,50 +40,99 @@ class DecoderSpec:
     text_config: Any
     model_type: str
 
+    @property
+    def num_attentions(self) -> int:
+        """Layers that attend: what an adapter of attention has parameters for."""
+        return len(self.attentions)
+
 
 def decoder_of(model: nn.Module) -> DecoderSpec:
     """Return the decoder of a transformers model, on any device, meta included.
 
     Heads and head size are read off the projections, because some configurations name neither `head_dim` nor
-    `num_key_value_heads`, and class defaults are wrong for others.
+    `num_key_value_heads`, and class defaults are wrong for others: heads off the projection behind attention, since
+    the one to queries may hold gates besides.
 
     Args:
         model: a transformers model with a decoder (multimodal or text alone).
 
     Raises:
-        InputError: no decoder with self-attention of q, k, v, o projections is found.
+        InputError: no decoder with self-attention of q, k, v, o projections is found, or one whose attentions differ
+            in shape.
     """
     kind = type(model).__name__
-    find: Any = getattr(model, "get_decoder", None)
-    decoder = find() if find else None
-    layers = getattr(decoder, "layers", None)
-    if decoder is None or not isinstance(layers, nn.ModuleList) or not len(layers):
+    decoder, layers = _layers(model)
+    if not layers:
         way_out = "Use a decoder or a vision-language model"
         raise InputError(f"{kind} has no decoder with a list of layers", way_out=way_out)
-    attentions = [_self_attention(layer, kind) for layer in layers]
+    attentions = [attention for layer in layers if (attention := self_attention(layer, kind)) is not None]
+    if not attentions:
+        raise InputError(f"no decoder layer of {kind} has a self-attention with q, k, v, o projections")
+    shapes = {_shape(attention) for attention in attentions}
+    if len(shapes) > 1:
+        shown = " and ".join(f"{heads}/{kv_heads} heads of {size}" for heads, kv_heads, size in sorted(shapes))
+        raise InputError(f"the decoder layers of {kind} attend in different shapes: {shown}")
+    ((heads, kv_heads, head_dim),) = shapes
     first: Any = attentions[0]
-    head_dim = int(first.head_dim)
     return DecoderSpec(
         decoder=decoder,
-        layers=list(layers),
+        layers=layers,
         attentions=attentions,
         num_layers=len(layers),
-        num_heads=first.q_proj.out_features // head_dim,
-        num_kv_heads=first.k_proj.out_features // head_dim,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
-        hidden_size=int(first.o_proj.out_features),
+        hidden_size=int(output_projection(first).out_features),
         text_config=first.config,
         model_type=str(getattr(model.config, "model_type", kind)),  # type: ignore[union-attr]
     )
 
 
-def _self_attention(layer: nn.Module, kind: str) -> nn.Module:
-    """Return the one child of `layer` that projects to queries, keys, values and back."""
-    needed = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "config")
-    matching = [child for child in layer.children() if all(hasattr(child, name) for name in needed)]
-    if len(matching) != 1:
-        raise InputError(f"a decoder layer of {kind} has {len(matching)} self-attentions with q, k, v, o projections")
-    return matching[0]
+def _layers(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    """Return the module that runs the decoder's layers, and them; `get_decoder` may give a model around it."""
+    find: Any = getattr(model, "get_decoder", None)
+    decoder: Any = find() if find else model
+    for candidate in (decoder, getattr(decoder, "model", None), getattr(decoder, "text_model", None)):
+        layers = getattr(candidate, "layers", None)
+        if isinstance(layers, nn.ModuleList):
+            return candidate, list(layers)
+    return decoder, []
+
+
+def self_attention(layer: nn.Module, kind: str) -> nn.Module | None:
+    """Return the one child of `layer` that projects to queries, keys, values and back; None where none attends.
+
+    Raises:
+        InputError: there are several, or it attends with projections of another kind.
+    """
+    needed = ("q_proj", "k_proj", "v_proj", "head_dim", "config")
+    named = [child for child in layer.children() if "Attention" in type(child).__name__ and not _crosses(child)]
+    matching = [
+        child
+        for child in layer.children()
+        if all(getattr(child, name, None) is not None for name in needed) and not _crosses(child)
+        if output_projection(child) is not None
+    ]
+    if len(matching) > 1 or (named and not matching):
+        problem = f"a decoder layer of {kind} has {len(matching)} self-attentions with q, k, v, o projections"
+        raise InputError(f"{problem} ({', '.join(type(child).__name__ for child in named)})")
+    return matching[0] if matching else None
+
+
+def _crosses(module: nn.Module) -> bool:
+    """Whether a module attends to something else than the text: transformers says so in the class's name alone."""
+    return "CrossAttention" in type(module).__name__ or bool(getattr(module, "is_cross_attention", False))
+
+
+def output_projection(attention: nn.Module) -> Any:
+    """Return the projection of the heads' outputs into the residual stream, whatever it is called; or None."""
+    return getattr(attention, "o_proj", None) or getattr(attention, "out_proj", None)
+
+
+def _shape(attention: Any) -> tuple[int, int, int]:
+    """Return heads, key heads and head size of an attention module."""
+    size = int(attention.head_dim)
+    return output_projection(attention).in_features // size, attention.k_proj.out_features // size, size
 
 
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones.decoder import DecoderSpec, check_hooks, eager
+from pipeline.backbones.decoder import DecoderSpec, check_hooks, eager, self_attention
 from pipeline.config.trial import State
 from pipeline.core.errors import InputError
 
@@ -102,16 +102,18 @@ def recorded(spec: DecoderSpec, state: State, keep: Callable[[Tensor], Tensor] =
 def _inside(spec: DecoderSpec) -> list[_Inside]:
     """Find every layer's FFN, once a decoder."""
     if spec.decoder not in _INSIDE:
-        pairs = zip(spec.layers, spec.attentions, strict=True)
-        inside = [_found(layer, attention, spec) for layer, attention in pairs]
+        inside = [_found(layer, spec) for layer in spec.layers]
         if any(parameter.is_meta for parameter in spec.decoder.parameters()):
             return inside  # not tried: it has no numbers
         _INSIDE[spec.decoder] = inside
     return _INSIDE[spec.decoder]
 
 
-def _found(layer: nn.Module, attention: nn.Module, spec: DecoderSpec) -> _Inside:
+def _found(layer: nn.Module, spec: DecoderSpec) -> _Inside:
     """Take the one child with matrices beside self-attention for the FFN, and try whether it is."""
+    attention = self_attention(layer, spec.model_type)
+    if attention is None:
+        raise InputError(f"a decoder layer of {spec.model_type} does not attend to the text", way_out=_RESIDUAL)
     others = {name: child for name, child in layer.named_children() if child is not attention}
     matrices = {name: child for name, child in others.items() if any(p.dim() > 1 for p in child.parameters())}
     if len(matrices) != 1:

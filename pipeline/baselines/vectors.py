@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.backbones.decoder import decoder_of
+from pipeline.backbones.decoder import decoder_of, output_projection
 from pipeline.baselines import Baseline, BaselineOptions, Setting, baselines
 from pipeline.baselines.demonstrations import draw_from
 from pipeline.core.errors import InputError
@@ -209,7 +209,7 @@ class FunctionVector(VectorMethod):
     def read(self) -> None:
         """Compute the heads' means and effects, and the vector [D]."""
         spec = self.spec
-        self.outputs: list[Any] = [attention.o_proj for attention in spec.attentions]  # type: ignore[union-attr]
+        self.outputs: list[Any] = [output_projection(attention) for attention in spec.attentions]
         means = self._mean_outputs()
         effects = self._effects(means)
         order = effects.flatten().sort(descending=True, stable=True).indices[: self.options.num_heads].tolist()

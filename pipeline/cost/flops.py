@@ -61,7 +61,7 @@ class DecoderCost:
         first: Any = spec.attentions[0]
         lowest = sum(linear.weight.numel() for linear in (first.q_proj, first.k_proj, first.v_proj))
         head = model.get_output_embeddings().weight.numel()  # type: ignore[operator]
-        return cls(weights, lowest, spec.num_layers, spec.num_heads * spec.head_dim, head, weights + head)
+        return cls(weights, lowest, spec.num_attentions, spec.num_heads * spec.head_dim, head, weights + head)
 
     def forward(self, tokens: int, *, seen: int | None = None, logits: int = 0) -> float:
         """Return one row's forward pass.
