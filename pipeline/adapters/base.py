@@ -227,7 +227,7 @@ class AttentionAdapter(Adapter):
         super().__init__(options, spec, init)
         if cap := getattr(spec.text_config, "attn_logit_softcapping", None):
             raise InputError(
-                f"the attention of {spec.model_type} caps its scores at {cap:g}, so that no sum Z2 of exponentials is left",
+                f"the attention of {spec.model_type} caps its scores at {cap:g}: no sum Z2 of exponentials is left",
                 where=f"method '{self.name}'", way_out="Use a method that leaves attention alone: live, lora",
             )  # fmt: skip
 

@@ -39,6 +39,10 @@ class ChatMarkers:
     Attributes:
         terminator: the token the model ends its answer with; it is learnt, and generation stops at it.
         after: what separates two turn pairs.
+        head: what stands once in front: a start token, a system's turn.
+        answer_open: what opens the turn that is answered, where it is not `assistant_open` (a thought left empty).
+        images_first: whether a turn's images stand in front of its text, whatever the wording says.
+        images_close: what then separates them from the text.
     """
 
     user_open: str
@@ -46,6 +50,10 @@ class ChatMarkers:
     assistant_open: str
     terminator: str
     after: str
+    head: str = ""
+    answer_open: str | None = None
+    images_first: bool = False
+    images_close: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +157,8 @@ class Backbone:
 
     @property
     def image_text(self) -> str:
-        """What a prompt holds where an image belongs, before it is expanded."""
-        return self.placeholder or self.image_token
+        """What a prompt holds where an image belongs, before it is expanded; nothing in a text decoder's."""
+        return self.placeholder or self.special_tokens.get("image", "")
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Json:
@@ -185,17 +193,17 @@ class Family(ABC):
     width.
     """
 
-    model_type: ClassVar[str]
+    model_type: str
     # Whether the number of an image's tokens depends on its size; `expand` then needs the sizes.
-    sized: ClassVar[bool] = False
+    sized: bool = False
     # Whether a token's states follow from the tokens that it sees and its position alone, so that what several prompts
     # begin with is computed once: generation can go on from its keys and values, training can share it.
-    shares_prefix: ClassVar[bool] = True
+    shares_prefix: bool = True
     size_rules: ClassVar[tuple[SizeRule, ...]] = ()  # most processors take pictures of any size
     # Which configuration keys hold the ids of which special tokens.
     token_keys: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}
 
-    modules: ClassVar[Modules]
+    modules: Modules
 
     # Names in transformers, imported when they are first needed.
     architecture: ClassVar[str]  # what the names of its classes begin with
@@ -210,22 +218,22 @@ class Family(ABC):
     @property
     def config_class(self) -> Any:
         """The transformers configuration class."""
-        return _from_transformers(f"{self.architecture}Config")
+        return from_transformers(f"{self.architecture}Config")
 
     @property
     def model_class(self) -> Any:
         """The transformers model class."""
-        return _from_transformers(self.model_name)
+        return from_transformers(self.model_name)
 
     @property
     def processor_class(self) -> Any:
         """The transformers processor class."""
-        return _from_transformers(f"{self.architecture}Processor")
+        return from_transformers(f"{self.architecture}Processor")
 
     @property
     def image_processor_class(self) -> Any:
         """The transformers image processor class on PIL."""
-        return _from_transformers(self.image_processor_name)
+        return from_transformers(self.image_processor_name)
 
     @staticmethod
     @abstractmethod
@@ -251,7 +259,7 @@ class Family(ABC):
         """Return the real processor class around `tokenizer` with an image processor on PIL."""
         parts = [self.image_processor_class(**settings["image_processor"]), tokenizer]
         if self.video_processor_name is not None:
-            parts.append(_from_transformers(self.video_processor_name)())
+            parts.append(from_transformers(self.video_processor_name)())
         return self.processor_class(*parts, **{key: settings[key] for key in settings if key != "image_processor"})
 
     def load_processor(self, folder: Path, settings: Mapping[str, Any]) -> Any:
@@ -259,6 +267,10 @@ class Family(ABC):
         processor = self.processor_class.from_pretrained(folder, local_files_only=True)
         processor.image_processor = self.image_processor_class.from_pretrained(folder, local_files_only=True)
         return processor
+
+    def load_model(self, folder: Path, **settings: Any) -> Any:
+        """Return the model of a published layout, with transformers' report of what it found there."""
+        return self.model_class.from_pretrained(folder, use_safetensors=True, local_files_only=True, **settings)
 
     @abstractmethod
     def expand(self, text: str, processor: Any, image_sizes: Sequence[tuple[int, int]] | None = None) -> str:
@@ -346,7 +358,8 @@ def _check_takes_visual_tokens() -> None:
         raise InputError(problem, where="transformers", way_out="Install the version that requirements.txt names")
 
 
-def _from_transformers(name: str) -> Any:
+def from_transformers(name: str) -> Any:
+    """Return what transformers calls `name`, imported when it is first needed."""
     import transformers
 
     return getattr(transformers, name)

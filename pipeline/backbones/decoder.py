@@ -88,7 +88,7 @@ def decoder_of(model: nn.Module) -> DecoderSpec:
     )
 
 
-def _layers(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+def _layers(model: nn.Module) -> tuple[Any, list[nn.Module]]:
     """Return the module that runs the decoder's layers, and them; `get_decoder` may give a model around it."""
     find: Any = getattr(model, "get_decoder", None)
     decoder: Any = find() if find else model

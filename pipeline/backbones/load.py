@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from pipeline.backbones import REGISTRY
+from pipeline.backbones import get
 from pipeline.backbones.base import Backbone, Family
+from pipeline.backbones.families.generic import GenericFamily, declared
 from pipeline.backbones.memory import Passes
 from pipeline.backbones.weights import check_folder, digest_of_folder, digest_of_settings, find_folder
+from pipeline.config.schema import BackboneSource
 from pipeline.core.errors import InputError, nearest
-
-if TYPE_CHECKING:
-    from pipeline.config.load import BackboneSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VARIANTS = ("published", "tiny", "meta")
@@ -72,7 +71,9 @@ class Loaded:
 
     @property
     def image_token_id(self) -> int:
-        """The id that stands for an image, or for one visual token of it."""
+        """The id that stands for an image, or for one visual token of it; -1, which no token has, without images."""
+        if "image" not in self.backbone.special_tokens:
+            return -1
         return self.tokenizer.convert_tokens_to_ids(self.backbone.image_token)
 
     @property
@@ -109,15 +110,35 @@ def load(
     Raises:
         InputError: an unknown name, variant or dtype; weights that are missing, pickled, damaged or another model's.
     """
-    backbone = REGISTRY.get(name)
+    return _loaded(get(name), variant, weights, revision, dtype, device, seed, allow_download=allow_download)
+
+
+def load_from(
+    name: str, source: BackboneSource, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+) -> Loaded:
+    """Load a backbone from where its settings say, as `load` does; `dtype` None: that of the settings."""
+    kind = source.dtype if dtype is None else dtype
+    return _loaded(of(name, source), source.variant, source.weights, source.revision, kind, device, source.seed)
+
+
+def of(name: str, source: BackboneSource) -> Backbone:
+    """Return a backbone by its name and what its settings say."""
+    return declared(name, source) if source.hub else get(name)
+
+
+def _loaded(
+    backbone: Backbone, variant: str, weights: Path | str | None, revision: str | None, dtype: torch.dtype | str,
+    device: torch.device | str, seed: int, *, allow_download: bool = False,
+) -> Loaded:  # fmt: skip
     if variant not in VARIANTS:
-        where, way_out = f"backbones.{name}.variant", nearest(variant, VARIANTS)
+        where, way_out = f"backbones.{backbone.name}.variant", nearest(variant, VARIANTS)
         raise InputError(f"unknown variant '{variant}'", where=where, way_out=way_out)
-    kind = _dtype(dtype, name)
-    if variant == "meta":
-        return _meta(backbone)
+    kind, family = _dtype(dtype, backbone.name), backbone.family
     if variant == "tiny":
         return _tiny(backbone, seed=seed, dtype=kind, device=device)
+    if variant == "meta":
+        folder = find_folder(backbone, weights, revision) if isinstance(family, GenericFamily) else None
+        return _meta(backbone, folder)
     folder = find_folder(backbone, weights, revision, allow_download=allow_download)
     return _published(backbone, folder, dtype=kind, device=device)
 
@@ -128,14 +149,12 @@ def digest_of(name: str, source: BackboneSource) -> str:
     Raises:
         InputError: as `load`, where the weights are missing or another model's.
     """
-    backbone = REGISTRY.get(name)
+    backbone = of(name, source)
     if source.variant == "tiny":
         return _tiny_digest(backbone, source.seed)
-    if source.variant == "meta":
-        return _meta_digest(backbone)
     folder = find_folder(backbone, source.weights, source.revision)
     check_folder(backbone, folder)
-    return digest_of_folder(folder)
+    return digest_of_folder(folder, backbone)
 
 
 def _dtype(dtype: torch.dtype | str, name: str) -> torch.dtype:
@@ -146,9 +165,13 @@ def _dtype(dtype: torch.dtype | str, name: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _meta(backbone: Backbone) -> Loaded:
+def _meta(backbone: Backbone, folder: Path | None) -> Loaded:
+    family = backbone.family
+    config = family.config_in(folder) if isinstance(family, GenericFamily) and folder else None
     with torch.device("meta"):
-        model = backbone.family.model_class(backbone.family.build_config(backbone.config_for("meta")))
+        model = family.model_class(family.build_config(backbone.config_for("meta")) if config is None else config)
+    if isinstance(family, GenericFamily):
+        backbone = family.known(backbone, model)
     return Loaded(_frozen(model), None, None, backbone, _meta_digest(backbone), "meta")
 
 
@@ -189,14 +212,14 @@ def _published(backbone: Backbone, folder: Path, *, dtype: torch.dtype, device: 
     check_folder(backbone, folder)
     family = backbone.family
     way_out = f"Download {backbone.hub_id} again" if backbone.hub_id else "Make the miniature again: dvc repro backbone"
+    if isinstance(family, GenericFamily):
+        way_out = "Give a whole folder in the hub's layout, and install what it asks for"
     try:
         processor = family.load_processor(folder, backbone.processor_for("published"))
         # straight from the mapped files to a card: eight slots of a node would else hold eight copies in its memory
         placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
-        model, report = family.model_class.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **placed
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        model, report = family.load_model(folder, dtype=dtype, output_loading_info=True, **placed)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         problem = f"cannot be loaded as {backbone.name}: {' '.join(str(error).split())[:300]}"
         raise InputError(problem, where=str(folder), way_out=way_out) from error
     if report["missing_keys"]:
@@ -204,10 +227,13 @@ def _published(backbone: Backbone, folder: Path, *, dtype: torch.dtype, device: 
         missing = sorted(report["missing_keys"])
         problem = f"{len(missing)} parameters of {backbone.name} are not in the weights, such as {missing[0]}"
         raise InputError(problem, where=str(folder), way_out=way_out)
-    loaded = Loaded(
-        model.to(device), processor, processor.tokenizer, backbone, digest_of_folder(folder), "published", folder
+    model = _frozen(model.to(device))
+    if isinstance(family, GenericFamily):
+        backbone = family.known(backbone, model, processor)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return _ready(
+        Loaded(model, processor, tokenizer, backbone, digest_of_folder(folder, backbone), "published", folder)
     )
-    return _ready(loaded)
 
 
 def _ready(loaded: Loaded) -> Loaded:
@@ -231,4 +257,4 @@ def _frozen(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-__all__ = ["DTYPES", "Loaded", "digest_of", "load", "tiny_lines"]
+__all__ = ["DTYPES", "Loaded", "digest_of", "load", "load_from", "of", "tiny_lines"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbones.base import IMAGE_BACKEND, Backbone
+from pipeline.backbones.families.generic import GenericFamily
 from pipeline.core.errors import InputError, WorkError
 from pipeline.core.files import stamp, write_atomic
 from pipeline.core.plain_yaml import Json
@@ -37,6 +38,8 @@ def find_folder(
     Raises:
         InputError: it is not there; the message says what to download and where to put it.
     """
+    if isinstance(backbone.family, GenericFamily):
+        weights, revision = weights or backbone.family.folder, revision or backbone.family.source.revision
     if weights is not None:
         folder = Path(weights).expanduser()
         if not folder.is_dir():
@@ -54,10 +57,12 @@ def find_folder(
         )
     from huggingface_hub import snapshot_download
 
+    gguf = backbone.family.source.gguf if isinstance(backbone.family, GenericFamily) else None
     try:
         snapshot = snapshot_download(
-            backbone.hub_id, revision=revision, local_files_only=not allow_download, allow_patterns=list(_DECIDING)
-        )
+            backbone.hub_id, revision=revision, local_files_only=not allow_download,
+            allow_patterns=[*_DECIDING, *([gguf] if gguf else [])],
+        )  # fmt: skip
     except Exception as error:  # noqa: BLE001 - the hub's client raises its own, its transport's and OS errors
         raise InputError(
             f"the weights of {backbone.name} are not on this machine",
@@ -68,6 +73,8 @@ def find_folder(
 
 
 def _way_out(backbone: Backbone) -> str:
+    if isinstance(backbone.family, GenericFamily) and backbone.hub_id is None:
+        return "Give a folder in the hub's layout"
     if backbone.hub_id is None:
         return "Make it with: dvc repro backbone"
     return (
@@ -83,6 +90,10 @@ def check_folder(backbone: Backbone, folder: Path) -> None:
     Raises:
         InputError: something is missing, pickled, or another model's.
     """
+    if isinstance(backbone.family, GenericFamily):
+        backbone.family.config_in(folder)
+        if backbone.family.source.gguf is not None:
+            return
     config = _read_json(folder / "config.json", backbone)
     model_type = config.get("model_type")
     if model_type != backbone.family.model_type:
@@ -123,14 +134,21 @@ def digest_of_settings(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def digest_of_folder(folder: Path) -> str:
+def digest_of_folder(folder: Path, backbone: Backbone) -> str:
     """Return the sha256 over name and sha256 of every deciding file of a published layout.
+
+    Of a backbone by name, how it is prompted decides too.
 
     A big file's sha256 is taken from the hub cache's own file name where the folder is one, else remembered in the
     user's cache folder by path and `digests.stamp`, so that 16 GB are read once a node, whatever starts there.
     """
+    generic = backbone.family if isinstance(backbone.family, GenericFamily) else None
     files = sorted({path for pattern in _DECIDING for path in folder.glob(pattern)})
     total = hashlib.sha256(f"image_backend={IMAGE_BACKEND}\n".encode())
+    if generic is not None:
+        total.update(f"chat={generic.source.chat}\n".encode())
+        if generic.source.gguf is not None:
+            files = [folder / generic.source.gguf]
     for path in files:
         total.update(f"{path.name} {digest_of_file(path)}\n".encode())
     return total.hexdigest()

@@ -12,7 +12,7 @@ def register(line: CommandLine) -> None:
     """Add the verbs."""
     text = "what adapts a model: every method and its options"
     line.verb("names", "methods", _of_methods, text, answers=True)
-    text = "what is adapted: every backbone and its class"
+    text = "what is adapted: every backbone, every class of which any checkpoint can be named"
     line.verb("names", "backbones", _of_backbones, text, answers=True)
     text = "what is asked: every task and its score"
     line.verb("names", "tasks", _of_tasks, text, answers=True)
@@ -36,18 +36,27 @@ def _of_methods(_: argparse.Namespace) -> Rows:
 
 
 def _of_backbones(_: argparse.Namespace) -> Rows:
-    """Return every backbone, with its class in transformers and its checkpoint."""
+    """Return every backbone with its class and checkpoint, then the classes of which any checkpoint can be named."""
     from pipeline import backbones
+    from pipeline.backbones.families.generic import architectures
 
     members = map(backbones.get, backbones.names())
     rows = [
         {
             "name": member.name, "class": member.family.model_name, "parameters": member.parameters,
-            "checkpoint": member.hub_id, "stands_for": member.stands_for,
+            "checkpoint": member.hub_id, "stands_for": member.stands_for, "reads": "images", "status": "tested",
+            "why": "here by name, with prompts of its own",
         }
         for member in members
     ]  # fmt: skip
-    heads = {"name": "backbone", "class": "class", "parameters": "parameters", "stands_for": "stands for"}
+    rows += [
+        {
+            "name": None, "class": row.model_class, "parameters": None, "checkpoint": None, "stands_for": None,
+            "reads": row.reads, "status": row.status, "why": row.why, "model_type": row.model_type,
+        }
+        for row in architectures().values()
+    ]  # fmt: skip
+    heads = {"name": "backbone", "class": "class", "status": "status", "why": "why"}
     return Rows(rows, heads)
 
 

@@ -136,11 +136,13 @@ def _resolved(raw: dict[str, Any], where: str) -> Params:
         laid[section] = validate(type(getattr(file, section)), merged, f"{run_at}: {section}")
     task_files = validate(TaskFiles, {"tasks": merge(run.task_files, sections["tasks"])}, run_at).tasks
     registry.declare("task", {task: (given, Path(run.data_root)) for task, given in task_files.items()})
+    sources = validate(Sources, {"of": merge(run.sources, explicit["backbones"])}, f"{run_at}: sources").of
+    registry.declare("backbone", {backbone: source for backbone, source in sources.items() if source.hub})
     return Params(
         profile=name, run=run, explicit=Explicit(**{name: explicit[name] for name in Explicit.model_fields}),
         task_files=task_files, profiles=raw["profiles"], studies=_studies(file.studies, run, run_at),
         protocols=protocols, protocol=file.protocol, miniature=file.miniature, tracking=file.tracking, **laid,
-        backbones=validate(Sources, {"of": merge(run.sources, explicit["backbones"])}, f"{run_at}: sources").of,
+        backbones=sources,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.config.trial import EvaluationConfig, TrialConfig
+from pipeline.core.errors import validate
 
 Scalar = bool | int | float | str | None
 
@@ -132,13 +133,32 @@ class Sweep(Section):
 
 
 class BackboneSource(Section):
-    """Where a backbone's weights come from."""
+    """Where a backbone's weights come from; with `hub` it is one that the project has no file for."""
 
     variant: Literal["published", "tiny"] = "published"
     weights: str | None = None  # a local folder; None: the hub's cache
     revision: str | None = None
     seed: int = 0  # of a tiny variant's random weights
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    hub: str | None = None  # organisation/name, or a folder in the hub's layout
+    gguf: str | None = None  # a file of that folder, for a text decoder that transformers reads from GGUF
+    chat: bool = True  # prompted in the turns of its chat template, where it has one; else with plain text
+
+    @classmethod
+    def spelled(cls, name: str) -> BackboneSource | None:
+        """Return the source that a name spells out: `hub:org/name` or `folder:PATH`, then `,key=value`; or None.
+
+        Raises:
+            InputError: a key that there is not, or a value that does not fit.
+        """
+        kind, colon, rest = name.partition(":")
+        if not colon or kind not in ("hub", "folder"):
+            return None
+        place, *settings = rest.split(",")
+        pairs = dict(setting.partition("=")[::2] for setting in settings)
+        return validate(
+            cls, {"hub": place.strip(), **{key.strip(): value.strip() for key, value in pairs.items()}}, name
+        )
 
 
 ScoreName = Literal["exact", "vqa", "cider", "choice", "contains", "number"]
@@ -379,4 +399,4 @@ class Params(Section):
 
     def backbone_source(self, name: str) -> BackboneSource:
         """Return where the weights of `name` come from."""
-        return self.backbones.get(name, BackboneSource())
+        return self.backbones.get(name) or BackboneSource.spelled(name) or BackboneSource()

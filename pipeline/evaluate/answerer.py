@@ -91,7 +91,8 @@ class Answerer:
             return self._said(text, question)
         with _as_file(image, reads_files=self.reads_files) as file:
             name = str(image) if file == Path(image) else "the image given"
-            backbones.get(self.origin["backbone"]).family.check_size(*image_files.sizes([file])[0], name)
+            known = backbones.of(self.origin["backbone"], _source(self.origin["backbone"], self.project))
+            known.family.check_size(*image_files.sizes([file])[0], name)
             images = (ImageRef(str(file.resolve())),)
             text = self._generate(images, question, max_new_tokens or self.task.max_new_tokens)
         return self._said(text, question)
@@ -119,10 +120,8 @@ class Answerer:
     def _loaded(self) -> tuple[Loaded, Adapter]:
         name = self.origin["backbone"]
         source = _source(name, self.project)
-        loaded = backbones.load(
-            name, variant=source.variant, weights=source.weights, revision=source.revision,
-            dtype=self.origin.get("precision", source.dtype), device=_device(), seed=source.seed,
-        )  # fmt: skip
+        dtype = self.origin.get("precision", source.dtype)
+        loaded = backbones.load_from(name, source, dtype=dtype, device=_device())
         wanted = self.origin.get("backbone_digest", loaded.digest)
         if loaded.digest != wanted:
             raise InputError(
@@ -184,7 +183,9 @@ def _given(text: str, reads_files: bool) -> tuple[str, bytes]:
 def _source(name: str, project: Path) -> BackboneSource:
     """Return where the weights lie: the project's params.yaml says it, where there is one."""
     params = project / PARAMS
-    source = load(params).backbone_source(name) if params.is_file() else BackboneSource()
+    source = (
+        load(params).backbone_source(name) if params.is_file() else BackboneSource.spelled(name) or BackboneSource()
+    )
     return source.model_copy(update={"weights": str(project / source.weights)}) if source.weights else source
 
 

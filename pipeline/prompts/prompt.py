@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.backbones.base import Backbone, RoleLines
 from pipeline.core.errors import InputError, WorkError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.tasks import PromptTemplate
 
 Span = tuple[int, int]
+_IMAGE = re.compile(r"(\w+: *)?\{image\} *")  # of a task's wording, with the word in front of it
 ImageSizes = tuple[image_files.ImageSize, ...]  # of a prompt's images
 
 
@@ -93,7 +95,6 @@ def render(
     """
     instructed = bool(demos) or not template.prefix_needs_demos
     prefix = template.prefix if instructed else ""
-    open_turns = [_open_turn(template, backbone, sample) for sample in (*demos, query)]
     answers = [*(demo.shown for demo in demos), query.target]
     roles = roles_of(backbone, style)
     if roles is not None:
@@ -104,11 +105,17 @@ def render(
         between = roles.after
     elif backbone.chat is None:
         head = prefix
+        open_turns = [_open_turn(template, backbone, sample) for sample in (*demos, query)]
         closings = [template.answer.format(answer=_answer(text, backbone)) for text in answers]
         between = ""
     else:
-        head = ""
-        open_turns[0] = backbone.chat.user_open + prefix + open_turns[0].removeprefix(backbone.chat.user_open)
+        chat, samples = backbone.chat, (*demos, query)
+        head = chat.head
+        openings = [chat.assistant_open] * len(demos) + [chat.answer_open or chat.assistant_open]
+        open_turns = [
+            _chat_turn(template, backbone, sample, "" if i else prefix, opening)
+            for i, (sample, opening) in enumerate(zip(samples, openings, strict=True))
+        ]
         closings = [
             template.answer.format(answer=_answer(text, backbone)).rstrip("\n") + backbone.chat.terminator
             for text in answers
@@ -127,16 +134,22 @@ def render(
     return Rendered(text, images, query_start, span, query.sample_id, len(images) - len(query.images), len(demos))
 
 
-def _open_turn(template: PromptTemplate, backbone: Backbone, sample: Sample) -> str:
-    images = backbone.image_text * len(sample.images)
+def _open_turn(template: PromptTemplate, backbone: Backbone, sample: Sample, wording: str | None = None) -> str:
     question = neutral(sample.question or "", backbone).strip()
-    line = template.query.format(image=images, question=question)
-    if backbone.chat is None:
-        return line
+    return (wording or template.query).format(image=backbone.image_text * len(sample.images), question=question)
+
+
+def _chat_turn(template: PromptTemplate, backbone: Backbone, sample: Sample, prefix: str, opening: str) -> str:
+    chat: Any = backbone.chat
+    wording, images = None, ""
+    if chat.images_first:  # so that no word is left that says where an image is
+        wording = _IMAGE.sub("", template.query)
+        images = backbone.image_text * len(sample.images) + (chat.images_close if sample.images else "")
     # "Image: <image> Question: ... Answer:" -> the user's part, and the cue that opens the assistant's
+    line = _open_turn(template, backbone, sample, wording)
     at = max(line.rfind(" "), line.rfind("\n"))
     asked, cue = line[: max(at, 0)], line[at + 1 :]
-    return backbone.chat.user_open + asked + backbone.chat.user_close + backbone.chat.assistant_open + cue
+    return chat.user_open + images + prefix + asked + chat.user_close + opening + cue
 
 
 def roles_of(backbone: Backbone, style: PromptStyle) -> RoleLines | None:
@@ -228,6 +241,11 @@ def encode_all(
     if not rendered:
         return []
     family, processor = loaded.family, loaded.processor
+    if "image" not in loaded.backbone.special_tokens and any(r.images for r in rendered):
+        raise InputError(
+            f"{loaded.backbone.name} reads text alone, and the samples have pictures",
+            way_out="Use a vision-language backbone, or data with captions in place of pictures",
+        )
     sizes = sizes_that_matter(loaded, rendered, root) if image_sizes is None else image_sizes
     texts = [family.expand(r.text, processor, size) for r, size in zip(rendered, sizes, strict=True)]
     ids, offsets = family.tokenise(loaded.tokenizer, texts)

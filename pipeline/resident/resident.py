@@ -64,10 +64,7 @@ class Resident:
     """
 
     def __init__(self, config: TrialConfig, source: BackboneSource, cache: Path | None, device: str) -> None:
-        self.loaded = backbones.load(
-            config.backbone, variant=source.variant, weights=source.weights, revision=source.revision,
-            dtype=config.precision, device=device, seed=source.seed,
-        )  # fmt: skip
+        self.loaded = backbones.load_from(config.backbone, source, dtype=config.precision, device=device)
         if self.loaded.digest != config.backbone_digest:
             raise InputError(
                 f"the weights (digest {self.loaded.digest[:12]}) are not the trial's ({config.backbone_digest[:12]})",
@@ -175,6 +172,8 @@ class ImageFeatures(VisualTokens):
     def __init__(self, loaded: Loaded, folder: Path | None) -> None:
         super().__init__(loaded, disk_bytes=_DISK_BYTES)
         self.disk = None if folder is None else DiskStore(folder, _DISK_BYTES)
+        if not loaded.backbone.modules.vision:
+            raise InputError(f"{loaded.backbone.name} reads no pictures", way_out="Choose demonstrations by their text")
         self._tower: nn.Module = loaded.model.get_submodule(loaded.backbone.modules.vision)
 
     @override

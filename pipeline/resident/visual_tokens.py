@@ -266,11 +266,12 @@ def _is_damaged(path: Path) -> bool:
 
 
 def _settings_digest(loaded: Loaded) -> str:
+    images = getattr(loaded.processor, "image_processor", None)  # a text decoder has none
     settings = {
         "weights": loaded.digest,
         "dtype": str(loaded.dtype),
-        "processor": loaded.processor.image_processor.to_dict(),
-        "class": type(loaded.processor.image_processor).__name__,
+        "processor": images.to_dict() if images is not None else {},
+        "class": type(images).__name__,
         "code": {name: version(name) for name in _CODE},
         "backend": IMAGE_BACKEND,
     }

@@ -14,7 +14,6 @@ import psutil
 import torch
 from torch import nn
 
-from pipeline import backbones
 from pipeline.adapters.base import Adapter
 from pipeline.config.trial import MOST_PACKED
 from pipeline.core.errors import InputError
@@ -28,7 +27,7 @@ _FORGET_PEAK = "5"  # what Linux takes as: the high-water mark is what is held n
 
 
 def flops_per_sample(
-    adapter: Adapter, backbone: str, resident: Resident, prompts: Sequence[Encoded], prefix_length: int,
+    adapter: Adapter, resident: Resident, prompts: Sequence[Encoded], prefix_length: int,
     manifest: Manifest, shots: int,
 ) -> float | None:  # fmt: skip
     """Return the FLOPs of one sample's step with visual tokens at hand and a teacher of its own (`pipeline.cost`).
@@ -37,7 +36,6 @@ def flops_per_sample(
 
     Args:
         adapter: what is trained.
-        backbone: its name.
         resident: the backbone.
         prompts: the training samples' own; their mean lengths count.
         prefix_length: tokens that all of them begin with, which stand once before a teacher's demonstrations.
@@ -51,9 +49,11 @@ def flops_per_sample(
     model = resident.loaded.model
     if not next(model.parameters()).numel():
         return None
+    if not prompts[0].images:
+        return None
     try:
         pixels = resident.visual.pixels([prompts[0].images[:1]], manifest.image_root)["pixel_values"]
-        costs = Costs(backbones.get(backbone), model, image_size=(pixels.shape[-2], pixels.shape[-1]))
+        costs = Costs(resident.loaded.backbone, model, image_size=(pixels.shape[-2], pixels.shape[-1]))
     except InputError:
         return None
     spans = [prompt.answer_span for prompt in prompts]

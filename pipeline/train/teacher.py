@@ -114,7 +114,8 @@ def query_length(alone: Encoded, behind: Encoded, image_token_id: int) -> int:
     """Return how many tokens of query and answer the two prompts share, counted from their ends.
 
     The turn's very first tokens may differ: a text's first word has no space before it, and a chat model's instruction
-    stands inside the first turn. From the query's image on they must not.
+    stands inside the first turn. From the query's image on they must not, without one
+    from the answer on.
 
     Raises:
         WorkError: the tokenizer reads the query differently behind demonstrations.
@@ -122,7 +123,10 @@ def query_length(alone: Encoded, behind: Encoded, image_token_id: int) -> int:
     limit = min(len(alone) - alone.query_start, len(behind) - behind.query_start)
     pairs = zip(reversed(alone.input_ids), reversed(behind.input_ids), strict=False)
     differs = next((i for i, (a, b) in enumerate(pairs) if a != b), limit)
-    image = behind.input_ids.index(image_token_id, behind.query_start)
-    if differs < len(behind) - image:
+    if behind.images:
+        first = behind.input_ids.index(image_token_id, behind.query_start)
+    else:
+        first = behind.answer_span[0] if behind.answer_span else len(behind)
+    if differs < len(behind) - first:
         raise WorkError(f"sample {alone.sample_id} is tokenised differently behind demonstrations")
     return min(differs, limit)

@@ -114,7 +114,7 @@ class TrialRun:
         self.kinds: set[Kind] = set(kinds) if self.facts.kind is None else {*kinds, self.facts.kind}
         self.teacher = Teacher(resident, manifest, self.samples, config, self.facts) if self.facts.teacher else None
         self.flops = flops_per_sample(
-            self.adapter, config.backbone, resident, self.prompts, self.prefix_length, manifest, config.num_shots
+            self.adapter, resident, self.prompts, self.prefix_length, manifest, config.num_shots
         )
         self.memory = Memory(model, resident.device)
         self.trainable = self.adapter.num_trainable()  # before ZeRO takes the parameters apart
