@@ -126,7 +126,7 @@ def check_adapter(folder: Path) -> None:
         InputError: see `TrialFolder.check_adapter`.
     """
     trial = TrialFolder(folder.resolve().parent)
-    if folder.resolve() == trial.adapter and trial.begun:
+    if folder.resolve() == trial.adapter:
         trial.check_adapter()
 
 
@@ -211,13 +211,19 @@ class TrialFolder:
     def end(self) -> TrialEnd | None:
         """Return how the trial ended, or None while it is open.
 
+        Where the file is not there, its folder is listed: a client of NFS remembers for half a minute that a file was
+        not there, and a listing lets it ask again.
+
         Raises:
             InputError: the record is damaged.
         """
-        try:
-            return TrialEnd.read(self._done, AGAIN)
-        except FileNotFoundError:
-            return None
+        for _ in range(2):
+            try:
+                return TrialEnd.read(self._done, AGAIN)
+            except FileNotFoundError:
+                if not self.path.is_dir() or self._done.name not in {file.name for file in self.path.iterdir()}:
+                    return None
+        return None
 
     def finish(self, end: TrialEnd) -> None:
         """Close the trial, with the digests of what it leaves; the last thing that is written."""

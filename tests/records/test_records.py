@@ -295,6 +295,28 @@ def test_an_adapter_or_a_curve_that_is_not_the_one_of_the_end_is_refused(tmp_pat
         folder.losses()
 
 
+def test_an_end_that_the_cache_of_a_shared_file_system_hides_is_seen(tmp_path, monkeypatch):
+    """As on NFS, where a listing of the folder ends what a client remembers of a name that was not there."""
+    folder, listed, read = TrialFolder(tmp_path), [], Path.read_bytes
+    folder.finish(TrialEnd(status="finished"))
+    listing = Path.iterdir
+
+    def hidden(path):
+        if path.name == "done.json" and not listed:
+            raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
+        return read(path)
+
+    def lists(path):
+        listed.append(path)
+        return listing(path)
+
+    monkeypatch.setattr(Path, "read_bytes", hidden)
+    monkeypatch.setattr(Path, "iterdir", lists)
+    assert folder.end() == TrialEnd(status="finished") and listed == [tmp_path]
+    folder.reopen()
+    assert folder.end() is None
+
+
 @pytest.mark.parametrize("error", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES])
 def test_what_the_system_does_not_let_be_read_is_no_damage(tmp_path, monkeypatch, error):
     folder = TrialFolder(tmp_path)

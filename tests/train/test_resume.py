@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline.config.trial import EvaluationConfig
+from pipeline.core.errors import InputError
 from pipeline.core.files import Superseded, folder_digest
+from pipeline.evaluate.answerer import Answerer
 from pipeline.records.store import TrialFolder, TrialStore
 from pipeline.train.trial_run import TrialRun
 from pipeline.train.workbench import Workbench
@@ -174,3 +178,26 @@ def test_a_process_that_thaws_writes_nothing_into_a_trial_that_another_has_ended
         frozen.evict(request.key)
         assert states and states[0][0]["end"][:3] == ("finished", 2, 2)
         assert (left(Path(request.folder)), folder_digest(Path(request.folder))) == states[0], stop_at
+
+
+@pytest.mark.parametrize("damage", ["bits", "another's"])
+def test_an_adapter_that_is_not_the_one_of_the_training_is_scored_and_asked_by_nobody(bench, trial, tmp_path, damage):
+    requests = [trial("lora", tmp_path, **{**SHORT, "epochs": 1, "seed": seed}) for seed in (0, 1)]
+    for request in requests:
+        go_on(bench, request, 1)
+    one, other = (Path(request.folder) for request in requests)
+    evaluation = EvaluationConfig(trial=one.name, num_samples=1, max_new_tokens=2)
+    assert bench.score(requests[0], evaluation).num_samples == 1
+    weights = one / "adapter/adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    if damage == "bits":
+        for at in range(struct.unpack("<Q", data[:8])[0] + 11, len(data), 4):
+            data[at] ^= 0x40  # one bit of each value's exponent: names and shapes stay
+    else:
+        data = (other / "adapter/adapter_model.safetensors").read_bytes()
+    weights.write_bytes(data)
+    for asked in (lambda: bench.score(requests[0], evaluation), lambda: Answerer(one / "adapter")):
+        with pytest.raises(
+            InputError, match="adapter: not the adapter that the training ended with.*damaged or exchanged"
+        ):
+            asked()
