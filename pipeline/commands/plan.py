@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipeline.commands.parser import CommandLine, profile_name, settable, study_names
@@ -76,7 +76,7 @@ def study_hours(
     Args:
         study: its name.
         gpus: over which trials are spread.
-        rates: of a GPU.
+        rates: of a GPU; the profile says how many prompts are decoded together.
         profile: whose settings count.
         overrides: as `--set` takes them.
 
@@ -93,6 +93,7 @@ def study_hours(
     if not 0 < rates.utilisation <= 1:
         raise InputError(f"a share between 0 and 1 is needed, got {rates.utilisation}", where="--utilisation")
     params = load(overrides=overrides or [], profile=profile)
+    rates = replace(rates, batch_size=params.evaluate.generation.batch_size)
     planned = planned_trials(params, study)
     evaluated = {task: evaluated_samples(params, task) for task in params.run.tasks}
     images = {task: drawn_samples(params, task) + count for task, count in evaluated.items()}

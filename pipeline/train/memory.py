@@ -159,7 +159,8 @@ class MemoryOf:
         self.model = loaded.model.to(self.dtype)
         self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
         self.layers = decoder_of(self.model).num_layers
-        self.turn = Costs(loaded.backbone, self.model).turn
+        costs = Costs(loaded.backbone, self.model)
+        self.turn, self.patches, self.vision = costs.turn, costs.image.patches, loaded.backbone.modules.vision
         self.depths = (
             (4, 8) if loaded.backbone.family.model_type == "idefics" else (2, 4)
         )  # which has a cross-layer in 4
@@ -169,8 +170,11 @@ class MemoryOf:
         rows, behind = config.micro_batch_size, self.turn * (config.num_shots + 1)
         plain = self._drawn_out(lambda model: self._step(model, config, again=False))
         again = self._drawn_out(lambda model: self._step(model, config, again=True))
-        taught = methods.facts(config).teacher is not None
-        teacher = self._drawn_out(lambda model: forward_peak(model, rows, behind)) if taught else 0
+        facts = methods.facts(config)
+        teacher = self._drawn_out(lambda model: forward_peak(model, rows, behind)) if facts.teacher else 0
+        if facts.trains_vision:
+            held = vision_held(_shallow(self.name, self.depths[0]).to(self.dtype), config, self.vision, self.patches)
+            plain, again = plain + held, again + held
         return StepMemory(config.method, rows, plain, again, teacher)
 
     def answer(self, shots: int) -> int:
@@ -256,6 +260,26 @@ def step_peak(model: Any, config: TrialConfig, tokens: int, *, again: bool) -> i
                 value = value + loss.divergence(logits, torch.empty_like(logits), owner, rows).sum()
             value.backward()
     return living.peak
+
+
+def vision_held(model: Any, config: TrialConfig, tower: str, patches: int) -> int:
+    """Return the bytes that the vision tower's layers keep for their backward pass, where they are trained.
+
+    Args:
+        model: the backbone.
+        config: the trial; an image a row.
+        tower: the vision tower's name in the model.
+        patches: of an image.
+    """
+    named = model.get_submodule(tower).named_modules()
+    encoder: Any = next(module for name, module in named if name.rpartition(".")[2] == "encoder")
+    adapter, living = adapters.create(config.method, model, **config.options).train(), _Living(model)
+    like: dict[str, Any] = {"device": "meta", "dtype": next(model.parameters()).dtype}
+    with adapters.attach(model, adapter), living, _as_on_a_card():
+        out = encoder(torch.empty(config.micro_batch_size, patches, encoder.config.hidden_size, **like))
+        held = living.now
+    del out
+    return held
 
 
 @torch.no_grad()

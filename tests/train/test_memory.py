@@ -257,3 +257,16 @@ def test_long_rows_states_are_compared_in_groups_of_layers(monkeypatch):
     (whole, grads), (parts, others) = found.values()
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(others, grads, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["hificl", "mimic", "live", "lora"])
+def test_a_trial_in_bf16_loses_what_it_loses_in_fp32(trial, tmp_path, method):
+    losses, answered = {}, {}
+    for precision in ("fp32", "bf16"):
+        bench, request = Workbench(device="cpu"), trial(method, tmp_path, precision=precision, epochs=1)
+        bench.admit(request)
+        (report,) = bench.advance()
+        losses[precision] = report.metrics.train_loss
+        (answered[precision],) = bench.answer([request], EvaluationConfig(trial=request.key, num_samples=4))
+    assert losses["bf16"] != losses["fp32"] and losses["bf16"] == pytest.approx(losses["fp32"], rel=2e-2)
+    assert answered["bf16"].texts.keys() == answered["fp32"].texts.keys()

@@ -44,6 +44,16 @@ def test_weights_and_a_step_at_full_size(llava):
     assert mimic.checkpointed < 0.25 * mimic.step and GIB < mimic.teacher < 2 * GIB
 
 
+def test_what_a_card_took_is_what_is_counted():
+    """Peaks in GiB of an H200 with random Idefics2-8b in bf16, B = 2: packs of HiFICL, and a step of LoRA."""
+    counter = MemoryOf("idefics2-8b-base", "bf16")
+    step = counter.step(config("hificl")).step
+    for trials, peak in {1: 16.55, 2: 17.39, 4: 19.06, 8: 22.35, 64: 67.66}.items():
+        assert (counter.weights + trials * step) / GIB == pytest.approx(peak, rel=0.03), trials
+    lora = counter.step(config("lora", options={"dropout": 0.0})).step  # whose vision tower learns too
+    assert (counter.weights + lora) / GIB == pytest.approx(20.82, rel=0.1)
+
+
 def test_two_depths_tell_a_third(llava, monkeypatch):
     monkeypatch.setattr(llava, "layers", 8)
     drawn_out = llava.step(config("live")).step
