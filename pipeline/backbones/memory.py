@@ -47,8 +47,9 @@ def bytes_of_row(model: Any, tokens: int, *, new: int = 0, beams: int = 1, cache
         cached: whether keys and values are kept.
     """
     spec, size = decoder_of(model), next(model.parameters()).element_size()
-    inner = int(getattr(spec.text_config, "intermediate_size", None) or 4 * spec.hidden_size)
-    kept = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * size * (tokens + new) if cached else 0
+    inner = getattr(spec.text_config, "intermediate_size", None) or 4 * spec.hidden_size
+    inner = int(inner if isinstance(inner, int) else max(inner))  # some have one a layer
+    kept = 2 * spec.num_attentions * spec.num_kv_heads * spec.head_dim * size * (tokens + new) if cached else 0
     working = (3 * inner + 6 * spec.hidden_size) * size * tokens
     mask, logits = tokens * (tokens + new) * (1 + size), 8 * int(model.get_output_embeddings().out_features)
     return beams * (kept + working + mask + logits)

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline import backbones
-from pipeline.backbones.memory import FILL, Passes, is_out_of_memory
+from pipeline.backbones.decoder import decoder_of
+from pipeline.backbones.memory import FILL, Passes, bytes_of_row, is_out_of_memory
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import WorkError
 from pipeline.evaluate.answerer import Answerer
@@ -55,6 +56,7 @@ def test_memory_that_runs_out_anywhere_costs_no_number_and_is_remembered(
     one_rank, trial, tmp_path, monkeypatch, engine, stage, metric
 ):
     bench = Workbench(device="cpu")
+    monkeypatch.setattr("pipeline.backbones.memory.free_bytes", lambda device: 1 << 40)  # as on a card, with room
     given = {
         "engine": engine, "zero_stage": stage, "epochs": 1, "num_train_samples": 8, "micro_batch_size": 4,
         "selection_metric": metric,
@@ -270,3 +272,12 @@ def test_a_trial_in_bf16_loses_what_it_loses_in_fp32(trial, tmp_path, method):
         (answered[precision],) = bench.answer([request], EvaluationConfig(trial=request.key, num_samples=4))
     assert losses["bf16"] != losses["fp32"] and losses["bf16"] == pytest.approx(losses["fp32"], rel=2e-2)
     assert answered["bf16"].texts.keys() == answered["fp32"].texts.keys()
+
+
+@pytest.mark.parametrize("name", backbones.names())
+def test_what_a_row_takes_is_told_of_every_backbone(name, tiny):
+    model, size = tiny(name).model, 4
+    spec = decoder_of(model)
+    a_token = 2 * spec.num_attentions * spec.num_kv_heads * spec.head_dim * size  # its key and value
+    assert bytes_of_row(model, 100, new=10) - bytes_of_row(model, 100, new=10, cached=False) == 110 * a_token
+    assert bytes_of_row(model, 100, new=10, beams=3) == 3 * bytes_of_row(model, 100, new=10)
