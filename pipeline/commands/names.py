@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from pipeline.commands.parser import CommandLine
 from pipeline.core.terminal import Rows
@@ -61,9 +62,12 @@ def _of_backbones(_: argparse.Namespace) -> Rows:
 
 
 def _of_tasks(_: argparse.Namespace) -> Rows:
-    """Return every task, with what it is scored by."""
+    """Return every task, with what it is scored by; those over files that settings here describe too."""
+    from pipeline.config.load import PARAMS, load
     from pipeline.tasks import tasks
 
+    if Path(PARAMS).is_file():
+        load()
     members = map(tasks.get, tasks.names())
     rows = [
         {
