@@ -385,10 +385,10 @@ class _Workspace:
 
     def _source(self) -> Json:
         """Return where the weights lie: as params.yaml says it, or a profile that knows the backbone."""
-        from pipeline.config.load import load
+        from pipeline.config.load import BackboneSource, load
 
         params, name = load(self.root / "params.yaml"), self.asked.backbone
-        known = params.backbones.get(name)
+        known = params.backbones.get(name) or BackboneSource.spelled(name)
         if known is not None:
             return known.model_dump(mode="json", exclude_unset=True)
         described = (profile.get("sources", {}).get(name) for profile in params.profiles.values())

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ import yaml
 from pipeline.cli import main
 from pipeline.commands.adapt import Budget, Seconds, budget
 from pipeline.miniature.world import write_world
+from pipeline.tasks import tasks
 from tests.conftest import ROOT
 from tests.e2e.conftest import environment
+from tests.support.tiny_hub import make
 
 HEADING = "## Your data in five minutes"
 COMMAND = re.compile(r"^(?:hificl|cd|dvc) .*", re.MULTILINE)
@@ -137,3 +140,24 @@ def test_what_does_not_fit_is_said_before_anything_starts(tmp_path, monkeypatch,
         main(["adapt", "--data", str(data), "--backbone", "mini-idefics2", "--out", str(out), *arguments])
     assert ended.value.code == 2 and said in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_any_checkpoint_in_the_hubs_layout_on_real_pictures(tmp_path: Path, shared_data: Path) -> None:
+    official, rows = tasks.get("vqav2"), []
+    for sample in islice(official.read(shared_data, "train"), 48):
+        answers = list(sample.references)
+        rows.append({"image": sample.images[0].path, "question": sample.question, "answers": answers})
+    (tmp_path / "data").mkdir()
+    data = tmp_path / "data/real.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    weights, out = make("llava", tmp_path / "my-model"), tmp_path / "out"
+    words = ["hificl", "adapt", "--data", str(data), "--images", str(shared_data), "--backbone", f"folder:{weights}"]
+    done = run([*words, "--methods", "hificl", "--minutes", "0.05", "--out", str(out)], ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    record = json.loads(done.stdout)
+    assert [row["method"] for row in record["rows"]] == ["zero-shot", "icl-4", "hificl"]
+    assert all(row["value"] is not None for row in record["rows"])
+    answer = run(shlex.split(record["ask"]), tmp_path)
+    assert answer.returncode == 0 and isinstance(json.loads(answer.stdout)["answer"], str), answer.stderr[-2000:]
