@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ _EFFORTS = ((4, 10), (4, 5), (3, 5), (2, 5), (2, 3), (1, 3), (1, 2), (1, 1))
 _MOST = {"train": 1000, "selection": 100, "evaluation": 1000}  # samples, in the order of `Budget`
 _LEAST_TRAINED, _LEAST_CHOSEN, _LEAST_SCORED = 16, 8, 20
 _LABELS = {"hificl": "HiFICL", "lora": "LoRA", "mimic": "MimIC", "live": "LIVE"}
+_AT_LEAST = 0.4  # of the minutes, however long starting took: that is no reason to train next to nothing
 _TO_TRAIN, _TO_SCORE = 0.6, 0.25  # of the minutes: training with its scores, final scores; the rest is starting
 
 
@@ -217,8 +218,8 @@ def adapt(asked: Asked, out: Path) -> Adapted:
     from pipeline.core.progress import say
 
     started, root = time.monotonic(), _project()
+    load(root / PARAMS)  # whose own tasks and backbones have names too
     backbones.get(asked.backbone)
-    load(root / PARAMS)  # whose own tasks have names too
     for method in asked.methods:
         if not methods.is_trained(method):
             raise InputError(
@@ -237,12 +238,10 @@ def adapt(asked: Asked, out: Path) -> Adapted:
     work = _Workspace(out.resolve(), root, name, asked, task, data_root, drawn)
     if kept is None:
         work.make(drawn)
-        # what starting takes is no reason to train next to nothing
-        given = work.measure(
-            rows, lambda: max(0.4, 1 - (time.monotonic() - started) / 60 / asked.minutes) * asked.minutes * 60
-        )
+        given = work.measure(rows, started)
         work.make(given)
-        write_atomic(out / PLAN, json.dumps({"asked": asdict(asked), "budget": asdict(given)}, indent=1) + "\n")
+        record = {"asked": asdict(asked), "guessed": task.guessed, "budget": asdict(given)}
+        write_atomic(out / PLAN, json.dumps(record, indent=1) + "\n")
     return work.run()
 
 
@@ -385,14 +384,20 @@ class _Workspace:
 
     def _source(self) -> Json:
         """Return where the weights lie: as params.yaml says it, or a profile that knows the backbone."""
+        from pipeline.commands.workspace import LINKS
         from pipeline.config.load import BackboneSource, load
 
         params, name = load(self.root / "params.yaml"), self.asked.backbone
         known = params.backbones.get(name) or BackboneSource.spelled(name)
-        if known is not None:
-            return known.model_dump(mode="json", exclude_unset=True)
         described = (profile.get("sources", {}).get(name) for profile in params.profiles.values())
-        return dict(next((source for source in described if source), {}))
+        source: Json = dict(next(filter(None, described), {}))
+        if known is not None:
+            source = known.model_dump(mode="json", exclude_unset=True)
+        for key in ("weights", "hub"):  # a path from the project's folder
+            place = str(source.get(key) or "")
+            if place and (self.root / place).exists() and Path(place).parts[0] not in LINKS:
+                source[key] = str((self.root / place).resolve())
+        return source
 
     def _study(self, given: Budget) -> Json:
         from pipeline import methods
@@ -413,8 +418,8 @@ class _Workspace:
             "reference": "zero-shot", "note": f"{data} Each method: {given.words()}.",
         }  # fmt: skip
 
-    def measure(self, rows: Mapping[str, int], left: Callable[[], float]) -> Budget:
-        """Train every method on a few samples, and return what the seconds that are `left` pay for then."""
+    def measure(self, rows: Mapping[str, int], started: float) -> Budget:
+        """Train every method on a few samples, and return what the time that is left since `started` pays for."""
         from pipeline.config.load import StudyMethod, load
         from pipeline.core.progress import say
         from pipeline.records.store import TrialStore
@@ -435,9 +440,11 @@ class _Workspace:
         train = {method: (epoch.train_seconds or 0.0) / few["num_train_samples"] for method, epoch in last.items()}
         scoring = max((epoch.seconds or 0.0) - (epoch.train_seconds or 0.0) for epoch in last.values())
         seconds = Seconds(train, max(scoring / few["num_selection_samples"], 1e-4))
-        given = budget(seconds, left(), rows, slots, baselines=2)
+        whole = self.asked.minutes * 60
+        left = max(_AT_LEAST * whole, whole - (time.monotonic() - started))
+        given = budget(seconds, left, rows, slots, baselines=2)
         say(
-            f"{left() / 60:.1f} minutes: a method gets {given.words()}; {given.selection} samples choose, "
+            f"{left / 60:.1f} minutes: a method gets {given.words()}; {given.selection} samples choose, "
             f"{given.evaluation} are reported on"
         )
         return given

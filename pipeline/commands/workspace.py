@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.core.plain_yaml import Json
     from pipeline.records.evaluation import Evaluations
 
-_LINKS = (".venv", "pipeline", "stages", "checkpoints", "weights")
+LINKS = (".venv", "pipeline", "stages", "checkpoints", "weights")
 _STANDARD_ERROR = 2
 PAGE = "page.html"  # what `dvc plots` fills, below .dvc
 _REAL, _MADE = "data/real", "data/miniature"
@@ -78,7 +78,7 @@ def lay_out(folder: Path, root: Path, profile: str, pipeline: Json) -> None:
     text = plain_yaml.with_value((root / PARAMS).read_text(encoding="utf-8"), PARAMS, "profile", profile)
     _write(folder / PARAMS, text)
     _write(folder / "dvc.yaml", plain_yaml.write(pipeline))
-    for name in _LINKS:
+    for name in LINKS:
         _link(folder / name, root / name)
     if not (folder / ".dvc").is_dir():
         dvc(folder, "init", "--no-scm", "--quiet")
