@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from benchmarks.support.shapes import Bench
 from pipeline import adapters
 from pipeline.adapters.base import Adapter
+from pipeline.backbones.base import placed
 from pipeline.backbones.states import recorded
 from pipeline.train import loss
 
@@ -40,10 +41,11 @@ class Trained:
 
     def truths(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Return the cross-entropy of each row's answer, [B]."""
-        labels = torch.full_like(ids, -100)
+        batch, length = ids.shape
         answer = self.bench.workload.answer_tokens
-        labels[:, -answer:] = ids[:, -answer:]
-        rows, positions, targets = loss.shifted(labels)
+        rows = placed(torch.arange(batch).repeat_interleave(answer), ids.device)
+        positions = placed(torch.arange(length - answer - 1, length - 1).repeat(batch), ids.device)
+        targets = ids[:, -answer:].flatten()
         if self.whole_logits:
             logits = self.bench.model.get_output_embeddings()(hidden).float()[rows, positions]
         else:

@@ -67,11 +67,8 @@ class AttentionEdit:
         replaces: bool | Tensor
         if rows is not None:
             tokens = {name: value.index_select(0, rows) for name, value in tokens.items()}
-            replaces = (
-                self._replaces
-                if isinstance(self._replaces, bool)
-                else (torch.tensor(self._replaces, device=q.device)[rows])
-            )
+            flags = self._replaces
+            replaces = flags if isinstance(flags, bool) else self.pack.flagged(flags, q.shape[0], q.device)
         else:
             replaces = self.parts[0].replaces
         bias, linear = tokens.get("bias"), tokens.get("linear")
@@ -173,7 +170,7 @@ class HiddenEdit:
             out = _moved(h, shift)
         if rows is None or len(self.parts) == len(self.pack.adapters):
             return out
-        edits = torch.tensor([i in self.parts for i in range(len(self.pack.adapters))], device=h.device)[rows]
+        edits = self.pack.flagged([i in self.parts for i in range(len(self.pack.adapters))], h.shape[0], h.device)
         return torch.where(edits.view(-1, 1, 1), out, h)
 
 
@@ -213,7 +210,7 @@ class WeightsEdit:
         if rows is None:
             raise InputError("a single adapter is PEFT's to compute", way_out="Use `LoRA.injected`")
         a, b = self._of(name, linear)
-        x = self._dropped(x, rows, inside)
+        x = self._dropped(x, inside)
         low = torch.einsum("ntd,nrd->ntr", x.to(a.dtype), a.index_select(0, rows))
         return torch.einsum("ntr,nor->nto", low, b.index_select(0, rows))
 
@@ -234,14 +231,14 @@ class WeightsEdit:
             b.append(nn.functional.pad(part_b.to(device) * part.scaling, (0, missing)))
         return torch.stack(a), torch.stack(b)
 
-    def _dropped(self, x: Tensor, rows: Tensor, inside: bool) -> Tensor:
+    def _dropped(self, x: Tensor, inside: bool) -> Tensor:
         """Drop inputs by each adapter's own stream, of the shape that it has alone, so that a pack changes nothing."""
         dropping = {i: part.options.dropout for i, part in self.parts.items() if part.training and part.options.dropout}
         if not dropping:
             return x
         mask = torch.ones_like(x)
         for index, p in dropping.items():
-            places = (rows == index).nonzero()[:, 0]
+            places = self.pack.places_of(index, x.shape[0], x.device, images=not inside)
             if len(places):
                 width = self.pack.width_of(index, x.shape[1]) if inside else x.shape[1]
                 drawn = torch.empty(len(places), width, x.shape[2], dtype=x.dtype, device=x.device)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from pipeline.adapters.base import Adapter
+from pipeline.backbones.base import placed
 from pipeline.core.errors import InputError
 
 
@@ -55,7 +57,7 @@ class Pack:
                 if not adapter.packable:
                     raise InputError(f"method '{adapter.name}' does not pack", way_out="Attach it alone")
         self._rows: PackRows | None = None
-        self._placed: dict[tuple[int, torch.device], Tensor] = {}
+        self._placed: dict[Hashable, Tensor] = {}  # of the rows, on their devices
         self._seeds: dict[int, int] = {}
         self._generators: dict[int, torch.Generator] = {}
         if rows is not None:
@@ -115,8 +117,35 @@ class Pack:
             raise InputError(f"the batch has {batch} rows and the pack was told of {len(numbers)}")
         key = (batch, device)
         if key not in self._placed:
-            self._placed[key] = torch.tensor(numbers, device=device).repeat_interleave(batch // len(numbers))
+            self._placed[key] = placed(torch.tensor(self._numbers(batch)), device)
         return self._placed[key]
+
+    def flagged(self, flags: Sequence[bool], batch: int, device: torch.device) -> Tensor:
+        """Return each row's flag, [batch], of `flags` by adapter; made once for all layers of the next passes."""
+        key = (batch, device, *flags)
+        if key not in self._placed:
+            self._placed[key] = placed(torch.tensor([flags[number] for number in self._numbers(batch)]), device)
+        return self._placed[key]
+
+    def places_of(self, number: int, count: int, device: torch.device, *, images: bool) -> Tensor:
+        """Return which of a batch's `count` rows, or images, are one adapter's; made once for all modules."""
+        key = (number, count, device, images)
+        if key not in self._placed:
+            numbers = self._image_numbers() if images else self._numbers(count)
+            places = [place for place, other in enumerate(numbers) if other == number]
+            self._placed[key] = placed(torch.tensor(places, dtype=torch.long), device)
+        return self._placed[key]
+
+    def _numbers(self, batch: int) -> list[int]:
+        """Return the adapter of each row of a batch of `batch`: in `generate` with beams a row's beams follow it."""
+        numbers = () if self._rows is None else self._rows.adapters
+        return [number for number in numbers for _ in range(batch // len(numbers))]
+
+    def _image_numbers(self) -> list[int]:
+        rows = self._rows
+        if rows is None or len(self.adapters) == 1:
+            return []
+        return [number for number, n in zip(rows.adapters, rows.images or repeat(1), strict=False) for _ in range(n)]
 
     def of_images(self, count: int, device: torch.device) -> Tensor:
         """Return the adapter of each image of a batch of `count`, [count].
@@ -124,12 +153,13 @@ class Pack:
         Raises:
             InputError: the vision tower sees another number: one that cuts images into tiles does not pack.
         """
-        rows = None if self._rows is None else self.of_rows(len(self._rows.adapters), device)
-        if rows is not None and self._rows is not None and self._rows.images:
-            rows = rows.repeat_interleave(torch.tensor(self._rows.images, device=device))
-        if rows is None or len(rows) != count:
+        numbers = self._image_numbers()
+        if not numbers or len(numbers) != count:
             raise InputError(
-                f"the vision tower sees {count} pictures and the rows have {0 if rows is None else len(rows)}",
+                f"the vision tower sees {count} pictures and the rows have {len(numbers)}",
                 way_out="Train adapters of this backbone's vision tower alone (sweep.pack: 1)",
             )
-        return rows
+        key = ("images", device)
+        if key not in self._placed:
+            self._placed[key] = placed(torch.tensor(numbers), device)
+        return self._placed[key]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from pipeline.core.errors import InputError
@@ -28,6 +29,13 @@ _OF_TEXT = ("unk", "bos", "eos", "pad", "turn")  # roles of special tokens that 
 Pixels = dict[str, Tensor]  # what one image (or a row of images) looks like to the vision tower
 # Arguments of a model by name: tensors, and what its vision tower would have given; None takes one away.
 ModelArguments = dict[str, "Tensor | dict[str, ModelOutput] | None"]
+
+
+def placed(x: Tensor, device: torch.device | str) -> Tensor:
+    """Return what the host has made, on `device`, without waiting for it: by way of memory that a GPU reads itself."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -168,6 +170,31 @@ def _is_compiled(module: nn.Module) -> bool:
         return True
     forward = vars(module).get("forward")
     return hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
+
+
+@contextmanager
+def told(device: torch.device | str, *, padded: bool) -> Iterator[None]:
+    """Tell transformers what the host knows, where it would ask a GPU at every pass and wait for the answer.
+
+    Its three questions: whether a mask hides anything, whether a row holds several sequences (none does here), and
+    whether a text has as many image tokens as there are visual tokens (`Family.expand` writes them).
+
+    Args:
+        device: of the model; a CPU may be asked.
+        padded: whether the batch's 2D mask hides anything.
+    """
+    if torch.device(device).type == "cpu":
+        yield
+        return
+    from transformers import masking_utils
+
+    answers = {"fast_all": lambda mask: not padded, "find_packed_sequence_indices": lambda positions: None}
+    names = [name for name in answers if hasattr(masking_utils, name)]
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(patch.object(masking_utils, name, answers[name]))
+        stack.enter_context(patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}))
+        yield
 
 
 Forwards = dict[nn.Module, Callable[..., Any]]

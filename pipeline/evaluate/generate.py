@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.pack import Pack, PackRows
+from pipeline.backbones.base import placed
+from pipeline.backbones.decoder import told
 from pipeline.backbones.load import Loaded
 from pipeline.backbones.memory import bytes_of_row
 from pipeline.prompts.collate import Batch, collate
@@ -34,21 +36,56 @@ class _StopAt:
     """Ends a row as soon as its new text holds a stop string.
 
     Only a row whose newest token holds the last letter of a stop string is decoded: few are.
+
+    Args:
+        tokenizer: writes the text.
+        stop_strings: what ends it.
+        prompt_length: tokens before the new text.
+        lags: look at what was there at the last call, a token late: on a GPU that is known without waiting. For greedy
+            decoding, where a token more changes nothing that is kept.
     """
 
-    def __init__(self, tokenizer: Any, stop_strings: Sequence[str], prompt_length: int) -> None:
-        self.tokenizer, self.stops, self.start = tokenizer, tuple(stop_strings), prompt_length
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str], prompt_length: int, *, lags: bool = False) -> None:
+        self.tokenizer, self.stops, self.start, self.lags = tokenizer, tuple(stop_strings), prompt_length, lags
         self.last_letters = {stop[-1] for stop in self.stops}
         self._may_end: dict[int, bool] = {}
+        self._arriving: tuple[Tensor, torch.cuda.Event | None] | None = None  # on its way to the host
+        self._written: list[list[int]] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        newest = input_ids[:, -1].tolist()
-        for row, token in enumerate(newest):
-            if self._token_may_end(token):
-                text = self.tokenizer.decode(input_ids[row, self.start :], skip_special_tokens=True)
-                done[row] = any(stop in text for stop in self.stops)
-        return done
+        if self.lags:
+            rows, before = self._arrived(), self._arriving
+            self._send(input_ids[:, -1])
+            if before is None:
+                return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        else:
+            rows = input_ids[:, self.start :].tolist()
+        done = [self._token_may_end(row[-1]) and self._holds_stop(row) for row in rows]
+        return placed(torch.tensor(done), input_ids.device)
+
+    def _send(self, newest: Tensor) -> None:
+        cuda = newest.device.type == "cuda"
+        host = torch.empty(newest.shape, dtype=newest.dtype, pin_memory=cuda)
+        host.copy_(newest, non_blocking=True)
+        event = torch.cuda.Event() if cuda else None
+        if event is not None:
+            event.record()
+        self._arriving = host, event
+
+    def _arrived(self) -> list[list[int]]:
+        if self._arriving is not None:
+            host, event = self._arriving
+            if event is not None:
+                event.synchronize()  # over since transformers asked whether all rows have ended
+            newest = host.tolist()
+            self._written = self._written or [[] for _ in newest]
+            for row, token in zip(self._written, newest, strict=True):
+                row.append(token)
+        return self._written
+
+    def _holds_stop(self, tokens: list[int]) -> bool:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return any(stop in text for stop in self.stops)
 
     def _token_may_end(self, token: int) -> bool:
         if token not in self._may_end:
@@ -137,26 +174,32 @@ def generate(
             pack.use(PackRows(tuple(members[i] for i in chosen), batch.image_counts))
         inputs = prefix.before(batch, loaded) if prefix else batch.model_inputs(loaded)
         width = inputs["input_ids"].shape[1]
-        stop = _StopAt(loaded.tokenizer, stop_strings, width)
-        out = loaded.model.generate(
-            **inputs,
-            **settings,
-            use_cache=True,
-            suppress_tokens=loaded.never_generated,
-            stopping_criteria=[stop] if stop_strings else None,
+        stop = _StopAt(
+            loaded.tokenizer, stop_strings, width, lags=num_beams == 1 and torch.device(device).type != "cpu"
         )
+        with told(device, padded=len({len(row) for row in rows}) > 1):
+            out = loaded.model.generate(
+                **inputs,
+                **settings,
+                use_cache=True,
+                suppress_tokens=loaded.never_generated,
+                stopping_criteria=[stop] if stop_strings else None,
+            )
         written = loaded.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         on_batch()
         return [cut_at_stop(text, stop_strings) for text in written]
 
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
+        later = order[start + batch_size : start + 2 * batch_size]
+        visual_tokens.ahead((image for i in later for image in requests[i].images), root, pixels=from_pixels)
         answers = loaded.passes.run(
             "generation", chosen, answered, width=lambda i: len(requests[i]), device=device,
             bytes_of=lambda tokens: bytes_of_row(loaded.model, tokens, new=max_new_tokens, beams=num_beams),
         )  # fmt: skip
         for i, text in zip(chosen, answers, strict=True):
             texts[i] = text
+    visual_tokens.forget_ahead()
     return texts
 
 

@@ -15,10 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pipeline.backbones.base import placed
 from pipeline.backbones.load import Loaded
 from pipeline.prompts.prompt import Encoded
 
 TrainedSpan = Literal["answer", "sequence"]
+_HOSTS = ("labels", "lengths")  # what the host asks about: on a GPU each answer would wait for it
 IGNORED = -100  # the label that cross-entropy leaves out
 
 
@@ -29,8 +31,8 @@ class Batch:
     Attributes:
         input_ids: [B, T] int64.
         labels: [B, T] int64, the token ids themselves at the places that are trained, -100 elsewhere. Not shifted:
-            the logits at t - 1 predict the label at t.
-        lengths: [B] int64, real tokens of a row.
+            the logits at t - 1 predict the label at t. On the CPU: how many there are decides shapes.
+        lengths: [B] int64, real tokens of a row. On the CPU.
         position_ids: [B, T] int64, counted from a row's first real token.
         attention_mask: [B, T] int64 where rows are padded on the left, None on the right.
         sample_ids: of the rows' queries.
@@ -53,14 +55,14 @@ class Batch:
         return len(self.sample_ids)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch with every tensor on `device`."""
+        """Return the batch with every tensor on `device` that the model is given."""
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
+            name: placed(value, device)
             for name in self.__slots__
-            if isinstance(value := getattr(self, name), Tensor)
+            if name not in _HOSTS and isinstance(value := getattr(self, name), Tensor)
         }
-        visual = None if self.visual is None else tuple(v.to(device, non_blocking=True) for v in self.visual)
-        pixels = None if self.pixels is None else {k: v.to(device, non_blocking=True) for k, v in self.pixels.items()}
+        visual = None if self.visual is None else tuple(placed(v, device) for v in self.visual)
+        pixels = None if self.pixels is None else {k: placed(v, device) for k, v in self.pixels.items()}
         return replace(self, **moved, visual=visual, pixels=pixels)
 
     def model_inputs(self, loaded: Loaded) -> dict[str, Any]:

@@ -11,9 +11,11 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pipeline.backbones.base import IMAGE_BACKEND, Pixels
+from pipeline.backbones.base import IMAGE_BACKEND, Pixels, placed
 from pipeline.data import image_files
 from pipeline.data.image_files import Image
 from pipeline.data.images import decode_image
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 LEAST_MEMORY = GIB // 4  # bytes
+THREADS = 4  # that decode and process pictures beside a GPU: some 20 ms of a core each
+MOST_UNDERWAY = 64  # pictures; an Idefics2 one takes 9 MB
 OF_THE_DISK = 0.8  # the rest is for what else is written: adapters, checkpoints, MLflow
 _CODE = ("pillow", "torch", "transformers")  # what reads pictures and computes on them
 
@@ -52,6 +56,8 @@ class VisualTokens:
         disk_bytes: most that all stores of `cache_dir` have on disk, about; the least recently used goes first. None:
             four fifths of what they have and what is free.
         batch_size: images the vision tower sees at once.
+        threads: that make pictures ready ahead of their use (`ahead`). None: a few beside a GPU, which computes while
+            they work; none on a CPU.
     """
 
     def __init__(
@@ -62,8 +68,13 @@ class VisualTokens:
         memory_bytes: int | None = None,
         disk_bytes: int | None = None,
         batch_size: int = 32,
+        threads: int | None = None,
     ) -> None:
         self.loaded, self.batch_size = loaded, batch_size
+        if threads is None:
+            threads = 0 if loaded.device.type == "cpu" else THREADS
+        self._threads = ThreadPoolExecutor(threads, "pictures") if threads else None
+        self._underway: dict[str, Future[Pixels]] = {}
         self.settings = _settings_digest(loaded)
         self.disk: DiskStore | None = None
         if cache_dir is not None:
@@ -112,6 +123,27 @@ class VisualTokens:
         if pending:
             self.get(pending, root)
 
+    def ahead(self, images: Iterable[Image], root: Path | str = "", *, pixels: bool = False) -> None:
+        """Begin to make pictures ready that `get` will ask for next (or `pixels`), where they are not at hand.
+
+        What they become is the same; it is there sooner, beside what a GPU computes. Without threads nothing is done.
+        """
+        for image in images:
+            if self._threads is None or len(self._underway) >= MOST_UNDERWAY:
+                return
+            key = image_files.image_digest(image, root)
+            known = self._pixels if pixels else self._memory
+            on_disk = not pixels and self.disk is not None and self.disk.path(key).exists()
+            if key not in self._underway and key not in known and not on_disk:
+                place, data = str(image_files.located(image, root)), image_files.read_image(image, root)
+                self._underway[key] = self._threads.submit(self._decoded, data, place)
+
+    def forget_ahead(self) -> None:
+        """Drop the pictures that were made ready and not asked for."""
+        for future in self._underway.values():
+            future.cancel()
+        self._underway.clear()
+
     def pixels(self, rows: Sequence[Sequence[Image]], root: Path | str = "") -> dict[str, Tensor]:
         """Return the model's pixel arguments for the rows of a batch, for methods that train the vision tower."""
         dtype = self.loaded.dtype
@@ -123,7 +155,9 @@ class VisualTokens:
 
     def _compute(self, images: Mapping[str, Image], root: Path | str) -> Iterable[tuple[str, Tensor]]:
         groups: dict[tuple, list[tuple[str, Pixels]]] = {}
-        for key, image in images.items():
+        for number, (key, image) in enumerate(images.items()):
+            if number % THREADS == 0:
+                self.ahead(islice(images.values(), number, number + 2 * THREADS), root)
             pixels = self._processed(key, image, root, keep=False)
             # Pictures of one size go together: padding would make an image's tokens depend on its neighbours.
             shape = tuple((name, tuple(part.shape)) for name, part in sorted(pixels.items()))
@@ -143,24 +177,34 @@ class VisualTokens:
     def _encode(self, group: Sequence[tuple[str, Pixels]]) -> list[tuple[str, Tensor]]:
         device, dtype = self.loaded.device, self.loaded.dtype
         blocks = [
-            {name: part.to(device, dtype if part.is_floating_point() else None) for name, part in pixels.items()}
+            {
+                name: placed(part, device).to(dtype if part.is_floating_point() else part.dtype)
+                for name, part in pixels.items()
+            }
             for _, pixels in group
         ]
         tokens = self.loaded.family.encode_images(self.loaded.model, blocks)
         self.computed += len(group)
-        # Cloned: a slice of the batch's result would keep the whole of it alive.
-        return [(key, part.detach().to("cpu").clone()) for (key, _), part in zip(group, tokens, strict=True)]
+        # One transfer for all; cloned, for a slice of the batch's result would keep the whole of it alive.
+        on_host = torch.stack([part.detach() for part in tokens]).to("cpu")
+        return [(key, part.clone()) for (key, _), part in zip(group, on_host, strict=True)]
 
     def _processed(self, key: str, image: Image, root: Path | str, *, keep: bool = True) -> Pixels:
         pixels = self._pixels.get(key)
         if pixels is None:
-            place = str(image_files.located(image, root))
-            picture = decode_image(image_files.read_image(image, root), place)
-            self.loaded.family.check_size(picture.height, picture.width, place)
-            pixels = self.loaded.family.process(self.loaded.processor, picture)
+            underway = self._underway.pop(key, None)
+            if underway is not None:
+                pixels = underway.result()
+            else:
+                pixels = self._decoded(image_files.read_image(image, root), str(image_files.located(image, root)))
             if keep:
                 self._pixels.put(key, pixels)
         return pixels
+
+    def _decoded(self, data: bytes, place: str) -> Pixels:
+        picture = decode_image(data, place)
+        self.loaded.family.check_size(picture.height, picture.width, place)
+        return self.loaded.family.process(self.loaded.processor, picture)
 
 
 class DiskStore:

@@ -41,8 +41,11 @@ class Engine(Protocol):
     def for_joint_backward(self, loss: Tensor) -> Tensor:
         """Return what is added to the other trials' losses of a pack, to run backward once for all of them."""
 
-    def step(self, learning_rate_scale: float) -> float:
-        """Clip, update at the scaled learning rate, zero the gradients; return the gradient norm before clipping."""
+    def step(self, learning_rate_scale: float) -> Tensor:
+        """Clip, update at the scaled learning rate, zero the gradients; return the gradient norm before clipping.
+
+        A scalar on the parameters' device: whoever asks for its value waits for the step.
+        """
 
     def whole(self) -> AbstractContextManager[None]:
         """Return a context in which the adapter's parameters are whole on every rank (every rank enters it)."""
@@ -166,7 +169,7 @@ class TorchEngine:
         """See `Engine.for_joint_backward`."""
         return loss * self.scale
 
-    def step(self, learning_rate_scale: float) -> float:
+    def step(self, learning_rate_scale: float) -> Tensor:
         """See `Engine.step`."""
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             self._sum_over_ranks()
@@ -174,7 +177,7 @@ class TorchEngine:
         set_learning_rates(self.optimizer, self.learning_rates, learning_rate_scale)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm) / self.scale
+        return norm.double() / self.scale
 
     def _sum_over_ranks(self) -> None:
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
@@ -255,7 +258,7 @@ class DeepSpeedEngine:
         """See `Engine.for_joint_backward`."""
         return loss * self.scale
 
-    def step(self, learning_rate_scale: float) -> float:
+    def step(self, learning_rate_scale: float) -> Tensor:
         """See `Engine.step`."""
         if self.copies is not None:
             self._hand_over(self.copies)
@@ -264,7 +267,8 @@ class DeepSpeedEngine:
         norm = self.engine.get_global_grad_norm()
         if self.copies is not None:
             self._take_back(self.copies)
-        return float(norm) / self.scale if norm is not None else float("nan")
+        known = float("nan") if norm is None else norm
+        return torch.as_tensor(known, dtype=torch.float64, device=self.parameters[0].device) / self.scale
 
     def _hand_over(self, copies: nn.ParameterList) -> None:
         """Give DeepSpeed the step's gradients; it averages over ranks where the interface asks for a sum."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import DecoderSpec
 from pipeline.backbones.states import recorded
 from pipeline.config.trial import State
@@ -80,20 +81,21 @@ class Imitation:
 
         Args:
             logits: the students', of the answers' tokens, [N, V].
-            rows: of the batch, [N].
+            rows: of the batch, [N], on the CPU.
         """
         distances: dict[int, Tensor] = {}
         start = 0
         for part in self.chunk:
             end = start + len(part.ids)
             if part.trial.facts.teacher == "logits":
-                own = (rows >= start) & (rows < end)
+                own = ((rows >= start) & (rows < end)).nonzero()[:, 0]
                 taught = torch.cat([target.logits for target in part.targets if target.logits is not None])
-                distances[part.number] = loss.divergence(logits[own], taught, rows[own] - start, end - start).sum()
+                of_part, samples = (placed(x, logits.device) for x in (own, rows[own] - start))
+                distances[part.number] = loss.divergence(logits[of_part], taught, samples, end - start).sum()
             start = end
         for state, compared in self.compared.items():
             of_samples = loss.alignment(self.states[state], compared.targets)
-            numbers = torch.tensor(compared.numbers, device=of_samples.device)
             for number in set(compared.numbers):
-                distances[number] = of_samples[numbers == number].sum()
+                own = torch.tensor([i for i, other in enumerate(compared.numbers) if other == number])
+                distances[number] = of_samples[placed(own, of_samples.device)].sum()
         return distances

@@ -20,7 +20,8 @@ from torch import Tensor
 from pipeline import adapters
 from pipeline.adapters.base import WeightsAdapter, parts_of
 from pipeline.adapters.pack import Pack, PackRows
-from pipeline.backbones.decoder import checkpointed_layers, compiled_parts, decoder_of
+from pipeline.backbones.base import placed
+from pipeline.backbones.decoder import checkpointed_layers, compiled_parts, decoder_of, told
 from pipeline.backbones.memory import is_out_of_memory
 from pipeline.prompts.collate import Batch
 from pipeline.records.trial import TrialReport
@@ -35,6 +36,7 @@ from pipeline.train.trial_run import MicroBatch, TrialRun
 Step = list[list[MicroBatch]]  # each trial's micro-batches, up to the next update of its adapter
 TRAINING = "training"
 Losses = dict[str, Tensor]  # "train_loss" and its parts, scalars
+_NORM = "gradient_norm"
 
 
 class TrainingLoop:
@@ -85,12 +87,14 @@ class TrainingLoop:
             # dropout is drawn in training alone
             learners = [trial.adapter.train() for trial in self.trials]
             with self._compiled(), self._checkpointed(), adapters.attach(self.resident.loaded.model, learners) as pack:
-                for step in window:
+                for number, step in enumerate(window):
+                    self._make_ready(window[number : number + 2])
                     self._step(pack, step)
                     self.on_step()
                     done += 1
                     if self._diverged():
                         break
+        self.resident.visual.forget_ahead()
         samples = done * sum(trial.global_batch for trial in self.trials)
         self.capacity.note(pack_size, samples, time.perf_counter() - started, done)
         return self._end_epoch()
@@ -137,6 +141,12 @@ class TrainingLoop:
             window.append(step)
         return window
 
+    def _make_ready(self, steps: Sequence[Step]) -> None:
+        """Let pictures of the steps be decoded beside what the GPU computes."""
+        for part in (part for step in steps for micro_batches in step for part in micro_batches):
+            images, root = [image for prompt in part.prompts for image in prompt.images], part.trial.manifest.image_root
+            self.resident.visual.ahead(images, root, pixels=part.trial.facts.trains_vision)
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def _step(self, pack: Pack, step: Step) -> None:
@@ -150,13 +160,18 @@ class TrainingLoop:
                 if not is_out_of_memory(error):
                     raise
             self._halve_rows(step)  # and again, from the step's beginning
+        for trial, of_trial in zip(self.trials, losses, strict=True):
+            of_trial[_NORM] = trial.engine.step(trial.learning_rate_scale)
+        # one transfer a step: asking for each value would wait for the device each time
+        values = iter(torch.stack([value.double() for of_trial in losses for value in of_trial.values()]).tolist())
         seconds = time.perf_counter() - started
         samples = [sum(len(part.ids) for part in micro_batches) for micro_batches in step]
-        for trial, losses_of_trial, count in zip(self.trials, losses, samples, strict=True):
-            gradient_norm = trial.engine.step(trial.learning_rate_scale)
-            trial.finish_step(losses_of_trial, gradient_norm, seconds * count / sum(samples), pack_size=len(step))
+        for trial, of_trial, count in zip(self.trials, losses, samples, strict=True):
+            known = {name: next(values) for name in of_trial}
+            norm = known.pop(_NORM)
+            trial.finish_step(known, norm, seconds * count / sum(samples), pack_size=len(step))
 
-    def _gradients(self, pack: Pack, step: Step) -> list[dict[str, float]]:
+    def _gradients(self, pack: Pack, step: Step) -> list[Losses]:
         """Add up the gradients of one step; return each trial's losses."""
         self._seed_dropout(pack, step)
         sums: list[Losses] = [{} for _ in step]
@@ -167,9 +182,7 @@ class TrainingLoop:
                     total = sums[part.number]
                     for name, value in losses.items():
                         total[name] = total[name] + value if name in total else value
-        # one transfer a step: asking for each value would wait for the device each time
-        values = iter(torch.stack([value.double() for total in sums for value in total.values()]).tolist())
-        return [{name: next(values) for name in total} for total in sums]
+        return sums
 
     def _seed_dropout(self, pack: Pack, step: Step) -> None:
         """Draw dropout as a function of trial, step and rank: the same after a resume, and in a pack as alone."""
@@ -214,12 +227,17 @@ class TrainingLoop:
         pack.use(rows_of(chunk, batch, layout))
         imitation = Imitation(chunk, batch)
         again = any(part.trial.config.gradient_checkpointing for part in chunk)
-        with imitation.recording(spec, layout, again=again), sharing_prefix(spec, layout):
+        with (
+            told(self.resident.loaded.device, padded=False),
+            imitation.recording(spec, layout, again=again),
+            sharing_prefix(spec, layout),
+        ):
             hidden = model.model(**batch.model_inputs(self.resident.loaded), use_cache=False).last_hidden_state
-        rows, positions, targets = loss.shifted(batch.labels)
+        answers = loss.shifted(batch.labels)
+        rows, positions, targets = (placed(x, hidden.device) for x in answers)
         logits = loss.logits_at(model, hidden, rows, positions)
         ground_truth = loss.cross_entropy(logits, targets, rows, len(batch)).split([len(part.ids) for part in chunk])
-        distances = imitation.distances(logits, rows)
+        distances = imitation.distances(logits, answers[0])
         losses = []
         for part, of_samples in zip(chunk, ground_truth, strict=True):
             config, truth = part.trial.config, of_samples.sum() * part.weight
@@ -245,7 +263,7 @@ class TrainingLoop:
         """Return how the decoder's rows share prefixes, or None where every sample has a row of its own."""
         if not self.resident.loaded.family.shares_prefix or any(part.trial.facts.drops for part in chunk):
             return None
-        lengths = iter(batch.lengths.tolist())
+        lengths = iter(batch.lengths.tolist())  # which are the host's
         return PrefixLayout.of(
             [[next(lengths) for _ in part.ids] for part in chunk],
             [part.trial.prefix_length if len(part.ids) > 1 else 0 for part in chunk],

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.backbones.base import placed
+
 ALIGNED_BYTES = 256 << 20  # of differences in fp32 that are kept for the backward pass
 _AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
@@ -21,7 +23,7 @@ def shifted(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (row, position, target) of every label, [N] each; the logits at `position` predict `target`.
 
     Args:
-        labels: [B, T], -100 where nothing is learned.
+        labels: [B, T], -100 where nothing is learned; on the CPU, for N is not known before.
     """
     rows, columns = torch.nonzero(labels[:, 1:] != -100, as_tuple=True)
     return rows, columns, labels[rows, columns + 1]
@@ -77,7 +79,7 @@ def tails(
     """
     samples = zip(rows, ends, counts, strict=True)
     places = [row * width + place for row, end, m in samples for place in range(end - m, end)]
-    return torch.tensor(places, device=device)
+    return placed(torch.tensor(places), device)
 
 
 def at(places: Tensor) -> Callable[[Tensor], Tensor]:
@@ -93,7 +95,7 @@ def alignment(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         teacher: S tensors [L, m, D]: the same tokens behind the demonstrations, m of them.
     """
     counts = [target.shape[1] for target in teacher]
-    sample = torch.tensor([s for s, m in enumerate(counts) for _ in range(m)], device=student[0].device)
+    sample = placed(torch.tensor([s for s, m in enumerate(counts) for _ in range(m)]), student[0].device)
     taught, layers = torch.cat(list(teacher), 1), list(student)
     at_once = max(1, ALIGNED_BYTES // (4 * layers[0].numel()))
     if at_once >= len(layers):  # one difference for all: a product a row and layer would be all overhead

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import DecoderSpec
 
 MOST_TOKENS = 256  # L; beyond it the mask costs more than the prefix
@@ -99,7 +100,7 @@ class PrefixLayout:
         mask = torch.zeros(rows, 1, longest, longest, dtype=like.dtype).masked_fill_(~seen.tril()[:, None], _HIDDEN)
         made = [torch.tensor(x) for x in (taken, places, positions)]
         shaped = (made[0].view(shape), made[1].view(-1, width), made[2].view(shape), mask)
-        return cls(*(x.to(like.device) for x in shaped))
+        return cls(*(placed(x, like.device) for x in shaped))
 
     def where(self, places: Tensor) -> Tensor:
         """Return where tokens of the flattened batch, B x T, stand in the flattened shared rows."""

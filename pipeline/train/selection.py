@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from pipeline import adapters
 from pipeline.adapters.pack import Pack, PackRows
+from pipeline.backbones.base import placed
+from pipeline.backbones.decoder import told
 from pipeline.backbones.memory import bytes_of_row
 from pipeline.data.sample import Sample
 from pipeline.evaluate.predict import Decoding, predict_each
@@ -71,8 +73,9 @@ def _losses(
     def of_rows(chunk: Sequence[Encoded]) -> list[tuple[Any, float]]:
         batch = resident.batch(chunk, trial.manifest, span=trial.config.loss_span, pixels=trial.facts.trains_vision)
         pack.use(PackRows((number,) * len(batch), batch.image_counts))
-        hidden = model.model(**batch.model_inputs(resident.loaded), use_cache=False).last_hidden_state
-        rows, positions, targets = loss.shifted(batch.labels)
+        with told(resident.device, padded=False):
+            hidden = model.model(**batch.model_inputs(resident.loaded), use_cache=False).last_hidden_state
+        rows, positions, targets = (placed(x, hidden.device) for x in loss.shifted(batch.labels))
         values = loss.cross_entropy(loss.logits_at(model, hidden, rows, positions), targets, rows, len(batch))
         return list(zip(batch.sample_ids, values.tolist(), strict=True))
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.options import Facts
-from pipeline.backbones.decoder import decoder_of
+from pipeline.backbones.base import placed
+from pipeline.backbones.decoder import decoder_of, told
 from pipeline.backbones.states import modules_at, recorded
 from pipeline.config.trial import Kind, TrialConfig
 from pipeline.core.errors import WorkError
@@ -94,7 +95,7 @@ class Teacher:
         ids = batch.input_ids
         ends = loss.at(loss.tails(range(len(prompts)), list(map(len, prompts)), counts, ids.shape[1], ids.device))
         wanted = {kind[1] for kind in kinds if kind[0] == "hidden"}
-        with ExitStack() as stack:
+        with told(ids.device, padded=False), ExitStack() as stack:
             states = {state: stack.enter_context(recorded(self.spec, state, ends)) for state in sorted(wanted)}
             last = model.model(**batch.model_inputs(self.resident.loaded), use_cache=False).last_hidden_state
         targets: list[dict[Kind, Target]] = [{} for _ in prompts]
@@ -106,8 +107,8 @@ class Teacher:
 
     def _logits(self, batch: Batch, hidden: Tensor, row: int) -> Tensor:
         rows, positions, _ = loss.shifted(batch.labels)
-        of_row = rows == row
-        return loss.logits_at(self.resident.loaded.model, hidden, rows[of_row], positions[of_row])
+        of_row = (placed(x[rows == row], hidden.device) for x in (rows, positions))
+        return loss.logits_at(self.resident.loaded.model, hidden, *of_row)
 
 
 def query_length(alone: Encoded, behind: Encoded, image_token_id: int) -> int:

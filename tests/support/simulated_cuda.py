@@ -146,7 +146,8 @@ class SimulatedGpu(TorchDispatchMode):
             into, source = args[0], args[1]
             if isinstance(into, _OnGpu) and not isinstance(source, _OnGpu):
                 self.copies[_place()] += 1
-            waits = not isinstance(into, _OnGpu) and isinstance(source, _OnGpu)
+            later = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+            waits = not isinstance(into, _OnGpu) and isinstance(source, _OnGpu) and not later
         elif operator in _INDEXES:
             self._count_index(operator, args)
         if waits:
@@ -276,6 +277,11 @@ _EMULATED: dict[object, Callable] = {
 }
 
 
+class _Generator(torch.Generator):
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls, "cpu")  # the device draws on the CPU
+
+
 class _Properties:
     name, total_memory, multi_processor_count = "simulated GPU", 80 << 30, 132
 
@@ -313,6 +319,7 @@ def simulated_gpu() -> Iterator[SimulatedGpu]:
         for name, value in cuda.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(torch, "tensor", tensor))
+        stack.enter_context(patch.object(torch, "Generator", _Generator))
         stack.enter_context(patch.object(kernels, "CUDA", NAME))
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, swaps)
         torch.__future__.set_overwrite_module_params_on_conversion(True)

@@ -1,0 +1,118 @@
+"""Training and decoding on a simulated GPU: how often the host waits for it, and how many operators a step takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from pipeline import backbones, methods
+from pipeline.backbones.decoder import decoder_of
+from pipeline.config.load import BackboneSource
+from pipeline.config.request import TrialRequest
+from pipeline.config.trial import TrialConfig
+from pipeline.data.manifest import Manifest
+from pipeline.train.loop import TrainingLoop
+from pipeline.train.trial_run import TrialRun
+from pipeline.train.workbench import Workbench
+from tests.support.simulated_cuda import NAME, simulated_gpu
+
+HIFICL, MIMIC, LIVE = ("hificl", {}), ("mimic", {}), ("live", {})
+LORA = ("lora", {"scope": "decoder"})
+# backbone, trials of a pack, most waits and operators of a step with visual tokens at hand (two micro-batches)
+STEPS = [
+    ("idefics2-8b-base", [HIFICL], 1, 1240),
+    ("idefics2-8b-base", [MIMIC], 1, 1350),
+    ("idefics2-8b-base", [LIVE], 1, 1160),
+    ("idefics2-8b-base", [LORA], 1, 1740),
+    ("idefics2-8b-base", [HIFICL, MIMIC, LIVE, ("hificl", {"rank": 4, "teacher": True})], 1, 2310),
+    ("idefics2-8b-base", [LORA, ("lora", {"scope": "decoder", "rank": 8})], 1, 2830),
+    ("llava-interleave-7b", [HIFICL], 1, 1190),
+]
+
+
+@pytest.fixture
+def request_of(small_world, tmp_path):
+    def make(backbone: str, method: str, given: dict) -> TrialRequest:
+        source, manifest = BackboneSource(variant="tiny"), small_world / "mini-vqa" / "manifest.json"
+        options = methods.parse(method, given)
+        facts = options.facts()
+        config = TrialConfig(
+            backbone=backbone, backbone_digest=backbones.digest_of(backbone, source), task="mini-vqa",
+            manifest_digest=Manifest.load(manifest).digest, method=method, options=options.plain(), precision="bf16",
+            num_train_samples=4, epochs=2, learning_rate=facts.learning_rate, weight_decay=0.05, warmup_ratio=0.1,
+            gradient_clip=1.0, micro_batch_size=2, accumulation=2, engine="torch", num_selection_samples=2,
+            num_shots=1 if facts.teacher else 0, alignment_weight=facts.alignment_weight,
+            ground_truth_weight=facts.ground_truth_weight,
+        )  # fmt: skip
+        return TrialRequest(config=config, folder=str(tmp_path / config.key), manifest=str(manifest), source=source)
+
+    return make
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    # files are written from memory that this device does not have
+    monkeypatch.setattr(TrialRun, "_save_adapter", lambda self: None)
+    monkeypatch.setattr(TrialRun, "_save_checkpoint", lambda self: None)
+    with simulated_gpu() as made:
+        yield made
+
+
+@pytest.mark.parametrize(("backbone", "trials", "waits", "operators"), STEPS)
+def test_a_step_waits_at_most_twice(gpu, request_of, monkeypatch, backbone, trials, waits, operators):
+    seen, step = [], TrainingLoop._step
+
+    def counted(self, pack, work):
+        gpu.reset()
+        step(self, pack, work)
+        seen.append((+gpu.waits, sum(gpu.operators.values())))
+
+    monkeypatch.setattr(TrainingLoop, "_step", counted)
+    bench = Workbench(device=NAME)
+    for method, given in trials:
+        bench.admit(request_of(backbone, method, given))
+    while bench.loop.trials:
+        bench.advance()
+    waited, ran = seen[-1]
+    assert sum(waited.values()) <= waits, waited
+    assert ran <= operators
+
+
+def test_a_token_waits_once(gpu, request_of, monkeypatch):
+    bench = Workbench(device=NAME)
+    bench.admit(request_of("idefics2-8b-base", *HIFICL))
+    bench.advance()  # selection has computed the visual tokens
+    model, passes, counted = bench.loop.resident.loaded.model, [], Counter()
+
+    def count(*_) -> None:
+        passes.append(1)
+        counted.update(gpu.waits)
+        gpu.reset()
+
+    hook = decoder_of(model).decoder.register_forward_hook(count)
+    gpu.reset()
+    bench.advance()
+    hook.remove()
+    decoded = {where: count for where, count in counted.items() if count > len(passes) // 2}
+    assert len(passes) > 8
+    assert sum(decoded.values()) <= len(passes), decoded
+    assert all("generation/utils.py" in where for where in decoded)  # transformers asks whether all rows have ended
+
+
+def test_a_row_that_ends_a_token_late_says_the_same(tiny, monkeypatch):
+    from pipeline.evaluate import generate
+
+    class Letters:
+        def decode(self, tokens, **_):
+            return "".join("ab\n"[int(token)] for token in tokens)
+
+    rows = torch.tensor([[0, 0, 1, 2, 1], [0, 1, 1, 1, 2]])
+    late, prompt = generate._StopAt(Letters(), ("\n",), 1, lags=True), 1
+    prompt_and_more = [rows[:, : prompt + i] for i in range(1, 5)]
+    assert [late(ids, None).tolist() for ids in prompt_and_more] == [
+        [False, False], [False, False], [False, False], [True, False],
+    ]  # fmt: skip
+    at_once = generate._StopAt(Letters(), ("\n",), 1)
+    assert [at_once(ids, None).tolist() for ids in prompt_and_more][2:] == [[True, False], [False, True]]
