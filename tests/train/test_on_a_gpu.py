@@ -22,13 +22,13 @@ HIFICL, MIMIC, LIVE = ("hificl", {}), ("mimic", {}), ("live", {})
 LORA = ("lora", {"scope": "decoder"})
 # backbone, trials of a pack, most waits and operators of a step with visual tokens at hand (two micro-batches)
 STEPS = [
-    ("idefics2-8b-base", [HIFICL], 1, 1240),
-    ("idefics2-8b-base", [MIMIC], 1, 1350),
-    ("idefics2-8b-base", [LIVE], 1, 1160),
-    ("idefics2-8b-base", [LORA], 1, 1740),
-    ("idefics2-8b-base", [HIFICL, MIMIC, LIVE, ("hificl", {"rank": 4, "teacher": True})], 1, 2310),
-    ("idefics2-8b-base", [LORA, ("lora", {"scope": "decoder", "rank": 8})], 1, 2830),
-    ("llava-interleave-7b", [HIFICL], 1, 1190),
+    ("idefics2-8b-base", [HIFICL], 1, 1300),
+    ("idefics2-8b-base", [MIMIC], 1, 1400),
+    ("idefics2-8b-base", [LIVE], 1, 1220),
+    ("idefics2-8b-base", [LORA], 1, 1800),
+    ("idefics2-8b-base", [HIFICL, MIMIC, LIVE, ("hificl", {"rank": 4, "teacher": True})], 1, 2420),
+    ("idefics2-8b-base", [LORA, ("lora", {"scope": "decoder", "rank": 8})], 1, 2920),
+    ("llava-interleave-7b", [HIFICL], 1, 1250),
 ]
 
 
@@ -54,7 +54,7 @@ def request_of(small_world, tmp_path):
 @pytest.fixture
 def gpu(monkeypatch):
     # files are written from memory that this device does not have
-    monkeypatch.setattr(TrialRun, "_save_adapter", lambda self: None)
+    monkeypatch.setattr(TrialRun, "_ended", lambda self, status, error=None: self._report(status))
     monkeypatch.setattr(TrialRun, "_save_checkpoint", lambda self: None)
     with simulated_gpu() as made:
         yield made
