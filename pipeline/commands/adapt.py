@@ -235,7 +235,9 @@ def adapt(asked: Asked, out: Path) -> Adapted:
         say(f"guessed: {line}")
     rows = _rows(task, data_root)
     drawn = Budget(1, 1, *(min(rows[split], most) for split, most in _MOST.items()))
-    work = _Workspace(out.resolve(), root, name, asked, task, data_root, drawn)
+    # of a small pool the evaluation gets what the others leave, which only the draw knows
+    to_the_last = task.one_pool and rows["evaluation"] <= 2 * drawn.evaluation
+    work = _Workspace(out.resolve(), root, name, asked, task, data_root, drawn, to_the_last)
     if kept is None:
         work.make(drawn)
         given = work.measure(rows, started)
@@ -301,20 +303,32 @@ def _task(name: str, asked: Asked) -> tuple[FileTask, Path]:
 
 
 def _rows(task: FileTask, root: Path) -> dict[str, int]:
-    """Return how many samples each split has at most; of a pool that is drawn from, four in ten are reported on."""
-    counts: dict[str, int] = {split: sum(1 for _ in task.index(root, split)) for split in task.pools(root)}
-    whole = counts["train"] if "train" in counts else counts["evaluation"]
-    if "train" not in counts:
-        counts = {"evaluation": int(whole * 0.4), "selection": max(1, int(whole * 0.1))}
-        counts["train"] = whole - counts["evaluation"] - counts["selection"]
-    elif "selection" not in counts:
-        counts["selection"] = max(1, whole // 7)
-        counts["train"] = whole - counts["selection"]
-    if counts["train"] < _LEAST_TRAINED or counts["evaluation"] < 1:
+    """Return how many samples each split has at most; of a pool that is drawn from, four in ten are reported on.
+
+    A tenth is left for rows that cannot be taken, because another split has their picture.
+    """
+    from pipeline.sweep.draw import kept_together
+
+    pools = {split: list(task.index(root, split)) for split in task.pools(root)}
+    taken = {thing for entry in pools["evaluation"] for thing in kept_together(entry)} if "train" in pools else set()
+    free = {
+        split: sum(not any(thing in taken for thing in kept_together(entry)) for entry in entries)
+        for split, entries in pools.items()
+        if split != "evaluation" or not taken
+    }
+    if "train" not in pools:
+        whole = free["evaluation"]
+        counts = {"train": whole // 2, "selection": max(1, whole // 10), "evaluation": int(whole * 0.4)}
+    else:
+        whole = free["train"]
+        selection = int(0.9 * free["selection"]) if "selection" in pools else max(1, whole // 7)
+        train = int(0.9 * (whole if "selection" in pools else whole - selection))
+        counts = {"train": train, "selection": selection, "evaluation": len(pools["evaluation"])}
+    if counts["train"] < _LEAST_TRAINED or not (counts["selection"] and counts["evaluation"]):
         shown = ", ".join(f"{size} for {split}" for split, size in counts.items())
         raise InputError(
             f"{whole} usable rows are too few ({shown})", where=str(root / task.settings.file),
-            way_out=f"{_LEAST_TRAINED} to train on are the least",
+            way_out=f"{_LEAST_TRAINED} to train on are the least; where a picture is in two splits, training loses it",
         )  # fmt: skip
     return counts
 
@@ -330,6 +344,7 @@ class _Workspace:
     task: FileTask
     data_root: Path
     drawn: Budget
+    to_the_last: bool
 
     def make(self, given: Budget) -> None:
         """Write profile, study and stages, and link the code."""
@@ -371,7 +386,7 @@ class _Workspace:
             "stand_ins": {self.asked.backbone: [self.asked.backbone]},
             "subsample": {
                 "seed": self.asked.seed, "num_train": self.drawn.train, "num_selection": self.drawn.selection,
-                "num_evaluation": self.drawn.evaluation,
+                "num_evaluation": "whole" if self.to_the_last else self.drawn.evaluation,
             },
             "train": {
                 "num_train_samples": given.train, "num_selection_samples": given.selection, "epochs": given.epochs,

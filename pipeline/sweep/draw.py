@@ -240,7 +240,7 @@ def _take(
         if len(taken) < candidates.wanted or (candidates.wanted < 0 and not taken):
             raise _too_few(task, candidates, len(taken), chosen)
         for entry in taken:
-            owner.update(dict.fromkeys(_kept_together(entry), name))
+            owner.update(dict.fromkeys(kept_together(entry), name))
             for image in entry.images:
                 if checked[image].sha256:
                     owner[checked[image].sha256] = name
@@ -267,14 +267,14 @@ def _free(
 ) -> Iterator[IndexEntry]:
     """Give the entries that share nothing with another split; those that do with another pool are counted."""
     for entry in candidates.entries:
-        takers = {owner[thing] for thing in _kept_together(entry) if thing in owner}
+        takers = {owner[thing] for thing in kept_together(entry) if thing in owner}
         if not takers:
             yield entry
         elif any(source[taker] != source[candidates.split] for taker in takers):
             passed[candidates.split] += 1
 
 
-def _kept_together(entry: IndexEntry) -> Iterator[str]:
+def kept_together(entry: IndexEntry) -> Iterator[str]:
     """Give what no two splits may share of an entry."""
     yield from entry.images
     if entry.group is not None:

@@ -13,11 +13,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from pipeline.cli import main
-from pipeline.commands.adapt import Budget, Seconds, budget
+from pipeline.commands.adapt import Budget, Seconds, _rows, budget
+from pipeline.config.schema import TaskFile
 from pipeline.miniature.world import write_world
+from pipeline.sweep.draw import draw_manifest
 from pipeline.tasks import tasks
+from pipeline.tasks.file_rows import completed
+from pipeline.tasks.file_task import FileTask
 from tests.conftest import ROOT
 from tests.e2e.conftest import environment
 from tests.support.tiny_hub import make
@@ -117,6 +122,25 @@ def test_minutes_pay_for_the_same_for_each_method() -> None:
         assert given.points * given.epochs * per_epoch / 2 <= 0.6 * minutes * 60
     least = budget(seconds, 0.1, rows, slots=1, baselines=2)
     assert least == Budget(points=1, epochs=1, train=16, selection=8, evaluation=20)
+
+
+@pytest.mark.parametrize("names", [None, ["train"] * 57 + ["test"] * 15, ["train"] * 41 + ["val"] * 13 + ["test"] * 18])
+def test_the_sizes_that_are_asked_for_can_be_drawn(tmp_path: Path, names) -> None:
+    """Rows of one picture stay together, and a picture that two splits name is lost to the later one."""
+    rows = [{"image": f"{n // 6}.png", "question": f"{n}?", "answer": "cat"} for n in range(72)]
+    for n in range(12):
+        Image.new("RGB", (4, 4), (n, 0, 0)).save(tmp_path / f"{n}.png")
+    if names:
+        rows = [{**row, "split": name} for row, name in zip(rows, names, strict=True)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = FileTask.of("own", completed("own", TaskFile(file="own.jsonl"), tmp_path))
+    sizes = _rows(task, tmp_path)
+    manifest = draw_manifest(
+        task, tmp_path, seed=0, num_train=sizes["train"], num_selection=sizes["selection"],
+        num_evaluation=None if task.one_pool else sizes["evaluation"],
+    )  # fmt: skip
+    assert manifest.sizes["train"] == sizes["train"] and manifest.sizes["evaluation"] >= 15
+    assert sum(manifest.sizes.values()) >= 60
 
 
 @pytest.mark.parametrize(
