@@ -128,7 +128,7 @@ def test_passes_hold_what_is_free_and_are_of_one_size(monkeypatch):
 
 def test_another_backbone_is_loaded_once_the_first_is_gone(trial, tmp_path, monkeypatch):
     first, second = (trial("hificl", tmp_path, precision=precision, epochs=1) for precision in ("fp32", "bf16"))
-    load, alive = backbones.load, []
+    load, alive = backbones.load_from, []
 
     def loading(*args, **kwargs):
         alive.append([name for name, held in models.items() if held() is not None])
@@ -137,7 +137,7 @@ def test_another_backbone_is_loaded_once_the_first_is_gone(trial, tmp_path, monk
         return made
 
     models: dict = {}
-    monkeypatch.setattr(backbones, "load", loading)
+    monkeypatch.setattr(backbones, "load_from", loading)
     for use in ("trains", "answers"):
         bench = Workbench(device="cpu")
         models.clear()
