@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.backbones import get
 from pipeline.backbones.base import Backbone, Family
 from pipeline.backbones.families.generic import GenericFamily, declared
-from pipeline.backbones.memory import Passes
+from pipeline.backbones.memory import Passes, is_out_of_memory
 from pipeline.backbones.weights import check_folder, digest_of_folder, digest_of_settings, find_folder
 from pipeline.config.schema import BackboneSource
 from pipeline.core.errors import InputError, nearest
@@ -220,6 +220,8 @@ def _published(backbone: Backbone, folder: Path, *, dtype: torch.dtype, device: 
         placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
         model, report = family.load_model(folder, dtype=dtype, output_loading_info=True, **placed)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        if is_out_of_memory(error):  # no fault of the weights: another process may have the room
+            raise
         problem = f"cannot be loaded as {backbone.name}: {' '.join(str(error).split())[:300]}"
         raise InputError(problem, where=str(folder), way_out=way_out) from error
     if report["missing_keys"]:

@@ -19,8 +19,8 @@ Result = TypeVar("Result")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: CUDA has a type for it, cuBLAS and the CPU's allocator only a sentence."""
-    said = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    """Whether an allocation failed: CUDA has a type for it; cuBLAS, the CPU's allocator and the loader a sentence."""
+    said = ("can't allocate memory", "Cannot allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "failed to map segment")
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 

@@ -301,3 +301,20 @@ def test_a_transformers_that_drops_visual_tokens_is_refused(monkeypatch):
     arguments = {"pixels": None, "input_ids": torch.zeros(1, 1), "image_counts": [1], "image_token_id": 0}
     with pytest.raises(InputError, match=r"no visual tokens .* requirements\.txt"):
         backbones.get("llava-interleave-7b").family.image_arguments(visual=[torch.zeros(1, 1)], **arguments)
+
+
+def test_too_little_memory_is_no_fault_of_the_weights(monkeypatch):
+    """A worker's error then, which another process may not have; bad weights are the input's."""
+    family, folder = backbones.get("mini-idefics2").family, ROOT / "checkpoints" / "mini-idefics2"
+    for said, kind in (
+        ("libx.so: failed to map segment from shared object", OSError),
+        ("[Errno 12] Cannot allocate memory", OSError),
+        ("no such layout", InputError),
+    ):
+
+        def loading(*args, said=said, **kwargs):
+            raise OSError(said)
+
+        monkeypatch.setattr(family.model_class, "from_pretrained", loading)
+        with pytest.raises(kind):
+            backbones.load("mini-idefics2", weights=folder)
