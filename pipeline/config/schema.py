@@ -15,7 +15,7 @@ Scalar = bool | int | float | str | None
 class Section(BaseModel):
     """Base of every section: frozen, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Whole = Literal["whole"]  # all of an official split

@@ -7,6 +7,7 @@ Exit status of the command line: 2 for bad input (`InputError`), 1 for a failure
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:  # a verb that reads no settings starts without pydantic
     from pydantic import BaseModel, ValidationError
 
 _SHOWN = 80  # characters of a value in an error
+_LONG_WORD = re.compile(r"\S{400,}")  # a forged file's; no path in a sentence is as long
 
 
 class HificlError(Exception):
@@ -22,6 +24,7 @@ class HificlError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str | None = None, way_out: str | None = None) -> None:
+        what = _LONG_WORD.sub(lambda word: f"{word[0][:_SHOWN]}...", what)
         self.what, self.where, self.way_out = what, where, way_out
         text = f"{where}: {what}" if where else what
         text = f"{text}. {way_out}" if way_out else text

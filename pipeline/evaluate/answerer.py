@@ -57,7 +57,7 @@ class Answerer:
         self.folder, self.project, self.reads_files = folder, project, reads_files
         self.config = adapters.read_config(folder)
         self.origin: dict[str, Any] = self.config.extra
-        if "backbone" not in self.origin:
+        if not all(isinstance(self.origin.get(part), str) for part in ("backbone", "task")):
             way_out = "Give the adapter folder of a trial: runs/KEY/adapter"
             raise InputError("the adapter does not name its backbone and task", where=str(folder), way_out=way_out)
         name, definition = str(self.origin["task"]), self.origin.get("definition")
