@@ -7,6 +7,7 @@ import functools
 import io
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ class ModelCandidate:
     @property
     def name(self) -> str:
         """The registered model's name; MLflow allows neither slash nor colon."""
-        return f"{self.backbone}_{self.task}_{self.method}"
+        return re.sub("[/:]", "-", f"{self.backbone}_{self.task}_{self.method}")
 
 
 class ModelRegistry:

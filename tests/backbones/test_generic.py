@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib.util import find_spec
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from pipeline import adapters, backbones
 from pipeline.backbones.decoder import decoder_of
+from pipeline.backbones.families.generic import architectures
 from pipeline.config.load import load as load_params
 from pipeline.config.schema import BackboneSource
 from pipeline.core.errors import InputError
@@ -314,11 +317,17 @@ def test_the_real_small_decoder_learns_in_context():
     assert written[4] == ["started", "played", "called"] != written[0]
 
 
-def test_what_is_listed_has_a_reason():
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+def test_what_is_listed_has_a_reason_and_the_page_has_what_is_tested():
+    rows = architectures().values()
+    assert set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) <= set(architectures())
+    assert all(row.why and "\n" not in row.why for row in rows)
+    page = (ROOT / "docs/backbones.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(\w+)` \| (\w+) \| (attention, .+) \|$", page, re.MULTILINE)
+    assert shown == [(row.model_type, row.model_class, row.why) for row in rows if row.status == "tested"]
 
-    from pipeline.backbones.families.generic import architectures
 
-    assert set(KNOWN) <= set(architectures())
-    assert all(row.why and "\n" not in row.why for row in architectures().values())
-    assert ROOT.is_dir()
+def test_a_registered_model_of_a_folder_has_a_name_that_mlflow_takes():
+    from pipeline.tracking.registry import ModelCandidate
+
+    assert ModelCandidate("key", "folder:/a/b", "pets", "hificl", None, "p").name == "folder--a-b_pets_hificl"
+    assert ModelCandidate("key", "mini-llava", "mini-vqa", "lora", None, "p").name == "mini-llava_mini-vqa_lora"
