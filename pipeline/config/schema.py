@@ -74,6 +74,7 @@ class Train(Section):
     offload: Literal["none", "cpu"] = "none"
     world_size: int = Field(1, ge=1)
     compile: bool = False  # the decoder's norms and feed-forward nets by torch.compile
+    deterministic: bool = False  # on a GPU: equal bits from equal inputs on the same kind of card, and slower
     gradient_checkpointing: bool = False  # a layer's activations are computed again in its backward pass, and not kept
     selection: Literal["selection", "test"] = "selection"
     selection_metric: Literal["score", "loss"] = "score"

@@ -74,10 +74,11 @@ class TrialConfig(_Config):
     demonstration_draw: Literal["without-replacement", "with-replacement"] = "without-replacement"
     compile: bool = False
     gradient_checkpointing: bool = False
+    deterministic: bool = False
     sample_draw: Literal["first", "by-seed"] = "first"
 
     later: ClassVar[frozenset[str]] = frozenset(
-        {"demonstration_draw", "compile", "sample_draw", "gradient_checkpointing"}
+        {"demonstration_draw", "compile", "sample_draw", "gradient_checkpointing", "deterministic"}
     )
 
     @property

@@ -18,9 +18,9 @@ import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from pipeline.core.errors import InputError
+from pipeline.data import MAX_PIXELS
 from pipeline.data.parquet import cell_bytes, is_cell, shard_order
 
-MAX_PIXELS = 110_000_000  # the largest cameras' pictures; COCO's largest have 0.4 million. At most 1 GiB to decode one
 # What is opened. Pillow knows more, and would start Ghostscript for a picture in PostScript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N", "I"}

@@ -128,7 +128,8 @@ def reproduce_run(
         run_id: an MLflow run of a finished trial.
         params: the project's: where weights lie, and which tracking store.
         root: the project's folder.
-        tolerance: what the numbers may differ by; None: 0 for a run in one process on this CPU, else `TOLERANCES`.
+        tolerance: what the numbers may differ by; None: 0 for a run in one process on this CPU, or on this kind of
+            card with `train.deterministic`, else `TOLERANCES`.
         here: run the code as it is now instead of the run's commit.
         keep: keep the private store in this folder.
 
@@ -180,7 +181,8 @@ def _tolerance(record: RunRecord) -> float:
     packed = record.tags.get("packed") or record.tags.get("pack", "1")
     alone = record.config.get("world_size", 1) == 1 and packed == "1"
     gpus = record.provenance.machine.gpus
-    solo = alone and not gpus and _other_processor(record) is None
+    same_card = bool(record.config.get("deterministic")) and gpus == this_machine().gpus
+    solo = alone and (same_card if gpus else _other_processor(record) is None)
     unit = record.evaluation.unit if record.evaluation else "percent"
     return 0.0 if solo else TOLERANCES.get(unit, TOLERANCES["percent"])
 

@@ -98,6 +98,8 @@ def pack_key(config: TrialConfig) -> str | None:
         if facts.drops:  # a pack's own streams of dropout do not give a mask twice
             return None
         shared.append("gradient_checkpointing")
+    if config.deterministic:
+        shared.append("deterministic")
     return canonical([*shared, config.world_size, facts.trains_vision, config.compile])
 
 

@@ -6,8 +6,10 @@ import gc
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -27,8 +29,34 @@ _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 def use_threads() -> None:
-    """Let torch use the threads that this process was given, no more."""
+    """Let torch use the threads that this process was given, no more, and cuBLAS the room that fixed sums need.
+
+    cuBLAS reads its setting once, at its first product, and a later trial may ask for fixed sums (`repeatable`).
+    """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextmanager
+def repeatable(wanted: bool) -> Iterator[None]:
+    """Let torch take algorithms alone that give equal bits from equal inputs (`train.deterministic`) inside the block.
+
+    An operator that has none raises an error that names it.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # nothing reads it
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = filled
 
 
 def device_for(gpus: float) -> str:
@@ -129,7 +157,10 @@ class Workbench:
 
     def advance(self) -> list[TrialReport]:
         """Train the admitted trials until one of them completes an epoch; return the reports."""
-        return self.loop.advance() if self.loop is not None and self.loop.trials else []
+        if self.loop is None or not self.loop.trials:
+            return []
+        with repeatable(self.loop.trials[0].config.deterministic):  # which those of a pack share
+            return self.loop.advance()
 
     def room(self) -> int:
         """Return how many trials may join those that are admitted."""
@@ -151,7 +182,8 @@ class Workbench:
         self, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, part: SplitPart = WHOLE
     ) -> list[Answers]:
         """Let trials answer a part of a split; see `evaluate.score.answer`."""
-        return answer(self.resident(requests[0]), requests, evaluation, part, self.batch_size)
+        with repeatable(requests[0].config.deterministic):
+            return answer(self.resident(requests[0]), requests, evaluation, part, self.batch_size)
 
     def finish(self, request: TrialRequest, evaluation: EvaluationConfig, parts: Sequence[Answers]) -> Evaluation:
         """Score a trial that has answered all parts; see `evaluate.score.score`."""

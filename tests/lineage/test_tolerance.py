@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipeline.lineage import reproduce
 from pipeline.lineage.reproduce import _environment, _tolerance
 from pipeline.lineage.run_record import RunRecord
 from pipeline.records.evaluation import Evaluation
@@ -31,6 +32,17 @@ def test_alone_on_this_processor_it_is_nothing():
 def test_where_sums_come_in_another_order_it_is_not(record):
     assert _tolerance(record) == 1.0
     assert _tolerance(RunRecord(**{**vars(record), "evaluation": scored("fraction")})) == 0.02
+
+
+def test_with_fixed_sums_on_the_same_card_it_is_nothing(monkeypatch):
+    here = this_machine().model_copy(update={"gpus": ("H100",)})
+    monkeypatch.setattr(reproduce, "this_machine", lambda: here)
+    record = made(gpus=("H100",))
+    fixed = RunRecord(**{**vars(record), "config": {"world_size": 1, "deterministic": True}})
+    assert _tolerance(fixed) == 0.0
+    assert _tolerance(record) == 1.0
+    monkeypatch.setattr(reproduce, "this_machine", lambda: here.model_copy(update={"gpus": ("A100",)}))
+    assert _tolerance(fixed) == 1.0
 
 
 def test_another_processor_is_named():

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
 
 from pipeline.backbones.decoder import decoder_of
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
+from pipeline.plan.plan import pack_key
 from pipeline.plan.space import _compile
+from pipeline.train.loop import TrainingLoop
 from pipeline.train.workbench import Workbench
 from tests.conftest import ROOT
 
@@ -44,6 +47,20 @@ def test_its_key_is_another_and_that_of_a_trial_without_is_what_it_was(trial, tm
     plain = trial("hificl", tmp_path).config
     assert plain.model_copy(update={"compile": True}).key != plain.key
     assert "compile" not in plain.model_dump(exclude=plain.later)
+
+
+def test_a_deterministic_trial_runs_under_fixed_sums_and_loses_the_same(trial, tmp_path, monkeypatch):
+    bench, seen = Workbench(device="cpu"), []
+    advance = TrainingLoop.advance
+    enabled = torch.are_deterministic_algorithms_enabled
+    monkeypatch.setattr(TrainingLoop, "advance", lambda self: seen.append(enabled()) or advance(self))
+    plain, fixed = (trial("hificl", tmp_path / str(on), rank=2, epochs=1, deterministic=on) for on in (False, True))
+    assert losses(bench, plain) == losses(bench, fixed)
+    assert seen == [False, True] and not enabled()
+    assert plain.config.key != fixed.config.key and "deterministic" not in plain.config.model_dump(
+        exclude=plain.config.later
+    )
+    assert pack_key(plain.config) != pack_key(fixed.config)
 
 
 def test_zero_3_is_refused():

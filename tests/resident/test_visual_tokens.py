@@ -256,3 +256,33 @@ def test_stores_share_the_room_that_the_disk_has(tmp_path, monkeypatch):
             os.utime(store.path(f"{number:02d}{name}"), (number, number + 100 * (name == "second")))
         assert taken() <= 0.8 * disk
     assert len(list((tmp_path / "second").rglob("*.safetensors"))) == 18  # the first backbone's make way
+
+
+def test_pictures_made_ready_ahead_are_the_same_and_forgotten(tiny, pictures, monkeypatch):
+    loaded = tiny("idefics2-8b-base")
+    images = [ImageRef(f"{i}.png") for i in range(7)]
+    plain, ahead = VisualTokens(loaded), VisualTokens(loaded, threads=2)
+    assert plain._threads is None  # on a CPU they would take the model's own time
+    names, decoded = set(), VisualTokens._decoded
+
+    def noted(self, data, place):
+        names.add(threading.current_thread().name.split("_")[0])
+        return decoded(self, data, place)
+
+    monkeypatch.setattr(VisualTokens, "_decoded", noted)
+    wanted = plain.get(images, pictures)
+    assert names == {threading.current_thread().name.split("_")[0]}
+    names.clear()
+    ahead.ahead(images[:3], pictures)
+    assert len(ahead._underway) == 3
+    made = ahead.get(images, pictures)
+    assert names == {"pictures"} and not ahead._underway
+    assert all(torch.equal(x, y) for x, y in zip(made, wanted, strict=True))
+    ahead.ahead(images, pictures)  # they are at hand
+    assert not ahead._underway
+    ahead.ahead(images, pictures, pixels=True)
+    rows = [images[:2], images[2:3]]
+    for name, value in plain.pixels(rows, pictures).items():
+        assert torch.equal(ahead.pixels(rows, pictures)[name], value)
+    ahead.forget_ahead()
+    assert not ahead._underway

@@ -21,7 +21,8 @@ from PIL import Image
 from pipeline import adapters
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
-from pipeline.data.images import MAX_PIXELS, check_image, open_image
+from pipeline.data import MAX_PIXELS
+from pipeline.data.images import check_image, open_image
 from pipeline.data.manifest import Manifest, Source
 from pipeline.data.sample import ImageRef, Sample
 from tests.conftest import ROOT

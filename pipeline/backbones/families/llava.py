@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from pipeline.backbones.base import Family, Modules, Pixels, SizeRule, replace_in_order
 from pipeline.backbones.families.tokenizers import llama_tokenizer, qwen2_tokenizer
-from pipeline.data.images import MAX_PIXELS
+from pipeline.data import MAX_PIXELS
 
 if TYPE_CHECKING:
     from PIL import Image
