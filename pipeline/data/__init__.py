@@ -1,5 +1,3 @@
 """Samples: from official files to token ids."""
 
 MAX_PIXELS = 110_000_000  # the largest cameras' pictures; COCO's largest have 0.4 million. At most 1 GiB to decode one
-    110_000_000  # of a picture: the largest cameras'; COCO's largest have 0.4 million. At most 1 GiB to decode one
-)
