@@ -186,8 +186,12 @@ class VisualTokens:
         tokens = self.loaded.family.encode_images(self.loaded.model, blocks)
         self.computed += len(group)
         # One transfer for all; cloned, for a slice of the batch's result would keep the whole of it alive.
-        on_host = torch.stack([part.detach() for part in tokens]).to("cpu")
-        return [(key, part.clone()) for (key, _), part in zip(group, on_host, strict=True)]
+        # Some families' tokens of one picture have a shape of their own.
+        on_host = (
+            torch.cat([part.detach().flatten() for part in tokens]).to("cpu").split([part.numel() for part in tokens])
+        )
+        parts = zip(group, on_host, tokens, strict=True)
+        return [(key, host.view(part.shape).clone()) for (key, _), host, part in parts]
 
     def _processed(self, key: str, image: Image, root: Path | str, *, keep: bool = True) -> Pixels:
         pixels = self._pixels.get(key)
