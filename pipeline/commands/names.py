@@ -13,7 +13,7 @@ def register(line: CommandLine) -> None:
     """Add the verbs."""
     text = "what adapts a model: every method and its options"
     line.verb("names", "methods", _of_methods, text, answers=True)
-    text = "what is adapted: every backbone, every class of which any checkpoint can be named"
+    text = "what is adapted: backbones, and classes of any checkpoint"
     line.verb("names", "backbones", _of_backbones, text, answers=True)
     text = "what is asked: every task and its score"
     line.verb("names", "tasks", _of_tasks, text, answers=True)

@@ -61,7 +61,7 @@ class Dispatcher:
         world_size: int,
         run_ahead: bool,
         home: str,
-        order: Sequence[str],
+        order: Sequence[str] = (),
     ) -> None:
         self.resolve, self.world_size = resolve, world_size
         self.store, self.journal = TrialStore(store_root), Journal(store_root)

@@ -83,7 +83,8 @@ def test_the_version_is_said_with_its_commit():
 )
 def test_all_that_can_be_named_is_listed(kind, registry, one):
     rows = json.loads(hificl(kind).stdout)
-    assert [row["name"] for row in rows] == registry.names()
+    named = [row["name"] for row in rows if row["name"]]  # classes of which any checkpoint can be named have none
+    assert named == registry.names()
     assert one.items() <= next(row for row in rows if row["name"] == one["name"]).items()
 
 

@@ -84,7 +84,10 @@ def _drawn(root: Path, sizes: Subsample, task: str, train: Iterable[tuple[int, s
     given, entries = sizes.of(task), [IndexEntry(one, (path,)) for one, path in train]
     held = [IndexEntry(0, ("another",))]
     indexed = SimpleNamespace(
-        name=task, one_pool=False, index=lambda root, split: entries if split == "train" else held
+        name=task,
+        one_pool=False,
+        pools=lambda root: ("evaluation", "train"),
+        index=lambda root, split: entries if split == "train" else held,
     )
     chosen = plan_draw(
         indexed, root, seed=given.seed, num_train=given.num_train, num_selection=given.num_selection, num_evaluation=0

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 
 from pipeline import backbones
 from pipeline.backbones.decoder import decoder_of
@@ -26,8 +27,10 @@ from tests.support.free_port import free_port
 def one_rank():
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     dist.init_process_group("gloo", rank=0, world_size=1)
+    groups._WORLD_GROUP = None  # DeepSpeed remembers the group of another file's tests in this process
     yield
     dist.destroy_process_group()
+    groups._WORLD_GROUP = None
 
 
 class Card:
