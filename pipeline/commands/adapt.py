@@ -268,16 +268,16 @@ def _name(data: Path) -> str:
 
 def _kept(out: Path, asked: Asked) -> Budget | None:
     """Return what an earlier call laid out in the same workspace, or None where there is none."""
+    from pipeline.records import as_written
+
     path = out / PLAN
     if not path.is_file():
         if out.is_dir() and any(out.iterdir()) and not (out / ".dvc").is_dir():
             raise InputError("is a folder with other things in it", where=str(out), way_out="Give another --out")
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
-    if record["asked"] != json.loads(json.dumps(asdict(asked))):
-        changed = [
-            key for key, value in json.loads(json.dumps(asdict(asked))).items() if record["asked"].get(key) != value
-        ]
+    changed = [key for key, value in as_written(asdict(asked)).items() if record["asked"].get(key) != value]
+    if changed:
         raise InputError(
             f"was made with another {', '.join(changed)}", where=str(path), way_out="Give another --out, or remove it"
         )
@@ -363,12 +363,13 @@ class _Workspace:
 
     def _watched(self) -> list[str]:
         """Return what DVC is to see: the data's own file, and the folders that hold its pictures."""
-        files = {self.data_root / self.task.settings.file}
+        settings, places = self.task.settings, set[str]()
         for split in self.task.pools(self.data_root):
             for entry in self.task.index(self.data_root, split):
                 for image in entry.images:
                     below, _, rest = image.partition("#")[0].partition("/")  # one level down, so that there are few
-                    files.add(self.data_root / (self.task.settings.images or (below if rest else "")))
+                    places.add(settings.images or (below if rest else ""))
+        files = {self.data_root / place for place in (settings.file, *places)}
         files = {file for file in files if not self.folder.is_relative_to(file)}  # of itself a stage cannot be made
         return sorted(str(file) for file in files if not any(other in file.parents for other in files))
 
@@ -535,11 +536,8 @@ def _slots(params: Params) -> int:
     """Return how many trainings stand side by side on this machine."""
     import torch
 
-    sweep = params.sweep
-    if isinstance(sweep.slots, int):
-        return sweep.slots
-    fit = torch.cuda.device_count() / sweep.gpus_per_worker if sweep.gpus_per_worker else os.cpu_count() or 1
-    return max(1, int(min(fit, (os.cpu_count() or 1) / sweep.cpus_per_worker)))
+    asked = params.sweep.slots
+    return max(1, params.sweep.slots_on(os.cpu_count() or 1, torch.cuda.device_count()) if asked == "auto" else asked)
 
 
 @contextmanager

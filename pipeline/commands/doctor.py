@@ -87,21 +87,10 @@ class Examination(Answer):
 def examine(params: Params, root: Path) -> Examination:
     """Return what the profile of `params` needs, and whether it is here."""
     checks: list[Finding] = []
-    for group in (
-        _python,
-        _code,
-        _studies,
-        _data,
-        _weights,
-        _pictures,
-        _java,
-        _gpus,
-        _machine,
-        _ray,
-        _store,
-        _mlflow,
-        _disk,
-    ):
+    groups = (
+        _python, _code, _studies, _data, _weights, _pictures, _java, _gpus, _machine, _ray, _store, _mlflow, _disk,
+    )  # fmt: skip
+    for group in groups:
         checks += group(params, root)
     return Examination(params.profile, checks)
 

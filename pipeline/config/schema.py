@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -131,6 +132,13 @@ class Sweep(Section):
 
     address: str | None = None  # None: a private cluster on this machine; "auto": the one that runs here
     retry: Retry = Retry()
+
+    def slots_on(self, cpus: float, gpus: float, world_size: int = 1) -> int:
+        """Return how many slots fit so much, which may be none, whatever number is asked for."""
+        fit = cpus / (self.cpus_per_worker * world_size)
+        if self.gpus_per_worker:
+            fit = min(fit, gpus / (self.gpus_per_worker * world_size))
+        return math.floor(fit + 1e-9)
 
 
 class BackboneSource(Section):

@@ -105,8 +105,7 @@ class Cell:
         return {
             **same, **(taught if facts.teacher else {}), "epochs": train.epochs if full else train.epochs_below_1000,
             "ground_truth_weight": _given(train.ground_truth_weight, facts.ground_truth_weight),
-            **_engine(train, self.name), "compile": _compile(train, self.name),
-            "gradient_checkpointing": _checkpointing(train, self.name),
+            **_engine(train, self.name),
         }  # fmt: skip
 
     def _check_pool(self, settings: Settings) -> None:
@@ -153,6 +152,8 @@ def _engine(train: Train, where: str) -> Json:
             way_out="Set train.engine to auto, or train.zero_stage to 0 and train.offload to none",
         )  # fmt: skip
     if train.engine == "deepspeed" or (train.engine == "auto" and sharded and not shares_nothing(train)):
+        if train.zero_stage == 3:
+            _check_zero_3(train, where)
         return {"engine": "deepspeed", "zero_stage": train.zero_stage}
     return {"engine": "torch", "zero_stage": 0}
 
@@ -162,22 +163,17 @@ def shares_nothing(train: Train) -> bool:
     return train.world_size == 1 and train.offload == "none"
 
 
-def _compile(train: Train, where: str) -> bool:
-    if train.compile and _engine(train, where)["zero_stage"] == 3:
-        raise InputError(
-            "ZeRO-3 gathers parameters around each call, which torch.compile does not see", where=where,
-            way_out="Set train.compile to false, or train.zero_stage to 2",
-        )  # fmt: skip
-    return train.compile
+_NOT_SHARDED = {  # settings of `train`, and what ZeRO-3 does that they do not see
+    "compile": "parameters around each call, which torch.compile does not see",
+    "gradient_checkpointing": "parameters around a layer's call, which is not made when it is computed again",
+}
 
 
-def _checkpointing(train: Train, where: str) -> bool:
-    if train.gradient_checkpointing and _engine(train, where)["zero_stage"] == 3:
-        raise InputError(
-            "ZeRO-3 gathers parameters around a layer's call, which is not made when it is computed again", where=where,
-            way_out="Set train.gradient_checkpointing to false, or train.zero_stage to 2",
-        )  # fmt: skip
-    return train.gradient_checkpointing
+def _check_zero_3(train: Train, where: str) -> None:
+    for name, what in _NOT_SHARDED.items():
+        if getattr(train, name):
+            way_out = f"Set train.{name} to false, or train.zero_stage to 2"
+            raise InputError(f"ZeRO-3 gathers {what}", where=where, way_out=way_out)
 
 
 def _given(value: float | None, default: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -134,18 +133,15 @@ def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
         InputError: not even one slot fits.
     """
     have = ray.cluster_resources()
-    fit = have.get("CPU", 0) / (sweep.cpus_per_worker * world_size)
-    if sweep.gpus_per_worker:
-        fit = min(fit, have.get("GPU", 0) / (sweep.gpus_per_worker * world_size))
-    if math.floor(fit + 1e-9) < 1:
+    fit = sweep.slots_on(have.get("CPU", 0), have.get("GPU", 0), world_size)
+    if fit < 1:
         raise InputError(
             f"a slot needs {world_size} x {sweep.cpus_per_worker} CPU and {sweep.gpus_per_worker} GPU, the cluster has "
             f"{have.get('CPU', 0)} CPU and {have.get('GPU', 0)} GPU",
             where="sweep",
             way_out="Lower sweep.cpus_per_worker, sweep.gpus_per_worker or train.world_size",
         )
-    asked = math.floor(fit + 1e-9) if sweep.slots == "auto" else sweep.slots
-    return max(1, min(asked, trials))
+    return max(1, min(fit if sweep.slots == "auto" else sweep.slots, trials))
 
 
 def most_in_progress(sweep: Sweep, slots: int) -> int:

@@ -161,9 +161,8 @@ class MemoryOf:
         self.layers = decoder_of(self.model).num_layers
         costs = Costs(loaded.backbone, self.model)
         self.turn, self.patches, self.vision = costs.turn, costs.image.patches, loaded.backbone.modules.vision
-        self.depths = (
-            (4, 8) if loaded.backbone.family.model_type == "idefics" else (2, 4)
-        )  # which has a cross-layer in 4
+        every = max(2, getattr(self.model.config, "cross_layer_interval", 2))  # a stretch of layers that repeats
+        self.depths = (every, 2 * every)
 
     def step(self, config: TrialConfig) -> StepMemory:
         """Return what one trial's micro-batch takes."""
