@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from pipeline.config.schema import BackboneSource
 from pipeline.core.errors import InputError
 from pipeline.core.plain_yaml import Json
+from pipeline.core.registry import Registry
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -213,6 +215,13 @@ class Family(ABC):
 
     modules: Modules
 
+    # Of a backbone whose facts are in its files alone (`families.generic`): where they are; its one file of weights.
+    by_name: ClassVar[bool] = False
+    folder: str | None = None
+    revision: str | None = None
+    gguf: str | None = None
+    prompting: str = ""  # what decides how it is prompted, beside its files
+
     # Names in transformers, imported when they are first needed.
     architecture: ClassVar[str]  # what the names of its classes begin with
     image_processor_name: ClassVar[str]  # the class on PIL
@@ -242,6 +251,24 @@ class Family(ABC):
     def image_processor_class(self) -> Any:
         """The transformers image processor class on PIL."""
         return from_transformers(self.image_processor_name)
+
+    def config_in(self, folder: Path) -> Any:
+        """Return the configuration of a folder in the hub's layout; None where the backbone's own facts are that.
+
+        Raises:
+            InputError: it cannot be read, or its class cannot be adapted.
+        """
+        del folder
+        return None
+
+    def known(self, backbone: Backbone, model: Any, processor: Any = None) -> Backbone:
+        """Return the backbone's facts with what its model and processor add to them.
+
+        Raises:
+            InputError: they do not fit what is done here.
+        """
+        del model, processor
+        return backbone
 
     @staticmethod
     @abstractmethod
@@ -392,3 +419,16 @@ def replace_in_order(text: str, token: str, counts: Sequence[int]) -> str:
     if len(parts) - 1 > len(counts):
         raise ValueError(f"{len(parts) - 1} images in the text, but the sizes of {len(counts)}")
     return parts[0] + "".join(token * count + part for count, part in zip(counts, parts[1:], strict=False))
+
+
+REGISTRY: Registry[Backbone] = Registry("backbone", "pipeline.backbones", "hificl.backbones")
+
+
+def get(name: str) -> Backbone:
+    """Return a backbone by its file's name, by the name that params.yaml declares, or by `hub:...` and `folder:...`.
+
+    Raises:
+        InputError: no such backbone.
+    """
+    source = BackboneSource.spelled(name)
+    return REGISTRY.get(name) if source is None else REGISTRY.made(name, source)

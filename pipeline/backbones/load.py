@@ -9,9 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pipeline.backbones import get
-from pipeline.backbones.base import Backbone, Family
-from pipeline.backbones.families.generic import GenericFamily, declared
+from pipeline.backbones.base import Backbone, Family, get
+from pipeline.backbones.families.generic import declared
 from pipeline.backbones.memory import Passes, is_out_of_memory
 from pipeline.backbones.weights import check_folder, digest_of_folder, digest_of_settings, find_folder
 from pipeline.config.schema import BackboneSource
@@ -133,11 +132,11 @@ def _loaded(
     if variant not in VARIANTS:
         where, way_out = f"backbones.{backbone.name}.variant", nearest(variant, VARIANTS)
         raise InputError(f"unknown variant '{variant}'", where=where, way_out=way_out)
-    kind, family = _dtype(dtype, backbone.name), backbone.family
+    kind = _dtype(dtype, backbone.name)
     if variant == "tiny":
         return _tiny(backbone, seed=seed, dtype=kind, device=device)
     if variant == "meta":
-        folder = find_folder(backbone, weights, revision) if isinstance(family, GenericFamily) else None
+        folder = find_folder(backbone, weights, revision) if backbone.family.by_name else None
         return _meta(backbone, folder)
     folder = find_folder(backbone, weights, revision, allow_download=allow_download)
     return _published(backbone, folder, dtype=kind, device=device)
@@ -167,11 +166,10 @@ def _dtype(dtype: torch.dtype | str, name: str) -> torch.dtype:
 
 def _meta(backbone: Backbone, folder: Path | None) -> Loaded:
     family = backbone.family
-    config = family.config_in(folder) if isinstance(family, GenericFamily) and folder else None
+    config = family.config_in(folder) if folder else family.build_config(backbone.config_for("meta"))
     with torch.device("meta"):
-        model = family.model_class(family.build_config(backbone.config_for("meta")) if config is None else config)
-    if isinstance(family, GenericFamily):
-        backbone = family.known(backbone, model)
+        model = family.model_class(config)
+    backbone = family.known(backbone, model)
     return Loaded(_frozen(model), None, None, backbone, _meta_digest(backbone), "meta")
 
 
@@ -212,7 +210,7 @@ def _published(backbone: Backbone, folder: Path, *, dtype: torch.dtype, device: 
     check_folder(backbone, folder)
     family = backbone.family
     way_out = f"Download {backbone.hub_id} again" if backbone.hub_id else "Make the miniature again: dvc repro backbone"
-    if isinstance(family, GenericFamily):
+    if family.by_name:
         way_out = "Give a whole folder in the hub's layout, and install what it asks for"
     try:
         processor = family.load_processor(folder, backbone.processor_for("published"))
@@ -230,8 +228,7 @@ def _published(backbone: Backbone, folder: Path, *, dtype: torch.dtype, device: 
         problem = f"{len(missing)} parameters of {backbone.name} are not in the weights, such as {missing[0]}"
         raise InputError(problem, where=str(folder), way_out=way_out)
     model = _frozen(model.to(device))
-    if isinstance(family, GenericFamily):
-        backbone = family.known(backbone, model, processor)
+    backbone = family.known(backbone, model, processor)
     tokenizer = getattr(processor, "tokenizer", processor)
     return _ready(
         Loaded(model, processor, tokenizer, backbone, digest_of_folder(folder, backbone), "published", folder)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from pipeline.backbones import register
-from pipeline.backbones.base import Backbone, ChatMarkers, RoleLines
+from pipeline.backbones.base import REGISTRY, Backbone, ChatMarkers, RoleLines
 from pipeline.backbones.families import FAMILIES
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -29,4 +28,4 @@ def read(name: str) -> Backbone:
 
 
 for _path in sorted(CONFIGS.glob("*.json")):
-    register(read(_path.stem))
+    REGISTRY.register(read(_path.stem))

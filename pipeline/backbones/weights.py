@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.backbones.base import IMAGE_BACKEND, Backbone
-from pipeline.backbones.families.generic import GenericFamily
 from pipeline.core.errors import InputError, WorkError
 from pipeline.core.files import stamp, write_atomic
+from pipeline.core.locks import held
 from pipeline.core.plain_yaml import Json
 
 CHECKPOINTS = "checkpoints"  # the miniatures' folder, beside params.yaml
@@ -38,8 +37,7 @@ def find_folder(
     Raises:
         InputError: it is not there; the message says what to download and where to put it.
     """
-    if isinstance(backbone.family, GenericFamily):
-        weights, revision = weights or backbone.family.folder, revision or backbone.family.source.revision
+    weights, revision = weights or backbone.family.folder, revision or backbone.family.revision
     if weights is not None:
         folder = Path(weights).expanduser()
         if not folder.is_dir():
@@ -57,7 +55,7 @@ def find_folder(
         )
     from huggingface_hub import snapshot_download
 
-    gguf = backbone.family.source.gguf if isinstance(backbone.family, GenericFamily) else None
+    gguf = backbone.family.gguf
     try:
         snapshot = snapshot_download(
             backbone.hub_id, revision=revision, local_files_only=not allow_download,
@@ -73,7 +71,7 @@ def find_folder(
 
 
 def _way_out(backbone: Backbone) -> str:
-    if isinstance(backbone.family, GenericFamily) and backbone.hub_id is None:
+    if backbone.family.by_name and backbone.hub_id is None:
         return "Give a folder in the hub's layout"
     if backbone.hub_id is None:
         return "Make it with: dvc repro backbone"
@@ -90,10 +88,9 @@ def check_folder(backbone: Backbone, folder: Path) -> None:
     Raises:
         InputError: something is missing, pickled, or another model's.
     """
-    if isinstance(backbone.family, GenericFamily):
-        backbone.family.config_in(folder)
-        if backbone.family.source.gguf is not None:
-            return
+    backbone.family.config_in(folder)
+    if backbone.family.gguf is not None:
+        return
     config = _read_json(folder / "config.json", backbone)
     model_type = config.get("model_type")
     if model_type != backbone.family.model_type:
@@ -142,13 +139,11 @@ def digest_of_folder(folder: Path, backbone: Backbone) -> str:
     A big file's sha256 is taken from the hub cache's own file name where the folder is one, else remembered in the
     user's cache folder by path and `digests.stamp`, so that 16 GB are read once a node, whatever starts there.
     """
-    generic = backbone.family if isinstance(backbone.family, GenericFamily) else None
+    family = backbone.family
     files = sorted({path for pattern in _DECIDING for path in folder.glob(pattern)})
-    total = hashlib.sha256(f"image_backend={IMAGE_BACKEND}\n".encode())
-    if generic is not None:
-        total.update(f"chat={generic.source.chat}\n".encode())
-        if generic.source.gguf is not None:
-            files = [folder / generic.source.gguf]
+    if family.gguf is not None:
+        files = [folder / family.gguf]
+    total = hashlib.sha256(f"image_backend={IMAGE_BACKEND}\n{family.prompting}".encode())
     for path in files:
         total.update(f"{path.name} {digest_of_file(path)}\n".encode())
     return total.hexdigest()
@@ -166,12 +161,14 @@ def digest_of_file(path: Path) -> str:
     note = cache / hashlib.sha256(identity.encode()).hexdigest()
     if known := _noted(note):
         return known
-    with _turn(note.with_suffix(".lock")):
+    with ExitStack() as turn:
+        with suppress(WorkError):  # a home that cannot be written costs time only
+            turn.enter_context(held(note.with_suffix(".lock"), "hashing", wait=None))  # a node's slots start together
         if known := _noted(note):  # by who had the turn before
             return known
         with real.open("rb") as file:
             known = hashlib.file_digest(file, "sha256").hexdigest()
-        with suppress(WorkError):  # a home that cannot be written costs time only
+        with suppress(WorkError):
             write_atomic(note, known)
     return known
 
@@ -182,18 +179,3 @@ def _noted(note: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return known if re.fullmatch(r"[0-9a-f]{64}", known) else None
-
-
-@contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """Let one process of this machine at a time do it, where its home can be written: a node's slots start together."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError:
-        yield
-        return
-    with file:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from os.path import commonprefix
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from pipeline.backbones.base import (
     IMAGE_BACKEND,
+    REGISTRY,
     Backbone,
     ChatMarkers,
     Family,
@@ -82,12 +83,17 @@ class GenericFamily(Family):
     Every picture is processed alone, so that it looks the same behind demonstrations and without.
     """
 
+    by_name = True
     sized = True
     shares_prefix = False
     modules = Modules(vision="", connector=(), decoder_layers="")
 
     def __init__(self, source: BackboneSource) -> None:
         self.source = source
+        self.revision, self.gguf, self.prompting = source.revision, source.gguf, f"chat={source.chat}\n"
+        hub = str(source.hub)
+        local = hub.startswith((".", "/", "~")) or hub.count("/") != 1 or Path(hub).is_dir()
+        self.folder = hub if local else None  # one that was named in place of a repository of the hub
         self.architecture_row: Architecture | None = None
         self.model_type = ""
         self._accepts: frozenset[str] = frozenset()  # arguments of the model's forward
@@ -95,13 +101,6 @@ class GenericFamily(Family):
         self._merge = 1  # patches a side that become one visual token, where the model places them in a grid
         self._features: Any = None  # what the vision tower gave for the blank picture
         self._written: dict[tuple[int, int], str] = {}  # an image as text, by its size
-
-    @property
-    def folder(self) -> str | None:
-        """The folder that was named in place of a repository of the hub."""
-        hub = str(self.source.hub)
-        local = hub.startswith((".", "/", "~")) or hub.count("/") != 1 or Path(hub).is_dir()
-        return hub if local else None
 
     @property
     def reads_images(self) -> bool:
@@ -133,26 +132,22 @@ class GenericFamily(Family):
     @property
     def files(self) -> dict[str, Any]:
         """Arguments of transformers' loaders."""
-        gguf = {} if self.source.gguf is None else {"gguf_file": self.source.gguf}
+        gguf = {} if self.gguf is None else {"gguf_file": self.gguf}
         return {"local_files_only": True, "trust_remote_code": False, **gguf}
 
+    @override
     def config_in(self, folder: Path) -> Any:
-        """Return the configuration of a folder in the hub's layout.
-
-        Raises:
-            InputError: not readable, or of a class that did not pass the battery.
-        """
-        if self.source.gguf is None and not (folder / "config.json").is_file():
+        if self.gguf is None and not (folder / "config.json").is_file():
             files = sorted(path.name for path in folder.glob("*.gguf"))
             way_out = f"Add gguf={files[0]}" if files else "Give a folder in the hub's layout"
             raise InputError("config.json is missing", where=str(folder), way_out=way_out)
-        if self.source.gguf is not None and not (folder / self.source.gguf).is_file():
+        if self.gguf is not None and not (folder / self.gguf).is_file():
             raise InputError(
-                "no such file", where=str(folder / self.source.gguf), way_out="Give the file's name in its folder"
+                "no such file", where=str(folder / self.gguf), way_out="Give the file's name in its folder"
             )
         self._check_custom(folder)
         try:
-            config = _config(folder, self.source.gguf)
+            config = _config(folder, self.gguf)
         except (OSError, ValueError, KeyError, ImportError) as error:
             way_out = "Install it: pip install gguf" if isinstance(error, ImportError) else "Use a model that it knows"
             problem = f"transformers cannot read its configuration: {' '.join(str(error).split())[:200]}"
@@ -167,9 +162,7 @@ class GenericFamily(Family):
 
     def _check_custom(self, folder: Path) -> None:
         try:
-            settings = (
-                json.loads((folder / "config.json").read_text(encoding="utf-8")) if self.source.gguf is None else {}
-            )
+            settings = json.loads((folder / "config.json").read_text(encoding="utf-8")) if self.gguf is None else {}
         except (OSError, ValueError) as error:
             raise InputError(f"no valid JSON ({error})", where=str(folder / "config.json")) from error
         if "auto_map" in settings and settings.get("model_type") not in architectures():
@@ -189,16 +182,12 @@ class GenericFamily(Family):
 
     @override
     def load_model(self, folder: Path, **settings: Any) -> Any:
-        if self.source.gguf is None:
+        if self.gguf is None:
             return super().load_model(folder, **settings)
-        return from_transformers("AutoModelForCausalLM").from_pretrained(folder, gguf_file=self.source.gguf, **settings)
+        return from_transformers("AutoModelForCausalLM").from_pretrained(folder, gguf_file=self.gguf, **settings)
 
+    @override
     def known(self, backbone: Backbone, model: Any, processor: Any = None) -> Backbone:
-        """Return the backbone's facts with what its model and processor say.
-
-        Raises:
-            InputError: its decoder cannot be edited, or its chat template does not write one turn after the other.
-        """
         spec = decoder_of(model)
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
         names = {id(module): name for name, module in model.named_modules()}
@@ -497,3 +486,6 @@ def _between(text: str, *marks: str) -> list[str]:
 
 def _common_suffix(a: str, b: str) -> str:
     return commonprefix([a[::-1], b[::-1]])[::-1]
+
+
+REGISTRY.build = lambda name, source: declared(name, cast("BackboneSource", source))
