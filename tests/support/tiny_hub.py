@@ -100,6 +100,7 @@ TOWER = {
     "patch_size": 14,
     "initializer_range": 0.2,
 }
+PIXTRAL = {**TOWER, "model_type": "pixtral", "head_dim": 16, "image_size": 56}
 CLIP = {"model_type": "clip_vision_model", "projection_dim": 32, **TOWER}
 SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False, **TOWER}
 QWEN = {
@@ -152,6 +153,13 @@ def _ids(t: Any, text: str) -> int:
 
 def _text(kind: str, t: Any, **changes: Any) -> dict[str, Any]:
     return {**TEXT, "model_type": kind, "vocab_size": len(t), **changes}
+
+
+def _pixtral(name: str, tokenizer: Any, template: str | None) -> Any:
+    images = _make("PixtralImageProcessorPil", patch_size=28, size={"longest_edge": 56})
+    return _make(
+        name, image_processor=images, tokenizer=tokenizer, patch_size=14, spatial_merge_size=2, chat_template=template
+    )
 
 
 def _square(name: str, side: int = 28, **more: Any) -> Any:
@@ -465,18 +473,11 @@ HUB: dict[str, Tiny] = {
     "mistral3": Tiny(
         lambda t: {
             "text_config": _text("mistral", t),
-            "vision_config": {**TOWER, "model_type": "pixtral", "head_dim": 16, "image_size": 56},
+            "vision_config": PIXTRAL,
             "image_token_index": _ids(t, "[IMG]"),
             "spatial_merge_size": 2,
         },
-        lambda t, c: _make(
-            "PixtralProcessor",
-            image_processor=_make("PixtralImageProcessorPil", patch_size=28, size={"longest_edge": 56}),
-            tokenizer=t,
-            patch_size=14,
-            spatial_merge_size=2,
-            chat_template=c,
-        ),
+        lambda t, c: _pixtral("PixtralProcessor", t, c),
         more=("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
         template=MISTRAL,
         image="[IMG]",
@@ -646,18 +647,11 @@ HUB: dict[str, Tiny] = {
     "lighton_ocr": Tiny(
         lambda t: {
             "text_config": _text("qwen3", t),
-            "vision_config": {**TOWER, "model_type": "pixtral", "head_dim": 16, "image_size": 56},
+            "vision_config": PIXTRAL,
             "image_token_id": t.image_token_id,
             "spatial_merge_size": 2,
         },
-        lambda t, c: _make(
-            "LightOnOcrProcessor",
-            image_processor=_make("PixtralImageProcessorPil", patch_size=28, size={"longest_edge": 56}),
-            tokenizer=t,
-            patch_size=14,
-            spatial_merge_size=2,
-            chat_template=c,
-        ),
+        lambda t, c: _pixtral("LightOnOcrProcessor", t, c),
         {"image_token": "<|image_pad|>", "image_break_token": "<|vision_pad|>", "image_end_token": "<|vision_end|>"},
         image="<|image_pad|>",
     ),
