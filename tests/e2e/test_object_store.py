@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -72,7 +73,7 @@ def test_a_study_keeps_its_files_there_and_its_model_is_loaded_from_there(bucket
     version = MlflowClient(uri).get_model_version_by_alias(name, "best")
     assert version.source.startswith(("s3://lab/", "models:/"))
     image = sorted((project.folder / "data/real/images").rglob("*.jpg"))[0]
-    rows = [{"image": str(image), "question": QUESTION}]
+    rows = [{"image": base64.b64encode(image.read_bytes()).decode(), "question": QUESTION}]
     asked = [sys.executable, "-c", LOAD, uri, f"models:/{name}@best", json.dumps(rows)]
     done = subprocess.run(asked, cwd=project.folder, capture_output=True, text=True, check=False, env={**os.environ})
     assert done.returncode == 0, done.stderr[-3000:]

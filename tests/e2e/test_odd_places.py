@@ -18,13 +18,13 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 # MLflow decodes a model's path even where it is no address, so below a `%` it is asked for a copy elsewhere.
 LOADED = """
-import sys, tempfile
+import base64, sys, tempfile
 from pathlib import Path
 import mlflow, pandas
 from pipeline.tracking import store
 mlflow.set_tracking_uri(store.resolve_address(None, Path.cwd()))
 (model,) = mlflow.search_registered_models()
-asked = pandas.DataFrame([{"image": sys.argv[1], "question": "Which?"}])
+asked = pandas.DataFrame([{"image": base64.b64encode(Path(sys.argv[1]).read_bytes()).decode(), "question": "Which?"}])
 with tempfile.TemporaryDirectory(dir="/tmp") as copy:
     loaded = mlflow.pyfunc.load_model(f"models:/{model.name}@best", dst_path=copy)
     print(len(loaded.predict(asked)))

@@ -56,7 +56,10 @@ class Looking:
         pass
 
     def address(self):
-        return ray.util.get_node_ip_address(), 0, os.getpid()
+        return ray.util.get_node_ip_address(), os.getpid()
+
+    def meeting(self, _) -> str:
+        return ""
 
     def connect(self, *_) -> None:
         pass
