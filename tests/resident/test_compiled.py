@@ -11,7 +11,7 @@ from pipeline.backbones.decoder import decoder_of
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
 from pipeline.plan.plan import pack_key
-from pipeline.plan.space import _compile
+from pipeline.plan.space import _engine
 from pipeline.train.loop import TrainingLoop
 from pipeline.train.workbench import Workbench
 from tests.conftest import ROOT
@@ -66,4 +66,4 @@ def test_a_deterministic_trial_runs_under_fixed_sums_and_loses_the_same(trial, t
 def test_zero_3_is_refused():
     train = load(ROOT / "params.yaml", ["train.compile=true", "train.engine=deepspeed", "train.zero_stage=3"]).train
     with pytest.raises(InputError, match="ZeRO-3 gathers"):
-        _compile(train, "here")
+        _engine(train, "here")
