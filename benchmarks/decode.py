@@ -19,7 +19,7 @@ from benchmarks.support.shapes import WORKLOADS, Bench, DecoderShape, Workload, 
 from benchmarks.support.timing import Findings, alternate, main, one_thread, report
 from pipeline import adapters
 from pipeline.adapters.attach import attach, attention_forward
-from pipeline.attention.merged import repeat
+from pipeline.attention.softmax import repeat
 from pipeline.backbones.decoder import decoder_of
 
 

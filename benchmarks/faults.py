@@ -9,8 +9,7 @@ from typing import Any
 
 from benchmarks.overhead import prepare, timed
 from benchmarks.support.timing import Findings, quartiles, report
-from pipeline.records.journal import Journal
-from pipeline.records.store import TrialStore
+from pipeline.records.store import Journal, TrialStore
 
 
 def run(

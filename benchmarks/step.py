@@ -18,7 +18,7 @@ from benchmarks.support.timing import Findings, Rounds, alternate, main, one_thr
 from pipeline import backbones
 from pipeline.adapters.attach import attach
 from pipeline.backbones.decoder import compiled_parts
-from pipeline.cost.steps import Costs, Prompt
+from pipeline.cost.flops import Costs, Prompt
 
 # dense bf16 FLOP/s by a part of the GPU's name, for the utilisation; unknown GPUs get none
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}

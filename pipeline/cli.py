@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from pipeline import commands
 from pipeline.commands.parser import CommandLine
-from pipeline.core import plain_paths
+from pipeline.core import machine
 from pipeline.core.errors import HificlError
 from pipeline.core.terminal import print_answer
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def work() -> None:
         if argv is None:
-            plain_paths.go_on_plainly()
+            machine.go_on_plainly()
         print_answer(args.func(args), getattr(args, "form", None))
 
     sys.exit(guarded(work, debug=args.debug))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.cli import INTERRUPTED, guarded
 from pipeline.config.load import FOLDERS, PARAMS, Params, load
-from pipeline.core import copies, plain_paths
+from pipeline.core import copies, machine
 from pipeline.core.errors import WorkError
 
 
@@ -17,7 +17,7 @@ def run(stage: Callable[[Params], None]) -> None:
     """Run a stage on params.yaml and exit with its status."""
 
     def work() -> None:
-        plain_paths.go_on_plainly()
+        machine.go_on_plainly()
         copies.join(Path.cwd())
         before = _written()
         stage(load())

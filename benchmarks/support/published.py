@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from pipeline.attention.merged import repeat
+from pipeline.attention.softmax import repeat
 from pipeline.backbones.decoder import DecoderSpec
 
 NAME = "hificl_published"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.base import METHODS, AttentionAdapter, Init
 from pipeline.adapters.options import Facts, Options, PublishedDecoding, TeacherOptions
-from pipeline.attention.merged import no_autocast
+from pipeline.attention.softmax import no_autocast
 from pipeline.backbones.decoder import DecoderSpec
 
 _KEY_STD = 0.01

@@ -28,12 +28,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.attention import concatenated as joined
-from pipeline.attention import kernels
-from pipeline.attention import merged as merging
+from pipeline.attention import kernels, softmax
 from pipeline.attention.kernels import PreparedMask
-from pipeline.attention.merged import no_autocast, outer, product, weighted
 from pipeline.attention.reference import merge_attention_reference, mimic_attention_reference
+from pipeline.attention.softmax import no_autocast, outer, product, weighted
 
 __all__ = [
     "PreparedMask",
@@ -165,14 +163,19 @@ def virtual_attention(
     Raises:
         InputError: shapes do not fit.
     """
-    merging.check(q, k, v, keys, values, per_query)
+    softmax.check(q, k, v, keys, values, per_query)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     learns = torch.is_grad_enabled()
     if isinstance(mask, Tensor):
         mask = kernels.prepare_mask(mask, q.dtype)
-    if learns and keys is not None and values is not None and joined.fits(q, k, keys, bias, per_query, replaces, mask):
+    if (
+        learns
+        and keys is not None
+        and values is not None
+        and softmax.short(q, k, keys, bias, per_query, replaces, mask)
+    ):
         with no_autocast(q):
-            return joined.attention(q, k, v, keys, bias, values, mask=mask, scale=scale, causal=causal)
+            return softmax.concatenated(q, k, v, keys, bias, values, mask=mask, scale=scale, causal=causal)
     groups = q.shape[1] // k.shape[1]
     call = kernels.plan(q, k, v, mask, causal, scale)
     if isinstance(replaces, Tensor):
@@ -184,7 +187,7 @@ def virtual_attention(
         if learns:
             return _FusedAttention.apply(q, k, v, keys, bias, values, call, groups, replaces, kernel)
         with no_autocast(q):
-            context, lse, _ = merging.context(call, q, k, v, groups)
+            context, lse, _ = softmax.context(call, q, k, v, groups)
             return kernel.forward(q, keys, bias, values, context, lse, scale, replaces, keeps=False)[0]
     if learns:
         return _VirtualAttention.apply(*inputs, call, groups, replaces)
@@ -210,11 +213,11 @@ def _without_gradient(
     Elsewhere, and where virtual tokens are wider than the queries or have logits of their own, the context takes part
     as one more column of a softmax over them, with lse as its logit: its weight there is alpha.
     """
-    context, lse, _ = merging.context(call, q, k, v, groups)
+    context, lse, _ = softmax.context(call, q, k, v, groups)
     elsewhere = q.device.type != "cpu" or per_query is not None
     if not elsewhere and keys is not None and values is not None and keys.dtype == q.dtype:
-        return merging.two(call, q, keys, bias, values, context, lse, replaces)
-    logits = merging.logits(q, keys, bias, call.scale, lse.dtype)
+        return softmax.two(call, q, keys, bias, values, context, lse, replaces)
+    logits = softmax.logits(q, keys, bias, call.scale, lse.dtype)
     weights = torch.cat([logits, lse.unsqueeze(-1)], -1).softmax(-1)
     if call.mask is not None and bias is not None:
         weights = weights.nan_to_num_(0.0)  # a row may see no token at all
@@ -234,16 +237,16 @@ class _VirtualAttention(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         q, k, v, keys, bias, values, per_query, call, groups, replaces = inputs  # as `_without_gradient` is given them
         with no_autocast(q):
-            context, lse, extra = merging.context(call, q, k, v, groups)
+            context, lse, extra = softmax.context(call, q, k, v, groups)
             wide = lse.dtype
-            logits = merging.logits(q, keys, bias, call.scale, wide)
+            logits = softmax.logits(q, keys, bias, call.scale, wide)
             total = torch.logaddexp(torch.logsumexp(logits, -1), lse)
             if call.mask is not None:  # a row may see no token at all: its weights are zero
                 total = total.masked_fill_(total == -_INF, 0.0)
             p = (logits - total.unsqueeze(-1)).exp_()
             alpha = (lse - total).exp_().unsqueeze(-1)
             shift = weighted(p, values, per_query, wide)
-            out, saved, saved_lse = merging.combine(context, alpha, shift, lse, total, replaces)
+            out, saved, saved_lse = softmax.combine(context, alpha, shift, lse, total, replaces)
         context_keys = (k, v) if any(ctx.needs_input_grad[:3]) else (None, None)
         ctx.save_for_backward(q, *context_keys, keys, values, per_query, p, saved, saved_lse)
         ctx.call, ctx.groups, ctx.extra, ctx.replaces = call, groups, extra, replaces
@@ -259,12 +262,12 @@ class _VirtualAttention(torch.autograd.Function):
         dk = dv = d_keys = d_bias = d_values = d_per_query = None
         with no_autocast(q):
             if any(needs[:3]):  # in the lowest layer nothing below learns: its flash backward is skipped
-                dq, dk, dv = merging.context_backward(call, grad, q, k, v, saved, saved_lse, ctx.extra, ctx.groups)
+                dq, dk, dv = softmax.context_backward(call, grad, q, k, v, saved, saved_lse, ctx.extra, ctx.groups)
             g = grad.to(wide)
             d_p = torch.zeros_like(p) if values is None else product(g, values.to(wide))
             if per_query is not None:
                 d_p[..., 0] += (g * per_query).sum(-1)
-            d_logits = d_p.sub_(merging.delta(g, d_p, p, saved, ctx.replaces)).mul_(p)
+            d_logits = d_p.sub_(softmax.delta(g, d_p, p, saved, ctx.replaces)).mul_(p)
             if keys is not None:
                 scaled = d_logits * call.scale  # n columns, where the products have d
                 if needs[0]:
@@ -288,7 +291,7 @@ class _FusedAttention(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         q, k, v, keys, bias, values, call, groups, replaces, kernel = inputs
         with no_autocast(q):
-            context, lse, extra = merging.context(call, q, k, v, groups)
+            context, lse, extra = softmax.context(call, q, k, v, groups)
             out, saved, saved_lse, total = kernel.forward(
                 q, keys, bias, values, context, lse, call.scale, replaces, keeps=True
             )
@@ -306,7 +309,7 @@ class _FusedAttention(torch.autograd.Function):
         dk = dv = None
         with no_autocast(q):
             if any(ctx.needs_input_grad[:3]):
-                dq, dk, dv = merging.context_backward(call, grad, q, k, v, saved, saved_lse, extra, groups)
+                dq, dk, dv = softmax.context_backward(call, grad, q, k, v, saved, saved_lse, extra, groups)
             learned = kernel.backward(grad, q, keys, bias, values, saved, total, dq, call.scale, replaces)
         dq, d_keys, d_values, d_bias = learned
         return dq, dk, dv, d_keys, d_bias, d_values, None, None, None, None

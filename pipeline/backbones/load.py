@@ -11,7 +11,7 @@ from torch import nn
 
 from pipeline.backbones.base import Backbone, Family, get
 from pipeline.backbones.families.generic import declared
-from pipeline.backbones.memory import Passes, is_out_of_memory
+from pipeline.backbones.passes import Passes, is_out_of_memory
 from pipeline.backbones.weights import check_folder, digest_of_folder, digest_of_settings, find_folder
 from pipeline.config.schema import BackboneSource
 from pipeline.core.errors import InputError, nearest

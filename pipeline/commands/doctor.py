@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.parser import CommandLine, profile_name
-from pipeline.core import plain_paths
+from pipeline.core import machine
 from pipeline.core.errors import HificlError, InputError
 from pipeline.core.terminal import BAD, GOOD, Answer, table
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipeline.config.load import Params
     from pipeline.core.plain_yaml import Json
     from pipeline.plan.space import Cell
-    from pipeline.train.memory import BackboneMemory
+    from pipeline.train.counting import BackboneMemory
 
 OK, MISSING, NOTE = "ok", "missing", "note"
 _STYLES = {OK: GOOD, MISSING: BAD}
@@ -226,7 +226,7 @@ def _gpus(params: Params, root: Path) -> Iterator[Finding]:
         yield Finding("gpus", OK, f"{names}; {wanted:g} a worker are asked for")
     if wanted:
         from pipeline.plan.plan import planned_trials
-        from pipeline.train.memory import CARDS, GIB, memory_of
+        from pipeline.train.counting import CARDS, GIB, memory_of
 
         sizes = [torch.cuda.get_device_properties(i).total_memory // GIB for i in range(count)]
         cards = [int(min(sizes) * min(1.0, wanted))] if sizes else list(CARDS)
@@ -296,7 +296,7 @@ def _ray(params: Params, root: Path) -> Iterator[Finding]:
         return
 
     def place() -> str:
-        return params.sweep.address or f"a private cluster on this machine, its files below {plain_paths.ray_folder()}"
+        return params.sweep.address or f"a private cluster on this machine, its files below {machine.ray_folder()}"
 
     yield _tried("ray", lambda: f"{version}, {place()}")
     memory = Path("/dev/shm")  # noqa: S108 - looked at, not written to

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.core.plain_yaml import Json
     from pipeline.cost.hours import Rates
     from pipeline.plan.trials import TrialRow
-    from pipeline.train.memory import BackboneMemory, StepMemory
+    from pipeline.train.counting import BackboneMemory, StepMemory
 
 REAL = "real"
 _SHOWN = (
@@ -85,7 +85,7 @@ def study_hours(
     """
     from pipeline.config.load import load
     from pipeline.cost import hours
-    from pipeline.cost.steps import Prompt
+    from pipeline.cost.flops import Prompt
     from pipeline.plan.plan import drawn_samples, evaluated_samples, planned_trials
 
     if gpus < 1:
@@ -130,7 +130,7 @@ def study_memory(
     """
     from pipeline.config.load import load
     from pipeline.plan.plan import planned_trials
-    from pipeline.train.memory import CARDS, memory_of
+    from pipeline.train.counting import CARDS, memory_of
 
     for card in cards or ():
         if card < 1:
@@ -153,7 +153,7 @@ class MemoryPlan(Answer):
 
     def record(self) -> Json:
         """Return GiB by method, and by card how many trials train together and questions are answered at once."""
-        from pipeline.train.memory import GIB
+        from pipeline.train.counting import GIB
 
         def of_step(backbone: BackboneMemory, step: StepMemory) -> Json:
             sizes = {f"{name}_gib": getattr(step, name) / GIB for name in ("step", "checkpointed", "teacher")}
@@ -182,7 +182,7 @@ class MemoryPlan(Answer):
 
     def shown(self) -> Iterator[RenderableType]:
         """Give a row a method, and one a number of demonstrations that questions are answered behind."""
-        from pipeline.train.memory import GIB
+        from pipeline.train.counting import GIB
 
         for of in self.backbones:
             yield f"{of.backbone} in {of.precision}: {of.weights / GIB:.1f} GiB of weights; in GiB beside them:\n"

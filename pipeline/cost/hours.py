@@ -17,7 +17,7 @@ from typing import Any
 from pipeline import backbones, methods
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
-from pipeline.cost.steps import Costs, Prompt
+from pipeline.cost.flops import Costs, Prompt
 
 BYTES_A_WEIGHT = 2  # bf16
 PARTS = ("vision", "training", "teacher", "selection", "evaluation")

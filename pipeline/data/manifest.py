@@ -15,8 +15,7 @@ from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.core.files import write_atomic
 from pipeline.core.plain_yaml import Json
-from pipeline.data.image_files import changed
-from pipeline.data.images import check_images, problems_error
+from pipeline.data.image_files import changed, check_images, problems_error
 from pipeline.data.sample import PromptStyle, Sample
 
 SPLITS = ("train", "selection", "evaluation")

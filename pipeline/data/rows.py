@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.core.errors import InputError
-from pipeline.data.files import type_name
+from pipeline.data.official import type_name
 from pipeline.data.parquet import rows_with_images_named
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")

@@ -21,7 +21,7 @@ from pipeline.config.load import PARAMS, BackboneSource, load
 from pipeline.core.errors import InputError
 from pipeline.core.plain_yaml import Json
 from pipeline.data import image_files
-from pipeline.data.images import decode_image, os_problem, read_image_bytes, size_of, upright
+from pipeline.data.image_files import decode_image, os_problem, read_image_bytes, size_of, upright
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.evaluate.generate import generate
 from pipeline.prompts.prompt import encode_all, render, stop_strings

@@ -20,7 +20,7 @@ from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import told
 from pipeline.backbones.load import Loaded
-from pipeline.backbones.memory import bytes_of_row
+from pipeline.backbones.passes import bytes_of_row
 from pipeline.prompts.collate import Batch, collate
 from pipeline.prompts.prompt import Encoded
 from pipeline.resident.visual_tokens import VisualTokens

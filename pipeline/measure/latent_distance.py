@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline import adapters, methods
 from pipeline.backbones.decoder import decoder_of
-from pipeline.backbones.memory import bytes_of_row
+from pipeline.backbones.passes import bytes_of_row
 from pipeline.backbones.states import recorded
 from pipeline.config.trial import State
 from pipeline.data.manifest import Manifest, training_samples

@@ -21,8 +21,7 @@ from pipeline.config.request import TrialRequest
 from pipeline.core.errors import HificlError, WorkError
 from pipeline.pool.queue import Decision, Failed, Queue, Requeued, SlotState, Stopped, is_of_one_trial
 from pipeline.pool.slot import Slot, SlotLost
-from pipeline.records.journal import Journal
-from pipeline.records.store import TrialStore
+from pipeline.records.store import Journal, TrialStore
 from pipeline.records.trial import EpochReport, Status, TrialEnd, TrialReport
 
 Resolve = Callable[[dict[str, Any]], TrialRequest]

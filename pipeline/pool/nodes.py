@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.core import plain_paths
+from pipeline.core import machine
 from pipeline.core.errors import InputError
 
 SECONDS = 120.0  # for all nodes' answers; a fresh worker process takes a few
@@ -102,7 +102,7 @@ def check_nodes() -> int:
         name = nodes[asked[answer]]["NodeManagerAddress"]
         version = _answer(name, answer)
         _compare(name, version, expected)
-        plain_paths.require_plain(version["executable"], f"node {name}")
+        machine.require_plain(version["executable"], f"node {name}")
     return len(nodes)
 
 

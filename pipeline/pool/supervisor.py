@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.load import Params
-from pipeline.core import machine, plain_paths
+from pipeline.core import machine
 from pipeline.core.errors import HificlError, InputError, WorkError
 from pipeline.core.progress import say
 from pipeline.plan.plan import Plan
@@ -39,8 +39,7 @@ from pipeline.pool.messages import (
 )
 from pipeline.pool.processes import DRIVER_SECONDS, MARK, POLL_SECONDS, STARTING_SECONDS, STOPPING_SECONDS, reap
 from pipeline.records.evaluation import Evaluation
-from pipeline.records.journal import Journal, sentence
-from pipeline.records.store import TrialStore
+from pipeline.records.store import Journal, TrialStore, sentence
 
 if TYPE_CHECKING:
     from pipeline.measure import Measure, MeasureJob
@@ -117,7 +116,7 @@ class Driver:
         self.mark = uuid.uuid4().hex
         self.works = False
         machine.require()
-        python = plain_paths.python()
+        python = machine.python()
         self.pipe, end = multiprocessing.Pipe()
         with end:
             # in a session of its own: Ctrl-C reaches the supervisor alone, which ends it in order

@@ -17,7 +17,7 @@ from ray._private import ray_constants
 from pipeline.config.load import Params, Sweep
 from pipeline.config.request import Requests
 from pipeline.config.trial import MOST_PACKED
-from pipeline.core import plain_paths
+from pipeline.core import machine
 from pipeline.core.errors import InputError, WorkError
 from pipeline.plan.plan import Plan, in_lanes
 from pipeline.plan.space import Cell
@@ -84,9 +84,9 @@ def cluster(sweep: Sweep) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if sweep.address is None:
         for path in (sys.executable, ray.__file__):
-            plain_paths.require_plain(path, "this environment")
+            machine.require_plain(path, "this environment")
         # also where another one runs; without a dashboard
-        options.update(address="local", include_dashboard=False, _temp_dir=str(plain_paths.ray_folder() / "ray"))
+        options.update(address="local", include_dashboard=False, _temp_dir=str(machine.ray_folder() / "ray"))
     else:
         options.update(address=sweep.address)
     with nullcontext() if sweep.address else _on_loopback():

@@ -12,12 +12,11 @@ from pipeline.core.copies import is_copy
 from pipeline.core.files import write_atomic
 from pipeline.core.progress import console, say
 from pipeline.records.evaluation import Evaluations
-from pipeline.report import figures, findings, page, papers, tables
-from pipeline.report import writers as files
+from pipeline.report import figures, findings, page, papers, tables, writers
 from pipeline.report.answers import answer_table
 from pipeline.report.drawing import Drawing, standalone
-from pipeline.report.notes import notes
 from pipeline.report.results import Results
+from pipeline.report.sections import notes
 
 __all__ = ["Index", "forget", "load_table", "study_page", "write_index", "write_numbers", "write_study"]
 
@@ -57,9 +56,9 @@ def write_study(study: str, params: Params, evaluations: Path, out: Path) -> Non
         stale.unlink()
     for folder in (pictures, out / "metrics"):
         folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / f"{study}.csv", files.to_csv(table))
-    write_atomic(out / f"{study}.md", files.to_markdown(table, notes(table)))
-    write_atomic(out / "metrics" / f"{study}.json", files.to_metrics(table))
+    write_atomic(out / f"{study}.csv", writers.to_csv(table))
+    write_atomic(out / f"{study}.md", writers.to_markdown(table, notes(table)))
+    write_atomic(out / "metrics" / f"{study}.json", writers.to_metrics(table))
     for name, (svg, _) in drawn.items():
         write_atomic(pictures / f"{name}.svg", standalone(svg))
 
@@ -71,8 +70,8 @@ def write_numbers(params: Params, evaluations: Path, out: Path) -> None:
         InputError: a study has not been evaluated, or its file breaks the schema.
     """
     tables_in = [_render(study, params, evaluations)[0] for study in params.run.studies]
-    write_atomic(out / "metrics.json", files.to_summary(tables_in))
-    write_atomic(out / "scores.csv", files.to_scores(tables_in))
+    write_atomic(out / "metrics.json", writers.to_summary(tables_in))
+    write_atomic(out / "scores.csv", writers.to_scores(tables_in))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import base64
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.images import thumbnail
+from pipeline.data.image_files import thumbnail
 from pipeline.records.evaluation import Evaluations, Prediction
 from pipeline.report import papers
 from pipeline.report.tables import Column, Line, Table

@@ -9,8 +9,7 @@ from pipeline import report
 from pipeline.config.load import Params
 from pipeline.core.files import fill, write_atomic
 from pipeline.records.evaluation import Evaluations
-from pipeline.report import figures, findings
-from pipeline.report import writers as files
+from pipeline.report import figures, findings, writers
 from pipeline.report.drawing import safe, standalone
 
 _FOLDER = "images/gallery"
@@ -113,5 +112,5 @@ def write_into(path: Path, params: Params, evaluations: Path) -> int:
 
 
 def _table(study: str, params: Params, evaluations: Path) -> str:
-    lines = files.to_markdown(report.load_table(study, params, evaluations), []).strip().splitlines()[2:]
+    lines = writers.to_markdown(report.load_table(study, params, evaluations), []).strip().splitlines()[2:]
     return "\n".join(re.sub(r"^## (.*)", r"**\1**", line) for line in lines)

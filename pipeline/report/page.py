@@ -19,7 +19,7 @@ from pipeline.report import papers, sections
 from pipeline.report.answers import AnswerTable
 from pipeline.report.drawing import Drawing
 from pipeline.report.findings import OPEN, CheckedClaim
-from pipeline.report.notes import stand_ins
+from pipeline.report.sections import stand_ins
 from pipeline.report.tables import Table
 from pipeline.report.writers import format_value
 

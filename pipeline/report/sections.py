@@ -1,4 +1,4 @@
-"""A study's section of the page: what its template shows, as plain objects."""
+"""A study's section of the page: what its template shows, as plain objects, and the sentences below its table."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from markupsafe import Markup
 
 from pipeline.records.evaluation import CellResult
 from pipeline.records.trial import Provenance
-from pipeline.report import costs, papers
+from pipeline.report import papers
 from pipeline.report.answers import AnswerTable
 from pipeline.report.drawing import Drawing, metric_words, safe
-from pipeline.report.notes import notes
-from pipeline.report.tables import Column, Line, Table, TableEntry
+from pipeline.report.tables import Column, Cost, Line, Table, TableEntry, cost_of, cost_values, costs_of
 from pipeline.report.writers import format_value, to_csv
 
 
@@ -99,7 +98,7 @@ class StudySection:
     code: str
     notes: list[str]
     problems: list[str]
-    costs: list[costs.Cost]
+    costs: list[Cost]
     heads: list[Head]
     groups: list[RowGroup]
     figures: list[CaptionedFigure]
@@ -115,7 +114,7 @@ def study_section(
     table: Table, printed: papers.PaperTable | None, figures: Mapping[str, Drawing], answers: AnswerTable | None
 ) -> StudySection:
     """Return what the page shows of a study."""
-    columns = costs.known(table)
+    columns = costs_of(table)
     sentences = notes(table)
     if printed and printed.note:
         sentences.append(f"{printed.paper}, {printed.place}: {printed.note}.")
@@ -199,7 +198,7 @@ def _row(
     table: Table,
     line: Line,
     paper: papers.PaperTable | None,
-    columns: Sequence[costs.Cost],
+    columns: Sequence[Cost],
     places: Mapping[tuple[Line, str], str],
 ) -> Row:
     printed = papers.printed_value(paper.path, line.paper_backbone, line.row, "params_m") if paper else None
@@ -209,8 +208,8 @@ def _row(
         [(entry, places.get((line, entry.column.task), "")) for entry in table.row(line)],
         [
             CostCell(
-                costs.of_row(cost, table, line),
-                fmean(spent) if (spent := costs.values(cost, table, line)) else None,
+                cost_of(cost, table, line),
+                fmean(spent) if (spent := cost_values(cost, table, line)) else None,
                 size if cost.field == "trainable_parameters" else "",
             )
             for cost in columns
@@ -253,3 +252,71 @@ def problems(cells: Sequence[CellResult]) -> list[str]:
         f"{name}, seed{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}: {problem}"
         for (name, problem), numbers in seeds.items()
     ]
+
+
+_SELECTION = {
+    "selection": "Epoch and hyperparameters were chosen on a selection split held out of the training pool; "
+    "the evaluation split was scored once.",
+    "test": "Epoch and hyperparameters were chosen on the evaluation split itself{as_the_papers}: "
+    "the numbers are optimistic.",
+}
+
+
+def notes(table: Table) -> list[str]:
+    """Return the sentences; a study that is of no paper speaks of none."""
+    out = [table.note] if table.note else []
+    out += [*_samples(table), _protocol(table)]
+    selection = _SELECTION.get(table.study.selection, f"Selection: {table.study.selection}.")
+    out.append(selection.replace("{as_the_papers}", ", as the papers do" if table.paper else ""))
+    printed = any(entry.paper is not None for entry in table.entries.values())
+    for stand_in, model in stand_ins([table]):
+        known = ": the paper's numbers are of that model, so no difference is shown" if printed else ""
+        out.append(f"{stand_in} stands for {model}{known}.")
+    return out
+
+
+def stand_ins(tables: list[Table]) -> list[tuple[str, str]]:
+    """Return which backbone plays which of a study's, by their labels, each pair once."""
+    pairs = {
+        (papers.label("backbones", line.backbone), papers.label("backbones", line.paper_backbone)): None
+        for table in tables
+        for line in table.lines
+        if line.backbone != line.paper_backbone
+    }
+    return list(pairs)
+
+
+def _samples(table: Table) -> list[str]:
+    """Say how many samples and seeds a number is of, and how far chance over the samples reaches."""
+    numbers = [entry for entry in table.entries.values() if entry.column.metric is None and entry.done]
+    scored = [entry for entry in numbers if all(cell.measurement is None for cell in entry.done)]
+    seeds = sorted({cell.seed for entry in numbers for cell in entry.done})
+    if not seeds:
+        return []
+    listed = ", ".join(map(str, seeds))
+    count = f"{len(seeds)} seeds ({listed})" if len(seeds) > 1 else f"One seed ({listed})"
+    sizes: dict[str, list[str]] = {}
+    reach: dict[str, tuple[float, TableEntry]] = {}
+    for entry in scored:
+        task = papers.label("tasks", entry.column.task)
+        of_task = {cell.num_samples for cell in entry.done if cell.num_samples}
+        for size in of_task:
+            tasks = sizes.setdefault(f"{size:,}", [])
+            tasks += [task] if task not in tasks else []
+        if entry.interval and entry.value is not None:
+            far = max(entry.value - entry.interval[0], entry.interval[1] - entry.value)
+            reach[task] = max(reach.get(task, (0.0, entry)), (far, entry), key=lambda pair: pair[0])
+    of = "; ".join(f"{size} evaluation samples of {', '.join(tasks)}" for size, tasks in sizes.items())
+    out = [f"{count}; scored on {of}." if of else f"{count}."]
+    if reach:
+        far_out = ", ".join(f"{format_value(far, entry.unit)} on {task}" for task, (far, entry) in reach.items())
+        out.append(f"The 95 % interval over samples reaches at most so far from a number: {far_out}.")
+    return out
+
+
+def _protocol(table: Table) -> str:
+    name = table.study.protocol
+    if name is not None:
+        return f"Protocol: {name}, the choices of the published code all together (docs/methods.md)."
+    of = "the equations and prompts of the papers" if table.paper else "none"
+    return f"Protocol: {of}; hificl trials prints every setting."

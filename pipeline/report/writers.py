@@ -8,8 +8,8 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
-from pipeline.report import costs, papers
-from pipeline.report.tables import Table, TableEntry
+from pipeline.report import papers
+from pipeline.report.tables import Table, TableEntry, cost_of, costs_of
 
 COLUMNS = ("backbone", "task", "method", "metric", "value", "std", "seeds", "paper", "run_ids")
 Tree = dict[str, "Tree | float"]  # numbers by name, nested as `dvc metrics` shows them
@@ -38,11 +38,11 @@ def to_markdown(table: Table, notes: list[str]) -> str:
             f"{_md(papers.label('tasks', e.column.task))} {_md(papers.label('metrics', e.metric))}"
             for e in table.row(lines[0])
         ]
-        columns = costs.known(table)
+        columns = costs_of(table)
         heads += [f"{cost.title} ({cost.below})" for cost in columns]
         out += ["| method | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
         for line in lines:
-            spent = [costs.of_row(cost, table, line) or "-" for cost in columns]
+            spent = [cost_of(cost, table, line) or "-" for cost in columns]
             entries = [_md_entry(entry) for entry in table.row(line)]
             out.append("| " + " | ".join([_md(line.title), *entries, *spent]) + " |")
         out.append("")

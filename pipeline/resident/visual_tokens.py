@@ -28,8 +28,7 @@ from torch import Tensor
 
 from pipeline.backbones.base import IMAGE_BACKEND, Pixels, placed
 from pipeline.data import image_files
-from pipeline.data.image_files import Image
-from pipeline.data.images import decode_image
+from pipeline.data.image_files import ImageSource, decode_image
 
 if TYPE_CHECKING:
     from pipeline.backbones.load import Loaded
@@ -87,7 +86,7 @@ class VisualTokens:
             memory_bytes, lambda pixels: sum(part.nbytes for part in pixels.values())
         )
 
-    def get(self, images: Sequence[Image], root: Path | str = "") -> list[Tensor]:
+    def get(self, images: Sequence[ImageSource], root: Path | str = "") -> list[Tensor]:
         """Return the visual tokens [T, D] of every image below `root`, in order, on the CPU.
 
         Raises:
@@ -95,7 +94,7 @@ class VisualTokens:
         """
         keys = [image_files.image_digest(image, root) for image in images]
         known: dict[str, Tensor] = {}
-        missing: dict[str, Image] = {}
+        missing: dict[str, ImageSource] = {}
         for key, image in zip(keys, images, strict=True):
             if key in known or key in missing:
                 continue
@@ -112,9 +111,9 @@ class VisualTokens:
             known[key] = self._memory.put(key, tokens)
         return [known[key] for key in keys]
 
-    def prefetch(self, images: Iterable[Image], root: Path | str = "") -> None:
+    def prefetch(self, images: Iterable[ImageSource], root: Path | str = "") -> None:
         """Compute what is not on disk (or, without a disk, in memory) yet, a batch at a time."""
-        pending: list[Image] = []
+        pending: list[ImageSource] = []
         for image in images:
             pending.append(image)
             if len(pending) == self.batch_size:
@@ -123,7 +122,7 @@ class VisualTokens:
         if pending:
             self.get(pending, root)
 
-    def ahead(self, images: Iterable[Image], root: Path | str = "", *, pixels: bool = False) -> None:
+    def ahead(self, images: Iterable[ImageSource], root: Path | str = "", *, pixels: bool = False) -> None:
         """Begin to make pictures ready that `get` will ask for next (or `pixels`), where they are not at hand.
 
         What they become is the same; it is there sooner, beside what a GPU computes. Without threads nothing is done.
@@ -144,7 +143,7 @@ class VisualTokens:
             future.cancel()
         self._underway.clear()
 
-    def pixels(self, rows: Sequence[Sequence[Image]], root: Path | str = "") -> dict[str, Tensor]:
+    def pixels(self, rows: Sequence[Sequence[ImageSource]], root: Path | str = "") -> dict[str, Tensor]:
         """Return the model's pixel arguments for the rows of a batch, for methods that train the vision tower."""
         dtype = self.loaded.dtype
         blocks = [
@@ -153,7 +152,7 @@ class VisualTokens:
         stacked = self.loaded.family.stack(blocks)
         return {name: part.to(dtype) if part.is_floating_point() else part for name, part in stacked.items()}
 
-    def _compute(self, images: Mapping[str, Image], root: Path | str) -> Iterable[tuple[str, Tensor]]:
+    def _compute(self, images: Mapping[str, ImageSource], root: Path | str) -> Iterable[tuple[str, Tensor]]:
         groups: dict[tuple, list[tuple[str, Pixels]]] = {}
         for number, (key, image) in enumerate(images.items()):
             if number % THREADS == 0:
@@ -193,7 +192,7 @@ class VisualTokens:
         parts = zip(group, on_host, tokens, strict=True)
         return [(key, host.view(part.shape).clone()) for (key, _), host, part in parts]
 
-    def _processed(self, key: str, image: Image, root: Path | str, *, keep: bool = True) -> Pixels:
+    def _processed(self, key: str, image: ImageSource, root: Path | str, *, keep: bool = True) -> Pixels:
         pixels = self._pixels.get(key)
         if pixels is None:
             underway = self._underway.pop(key, None)

@@ -14,9 +14,9 @@ from pipeline.config.load import Params, data_root
 from pipeline.core.errors import InputError
 from pipeline.core.plain_yaml import read_file
 from pipeline.core.progress import Report, bar, say
-from pipeline.data.files import source_digest
-from pipeline.data.images import CheckedImage, check_images, problems_error
+from pipeline.data.image_files import CheckedImage, check_images, problems_error
 from pipeline.data.manifest import Manifest, Source
+from pipeline.data.official import source_digest
 from pipeline.data.sample import PromptStyle, Sample
 from pipeline.plan.plan import places
 from pipeline.tasks import IndexEntry, SampleId, Split, Task, tasks

@@ -23,8 +23,7 @@ from pipeline.plan.plan import Plan, all_cells, make_plan, places
 from pipeline.plan.unheard import unheard
 from pipeline.pool.processes import in_order
 from pipeline.pool.supervisor import Driver, ahead, train
-from pipeline.records.journal import Journal
-from pipeline.records.store import TrialStore
+from pipeline.records.store import Journal, TrialStore
 from pipeline.records.trial import TrialEnd
 from pipeline.sweep.mlflow_sync import MlflowSync
 from pipeline.sweep.trial_runs import experiment_note

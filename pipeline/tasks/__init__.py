@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 from pipeline.core.errors import InputError, nearest
 from pipeline.core.plain_yaml import Json
 from pipeline.core.registry import Registry
-from pipeline.data.files import find
 from pipeline.data.manifest import Manifest
+from pipeline.data.official import find
 from pipeline.data.sample import Sample
 from pipeline.scores.files import printable
 

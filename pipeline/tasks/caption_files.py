@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.core.errors import InputError
-from pipeline.data.files import field, find, source_digest
-from pipeline.data.records import RecordFile
+from pipeline.data.official import RecordFile, field, find, source_digest
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.scores.files import need
 from pipeline.tasks import IndexEntry, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids
@@ -55,7 +54,7 @@ def cider_score(task: Task, samples: Sequence[Sample], predictions: Mapping[Samp
     Document frequencies come from the references of these samples alone, so a part scored by itself gives
     another number (one image alone gives exactly 0).
     """
-    from pipeline.scores.caption import caption_scores  # needs pycocoevalcap and Java; reading and training do not
+    from pipeline.scores.caption import caption_scores
 
     captions = task.predictions_for(samples, predictions)
     result = caption_scores(

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pipeline.core.errors import InputError, nearest
-from pipeline.data.files import field, find
-from pipeline.data.records import RecordFile
+from pipeline.data.official import RecordFile, field, find
 from pipeline.data.sample import Sample
+from pipeline.scores.chair import MINIATURE_WORDS
 from pipeline.scores.files import printable
 from pipeline.tasks import IndexEntry, PromptTemplate, SampleId, Score, Split, Task, image_folder, tasks
 from pipeline.tasks.caption_files import CAPTION_TEMPLATE, CaptionTask, caption_sample, cider_score, plain_file_name
@@ -187,6 +187,7 @@ class KarpathyCoco(KarpathyTask, CaptionTask):
 
 COCO = CocoCaptions(name="coco", stands_for="coco", folders=FOLDERS, official_evaluation=40_504)
 tasks.register(COCO)
+tasks.register(replace(COCO, name="mini-coco", object_words=MINIATURE_WORDS, official_evaluation=None))  # the miniature
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.core.errors import InputError
-from pipeline.data.files import field, find
+from pipeline.data.official import field, find
 from pipeline.data.parquet import cell_name, rows
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.scores.mme import GROUPS, MmeRow, MmeScore, is_right, subtask_score

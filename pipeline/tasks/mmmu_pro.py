@@ -14,7 +14,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from pipeline.core.errors import InputError
-from pipeline.data.files import field
+from pipeline.data.official import field
 from pipeline.data.parquet import cell_name, rows
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.scores.mmmu_pro import mmmu_pro_scores, read_options

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import InputError
-from pipeline.data.files import field, find
+from pipeline.data.official import RecordFile, field, find
 from pipeline.data.parquet import cell_name, rows
-from pipeline.data.records import RecordFile
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.scores.files import printable
 from pipeline.scores.seed_bench import seed_bench_scores

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.core.errors import InputError
-from pipeline.data.files import field, find
-from pipeline.data.records import RecordFile
+from pipeline.data.official import RecordFile, field, find
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.scores.vqa import stem_answer, vqa_accuracy
 from pipeline.tasks import IndexEntry, PromptTemplate, SampleId, Score, Split, Task, image_folder, shown_ids, tasks
@@ -205,3 +204,8 @@ OKVQA = VqaTask(
     stemmed_references=True,
 )
 tasks.register(OKVQA)
+
+# the miniature's: the same file names and shapes, images in PNG, made-up words
+_PNG = "COCO_{subset}_{image_id:012d}.png"
+tasks.register(replace(VQAV2, name="mini-vqa", image=_PNG, official_evaluation=None))
+tasks.register(replace(OKVQA, name="mini-okvqa", image=_PNG, stemmed_references=False, official_evaluation=None))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mlflow.entities import Dataset, DatasetInput, InputTag, Run
 
 from pipeline.config.trial import digest
-from pipeline.data.images import thumbnail
+from pipeline.data.image_files import thumbnail
 from pipeline.records.evaluation import Prediction
 from pipeline.records.trial import Provenance
 

@@ -17,7 +17,7 @@ from torch import nn
 from pipeline.adapters.base import Adapter
 from pipeline.config.trial import MOST_PACKED
 from pipeline.core.errors import InputError
-from pipeline.cost.steps import Costs, Prompt
+from pipeline.cost.flops import Costs, Prompt
 from pipeline.data.manifest import Manifest
 from pipeline.prompts.prompt import Encoded
 from pipeline.resident.resident import Resident

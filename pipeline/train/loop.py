@@ -22,7 +22,7 @@ from pipeline.adapters.base import WeightsAdapter, parts_of
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import checkpointed_layers, compiled_parts, decoder_of, told
-from pipeline.backbones.memory import is_out_of_memory
+from pipeline.backbones.passes import is_out_of_memory
 from pipeline.prompts.collate import Batch
 from pipeline.records.trial import TrialReport
 from pipeline.resident.resident import TEACHER_BYTES, Resident

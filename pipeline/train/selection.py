@@ -12,7 +12,7 @@ from pipeline import adapters
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import told
-from pipeline.backbones.memory import bytes_of_row
+from pipeline.backbones.passes import bytes_of_row
 from pipeline.data.sample import Sample
 from pipeline.evaluate.predict import Decoding, predict_each
 from pipeline.prompts.prompt import Encoded

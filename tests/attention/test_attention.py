@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.attention import concatenated as joined
-from pipeline.attention import kernels
+from pipeline.attention import kernels, softmax
 from pipeline.attention.virtual import (
     merge_attention,
     merge_attention_reference,
@@ -106,7 +105,7 @@ def test_merge_equals_concatenation(
     if hidden:
         virtual_mask = torch.arange(n) < torch.randint(0, n + 1, (shape["batch"], 1, 1), generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(joined, "MOST_TOKENS", 256 if joins else 0)
+        patch.setattr(softmax, "MOST_TOKENS", 256 if joins else 0)
         given_mask = mask_of(mask, shape, generator)
         assert_merges(tensors, generator, alpha=alpha, scale=scale, mask=given_mask, virtual_mask=virtual_mask)
 
@@ -115,8 +114,8 @@ def test_short_sequences_are_joined_where_something_below_learns(monkeypatch: py
     generator, (q, k, v) = draw({"batch": 2, "groups": 2, "kv_heads": 1, "queries": 4, "past": 0, "size": 8, "seed": 4})
     keys, values = (normal(generator, 2, 3, 8).requires_grad_() for _ in range(2))
     calls = []
-    original = joined.attention
-    monkeypatch.setattr(joined, "attention", lambda *x, **y: calls.append(1) or original(*x, **y))
+    original = softmax.concatenated
+    monkeypatch.setattr(softmax, "concatenated", lambda *x, **y: calls.append(1) or original(*x, **y))
     merge_attention(q, k, v, keys, values)
     merge_attention(q.requires_grad_(), k, v, keys, values, alpha="one")
     merge_attention(q, k, v, keys.float(), values.float())
@@ -204,7 +203,7 @@ def test_nothing_below_learns_then_the_flash_backward_is_skipped(monkeypatch: py
     generator, (q, k, v) = draw({"batch": 1, "groups": 2, "kv_heads": 1, "queries": 4, "past": 0, "size": 8, "seed": 4})
     keys, values = (normal(generator, 2, 3, 8).requires_grad_() for _ in range(2))
     calls = []
-    monkeypatch.setattr(joined, "MOST_TOKENS", 0)
+    monkeypatch.setattr(softmax, "MOST_TOKENS", 0)
     original = kernels._BACKWARD["cpu"]
     monkeypatch.setitem(kernels._BACKWARD, "cpu", lambda *x: calls.append(1) or original(*x))
     merge_attention(q, k, v, keys, values).sum().backward()

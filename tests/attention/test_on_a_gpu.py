@@ -130,7 +130,7 @@ def interpreted() -> None:
     assert fused_differs(fused, device, torch.bfloat16, tolerance=0.02) is None
     virtual.fused_on = lambda _: fused
     virtual.FUSED_ON = "cpu"
-    virtual.joined.MOST_TOKENS = 0
+    virtual.softmax.MOST_TOKENS = 0
     generator = torch.Generator().manual_seed(0)
     cases = [  # key heads, queries, keys, size, mask, alpha, tokens by row, some of them hidden
         (4, 33, 33, 16, None, "full", False, False), (2, 5, 9, 24, "dead", "full", True, True),

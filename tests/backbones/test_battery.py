@@ -244,7 +244,7 @@ def test_the_answers_span_is_exact_and_learns(case):
 
 def test_it_answers(case, monkeypatch):
     with attach(case.model, case.adapter):
-        monkeypatch.setattr("pipeline.backbones.memory.free_bytes", lambda device: 1 << 40)  # as on a card
+        monkeypatch.setattr("pipeline.backbones.passes.free_bytes", lambda device: 1 << 40)  # as on a card
         texts = generate(case.loaded, case.encoded, max_new_tokens=3, visual_tokens=case.visual)
         one = [generate(case.loaded, [e], max_new_tokens=3, visual_tokens=case.visual)[0] for e in case.encoded]
     assert texts == one

@@ -19,7 +19,7 @@ from pipeline.config.load import load
 from pipeline.core import machine
 from pipeline.core.locks import held
 from pipeline.plan import plan
-from pipeline.train.memory import GIB, BackboneMemory, StepMemory
+from pipeline.train.counting import GIB, BackboneMemory, StepMemory
 from tests.conftest import ROOT
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import plain_paths
+from pipeline.core import machine
 from pipeline.core.errors import InputError
 from tests.conftest import ROOT
 from tests.support import odd_paths
@@ -22,7 +22,7 @@ def ask(code: str, python: Path | str, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-ODD = [name for name in odd_paths.NAMES if not plain_paths.is_plain(name)]
+ODD = [name for name in odd_paths.NAMES if not machine.is_plain(name)]
 
 
 @pytest.fixture
@@ -37,14 +37,14 @@ def test_a_program_goes_on_under_a_plain_path(tmp_path, short, name):
     environment = tmp_path / name
     environment.symlink_to(sys.prefix, target_is_directory=True)
     code = """
-from pipeline.core import plain_paths
-plain_paths.go_on_plainly()
+from pipeline.core import machine
+machine.go_on_plainly()
 import sys, yaml
-print(sys.executable, sys.prefix, yaml.__file__, plain_paths.python(), sep="\\n")
+print(sys.executable, sys.prefix, yaml.__file__, machine.python(), sep="\\n")
 """
     program, prefix, package, again = ask(code, environment / "bin" / Path(sys.executable).name, RAY_TMPDIR=short)
     assert again == program
-    assert all(plain_paths.is_plain(path) for path in (program, prefix, package))
+    assert all(machine.is_plain(path) for path in (program, prefix, package))
     assert Path(prefix).readlink() == environment
     folder = Path(short) / f"hificl-{os.getuid()}"
     assert Path(prefix).parent == folder and folder.stat().st_mode & 0o777 == 0o700
@@ -65,7 +65,7 @@ def test_a_folder_whose_name_is_no_text_is_said_at_once(tmp_path):
 
 
 def test_an_environment_of_a_plain_path_is_called_by_it():
-    assert plain_paths.python() == sys.executable
+    assert machine.python() == sys.executable
 
 
 def test_a_link_is_not_put_where_somebody_else_may_put_one(monkeypatch, short):
@@ -73,21 +73,21 @@ def test_a_link_is_not_put_where_somebody_else_may_put_one(monkeypatch, short):
     monkeypatch.setattr(sys, "executable", "/some where/bin/python")
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
     with pytest.raises(InputError, match="hificl-4000000000: is not a folder of yours alone"):
-        plain_paths.python()
+        machine.python()
 
 
-LONG = "/tmp/" + "x" * plain_paths.MOST
+LONG = "/tmp/" + "x" * machine.MOST
 
 
 @pytest.mark.parametrize("temporary", [LONG, "/tmp/a job", "relative", "/not there"])
 def test_rays_folder_is_the_first_that_fits(monkeypatch, temporary):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", temporary)
-    assert plain_paths.ray_folder() == Path("/tmp")
-    monkeypatch.setattr(plain_paths, "SYSTEM", ("/no",))
+    assert machine.ray_folder() == Path("/tmp")
+    monkeypatch.setattr(machine, "SYSTEM", ("/no",))
     said = f"^TMPDIR: no folder for Ray: {temporary} .*; /no cannot be written. Set RAY_TMPDIR"
     with pytest.raises(InputError, match=said):
-        plain_paths.ray_folder()
+        machine.ray_folder()
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,14 @@ def test_rays_folder_is_the_first_that_fits(monkeypatch, temporary):
 def test_a_folder_that_was_named_is_not_passed_over(monkeypatch, named, why):
     monkeypatch.setenv("RAY_TMPDIR", named)
     with pytest.raises(InputError, match=f"^RAY_TMPDIR: no folder for Ray: {named} is {why}"):
-        plain_paths.ray_folder()
+        machine.ray_folder()
 
 
 def test_the_longest_folder_that_is_allowed_holds_rays_sockets(tmp_path):
     """Ray's own check of its sockets' paths, on the longest name that its folder can have."""
     from ray._private.utils import validate_socket_filepath
 
-    socket = "x" * plain_paths.MOST + plain_paths._SOCKET
+    socket = "x" * machine.MOST + machine._SOCKET
     validate_socket_filepath(socket)
     with pytest.raises(OSError, match="107"):
         validate_socket_filepath("x" + socket)

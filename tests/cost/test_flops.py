@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.support.shapes import CPU, Bench, Workload
 from benchmarks.support.steps import Trained, floor_step
 from pipeline import adapters, backbones
-from pipeline.attention import concatenated as joined
+from pipeline.attention import softmax
 from pipeline.attention.virtual import merge_attention
-from pipeline.cost.steps import Costs, Prompt
+from pipeline.cost.flops import Costs, Prompt
 
 REAL = ("idefics2-8b-base", "llava-interleave-7b")
 
@@ -67,7 +67,7 @@ def test_a_lora_step_is_what_the_counter_finds(name: str) -> None:
 
 @pytest.mark.parametrize("n", [8, 64])
 def test_what_virtual_tokens_add_is_what_the_counter_finds(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joined, "MOST_TOKENS", 0)  # the counter does not see into the CPU's masked attention
+    monkeypatch.setattr(softmax, "MOST_TOKENS", 0)  # the counter does not see into the CPU's masked attention
     heads, length, size = 4, 96, 32
     q, k, v = (torch.randn(1, heads, length, size, requires_grad=True) for _ in range(3))
     learned = [torch.randn(heads, n, size, requires_grad=True) for _ in range(2)]

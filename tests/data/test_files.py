@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import InputError
-from pipeline.data import records
-from pipeline.data.files import field, find, source_digest
-from pipeline.data.records import RecordFile
+from pipeline.data import official as records
+from pipeline.data.official import RecordFile, field, find, source_digest
 
 RECORDS = [
     {"question_id": n, "text": f'Wie groß war es? "{n}" \\ ☃', "nested": [{"a": [n, 1.5, None, True]}]}

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline.core.errors import InputError
-from pipeline.data.images import check_image, check_images, open_image, problems_error
+from pipeline.data.image_files import check_image, check_images, open_image, problems_error
 
 RAMP = np.tile(np.arange(64, dtype=np.uint8) * 4, (48, 1))
 
@@ -120,7 +120,7 @@ def test_sixteen_bits_take_no_more_memory_than_the_picture(tmp_path):
     path = tmp_path / "large.png"
     Image.fromarray(np.zeros((3000, 4000), np.uint16)).save(path)
     code = (
-        "import resource, sys; from pipeline.data.images import open_image; from PIL import Image; "
+        "import resource, sys; from pipeline.data.image_files import open_image; from PIL import Image; "
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; open_image(sys.argv[1]); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pipeline.core.errors import InputError
-from pipeline.data.images import open_image
+from pipeline.data.image_files import open_image
 from pipeline.evaluate.answerer import _as_file
 
 NOISE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)

@@ -11,8 +11,7 @@ import pytest
 from dvc_render import render_html
 from dvc_render.vega import VegaRenderer
 
-from pipeline.report import load_table
-from pipeline.report import writers as files
+from pipeline.report import load_table, writers
 from tests.conftest import ROOT
 from tests.support.chromium import PROGRAM, browser
 
@@ -28,7 +27,7 @@ def _page(folder: Path, name: str, rows: list[dict[str, Any]], template: str, **
 def _scores(maker: Any, values: dict[str, float], revision: str) -> list[dict[str, Any]]:
     maker.study("mine", [maker.cell(row, "mini-vqa", 0) | {"value": value} for row, value in values.items()])
     table = load_table("mine", maker.params(mine=maker.definition(paper=None)), maker.folder)
-    return [row | {"rev": revision} for row in csv.DictReader(io.StringIO(files.to_scores([table])))]
+    return [row | {"rev": revision} for row in csv.DictReader(io.StringIO(writers.to_scores([table])))]
 
 
 def test_scores_of_two_revisions_stand_side_by_side_with_their_change(maker: Any, tmp_path: Path) -> None:

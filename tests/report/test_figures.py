@@ -13,7 +13,7 @@ import matplotlib as mpl
 import pytest
 from matplotlib.figure import Figure
 
-from pipeline.report import bars, figures, load_table, miniature, papers
+from pipeline.report import figures, load_table, miniature, papers
 from pipeline.report.drawing import STYLE, of_method, standalone
 
 FACTORS = {"time": 4.27, "flops": 4.7, "gpu_memory": 2.99, "milliseconds_per_sample": 14.1}
@@ -67,7 +67,7 @@ def test_factors_share_one_axis_that_begins_at_nothing(maker: Any) -> None:
         paper="hificl.figure10", layout="bars", metrics=["flops", "gpu_memory", "milliseconds_per_sample"]
     )
     table = load_table("hificl-figure10", maker.params(**{"hificl-figure10": definition}), maker.folder)
-    figure = bars.bar_figure(table, table.lines)
+    figure = figures.bar_figure(table, table.lines)
     found = lengths(figure)
     assert len(found) == 12  # a row a task, a column a metric
     factors = {title: inches for title, inches in found.items() if "× HiFICL" in title}
@@ -85,7 +85,7 @@ def test_factors_share_one_axis_that_begins_at_nothing(maker: Any) -> None:
 def test_accuracy_and_captions_scores_never_share_an_axis_and_tasks_of_one_metric_do(maker: Any) -> None:
     maker.table("hificl-table1", seeds=2)
     table = load_table("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
-    figure = bars.bar_figure(table, table.lines)
+    figure = figures.bar_figure(table, table.lines)
     ends = {axes.get_title(loc="left").strip(): axes.get_xlim() for axes in figure.axes}
     assert ends["mini-vqa\naccuracy (%)"] == ends["mini-okvqa\naccuracy (%)"] != ends["mini-coco\nCIDEr-D"]
     assert ends["VQAv2\naccuracy (%)"] == ends["OK-VQA\naccuracy (%)"] != ends["mini-vqa\naccuracy (%)"]
@@ -98,7 +98,7 @@ def test_the_papers_bars_are_measured_with_ours_on_the_papers_own_model_alone(ma
     cells = [maker.cell(row, "mini-vqa", 0) | same for row in ("lora-r16", "hificl")]
     maker.study("hificl-table1", cells)
     table = load_table("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
-    ours, printed = (axes.get_xlim() for axes in bars.bar_figure(table, table.lines).axes)
+    ours, printed = (axes.get_xlim() for axes in figures.bar_figure(table, table.lines).axes)
     assert (ours == printed) is own
 
 
@@ -109,7 +109,7 @@ def test_a_method_has_its_colour_in_bars_and_in_curves_whoever_is_the_reference(
         table = load_table(study, maker.params(**{study: maker.definition()}), maker.folder)
         assert table.reference == reference
         shown = [
-            mpl.colors.to_hex(patch.get_edgecolor()) for patch in bars.bar_figure(table, table.lines).axes[0].patches
+            mpl.colors.to_hex(patch.get_edgecolor()) for patch in figures.bar_figure(table, table.lines).axes[0].patches
         ]
         assert shown == [of_method(method)[0] for method in rows.values()]
     cells = [
@@ -174,7 +174,7 @@ def test_every_text_of_a_figure_is_inside_it_and_runs_into_no_other(maker: Any) 
     )
     tables = {study: load_table(study, known, maker.folder) for study in known.studies}
     drawn = [figures.curve_figure(tables["miniature-rank"], "rank")]
-    drawn += [bars.bar_figure(tables[study], tables[study].lines) for study in ("hificl-figure10", "hificl-table1")]
+    drawn += [figures.bar_figure(tables[study], tables[study].lines) for study in ("hificl-figure10", "hificl-table1")]
     for figure in drawn:
         figure.draw_without_rendering()
         boxes = [(text.get_text(), text.get_window_extent()) for text in texts(figure)]

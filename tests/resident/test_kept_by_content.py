@@ -15,8 +15,7 @@ from PIL import Image
 
 from pipeline.core.errors import InputError
 from pipeline.core.files import file_digest
-from pipeline.data.image_files import sizes
-from pipeline.data.images import check_images
+from pipeline.data.image_files import check_images, sizes
 from pipeline.data.manifest import Manifest
 from pipeline.data.parquet import _column_of_group, cell_name
 from pipeline.data.sample import ImageRef, Sample

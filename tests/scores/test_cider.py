@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pycocoevalcap.cider.cider import Cider
 
-from pipeline.scores.cider import cider_d
+from pipeline.scores.caption import cider_d
 
 texts = st.lists(st.sampled_from("abcde"), max_size=8).map(" ".join)
 images = st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=4)), min_size=1, max_size=6)

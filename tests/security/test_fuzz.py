@@ -28,14 +28,13 @@ from pipeline.config.load import load
 from pipeline.core import locks
 from pipeline.core.errors import HificlError
 from pipeline.core.locks import held
-from pipeline.data.images import check_image, open_image
+from pipeline.data.image_files import check_image, open_image
 from pipeline.data.manifest import Manifest
 from pipeline.evaluate.answerer import Answerer
 from pipeline.plan.plan import make_plan
 from pipeline.plan.space import Digests, cells
 from pipeline.records.evaluation import Evaluations
-from pipeline.records.journal import Journal
-from pipeline.records.store import TrialFolder
+from pipeline.records.store import Journal, TrialFolder
 from pipeline.sweep.recorded import read_recorded
 from pipeline.train import checkpoint
 from tests.conftest import ROOT
@@ -144,7 +143,7 @@ def survives(make: Callable[[random.Random], tuple[bytes, Path]], read: Callable
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.records.journal.say", lambda _line: None)
+    monkeypatch.setattr("pipeline.records.store.say", lambda _line: None)
 
 
 RECORDS: dict[str, Callable[[Path], object]] = {

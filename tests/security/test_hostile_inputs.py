@@ -22,7 +22,7 @@ from pipeline import adapters
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
 from pipeline.data import MAX_PIXELS
-from pipeline.data.images import check_image, open_image
+from pipeline.data.image_files import check_image, open_image
 from pipeline.data.manifest import Manifest, Source
 from pipeline.data.sample import ImageRef, Sample
 from tests.conftest import ROOT
@@ -190,7 +190,8 @@ def test_a_picture_just_within_the_limit_takes_a_gibibyte_at_most(tmp_path, dept
     rows = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
     (tmp_path / "large.png").write_bytes(png(side, side, (b"IDAT", rows), depth=depth, colour=colour))
     code = (
-        "import resource, sys; from pipeline.data.images import open_image; before = resource.getrusage(0).ru_maxrss;"
+        "import resource, sys; from pipeline.data.image_files import open_image;"
+        "before = resource.getrusage(0).ru_maxrss;"
         "size = open_image(sys.argv[1]).size; print(*size, (resource.getrusage(0).ru_maxrss - before) / 2**20)"
     )
     done = subprocess.run(

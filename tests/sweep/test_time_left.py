@@ -9,8 +9,7 @@ import pytest
 from pipeline.config.trial import TrialConfig
 from pipeline.plan.plan import Places, Plan
 from pipeline.records.trial import EpochReport
-from pipeline.sweep.time_left import TimeLeft
-from pipeline.sweep.view import View
+from pipeline.sweep.view import TimeLeft, View
 
 
 class Clock:

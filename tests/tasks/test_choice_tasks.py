@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import tasks
 from pipeline.core.errors import InputError
-from pipeline.data.images import check_image, open_image
+from pipeline.data.image_files import check_image, open_image
 from pipeline.data.manifest import Manifest
 from pipeline.scores.mmmu_pro import read_options
 from pipeline.sweep.draw import draw_manifest

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from pipeline import backbones, tasks
-from pipeline.data.image_files import image_digest, read_image, sizes
-from pipeline.data.images import open_image
+from pipeline.data.image_files import image_digest, open_image, read_image, sizes
 from pipeline.lineage.run_record import SAME, Checks
 from pipeline.lineage.trace import _Walk
 from pipeline.prompts.collate import collate

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import tasks
 from pipeline.core.errors import InputError
-from pipeline.data.images import open_image
+from pipeline.data.image_files import open_image
 from pipeline.sweep.draw import draw_manifest
 from tests.support.scoring import main
 from tests.tasks.conftest import failure, make_mme_shards

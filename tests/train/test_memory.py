@@ -13,7 +13,7 @@ from deepspeed.utils import groups
 
 from pipeline import backbones
 from pipeline.backbones.decoder import decoder_of
-from pipeline.backbones.memory import FILL, Passes, bytes_of_row, is_out_of_memory
+from pipeline.backbones.passes import FILL, Passes, bytes_of_row, is_out_of_memory
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import WorkError
 from pipeline.evaluate.answerer import Answerer
@@ -59,7 +59,7 @@ def test_memory_that_runs_out_anywhere_costs_no_number_and_is_remembered(
     one_rank, trial, tmp_path, monkeypatch, engine, stage, metric
 ):
     bench = Workbench(device="cpu")
-    monkeypatch.setattr("pipeline.backbones.memory.free_bytes", lambda device: 1 << 40)  # as on a card, with room
+    monkeypatch.setattr("pipeline.backbones.passes.free_bytes", lambda device: 1 << 40)  # as on a card, with room
     given = {
         "engine": engine, "zero_stage": stage, "epochs": 1, "num_train_samples": 8, "micro_batch_size": 4,
         "selection_metric": metric,
@@ -116,7 +116,7 @@ def test_another_error_is_no_lack_of_memory():
 
 def test_passes_hold_what_is_free_and_are_of_one_size(monkeypatch):
     sizes = []
-    monkeypatch.setattr("pipeline.backbones.memory.free_bytes", lambda device: int(1001 / FILL))
+    monkeypatch.setattr("pipeline.backbones.passes.free_bytes", lambda device: int(1001 / FILL))
     rows = [10] * 25 + [5] * 25
 
     def work(chunk):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from pipeline import backbones
-from pipeline.backbones.memory import FILL
+from pipeline.backbones.passes import FILL
 from pipeline.commands.plan import study_memory
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
-from pipeline.train.memory import CARDS, CONTEXT, GIB, MOST_ROWS, BackboneMemory, MemoryOf, StepMemory, _Living
+from pipeline.train.counting import CARDS, CONTEXT, GIB, MOST_ROWS, BackboneMemory, MemoryOf, StepMemory, _Living
 
 
 def config(method: str, **given) -> TrialConfig:

@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline import adapters, backbones, methods
 from pipeline.backbones.decoder import checkpointed_layers, decoder_of
 from pipeline.backbones.load import DTYPES
-from pipeline.backbones.memory import FILL as OF_WHAT_IS_FREE
-from pipeline.backbones.memory import bytes_of_row
+from pipeline.backbones.passes import FILL as OF_WHAT_IS_FREE
+from pipeline.backbones.passes import bytes_of_row
 from pipeline.backbones.states import recorded
 from pipeline.config.trial import MOST_PACKED, TrialConfig
 from pipeline.core.errors import InputError
-from pipeline.cost.steps import Costs
+from pipeline.cost.flops import Costs
 from pipeline.train import loss
 from pipeline.train.cost import FILL
 
