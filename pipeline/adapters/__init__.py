@@ -17,6 +17,7 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.base import (
     CONFIG_FILE,
     METHODS,
+    RECORD_FILE,
     WEIGHTS_FILE,
     Adapter,
     AdapterConfig,
@@ -93,16 +94,22 @@ def make(name: str, model: nn.Module, options: Options, *, seed: int = 0) -> Ada
 
 
 def read_config(folder: Path | str) -> AdapterConfig:
-    """Return `adapter_config.json` of a saved adapter.
+    """Return what a saved adapter is; PEFT's own LoRA is one too.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: its configuration is missing or damaged, or PEFT's of something else than a plain LoRA.
     """
-    path = _inside(Path(folder), CONFIG_FILE)
+    folder = Path(folder)
+    record = _inside(folder, RECORD_FILE)
+    path = record if record.exists() else _inside(folder, CONFIG_FILE)
     try:
         if path.stat().st_size > MAX_CONFIG:
             raise InputError(f"is larger than {MAX_CONFIG} bytes", where=str(path))
         fields = json.loads(path.read_text(encoding="utf-8"))
+        if "peft_type" in fields:
+            from pipeline.adapters.lora import of_peft
+
+            return of_peft(fields, _inside(folder, WEIGHTS_FILE), str(folder))
         method, options, extra = fields["method"], fields["options"], fields.get("extra") or {}
         if not (isinstance(method, str) and isinstance(options, dict) and isinstance(extra, dict)):
             raise TypeError
@@ -122,7 +129,8 @@ def load(folder: Path | str, model: nn.Module) -> Adapter:
     """
     check_adapter(Path(folder))
     config = read_config(folder)
-    config.backbone.check(decoder_of(model), str(folder))
+    if config.backbone is not None:
+        config.backbone.check(decoder_of(model), str(folder))
     weights = _inside(Path(folder), WEIGHTS_FILE)
     schema = options_of(config.method)
     options = schema.checked(schema.completed(config.options), config.method)

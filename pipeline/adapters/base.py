@@ -8,7 +8,7 @@ A method edits the decoder in one or more of three places, and says so by the cl
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,6 +29,7 @@ from pipeline.core.registry import Registry
 
 METHODS: Registry[type[Adapter]] = Registry("method", "pipeline.adapters", "hificl.methods")
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+RECORD_FILE = "hificl.json"  # what CONFIG_FILE holds elsewhere, where that is PEFT's own
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ class BackboneIdentity:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """`adapter_config.json`: what a saved adapter is, and `extra`, what its trial noted beside it."""
+    """What a saved adapter is, and `extra`, what its trial noted beside it; PEFT's own names no backbone."""
 
     method: str
     options: Json
-    backbone: BackboneIdentity
+    backbone: BackboneIdentity | None
     extra: Json
 
 
@@ -171,17 +172,31 @@ class Adapter(nn.Module):
     def save_pretrained(self, folder: Path | str, extra: Mapping[str, JsonValue] | None = None) -> None:
         """Write `adapter_model.safetensors` and `adapter_config.json`.
 
+        A method that PEFT has too is written as PEFT writes it, and `hificl.json` beside it says the rest.
+
         Args:
             folder: made if needed.
             extra: free record kept beside the configuration (backbone name, data digest, trial key).
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        tensors = {self.saved_name(name): x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        config = AdapterConfig(self.name, self.options.plain(), self.backbone, dict(extra or {}))
-        text = json.dumps(asdict(config), indent=2, sort_keys=True)
-        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        record = asdict(AdapterConfig(self.name, self.options.plain(), self.backbone, dict(extra or {})))
+        peft = self.peft_config()
+        (folder / RECORD_FILE).unlink(missing_ok=True)  # of another that was saved here
+        files = {CONFIG_FILE: record} if peft is None else {CONFIG_FILE: peft, RECORD_FILE: record}
+        for name, content in files.items():
+            text = json.dumps(content, indent=2, sort_keys=True)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+
+    def saved_name(self, parameter: str) -> str:
+        """Return what a parameter is called in `adapter_model.safetensors`."""
+        return parameter
+
+    def peft_config(self) -> Json | None:
+        """Return what PEFT writes into `adapter_config.json`; None: it has no such method."""
+        return None
 
     def read_weights(self, path: Path) -> None:
         """Load saved tensors in place; saved ones may be of another float dtype.
@@ -191,7 +206,8 @@ class Adapter(nn.Module):
         """
         self.check_weights(path)
         try:
-            self.load_state_dict(load_file(path))
+            saved = load_file(path)
+            self.load_state_dict({own: saved[name] for name, own in self._own_names(saved).items()})
         except (OSError, SafetensorError) as error:
             raise InputError(f"not readable: {error}", where=str(path)) from None
 
@@ -206,12 +222,17 @@ class Adapter(nn.Module):
                 saved = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
         except (OSError, SafetensorError) as error:
             raise InputError(f"not readable: {error}", where=str(path)) from None
-        expected = {name: list(value.shape) for name, value in self.state_dict().items()}
+        own = self.state_dict()
+        expected = {name: list(own[parameter].shape) for name, parameter in self._own_names(saved).items()}
         for name in sorted(expected.keys() | saved.keys()):
             wanted, given = (shapes.get(name, "absent") for shapes in (expected, saved))
             if wanted != given:
                 problem = f"tensor {name}: the configuration asks for {wanted}, the file has {given}"
                 raise InputError(problem, where=str(path))
+
+    def _own_names(self, saved: Container[str]) -> dict[str, str]:
+        """Return {name in a file: parameter}; one that was written before PEFT's layout has the parameters' names."""
+        return {name if name in saved else self.saved_name(name): name for name in self.state_dict()}
 
 
 class AttentionAdapter(Adapter):

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from pipeline.adapters.base import METHODS, Init, WeightsAdapter
+from pipeline.adapters.base import METHODS, AdapterConfig, Init, WeightsAdapter
 from pipeline.adapters.options import Facts, Options, TeacherOptions
 from pipeline.backbones.decoder import DecoderSpec
 from pipeline.core.errors import InputError
+from pipeline.core.plain_yaml import Json
 
 _NAME = "hificl"
 _LEARNING_RATE = 5e-4
+_PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
+# Of PEFT's configuration: what is read, and what decides nothing once the tensors are there.
+_READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
+_IDLE = {
+    "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core",
+}  # fmt: skip
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others change the backbone's weights too
 
 
 class LoRAOptions(TeacherOptions):
@@ -26,6 +38,7 @@ class LoRAOptions(TeacherOptions):
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0)
     dropout: float = Field(default=0.05, ge=0, lt=1)
+    # linear modules by the end of their dotted names, as PEFT reads them
     targets: tuple[str, ...] = Field(default=("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
     scope: Literal["all", "decoder"] = "all"  # all: vision tower and connector too, wherever the names occur
 
@@ -91,10 +104,32 @@ class LoRA(WeightsAdapter):
         key = module.replace(".", "/")
         return self.a[key], self.b[key]
 
+    def saved_name(self, parameter: str) -> str:
+        """Return PEFT's name: `base_model.model.MODULE.lora_A.weight`."""
+        matrix, _, key = parameter.partition(".")
+        return f"base_model.model.{key.replace('/', '.')}.lora_{matrix.upper()}.weight"
+
+    def peft_config(self) -> Json:
+        """Return PEFT's configuration of the same, which names every module."""
+        fields = {**self._config().to_dict(), "inference_mode": True, "task_type": "CAUSAL_LM"}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+
+    def _config(self) -> Any:
+        from peft import LoraConfig
+
+        rank = self.options.rank
+        return LoraConfig(
+            r=rank,
+            lora_alpha=self.options.alpha or 2 * rank,
+            lora_dropout=self.options.dropout,  # type: ignore[arg-type]
+            target_modules=self.module_names(),
+            bias="none",
+        )
+
     @contextmanager
     def injected(self, model: nn.Module) -> Iterator[None]:
         """Let PEFT put its layers in, lend them our parameters, and put the model's own modules back on leaving."""
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import inject_adapter_in_model
 
         names = self.module_names()
         modules = dict(model.named_modules())
@@ -106,17 +141,9 @@ class LoRA(WeightsAdapter):
                     where=f"method '{self.name}'",
                     way_out="Attach LoRA once, to the backbone that it was made for",
                 )
-        rank = self.options.rank
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=self.options.alpha or 2 * rank,
-            lora_dropout=self.options.dropout,  # type: ignore[arg-type]
-            target_modules=names,
-            bias="none",
-        )
         before, had = {name: modules[name] for name in names}, set(vars(model))
         try:
-            inject_adapter_in_model(config, model, _NAME, low_cpu_mem_usage=True)
+            inject_adapter_in_model(self._config(), model, _NAME, low_cpu_mem_usage=True)
             for name in before:
                 layer: Any = model.get_submodule(name)
                 layer.lora_A[_NAME].weight = self.a[name.replace(".", "/")]
@@ -140,16 +167,52 @@ class LoRAMini(LoRA):
 
 
 def _targets(model: nn.Module, spec: DecoderSpec, options: LoRAOptions) -> dict[str, tuple[int, int]]:
-    """Return {module: (inputs, outputs)} of every linear module whose own name is a target's."""
+    """Return {module: (inputs, outputs)} of every linear module that a target names."""
     inside = {id(module) for layer in spec.layers for module in layer.modules()}
     return {
         name: (module.in_features, module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and name.rpartition(".")[2] in options.targets
+        and f".{name}".endswith(tuple(f".{target}" for target in options.targets))
         and (options.scope == "all" or id(module) in inside)
     }
 
 
 def _kaiming(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+
+
+def of_peft(fields: Json, weights: Path, where: str) -> AdapterConfig:
+    """Return what an adapter of PEFT's own is here: its rank and scale, and the modules that its tensors name.
+
+    Args:
+        fields: its `adapter_config.json`.
+        weights: its tensors; their names alone are read.
+        where: the folder.
+
+    Raises:
+        InputError: no LoRA, or one with something that this LoRA does not have.
+    """
+    from peft import LoraConfig
+
+    if fields["peft_type"] != "LORA":
+        raise InputError(f"PEFT's {fields['peft_type']} is no method here", where=where, way_out="Give PEFT's LORA")
+    plain = {**LoraConfig().to_dict(), "lora_bias": False}
+    for name, value in fields.items():
+        usual = plain.get(name)
+        start = name == "init_lora_weights" and value in _PLAIN_STARTS
+        if not (start or name in _READ | _IDLE or value == usual or (not value and not usual)):
+            problem = f"PEFT's LoRA with {name} {value!r} is not one of this package's"
+            raise InputError(problem, where=where, way_out="Load it with PEFT, or merge it into the backbone")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names = [_PEFT_NAME.fullmatch(name) for name in file.keys()]  # noqa: SIM118 - no dict
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"not readable: {error}", where=str(weights)) from None
+    rank: Any = fields["r"]
+    alpha: Any = fields["lora_alpha"]
+    options: Json = {
+        "rank": rank, "alpha": alpha * (rank**0.5 if fields.get("use_rslora") else 1),
+        "dropout": fields.get("lora_dropout", 0.0), "targets": sorted({name[1] for name in names if name}),
+    }  # fmt: skip
+    return AdapterConfig(LoRA.name, options, None, {})
