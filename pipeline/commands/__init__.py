@@ -5,25 +5,10 @@
 
 from __future__ import annotations
 
-from pipeline.commands import (
-    adapt,
-    bench,
-    doctor,
-    miniature,
-    names,
-    plan,
-    predict,
-    results,
-    score,
-    servers,
-    studies,
-    workspace,
-)
+from pipeline.commands import adapt, doctor, miniature, names, numbers, plan, predict, results, studies, workspace
 from pipeline.commands.parser import CommandLine
 
-VERBS = (  # in the order in which the help lists them within their groups
-    studies, adapt, workspace, doctor, results, plan, predict, names, score, bench, miniature, servers,
-)  # fmt: skip
+VERBS = (studies, adapt, workspace, doctor, results, plan, predict, names, numbers, miniature)  # as the help lists them
 
 
 def register(line: CommandLine) -> None:

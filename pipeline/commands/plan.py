@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from pipeline.core.plain_yaml import Json
     from pipeline.cost.hours import Rates
-    from pipeline.plan.trials import TrialRow
+    from pipeline.plan.plan import TrialRow
     from pipeline.train.counting import BackboneMemory, StepMemory
 
 REAL = "real"
@@ -214,8 +214,7 @@ def _fits(of: BackboneMemory, step: StepMemory, card: int) -> str:
 def _trials(args: argparse.Namespace) -> Trials:
     """Return the trials of some studies."""
     from pipeline.config.load import load
-    from pipeline.plan.plan import places
-    from pipeline.plan.trials import trial_rows
+    from pipeline.plan.plan import places, trial_rows
     from pipeline.records.store import TrialStore
 
     params, folders = load(overrides=args.set, profile=args.profile), places()

@@ -20,7 +20,7 @@ from pipeline.config.request import TrialRequest
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.evaluate.predict import Answers, Decoding, SplitPart, predict, predict_each
+from pipeline.evaluate.generate import Answers, Decoding, SplitPart, predict, predict_each
 from pipeline.records import as_written
 from pipeline.records.evaluation import Evaluation, Prediction
 from pipeline.resident.resident import Resident, image_features

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import EvaluationConfig
-from pipeline.evaluate.predict import Answers, SplitPart
+from pipeline.evaluate.generate import Answers, SplitPart
 
 Job = tuple[TrialRequest, EvaluationConfig]
 TOGETHER = 8  # adapters in one batch where `sweep.pack` is auto; a batch has as many rows as without them

@@ -15,7 +15,7 @@ import ray
 from pipeline.config.load import Params
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import EvaluationConfig
-from pipeline.evaluate.predict import Answers, SplitPart
+from pipeline.evaluate.generate import Answers, SplitPart
 from pipeline.measure import Measure, MeasureJob
 from pipeline.pool.evaluation_calls import Calls, EvaluatorCall, Job, Unit
 from pipeline.pool.nodes import work_in

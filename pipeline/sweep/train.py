@@ -25,8 +25,7 @@ from pipeline.pool.processes import in_order
 from pipeline.pool.supervisor import Driver, ahead, train
 from pipeline.records.store import Journal, TrialStore
 from pipeline.records.trial import TrialEnd
-from pipeline.sweep.mlflow_sync import MlflowSync
-from pipeline.sweep.trial_runs import experiment_note
+from pipeline.sweep.mlflow_sync import MlflowSync, experiment_note
 from pipeline.sweep.view import View
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import KILLED

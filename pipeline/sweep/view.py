@@ -25,7 +25,7 @@ from pipeline.plan.plan import Plan
 from pipeline.pool.messages import Watcher
 from pipeline.records.store import JournalEvent, TrialStore, sentence
 from pipeline.records.trial import EpochReport
-from pipeline.sweep.trial_runs import name_parts
+from pipeline.sweep.mlflow_sync import name_parts
 from pipeline.tasks import tasks
 
 LINE_SECONDS = 15.0

@@ -14,7 +14,7 @@ from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import told
 from pipeline.backbones.passes import bytes_of_row
 from pipeline.data.sample import Sample
-from pipeline.evaluate.predict import Decoding, predict_each
+from pipeline.evaluate.generate import Decoding, predict_each
 from pipeline.prompts.prompt import Encoded
 from pipeline.resident.resident import Resident
 from pipeline.train import loss

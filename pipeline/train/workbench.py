@@ -17,7 +17,7 @@ import torch
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import InputError, WorkError
-from pipeline.evaluate.predict import WHOLE, Answers, SplitPart
+from pipeline.evaluate.generate import WHOLE, Answers, SplitPart
 from pipeline.evaluate.score import answer, score
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import TrialReport

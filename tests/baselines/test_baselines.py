@@ -11,7 +11,7 @@ from pipeline.config.load import BackboneSource
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import InputError
-from pipeline.evaluate.predict import WHOLE, Decoding, predict
+from pipeline.evaluate.generate import WHOLE, Decoding, predict
 from pipeline.evaluate.score import answer, score
 from pipeline.resident.resident import ImageFeatures, image_features
 from pipeline.resident.visual_tokens import VisualTokens

@@ -10,7 +10,7 @@ import pytest
 from pipeline.config import papers
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
-from pipeline.plan import trials
+from pipeline.plan import plan as trials
 from pipeline.plan.plan import Places, as_given, make_plan, places
 from pipeline.plan.space import cells, needed
 from pipeline.plan.unheard import unheard

@@ -13,7 +13,7 @@ from pipeline.config.load import BackboneSource, load
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core.errors import InputError
-from pipeline.evaluate.predict import Answers
+from pipeline.evaluate.generate import Answers
 from pipeline.pool import evaluators, slot
 from pipeline.pool.tuner import cluster
 

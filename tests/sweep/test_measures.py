@@ -11,7 +11,7 @@ from pipeline.core.files import file_digest
 from pipeline.pool import supervisor
 from pipeline.records.evaluation import CellResult, Evaluation, Evaluations
 from pipeline.records.trial import Provenance
-from pipeline.sweep import measures
+from pipeline.sweep import evaluate as measures
 
 
 def scored(row: str, evaluations: Evaluations) -> measures.ScoredCell:

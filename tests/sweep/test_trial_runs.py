@@ -10,7 +10,7 @@ from pipeline.config.trial import TrialConfig
 from pipeline.plan.plan import Places
 from pipeline.plan.space import Digests, cells
 from pipeline.records.trial import EpochReport
-from pipeline.sweep.trial_runs import POINTS, curve, metric_points, trial_note, used_by
+from pipeline.sweep.mlflow_sync import POINTS, curve, metric_points, trial_note, used_by
 from pipeline.tracking.records import MetricPoint
 from tests.support.plans import make_plan
 
