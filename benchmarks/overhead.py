@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.timing import Findings, quartiles, report
-from pipeline.commands import workspace
+from pipeline import workspace
 from pipeline.core import plain_yaml
 from pipeline.core.errors import WorkError
 

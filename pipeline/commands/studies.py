@@ -1,4 +1,4 @@
-"""`hificl studies`: how far every study is; `hificl study`, `sweep`, `run-trial`: what runs one, or a part of it."""
+"""`hificl studies`: how far every study is; `hificl study`, `sweep`, `run-trial`, `adapt`: what runs one, or a part."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.commands.parser import CommandLine, settable, study_names
-from pipeline.core.errors import HificlError, InputError, nearest
+from pipeline.core.errors import HificlError
 from pipeline.core.terminal import GOOD, Answer, Fields, table
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pipeline.config.load import Params
     from pipeline.core.plain_yaml import Json
     from pipeline.plan.plan import Inputs
+    from pipeline.workspace.adapt import Adapted
+    from pipeline.workspace.studies import Reported
 
 
 def register(line: CommandLine) -> None:
@@ -44,6 +46,24 @@ def register(line: CommandLine) -> None:
     parser.add_argument("--evaluation", metavar="FILE", help=text)
     parser.add_argument("--train-only", action="store_true", help="do not score it")
     settable(parser)
+    _register_adapt(line)
+
+
+def _register_adapt(line: CommandLine) -> None:
+    text = "your own data and a backbone's name to a table and an adapter"
+    parser = line.verb("run", "adapt", _adapt, text, answers=True)
+    parser.add_argument("--data", required=True, metavar="FILE", help="JSON lines, JSON, CSV, Parquet, or a folder")
+    parser.add_argument("--backbone", required=True, metavar="NAME")
+    parser.add_argument("--methods", default="hificl,lora,mimic", metavar="M,M", help="(default: hificl,lora,mimic)")
+    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="about how long it may take (10)")
+    parser.add_argument("--out", metavar="DIR", help="the workspace that is made (default: work/<name of the file>)")
+    parser.add_argument("--images", metavar="DIR", help="where image paths begin (default: beside the file)")
+    parser.add_argument("--score", help="exact, vqa, cider, choice, contains or number (default: guessed)")
+    parser.add_argument("--prompt", metavar="TEXT", help="such as 'Image: {image} Question: {question} Answer:'")
+    parser.add_argument("--split", metavar="COLUMN", help="which says a row's split (default: guessed, or drawn)")
+    parser.add_argument("--field", action="append", default=[], metavar="NAME=COLUMN", help="such as question=asked")
+    parser.add_argument("--bad-rows", choices=["refuse", "leave-out"], default="refuse", help="(default: refuse)")
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def _studies(args: argparse.Namespace) -> Overview:
@@ -136,81 +156,9 @@ def _state(name: str, inputs: Inputs) -> StudyState:
 def _study(args: argparse.Namespace) -> Reported:
     """Run the studies of the command line in the current folder."""
     from pipeline.config.load import load
+    from pipeline.workspace.studies import run
 
     return run(args.study, load(overrides=args.set), Path.cwd())
-
-
-@dataclass(frozen=True)
-class Reported(Answer):
-    """Where the reports of studies are; what they say was said on standard error when they were made."""
-
-    page: str
-    studies: dict[str, list[str]]
-
-    def record(self) -> Json:
-        """Return the page, and the files by study."""
-        return asdict(self)
-
-    def shown(self) -> Iterator[str]:
-        """Give the files by study."""
-        yield from ("tables: " + ", ".join(files) for files in self.studies.values())
-
-
-def run(studies: list[str], params: Params, root: Path) -> Reported:
-    """Train, evaluate and report studies; what is done already is not done again.
-
-    The result tables, and what became of the claims about these studies, are said at the end.
-
-    Returns:
-        The report's files by study, and the page.
-
-    Raises:
-        InputError: unknown study, or inputs that are not in order.
-        WorkError: some trials failed; the others are done.
-    """
-    from pipeline.sweep.evaluate import evaluate
-    from pipeline.sweep.train import sweep
-
-    for name in studies:
-        if name not in params.studies:
-            raise InputError(f"unknown study '{name}'", way_out=nearest(name, params.studies))
-    draw_samples(params, studies, root)
-    sweep(params, studies, root)
-    evaluate(params, studies, root)
-    return report_on(studies, params, root)
-
-
-def report_on(studies: list[str], params: Params, root: Path) -> Reported:
-    """Write the reports of studies that are evaluated, and say what they came out as."""
-    from pipeline import report
-    from pipeline.report import mlflow_report
-
-    evaluations, out = root / "evaluations", root / "reports"
-    for name in studies:
-        report.write_study(name, params, evaluations, out)
-    index = report.write_index(params, evaluations, out)
-    mlflow_report.log(params, evaluations, root)
-    index.say(studies)
-    files = {name: [f"{out / name}.{end}" for end in ("md", "csv")] for name in studies}
-    return Reported(str(index.page), files)
-
-
-def draw_samples(params: Params, studies: list[str], root: Path) -> None:
-    """Draw the samples that are not there yet: on a fresh clone a study is one command too."""
-    from pipeline.commands.workspace import dvc
-    from pipeline.plan.plan import places
-    from pipeline.plan.space import needed
-    from pipeline.sweep.draw import draw_task
-
-    folders = places(root)
-
-    def absent() -> list[str]:
-        return [task for task in needed(params, studies)[1] if not folders.manifest(task).is_file()]
-
-    if absent() and (root / ".dvc").is_dir():
-        dvc(root, "repro", "subsample", shown=True)  # what the profile's own studies need
-    for task in absent():
-        draw_task(params, task, root)
 
 
 def _sweep(args: argparse.Namespace) -> None:
@@ -246,3 +194,23 @@ def _run_trial(args: argparse.Namespace) -> Answer:
         fields |= {"evaluation": f"evaluations/{key}.json", "metric": score.metric, "unit": score.unit}
         fields["value"] = score.value
     return Fields(fields)
+
+
+def _adapt(args: argparse.Namespace) -> Adapted:
+    """Adapt as the command line says."""
+    from pipeline.workspace.adapt import Asked, adapt, task_name
+
+    fields = dict(field.partition("=")[::2] for field in args.field)
+    data, images = Path(args.data).resolve(), Path(args.images).resolve() if args.images else None
+    given = {
+        "images": str(images) if images else None, "fields": fields, "score": args.score, "prompt": args.prompt,
+        "split": args.split, "bad_rows": args.bad_rows,
+    }  # fmt: skip
+    settings = {name: value for name, value in given.items() if value}
+    backbone = (
+        f"folder:{Path(rest).resolve()}" if (rest := args.backbone.removeprefix("folder:")) != args.backbone else rest
+    )
+    methods = tuple(filter(None, map(str.strip, args.methods.split(","))))
+    asked = Asked(str(data), backbone, methods, args.minutes, args.seed, settings)
+    out = Path(args.out) if args.out else Path("work") / task_name(data)
+    return adapt(asked, out)

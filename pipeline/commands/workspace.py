@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.commands.parser import CommandLine, profile_name
-from pipeline.core.errors import HificlError, InputError, WorkError
+from pipeline.core.errors import HificlError, InputError
 from pipeline.core.terminal import Answer, Fields
 
 if TYPE_CHECKING:
     from pipeline.config.load import Params
-    from pipeline.core.plain_yaml import Json
     from pipeline.records.evaluation import Evaluations
-
-LINKS = (".venv", "pipeline", "stages", "checkpoints", "weights")
-_STANDARD_ERROR = 2
-PAGE = "page.html"  # what `dvc plots` fills, below .dvc
-_REAL, _MADE = "data/real", "data/miniature"
 
 
 def register(line: CommandLine) -> None:
@@ -39,121 +30,9 @@ def register(line: CommandLine) -> None:
 
 def _workspace(args: argparse.Namespace) -> None:
     """Make the folder, or bring it up to date."""
+    from pipeline.workspace import make_workspace
+
     make_workspace(Path(args.folder), profile=args.profile, data=Path(args.data) if args.data else None)
-
-
-def make_workspace(folder: Path, *, profile: str, data: Path | None = None) -> None:
-    """Make (or bring up to date) the workspace `folder` for `profile`.
-
-    It is a DVC project without Git of its own: the code, the environment, the weights, profiles and studies are links
-    into this one, `params.yaml` differs in the one line that names the profile, and `data/real` points to `data`.
-
-    Raises:
-        InputError: no such profile, no such data folder, a link in it that leads nowhere, or not called from a
-            project's root.
-    """
-    from pipeline.config.load import FOLDERS, PARAMS, load
-
-    root = Path.cwd()
-    params = load(root / PARAMS, profile=profile)
-    if data is not None:
-        check_links(data)
-    made_here, given = params.run.data_root == _MADE, data is not None
-    gone = {"backbone"} | (set() if made_here else {"world"}) | (set() if given else {"official"})
-    absent = (set() if made_here else {_MADE, "checkpoints"}) | (set() if given else {_REAL})
-    lay_out(folder, root, profile, stages_of(root, gone=gone, absent=absent))
-    for name in FOLDERS.values():
-        _link(folder / name, root / name)
-    if data is not None:
-        (folder / "data").mkdir(exist_ok=True)
-        _link(folder / _REAL, data.resolve())
-
-
-def lay_out(folder: Path, root: Path, profile: str, pipeline: Json) -> None:
-    """Make a workspace but for its data, profiles and studies: a DVC project with the code of `root`."""
-    from pipeline.config.load import PARAMS
-    from pipeline.core import plain_yaml
-
-    folder.mkdir(parents=True, exist_ok=True)
-    text = plain_yaml.with_value((root / PARAMS).read_text(encoding="utf-8"), PARAMS, "profile", profile)
-    _write(folder / PARAMS, text)
-    _write(folder / "dvc.yaml", plain_yaml.write(pipeline))
-    for name in LINKS:
-        _link(folder / name, root / name)
-    if not (folder / ".dvc").is_dir():
-        dvc(folder, "init", "--no-scm", "--quiet")
-        dvc(folder, "config", "core.analytics", "false")
-        dvc(folder, "config", "plots.html_template", PAGE)
-    for name in (PAGE, "plots"):
-        _link(folder / ".dvc" / name, root / ".dvc" / name)
-
-
-def check_links(data: Path) -> None:
-    """See that a data folder is there, and no link in it leads nowhere: DVC reads every file below it.
-
-    Raises:
-        InputError: it is not so.
-    """
-    if not data.is_dir():
-        raise InputError("no such folder", where=str(data), way_out="Give the folder of the official files as --data")
-    seen: set[Path] = set()
-    for parent, folders, files in os.walk(data, followlinks=True):
-        real = Path(parent).resolve()
-        if real in seen:  # links that go round in a circle
-            folders.clear()
-        seen.add(real)
-        for name in files:
-            path = Path(parent, name)
-            if path.is_symlink() and not path.exists():
-                raise InputError(
-                    f"is a link to {path.readlink()}, which is not there", where=str(path),
-                    way_out="Remove the link, or bring back what it points to",
-                )  # fmt: skip
-
-
-def stages_of(root: Path, *, gone: set[str], absent: set[str]) -> Json:
-    """Return the project's dvc.yaml without the stages `gone` and the dependencies `absent`."""
-    from pipeline.core import plain_yaml
-
-    whole: dict[str, Any] = plain_yaml.read_file(root / "dvc.yaml")
-    stages = {name: stage for name, stage in whole["stages"].items() if name not in gone}
-    for stage in stages.values():
-        if "deps" in stage:
-            stage["deps"] = [dep for dep in stage["deps"] if dep not in absent]
-    return {**whole, "stages": stages}
-
-
-def _write(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
-
-
-def _link(link: Path, target: Path) -> None:
-    if not target.exists() or (link.is_symlink() and link.resolve() == target.resolve()):
-        return
-    if link.is_symlink():
-        link.unlink()
-    link.symlink_to(os.path.relpath(target, link.parent.resolve()), target_is_directory=True)
-
-
-def active() -> dict[str, str]:
-    """Return this process's environment with its own programs first on PATH: dvc.yaml's `python` is this Python."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, "PATH": path}
-
-
-def dvc(folder: Path, *args: str, shown: bool = False) -> None:
-    """Run dvc in a folder; `shown` lets its output through, to standard error: the other is for answers.
-
-    Raises:
-        WorkError: it failed.
-    """
-    # DVC is started as the program it is: its Python interface would pull it into every import of this module
-    words = [sys.executable, "-m", "dvc", *args]
-    out, err = (_STANDARD_ERROR, None) if shown else (subprocess.PIPE, subprocess.PIPE)
-    done = subprocess.run(words, cwd=folder, stdout=out, stderr=err, text=True, check=False, env=active())
-    if done.returncode:
-        raise WorkError(f"dvc {args[0]} failed: {(done.stderr or '').strip()[-300:]}".rstrip(": "), where=str(folder))
 
 
 def _gc(args: argparse.Namespace) -> Answer:

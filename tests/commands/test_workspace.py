@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.commands.workspace import dvc, make_workspace
 from pipeline.core.errors import InputError
+from pipeline.workspace import dvc, make_workspace
 from tests.conftest import ROOT
 
 

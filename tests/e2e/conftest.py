@@ -98,7 +98,7 @@ class Project:
 
 
 def make_project(folder: Path) -> Project:
-    from pipeline.commands.workspace import make_workspace
+    from pipeline.workspace import make_workspace
 
     data = folder.parent / f"{folder.name}-data"
     for subset, first, images in (("train2014", 1, 24), ("val2014", 1001, 6)):

@@ -16,13 +16,13 @@ import yaml
 from PIL import Image
 
 from pipeline.cli import main
-from pipeline.commands.adapt import Budget, Seconds, _rows, budget
 from pipeline.config.schema import TaskFile
 from pipeline.miniature.world import write_world
 from pipeline.sweep.draw import draw_manifest
 from pipeline.tasks import tasks
 from pipeline.tasks.file_rows import completed
 from pipeline.tasks.file_task import FileTask
+from pipeline.workspace.adapt import Budget, Seconds, _rows, budget
 from tests.conftest import ROOT
 from tests.e2e.conftest import environment
 from tests.support.tiny_hub import make

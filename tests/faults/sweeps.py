@@ -183,7 +183,7 @@ def cmdline(process: psutil.Process) -> list[str]:
 
 def make_sweep(folder: Path) -> Sweep:
     """A workspace with four trials of three epochs on a small world, manifests drawn."""
-    from pipeline.commands.workspace import make_workspace
+    from pipeline.workspace import make_workspace
 
     before = Path.cwd()
     os.chdir(ROOT)

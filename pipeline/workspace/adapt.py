@@ -1,11 +1,10 @@
-"""`hificl adapt`: a file of one's own and a backbone's name in; a table, a page and an adapter that answers out.
+"""One's own file and a backbone's name in; a table, a page and an adapter that answers out: `hificl adapt`.
 
 What it does is written down as a profile and a study in a workspace of its own, so that `dvc repro` does it again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -16,23 +15,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pipeline.commands.parser import CommandLine
-from pipeline.commands.studies import draw_samples, report_on
-from pipeline.core.errors import InputError, WorkError
+import torch
+from rich.console import RenderableType
+
+import pipeline
+from pipeline import backbones, methods, report
+from pipeline.config.load import FOLDERS, PARAMS, BackboneSource, Params, StudyMethod, load
+from pipeline.config.schema import TaskFile, Train
+from pipeline.core import plain_yaml
+from pipeline.core.errors import InputError, WorkError, validate
 from pipeline.core.files import write_atomic
+from pipeline.core.plain_yaml import Json
+from pipeline.core.progress import say
 from pipeline.core.terminal import Answer, table
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from pipeline.config.load import Params
-    from pipeline.core.plain_yaml import Json
-    from pipeline.data.sample import Sample
-    from pipeline.records.evaluation import CellResult
-    from pipeline.report.tables import TableEntry
-    from pipeline.tasks.file_task import FileTask
+from pipeline.data.manifest import Manifest
+from pipeline.data.sample import Sample
+from pipeline.plan.plan import places
+from pipeline.records import as_written
+from pipeline.records.evaluation import CellResult
+from pipeline.records.store import TrialStore
+from pipeline.report.tables import TableEntry
+from pipeline.sweep.draw import kept_together
+from pipeline.sweep.evaluate import evaluate
+from pipeline.sweep.train import sweep
+from pipeline.tasks import tasks
+from pipeline.tasks.file_rows import completed
+from pipeline.tasks.file_task import FileTask
+from pipeline.workspace import LINKS, lay_out, stages_of
+from pipeline.workspace.studies import draw_samples, report_on
 
 PLAN = "adapt.json"  # what was asked for and what it came to, beside params.yaml
 _TIMING, _TIMED, _TIMED_SCORED = "timing", 32, 16  # a study that only tells seconds; samples that it trains on, scores
@@ -45,24 +56,6 @@ _LEAST_TRAINED, _LEAST_CHOSEN, _LEAST_SCORED = 16, 8, 20
 _LABELS = {"hificl": "HiFICL", "lora": "LoRA", "mimic": "MimIC", "live": "LIVE"}
 _AT_LEAST = 0.4  # of the minutes, however long starting took: that is no reason to train next to nothing
 _TO_TRAIN, _TO_SCORE = 0.6, 0.25  # of the minutes: training with its scores, final scores; the rest is starting
-
-
-def register(line: CommandLine) -> None:
-    """Add the verb."""
-    text = "your own data and a backbone's name to a table and an adapter"
-    parser = line.verb("run", "adapt", _adapt, text, answers=True)
-    parser.add_argument("--data", required=True, metavar="FILE", help="JSON lines, JSON, CSV, Parquet, or a folder")
-    parser.add_argument("--backbone", required=True, metavar="NAME")
-    parser.add_argument("--methods", default="hificl,lora,mimic", metavar="M,M", help="(default: hificl,lora,mimic)")
-    parser.add_argument("--minutes", type=float, default=10.0, metavar="N", help="about how long it may take (10)")
-    parser.add_argument("--out", metavar="DIR", help="the workspace that is made (default: work/<name of the file>)")
-    parser.add_argument("--images", metavar="DIR", help="where image paths begin (default: beside the file)")
-    parser.add_argument("--score", help="exact, vqa, cider, choice, contains or number (default: guessed)")
-    parser.add_argument("--prompt", metavar="TEXT", help="such as 'Image: {image} Question: {question} Answer:'")
-    parser.add_argument("--split", metavar="COLUMN", help="which says a row's split (default: guessed, or drawn)")
-    parser.add_argument("--field", action="append", default=[], metavar="NAME=COLUMN", help="such as question=asked")
-    parser.add_argument("--bad-rows", choices=["refuse", "leave-out"], default="refuse", help="(default: refuse)")
-    parser.add_argument("--seed", type=int, default=0)
 
 
 @dataclass(frozen=True)
@@ -188,24 +181,6 @@ class Adapted(Answer):
         return self.failed
 
 
-def _adapt(args: argparse.Namespace) -> Adapted:
-    """Adapt as the command line says."""
-    fields = dict(field.partition("=")[::2] for field in args.field)
-    data, images = Path(args.data).resolve(), Path(args.images).resolve() if args.images else None
-    given = {
-        "images": str(images) if images else None, "fields": fields, "score": args.score, "prompt": args.prompt,
-        "split": args.split, "bad_rows": args.bad_rows,
-    }  # fmt: skip
-    settings = {name: value for name, value in given.items() if value}
-    backbone = (
-        f"folder:{Path(rest).resolve()}" if (rest := args.backbone.removeprefix("folder:")) != args.backbone else rest
-    )
-    methods = tuple(filter(None, map(str.strip, args.methods.split(","))))
-    asked = Asked(str(data), backbone, methods, args.minutes, args.seed, settings)
-    out = Path(args.out) if args.out else Path("work") / _name(data)
-    return adapt(asked, out)
-
-
 def adapt(asked: Asked, out: Path) -> Adapted:
     """Draw, search, train and score in the workspace `out`; what is done there already is not done again.
 
@@ -213,10 +188,6 @@ def adapt(asked: Asked, out: Path) -> Adapted:
         InputError: the data, the backbone or a method do not fit, or `out` has something else.
         WorkError: nothing could be trained.
     """
-    from pipeline import backbones, methods
-    from pipeline.config.load import PARAMS, load
-    from pipeline.core.progress import say
-
     started, root = time.monotonic(), _project()
     load(root / PARAMS)  # whose own tasks and backbones have names too
     backbones.get(asked.backbone)
@@ -228,7 +199,7 @@ def adapt(asked: Asked, out: Path) -> Adapted:
     if not asked.methods or asked.minutes <= 0:
         problem = "names no method" if asked.minutes > 0 else f"is {asked.minutes:g}"
         raise InputError(problem, where="--methods" if asked.minutes > 0 else "--minutes", way_out="Give one at least")
-    name = _name(Path(asked.data))
+    name = task_name(Path(asked.data))
     kept = _kept(out, asked)
     task, data_root = _task(name, asked)
     for line in task.guessed if kept is None else ():
@@ -249,8 +220,6 @@ def adapt(asked: Asked, out: Path) -> Adapted:
 
 def _project() -> Path:
     """Return the folder of the project: this one, or else the one that this code lies in."""
-    import pipeline
-
     places = (Path.cwd(), Path(pipeline.__path__[0]).parent)
     for place in places:
         if (place / "dvc.yaml").is_file() and (place / "stages").is_dir():
@@ -258,18 +227,14 @@ def _project() -> Path:
     raise InputError("no project here", where=str(places[0]), way_out="Run it in a checkout of the project")
 
 
-def _name(data: Path) -> str:
+def task_name(data: Path) -> str:
     """Return what a task over the file is called: a name that no other task has."""
-    from pipeline.tasks import tasks
-
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", data.stem).strip("-.") or "data"
     return f"own-{plain}" if plain in tasks or not plain[0].isalnum() else plain
 
 
 def _kept(out: Path, asked: Asked) -> Budget | None:
     """Return what an earlier call laid out in the same workspace, or None where there is none."""
-    from pipeline.records import as_written
-
     path = out / PLAN
     if not path.is_file():
         if out.is_dir() and any(out.iterdir()) and not (out / ".dvc").is_dir():
@@ -286,11 +251,6 @@ def _kept(out: Path, asked: Asked) -> Budget | None:
 
 def _task(name: str, asked: Asked) -> tuple[FileTask, Path]:
     """Return the task, all of it said, and the folder that its paths are below."""
-    from pipeline.config.schema import TaskFile
-    from pipeline.core.errors import validate
-    from pipeline.tasks.file_rows import completed
-    from pipeline.tasks.file_task import FileTask
-
     data, settings = Path(asked.data), dict(asked.settings)
     if not data.exists():
         raise InputError("no such file or folder", where=asked.data, way_out="Give the file of your samples as --data")
@@ -307,8 +267,6 @@ def _rows(task: FileTask, root: Path) -> dict[str, int]:
 
     A tenth is left for rows that cannot be taken, because another split has their picture.
     """
-    from pipeline.sweep.draw import kept_together
-
     pools = {split: list(task.index(root, split)) for split in task.pools(root)}
     taken = {thing for entry in pools["evaluation"] for thing in kept_together(entry)} if "train" in pools else set()
     free = {
@@ -348,14 +306,10 @@ class _Workspace:
 
     def make(self, given: Budget) -> None:
         """Write profile, study and stages, and link the code."""
-        from pipeline.commands.workspace import lay_out, stages_of
-        from pipeline.config.load import FOLDERS
-        from pipeline.core import plain_yaml
-
-        pipeline = stages_of(self.root, gone={"backbone", "world", "official"}, absent={"data/real", "data/miniature"})
-        subsample = pipeline["stages"]["subsample"]  # type: ignore[index,call-overload]
+        steps = stages_of(self.root, gone={"backbone", "world", "official"}, absent={"data/real", "data/miniature"})
+        subsample = steps["stages"]["subsample"]  # type: ignore[index,call-overload]
         subsample["deps"] += self._watched()  # type: ignore[index,call-overload,operator]
-        lay_out(self.folder, self.root, self.name, pipeline)
+        lay_out(self.folder, self.root, self.name, steps)
         written = {"profiles": self._profile(given), "studies": self._study(given)}
         for kind, content in written.items():
             (self.folder / FOLDERS[kind]).mkdir(exist_ok=True)
@@ -374,8 +328,6 @@ class _Workspace:
         return sorted(str(file) for file in files if not any(other in file.parents for other in files))
 
     def _profile(self, given: Budget) -> Json:
-        import torch
-
         gpu = torch.cuda.is_available()
         source = self._source()
         if gpu:
@@ -400,9 +352,6 @@ class _Workspace:
 
     def _source(self) -> Json:
         """Return where the weights lie: as params.yaml says it, or a profile that knows the backbone."""
-        from pipeline.commands.workspace import LINKS
-        from pipeline.config.load import BackboneSource, load
-
         params, name = load(self.root / "params.yaml"), self.asked.backbone
         known = params.backbones.get(name) or BackboneSource.spelled(name)
         described = (profile.get("sources", {}).get(name) for profile in params.profiles.values())
@@ -416,9 +365,6 @@ class _Workspace:
         return source
 
     def _study(self, given: Budget) -> Json:
-        from pipeline import methods
-        from pipeline.config.schema import Train
-
         rows: Json = {
             "zero-shot": {"label": "Zero-shot"},
             f"icl-{_SHOTS}": {"method": "icl-k", "num_shots": _SHOTS, "label": f"{_SHOTS}-shot"},
@@ -436,11 +382,6 @@ class _Workspace:
 
     def measure(self, rows: Mapping[str, int], started: float) -> Budget:
         """Train every method on a few samples, and return what the time that is left since `started` pays for."""
-        from pipeline.config.load import StudyMethod, load
-        from pipeline.core.progress import say
-        from pipeline.records.store import TrialStore
-        from pipeline.sweep.train import sweep
-
         with _inside(self.folder):
             params = load()
             few = {"num_train_samples": min(_TIMED, rows["train"]), "epochs": 2}  # the first also warms up
@@ -467,14 +408,6 @@ class _Workspace:
 
     def run(self) -> Adapted:
         """Do what is written down, and return what came out."""
-        from pipeline import report
-        from pipeline.config.load import load
-        from pipeline.core.progress import say
-        from pipeline.data.manifest import Manifest
-        from pipeline.plan.plan import places
-        from pipeline.sweep.evaluate import evaluate
-        from pipeline.sweep.train import sweep
-
         with _inside(self.folder):
             params, problems = load(), []
             draw_samples(params, [self.name], Path.cwd())
@@ -534,8 +467,6 @@ class _Workspace:
 
 def _slots(params: Params) -> int:
     """Return how many trainings stand side by side on this machine."""
-    import torch
-
     asked = params.sweep.slots
     return max(1, params.sweep.slots_on(os.cpu_count() or 1, torch.cuda.device_count()) if asked == "auto" else asked)
 
