@@ -18,7 +18,7 @@ from pipeline.core.terminal import Answer, Fields
 
 if TYPE_CHECKING:
     from pipeline.core.plain_yaml import Json
-    from pipeline.report.results import StudyResults
+    from pipeline.report.writers import StudyResults
 
 
 def register(line: CommandLine) -> None:
@@ -66,7 +66,7 @@ def _results(args: argparse.Namespace) -> StudyResults:
     """Return the tables of evaluated studies."""
     from pipeline import report
     from pipeline.config.load import load
-    from pipeline.report.results import StudyResults
+    from pipeline.report.writers import StudyResults
 
     params, evaluations = load(), Path("evaluations")
     return StudyResults([report.load_table(name, params, evaluations) for name in args.study or params.run.studies])
@@ -116,8 +116,7 @@ def _trace(args: argparse.Namespace) -> Answer:
         InputError: not exactly one way to name what is traced, or no such number.
     """
     from pipeline.config.load import load
-    from pipeline.lineage.place import locate, locate_cell
-    from pipeline.lineage.trace import trace_number, trace_reports
+    from pipeline.lineage.trace import locate, locate_cell, trace_number, trace_reports
 
     if args.all:
         if args.number is not None or args.cell is not None:

@@ -167,10 +167,10 @@ def _sweep(args: argparse.Namespace) -> None:
 
     params = load(overrides=args.set)  # what is wrong with it is said here, not in a job's log
     if args.attach or args.submit:
-        from pipeline.pool import ray_job
+        from pipeline.pool import cluster
 
         chosen = [*_repeated("--study", args.study or []), *_repeated("--set", args.set)]
-        sys.exit(ray_job.attach_to_sweep() if args.attach else ray_job.submit(chosen))
+        sys.exit(cluster.attach_to_sweep() if args.attach else cluster.submit(chosen))
     from pipeline.sweep.train import sweep
 
     sweep(params, args.study or params.run.studies)

@@ -17,8 +17,8 @@ from pipeline.config.request import TrialRequest
 from pipeline.config.trial import EvaluationConfig
 from pipeline.evaluate.generate import Answers, SplitPart
 from pipeline.measure import Measure, MeasureJob
+from pipeline.pool.cluster import work_in
 from pipeline.pool.evaluation_calls import Calls, EvaluatorCall, Job, Unit
-from pipeline.pool.nodes import work_in
 from pipeline.pool.processes import worker_environment
 from pipeline.pool.tuner import count_slots
 from pipeline.records.evaluation import Evaluation

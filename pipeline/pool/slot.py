@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.config.load import Sweep
 from pipeline.config.request import TrialRequest
-from pipeline.pool.nodes import Version, code_version, require, work_in
+from pipeline.pool.cluster import Version, code_version, require, work_in
 from pipeline.pool.processes import BUILD_SECONDS, STEP_SECONDS, worker_environment
 from pipeline.records.trial import TrialReport
 

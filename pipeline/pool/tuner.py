@@ -22,9 +22,9 @@ from pipeline.core.errors import InputError, WorkError
 from pipeline.plan.plan import Plan, in_lanes
 from pipeline.plan.space import Cell
 from pipeline.pool import ensure_token
+from pipeline.pool.cluster import check_nodes
 from pipeline.pool.dispatcher import Dispatcher
 from pipeline.pool.messages import PROXY_DIED, EpochEnded, Tell, TrialEnded, TrialStarted
-from pipeline.pool.nodes import check_nodes
 from pipeline.pool.processes import kept_handlers
 from pipeline.pool.proxy import TrialProxy
 from pipeline.pool.schedule import PerCellOptuna, make_scheduler

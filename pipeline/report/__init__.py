@@ -15,8 +15,8 @@ from pipeline.records.evaluation import Evaluations
 from pipeline.report import figures, findings, page, papers, tables, writers
 from pipeline.report.answers import answer_table
 from pipeline.report.drawing import Drawing, standalone
-from pipeline.report.results import Results
 from pipeline.report.sections import notes
+from pipeline.report.writers import Results
 
 __all__ = ["Index", "forget", "load_table", "study_page", "write_index", "write_numbers", "write_study"]
 

@@ -14,7 +14,7 @@ from pipeline.records.trial import Provenance
 from pipeline.report import papers
 from pipeline.report.answers import AnswerTable
 from pipeline.report.drawing import Drawing, metric_words, safe
-from pipeline.report.tables import Column, Cost, Line, Table, TableEntry, cost_of, cost_values, costs_of
+from pipeline.report.tables import Column, Cost, Line, Table, TableEntry, cost_of, cost_values, costs_of, problems_of
 from pipeline.report.writers import format_value, to_csv
 
 
@@ -128,7 +128,7 @@ def study_section(
         missing=len(table.study.cells) - done(table),
         code=code(table.study.provenance),
         notes=sentences,
-        problems=problems(table.study.cells),
+        problems=problems_of(table.study.cells),
         costs=columns,
         heads=[_head(table, column) for column in table.columns],
         groups=[
@@ -237,21 +237,6 @@ def _caption(table: Table, name: str) -> str:
     repeated = any(entry.std is not None for entry in table.entries.values())
     parts.append(f"{'Whiskers' if bars else 'Bands'}: one standard deviation over seeds." if repeated else "One seed.")
     return " ".join(parts)
-
-
-def problems(cells: Sequence[CellResult]) -> list[str]:
-    """Return which cells have no number and why, one sentence for all seeds with the same problem."""
-    seeds: dict[tuple[str, str], list[int]] = {}
-    for cell in cells:
-        if cell.status != "done":
-            names = [cell.label, papers.label("backbones", cell.backbone), papers.label("tasks", cell.task)]
-            names += [f"{axis} = {value}" for axis, value in cell.vary.items()]
-            problem = f"{cell.status}. {cell.error}" if cell.error else cell.status
-            seeds.setdefault((", ".join(names), problem), []).append(cell.seed)
-    return [
-        f"{name}, seed{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}: {problem}"
-        for (name, problem), numbers in seeds.items()
-    ]
 
 
 _SELECTION = {

@@ -277,6 +277,21 @@ def sample_scores(key: str, evaluations: Path) -> SampleScores:
     return SampleScores(evaluation.unit, scores) if close else SampleScores("", {})
 
 
+def problems_of(cells: Sequence[CellResult]) -> list[str]:
+    """Return which cells have no number and why, one sentence for all seeds with the same problem."""
+    seeds: dict[tuple[str, str], list[int]] = {}
+    for cell in cells:
+        if cell.status != "done":
+            names = [cell.label, papers.label("backbones", cell.backbone), papers.label("tasks", cell.task)]
+            names += [f"{axis} = {value}" for axis, value in cell.vary.items()]
+            problem = f"{cell.status}. {cell.error}" if cell.error else cell.status
+            seeds.setdefault((", ".join(names), problem), []).append(cell.seed)
+    return [
+        f"{name}, seed{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}: {problem}"
+        for (name, problem), numbers in seeds.items()
+    ]
+
+
 _PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 

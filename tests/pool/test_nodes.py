@@ -9,7 +9,7 @@ import ray
 
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
-from pipeline.pool.nodes import work_in
+from pipeline.pool.cluster import work_in
 from pipeline.pool.tuner import cluster
 
 ROOT = Path(__file__).resolve().parents[2]

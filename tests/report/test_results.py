@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.report import load_table
-from pipeline.report.results import Results, StudyResults
+from pipeline.report.writers import Results, StudyResults
 
 
 def _printed(table: Any, width: int, **terminal: Any) -> str:

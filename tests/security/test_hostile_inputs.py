@@ -261,7 +261,7 @@ SHELL = ["$(touch pwned)", "`touch pwned`", "; touch pwned", "| touch pwned", "&
 @pytest.mark.parametrize("value", SHELL)
 def test_metacharacters_stay_characters_in_a_jobs_command(tmp_path, value):
     """Ray runs a job's command in a shell; what a user writes must reach the sweep as it was written."""
-    from pipeline.pool.ray_job import entrypoint
+    from pipeline.pool.cluster import entrypoint
 
     (tmp_path / "pipeline.py").write_text("import sys, json; print(json.dumps(sys.argv[1:]))")
     home = tmp_path / f"home {value.replace('/', '')}"

@@ -61,7 +61,7 @@ from pipeline.config.load import Sweep
 from pipeline.pool import tuner
 import ray
 with tuner.cluster(Sweep()):
-    from pipeline.pool.nodes import code_version
+    from pipeline.pool.cluster import code_version
     from pipeline.pool.slot import Worker
     workers = [Worker.remote(rank, 2, 0.0) for rank in range(2)]
     meeting = ray.get([worker.meeting.remote(True) for worker in workers])[0]
@@ -184,7 +184,7 @@ def test_the_mlflow_server_listens_to_no_whole_world(tmp_path, host):
 
 
 def test_a_password_in_an_address_is_refused_before_anything_sees_it(home, monkeypatch):
-    from pipeline.pool.ray_job import refuse_password
+    from pipeline.pool.cluster import refuse_password
     from pipeline.tracking.server import start
 
     database = "postgresql+psycopg://mlflow:hunter2@127.0.0.1/mlflow"

@@ -10,9 +10,9 @@ import pytest
 
 from pipeline.core.errors import InputError, WorkError
 from pipeline.records.trial import Provenance
+from pipeline.report.mlflow_report import Reporter, TableNumber
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import FAILED, FINISHED, KILLED, TrialRunStart
-from pipeline.tracking.reports import Reporter, TableNumber
 from tests.tracking.conftest import ask, open_both, points, statuses
 
 STEPS_TWICE = "select key, step from metrics group by run_uuid, key, step having count(*) > 1"

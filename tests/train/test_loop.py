@@ -18,8 +18,7 @@ from pipeline.records.store import TrialStore
 from pipeline.records.trial import EpochReport
 from pipeline.train.cost import Capacity
 from pipeline.train.loop import TRAINING, TrainingLoop, cut
-from pipeline.train.schedule import cosine_with_warmup
-from pipeline.train.trial_run import MicroBatch
+from pipeline.train.trial_run import MicroBatch, cosine_with_warmup
 from pipeline.train.workbench import Workbench
 
 MIXED = [

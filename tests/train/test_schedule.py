@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.schedule import cosine_with_warmup, global_batches, micro_batches_of_rank, steps_per_epoch
+from pipeline.train.trial_run import cosine_with_warmup, global_batches, micro_batches_of_rank, steps_per_epoch
 
 
 @given(st.integers(1, 200), st.integers(1, 17), st.integers(0, 5), st.integers(1, 3))
