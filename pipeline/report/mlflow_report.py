@@ -16,9 +16,9 @@ from pipeline.core.progress import say
 from pipeline.records.evaluation import Evaluations
 from pipeline.report import papers, study_page, write_study
 from pipeline.report.tables import Table
-from pipeline.tracking.client import Tracker, plain
+from pipeline.tracking.client import Tracker
 from pipeline.tracking.page import REPORT
-from pipeline.tracking.records import LoggedRun, rounded
+from pipeline.tracking.records import LoggedRun, plain, rounded
 
 
 def log(params: Params, evaluations: Path, root: Path) -> list[str]:

@@ -22,7 +22,7 @@ from pipeline.records.trial import EpochReport
 from pipeline.tracking import store as place
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import FAILED, FINISHED, KILLED, LoggedRun, MetricPoint, RunInput, TrialRunStart
-from pipeline.tracking.registry import ModelCandidate, ModelRegistry
+from pipeline.tracking.registry import ModelCandidate, ModelRegistry, log_adapter
 
 ENDS = {"finished": FINISHED, "diverged": FAILED, "failed": FAILED, "stopped": KILLED}
 COSTS = ("trainable_parameters", "train_seconds", "train_flops", "peak_memory_bytes")  # of a trained trial
@@ -230,7 +230,7 @@ class MlflowSync(Watcher):
             return
         if trial.adapter.is_dir():
             trial.check_adapter()
-            self.tracker.log_adapter(run_id, trial.adapter)
+            log_adapter(self.tracker, run_id, trial.adapter)
         if reports:
             self.tracker.log_ledger(run_id, trial.metrics)
         if end.packed is not None:

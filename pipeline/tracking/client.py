@@ -8,31 +8,27 @@ from __future__ import annotations
 
 import logging
 import os
-import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import sqlalchemy.exc
-from mlflow.entities import LoggedModelOutput, Metric, Param, RunTag, ViewType
+from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
 from pipeline.core.copies import main_checkout
-from pipeline.core.errors import InputError, WorkError
-from pipeline.core.files import folder_digest
+from pipeline.core.errors import InputError
 from pipeline.core.progress import say
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import Provenance
 from pipeline.tracking import page, store
 from pipeline.tracking import records as answers
-from pipeline.tracking.provenance import process_is_gone, process_tags, provenance
+from pipeline.tracking.provenance import code_tags, earlier_commits, process_is_gone, process_tags, provenance
 from pipeline.tracking.records import (
     EVALUATIONS,
     FAILED,
@@ -42,7 +38,10 @@ from pipeline.tracking.records import (
     MetricPoint,
     RunInput,
     TrialRunStart,
+    chunks,
     missing_inputs,
+    pages,
+    plain,
     rounded,
     text_of,
 )
@@ -56,7 +55,6 @@ logger = logging.getLogger(__name__)
 PROVENANCE, DIFF = "provenance/provenance.json", "provenance/uncommitted.diff"
 LEDGER_FILE = "ledger/metrics.jsonl"  # a trial's metrics by epoch, as its folder has them
 LAYOUT = {"mlflow.hificl.layout": "2"}  # of a trial's run; an older one lacks description, step losses, inputs by use
-_AWAY_CODES = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}  # MLflow's
 _MAX_METRICS, _MAX_PARAMS = 1000, 100  # MLflow's limits of one call
 
 
@@ -110,7 +108,7 @@ class Tracker:
         Raises:
             InputError: the store cannot be reached (said within seconds), or is of another MLflow version.
         """
-        with _talking(self.uri, InputError), store.creation_lock(self.uri):
+        with store.talking(self.uri, InputError), store.creation_lock(self.uri):
             store.probe(self.uri)
             if store.sqlite_file(self.uri) is not None:
                 store.tune_sqlite()
@@ -130,7 +128,7 @@ class Tracker:
             WorkError: it refuses.
         """
         client = self.mlflow
-        with _talking(self.uri):
+        with store.talking(self.uri):
             yield client
 
     # -- experiments -------------------------------------------------------------------------------------------------
@@ -335,7 +333,7 @@ class Tracker:
                     # a trial that finished is not trained again: what is added to its run takes none of its time
                     ended = known.end_time if parent and known.status == FINISHED else None
                     self._open[run_id] = _Open(parent, None, ended)
-                every.update(_earlier_commits(known.tags, every))
+                every.update(earlier_commits(known.tags, every))
                 client.log_batch(run_id, tags=[RunTag(key, value) for key, value in every.items()])
                 client.update_run(run_id, status="RUNNING", name=name)
         return run_id
@@ -371,31 +369,6 @@ class Tracker:
         """Keep a trial's metrics by epoch with all their digits, which are what a run that is made again must have."""
         with self.talking() as client:
             client.log_artifact(run_id, str(file), str(Path(LEDGER_FILE).parent))
-
-    def log_adapter(self, run_id: str, folder: Path) -> None:
-        """Keep a trained adapter as the run's logged model; the same files are not kept twice.
-
-        Raises:
-            WorkError: the folder is missing or empty.
-        """
-        digest = folder_digest(folder)
-        if digest is None:
-            raise WorkError("no adapter files", where=str(folder))
-        with self.talking() as client:
-            run = LoggedRun.of(client.get_run(run_id))
-            if run.tags.get("adapter_digest") == digest:
-                return
-            tags = {"trial_key": run.trial_key, "adapter_digest": digest}
-            begun = client.search_logged_models([run.experiment_id], filter_string=f"source_run_id = '{run_id}'")
-            same = [model for model in begun if model.tags.get("adapter_digest") == digest]  # by a call cut off
-            model = same[0] if same else client.create_logged_model(
-                run.experiment_id, name=_model_name(run.name.partition(" ")[0] or "adapter"), source_run_id=run_id,
-                model_type="adapter", tags=tags,
-            )  # fmt: skip
-            client.log_model_artifacts(model.model_id, str(folder))
-            client.finalize_logged_model(model.model_id, "READY")
-            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
-        self.tag(run_id, {"adapter_digest": digest, "adapter_model_id": model.model_id})
 
     def log_scores(self, run_id: str, scores: Mapping[str, float | None], file: Path | None = None) -> None:
         """Log numbers that have no step of their own, and keep the file that they stand in.
@@ -513,77 +486,3 @@ class Tracker:
         with self.talking() as client:
             for run_id in run_ids:
                 client.delete_run(run_id)
-
-
-@contextmanager
-def _talking(uri: str, kind: type[InputError] | type[WorkError] = WorkError) -> Iterator[None]:
-    """Turn what a store can answer with into the project's own error.
-
-    Args:
-        uri: its address.
-        kind: of the error where the store refuses; one that is away is `Unreachable` for an InputError.
-
-    Raises:
-        StoreAway: it does not answer or cannot write.
-        Unreachable: likewise, at the first call.
-        InputError: another version of MLflow wrote it.
-    """
-    try:
-        yield
-    except (MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise  # a file of ours, not the store
-        address, cause = store.shown(uri), (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "out-of-date database schema" in str(error):
-            raise InputError(
-                "the store was written by another version of MLflow",
-                where=address,
-                way_out=f"Save a copy, then run: mlflow db upgrade {address}",
-            ) from None
-        away = not isinstance(error, MlflowException) or error.error_code in _AWAY_CODES
-        away_kind = StoreAway if kind is WorkError else store.Unreachable
-        raise (away_kind if away else kind)(f"the MLflow store failed: {cause}", where=address) from error
-
-
-def pages(call: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-    """Yield the entries of all pages that a search of MLflow's answers with."""
-    token = None
-    while True:
-        answer = call(*arguments, page_token=token)
-        yield from answer
-        token = answer.token
-        if not token:
-            return
-
-
-def plain(value: str) -> str:
-    """Return `value` if it can stand in a filter of MLflow, which knows no escaping."""
-    if "'" in value:
-        raise InputError(f"{value!r} must not hold a quotation mark", where="a run's key")
-    return value
-
-
-def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    """Yield `items` in parts of at most `size`."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def code_tags(code: Provenance) -> dict[str, object]:
-    """Return the tags that name a code version, given its provenance."""
-    commit = {"mlflow.source.git.commit": code.commit} if code.commit else {}
-    dirty = "unknown" if code.dirty is None else code.dirty
-    note = {"git.note": code.note} if code.note else {}
-    return {**commit, **note, "git.dirty": dirty, "mlflow.source.name": "hificl", "mlflow.source.type": "LOCAL"}
-
-
-def _earlier_commits(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
-    """Return the tag that keeps the commits a resumed run was begun at, when the code has moved on since."""
-    old = before.get("mlflow.source.git.commit")
-    if not old or old == now.get("mlflow.source.git.commit"):
-        return {}
-    return {"git.earlier_commits": " ".join(dict.fromkeys([*before.get("git.earlier_commits", "").split(), old]))}
-
-
-def _model_name(name: str) -> str:
-    return "".join("-" if char in "/:.%\"'" else char for char in name)

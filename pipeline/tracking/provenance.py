@@ -267,3 +267,19 @@ def process_is_gone(of_run: Mapping[str, str]) -> bool:
         return True
     now = started(int(of_run[_PID])) if of_run[_PID].isdigit() else ""
     return not now or now != of_run.get(_STARTED)
+
+
+def code_tags(code: Provenance) -> dict[str, object]:
+    """Return the tags that name a code version, given its provenance."""
+    commit = {"mlflow.source.git.commit": code.commit} if code.commit else {}
+    dirty = "unknown" if code.dirty is None else code.dirty
+    note = {"git.note": code.note} if code.note else {}
+    return {**commit, **note, "git.dirty": dirty, "mlflow.source.name": "hificl", "mlflow.source.type": "LOCAL"}
+
+
+def earlier_commits(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """Return the tag that keeps the commits a resumed run was begun at, when the code has moved on since."""
+    old = before.get("mlflow.source.git.commit")
+    if not old or old == now.get("mlflow.source.git.commit"):
+        return {}
+    return {"git.earlier_commits": " ".join(dict.fromkeys([*before.get("git.earlier_commits", "").split(), old]))}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Run
 
 from pipeline.config.trial import digest
+from pipeline.core.errors import InputError
 from pipeline.data.image_files import thumbnail
 from pipeline.records.evaluation import Prediction
 from pipeline.records.trial import Provenance
@@ -226,3 +227,27 @@ def _thumbnail(path: Path) -> bytes | None:
 
 def _short(text: str | None) -> str | None:
     return text if text is None or len(text) <= _TEXT else f"{text[: _TEXT - 1]}…"
+
+
+def pages(call: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+    """Yield the entries of all pages that a search of MLflow's answers with."""
+    token = None
+    while True:
+        answer = call(*arguments, page_token=token)
+        yield from answer
+        token = answer.token
+        if not token:
+            return
+
+
+def plain(value: str) -> str:
+    """Return `value` if it can stand in a filter of MLflow, which knows no escaping."""
+    if "'" in value:
+        raise InputError(f"{value!r} must not hold a quotation mark", where="a run's key")
+    return value
+
+
+def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """Yield `items` in parts of at most `size`."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

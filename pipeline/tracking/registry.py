@@ -16,16 +16,19 @@ from pathlib import Path
 
 import mlflow.pyfunc
 import pandas as pd
+from mlflow.entities import LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 from PIL import Image
 
+from pipeline.core.errors import WorkError
+from pipeline.core.files import folder_digest
 from pipeline.tasks import tasks
-from pipeline.tracking.client import Tracker, pages
+from pipeline.tracking.client import Tracker
 from pipeline.tracking.provenance import versions
-from pipeline.tracking.records import LoggedRun
+from pipeline.tracking.records import LoggedRun, pages
 
 BEST = "best"
 CODE = Path(__file__).with_name("served.py")
@@ -159,6 +162,32 @@ class ModelRegistry:
                 client.set_registered_model_alias(name, BEST, str(best.version))
 
 
+def log_adapter(tracker: Tracker, run_id: str, folder: Path) -> None:
+    """Keep a trained adapter as the run's logged model; the same files are not kept twice.
+
+    Raises:
+        WorkError: the folder is missing or empty.
+    """
+    digest = folder_digest(folder)
+    if digest is None:
+        raise WorkError("no adapter files", where=str(folder))
+    with tracker.talking() as client:
+        run = LoggedRun.of(client.get_run(run_id))
+        if run.tags.get("adapter_digest") == digest:
+            return
+        tags = {"trial_key": run.trial_key, "adapter_digest": digest}
+        begun = client.search_logged_models([run.experiment_id], filter_string=f"source_run_id = '{run_id}'")
+        same = [model for model in begun if model.tags.get("adapter_digest") == digest]  # by a call cut off
+        model = same[0] if same else client.create_logged_model(
+            run.experiment_id, name=_model_name(run.name.partition(" ")[0] or "adapter"), source_run_id=run_id,
+            model_type="adapter", tags=tags,
+        )  # fmt: skip
+        client.log_model_artifacts(model.model_id, str(folder))
+        client.finalize_logged_model(model.model_id, "READY")
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+    tracker.tag(run_id, {"adapter_digest": digest, "adapter_model_id": model.model_id})
+
+
 def write_flavor(out: Path, *, model_id: str, task: str, about: dict[str, str]) -> None:
     """Write what has to lie beside an adapter's own files for `mlflow.pyfunc.load_model`.
 
@@ -206,3 +235,7 @@ def _process_wide(uri: str) -> Iterator[None]:
         mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # nothing in this package sets it
         if before is not None:
             os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def _model_name(name: str) -> str:
+    return "".join("-" if char in "/:.%\"'" else char for char in name)

@@ -11,11 +11,14 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 import sqlalchemy
+from mlflow.exceptions import MlflowException
 from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
 
 from pipeline.core.errors import InputError, WorkError
 from pipeline.core.locks import held
+
+_AWAY_CODES = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}  # MLflow's
 
 
 class Unreachable(InputError):
@@ -110,6 +113,36 @@ def probe(uri: str) -> None:
         _probe_server(uri)
     elif is_database(uri):
         _probe_database(_url(uri))
+
+
+@contextmanager
+def talking(uri: str, kind: type[InputError] | type[WorkError] = WorkError) -> Iterator[None]:
+    """Turn what a store can answer with into the project's own error.
+
+    Args:
+        uri: its address.
+        kind: of the error where the store refuses; one that is away is `Unreachable` for an InputError.
+
+    Raises:
+        StoreAway: it does not answer or cannot write.
+        Unreachable: likewise, at the first call.
+        InputError: another version of MLflow wrote it.
+    """
+    try:
+        yield
+    except (MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise  # a file of ours, not the store
+        address, cause = shown(uri), (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "out-of-date database schema" in str(error):
+            raise InputError(
+                "the store was written by another version of MLflow",
+                where=address,
+                way_out=f"Save a copy, then run: mlflow db upgrade {address}",
+            ) from None
+        away = not isinstance(error, MlflowException) or error.error_code in _AWAY_CODES
+        away_kind = StoreAway if kind is WorkError else Unreachable
+        raise (away_kind if away else kind)(f"the MLflow store failed: {cause}", where=address) from error
 
 
 @contextmanager

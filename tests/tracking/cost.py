@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline import adapters, backbones
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import FINISHED, TrialRunStart
-from pipeline.tracking.registry import ModelCandidate, ModelRegistry
+from pipeline.tracking.registry import ModelCandidate, ModelRegistry, log_adapter
 
 TRIALS = 20
 
@@ -31,7 +31,7 @@ def seconds(root: Path) -> dict[str, float]:
         key = f"{number:016x}"
         run = tracker.open_trial("study", parent, TrialRunStart(key=key, name="hificl"))
         start = time.perf_counter()
-        tracker.log_adapter(run, root / "adapter")
+        log_adapter(tracker, run, root / "adapter")
         logged.append(time.perf_counter() - start)
         tracker.close(run, FINISHED)
         start = time.perf_counter()

@@ -13,6 +13,7 @@ from pipeline.records.trial import Provenance
 from pipeline.report.mlflow_report import Reporter, TableNumber
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import FAILED, FINISHED, KILLED, TrialRunStart
+from pipeline.tracking.registry import log_adapter
 from tests.tracking.conftest import ask, open_both, points, statuses
 
 STEPS_TWICE = "select key, step from metrics group by run_uuid, key, step having count(*) > 1"
@@ -98,10 +99,10 @@ def test_the_adapter_is_a_logged_model_kept_once(tracker: Tracker, root: Path, t
     folder = tmp_path / "adapter"
     folder.mkdir()
     with pytest.raises(WorkError, match="no adapter files"):
-        tracker.log_adapter(child, folder)
+        log_adapter(tracker, child, folder)
     (folder / "adapter_config.json").write_text("{}")
-    tracker.log_adapter(child, folder)
-    tracker.log_adapter(child, folder)
+    log_adapter(tracker, child, folder)
+    log_adapter(tracker, child, folder)
     model = tracker.read_run(child).tags["adapter_model_id"]
     assert ask(root, "select model_id, source_run_id from logged_models") == [(model, child)]
     assert [file.name for file in (root / "mlartifacts").rglob("adapter_config.json")] == ["adapter_config.json"]

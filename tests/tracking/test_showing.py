@@ -15,6 +15,7 @@ from PIL import Image
 from pipeline.tracking import records as answers
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import FINISHED, MetricPoint, RunInput, TrialRunStart
+from pipeline.tracking.registry import log_adapter
 from tests.tracking.conftest import ask, open_both, points
 
 KIND, NOTE = "mlflow.experimentKind", "mlflow.note.content"
@@ -189,7 +190,7 @@ def test_a_folder_that_was_moved_takes_its_files_along(root: Path, evaluation: P
     adapter = root / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    old.log_adapter(child, adapter)
+    log_adapter(old, child, adapter)
     old.close_all(FINISHED)
     new = tmp_path_factory.mktemp("elsewhere") / "a moved #1 project"
     shutil.copytree(root, new)

@@ -18,6 +18,7 @@ from pipeline.core.errors import InputError
 from pipeline.tracking import server, store
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import FINISHED, KILLED
+from pipeline.tracking.registry import log_adapter
 from tests.conftest import ROOT
 from tests.support import odd_paths
 from tests.support.free_port import free_port
@@ -152,7 +153,7 @@ def test_the_store_and_its_files_lie_in_the_project_whatever_it_is_called(
     assert time.monotonic() - began < 30
     _, child = open_both(tracker)
     tracker.log_metrics(child, points({"epoch": 0, "loss": 1.0}))
-    tracker.log_adapter(child, root / "adapter")
+    log_adapter(tracker, child, root / "adapter")
     tracker.log_scores(child, {"score": 2.0}, root / "scores.json")
     tracker.close_all(FINISHED)
     assert store.sqlite_file(tracker.uri) == root / "mlflow.db"
