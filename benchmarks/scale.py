@@ -20,6 +20,7 @@ from pipeline.plan.plan import Plan
 from pipeline.pool import tuner
 from pipeline.pool.dispatcher import Dispatcher
 from pipeline.pool.messages import Result, TrialEnded
+from pipeline.pool.queue import Queue
 from pipeline.records.store import TrialStore
 
 
@@ -81,8 +82,9 @@ def _dispatch(plan: Plan, requests: dict[str, TrialRequest], nodes: int, finding
 
     async def sweep() -> None:
         runs = str(plan.places.runs)
-        dispatcher = _plain_dispatcher()(Requests(requests), plan.params.sweep, runs, nodes, 1, True, home="")
-        dispatcher.slots = [SimulatedSlot(dispatcher.store) for _ in range(nodes)]
+        queue = Queue(nodes, plan.params.sweep.retry.max_attempts, run_ahead=True)
+        slots = [SimulatedSlot(TrialStore(runs)) for _ in range(nodes)]
+        dispatcher = _plain_dispatcher()(Requests(requests), runs, queue, slots)
         await dispatcher.start()
         waiting = iter(list(requests))
 

@@ -11,18 +11,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
-from pipeline.config.load import Sweep
 from pipeline.config.request import TrialRequest
-from pipeline.core.errors import HificlError, WorkError
-from pipeline.pool.queue import Decision, Failed, Queue, Requeued, SlotState, Stopped, is_of_one_trial
-from pipeline.pool.slot import Slot, SlotLost
+from pipeline.core.errors import WorkError
+from pipeline.pool.queue import Decision, Failed, Queue, Requeued, SlotState, Stopped, is_of_one_trial, said
+from pipeline.pool.slot import Slot
 from pipeline.records.store import Journal, TrialStore
-from pipeline.records.trial import EpochReport, Status, TrialEnd, TrialReport
+from pipeline.records.trial import TrialEnd, TrialReport, replayed
 
 Resolve = Callable[[dict[str, Any]], TrialRequest]
 
@@ -42,33 +41,17 @@ class Dispatcher:
     Args:
         resolve: gives the request of a trial from Tune's configuration of it. It is pickled to this actor: a plain
             table of requests for grid and random search, so that neither torch nor transformers is imported here.
-        sweep: resources and retry policy.
         store_root: the trial store, absolute.
-        slots: how many slots.
-        world_size: ranks of a slot.
-        run_ahead: whether a trial goes on before the scheduler has seen its last epoch (right for FIFO alone).
-        home: the project's folder, in which workers find images by relative paths.
-        order: keys of the trials in the order in which they begin; Tune's actors ask in any order.
+        queue: who trains where.
+        slots: one for each that the queue knows, not built yet.
     """
 
-    def __init__(
-        self,
-        resolve: Resolve,
-        sweep: Sweep,
-        store_root: str,
-        slots: int,
-        world_size: int,
-        run_ahead: bool,
-        home: str,
-        order: Sequence[str] = (),
-    ) -> None:
-        self.resolve, self.world_size = resolve, world_size
+    def __init__(self, resolve: Resolve, store_root: str, queue: Queue, slots: Sequence[Slot]) -> None:
+        self.resolve, self.queue, self.slots = resolve, queue, list(slots)
         self.store, self.journal = TrialStore(store_root), Journal(store_root)
-        self.queue = Queue(slots, sweep.retry.max_attempts, run_ahead=run_ahead, order=order)
         self.queued = asyncio.Event()
         self.mail: dict[str, _Mailbox] = {}
         self.lost_at: dict[str, float] = {}  # when a trial's slot was lost
-        self.slots = [Slot(sweep, world_size, home) for _ in range(slots)]
         self.loops: list[asyncio.Task] = []
 
     async def start(self) -> None:
@@ -87,7 +70,7 @@ class Dispatcher:
         self.mail[key] = _Mailbox()
         if end is not None and end.final:
             self.queue.submit(request, done=True)
-            self._deliver(_replayed(key, self.store.epochs(key), end.status))
+            self._deliver(replayed(key, self.store.epochs(key), end.status))
         else:
             self.queue.submit(request, done=False)
             self.store.reopen(key)
@@ -131,12 +114,8 @@ class Dispatcher:
                 self.queue.take(state)
                 while state.trials:
                     await self._round(slot, state)
-            except SlotLost as lost:
-                self._lost(slot, state, lost, str(lost))
-            except ray.exceptions.RayTaskError as error:
-                self._lost(slot, state, error.cause, str(error.cause))
             except Exception as error:
-                self._lost(slot, state, error, f"{type(error).__name__}: {error}")
+                self._lost(slot, state, error)
 
     async def _built(self, slot: Slot, state: SlotState) -> bool:
         started = time.monotonic()
@@ -144,11 +123,8 @@ class Dispatcher:
             await slot.build()
         except Exception as error:
             slot.drop()
-            cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-            said = str(cause) if isinstance(cause, HificlError) else f"{type(cause).__name__}: {cause}"
-            why = f"no slot can be built: {said}"
-            decisions = self.queue.not_built(state, why)
-            self.journal.note("slot not built", why=why, attempt=state.failures)
+            decisions = self.queue.not_built(state, error)
+            self.journal.note("slot not built", why=f"no slot can be built: {said(error)}", attempt=state.failures)
             self._carry_out(decisions)
             await asyncio.sleep(1)
             return False
@@ -177,25 +153,25 @@ class Dispatcher:
             key = trial.key
             try:
                 start = await slot.admit(trial.request)
-            except ray.exceptions.RayTaskError as error:
-                if not is_of_one_trial(error.cause, self.world_size):
+            except Exception as error:
+                if not is_of_one_trial(error, slot.world_size):
                     raise
                 slot.keys.discard(key)
-                self._carry_out(self.queue.refuse(state, trial, error.cause))
+                self._carry_out(self.queue.refuse(state, trial, error))
                 continue
             if key in self.lost_at:
                 seconds = round(time.monotonic() - self.lost_at.pop(key), 2)
                 self.journal.note("trial trains again", trial=key, after_epoch=start, seconds=seconds)
             # a trial resumed from its checkpoint reports the epochs behind it
             behind = self.store.epochs(key)[trial.reports : start]
-            self._deliver(_replayed(key, behind))
+            self._deliver(replayed(key, behind))
 
-    def _lost(self, slot: Slot, state: SlotState, error: BaseException, why: str) -> None:
+    def _lost(self, slot: Slot, state: SlotState, error: Exception) -> None:
         keys = [trial.key for trial in state.trials]
-        self.journal.note("slot lost", why=why, trials=keys, pids=slot.pids)
+        self.journal.note("slot lost", why=said(error), trials=keys, pids=slot.pids)
         slot.drop()
         self.lost_at |= dict.fromkeys(keys, time.monotonic())
-        self._carry_out(self.queue.lose(state, error, why))
+        self._carry_out(self.queue.lose(state, error))
 
     def _carry_out(self, decisions: Iterable[Decision]) -> None:
         for decision in decisions:
@@ -225,11 +201,3 @@ class Dispatcher:
         mail = self.mail[report.key]
         mail.reports.append(report)
         mail.news.set()
-
-
-def _replayed(key: str, epochs: Sequence[EpochReport], end: Status | None = None) -> list[TrialReport]:
-    """Return the reports of epochs that the ledger knows, the last of which, if there is one, says the end."""
-    reports = [TrialReport(key, metrics.epoch, metrics) for metrics in epochs]
-    if end is None:
-        return reports
-    return [*reports[:-1], replace(reports[-1], end=end) if reports else TrialReport(key, 0, end=end)]

@@ -86,12 +86,21 @@ class Failed:
 Decision = Requeued | Stopped | Failed
 
 
+class SlotLost(Exception):
+    """A slot's worker died or hangs; the slot is rebuilt and the trial is tried again."""
+
+
 def is_of_one_trial(error: BaseException, ranks: int) -> bool:
     """Whether an error at a trial's admission leaves the slot's other trials as they were.
 
     Several ranks may stand at different collectives after any error, and an unforeseen one may have broken the process.
     """
     return isinstance(error, HificlError) and ranks == 1
+
+
+def said(error: Exception) -> str:
+    """Return why something failed in a line: of errors that are not the project's own, with their kind."""
+    return str(error) if isinstance(error, HificlError | SlotLost) else f"{type(error).__name__}: {error}"
 
 
 class Queue:
@@ -212,7 +221,7 @@ class Queue:
         slot.trials.remove(trial)
         return self._again([trial], str(error), retry=not isinstance(error, InputError))
 
-    def lose(self, slot: SlotState, error: BaseException, why: str) -> list[Decision]:
+    def lose(self, slot: SlotState, error: Exception) -> list[Decision]:
         """Give up a slot; its trials are tried again, each alone where it is not clear which one failed.
 
         Memory and disk may be free again in a new process; an input is as wrong as before.
@@ -221,19 +230,19 @@ class Queue:
         several = len(lost) > 1
         for trial in lost:
             trial.alone = trial.alone or several
-        return self._again(lost, why, retry=several or not isinstance(error, InputError))
+        return self._again(lost, said(error), retry=several or not isinstance(error, InputError))
 
     def built(self, slot: SlotState) -> None:
         """Note that a slot has its workers."""
         slot.built, slot.failures = True, 0
 
-    def not_built(self, slot: SlotState, why: str) -> list[Decision]:
+    def not_built(self, slot: SlotState, error: Exception) -> list[Decision]:
         """Note that a slot could not be built; where none at all can be built any more, what waits fails."""
         slot.failures += 1
         if any(peer.built or peer.failures < self.max_attempts for peer in self.slots):
             return []
         waiting, self.waiting = self.waiting, []
-        return [self._fail(trial, why) for trial in waiting]
+        return [self._fail(trial, f"no slot can be built: {said(error)}") for trial in waiting]
 
     def _again(self, trials: Sequence[Trial], why: str, *, retry: bool) -> list[Decision]:
         """Put trials at the head of the queue; one fails where its attempts are used up."""

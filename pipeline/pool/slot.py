@@ -20,13 +20,10 @@ from pipeline.config.load import Sweep
 from pipeline.config.request import TrialRequest
 from pipeline.pool.cluster import Version, code_version, require, work_in
 from pipeline.pool.processes import BUILD_SECONDS, STEP_SECONDS, worker_environment
+from pipeline.pool.queue import SlotLost
 from pipeline.records.trial import TrialReport
 
 ROOM = 0.98  # of the processors asked for: the rest is for Tune's waiting actors, which must fit beside the last slot
-
-
-class SlotLost(Exception):
-    """A slot's worker died or hangs; the slot is rebuilt and the trial is tried again."""
 
 
 class Slot:
@@ -118,6 +115,8 @@ class Slot:
         calls = asyncio.gather(*(getattr(w, method).remote(*args) for w in self.workers))
         try:
             return await asyncio.wait_for(calls, limit)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else SlotLost(str(error.cause)) from None
         except ray.exceptions.RayActorError as error:
             raise SlotLost(f"a worker died: {str(error).splitlines()[0]}") from None
         except TimeoutError:

@@ -27,7 +27,9 @@ from pipeline.pool.dispatcher import Dispatcher
 from pipeline.pool.messages import PROXY_DIED, EpochEnded, Tell, TrialEnded, TrialStarted
 from pipeline.pool.processes import kept_handlers
 from pipeline.pool.proxy import TrialProxy
+from pipeline.pool.queue import Queue
 from pipeline.pool.schedule import PerCellOptuna, make_scheduler
+from pipeline.pool.slot import Slot
 from pipeline.records.trial import EpochReport
 
 # the dispatcher and the proxies only wait, so they take no processor; on the head, whose loss ends a sweep anyway
@@ -178,9 +180,9 @@ def _run(plan: Plan, keys: list[str], adaptive: list[Cell], params: Params, tell
     run_ahead = params.sweep.scheduler == "fifo"
     resolve = plan.request if adaptive else Requests({key: plan.request_of(plan.trials[key]) for key in keys})
     order = in_lanes(plan, keys, slots)
-    dispatcher = actor.options(resources=ON_HEAD).remote(
-        resolve, params.sweep, str(plan.places.runs), slots, world, run_ahead, str(Path.cwd()), order
-    )
+    queue = Queue(slots, params.sweep.retry.max_attempts, run_ahead=run_ahead, order=order)
+    pool = [Slot(params.sweep, world, str(Path.cwd())) for _ in range(slots)]
+    dispatcher = actor.options(resources=ON_HEAD).remote(resolve, str(plan.places.runs), queue, pool)
     try:
         ray.get(dispatcher.start.remote())
         trainable = tune.with_resources(tune.with_parameters(TrialProxy, dispatcher=dispatcher), ON_HEAD)

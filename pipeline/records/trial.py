@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
@@ -240,3 +240,11 @@ class TrialReport:
     metrics: EpochReport | None = None
     end: Status | None = None
     error: str | None = None
+
+
+def replayed(key: str, epochs: Sequence[EpochReport], end: Status | None = None) -> list[TrialReport]:
+    """Return the reports of epochs that the ledger knows, the last of which, if there is one, says the end."""
+    reports = [TrialReport(key, metrics.epoch, metrics) for metrics in epochs]
+    if end is None:
+        return reports
+    return [*reports[:-1], replace(reports[-1], end=end) if reports else TrialReport(key, 0, end=end)]

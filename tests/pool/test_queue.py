@@ -13,9 +13,9 @@ from pipeline.config.load import BackboneSource
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError, WorkError
-from pipeline.pool.queue import Failed, Queue, Requeued, SlotState, Stopped, Trial, is_of_one_trial
+from pipeline.pool.queue import Failed, Queue, Requeued, SlotLost, SlotState, Stopped, Trial, is_of_one_trial
 
-WRONG, TRANSIENT = InputError("no such file"), WorkError("no memory")
+WRONG, TRANSIENT, NO_PLACE = InputError("no such file"), WorkError("no memory"), OSError("no place")
 
 
 def request(number: int, teacher: str | None = None, pack: str | None = None) -> TrialRequest:
@@ -65,7 +65,7 @@ def test_trials_begin_in_the_plans_order_whatever_the_order_they_came_in_and_los
     queue.built(slot)
     first = taken(queue, slot)
     assert first.request == requests[0]
-    assert [type(decision) for decision in queue.lose(slot, TRANSIENT, "killed")] == [Requeued]
+    assert [type(decision) for decision in queue.lose(slot, SlotLost("killed"))] == [Requeued]
     queue.submit(requests[1], done=False)
     assert [trial.request for trial in queue.waiting] == [requests[n] for n in (0, 1, 2, 3)]
 
@@ -102,7 +102,7 @@ def test_what_was_lost_comes_before_a_teachers_trials_in_the_order_in_which_it_w
     queue.slots.pop()
     queue.join(lost, 1)
     assert lost.trials == trials[:2]
-    queue.lose(lost, TRANSIENT, "it died")
+    queue.lose(lost, TRANSIENT)
     assert queue.waiting == trials
     other.teacher = "a"
     assert [taken(queue, other) for _ in range(4)] == trials
@@ -137,13 +137,13 @@ def test_a_pack_that_failed_trains_apart_even_for_a_wrong_input_and_then_it_show
     (slot,) = queue.slots
     queue.take(slot)
     queue.join(slot, 1)
-    assert queue.lose(slot, WRONG, "no such file") == [Requeued(a), Requeued(b)]
+    assert queue.lose(slot, WRONG) == [Requeued(a), Requeued(b)]
     assert (a.alone, b.alone, c.alone) == (True, True, False)
     assert slot.trials == [] and not slot.built and slot.teacher is None
     queue.built(slot)
     queue.take(slot)
     assert slot.trials == [a] and queue.partners(slot) == []
-    assert queue.lose(slot, WRONG, "no such file") == [Failed(a, "no such file")]
+    assert queue.lose(slot, WRONG) == [Failed(a, "no such file")]
     assert not queue.is_open(a.key) and queue.is_open(b.key)
     queue.take(slot)
     queue.report(b.key, 1, done=True)
@@ -161,23 +161,23 @@ def test_a_trial_is_tried_max_attempts_times_and_gets_them_back_with_an_epoch():
     for epoch in (1, 2):
         for _ in range(2):
             queue.take(slot)
-            assert queue.lose(slot, TRANSIENT, "it died") == [Requeued(trial)]
+            assert queue.lose(slot, TRANSIENT) == [Requeued(trial)]
         assert trial.attempts == 2
         queue.take(slot)
         assert queue.report(trial.key, epoch, done=False) and trial.attempts == 0
-        queue.lose(slot, TRANSIENT, "it died")
+        queue.lose(slot, TRANSIENT)
         assert trial.attempts == 1
         trial.attempts = 0
-    for expected in (Requeued(trial), Requeued(trial), Failed(trial, "it died")):
+    for expected in (Requeued(trial), Requeued(trial), Failed(trial, "no memory")):
         queue.take(slot)
-        assert queue.lose(slot, TRANSIENT, "it died") == [expected]
+        assert queue.lose(slot, TRANSIENT) == [expected]
     assert trial.attempts == 3 and trial.ended and queue.waiting == []
 
 
 def test_one_attempt_means_one():
     queue, (trial,) = a_queue(request(0), max_attempts=1)
     queue.take(queue.slots[0])
-    assert queue.lose(queue.slots[0], TRANSIENT, "it died") == [Failed(trial, "it died")]
+    assert queue.lose(queue.slots[0], TRANSIENT) == [Failed(trial, "no memory")]
 
 
 def test_a_refused_trial_leaves_the_others_in_their_slot():
@@ -201,15 +201,16 @@ def test_what_waits_fails_only_when_no_slot_at_all_can_be_built():
     queue, (a, b) = a_queue(request(0), request(1), slots=2, max_attempts=2)
     first, second = queue.slots
     first.built = second.built = False
-    assert queue.not_built(first, "no place") == [] and first.failures == 1
-    assert queue.not_built(first, "no place") == []
-    assert queue.not_built(second, "no place") == []
+    assert queue.not_built(first, NO_PLACE) == [] and first.failures == 1
+    assert queue.not_built(first, NO_PLACE) == []
+    assert queue.not_built(second, NO_PLACE) == []
     queue.built(first)
     assert first.failures == 0
-    assert queue.not_built(second, "no place") == [], "the other one trains"
+    assert queue.not_built(second, NO_PLACE) == [], "the other one trains"
     first.built = False
-    assert queue.not_built(first, "no place") == []
-    assert queue.not_built(first, "no place") == [Failed(a, "no place"), Failed(b, "no place")]
+    assert queue.not_built(first, NO_PLACE) == []
+    why = "no slot can be built: OSError: no place"
+    assert queue.not_built(first, NO_PLACE) == [Failed(a, why), Failed(b, why)]
     assert queue.waiting == [] and a.ended and b.ended
 
 
@@ -247,7 +248,7 @@ def test_a_stopped_trial_leaves_its_slot_before_its_next_epoch_and_the_queue_at_
     assert queue.stop(c.key) == [Stopped(c)] and queue.waiting == [] and c.ended
     assert queue.stop(c.key) == [] and queue.stop("unknown") == []
     queue.stop(b.key)
-    assert queue.lose(slot, TRANSIENT, "it died") == [Stopped(b)] and queue.waiting == []
+    assert queue.lose(slot, TRANSIENT) == [Stopped(b)] and queue.waiting == []
 
 
 # -- reports and the ledger --------------------------------------------------------------------------------------------
@@ -319,7 +320,7 @@ class Pool(RuleBasedStateMachine):
                 if works:
                     self.queue.built(slot)
                 else:
-                    self.decided(self.queue.not_built(slot, "no place"))
+                    self.decided(self.queue.not_built(slot, NO_PLACE))
 
     @rule(data=st.data(), room=st.integers(0, 4))
     def take(self, data, room: int) -> None:
@@ -369,7 +370,7 @@ class Pool(RuleBasedStateMachine):
         if (slot := self.slot(data)) is None:
             return
         trials = list(slot.trials)
-        decisions = self.queue.lose(slot, error, "lost")
+        decisions = self.queue.lose(slot, error)
         self.failed(trials, error, decisions)
         self.decided(decisions)
         assert not slot.built and not slot.trials
