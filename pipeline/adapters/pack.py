@@ -132,7 +132,7 @@ class Pack:
         key = (number, count, device, images)
         if key not in self._placed:
             numbers = self._image_numbers() if images else self._numbers(count)
-            places = [place for place, other in enumerate(numbers) if other == number]
+            places = [place for place, adapter in enumerate(numbers) if adapter == number]
             self._placed[key] = placed(torch.tensor(places, dtype=torch.long), device)
         return self._placed[key]
 

@@ -41,12 +41,12 @@ def _forward_kernel(
     b, h = batch_head // heads, batch_head % heads
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
+    at, across = t[:, None].to(tl.int64), c[None, :]
     seen, wide = t < tokens, c < size
     inside = seen[:, None] & wide[None, :]
-    at, across = t[:, None].to(tl.int64), c[None, :]
     query = tl.load(q + b * q_b + h * q_h + at * q_t + across, inside, 0.0).to(tl.float32) * scale
-    own = tl.load(lse + b * lse_b + h * lse_h + t, seen, 0.0).to(tl.float32)
-    top = own
+    context_mass = tl.load(lse + b * lse_b + h * lse_h + t, seen, 0.0).to(tl.float32)
+    top = context_mass
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(n):
@@ -62,7 +62,7 @@ def _forward_kernel(
         acc = acc * kept[:, None] + weight[:, None] * value[None, :]
         top = higher
     finite = tl.where(top == -float("inf"), 0.0, top)
-    rest = tl.exp(own - finite)
+    rest = tl.exp(context_mass - finite)
     whole = mass + rest
     whole = tl.where(whole == 0.0, 1.0, whole)  # a row that sees no token at all: its weights are zero
     alpha, shift = rest / whole, acc / whole[:, None]
@@ -81,7 +81,7 @@ def _forward_kernel(
         if kind != 1:
             for_context = tl.where(taken, result, attended + alpha[:, None] * shift)
             tl.store(saved + place, for_context.to(saved.dtype.element_ty), inside)
-            finite = tl.where(own == -float("inf"), 0.0, own)
+            finite = tl.where(context_mass == -float("inf"), 0.0, context_mass)
             tl.store(saved_lse + flat, tl.where(taken, all_mass, finite), seen)
 
 
@@ -107,15 +107,15 @@ def _backward_kernel(
     merged = tl.load(saved + b * saved_b + h * saved_h + at * saved_t + across, inside, 0.0).to(tl.float32)
     delta = tl.sum(g * merged, 1)
     if kind != 1:
-        own = tl.zeros([ROWS], tl.float32)
+        shift = tl.zeros([ROWS], tl.float32)
         for i in range(n):
             place = b * key_b + (h * n + i) * size + c
             key = tl.load(keys + place, wide, 0.0).to(tl.float32)
             value = tl.load(values + place, wide, 0.0).to(tl.float32)
             z = tl.sum(query * key[None, :], 1) * scale
             z += tl.load(bias + b * bias_b + h * n + i, biased != 0, 0.0).to(tl.float32)
-            own += tl.exp(z - all_mass) * tl.sum(g * value[None, :], 1)
-        delta = tl.where(taken, delta, own)
+            shift += tl.exp(z - all_mass) * tl.sum(g * value[None, :], 1)
+        delta = tl.where(taken, delta, shift)
     d_query = tl.zeros([ROWS, COLUMNS], tl.float32)
     share = (batch_head * tl.num_programs(0) + tl.program_id(0)) * n
     values_shares = shares + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * n * size

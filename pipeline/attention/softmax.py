@@ -139,14 +139,14 @@ def combine(
     if replaces is True:
         merged = torch.addcmul(shift, context.to(shift.dtype), alpha).to(dtype)
         return merged, merged, total
-    own = lse.masked_fill(lse == -_INF, 0.0)
+    finite = lse.masked_fill(lse == -_INF, 0.0)
     if isinstance(replaces, Tensor):
         takes = replaces.unsqueeze(-1)
         merged = (context * alpha + shift).to(dtype)
         added = (context + shift).to(dtype)
         saved = torch.where(takes, merged, (context + alpha * shift).to(dtype))
-        return torch.where(takes, merged, added), saved, torch.where(replaces, total, own)
-    return (context + shift).to(dtype), torch.addcmul(context.to(shift.dtype), alpha, shift).to(dtype), own
+        return torch.where(takes, merged, added), saved, torch.where(replaces, total, finite)
+    return (context + shift).to(dtype), torch.addcmul(context.to(shift.dtype), alpha, shift).to(dtype), finite
 
 
 def delta(g: Tensor, d_p: Tensor, p: Tensor, saved: Tensor, replaces: bool | Tensor) -> Tensor:

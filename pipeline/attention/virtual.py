@@ -362,8 +362,8 @@ def fused_differs(kernel: ModuleType, device: torch.device, dtype: torch.dtype, 
     ):
         made.append([out.detach(), *torch.autograd.grad(out, inputs, grad)])
     names = ("output", "dq", "dk", "dv", "d keys", "d bias", "d values")
-    for name, own, wanted in zip(names, *made, strict=True):
-        gap = float((own.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+    for name, fused, wanted in zip(names, *made, strict=True):
+        gap = float((fused.double() - wanted.double()).abs().max() / wanted.double().abs().max())
         if not gap <= tolerance:
             return f"{name} is {gap:.2g} off"
     return None

@@ -130,8 +130,10 @@ def _loaded(
     device: torch.device | str, seed: int, *, allow_download: bool = False,
 ) -> Loaded:  # fmt: skip
     if variant not in VARIANTS:
-        where, way_out = f"backbones.{backbone.name}.variant", nearest(variant, VARIANTS)
-        raise InputError(f"unknown variant '{variant}'", where=where, way_out=way_out)
+        raise InputError(
+            f"unknown variant '{variant}'", where=f"backbones.{backbone.name}.variant",
+            way_out=nearest(variant, VARIANTS),
+        )  # fmt: skip
     kind = _dtype(dtype, backbone.name)
     if variant == "tiny":
         return _tiny(backbone, seed=seed, dtype=kind, device=device)

@@ -259,10 +259,10 @@ class FunctionVector(VectorMethod):
                     return list(self.run([shots] * len(heads)).softmax(-1)[:, answer].cpu())
 
             for heads in torch.arange(self.spec.num_heads).split(at_once):
-                found = setting.host.loaded.passes.run(
+                answers = setting.host.loaded.passes.run(
                     "function vectors", heads.tolist(), patched, width=lambda _: len(closed)
                 )
-                effects[layer, heads] = torch.stack(found) - plain.cpu()
+                effects[layer, heads] = torch.stack(answers) - plain.cpu()
         return effects
 
     def _shuffled(self, shots: Shots, number: int) -> Shots:

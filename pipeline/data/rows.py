@@ -156,8 +156,10 @@ def _csv(path: Path) -> _Read:
         reader = csv.DictReader(file, delimiter=between, strict=True)
         names = reader.fieldnames or []
         if not any(names) or len(set(names)) < len(names):
-            what = "a column's name stands twice in" if any(names) else "no names of columns stand in"
-            raise InputError(f"{what} the first line: {head.strip()[:80]}", where=str(path), way_out="Mend that line")
+            problem = "a column's name stands twice in" if any(names) else "no names of columns stand in"
+            raise InputError(
+                f"{problem} the first line: {head.strip()[:80]}", where=str(path), way_out="Mend that line"
+            )
         while True:
             try:
                 values = next(reader, None)

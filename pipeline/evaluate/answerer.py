@@ -61,8 +61,8 @@ class Answerer:
             way_out = "Give the adapter folder of a trial: runs/KEY/adapter"
             raise InputError("the adapter does not name its backbone and task", where=str(folder), way_out=way_out)
         name, definition = str(self.origin["task"]), self.origin.get("definition")
-        own = definition is not None and task_name in (None, name)
-        self.task = tasks.made(name, definition) if own else tasks.get(task_name or name)
+        defined = definition is not None and task_name in (None, name)
+        self.task = tasks.made(name, definition) if defined else tasks.get(task_name or name)
 
     def answer(self, image: str | Path | None, question: str | None = None, max_new_tokens: int | None = None) -> Json:
         """Return what the backbone says to an image.

@@ -170,10 +170,10 @@ _NOT_SHARDED = {  # settings of `train`, and what ZeRO-3 does that they do not s
 
 
 def _check_zero_3(train: Train, where: str) -> None:
-    for name, what in _NOT_SHARDED.items():
+    for name, gathered in _NOT_SHARDED.items():
         if getattr(train, name):
             way_out = f"Set train.{name} to false, or train.zero_stage to 2"
-            raise InputError(f"ZeRO-3 gathers {what}", where=where, way_out=way_out)
+            raise InputError(f"ZeRO-3 gathers {gathered}", where=where, way_out=way_out)
 
 
 def _given(value: float | None, default: float) -> float:
@@ -267,8 +267,10 @@ def _cell(
     vary = {name: value for name, value in vary.items() if name in known}
     for name in row.search:
         if name not in known:
-            where = f"studies.{study}.methods.{row_name}"
-            raise InputError(f"search over unknown field '{name}'", where=where, way_out=nearest(name, known))
+            raise InputError(
+                f"search over unknown field '{name}'", where=f"studies.{study}.methods.{row_name}",
+                way_out=nearest(name, known),
+            )  # fmt: skip
     resolved = resolve(params, study, row_name, paper_backbone, paper_task, vary)
     return Cell(
         study=study, row=row_name, label=row.label or row_name, backbone=backbone, paper_backbone=paper_backbone,

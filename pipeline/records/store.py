@@ -157,10 +157,10 @@ class TrialFolder:
             Superseded: another process took it up at the same time.
             WorkError: the folder cannot be written.
         """
-        place, own = self.path / WRITING, uuid.uuid4().hex
-        draft = self.path / f"{GONE}{own}"
+        place, name = self.path / WRITING, uuid.uuid4().hex
+        draft = self.path / f"{GONE}{name}"
         try:
-            (draft / own).mkdir(parents=True)
+            (draft / name).mkdir(parents=True)
             for left in self.path.glob(f"{GONE}*"):  # by a process that was killed meanwhile
                 if left != draft:
                     shutil.rmtree(left, ignore_errors=True)
@@ -168,7 +168,7 @@ class TrialFolder:
                 remove_folder(place)
                 try:
                     draft.rename(place)
-                    return TrialFolder(self.path, place / own)
+                    return TrialFolder(self.path, place / name)
                 except OSError as error:  # somebody else was quicker, and is superseded now
                     if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                         raise

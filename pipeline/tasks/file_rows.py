@@ -96,10 +96,10 @@ def completed(name: str, given: TaskFile, root: Path) -> Completed:
     split = _split(given.split, files, columns, where)
     prompt = given.prompt or _prompt(fields)
     _check_prompt(prompt, fields, columns, where)
-    found = {"score": score, "max_new_tokens": tokens, "split": split, "prompt": prompt}
-    shown = {**found, "split": split if isinstance(split, str) else f"by column '{split.column}'"}
-    guessed += [f"{key} = {shown[key]}" for key in found if getattr(given, key) is None]
-    return Completed(given.model_copy(update={**found, "fields": fields}), tuple(guessed))
+    settled = {"score": score, "max_new_tokens": tokens, "split": split, "prompt": prompt}
+    shown = {**settled, "split": split if isinstance(split, str) else f"by column '{split.column}'"}
+    guessed += [f"{key} = {shown[key]}" for key in settled if getattr(given, key) is None]
+    return Completed(given.model_copy(update={**settled, "fields": fields}), tuple(guessed))
 
 
 def _fields(
@@ -351,8 +351,8 @@ class RowReader:
         if not texts or len(weights) not in (0, len(texts)):
             raise RowError(column, "has no answer" if not texts else "has a weight for some answers alone")
         if self.settings.score == "vqa" and not weights and len(texts) < LEAST_ANSWERS:
-            what = f"has {len(texts)} answers; VQA accuracy needs {LEAST_ANSWERS} or weights"
-            raise RowError(column, f"{what}. Set score to exact")
+            problem = f"has {len(texts)} answers; VQA accuracy needs {LEAST_ANSWERS} or weights"
+            raise RowError(column, f"{problem}. Set score to exact")
         order = sorted(range(len(texts)), key=lambda i: -weights[i]) if weights else range(len(texts))
         return tuple(texts[i] for i in order), [weights[i] for i in order] if weights else []
 
@@ -459,8 +459,8 @@ def _letter(answer: str, choices: Sequence[str], column: str) -> str:
     letter = letter_of(answer) if len(answer.strip(" ().")) == 1 else ""
     if letter and letter in ascii_uppercase[: len(choices)]:
         return letter
-    what = f"is {_shown(answer)}: neither one of the {len(choices)} choices, nor its letter, nor its number from 0"
-    raise RowError(column, what)
+    problem = f"is {_shown(answer)}: neither one of the {len(choices)} choices, nor its letter, nor its number from 0"
+    raise RowError(column, problem)
 
 
 def number_in(text: str) -> float | None:

@@ -183,8 +183,10 @@ def _scanned(name: str, settings: str, root: str, marks: tuple[tuple[int, ...], 
             sample = reader.sample(row)
             if sample.sample_id in seen:
                 column = task.settings.fields.id or ""
-                what = f'is {sample.sample_id!r} again, as in line {seen[sample.sample_id]}; `id: "#"` takes the line'
-                raise RowError(column, what)
+                problem = (
+                    f'is {sample.sample_id!r} again, as in line {seen[sample.sample_id]}; `id: "#"` takes the line'
+                )
+                raise RowError(column, problem)
             paths = tuple(dict.fromkeys(image.path for image in sample.images))
             for path in paths:
                 if not there.setdefault(path, "#" in path or (Path(root) / path).is_file()):
@@ -218,9 +220,9 @@ def _template(settings: TaskFile) -> PromptTemplate:
     middle = inner(prompt)
     query = prompt.replace(middle, "{question}") if middle else prompt
     cues = tuple(dict.fromkeys(_CUE.findall(re.sub(r"\{\w*\}", "", prompt))))
-    own = _PAPERS.get(query) if settings.instruction is None and settings.score != "choice" else None
-    if own is not None and middle in ("", "{question}"):
-        return own
+    printed = _PAPERS.get(query) if settings.instruction is None and settings.score != "choice" else None
+    if printed is not None and middle in ("", "{question}"):
+        return printed
     instruction = (settings.instruction or "").strip()
     return PromptTemplate(
         prefix=f"{instruction}\n" if instruction else "", prefix_needs_demos=False, query=query,
@@ -243,7 +245,9 @@ def _is_in_it(answer: str, sample: Sample, tolerance: float) -> float:
     """Whether a reference stands in the answer, as whole words."""
     del tolerance
     text = _plain(answer)
-    return float(any(re.search(rf"(?<!\w){re.escape(_plain(one))}(?!\w)", text) for one in sample.references))
+    return float(
+        any(re.search(rf"(?<!\w){re.escape(_plain(reference))}(?!\w)", text) for reference in sample.references)
+    )
 
 
 def _is_choice(answer: str, sample: Sample, tolerance: float) -> float:

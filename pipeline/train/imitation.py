@@ -88,14 +88,14 @@ class Imitation:
         for part in self.chunk:
             end = start + len(part.ids)
             if part.trial.facts.teacher == "logits":
-                own = ((rows >= start) & (rows < end)).nonzero()[:, 0]
+                taught_rows = ((rows >= start) & (rows < end)).nonzero()[:, 0]
                 taught = torch.cat([target.logits for target in part.targets if target.logits is not None])
-                of_part, samples = (placed(x, logits.device) for x in (own, rows[own] - start))
+                of_part, samples = (placed(x, logits.device) for x in (taught_rows, rows[taught_rows] - start))
                 distances[part.number] = loss.divergence(logits[of_part], taught, samples, end - start).sum()
             start = end
         for state, compared in self.compared.items():
             of_samples = loss.alignment(self.states[state], compared.targets)
             for number in set(compared.numbers):
-                own = torch.tensor([i for i, other in enumerate(compared.numbers) if other == number])
-                distances[number] = of_samples[placed(own, of_samples.device)].sum()
+                of_trial = torch.tensor([i for i, taught in enumerate(compared.numbers) if taught == number])
+                distances[number] = of_samples[placed(of_trial, of_samples.device)].sum()
         return distances

@@ -325,7 +325,7 @@ class _Workspace:
                     places.add(settings.images or (below if rest else ""))
         files = {self.data_root / place for place in (settings.file, *places)}
         files = {file for file in files if not self.folder.is_relative_to(file)}  # of itself a stage cannot be made
-        return sorted(str(file) for file in files if not any(other in file.parents for other in files))
+        return sorted(str(file) for file in files if not any(parent in file.parents for parent in files))
 
     def _profile(self, given: Budget) -> Json:
         gpu = torch.cuda.is_available()

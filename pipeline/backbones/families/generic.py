@@ -303,7 +303,7 @@ class GenericFamily(Family):
         told = [
             {name: part.tolist() for name, part in image.items() if not part.is_floating_point()} for image in images
         ]
-        if any(other != told[0] for other in told):  # padded to one size, but of different numbers of tokens
+        if any(shape != told[0] for shape in told):  # padded to one size, but of different numbers of tokens
             return [tokens for image in images for tokens in self.encode_images(model, [image])]
         stacked = self.stack([images])
         features = self._encoded(model, stacked)
@@ -477,8 +477,8 @@ def _content(turn: Sequence[str | None], *, parts: bool) -> Any:
 def _between(text: str, *marks: str) -> list[str]:
     out = []
     for mark in marks:
-        before, found, text = text.partition(mark)
-        if not found:
+        before, met, text = text.partition(mark)
+        if not met:
             raise ValueError("what is said is not in it, or in another order")
         out.append(before)
     return [*out, text]
