@@ -134,7 +134,8 @@ def _resolved(raw: dict[str, Any], where: str) -> Params:
     for section in SECTIONS:
         merged = merge(merge(getattr(chosen, section, {}), getattr(run, section)), explicit[section])
         laid[section] = validate(type(getattr(file, section)), merged, f"{run_at}: {section}")
-    task_files = validate(TaskFiles, {"tasks": merge(run.task_files, sections["tasks"])}, run_at).tasks
+    of_profile = {task: changes.model_dump(exclude_unset=True) for task, changes in run.task_files.items()}
+    task_files = validate(TaskFiles, {"tasks": merge(of_profile, sections["tasks"])}, run_at).tasks
     registry.declare("task", {task: (given, Path(run.data_root)) for task, given in task_files.items()})
     sources = validate(Sources, {"of": merge(run.sources, explicit["backbones"])}, f"{run_at}: sources").of
     registry.declare("backbone", {backbone: source for backbone, source in sources.items() if source.hub})

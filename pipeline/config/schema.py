@@ -196,8 +196,8 @@ class TaskSplit(Section):
     evaluation: list[str] = Field(min_length=1)
 
 
-class TaskFile(Section):
-    """A task over a file of the user's own (`pipeline.tasks.file_task`); what is left out is guessed from its rows.
+class TaskChanges(Section):
+    """What one of params.yaml and a profile says of a task over a file of the user's own; the other may say the rest.
 
     Attributes:
         file: JSON lines, JSON, CSV or Parquet, or a folder of those; below the profile's `data_root`.
@@ -209,7 +209,7 @@ class TaskFile(Section):
         bad_rows: what is done with rows that cannot be used; those left out are counted and named in the manifest.
     """
 
-    file: str
+    file: str | None = None
     images: str | None = None
     fields: TaskFields = TaskFields()
     prompt: str | None = None
@@ -219,6 +219,12 @@ class TaskFile(Section):
     max_new_tokens: int | None = Field(None, ge=1)
     tolerance: float = Field(1e-6, ge=0)
     bad_rows: Literal["refuse", "leave-out"] = "refuse"
+
+
+class TaskFile(TaskChanges):
+    """A task over a file of the user's own (`pipeline.tasks.file_task`); what is left out is guessed from its rows."""
+
+    file: str
 
 
 class MiniatureSettings(Section):
@@ -266,7 +272,7 @@ class Profile(Section):
     evaluate: dict[str, Any] = {}
     stand_ins: dict[str, list[str]] = {}  # whose parts a backbone or a task plays beside its own, the first one asked
     study_changes: dict[str, dict[str, Any]] = {}  # over `studies`: what this profile cannot do as printed
-    task_files: dict[str, dict[str, Any]] = {}  # where `tasks` is a mapping: what it says of those over own files
+    task_files: dict[str, TaskChanges] = {}  # where `tasks` is a mapping: what it says of those over own files
 
     @model_validator(mode="before")
     @classmethod
@@ -372,7 +378,7 @@ class ParamsFile(Section):
     sweep: Sweep = Sweep()
     evaluate: Evaluate = Evaluate()
     backbones: dict[str, BackboneSource] = {}
-    tasks: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, TaskChanges] = {}
     miniature: MiniatureSettings = MiniatureSettings()
     tracking: Tracking = Tracking()
 
