@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +11,8 @@ from pipeline.adapters.options import Facts, Options, PublishedDecoding
 from pipeline.baselines import baselines
 from pipeline.config.trial import TrialConfig, canonical
 from pipeline.core.errors import InputError, nearest
+
+_checked: dict[tuple[str, str], Options] = {}  # by method and what a trial's key has of them
 
 
 def names() -> list[str]:
@@ -44,18 +44,18 @@ def parse(method: str, given: Mapping[str, Any]) -> Options:
     Raises:
         InputError: an option does not exist or has a wrong value.
     """
-    return _schema(method).checked(given, method)
+    checked = _schema(method).checked(given, method)
+    _checked[method, canonical(checked.plain())] = checked
+    return checked
 
 
 def options(config: TrialConfig) -> Options:
-    """Return the options of a trial: one that is planned, or one that was recorded when there were fewer of them."""
-    return _recorded(config.method, canonical(config.options))
-
-
-@functools.lru_cache(maxsize=4096)
-def _recorded(method: str, text: str) -> Options:
-    schema = _schema(method)
-    return schema.checked(schema.completed(json.loads(text)), method)
+    """Return the options of a trial, checked once; a recorded one may be of a time when there were fewer."""
+    key = config.method, canonical(config.options)
+    if key not in _checked:
+        schema = _schema(config.method)
+        _checked[key] = schema.checked(schema.completed(config.options), config.method)
+    return _checked[key]
 
 
 def facts(config: TrialConfig) -> Facts:

@@ -129,8 +129,7 @@ def fitted(config: TrialConfig, resident: Resident, manifest: Manifest, *, batch
         manifest: its samples; the evaluation split is read only where the trial selects on it (`selection: test`).
         batch_size: prompts generated at once where a layer is chosen.
     """
-    kind = baselines.get(config.method)
-    method = kind(kind.Options.checked(config.options, config.method))
+    method = baselines.get(config.method)(methods.options(config))
     method.fit(
         Setting(
             host=resident,

@@ -7,6 +7,8 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import methods
+from pipeline.adapters.options import Options
 from pipeline.config.load import load
 from pipeline.plan.plan import Places, in_lanes, make_plan, teacher_key
 from pipeline.plan.space import Digests, cells
@@ -52,3 +54,16 @@ def test_trials_without_a_teacher_share_none_and_other_demonstrations_are_anothe
     assert len({of[key] for key in search}) == len({PLAN.trials[key].task for key in search})
     request = PLAN.request_of(PLAN.trials[search[0]])
     assert set(request.kinds) >= {("hidden", "mlp"), ("logits", "")}
+
+
+def test_a_trials_options_are_checked_once(monkeypatch):
+    calls, planned, parse, checked = [], [], methods.parse, Options.checked.__func__
+    monkeypatch.setattr(methods, "_checked", {})
+    monkeypatch.setattr(methods, "parse", lambda method, given: planned.append(method) or parse(method, given))
+    counted = classmethod(lambda kind, given, method: calls.append(method) or checked(kind, given, method))
+    monkeypatch.setattr(Options, "checked", counted)
+    plan = plan_of("miniature-search")
+    for config in plan.trials.values():
+        assert methods.options(config).plain() == config.options
+        assert teacher_key(config) is None or methods.facts(config).kind
+    assert calls == planned and set(calls) == {config.method for config in plan.trials.values()}
