@@ -207,7 +207,7 @@ class Adapter(nn.Module):
         self.check_weights(path)
         try:
             saved = load_file(path)
-            self.load_state_dict({own: saved[name] for name, own in self._own_names(saved).items()})
+            self.load_state_dict({parameter: saved[name] for name, parameter in self._own_names(saved).items()})
         except (OSError, SafetensorError) as error:
             raise InputError(f"not readable: {error}", where=str(path)) from None
 
@@ -222,8 +222,8 @@ class Adapter(nn.Module):
                 saved = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
         except (OSError, SafetensorError) as error:
             raise InputError(f"not readable: {error}", where=str(path)) from None
-        own = self.state_dict()
-        expected = {name: list(own[parameter].shape) for name, parameter in self._own_names(saved).items()}
+        state = self.state_dict()
+        expected = {name: list(state[parameter].shape) for name, parameter in self._own_names(saved).items()}
         for name in sorted(expected.keys() | saved.keys()):
             wanted, given = (shapes.get(name, "absent") for shapes in (expected, saved))
             if wanted != given:
