@@ -35,12 +35,22 @@ SHARING = (
     "tests/docs/", "tests/e2e/test_lineage.py", "tests/e2e/test_pipeline.py", "tests/tracking/test_models.py",
     "tests/tracking/test_ui.py",
 )  # fmt: skip
+LONG = ("tests/e2e/", "tests/bench/", "tests/security/test_local_sweep.py", "tests/pool/test_stopping.py")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Under `pytest -n`, begin with what takes longest: begun last, it would keep one worker while the others idle."""
+    if hasattr(config, "workerinput"):
+        order = (SHARING, LONG, "")
+        items.sort(key=lambda item: next(n for n, begin in enumerate(order) if item.nodeid.startswith(begin)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Under `pytest -n`, keep a file's tests with one worker, and so those of all files in `SHARING`."""
     from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False  # by the number of tests, which says nothing about how long they take
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
