@@ -195,7 +195,7 @@ def short(
     q: Tensor, k: Tensor, keys: Tensor, bias: Tensor | None, per_query: Tensor | None, replaces: bool | Tensor,
     mask: PreparedMask | None,
 ) -> bool:  # fmt: skip
-    """Whether attention over as many keys as queries is computed here when something learns.
+    """Whether attention over as many keys as queries is computed over concatenated keys when something learns.
 
     Where `q` needs no gradient, as in the lowest layer, merging skips the context's backward altogether.
     """
