@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from functools import cache
 from graphlib import TopologicalSorter
@@ -44,6 +45,16 @@ def test_no_modules_import_each_other_in_a_circle_not_even_inside_functions_or_f
         imports[module] = (named & modules.keys()) - {module}
     assert len(imports) > 100
     assert list(TopologicalSorter(imports).static_order())  # raises CycleError, which names the circle
+
+
+def test_the_map_names_every_room_and_only_files_that_are_there():
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rooms = {path.parent.name for path in (ROOT / "pipeline").glob("*/__init__.py")}
+    assert rooms and {room for room in rooms if f"\n    {room}/ " not in page} == set()
+    named = set(re.findall(r"`([a-z_/]+\.py)`", page))
+    assert (
+        named and {name for name in named if not any((ROOT / at / name).is_file() for at in ("", "pipeline"))} == set()
+    )
 
 
 def test_the_house_has_few_files_and_none_that_is_long():
