@@ -8,9 +8,9 @@ windows arrive as a mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -61,7 +61,7 @@ def attach(
     for member in pack.adapters:
         member.backbone.check(spec, f"method '{member.name}'")
     attention = dict(parts_of(pack.adapters, AttentionAdapter))
-    hidden = dict(parts_of(pack.adapters, HiddenAdapter))
+    hidden = list(parts_of(pack.adapters, HiddenAdapter))
     weights = dict(parts_of(pack.adapters, WeightsAdapter))
     check_hooks(model.modules(), [spec.decoder])  # which begins every pass anew
     with ExitStack() as stack:
@@ -72,7 +72,7 @@ def attach(
         elif weights:
             stack.enter_context(edited_weights(model, WeightsEdit(weights, pack, spec)))
         if attention:
-            stack.enter_context(_edited_attention(spec, AttentionEdit(attention, pack, spec)))
+            stack.enter_context(_edited_attention(spec, AttentionEdit(attention, pack, spec, partial(_prefill, spec))))
         if hidden:
             stack.enter_context(_edited_hidden(spec, hidden, pack))
         yield pack
@@ -115,17 +115,20 @@ def _continues(kwargs: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _edited_hidden(spec: DecoderSpec, parts: Mapping[int, HiddenAdapter], pack: Pack) -> Iterator[None]:
+def _edited_hidden(spec: DecoderSpec, parts: Sequence[tuple[int, HiddenAdapter]], pack: Pack) -> Iterator[None]:
     if spec.decoder in _HIDDEN:
         way_out = "Leave the first `attach`, or give both to one `attach` with rows"
         raise InputError("an adapter of hidden states is attached to this model already", way_out=way_out)
     _HIDDEN[spec.decoder] = True
+    kinds: dict[tuple[str, Any], dict[int, HiddenAdapter]] = {}  # by what is edited, and how
+    for index, part in parts:
+        kinds.setdefault((part.state, part.edited), {})[index] = part
     try:
         with _hooks() as hooks:
-            for state in sorted({part.state for part in parts.values()}):
-                modules = modules_at(spec, state)
+            for of_kind in kinds.values():
+                modules = modules_at(spec, next(iter(of_kind.values())).state)
                 check_hooks([spec.decoder, *spec.layers], modules)
-                edit = HiddenEdit({index: part for index, part in parts.items() if part.state == state}, pack, modules)
+                edit = HiddenEdit(of_kind, pack, modules)
                 hooks.append(spec.decoder.register_forward_pre_hook(eager(edit.before)))
                 hook = eager(edit.after)
                 for module in modules:
@@ -134,6 +137,50 @@ def _edited_hidden(spec: DecoderSpec, parts: Mapping[int, HiddenAdapter], pack: 
             yield
     finally:
         del _HIDDEN[spec.decoder]
+
+
+def _prefill(spec: DecoderSpec, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Run states [n, D] through the decoder as it is; see `Prefill`. They stand at the positions -n to -1."""
+    from transformers import DynamicCache
+
+    like = next(spec.attentions[0].parameters())
+    rows, cache = states.to(like.device, like.dtype)[None], DynamicCache()
+    positions = torch.arange(-len(states), 0, device=like.device)[None]
+    with _as_it_is(spec):
+        # not by a call: who listens to the decoder, or changes what it is given, means the pass that is to come
+        spec.decoder.forward(inputs_embeds=rows, position_ids=positions, past_key_values=cache, use_cache=True)
+    kept = [cache.layers[attention.layer_idx] for attention in spec.attentions]
+    keys, values = (torch.stack([getattr(layer, name)[0] for layer in kept]) for name in ("keys", "values"))
+    return keys.to(states.dtype), values.to(states.dtype)
+
+
+@contextmanager
+def _as_it_is(spec: DecoderSpec) -> Iterator[None]:
+    """Let a decoder compute inside the block without the edits, hooks and checkpoints of this project."""
+    edits = {module: _EDITS.pop(module) for module in spec.attentions if module in _EDITS}
+    tables: list[tuple[Any, dict[int, Any]]] = []
+    for module in spec.decoder.modules():
+        for table in (module._forward_hooks, module._forward_pre_hooks):
+            if any(hasattr(hook, "_torchdynamo_disable") for hook in table.values()):  # of `eager`
+                tables.append((table, dict(table)))
+    forwards = {
+        layer: vars(layer)["forward"] for layer in spec.layers if isinstance(vars(layer).get("forward"), partial)
+    }
+    try:
+        for table, hooks in tables:
+            for number, hook in hooks.items():
+                if hasattr(hook, "_torchdynamo_disable"):
+                    del table[number]
+        for layer in forwards:
+            del layer.forward
+        yield
+    finally:
+        for table, hooks in tables:
+            table.clear()
+            table.update(hooks)
+        for layer, forward in forwards.items():
+            layer.forward = forward  # type: ignore[assignment]
+        _EDITS.update(edits)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ A method edits the decoder in one or more of three places, and says so by the cl
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -235,6 +235,10 @@ class Adapter(nn.Module):
         return {name if name in saved else self.saved_name(name): name for name in self.state_dict()}
 
 
+# Runs states [n, D] through the decoder as it is, right before position 0; gives keys and values [L, H_kv, n, d].
+Prefill = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
 class AttentionAdapter(Adapter):
     """A method that adds virtual tokens to every decoder layer's attention.
 
@@ -243,6 +247,7 @@ class AttentionAdapter(Adapter):
     """
 
     replaces: bool = True  # whether virtual tokens take their mass from the context (see `attention.py`)
+    prefills: ClassVar[bool] = False  # whether `forward` is given a `Prefill`
 
     def __init__(self, options: AnyOptions, spec: DecoderSpec, init: Init) -> None:
         super().__init__(options, spec, init)
@@ -256,15 +261,33 @@ class AttentionAdapter(Adapter):
         """Return `keys` [L, H, n, d], `values` [L, H, n, d]; optional `bias` [L, H, n] and `linear` [L, H, d, d]."""
         raise NotImplementedError
 
+    @property
+    def num_virtual(self) -> int:
+        """How many virtual tokens a head attends to."""
+        return self()["keys"].shape[2]
+
 
 class HiddenAdapter(Adapter):
-    """A method that edits the output of every decoder layer's FFN, or the residual stream behind it."""
+    """A method that edits a state of every decoder layer: the FFN's output, attention's, or the residual stream."""
 
-    state: Literal["mlp", "residual"] = "mlp"  # what is edited
+    state: Literal["mlp", "residual", "attention"] = "mlp"  # what is edited
 
     def forward(self) -> dict[str, Tensor]:
-        """Return `shift` [L, D]: with x what is edited, x <- (x + shift) rescaled to the norm of x."""
+        """Return what `edited` takes, stacked over layers: vectors [L, D], matrices [L, D, r] or [L, r, D].
+
+        In a pack it is padded with zeros to the widest r, which must change nothing.
+        """
         raise NotImplementedError
+
+    @staticmethod
+    def edited(x: Tensor, **given: Tensor) -> Tensor:
+        """Return the state x [B, T, D], in fp32, as edited by one layer's tensors; here by LIVE's `shift` [D].
+
+        x <- (x + shift) |x| / |x + shift|. In a pack the tensors are each row's own: [B, 1, D], [B, D, r].
+        """
+        moved = x + given["shift"]
+        norms = [torch.linalg.vector_norm(y, dim=-1, keepdim=True) for y in (x, moved)]
+        return moved * (norms[0] / norms[1].clamp_min(torch.finfo(x.dtype).tiny))
 
 
 class WeightsAdapter(Adapter):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.adapters.base import AttentionAdapter, HiddenAdapter
+from pipeline.adapters.base import AttentionAdapter, HiddenAdapter, Prefill
 from pipeline.adapters.pack import Pack
 from pipeline.attention.kernels import PreparedMask, prepare_mask
 from pipeline.attention.virtual import virtual_attention
@@ -26,10 +26,11 @@ class AttentionEdit:
         parts: adapters of attention by their number in the pack; rows of the others attend to the context alone.
         pack: knows which row uses which.
         spec: the decoder.
+        prefill: runs states through it as it is.
     """
 
-    def __init__(self, parts: Mapping[int, AttentionAdapter], pack: Pack, spec: DecoderSpec) -> None:
-        self.parts, self.pack, self.num_layers = dict(parts), pack, spec.num_attentions
+    def __init__(self, parts: Mapping[int, AttentionAdapter], pack: Pack, spec: DecoderSpec, prefill: Prefill) -> None:
+        self.parts, self.pack, self.num_layers, self.prefill = dict(parts), pack, spec.num_attentions, prefill
         self.shape = (spec.num_attentions, spec.num_heads, spec.head_dim)
         self.layers: list[Callable[..., Tensor]] = [partial(self.attend, layer) for layer in range(spec.num_attentions)]
         self._tokens: Any = None  # of every layer: name -> tensor
@@ -50,7 +51,7 @@ class AttentionEdit:
         self._mask = None
         if continues and self._tokens is not None:
             return
-        made = {index: part() for index, part in self.parts.items()}
+        made = {index: part(self.prefill) if part.prefills else part() for index, part in self.parts.items()}
         stacked = made[0] if len(self.pack.adapters) == 1 else _stack(made, len(self.pack.adapters), self.shape)
         # unbind once: its backward is one stack, where indexing layer by layer would write all layers each time
         layers = {name: value.unbind(0) for name, value in stacked.items()}
@@ -123,10 +124,10 @@ def _stack(made: dict[int, dict[str, Tensor]], count: int, shape: tuple[int, int
 
 
 class HiddenEdit:
-    """Shift states of every layer and restore their norm: h <- (h + shift) |h| / |h + shift| (LIVE).
+    """Edit a state of every layer, each row by its own adapter (`HiddenAdapter.edited`).
 
     Args:
-        parts: adapters of hidden states by their number in the pack; rows of the others stay as they are.
+        parts: adapters that edit it in one way, by their number in the pack; rows of the others stay as they are.
         pack: knows which row uses which.
         modules: give the states, layer by layer.
     """
@@ -134,17 +135,23 @@ class HiddenEdit:
     def __init__(self, parts: Mapping[int, HiddenAdapter], pack: Pack, modules: Sequence[nn.Module]) -> None:
         self.parts, self.pack = dict(parts), pack
         self.layer_of = {module: layer for layer, module in enumerate(modules)}
-        self._shifts: Any = None
+        self.edited = next(iter(self.parts.values())).edited
+        self._tensors: dict[str, tuple[Tensor, ...]] | None = None
 
     def refresh(self) -> None:
-        """Compute all layers' shifts from the parameters as they are now."""
-        made = {index: part()["shift"] for index, part in self.parts.items()}
+        """Compute all layers' tensors from the parameters as they are now."""
+        made = {index: part() for index, part in self.parts.items()}
         if len(self.pack.adapters) == 1:
-            self._shifts = made[0].unbind(0)
+            self._tensors = {name: values.unbind(0) for name, values in made[0].items()}
             return
-        like = next(iter(made.values()))
-        stacked = torch.stack([made.get(i, torch.zeros_like(like)) for i in range(len(self.pack.adapters))], 1)
-        self._shifts = stacked.unbind(0)
+        self._tensors = {}
+        for name, like in next(iter(made.values())).items():
+            each = {index: tensors[name] for index, tensors in made.items()}
+            shape = [max(sizes) for sizes in zip(*(value.shape for value in each.values()), strict=True)]
+            rows = [
+                _padded(each[i], shape) if i in each else like.new_zeros(shape) for i in range(len(self.pack.adapters))
+            ]
+            self._tensors[name] = torch.stack(rows, 1).unbind(0)
 
     def before(self, module: Any, args: Any) -> None:
         """Refresh, as the decoder's forward pre-hook."""
@@ -154,31 +161,39 @@ class HiddenEdit:
         """Edit the states that a module gives, as its forward hook: one for all layers, so that none has another's."""
         layer = self.layer_of[module]
         if isinstance(output, tuple):
-            return (self.shifted(layer, output[0]), *output[1:])
-        return self.shifted(layer, output)
+            return (self.of_layer(layer, output[0]), *output[1:])
+        return self.of_layer(layer, output)
 
-    def shifted(self, layer: int, h: Tensor) -> Tensor:
-        """Return the edited hidden state [B, T, D], in the dtype of `h`."""
-        if self._shifts is None:
+    def of_layer(self, layer: int, h: Tensor) -> Tensor:
+        """Return the edited state [B, T, D], in the dtype of `h`."""
+        if self._tensors is None:
             self.refresh()
-        shift = self._shifts[layer].to(h.device)
+        given = {name: values[layer].to(h.device) for name, values in (self._tensors or {}).items()}
         rows = self.pack.of_rows(h.shape[0], h.device)
-        shift = shift if rows is None else shift.index_select(0, rows).unsqueeze(1)
-        if h.dtype != shift.dtype and torch.is_grad_enabled():  # several copies in fp32, made again when needed
-            out = checkpoint(_moved, h, shift, use_reentrant=False, preserve_rng_state=False)
+        if rows is not None:
+            given = {name: value.index_select(0, rows) for name, value in given.items()}
+            given = {name: value.unsqueeze(1) if value.dim() == 2 else value for name, value in given.items()}
+        wide = torch.promote_types(h.dtype, next(iter(given.values())).dtype)
+
+        def edited(h: Tensor, *values: Tensor) -> Tensor:
+            return self.edited(h.to(wide), **dict(zip(given, values, strict=True))).to(h.dtype)
+
+        if h.dtype != wide and torch.is_grad_enabled():  # several copies in fp32, made again when needed
+            out = checkpoint(edited, h, *given.values(), use_reentrant=False, preserve_rng_state=False)
         else:
-            out = _moved(h, shift)
+            out = edited(h, *given.values())
         if rows is None or len(self.parts) == len(self.pack.adapters):
             return out
         edits = self.pack.flagged([i in self.parts for i in range(len(self.pack.adapters))], h.shape[0], h.device)
         return torch.where(edits.view(-1, 1, 1), out, h)
 
 
-def _moved(h: Tensor, shift: Tensor) -> Tensor:
-    wide = h.to(torch.promote_types(h.dtype, shift.dtype))
-    moved = wide + shift
-    norms = [torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (wide, moved)]
-    return (moved * (norms[0] / norms[1].clamp_min(torch.finfo(wide.dtype).tiny))).to(h.dtype)
+def _padded(value: Tensor, shape: Sequence[int]) -> Tensor:
+    """Pad a tensor with zeros behind its values to a shape."""
+    missing = [
+        by for size, given in zip(reversed(shape), reversed(value.shape), strict=True) for by in (0, size - given)
+    ]
+    return torch.nn.functional.pad(value, missing)
 
 
 class WeightsEdit:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationInfo, field_validator, model_serializer
 from torch import Tensor
 
 from pipeline.adapters.base import METHODS, AttentionAdapter, Init
-from pipeline.adapters.options import Facts, Options
+from pipeline.adapters.options import Facts, Options, Taught
 from pipeline.backbones.decoder import DecoderSpec
 from pipeline.core.plain_yaml import Json
 
@@ -24,6 +24,7 @@ class MimICOptions(Options):
     alignment: Literal["ffn", "attention"] = "ffn"
     # the output of the FFN or the attention, by `alignment`, or the residual stream once that output was added
     point: Literal["mlp", "attention", "residual"] = Field(default_factory=lambda given: _OUTPUT[given["alignment"]])
+    teacher: Taught = True  # its own; false: cross-entropy alone, logits: LIVE's KL
 
     @field_validator("point")
     @classmethod
@@ -40,9 +41,15 @@ class MimICOptions(Options):
         return super().completed({"point": point, **recorded})
 
     def facts(self) -> Facts:
-        """Alignment with the teacher's hidden states plus half the cross-entropy."""
+        """Alignment with the teacher's hidden states plus half the cross-entropy, unless `teacher` is another."""
         middle = self.point == "residual" and self.alignment == "attention"
-        return Facts(state="residual-mid" if middle else self.point).aligned()
+        return Facts(state="residual-mid" if middle else self.point).taught_by(self.teacher)
+
+    @model_serializer(mode="wrap")
+    def _plain(self, serialise: SerializerFunctionWrapHandler) -> Json:
+        """Leave out the teacher that is MimIC's own, and with another one what is aligned."""
+        unheard = ("teacher",) if self.teacher is True else ("alignment", "point")
+        return {name: value for name, value in serialise(self).items() if name not in unheard}
 
 
 @METHODS.register

@@ -44,9 +44,16 @@ class Facts:
             return None
         return ("hidden", self.state) if self.teacher == "hidden" else ("logits", "")
 
-    def aligned(self) -> Facts:
-        """Return the same with MimIC's loss: alignment of hidden states + 0.5 cross-entropy (Sec. 3.2, lambda)."""
-        return replace(self, teacher="hidden", alignment_weight=1.0, ground_truth_weight=0.5)
+    def taught_by(self, teacher: bool | Literal["logits"]) -> Facts:
+        """Return the same with a teacher's loss + 0.5 cross-entropy (MimIC Sec. 3.2, lambda; LIVE), or without one.
+
+        Args:
+            teacher: true: MimIC's alignment of hidden states; logits: LIVE's KL between answers' distributions.
+        """
+        if teacher is False:
+            return replace(self, teacher=None, state="mlp")
+        kind: Literal["hidden", "logits"] = "hidden" if teacher is True else "logits"
+        return replace(self, teacher=kind, alignment_weight=1.0, ground_truth_weight=0.5)
 
 
 @dataclass(frozen=True)
@@ -110,18 +117,24 @@ class Options(BaseModel):
         return options
 
 
+Taught = (
+    bool | Literal["logits"]
+)  # by nothing (false), by MimIC's alignment of hidden states (true), or by LIVE's KL of answers
+
+
 class TeacherOptions(Options):
-    """Options of a method that can be taught by MimIC's loss besides its own."""
+    """Options of a method that can be taught besides its own loss."""
 
     later: ClassVar[Mapping[str, Any]] = {"point": "residual"}
-    teacher: bool = False
-    point: Literal["mlp", "residual"] = "mlp"  # what is compared: the FFN's output, or the residual stream behind it
+    teacher: Taught = False
+    # what is compared: the output of the FFN or of attention, or the residual stream behind the FFN
+    point: Literal["mlp", "residual", "attention"] = "mlp"
 
     def taught(self, facts: Facts) -> Facts:
-        """Return `facts` with MimIC's alignment and half the cross-entropy, where there is a teacher."""
-        return replace(facts, state=self.point).aligned() if self.teacher else facts
+        """Return `facts` with the teacher's loss and half the cross-entropy, where there is a teacher."""
+        return replace(facts, state=self.point).taught_by(self.teacher)
 
     @model_serializer(mode="wrap")
     def _plain(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out the point where nothing is compared: trials that differ in nothing share a key."""
-        return {name: value for name, value in serialise(self).items() if self.teacher or name != "point"}
+        return {name: value for name, value in serialise(self).items() if self.teacher is True or name != "point"}

@@ -314,7 +314,10 @@ class Costs:
     def _adapter(self, adapter: Adapter, tokens: int) -> float:
         flops = 0.0
         for _, part in parts_of([adapter], AttentionAdapter):
-            flops += self.decoder.virtual(tokens, part()["keys"].shape[2])
+            flops += self.decoder.virtual(tokens, part.num_virtual)
+            if part.prefills:  # the virtual tokens go through the decoder too
+                flops += self.decoder.forward(part.num_virtual)
+                flops += self.decoder.backward(part.num_virtual, to_inputs=True)
         for _, part in parts_of([adapter], WeightsAdapter):
             for module, values in part.modules_trainable().items():
                 inside = module.startswith(self.vision_modules)

@@ -69,6 +69,13 @@ def real() -> dict[str, Any]:
         ("llava", "lora", {"scope": "decoder"}, 16_777_216),
         ("idefics2", "lora-mini", {}, 32 * (4096 + 4096)),
         ("idefics2", "mimic+lora", {}, 263_168 + 17_588_224),
+        ("idefics2", "prefix", {}, 2 * 32 * 8 * 8 * 128),
+        ("llava", "prefix", {"num_virtual_tokens": 4}, 2 * 32 * 32 * 4 * 128),
+        ("idefics2", "prompt", {"num_virtual_tokens": 20}, 20 * 4096),
+        ("idefics2", "bottleneck", {"width": 8}, 2 * 32 * (2 * 4096 * 8 + 8 + 4096)),
+        ("llava", "bottleneck", {"places": ["mlp"]}, 32 * (2 * 4096 * 16 + 16 + 4096)),
+        ("idefics2", "m2iv", {}, 2 * 32 * 4097),
+        ("idefics2", "peft", {"tuner": "ia3"}, 32 * (4096 + 2 * 1024 + 4096)),
     ],
 )
 def test_trainable_parameters(

@@ -24,6 +24,9 @@ PACKS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "mimic": [("mimic", {}), ("mimic", {"shift": "blend"}), ("mimic", {"shift": "linear"})],
     "live": [("live", {}), ("live", {}), ("live", {})],
     "points": [("live", {}), ("live", {"point": "residual"}), ("hificl", {})],
+    "before": [("prefix", {"num_virtual_tokens": 3}), ("prompt", {"num_virtual_tokens": 2}), ("prompt", {})],
+    "behind": [("bottleneck", {"width": 2}), ("m2iv", {}), ("bottleneck", {"width": 5, "places": ["mlp"]})],
+    "every place": [("prompt", {}), ("m2iv", {}), ("live", {"point": "residual"})],
     "all": [("hificl", {"num_virtual_tokens": 3}), ("mimic", {}), ("live", {}), ("mimic", {"shift": "linear"})],
 }
 ROWS = [2, 0, 1, 0, 2]

@@ -27,6 +27,9 @@ TEACHES: list[tuple[str, dict[str, Any], str, str]] = [  # method, options, stat
 ]
 
 
+POINTS = ("mlp", "residual", "attention")
+
+
 def without_point(options: dict[str, Any]) -> dict[str, Any]:
     """Return options as a record of before `point` has them."""
     found = {name: without_point(value) if isinstance(value, dict) else value for name, value in options.items()}
@@ -93,3 +96,25 @@ def test_an_old_adapter_computes_what_it_did(method: str, tiny: Any, inputs: Any
         today = stirred(adapters.create(method, model))
         with adapters.attach(model, today):
             assert not torch.equal(logits(model, batch), expected)
+
+
+@pytest.mark.parametrize("method", [name for name in adapters.names() if "+" not in name])
+@pytest.mark.parametrize(("teacher", "kind"), [(False, None), (True, "hidden"), ("logits", "logits")])
+def test_any_method_can_have_any_teacher(method: str, teacher: Any, kind: str | None) -> None:
+    options = methods.parse(method, {"teacher": teacher})
+    facts = options.facts()
+    assert facts.teacher == kind and facts.ground_truth_weight == (1.0 if kind is None else 0.5)
+    assert methods.parse(method, options.plain()) == options
+    if kind == "hidden" and method not in ("live", "mimic"):
+        at = {point: methods.parse(method, {"teacher": True, "point": point}).facts().state for point in POINTS}
+        assert at == dict(zip(POINTS, POINTS, strict=True))
+
+
+def test_a_methods_own_teacher_is_no_part_of_its_options() -> None:
+    for method, own in (("mimic", True), ("live", "logits")):
+        assert methods.parse(method, {"teacher": own}).plain() == methods.parse(method, {}).plain()
+        assert "teacher" not in methods.parse(method, {}).plain()
+    for point in ("mlp", "residual"):
+        assert methods.parse("live", {"teacher": True, "point": point}).facts().state == point
+    plain = methods.parse("mimic", {"teacher": False, "alignment": "attention"}).plain()
+    assert plain == methods.parse("mimic", {"teacher": False}).plain()

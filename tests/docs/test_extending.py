@@ -39,10 +39,10 @@ def site(tmp_path_factory):
     """A folder on Python's path into which the document's package is installed."""
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
     (source / "pyproject.toml").write_text(PACKAGE)
-    (source / "hificl_prefix").mkdir()
-    (source / "hificl_prefix/__init__.py").touch()
+    (source / "hificl_sink").mkdir()
+    (source / "hificl_sink/__init__.py").touch()
     for name, content in FILES.items():
-        (source / "hificl_prefix" / Path(name).name).write_text(content, encoding="utf-8")
+        (source / "hificl_sink" / Path(name).name).write_text(content, encoding="utf-8")
     install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--target"]
     subprocess.run([sys.executable, *install, str(folder), str(source)], check=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -85,7 +85,7 @@ def test_the_command_of_the_document_counts_it_where_such_files_lie(code):
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", *command.split()], cwd=code, capture_output=True, text=True, check=True
     )
-    assert json.loads(done.stdout)["trainable"] == 2 * 32 * 32 * 4 * 128
+    assert json.loads(done.stdout)["trainable"] == 32 * 32
 
 
 def test_they_are_trained_scored_and_reported(extended):
@@ -94,26 +94,24 @@ def test_they_are_trained_scored_and_reported(extended):
     made.python("-m", "pipeline", "study", study)
     with open(made.folder / f"reports/{study}.csv", newline="") as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
-    assert set(rows) == {"hificl", "prefix"} and all(row["value"] for row in rows.values())
-    assert rows["prefix"]["task"] == "pets-vqa" and rows["prefix"]["backbone"] == "idefics2-8b"
-    assert "Prefix tuning" in (made.folder / "reports/index.html").read_text()
+    assert set(rows) == {"hificl", "sink"} and all(row["value"] for row in rows.values())
+    assert rows["sink"]["task"] == "pets-vqa" and rows["sink"]["backbone"] == "idefics2-8b"
+    assert "Attention sink" in (made.folder / "reports/index.html").read_text()
     (config,) = (
-        path for path in made.folder.glob("runs/*/adapter/adapter_config.json") if '"prefix"' in path.read_text()
+        path for path in made.folder.glob("runs/*/adapter/adapter_config.json") if '"sink"' in path.read_text()
     )
-    assert json.loads(config.read_text())["options"] == {"num_virtual_tokens": 4}
+    assert json.loads(config.read_text())["options"] == {"start": -2.0}
 
 
 def test_a_run_records_the_version_of_the_package(extended):
     made, _ = extended
     configs = [json.loads(path.read_text()) for path in made.folder.glob("runs/*/config.json")]
-    assert configs and all(config["provenance"]["versions"]["hificl-prefix"] == "0.1.0" for config in configs)
+    assert configs and all(config["provenance"]["versions"]["hificl-sink"] == "0.1.0" for config in configs)
 
 
 def test_a_package_that_cannot_be_loaded_is_named(site):
-    (site / "hificl_prefix/prefix.py").write_text("import gone")
+    (site / "hificl_sink/sink.py").write_text("import gone")
     command = [sys.executable, "-m", "pipeline", "methods"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(
-        "error: package hificl-prefix: its method 'prefix' cannot be loaded: ModuleNotFoundErr"
-    )
+    assert done.stderr.startswith("error: package hificl-sink: its method 'sink' cannot be loaded: ModuleNotFoundErr")

@@ -271,3 +271,21 @@ def test_a_pack_grows_while_that_pays():
     assert capacity.best() == 4
     capacity.note(4, 100, 0.79, 10)
     assert capacity.best() == 2 and capacity.room(4) == 0
+
+
+BASELINES = [
+    ("peft", {"tuner": "dora", "config": {"r": 4}}),
+    ("peft", {"tuner": "oft", "teacher": True}),
+    ("prefix", {"teacher": "logits"}),
+    ("prompt", {"teacher": True, "point": "attention"}),
+    ("bottleneck", {}),
+    ("m2iv", {}),
+]
+
+
+@pytest.mark.parametrize(("method", "given"), BASELINES, ids=str)
+def test_a_baseline_learns_in_a_trial_like_any_other(bench, trial, tmp_path, method, given):
+    request = trial(method, tmp_path, **given, learning_rate=2e-3)
+    (reports,) = train(bench, [request]).values()
+    assert len(reports) == 2 and reports[1].ground_truth_loss < reports[0].ground_truth_loss
+    assert TrialStore(tmp_path).done(request.key).status == "finished"

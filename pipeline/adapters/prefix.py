@@ -1,0 +1,96 @@
+"""Prefix tuning and prompt tuning: what every layer attends to besides, learned as such or as input embeddings."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.adapters.base import METHODS, AttentionAdapter, Init, Prefill
+from pipeline.adapters.options import Facts, Options, TeacherOptions
+from pipeline.backbones.decoder import DecoderSpec
+from pipeline.core.errors import InputError
+
+_KEY_STD = 0.02
+
+
+class PrefixOptions(TeacherOptions):
+    """How many tokens stand before the context."""
+
+    num_virtual_tokens: int = Field(default=8, ge=1)
+
+    def facts(self) -> Facts:
+        """Cross-entropy alone, or with a teacher."""
+        return self.taught(Facts())
+
+
+class _Before(AttentionAdapter):
+    """Virtual tokens of the key heads, which a group of query heads shares as it shares the context's."""
+
+    def __init__(self, options: PrefixOptions, spec: DecoderSpec, init: Init) -> None:
+        super().__init__(options, spec, init)
+        self.groups = spec.num_heads // spec.num_kv_heads
+
+    def _of_heads(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        return {"keys": keys.repeat_interleave(self.groups, 1), "values": values.repeat_interleave(self.groups, 1)}
+
+
+@METHODS.register
+class Prefix(_Before):
+    """Free keys and values before every layer's context (prefix tuning, Li and Liang 2021, arXiv 2101.00190).
+
+    out = softmax(s q [P_K ; K]^T) [P_V ; V], P_K and P_V [n, d] for every layer and key head, trained directly, without
+    the paper's net behind them. A cached key at position 0 does not depend on the query's position: neither do these.
+    P_K ~ N(0, 0.02^2), P_V = 0. Trainable: 2 H_kv L n d.
+    """
+
+    name = "prefix"
+    Options: ClassVar[type[Options]] = PrefixOptions
+
+    def __init__(self, options: PrefixOptions, spec: DecoderSpec, init: Init) -> None:
+        super().__init__(options, spec, init)
+        shape = (spec.num_attentions, spec.num_kv_heads, options.num_virtual_tokens, spec.head_dim)
+        self.keys, self.values = init.normal(*shape, std=_KEY_STD), init.full(*shape)
+
+    def forward(self) -> dict[str, Tensor]:
+        """Return all layers' virtual tokens."""
+        return self._of_heads(self.keys, self.values)
+
+
+@METHODS.register
+class Prompt(_Before):
+    """Soft tokens before the prompt: input embeddings P [n, D] (prompt tuning, Lester et al. 2021, arXiv 2104.08691).
+
+    The decoder on [P ; E(x)]. Nothing that follows changes what the decoder makes of P, so it runs on P alone, at the
+    positions -n to -1, and its keys and values are what the prompt attends to besides: to the number the same, with the
+    prompt's own positions as they are. P starts as embeddings of tokens drawn from the vocabulary. Trainable: n D.
+    """
+
+    name = "prompt"
+    Options: ClassVar[type[Options]] = PrefixOptions
+    prefills = True
+
+    def __init__(self, options: PrefixOptions, spec: DecoderSpec, init: Init, embeddings: Tensor) -> None:
+        super().__init__(options, spec, init)
+        self.prompt = init.place(lambda: embeddings, embeddings.shape)
+
+    @classmethod
+    def build(cls, model: nn.Module, spec: DecoderSpec, options: Any, seed: int, device: torch.device) -> Prompt:
+        """Draw the tokens that the prompt starts as."""
+        init, table = Init(seed, device), model.get_input_embeddings()  # type: ignore[operator]
+        drawn = torch.randint(len(table.weight), (options.num_virtual_tokens,), generator=init.generator)
+        with torch.no_grad():
+            return cls(options, spec, init, table(drawn.to(table.weight.device)).float())
+
+    @property
+    def num_virtual(self) -> int:
+        """How many soft tokens there are."""
+        return len(self.prompt)
+
+    def forward(self, prefill: Prefill | None = None) -> dict[str, Tensor]:
+        """Return what every layer makes of the soft tokens, which `prefill` runs through the decoder."""
+        if prefill is None:
+            raise InputError("a soft prompt is nothing without a decoder", where=f"method '{self.name}'")
+        return self._of_heads(*prefill(self.prompt))

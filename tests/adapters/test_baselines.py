@@ -1,0 +1,131 @@
+"""The trained baselines against the plainest computation of their equations, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from pipeline import adapters
+from pipeline.backbones.decoder import decoder_of
+from pipeline.core.errors import InputError
+from tests.adapters.conftest import logits, stirred
+from tests.adapters.test_states import precise_norms
+
+
+def agree(model: Any, adapter: Any, batch: dict[str, Any], expected: Tensor) -> None:
+    """Compare logits and gradients of the attached model with an oracle's."""
+    wanted = torch.autograd.grad(expected.square().mean(), list(adapter.parameters()))
+    with adapters.attach(model, adapter):
+        found = model(**batch).logits
+        got = torch.autograd.grad(found.square().mean(), list(adapter.parameters()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for a, b in zip(got, wanted, strict=True):
+        assert b.abs().sum() > 0
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_a_prefix_is_a_cache_of_free_keys_and_values(key_heads: int, tiny: Any, inputs: Any) -> None:
+    model = tiny("mistral", dtype=torch.float64, num_key_value_heads=key_heads)
+    ids = inputs(model)["input_ids"]
+    adapter = stirred(adapters.create("prefix", model, num_virtual_tokens=3)).double()
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(zip(adapter.keys, adapter.values, strict=True)):
+        cache.update(keys.expand(2, -1, -1, -1), values.expand(2, -1, -1, -1), layer)
+    with precise_norms():
+        seen = {"attention_mask": torch.ones(2, 15, dtype=torch.long), "position_ids": torch.arange(12).expand(2, -1)}
+        expected = model(input_ids=ids, past_key_values=cache, **seen).logits
+        agree(model, adapter, {"input_ids": ids}, expected)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_a_soft_prompt_is_embeddings_in_front(key_heads: int, tiny: Any, inputs: Any) -> None:
+    model = tiny("mistral", dtype=torch.float64, num_key_value_heads=key_heads)
+    ids, table = inputs(model)["input_ids"], model.get_input_embeddings()
+    adapter = adapters.create("prompt", model, num_virtual_tokens=3)
+    assert all((row == table.weight).all(-1).any() for row in adapter.prompt.double())  # it starts as tokens
+    stirred(adapter).double()
+    rows = torch.cat([adapter.prompt.expand(2, -1, -1), table(ids)], 1)
+    with precise_norms():
+        expected = model(inputs_embeds=rows, position_ids=torch.arange(-3, 12).expand(2, -1)).logits[:, 3:]
+        agree(model, adapter, {"input_ids": ids}, expected)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "llama", "qwen3_vl"])
+def test_its_positions_are_as_good_as_those_from_0(family: str, tiny: Any, inputs: Any) -> None:
+    model = tiny(family, dtype=torch.float64)
+    ids = inputs(model)["input_ids"]
+    adapter = stirred(adapters.create("prompt", model, num_virtual_tokens=3)).double()
+    rows = torch.cat([adapter.prompt.expand(2, -1, -1), model.get_input_embeddings()(ids)], 1)
+    usual = model(inputs_embeds=rows).logits[:, 3:].detach()
+    with adapters.attach(model, adapter):  # norms and RoPE's angles are fp32
+        torch.testing.assert_close(logits(model, {"input_ids": ids}), usual, rtol=0, atol=1e-4)
+
+
+def test_nobody_who_listens_sees_the_soft_prompts_own_pass(tiny: Any, inputs: Any) -> None:
+    from pipeline.backbones.decoder import checkpointed_layers
+    from pipeline.backbones.states import recorded
+
+    model = tiny("llava")
+    spec, batch = decoder_of(model), inputs(model)
+    adapter, gradients = stirred(adapters.create("prompt", model)), []
+    for again in (False, True):
+        with adapters.attach(model, adapter), recorded(spec, "residual") as seen, recorded(spec, "mlp") as m:
+            with checkpointed_layers(model) if again else nothing():
+                out = model(**batch, use_cache=False).logits
+                assert {tuple(x.shape) for x in (*seen, *m)} == {(2, 12, 32)} and len(seen) == len(m) == 3
+                gradients.append(torch.autograd.grad(out.square().mean(), adapter.prompt)[0])
+    torch.testing.assert_close(*gradients)
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("bottleneck", {"width": 3}), ("bottleneck", {"places": ["mlp"]}), ("m2iv", {})]
+)
+def test_what_attention_and_ffn_give_is_edited_before_it_is_added(
+    method: str, options: dict[str, Any], tiny: Any, inputs: Any
+) -> None:
+    model = tiny("mistral", dtype=torch.float64)
+    ids = inputs(model)["input_ids"]
+    adapter = stirred(adapters.create(method, model, **options)).double()
+
+    def edited(part: Any, layer: int, x: Tensor) -> Tensor:
+        if method == "m2iv":
+            return x + part.scale[layer] * part.vector[layer]
+        down = torch.nn.functional.linear(x, part.down[layer].T, part.down_bias[layer])
+        return x + torch.nn.functional.linear(torch.nn.functional.gelu(down), part.up[layer].T, part.up_bias[layer])
+
+    hooks = []
+    for number, layer in enumerate(model.model.layers):
+        for place, part in adapter.part.items():
+            module = layer.mlp if place == "mlp" else layer.self_attn
+            hooks.append(
+                module.register_forward_hook(
+                    lambda _, args, out, number=number, part=part: (
+                        (edited(part, number, out[0]), *out[1:])
+                        if isinstance(out, tuple)
+                        else edited(part, number, out)
+                    )
+                )
+            )
+    with precise_norms():
+        expected = model(input_ids=ids).logits
+        for hook in hooks:
+            hook.remove()
+        agree(model, adapter, {"input_ids": ids}, expected)
+    assert len(hooks) == 3 * len(adapter.parts)
+
+
+def test_a_soft_prompt_without_a_decoder_is_refused(tiny: Any) -> None:
+    with pytest.raises(InputError, match="nothing without a decoder"):
+        adapters.create("prompt", tiny("llava"))()
