@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup repro repro-real test test-experiments test-faults test-cluster check bench clean pictures pins
+.PHONY: help setup repro repro-real test test-experiments test-faults test-simulation test-cluster check bench clean pictures pins
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -45,6 +45,9 @@ test: setup      ## the test suite, two workers side by side
 export TABLE ?=
 test-faults: setup  ## every kind of fault, injected into a real sweep; TABLE=docs/faults.md keeps what was seen
 	HIFICL_FAULTS_TABLE="$$TABLE" $(BIN)/python -m pytest -m faults tests/faults
+
+test-simulation: setup  ## ten thousand schedules of random faults in virtual time, on simulated disks and nodes
+	$(BIN)/python -m tests.simulation 10000
 
 test-cluster: setup  ## a cluster of network namespaces: ray up, a sweep with a node lost, ray down (needs root)
 	$(BIN)/python -m pytest -m cluster tests/cluster -rs

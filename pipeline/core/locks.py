@@ -1,8 +1,9 @@
 """Locks between processes, on every file system: who holds one is told by name, and who was killed holds none.
 
 A lock is `flock`'s where the file system has it for all who see the file. Where it has none, or another host may see
-the file and not the lock (NFS mounted with `nolock`), the note in the file decides. It names host and process; its
-time is renewed every `BEAT_SECONDS`, so that a holder on another host is known to live or not.
+the file and not the lock (NFS mounted with `nolock`), a note beside it decides, which `link` makes for one of several.
+It names host and process; its time is renewed every `BEAT_SECONDS`, so that a holder on another host is known to live
+or not.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pipeline.core.files import disk_error
 BEAT_SECONDS = 5.0
 _WATCHED = 3 * BEAT_SECONDS  # a note that is not renewed for so long is of a process that is gone
 _POLL_SECONDS = 0.5
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -134,25 +136,38 @@ def holder(path: Path) -> str | None:
 
 
 def _take(path: Path, handle: int, me: Holder) -> tuple[str | None, Path | None]:
-    """Return who holds the lock, None where this process does now, and the file that stands for it without flock."""
-    soft = None
+    """Return who holds the lock, None where this process does now, and the file that stands for it on other hosts.
+
+    Between two hosts that do not see each other's flock only `link` decides, which makes a name once. Where a file
+    system has flock and no links, the note in the lock's own file is all there is.
+    """
+    soft: Path | None = path.with_name(f"{path.name}.held")
+    flocked = True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _NO_FLOCK:
             return _named(path), None
-        soft = path.with_name(f"{path.name}.held")
-    note = soft or path
-    there = Holder.read(note)
-    if there is not None and there != me and not there.is_gone and (soft or not there.is_here) and _lives(note, there):
-        return str(there), None
+        flocked = False
+    before = Holder.read(soft)
+    for note in (soft, path) if flocked else (soft,):
+        there = Holder.read(note)
+        if there is None or there == me or there.is_gone or (flocked and there.is_here):
+            continue
+        if (note == soft or there != before) and _lives(note, there):
+            return str(there), None
     try:
-        if soft is not None:
-            _replace(soft, there, me)
-            if (winner := Holder.read(soft)) != me:
-                return str(winner or "another process"), None
+        try:
+            _replace(soft, before, me)
+        except OSError as error:
+            if not flocked or error.errno not in _NO_LINKS:
+                raise
+            soft = None
+        if soft is not None and (winner := Holder.read(soft)) != me:
+            return str(winner or "another process"), None
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(asdict(me)).encode(), 0)
+        os.fsync(handle)  # a client of NFS keeps what it writes for half a minute, in which others would see no holder
     except OSError as error:
         raise disk_error(error, path) from error
     return None, soft

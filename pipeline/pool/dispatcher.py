@@ -189,7 +189,7 @@ class Dispatcher:
     def _finish(self, key: str, end: TrialEnd) -> None:
         try:
             self.store.finish(key, end)
-        except WorkError as error:  # the disk is full: the trial stays open, which is as true
+        except (WorkError, OSError) as error:  # a full disk, no more files: the trial stays open, which is as true
             self.journal.note("end not written", trial=key, why=str(error))
 
     def _deliver(self, reports: Iterable[TrialReport]) -> None:

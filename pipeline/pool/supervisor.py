@@ -231,14 +231,22 @@ def train(
         driver, first = first or Driver(), None
         lost = Lost("its process died")
         ends: dict[str, str | None] = {}  # of the trials whose end it has told of
+        stopping = set[str]()  # by the scheduler, and their slot has yet to write so
         try:
             for message in driver.messages(Training(plan, todo, params)):
                 for event in journal.news():
                     for watcher in watchers:
                         watcher.on_event(event)
+                if stopping:
+                    told_now = _tell(store, stopping, watchers)
+                    ends |= dict.fromkeys(told_now)
+                    stopping -= told_now
                 if message is None or isinstance(message, Outcome):
                     continue
                 keys.add(message.key)  # those that a searcher asked for included
+                if isinstance(message, TrialEnded) and message.error is None and store.done(message.key) is None:
+                    stopping.add(message.key)
+                    continue
                 if isinstance(message, TrialEnded) and message.error != PROXY_DIED:
                     ends[message.key] = message.error
                 for watcher in watchers:

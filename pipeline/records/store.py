@@ -35,7 +35,7 @@ from pipeline.core.errors import InputError
 from pipeline.core.files import GONE, Superseded, disk_error, file_digest, folder_digest, remove_folder, write_atomic
 from pipeline.core.locks import held
 from pipeline.core.progress import say
-from pipeline.records import Json, Number, Record, lines
+from pipeline.records import Json, Number, Record, Unreadable, lines
 from pipeline.records.trial import AGAIN, EpochReport, Provenance, StepLosses, TrialEnd, TrialRecord
 
 _CACHED_SECONDS = 60.0  # NFS' acdirmax
@@ -220,13 +220,19 @@ class TrialFolder:
 
         Raises:
             InputError: the record is damaged.
+            Unreadable: the system does not let it be read now.
         """
         for _ in range(2):
             try:
                 return TrialEnd.read(self._done, AGAIN)
             except FileNotFoundError:
-                if not self.path.is_dir() or self._done.name not in {file.name for file in self.path.iterdir()}:
+                try:
+                    if self._done.name not in {file.name for file in self.path.iterdir()}:
+                        return None
+                except (FileNotFoundError, NotADirectoryError):
                     return None
+                except OSError as error:
+                    raise Unreadable.of(error, self.path) from error
         return None
 
     def finish(self, end: TrialEnd) -> None:
@@ -245,7 +251,10 @@ class TrialFolder:
         """
         end = self.end()
         wanted = end.adapter_digest if end else None
-        if wanted is not None and (present := folder_digest(self.adapter)) != wanted:
+        if wanted is None or folder_digest(self.adapter) == wanted:
+            return
+        list(self.path.iterdir())  # as in `end`: it may have been there, and not seen
+        if (present := folder_digest(self.adapter)) != wanted:
             raise InputError(
                 f"not the adapter that the training ended with (digest {present and present[:12]}, done.json has "
                 f"{wanted[:12]}): damaged or exchanged",

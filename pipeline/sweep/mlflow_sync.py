@@ -118,11 +118,13 @@ class MlflowSync(Watcher):
     def with_origin(self, evaluation: Evaluation) -> Evaluation:
         """Return a score with the newest run of its trial, the adapter's digest and the code that scored."""
         runs, code = self._scored.get(evaluation.trial), self.tracker.provenance
+        trial = self.store.trial(evaluation.trial)
+        trial.check_adapter()
         return evaluation.model_copy(
             update={
                 "run_id": runs[-1].run_id if runs else None,
                 "scored_by": CodeVersion(commit=code.commit, dirty=code.dirty),
-                "adapter_digest": folder_digest(self.store.trial(evaluation.trial).adapter),
+                "adapter_digest": folder_digest(trial.adapter),
             }
         )
 
@@ -228,8 +230,8 @@ class MlflowSync(Watcher):
         self.tracker.log_metrics(run_id, metric_points(reports, trial.losses(), self._config(key).epochs))
         if end is None:
             return
-        if trial.adapter.is_dir():
-            trial.check_adapter()
+        trial.check_adapter()
+        if end.adapter_digest is not None or trial.adapter.is_dir():
             log_adapter(self.tracker, run_id, trial.adapter)
         if reports:
             self.tracker.log_ledger(run_id, trial.metrics)

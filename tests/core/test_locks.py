@@ -82,17 +82,18 @@ def test_of_several_processes_one_holds_it(tmp_path, system):
     assert (tmp_path / "count").read_text() == "15"
 
 
+@pytest.mark.parametrize("note", [".lock", ".lock.held"])
 @pytest.mark.parametrize("lives", [True, False])
-def test_a_holder_on_another_host_lives_as_long_as_its_note_is_renewed(tmp_path, monkeypatch, lives):
+def test_a_holder_on_another_host_lives_as_long_as_its_note_is_renewed(tmp_path, monkeypatch, lives, note):
     """Its flock is not seen here, as where NFS is mounted with `nolock`."""
     monkeypatch.setattr(locks, "_WATCHED", 1.5)
     monkeypatch.setattr(locks, "_POLL_SECONDS", 0.1)
     path = tmp_path / ".lock"
-    path.write_text(json.dumps(asdict(replace(Holder.here("a sweep"), host="node-7", pid=12))))
+    (tmp_path / note).write_text(json.dumps(asdict(replace(Holder.here("a sweep"), host="node-7", pid=12))))
     ended = threading.Event()
     if lives:
         monkeypatch.setattr(locks, "BEAT_SECONDS", 0.3)
-        threading.Thread(target=locks._beat, args=(path, ended), daemon=True).start()
+        threading.Thread(target=locks._beat, args=(tmp_path / note, ended), daemon=True).start()
     try:
         if lives:
             with pytest.raises(InputError, match="held by a sweep, pid 12 on node-7"), held(path, "x"):
@@ -124,3 +125,24 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(WorkError, match=r"runs/.lock: cannot be written"), held(tmp_path / "runs/.lock", "x"):
         pass
+
+
+def test_the_note_leaves_this_machine_at_once(tmp_path, monkeypatch):
+    """A client of NFS sends what it has written when it is synced, or closed."""
+    sent, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (sent.append(os.fstat(handle).st_ino), sync(handle)))
+    with held(tmp_path / ".lock", "x"):
+        assert (tmp_path / ".lock").stat().st_ino in sent
+        notes = [Holder.read(tmp_path / name) for name in (".lock", ".lock.held")]
+        assert [note.pid for note in notes] == [os.getpid()] * 2
+    assert not (tmp_path / ".lock.held").exists()
+
+
+def test_a_file_system_with_locks_and_without_links_locks(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    with held(tmp_path / ".lock", "x"):
+        assert Holder.read(tmp_path / ".lock").pid == os.getpid()
+        assert [file.name for file in tmp_path.iterdir()] == [".lock"]

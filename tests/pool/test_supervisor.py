@@ -76,3 +76,26 @@ def test_progress_is_that_of_the_sweeps_own_trials(tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     monkeypatch.setattr(supervisor.TrialStore, "all_keys", lambda self: pytest.fail("reads the whole store"))
     play(runs, monkeypatch, [Played(runs, {"a": None}, set())], ["a"])
+
+
+class Stopping(Played):
+    """A driver whose scheduler stops a trial, which its slot writes a moment later."""
+
+    def messages(self, work: Training) -> Iterator[TrialEnded | None]:
+        yield TrialEnded("a", None)
+        yield None
+        TrialFolder(self.root / "a").finish(TrialEnd(status="stopped", epochs=1))
+        yield None
+        yield None
+
+
+def test_a_stopped_trial_is_told_of_once_its_end_is_written(tmp_path, monkeypatch):
+    runs = tmp_path / "runs"
+    seen = []
+
+    def on_end(self, key, error):
+        seen.append((key, (runs / key / "done.json").exists()))
+
+    monkeypatch.setattr(Heard, "on_end", on_end)
+    play(runs, monkeypatch, [Stopping(runs, {}, set())], ["a"])
+    assert seen == [("a", True)]

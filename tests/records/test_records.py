@@ -329,6 +329,11 @@ def test_what_the_system_does_not_let_be_read_is_no_damage(tmp_path, monkeypatch
     for read in (folder.end, folder.epochs):
         with pytest.raises(Unreadable, match=rf"cannot be read: {os.strerror(error)}. Nothing was removed"):
             read()
+    monkeypatch.undo()
+    folder.reopen()
+    monkeypatch.setattr(Path, "iterdir", fails)
+    with pytest.raises(Unreadable, match="cannot be read"):
+        folder.end()
 
 
 def test_a_trial_that_other_code_goes_on_with_keeps_the_commits_that_began_it():

@@ -1,0 +1,110 @@
+"""Schedules of random faults: a share of them here, ten thousand in `make test-simulation`; and what they must find."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core import files
+from pipeline.pool.queue import Queue
+from pipeline.records import store
+from pipeline.records.store import Journal, JournalEvent
+from pipeline.records.trial import CheckpointState
+from pipeline.train import checkpoint
+from tests.simulation.schedule import Kind, play, undisturbed
+
+# seeds that found a fault once
+FOUND = (64, 138, 218, 252, 535, 689, 1005, 1012)
+
+
+@pytest.mark.parametrize("share", range(4))
+def test_nothing_is_lost_doubled_or_stuck_in_schedules_of_random_faults(share: int) -> None:
+    problems = {seed: outcome.problem for seed in range(share, 40, 4) if (outcome := play(seed)).problem is not None}
+    assert problems == {}
+
+
+@pytest.mark.parametrize("seed", FOUND)
+def test_what_was_found_once(seed: int) -> None:
+    assert play(seed).problem is None
+
+
+def test_a_schedule_is_the_same_every_time() -> None:
+    first, again = play(7), play(7)
+    assert first.log == again.log
+    assert first.operations > 1000
+
+
+def test_an_undisturbed_study_is_trained_scored_and_logged() -> None:
+    result = undisturbed(frozenset(), None, None)
+    assert [end["status"] for end in result["ends"].values()] == ["finished"] * 3
+    assert len({cell[2] for cell in result["cells"]}) == 3
+
+
+class _Other:
+    """The module `os` with something else in it."""
+
+    def __init__(self, **others: Any) -> None:
+        self.__dict__.update(others)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+
+def _no_fence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store.TrialFolder, "take", lambda self: self)
+
+
+def _no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "os", _Other(fsync=lambda handle: None))
+
+
+def _retries_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Queue.__init__
+
+    def endless(self: Queue, slots: int, max_attempts: int, **named: Any) -> None:
+        made(self, slots, 10**9, **named)
+
+    monkeypatch.setattr(Queue, "__init__", endless)
+
+
+def _torn_line_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def news(self: Journal) -> list[JournalEvent]:
+        text = self.path.read_bytes() if self.path.exists() else b""
+        return [JournalEvent.parse(line, str(self.path), "") for line in text.split(b"\n") if line.strip()]
+
+    monkeypatch.setattr(Journal, "news", news)
+
+
+def _no_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trusted(path: Path) -> CheckpointState | None:
+        try:
+            return CheckpointState.model_validate_json((path / "state.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    monkeypatch.setattr(checkpoint, "_intact", trusted)
+
+
+BREAKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], int]] = {
+    "no fencing at a rename": (_no_fence, 0),
+    "no fsync before a rename": (_no_sync, 0),
+    "retries for ever": (_retries_for_ever, 0),
+    "a torn line is not skipped": (_torn_line_stops, 0),
+    "a digest is not checked": (_no_digest, 0),
+}
+WITHIN = 30
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_fault_put_into_the_code_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken, first = BREAKS[name]
+    seeds = range(first, first + WITHIN)
+    for seed in seeds:  # the undisturbed runs are made before anything is broken
+        kind = Kind.drawn(seed)
+        undisturbed(kind.stops, kind.diverges, kind.poison)
+    broken(monkeypatch)
+    assert any(play(seed).problem for seed in seeds), f"not found by the seeds {seeds}"
