@@ -21,7 +21,7 @@ from typing import Any
 from pipeline.config.request import Requests
 from pipeline.core.errors import HificlError, WorkError
 from pipeline.pool import dispatcher as dispatching
-from pipeline.pool import processes, supervisor
+from pipeline.pool import processes, slot, supervisor
 from pipeline.pool.messages import (
     PROXY_DIED,
     Alive,
@@ -34,9 +34,9 @@ from pipeline.pool.messages import (
     WorkLost,
     WorkRefused,
 )
+from pipeline.pool.queue import Queue
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.store import TrialFolder, check_adapter
-from pipeline.train.schedule import steps_per_epoch
 from pipeline.train.trial_run import TrialRun
 from tests.simulation.world import Host, Killed, Loop, Pipe, Process, Signal, World
 
@@ -117,7 +117,7 @@ class PlayedRun(TrialRun):
         self.adapter = Adapter(self.engine)
         self.memory, self.trainable, self.flops = SimpleNamespace(peak=None), 7, None
         self.global_batch = config.micro_batch_size * config.accumulation
-        self.per_epoch = steps_per_epoch(len(self.samples), self.global_batch)
+        self.per_epoch = -(-len(self.samples) // self.global_batch)
         self.reports, self.best, self.error = [], None, None
         self.keeping, self.peak, self.packed = 0.0, 0, 1
         self._kept = self.folder.adapter
@@ -449,7 +449,9 @@ class Cluster:
         run_ahead = not world.stops
         plain = dispatching.Dispatcher.__ray_metadata__.modified_class
         slots = max(1, min(len(work.keys), self.room * len(self.hosts)))
-        dispatcher = plain(table, sweep, str(plan.places.runs), slots, 1, run_ahead, "", work.keys)
+        queue = Queue(slots, sweep.retry.max_attempts, run_ahead=run_ahead, order=work.keys)
+        pool = [slot.Slot(sweep, 1, "") for _ in range(slots)]
+        dispatcher = plain(table, str(plan.places.runs), queue, pool)
         await dispatcher.start()
 
         def gone(loop: Any) -> None:
