@@ -18,7 +18,7 @@ from pipeline.plan.space import Cell
 from pipeline.pool.messages import Watcher
 from pipeline.records.evaluation import CodeVersion, Evaluation, Evaluations
 from pipeline.records.store import TrialStore
-from pipeline.records.trial import EpochReport
+from pipeline.records.trial import EpochReport, TrialEnd
 from pipeline.tracking import store as place
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import FAILED, FINISHED, KILLED, LoggedRun, MetricPoint, RunInput, TrialRunStart
@@ -48,7 +48,7 @@ class MlflowSync(Watcher):
         self._several = len({cell.backbone for cell in plan.cells.values()}) > 1
         self.parents: dict[str, str] = {}
         self._runs: dict[str, str] = {}  # by trial
-        self._ended: set[str] = set()  # trials whose end MLflow has
+        self._ended: dict[str, TrialEnd] = {}  # what MLflow has of trials' ends
         self._scored: dict[str, list[LoggedRun]] = {}  # runs by trial, as `find_runs` saw them
         self._lacking: dict[str, Callable[[], None]] = {}
         self._wait, self._next_try, self._cause = FIRST_WAIT, 0.0, ""
@@ -216,16 +216,21 @@ class MlflowSync(Watcher):
         for key in sorted(keys):
             end, run = self.store.done(key), known.get(key)
             ended = (ENDS[end.status], end.adapter_digest) if end else ()
-            # a crash ends a run as KILLED too, so that says nothing of what the run has
-            if run is None or run.status == KILLED or ended != (run.status, run.tags.get("adapter_digest")):
+            # a crash ends a run as KILLED too, so that says nothing of what the run has; what was opened here is ended
+            # here, also where the answer to a first try was lost
+            known_end = (run.status, run.tags.get("adapter_digest")) if run is not None else None
+            if key in self._runs or known_end != ended or KILLED in ended:
                 self._record(key)
 
     def _record(self, key: str) -> None:
         """Bring the run of a trial in line with the store."""
-        if key in self._ended:
-            return
-        trial, run_id = self.store.trial(key), self._run(key)
+        trial = self.store.trial(key)
         end = trial.end()  # before its epochs: a trial that has ended has all of them
+        if key in self._ended:
+            if end == self._ended[key]:
+                return
+            del self._ended[key], self._runs[key]  # one that had failed is tried again
+        run_id = self._run(key)
         reports = trial.epochs()
         self.tracker.log_metrics(run_id, metric_points(reports, trial.losses(), self._config(key).epochs))
         if end is None:
@@ -238,7 +243,7 @@ class MlflowSync(Watcher):
         if end.packed is not None:
             self.tracker.tag(run_id, {"packed": end.packed})
         self.tracker.close(run_id, ENDS[end.status], end.error)
-        self._ended.add(key)
+        self._ended[key] = end
 
     def _run(self, key: str) -> str:
         if key not in self._runs:

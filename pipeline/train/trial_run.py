@@ -308,6 +308,8 @@ class TrialRun:
         elif self._kept != self.folder.adapter and folder_digest(self.folder.adapter) != self.best.adapter_digest:
             with folder_atomic(self.folder.adapter, self.folder.within) as temporary:
                 shutil.copytree(self._kept, temporary, dirs_exist_ok=True)
+                if self.best.adapter_digest not in (None, folder_digest(temporary)):
+                    raise WorkError(f"the adapter of epoch {self.best.epoch} is damaged", where=str(self._kept))
         self.folder.write_epochs(self.reports)
 
     def _save_losses(self, losses: list[float]) -> None:
@@ -373,6 +375,7 @@ class TrialRun:
                     status=status, error=error, epochs=self.epochs_done,
                     chosen_epoch=self.best.epoch if self.best else None,
                     objective=self.best.objective if self.best else None,
+                    adapter_digest=self.best.adapter_digest if self.best else None,
                     trainable_parameters=self.trainable,
                     train_seconds=sum(report.train_seconds or 0.0 for report in self.reports),
                     seconds=sum(report.seconds or 0.0 for report in self.reports), packed=self.packed,

@@ -298,12 +298,11 @@ class Cluster:
         """Ray's word to an actor: one that is cut off hears it later."""
 
         def kill() -> None:
-            if handle.process.host.cut_off:
-                self.world.at(1.0, kill)
-            elif handle.process.frozen_until > self.world.now:
-                self.world.at(handle.process.frozen_until - self.world.now, kill)
+            world, process = self.world, handle.process
+            if process.host.cut_off or process.frozen_until > world.now:  # and a while after it is back
+                world.at(max(process.frozen_until - world.now, 0.0) + world.rng.uniform(0.1, 10), kill)
             else:
-                handle.process.end()
+                process.end()
 
         self.world.at(self.world.rng.uniform(0.01, 1), kill)
 

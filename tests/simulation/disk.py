@@ -295,7 +295,7 @@ class Files:
         world, disk = self.world, self.disk
         process = world.process
         world.sleep(world.rng.expovariate(1 / disk.slow))
-        while process.host.cut_off and disk.shared:  # a hard mount waits
+        while process.host.cut_from_disk:  # a hard mount waits
             world.sleep(0.5)
         if writes and disk.full:
             raise OSError(errno.ENOSPC, "No space left on device", path)

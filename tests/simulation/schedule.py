@@ -381,6 +381,9 @@ class Trouble:
         host = self._host(process)
         seconds = self.dice.choice((5, 40, 150)) * self.dice.random()
         self._while(f"{host} is cut off", host, "cut_off", True, False, (seconds, seconds))
+        if self.dice.random() < 0.5:
+            host.cut_from_disk = True
+            self.world.at(seconds, functools.partial(setattr, host, "cut_from_disk", False))
         if seconds > 20:
             self.run.cluster.host_lost(host, after=20)
 

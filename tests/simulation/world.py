@@ -31,7 +31,8 @@ class Host:
         self.world, self.name = world, name
         self.clock_offset = 1.7e9
         self.boot = 0
-        self.cut_off = False
+        self.cut_off = False  # from the other machines
+        self.cut_from_disk = False
         self.up = True
 
     def __repr__(self) -> str:
