@@ -141,24 +141,24 @@ def _take(path: Path, handle: int, me: Holder) -> tuple[str | None, Path | None]
     Between two hosts that do not see each other's flock only `link` decides, which makes a name once. Where a file
     system has flock and no links, the note in the lock's own file is all there is.
     """
-    soft: Path | None = path.with_name(f"{path.name}.held")
-    flocked = True
+    beside, flocked = path.with_name(f"{path.name}.held"), True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _NO_FLOCK:
             return _named(path), None
         flocked = False
-    before = Holder.read(soft)
-    for note in (soft, path) if flocked else (soft,):
+    before = Holder.read(beside)
+    for note in (beside, path) if flocked else (beside,):
         there = Holder.read(note)
         if there is None or there == me or there.is_gone or (flocked and there.is_here):
             continue
-        if (note == soft or there != before) and _lives(note, there):
+        if (note == beside or there != before) and _lives(note, there):
             return str(there), None
     try:
+        soft: Path | None = beside
         try:
-            _replace(soft, before, me)
+            _replace(beside, before, me)
         except OSError as error:
             if not flocked or error.errno not in _NO_LINKS:
                 raise
