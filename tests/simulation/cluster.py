@@ -498,7 +498,8 @@ class Cluster:
                 send(TrialEnded(key, error))
 
         await asyncio.gather(*(proxy() for _ in range(slots + 2)))
-        await dispatcher.close()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(dispatcher.close(), 30)  # as `pool.tuner` does
 
 
 class Driver(supervisor.Driver):
