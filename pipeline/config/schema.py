@@ -319,6 +319,8 @@ class Study(Section):
     measure: str = "score"  # what a cell's number is; see pipeline/measure
     measured: dict[str, Any] = {}  # the measure's own settings
     reference: str | None = None  # the row that others are compared with; None: the paper's own method
+    # the least difference that a claim is about, by task (the paper's name) or further metric, in the table's unit
+    smallest_effect: dict[str, Annotated[float, Field(ge=0)]] = {}
     note: str | None = None  # shown above the table
     without: dict[str, str] = {}  # rows that a profile cannot run, each with its reason, which the report says
 
@@ -332,6 +334,12 @@ class Study(Section):
         for row in self.without:
             if row not in self.methods:
                 raise ValueError(f"without names '{row}', which is no row; the rows are {', '.join(self.methods)}")
+        for name in self.smallest_effect:
+            if name not in (*self.tasks, *self.metrics):
+                known = ", ".join((*self.tasks, *self.metrics))
+                raise ValueError(
+                    f"smallest_effect names '{name}', which is no task or metric of the study; it has {known}"
+                )
         return self
 
     @model_validator(mode="before")

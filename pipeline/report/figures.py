@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from pipeline.core.statistics import mean_std
 from pipeline.report import papers
 from pipeline.report.drawing import (
     INK,
@@ -28,7 +29,6 @@ from pipeline.report.drawing import (
     styled_svg,
     wrapped,
 )
-from pipeline.report.statistics import mean_std
 from pipeline.report.tables import Column, Line, Table, TableEntry
 
 Name = tuple[str, tuple[tuple[str, Any], ...]]  # a curve: its row, and the varied axes that it does not run along

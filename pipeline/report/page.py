@@ -18,7 +18,7 @@ from pipeline.config.load import Params
 from pipeline.report import papers, sections
 from pipeline.report.answers import AnswerTable
 from pipeline.report.drawing import Drawing
-from pipeline.report.findings import OPEN, CheckedClaim
+from pipeline.report.findings import METHOD, OPEN, CheckedClaim
 from pipeline.report.sections import stand_ins
 from pipeline.report.tables import Table
 from pipeline.report.writers import format_value
@@ -116,6 +116,7 @@ def page(tables: list[Table], parts: list[str], params: Params, claims: list[Che
             findings=_claims_by_paper(measured),
             num_measured=len(measured),
             num_findings=len(claims),
+            method=METHOD.replace("`", ""),
             profile=", ".join(dict.fromkeys(table.study.profile for table in tables)) or params.profile,
             done=sum(study.done for study in studies),
             total=sum(study.total for study in studies),

@@ -32,12 +32,14 @@ class Metric(_Frozen):
         unit: that the papers print it in.
         measured_in: the unit that it is measured in.
         lower_is_better: as for a loss or a time.
+        counted: without error, as FLOPs and an allocator's bytes are: one number says all.
     """
 
     label: str | None = None
     unit: str | None = None
     measured_in: str | None = None
     lower_is_better: bool = False
+    counted: bool = False
 
 
 class MethodLook(_Frozen):

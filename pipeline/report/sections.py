@@ -272,7 +272,7 @@ def stand_ins(tables: list[Table]) -> list[tuple[str, str]]:
 
 
 def _samples(table: Table) -> list[str]:
-    """Say how many samples and seeds a number is of, and how far chance over the samples reaches."""
+    """Say how many samples and seeds a number is of, and how far chance reaches."""
     numbers = [entry for entry in table.entries.values() if entry.column.metric is None and entry.done]
     scored = [entry for entry in numbers if all(cell.measurement is None for cell in entry.done)]
     seeds = sorted({cell.seed for entry in numbers for cell in entry.done})
@@ -280,6 +280,7 @@ def _samples(table: Table) -> list[str]:
         return []
     listed = ", ".join(map(str, seeds))
     count = f"{len(seeds)} seeds ({listed})" if len(seeds) > 1 else f"One seed ({listed})"
+    count += " on the same training samples" if len(seeds) > 1 and table.same_draw else ""
     sizes: dict[str, list[str]] = {}
     reach: dict[str, tuple[float, TableEntry]] = {}
     for entry in scored:
@@ -295,7 +296,8 @@ def _samples(table: Table) -> list[str]:
     out = [f"{count}; scored on {of}." if of else f"{count}."]
     if reach:
         far_out = ", ".join(f"{format_value(far, entry.unit)} on {task}" for task, (far, entry) in reach.items())
-        out.append(f"The 95 % interval over samples reaches at most so far from a number: {far_out}.")
+        over = "seeds and samples" if len(seeds) > 1 else "samples"
+        out.append(f"The 95 % interval over {over} reaches at most so far from a number: {far_out}.")
     return out
 
 

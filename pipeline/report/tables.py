@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pipeline.config.load import Params
+from pipeline.core.statistics import Effect, counted, effect, interval, mean_std
 from pipeline.records.evaluation import CellResult, Evaluations, StudyFile
 from pipeline.report import papers
-from pipeline.report.statistics import Difference, interval, mean_std, paired_bootstrap
 
 _TOLERANCE = 1e-3  # relative: a score that differs more from its samples' mean is no mean over samples
 
 
 class SampleScores(NamedTuple):
-    """One evaluation's score of each sample, by id, and the unit of these scores."""
+    """One evaluation's score of each sample.
 
-    unit: str
-    by_sample: dict[str, float]
+    Attributes:
+        unit: of the scores.
+        samples: their ids, sorted; none where the evaluation's score is no mean over samples (CHAIR, MME).
+        values: the scores.
+        images: a number for each sample's image.
+        own_draw: whether the trial's training samples were drawn by its seed.
+    """
+
+    unit: str = ""
+    samples: tuple[str, ...] = ()
+    values: np.ndarray = np.empty(0)
+    images: np.ndarray = np.empty(0, dtype=np.int64)
+    own_draw: bool = False
 
 
-ScoreLookup = Callable[[str], SampleScores]  # `sample_scores` of an evaluation's key, remembered by the caller
+ScoreLookup = Callable[[str], SampleScores]  # by an evaluation's key
 
 
 @dataclass(frozen=True)
@@ -70,9 +83,11 @@ class TableEntry:
         std: standard deviation over seeds; None for fewer than two.
         paper: the printed figure, or None.
         comparable: whether ours stands on the paper's own backbone and task.
+        values: of the seeds that are done, as `done` has them.
         mark: `best`, `second` or nothing, among the rows of the same backbone.
-        difference: ours minus the reference row's, on the same samples.
-        interval: of 95 % over samples, of the mean over seeds; None where the number is no mean over samples.
+        difference: ours minus the reference row's, at the same seeds, on the same samples.
+        interval: of 95 %, over samples by whole images and, where there are several, over seeds; None where the number
+            is no mean over samples.
     """
 
     line: Line
@@ -84,8 +99,9 @@ class TableEntry:
     std: float | None
     paper: float | None
     comparable: bool
+    values: Sequence[float] = ()
     mark: str = ""
-    difference: Difference | None = None
+    difference: Effect | None = None
     interval: tuple[float, float] | None = None
 
     @property
@@ -116,6 +132,8 @@ class Table:
     axes: list[str] = field(default_factory=list)
     note: str | None = None
     paper: str | None = None
+    smallest_effect: Mapping[str, float] = field(default_factory=dict)
+    same_draw: bool = False  # the seeds' trials trained on the same samples
 
     @property
     def reference_label(self) -> str:
@@ -151,12 +169,15 @@ def build(study: StudyFile, params: Params, evaluations: Path) -> Table:
     axes = list(dict.fromkeys(axis for line in lines for axis, _ in line.vary))
     reference = (definition.reference if definition else None) or _reference(study, lines)
     note = definition.notes() if definition else None
-    table = Table(study, columns, lines, entries, reference, axes, note, path)
+    smallest = definition.smallest_effect if definition else {}
+    table = Table(study, columns, lines, entries, reference, axes, note, path, smallest)
     for column in columns:
         for _, group in table.groups():
             _mark([entries[line, column] for line in group])
-    scores = functools.cache(lambda key: sample_scores(key, evaluations))
+    scores = score_lookup(evaluations)
     _compare(table, scores)
+    keys = {cell.evaluation for cell in study.cells if cell.evaluation and cell.trainable_parameters}
+    table.same_draw = bool(keys) and not any(scores(key).own_draw for key in keys)
     for entry in entries.values():
         if entry.column.metric is None:
             entry.interval = _interval(entry, scores)
@@ -196,7 +217,7 @@ def _entry(
     printed = papers.printed_value(path, line.paper_backbone, row, *printed_as[1:])
     if printed is None and is_score:  # a table may be of the task's own metric by its name
         printed = papers.printed_value(path, line.paper_backbone, row, column.paper_task, metric)
-    return TableEntry(line, column, cells, metric, unit, value, std, printed, comparable=same)
+    return TableEntry(line, column, cells, metric, unit, value, std, printed, same, values)
 
 
 def _value(cell: CellResult, metric: str | None) -> float | None:
@@ -240,41 +261,116 @@ def _compare(table: Table, scores: ScoreLookup) -> None:
         wanted = (line.backbone, line.vary, table.reference)
         reference = next((row for row in table.lines if (row.backbone, row.vary, row.row) == wanted), None)
         if reference is not None:
-            of_reference = by_sample(table.entries[reference, column], scores)
-            entry.difference = paired_bootstrap(by_sample(entry, scores), of_reference)
+            against = table.entries[reference, column]
+            entry.difference = contrast(((1.0, entry), (-1.0, against)), scores, over_samples=True)
 
 
 def _interval(entry: TableEntry, scores: ScoreLookup) -> tuple[float, float] | None:
+    known = _aligned((entry,), scores)
+    if known is None:
+        return None
+    (of_seeds,), images = known
     units = {scores(cell.evaluation).unit for cell in entry.done if cell.evaluation}
     top = papers.convert(100.0, "percent", entry.unit) if units == {"percent"} else None  # a percentage is bounded
-    return interval(list(by_sample(entry, scores).values()), top)
+    over_both = effect(of_seeds, images) if len(of_seeds) > 1 else None
+    if over_both and over_both.error:
+        low, high = over_both.interval()
+        return (low, high) if top is None else (max(low, 0.0), min(high, top))
+    return interval(of_seeds.mean(axis=0).tolist(), top, images)
 
 
-def by_sample(entry: TableEntry, scores: ScoreLookup) -> dict[str, float]:
-    """Return the score of each sample, averaged over the seeds that scored it, in the entry's unit.
+def contrast(
+    terms: Sequence[tuple[float, TableEntry]], scores: ScoreLookup, over_samples: bool = False
+) -> Effect | None:
+    """Return a weighted sum of numbers with its error over seeds and samples, the same ones for all of them.
 
-    Nothing where the number is a measurement: the samples' scores are of something else.
+    So what makes a seed or an image hard for all of them falls out.
+
+    Args:
+        terms: the weights and the numbers.
+        scores: of each evaluation's samples.
+        over_samples: nothing where a number is no mean over samples; else the error is then over seeds alone.
+
+    Returns:
+        In the entries' unit; None where nothing can be said: no seed has all of them, or one alone, without samples.
     """
-    seen: dict[str, list[float]] = {}
-    for cell in entry.done:
-        if cell.evaluation is not None and cell.measurement is None:
-            unit, of_cell = scores(cell.evaluation)
-            for sample, score in of_cell.items():
-                seen.setdefault(sample, []).append(papers.convert(score, unit, entry.unit))
-    return {sample: sum(values) / len(values) for sample, values in seen.items()}
+    weights, entries = zip(*terms, strict=True)
+    known = _aligned(entries, scores)
+    if known is not None:
+        matrices, images = known
+        return effect(np.tensordot(weights, matrices, 1), images)
+    if over_samples:
+        return None
+    of_seeds = [{cell.seed: value for cell, value in zip(entry.done, entry.values, strict=True)} for entry in entries]
+    shared = sorted(set.intersection(*map(set, of_seeds)))
+    if not shared:
+        return None
+    sums = [sum(weight * row[seed] for weight, row in zip(weights, of_seeds, strict=True)) for seed in shared]
+    if papers.metric_facts(entries[0].metric).counted:
+        return counted(sum(sums) / len(sums))
+    return effect(np.array(sums)[:, None], (0,))
 
 
-def sample_scores(key: str, evaluations: Path) -> SampleScores:
-    """Return an evaluation's scores by sample; none where its score is no mean over samples (CHAIR, MME)."""
+def _aligned(entries: Sequence[TableEntry], scores: ScoreLookup) -> tuple[list[np.ndarray], np.ndarray] | None:
+    """Return each entry's scores, [seeds, samples], of the seeds and samples that all have, and the samples' images.
+
+    None where a number is no mean over samples (a measurement: the samples' scores are of something else).
+    """
+    if any(entry.column.metric is not None for entry in entries):
+        return None
+    of_seeds = [
+        {cell.seed: scores(cell.evaluation) for cell in entry.done if cell.evaluation and cell.measurement is None}
+        for entry in entries
+    ]
+    seeds = sorted(set.intersection(*map(set, of_seeds)))
+    read = [[row[seed] for seed in seeds] for row in of_seeds]
+    first = read[0][0] if seeds else SampleScores()
+    if any(known.samples != first.samples for row in read for known in row):
+        shared = set.intersection(*(set(known.samples) for row in read for known in row))
+        read = [[_restricted(known, shared) for known in row] for row in read]
+        first = read[0][0]
+    if not first.samples:
+        return None
+    matrices = [
+        np.stack([known.values * papers.convert(1.0, known.unit, entry.unit) for known in row])
+        for entry, row in zip(entries, read, strict=True)
+    ]
+    return matrices, first.images
+
+
+def _restricted(known: SampleScores, samples: set[str]) -> SampleScores:
+    kept = [place for place, sample in enumerate(known.samples) if sample in samples]
+    ids = tuple(known.samples[place] for place in kept)
+    return known._replace(samples=ids, values=known.values[kept], images=known.images[kept])
+
+
+def score_lookup(evaluations: Path) -> ScoreLookup:
+    """Return what gives an evaluation's scores by its key; a file is read once."""
+    records = Evaluations(evaluations)
+
+    def look_up(key: str) -> SampleScores:
+        try:
+            stat = records.path(key).stat()
+        except OSError:
+            return SampleScores()
+        return _sample_scores(key, evaluations.resolve(), stat.st_mtime_ns, stat.st_size)
+
+    return look_up
+
+
+@functools.lru_cache(maxsize=2000)  # 40 KB each, of 2,000 samples
+def _sample_scores(key: str, evaluations: Path, *_version: int) -> SampleScores:
     evaluation = Evaluations(evaluations).find(key)
     if evaluation is None or evaluation.value is None:
-        return SampleScores("", {})
-    scores = {str(answer.sample_id): answer.score for answer in evaluation.predictions if answer.score is not None}
-    if not scores:
-        return SampleScores("", {})
-    mean = sum(scores.values()) / len(scores)
-    close = abs(mean - evaluation.value) <= _TOLERANCE * max(abs(evaluation.value), abs(mean), 1e-9)
-    return SampleScores(evaluation.unit, scores) if close else SampleScores("", {})
+        return SampleScores()
+    answers = {str(answer.sample_id): answer for answer in evaluation.predictions if answer.score is not None}
+    samples = tuple(sorted(answers))
+    values = np.array([answers[sample].score for sample in samples], dtype=np.float64)
+    far = _TOLERANCE * max(abs(evaluation.value), abs(values.mean()) if samples else 0.0, 1e-9)
+    if not samples or abs(values.mean() - evaluation.value) > far:
+        return SampleScores()
+    _, images = np.unique([answers[sample].image or sample for sample in samples], return_inverse=True)
+    return SampleScores(evaluation.unit, samples, values, images, evaluation.config.get("sample_draw") == "by-seed")
 
 
 def problems_of(cells: Sequence[CellResult]) -> list[str]:

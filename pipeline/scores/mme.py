@@ -38,11 +38,12 @@ class MmeRow:
 
 @dataclass(frozen=True)
 class MmeTask:
-    """One subtask: both accuracies in percent, their sum the score (at most 200)."""
+    """One subtask: both accuracies in percent, their sum the score (at most 200), and each image's part of it."""
 
     accuracy: float
     accuracy_plus: float
     num_questions: int
+    by_image: tuple[float, ...] = ()
 
     @property
     def score(self) -> float:
@@ -122,7 +123,9 @@ def subtask_score(images: Sequence[Sequence[MmeRow]]) -> MmeTask:
     right = [[is_right(row) for row in rows] for rows in images]
     replies = [reply for image in right for reply in image]
     both = [all(rows) for rows in right if len(rows) == _QUESTIONS_OF_AN_IMAGE]
-    return MmeTask(100 * sum(replies) / len(replies), 100 * sum(both) / len(both) if both else 0.0, len(replies))
+    points = tuple(100 * (sum(rows) / len(rows) + all(rows)) for rows in right)
+    plus = 100 * sum(both) / len(both) if both else 0.0
+    return MmeTask(100 * sum(replies) / len(replies), plus, len(replies), points)
 
 
 def _pairs(name: str, rows: Sequence[MmeRow]) -> list[Sequence[MmeRow]]:

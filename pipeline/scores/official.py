@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.core.errors import InputError
+from pipeline.core.statistics import interval, ratio_interval, sum_interval
 from pipeline.scores import chair, mme, mmmu_pro, seed_bench, vqa
 from pipeline.scores.files import (
     JsonObject,
@@ -66,13 +68,21 @@ def score_vqa(
         raise InputError(f"questions without result ({first_few(unanswered)})", where=str(results), way_out=way_out)
     if stem:
         predictions = {key: stem_answer(answer) for key, answer in predictions.items()}
-    return vqa.vqa_accuracy(
+    score = vqa.vqa_accuracy(
         predictions,
         {key: annotated[key].answers for key in predictions},
         normalise,
         answer_types={key: row.answer_type for key, row in annotated.items() if row.answer_type is not None},
         question_types={key: row.question_type for key, row in annotated.items() if row.question_type is not None},
-    ).as_dict()
+    )
+    images = {key: str(row.get("image_id", key)) for key, row in zip(asked, records, strict=False)}
+    of_each = [images.get(key, key) for key in score.per_question]
+    return _with_intervals(score.as_dict(), overall=interval(list(score.per_question.values()), 100.0, of_each))
+
+
+def _with_intervals(numbers: JsonObject, **intervals: tuple[float, float] | None) -> JsonObject:
+    """Return numbers with the 95 % intervals over images of those that have one."""
+    return {**numbers, "intervals": {name: list(ends) for name, ends in intervals.items() if ends is not None}}
 
 
 @dataclass(frozen=True)
@@ -125,11 +135,18 @@ def score_caption(results: str, annotations: str, metrics: Sequence[str] | None 
     # In the order of the annotations file, as in the published program: the tokenizer's output depends on it.
     predictions = {key: predictions[key] for key in references if key in predictions}
     asked = caption.METRICS if metrics is None else tuple(metrics)
-    numbers = caption.caption_scores(predictions, references, asked).as_dict()
+    score = caption.caption_scores(predictions, references, asked)
+    numbers = score.as_dict()
     lacking = caption.spice_missing()
     if "SPICE" not in asked:
         numbers["not_scored"] = {"SPICE": lacking or "its models are at hand; name it in --metrics"}
-    return numbers
+    by_image = {name: [row[name] for row in score.per_image.values() if name in row] for name in score.overall}
+    means = {  # BLEU and METEOR are no means over captions
+        name: interval(values)
+        for name, values in by_image.items()
+        if values and math.isclose(math.fsum(values) / len(values), score.overall[name], rel_tol=1e-6, abs_tol=1e-9)
+    }
+    return _with_intervals(numbers, **means)
 
 
 def _captions(path: str) -> dict[str, list[str]]:
@@ -178,7 +195,16 @@ def score_chair(
         truth = chair.ground_truth({key: categories[key] for key in predictions}, references)
     score = chair.chair_scores(predictions, truth)
     sentences = [replace(sentence, image_id=_as_in_coco(sentence.image_id)) for sentence in score.sentences]
-    return replace(score, sentences=sentences).as_dict()
+    wrong = [len(sentence.mscoco_hallucinated_words) for sentence in sentences]
+    named = [len(sentence.mscoco_generated_words) for sentence in sentences]
+    there = [set(sentence.mscoco_gt_words) for sentence in sentences]
+    recalled = [len(words & set(row.mscoco_generated_words)) for words, row in zip(there, sentences, strict=True)]
+    return _with_intervals(
+        replace(score, sentences=sentences).as_dict(),
+        CHAIRs=interval([float(sentence.CHAIRs) for sentence in sentences], 1.0),
+        CHAIRi=ratio_interval(wrong, named),
+        recall=ratio_interval(recalled, [len(words) for words in there]),
+    )
 
 
 def _as_in_coco(key: str) -> int | str:
@@ -201,7 +227,12 @@ def score_mme(results: str, *, subset: bool = False) -> JsonObject:
     Raises:
         InputError: a missing subtask, a line that lacks a column, a question without its partner.
     """
-    return mme.mme_scores(mme.read_results(results, subset=subset)).as_dict()
+    score = mme.mme_scores(mme.read_results(results, subset=subset))
+    points = {
+        name: sum_interval([score.tasks[task].by_image for task in tasks if task in score.tasks])
+        for name, tasks in mme.GROUPS.items()
+    }
+    return _with_intervals(score.as_dict(), **points)
 
 
 def score_seed_bench(results: str, questions: str | None = None) -> JsonObject:
@@ -215,7 +246,10 @@ def score_seed_bench(results: str, questions: str | None = None) -> JsonObject:
     if questions:
         content = as_object(read_json(questions), questions)
         known = seed_bench.questions(content, record_list(content, "questions", questions), questions)
-    return seed_bench.seed_bench_scores(rows, known, str(results)).as_dict()
+    score = seed_bench.seed_bench_scores(rows, known, str(results))
+    questions_of = [row.question_id for row in score.rows]  # one that stands twice counts once
+    right = [float(row.if_right) for row in score.rows]
+    return _with_intervals(score.as_dict(), accuracy=interval(right, 1.0, questions_of))
 
 
 def score_mmmu_pro(results: str, *, seed: int = 0) -> JsonObject:
@@ -225,4 +259,5 @@ def score_mmmu_pro(results: str, *, seed: int = 0) -> JsonObject:
         InputError: a bad file or row.
     """
     path = Path(results)
-    return mmmu_pro.mmmu_pro_scores(read_records(path), seed, str(path)).as_dict()
+    score = mmmu_pro.mmmu_pro_scores(read_records(path), seed, str(path))
+    return _with_intervals(score.as_dict(), accuracy=interval([float(row.if_right) for row in score.rows], 1.0))

@@ -171,7 +171,7 @@ def test_differences_are_paired_and_left_out_where_the_score_is_no_mean(maker: A
     assert zero is not None
     values = {(line.row, column.task): entry.value for (line, column), entry in table.entries.items()}
     assert zero.mean == pytest.approx(values["zero-shot", "mini-vqa"] - values["hificl", "mini-vqa"])
-    assert zero.high < 0
+    assert zero.interval()[1] < 0 and zero.seeds == 3
     maker.study("hificl-table1", [cell | {"measurement": "m.json"} for cell in every])
     table = load_table("hificl-table1", known, maker.folder)  # the samples' scores are not what was measured
     assert not any(entry.difference for entry in table.entries.values())
@@ -247,12 +247,15 @@ def test_a_study_of_no_paper_speaks_of_none_and_of_its_six_samples(new_maker: An
     shown = re.sub('<(style|script)>.*?</\\1>|<svg.*?</svg>|href="[^"]*"', "", index, flags=re.DOTALL)
     for text in (shown, (tmp_path / "mine.md").read_text()):
         assert "paper" not in text.lower()
-        assert "2 seeds (0, 1); scored on 6 evaluation samples of mini-vqa, mini-coco." in text
-        assert "The 95 % interval over samples reaches at most so far from a number: " in text
+        assert (
+            "2 seeds (0, 1) on the same training samples; scored on 6 evaluation samples of mini-vqa, mini-coco."
+            in text
+        )
+        assert "The 95 % interval over seeds and samples reaches at most so far from a number: " in text
     entries = [e for e in load_table("mine", known, maker.folder).entries.values() if e.column.task == "mini-vqa"]
     for entry in entries:
         assert entry.interval and entry.interval[1] - entry.interval[0] > 40
-        assert f"95 % interval over samples: {entry.interval[0]:.2f} to {entry.interval[1]:.2f}" in index
+        assert f"95 % interval over seeds and samples: {entry.interval[0]:.2f} to {entry.interval[1]:.2f}" in index
     assert f"number: {max(abs(end - e.value) for e in entries for end in e.interval):.2f} on mini-vqa," in index
 
 
