@@ -124,10 +124,12 @@ def _referred(evaluations: Evaluations) -> tuple[set[str], set[str]]:
 
 def _planned(params: Params, root: Path) -> set[str]:
     from pipeline.plan.plan import all_cells, make_plan, places
+    from pipeline.records.store import TrialStore
 
     folders = places(root)
     try:
-        return set(make_plan(params, all_cells(params, params.run.studies, folders), folders).trials)
+        cells = all_cells(params, params.run.studies, folders)
+        return set(make_plan(params, cells, folders, TrialStore(folders.runs).objective).trials)
     except HificlError as error:
         # what is planned cannot be told, so nothing may be taken away
         raise InputError(f"the profile's studies cannot be laid out: {error}", where="hificl gc") from error

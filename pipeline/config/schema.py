@@ -303,6 +303,14 @@ class StudyMethod(Section):
         return self
 
 
+class Budget(Section):
+    """As many trials for every row that trains, each over a space of its own, chosen on the selection split."""
+
+    trials: int = Field(ge=1)
+    spaces: dict[str, dict[str, Any]] = {}  # by method, for its rows without a `search` of their own
+    widen: int = Field(0, ge=0)  # how many steps a space grows by where the best point lies at an end of it
+
+
 class Study(Section):
     """A table or a figure of the papers: which trials, how they are laid out, what was printed."""
 
@@ -314,6 +322,7 @@ class Study(Section):
     methods: dict[str, StudyMethod] = Field(min_length=1)
     vary: dict[str, list[Any]] = {}  # every value is a point of the report
     seeds: list[int] = Field([0], min_length=1)
+    budget: Budget | None = None
     train: dict[str, Any] = {}
     metrics: list[str] = []  # further metrics of a cell beside its task's own
     measure: str = "score"  # what a cell's number is; see pipeline/measure
@@ -348,12 +357,16 @@ class Study(Section):
         # `lora-r16: {method: lora, rank: 16}` is the short form of `{method: lora, set: {rank: 16}}`
         if isinstance(data, dict) and isinstance(data.get("methods"), dict):
             row_fields = set(StudyMethod.model_fields)
+            budget = data.get("budget")
+            spaces = (budget.get("spaces") if isinstance(budget, dict) else None) or {}
             rows = {}
             for name, given in data["methods"].items():
                 row = {"method": name} if given is None else dict(given)
                 row.setdefault("method", name)
                 extra = {k: row.pop(k) for k in list(row) if k not in row_fields}
                 row["set"] = {**row.get("set", {}), **extra}
+                if row["method"] in spaces and not row.get("search"):
+                    row["search"] = spaces[row["method"]]
                 rows[name] = row
             data = {**data, "methods": rows}
         return data

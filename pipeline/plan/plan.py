@@ -18,7 +18,7 @@ from pipeline.core.errors import InputError
 from pipeline.core.plain_yaml import Json
 from pipeline.data.manifest import Manifest
 from pipeline.plan.settings import TRAIN_FIELDS
-from pipeline.plan.space import PAPERS_FULL_SIZE, Cell, Digests, Point, cells, corners, needed, points
+from pipeline.plan.space import PAPERS_FULL_SIZE, Cell, Digests, Point, cells, corners, needed, points, tried
 from pipeline.tasks import tasks
 
 
@@ -114,7 +114,9 @@ def teacher_key(config: TrialConfig) -> str | None:
     return digest([*resident, *config.draws, *batches])[:KEY_LENGTH]
 
 
-def make_plan(params: Params, cells: Iterable[Cell], places: Places) -> Plan:
+def make_plan(
+    params: Params, cells: Iterable[Cell], places: Places, objective: Callable[[str], float | None] | None = None
+) -> Plan:
     """Lay out the trials of `cells`; those that several cells share appear once.
 
     Raises:
@@ -132,7 +134,7 @@ def make_plan(params: Params, cells: Iterable[Cell], places: Places) -> Plan:
                 way_out="Put world_size under the study's `vary`, or set sweep.search to grid or random",
             )  # fmt: skip
             continue
-        for point in corners(cell) if asked_later else points(cell, params):
+        for point in _points(cell, params, bool(asked_later), objective, problems):
             try:
                 config = cell.trial(point)
             except InputError as error:
@@ -153,6 +155,19 @@ def make_plan(params: Params, cells: Iterable[Cell], places: Places) -> Plan:
         more = f" (and {len(others)} more: {_some(list(problems)[1:])})" if others else ""
         raise InputError(first.what + more, where=first.where, way_out=first.way_out)
     return plan
+
+
+def _points(
+    cell: Cell, params: Params, asked_later: bool, objective: Callable[[str], float | None] | None,
+    problems: dict[str, InputError],
+) -> list[Point]:  # fmt: skip
+    try:
+        if asked_later:
+            return corners(cell)
+        return points(cell, params) if objective is None else tried(cell, params, objective)
+    except InputError as error:
+        problems.setdefault(cell.name, error)
+        return []
 
 
 def _some(names: list[str], most: int = 4) -> str:

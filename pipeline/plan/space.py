@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import JsonValue
 
 from pipeline import backbones, methods
 from pipeline.config.load import Params, Study, StudyMethod, Train
+from pipeline.config.schema import Budget
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core.errors import InputError, nearest
 from pipeline.core.plain_yaml import Json
@@ -321,27 +322,97 @@ def points(cell: Cell, params: Params) -> list[Point]:
     """Return the points of a cell's space under grid or random search.
 
     Raises:
-        InputError: a grid over a continuous range.
+        InputError: a grid over a continuous range; or the study has a budget that the row's space does not have.
     """
+    budget = params.studies[cell.study].budget if cell.recorded is None and methods.is_trained(cell.method) else None
+    if budget is not None:
+        return _budgeted(cell, params, budget)
     if not cell.search:
         return [{}]
-    if params.sweep.search == "grid":
-        axes: dict[str, list[JsonValue]] = {}
-        for name, values in cell.search.items():
-            if not isinstance(values, list):
-                raise InputError(
-                    f"a grid needs a list of values for '{name}', got {values!r}",
-                    where=f"studies.{cell.study}.methods.{cell.row}.search",
-                    way_out="Give a list, or set sweep.search to random or optuna",
-                )
-            axes[name] = values
-        return list(_grid(axes))
+    return _grid_points(cell) if params.sweep.search == "grid" else _drawn(cell, params, params.sweep.num_samples)
+
+
+def _budgeted(cell: Cell, params: Params, budget: Budget) -> list[Point]:
+    """Return as many points as every row of the study has, the same for each task and seed under a grid."""
+    where, count = f"studies.{cell.study}.methods.{cell.row}", budget.trials
+    if not cell.search:
+        raise InputError(
+            f"no space is named, and every row of the study has {count} trials over one", where=where,
+            way_out=f"Give it a `search`, or its method a space under budget.spaces.{cell.method}",
+        )  # fmt: skip
+    if params.sweep.search == "optuna" and params.sweep.num_samples != count:
+        way_out = f"Set sweep.num_samples to {count}"
+        raise InputError(f"the study's budget is {count} trials a row", where="sweep.num_samples", way_out=way_out)
+    known = _grid_points(cell) if params.sweep.search == "grid" else _drawn(cell, params, 50 * count)[:count]
+    if len(known) < count:
+        raise InputError(
+            f"its space has {len(known)} points, and every row of the study has {count} trials", where=where,
+            way_out="Give it more values, or lower budget.trials",
+        )  # fmt: skip
+    chosen = random.Random(f"{params.sweep.seed}:{cell.study}:{cell.row}").sample(range(len(known)), count)
+    return [known[place] for place in sorted(chosen)]
+
+
+def tried(cell: Cell, params: Params, objective: Callable[[str], float | None]) -> list[Point]:
+    """Return a cell's points with those that its study's `widen` adds, as far as what was trained tells.
+
+    Args:
+        cell: of a grid or random search.
+        params: the project's.
+        objective: what a trial is chosen by, by its key; None where it has not ended.
+    """
+    asked = points(cell, params)
+    budget = params.studies[cell.study].budget
+    for _ in range(budget.widen if budget and cell.search else 0):
+        scores = [objective(cell.trial(point).key) for point in asked]
+        known = [score for score in scores if score is not None]
+        if len(known) < len(asked):
+            break
+        more = [point for point in _beyond(asked, asked[known.index(max(known))]) if _can_be(cell, point)]
+        if not more:
+            break
+        asked = [*asked, *more]
+    return asked
+
+
+def _beyond(asked: Sequence[Point], best: Point) -> list[Point]:
+    """Return a step further from the best point for each number that lies at an end of what was tried."""
+    steps: list[Point] = []
+    for name, value in best.items():
+        values = sorted({v for point in asked if type(v := point[name]) in (int, float)})
+        if value not in (values[:1] + values[-1:]) or len(values) < 2:
+            continue
+        nearest_one = values[1] if value == values[0] else values[-2]
+        further = value * value / nearest_one if values[0] > 0 else 2 * value - nearest_one
+        further = round(further) if isinstance(value, int) else float(f"{further:.6g}")
+        steps += [{**best, name: further}] if further not in values else []
+    return steps
+
+
+def _can_be(cell: Cell, point: Point) -> bool:
+    try:
+        cell.trial(point)
+    except InputError:  # such as a rank below 1
+        return False
+    return True
+
+
+def _grid_points(cell: Cell) -> list[Point]:
+    for name, values in cell.search.items():
+        if not isinstance(values, list):
+            raise InputError(
+                f"a grid needs a list of values for '{name}', got {values!r}",
+                where=f"studies.{cell.study}.methods.{cell.row}.search",
+                way_out="Give a list, or set sweep.search to random or optuna",
+            )
+    return list(_grid(cell.search))
+
+
+def _drawn(cell: Cell, params: Params, count: int) -> list[Point]:
     generator = random.Random(f"{params.sweep.seed}:{cell.name}")
-    drawn = [
-        {name: draw(domain, generator, name) for name, domain in cell.search.items()}
-        for _ in range(params.sweep.num_samples)
-    ]
-    return _distinct(drawn)
+    return _distinct(
+        [{name: draw(domain, generator, name) for name, domain in cell.search.items()} for _ in range(count)]
+    )
 
 
 def corners(cell: Cell) -> list[Point]:

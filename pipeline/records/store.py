@@ -94,6 +94,13 @@ class TrialStore:
         end = self.done(key)
         return end is not None and end.final
 
+    def objective(self, key: str) -> float | None:
+        """Return what a trial is chosen by, below every other where it diverged; None where it has not ended."""
+        end = self.done(key)
+        if end is None or not end.final:
+            return None
+        return float("-inf") if end.objective is None else end.objective
+
     def finish(self, key: str, end: TrialEnd) -> None:
         """Close a trial; the last thing that is written."""
         self.trial(key).finish(end)

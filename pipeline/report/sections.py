@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -63,6 +64,85 @@ class CaptionedFigure:
 
 
 @dataclass(frozen=True)
+class TriedSetting:
+    """One setting that was searched for a number: the best selection score at each of its values, over seeds.
+
+    Attributes:
+        trials: that were tried for each seed.
+        setting: its name.
+        values: each value with the mean over seeds of the best score there; None where no trial ended.
+        chosen: the values that were chosen, and for how many seeds.
+        ends: those of them that lie at an end of what was tried.
+        matters: best score less worst one; None where fewer than two values are known.
+    """
+
+    line: Line
+    task: str
+    trials: int
+    setting: str
+    values: list[tuple[str, float | None]]
+    chosen: dict[str, int]
+    ends: list[str]
+    matters: float | None
+
+
+def tried_settings(table: Table) -> list[TriedSetting]:
+    """Return what was searched, a row a setting of each number that had more than one trial."""
+    out = []
+    for entry in table.entries.values():
+        cells = [cell for cell in entry.cells if len(cell.candidates) > 1] if entry.column.metric is None else []
+        names = dict.fromkeys(name for cell in cells for row in cell.candidates for name in row.searched)
+        out += [_tried(entry, cells, name) for name in names]
+    return [row for row in out if len(row.values) > 1]
+
+
+def _tried(entry: TableEntry, cells: Sequence[CellResult], name: str) -> TriedSetting:
+    known = {short_value(row.searched.get(name)): row.searched.get(name) for cell in cells for row in cell.candidates}
+    numbers = [value for value in known.values() if isinstance(value, int | float)]
+    texts = sorted(known, key=float) if len(numbers) == len(known) else list(known)
+    best: dict[str, float | None] = {}
+    for text in texts:
+        of_seeds = [
+            [
+                row.selection_score
+                for row in cell.candidates
+                if short_value(row.searched.get(name)) == text and row.selection_score is not None
+            ]
+            for cell in cells
+        ]
+        scores = [max(of_seed) for of_seed in of_seeds if of_seed]
+        best[text] = fmean(scores) if scores else None
+    chosen = Counter(short_value(cell.searched[name]) for cell in cells if name in cell.searched)
+    ends = [text for text in chosen if len(numbers) == len(known) > 1 and text in (texts[0], texts[-1])]
+    ended = [score for score in best.values() if score is not None]
+    matters = max(ended) - min(ended) if len(ended) > 1 else None
+    count = max(len(cell.candidates) for cell in cells)
+    return TriedSetting(
+        entry.line, entry.column.task, count, name, [(text, best[text]) for text in texts], dict(chosen), ends, matters
+    )
+
+
+def _budget(tried: Sequence[TriedSetting]) -> Iterator[str]:
+    """Say how many trials each row had, and what was chosen at an end of its space."""
+    trials = {row.line.label: row.trials for row in tried}
+    if not trials:
+        return
+    if len(set(trials.values())) == 1:
+        rows = "every row that was searched" if len(trials) > 1 else next(iter(trials))
+        yield f"Of {next(iter(trials.values()))} trials for each number of {rows}, the selection split chose one."
+    else:
+        yield f"Trials for each number: {', '.join(f'{row} {count}' for row, count in trials.items())}."
+    at_ends: dict[str, list[str]] = {}
+    for row in tried:
+        for value in row.ends:
+            name = f"{row.line.label}, {papers.label('axes', row.setting)} = {value}"
+            at_ends.setdefault(name, []).append(papers.label("tasks", row.task))
+    if at_ends:
+        listed = "; ".join(f"{name} ({', '.join(dict.fromkeys(where))})" for name, where in at_ends.items())
+        yield f"At an end of what was tried, so that more might help: {listed}."
+
+
+@dataclass(frozen=True)
 class RunRow:
     """A row of the table of runs: a cell with its id in the page (`place`) and what was chosen for it."""
 
@@ -108,6 +188,7 @@ class StudySection:
     reference: str
     differences: list[TableEntry]
     runs: list[RunRow]
+    tried: list[TriedSetting]
 
 
 def study_section(
@@ -151,6 +232,7 @@ def study_section(
         reference=table.reference_label,
         differences=[entry for entry in table.entries.values() if entry.difference],
         runs=runs,
+        tried=tried_settings(table),
     )
 
 
@@ -253,6 +335,7 @@ def notes(table: Table) -> list[str]:
     out += [*_samples(table), _protocol(table)]
     selection = _SELECTION.get(table.study.selection, f"Selection: {table.study.selection}.")
     out.append(selection.replace("{as_the_papers}", ", as the papers do" if table.paper else ""))
+    out += _budget(tried_settings(table))
     printed = any(entry.paper is not None for entry in table.entries.values())
     for stand_in, model in stand_ins([table]):
         known = ": the paper's numbers are of that model, so no difference is shown" if printed else ""

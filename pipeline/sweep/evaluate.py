@@ -17,7 +17,7 @@ from pipeline.core.files import file_digest
 from pipeline.core.progress import bar, say
 from pipeline.measure import Measure, MeasureJob, Numbers, create_measure
 from pipeline.plan.plan import Plan, all_cells, make_plan, places
-from pipeline.plan.space import Cell, Point, points
+from pipeline.plan.space import Cell, Point, tried
 from pipeline.pool import supervisor
 from pipeline.pool.processes import in_order
 from pipeline.pool.supervisor import Driver, ahead
@@ -59,7 +59,7 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None) -> No
 def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore) -> None:
     folders, evaluations = places(root), Evaluations(root.resolve() / "evaluations")
     cells = all_cells(params, studies, folders)
-    plan = make_plan(params, cells, folders)
+    plan = make_plan(params, cells, folders, store.objective)
     chosen = {cell.name: _choose(params, cell, store) for cell in cells}
     scoring = {
         cell.name: _evaluation(params, cell, choice.trial)
@@ -122,7 +122,7 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore)
 def candidates(params: Params, cell: Cell, store: TrialStore) -> list[tuple[Point, TrialConfig]]:
     """Return the points of a cell with their trials; under Optuna, those that the store holds."""
     if params.sweep.search != "optuna" or not cell.search:
-        return [(point, cell.trial(point)) for point in points(cell, params)]
+        return [(point, cell.trial(point)) for point in tried(cell, params, store.objective)]
     asked = []
     for key in store.all_keys():
         config = store.config(key)

@@ -43,7 +43,19 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
         WorkError: some trials failed; the others are done.
     """
     folders = places(root)
-    plan = make_plan(params, all_cells(params, studies, folders), folders)
+    cells, before = all_cells(params, studies, folders), set[str]()
+    while True:
+        plan = make_plan(params, cells, folders, TrialStore(folders.runs).objective)
+        if before and plan.trials.keys() <= before:
+            return
+        _swept(params, studies, root, plan)
+        if not any((budget := params.studies[study].budget) and budget.widen for study in studies):
+            return
+        before = set(plan.trials)  # what they came out as may ask for more
+
+
+def _swept(params: Params, studies: list[str], root: Path | None, plan: Plan) -> None:
+    folders = plan.places
     for line in unheard(params, plan.cells.values()):
         say(f"note: {line}")
     store = TrialStore(folders.runs)

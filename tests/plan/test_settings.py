@@ -12,7 +12,7 @@ from pipeline.config.load import load
 from pipeline.core.errors import InputError
 from pipeline.plan import plan as trials
 from pipeline.plan.plan import Places, as_given, make_plan, places
-from pipeline.plan.space import cells, needed
+from pipeline.plan.space import cells, needed, points, tried
 from pipeline.plan.unheard import unheard
 from tests.conftest import ROOT
 
@@ -386,3 +386,92 @@ def test_no_trial_says_that_it_chooses_on_more_samples_than_are_drawn():
     real = load(ROOT / "params.yaml", profile="real")
     asked = {cell.task: cell.trial({}) for cell in cells(real, "mimic-table10", as_given(real)) if cell.row == "mimic"}
     assert {task: trial.num_selection_samples for task, trial in asked.items()}["mme"] == 100
+
+
+# -- equal budgets -----------------------------------------------------------------------------------------------------
+
+BUDGET = (
+    "studies.own={title: o, backbones: [idefics2-8b-base], tasks: [vqav2], seeds: [0, 1], budget: BUDGET, methods: "
+    "{zero-shot: {}, hificl: {}, hificl-k: {method: hificl, lowrank_k: false}, "
+    "mimic: {search: {learning_rate: [0.01, 0.02], ground_truth_weight: [0.5, 8.0]}}}}"
+)
+SPACES = "{trials: 3, spaces: {hificl: {learning_rate: [0.001, 0.01, 0.1, 1.0]}}}"
+
+
+@pytest.mark.parametrize("search", ["grid", "random"])
+def test_every_row_that_trains_has_the_budgets_trials(search):
+    params = load(ROOT / "params.yaml", [BUDGET.replace("BUDGET", SPACES), f"sweep.search={search}"], profile="mini")
+    tried: dict[tuple[str, int], list] = {}
+    for cell in cells(params, "own", as_given(params)):
+        tried[cell.row, cell.seed] = points(cell, params)
+    assert tried["zero-shot", 0] == [{}]
+    rows = ("hificl", "hificl-k", "mimic")
+    if search == "grid":
+        assert {len(tried[row, seed]) for row in rows for seed in (0, 1)} == {3}
+        assert all(tried[row, 0] == tried[row, 1] for row in rows)
+        assert {tuple(point) for point in tried["mimic", 0]} == {("learning_rate", "ground_truth_weight")}
+
+
+@pytest.mark.parametrize(
+    ("budget", "more", "says"),
+    [
+        ("{trials: 3}", [], "no space is named.*budget.spaces.hificl"),
+        (
+            "{trials: 5, spaces: {hificl: {learning_rate: [0.1, 0.2]}}}",
+            [],
+            r"2 points, and every row.*5 trials \(and 5",
+        ),
+        (SPACES, ["sweep.search=optuna", "sweep.num_samples=2"], "budget is 3 trials a row.*num_samples to 3"),
+    ],
+)
+def test_a_budget_that_a_row_cannot_have_is_refused(budget, more, says):
+    with pytest.raises(InputError, match=says):
+        if more:
+            params = load(ROOT / "params.yaml", [BUDGET.replace("BUDGET", budget), *more], profile="mini")
+            for cell in cells(params, "own", as_given(params)):
+                points(cell, params)
+        plan("own", BUDGET.replace("BUDGET", budget), *more, profile="mini")
+
+
+def test_a_space_grows_where_its_best_point_lies_at_an_end_as_often_as_it_may():
+    text = "{trials: 3, widen: 2, spaces: {hificl: {learning_rate: [0.01, 0.02, 0.04]}}}"
+    params = load(ROOT / "params.yaml", [BUDGET.replace("BUDGET", text)], profile="mini")
+    known = cells(params, "own", as_given(params))
+    cell = next(cell for cell in known if cell.row == "hificl")
+
+    def rates(best: float, ended: bool = True) -> list[float]:
+        """Return what is tried where the score falls off from `best`."""
+        of_key = {
+            cell.trial({"learning_rate": rate}).key: rate for rate in (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
+        }
+        return [
+            point["learning_rate"]
+            for point in tried(cell, params, lambda key: -abs(of_key[key] - best) if ended else None)
+        ]
+
+    assert rates(0.02) == [0.01, 0.02, 0.04]
+    assert rates(1.0) == [0.01, 0.02, 0.04, 0.08, 0.16]
+    assert rates(0.06) == [0.01, 0.02, 0.04, 0.08]  # 0.04 at an end, then 0.04 or 0.08: the first of equals, inside
+    assert rates(0.0) == [0.01, 0.02, 0.04, 0.005, 0.0025]
+    assert rates(1.0, ended=False) == [0.01, 0.02, 0.04]
+    free = next(cell for cell in known if cell.row == "zero-shot")
+    assert tried(free, params, lambda key: None) == [{}]
+    text = "{trials: 4, widen: 1, spaces: {hificl: {learning_rate: [0.01, 0.02, 0.04, 0.08]}}}"
+    params = load(ROOT / "params.yaml", [BUDGET.replace("BUDGET", text)], profile="mini")
+    mimic = next(cell for cell in cells(params, "own", as_given(params)) if cell.row == "mimic")
+    grown = tried(mimic, params, lambda key: -mimic_distance(mimic, key))[len(points(mimic, params)) :]
+    assert {"learning_rate": 0.02, "ground_truth_weight": 128.0} in grown
+    assert {"learning_rate": 0.04, "ground_truth_weight": 8.0} in grown
+
+
+def mimic_distance(cell, key):
+    """Return how far a point is from the upper corner of MimIC's grid."""
+    corner = cell.trial({"learning_rate": 0.02, "ground_truth_weight": 8.0}).key
+    return 0.0 if key == corner else 1.0
+
+
+def test_trials_of_a_study_without_a_budget_keep_their_keys():
+    params = load(ROOT / "params.yaml", profile="mini")
+    planned = plan("miniature-search", profile="mini")
+    assert len(planned.trials) == 54 and all(study.budget is None or name == "miniature-fair"
+                                             for name, study in params.studies.items())  # fmt: skip

@@ -18,6 +18,7 @@ import pytest
 
 from pipeline.core.errors import InputError
 from pipeline.report import forget, load_table, study_page, write_index, write_numbers, write_study
+from pipeline.report.sections import tried_settings
 
 HOSTILE = "<script>alert(1)</script>|\"'&`$x_1$ [a](javascript:b)"
 COLUMNS = ["backbone", "task", "method", "metric", "value", "std", "seeds", "paper", "run_ids"]
@@ -438,3 +439,36 @@ def test_a_damaged_file_is_named(maker: Any, damage: Any, words: list[str]) -> N
     with pytest.raises(InputError) as caught:
         write_study("hificl-table1", known, maker.folder, maker.folder.parent)
     assert all(word in str(caught.value) for word in [*words, "hificl-table1.json"])
+
+
+def test_the_page_shows_what_was_tried_how_much_it_matters_and_what_lies_at_an_end(maker: Any) -> None:
+    def searched(row: str, seed: int, scores: dict[float, float]) -> dict[str, Any]:
+        best = max(scores, key=scores.__getitem__)
+        tried = [{"trial": f"t{rate}", "searched": {"learning_rate": rate}, "selection_score": score}
+                 for rate, score in scores.items()]  # fmt: skip
+        return maker.cell(row, "mini-vqa", seed) | {"candidates": tried, "searched": {"learning_rate": best}}
+
+    cells = [
+        searched("hificl", 0, {0.01: 80.0, 0.1: 84.0, 0.02: 90.0}),
+        searched("hificl", 1, {0.01: 82.0, 0.1: 92.0, 0.02: 90.0}),
+        searched("mimic", 0, {0.01: 70.0, 0.1: 60.0, 0.02: 65.0}),
+        searched("mimic", 1, {0.01: 70.0, 0.1: 60.0, 0.02: 65.0}),
+        maker.cell("zero-shot", "mini-vqa", 0),
+    ]
+    maker.study("hificl-table1", cells)
+    known = maker.params(**{"hificl-table1": maker.definition()})
+    by_row = {row.line.row: row for row in tried_settings(load_table("hificl-table1", known, maker.folder))}
+    hificl, mimic = by_row["hificl"], by_row["mimic"]
+    assert hificl.values == [("0.01", 81.0), ("0.02", 90.0), ("0.1", 88.0)]
+    assert hificl.chosen == {"0.02": 1, "0.1": 1} and hificl.ends == ["0.1"] and hificl.matters == 9.0
+    assert mimic.chosen == {"0.01": 2} and mimic.ends == ["0.01"] and mimic.trials == 3
+    index = write_index(known, maker.folder, maker.folder.parent).page.read_text()
+    assert "Of 3 trials for each number of every row that was searched, the selection split chose one." in index
+    assert "At an end of what was tried, so that more might help: " in index
+    assert "MimIC, learning rate = 0.01 (mini-vqa)" in index and "HiFICL, learning rate = 0.1 (mini-vqa)" in index
+    assert "<strong>0.02</strong> (1): 90" in index and "<strong>0.1</strong> (1)†: 88" in index
+    cells[2]["candidates"].pop()
+    cells[3]["candidates"].pop()
+    maker.study("hificl-table1", cells)
+    write_study("hificl-table1", known, maker.folder, maker.folder.parent)
+    assert "Trials for each number: HiFICL 3, MimIC 2." in (maker.folder.parent / "hificl-table1.md").read_text()
