@@ -182,7 +182,7 @@ def interval(
         return known.interval() if known else None
     size: float = len(values)
     if known and known.error and images is not None:
-        size = min(size, values.var(ddof=1) / known.error**2)
+        size = min(size, float(values.var(ddof=1)) / known.error**2)
     elif known and images is not None:
         size = known.images
     share = math.fsum(scores) / (len(values) * top)
