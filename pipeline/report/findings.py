@@ -215,7 +215,8 @@ def _comparison(claim: Claim, cell: _TaskRows) -> _Result | None:
     lowers = cell.entries(claim.below)
     if not uppers:
         return None
-    upper, lower = min(uppers, key=_rank), min((_same_point(lowers, uppers[0]) or lowers), key=_rank, default=None)
+    upper = min(uppers, key=_rank)
+    lower = min(_same_point(lowers, upper) or lowers, key=_rank, default=None)
     if lower is None:
         return None if claim.at_most is None else _below_a_number(claim.at_most, uppers, cell)
     times = 1.0 if claim.times is None else claim.times
