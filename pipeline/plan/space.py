@@ -334,10 +334,10 @@ def points(cell: Cell, params: Params) -> list[Point]:
 
 def _budgeted(cell: Cell, params: Params, budget: Budget) -> list[Point]:
     """Return as many points as every row of the study has, the same for each task and seed under a grid."""
-    where, count = f"studies.{cell.study}.methods.{cell.row}", budget.trials
+    place, count = f"studies.{cell.study}.methods.{cell.row}", budget.trials
     if not cell.search:
         raise InputError(
-            f"no space is named, and every row of the study has {count} trials over one", where=where,
+            f"no space is named, and every row of the study has {count} trials over one", where=place,
             way_out=f"Give it a `search`, or its method a space under budget.spaces.{cell.method}",
         )  # fmt: skip
     if params.sweep.search == "optuna" and params.sweep.num_samples != count:
@@ -346,11 +346,11 @@ def _budgeted(cell: Cell, params: Params, budget: Budget) -> list[Point]:
     known = _grid_points(cell) if params.sweep.search == "grid" else _drawn(cell, params, 50 * count)[:count]
     if len(known) < count:
         raise InputError(
-            f"its space has {len(known)} points, and every row of the study has {count} trials", where=where,
+            f"its space has {len(known)} points, and every row of the study has {count} trials", where=place,
             way_out="Give it more values, or lower budget.trials",
         )  # fmt: skip
     chosen = random.Random(f"{params.sweep.seed}:{cell.study}:{cell.row}").sample(range(len(known)), count)
-    return [known[place] for place in sorted(chosen)]
+    return [known[number] for number in sorted(chosen)]
 
 
 def tried(cell: Cell, params: Params, objective: Callable[[str], float | None]) -> list[Point]:

@@ -292,7 +292,7 @@ def _crossing(claim: Claim, cells: Sequence[_TaskRows]) -> _Result | None:
         max(here[a, b][0], there[b, a][0]) for a, b in combinations(values, 2) for here, there in permutations(odds, 2)
     ]
     enough = [
-        _all(of_task[other, value][1] for of_task in odds for other in values if other != value) for value in values
+        _all(of_task[rival, value][1] for of_task in odds for rival in values if rival != value) for value in values
     ]
     return _Result(_any(crossed), _any(enough), "; ".join(_best_place(claim, cell, of) for cell, of in tasks))
 

@@ -138,7 +138,7 @@ def _budget(tried: Sequence[TriedSetting]) -> Iterator[str]:
             name = f"{row.line.label}, {papers.label('axes', row.setting)} = {value}"
             at_ends.setdefault(name, []).append(papers.label("tasks", row.task))
     if at_ends:
-        listed = "; ".join(f"{name} ({', '.join(dict.fromkeys(where))})" for name, where in at_ends.items())
+        listed = "; ".join(f"{name} ({', '.join(dict.fromkeys(of))})" for name, of in at_ends.items())
         yield f"At an end of what was tried, so that more might help: {listed}."
 
 
