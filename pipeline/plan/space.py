@@ -379,14 +379,19 @@ def _beyond(asked: Sequence[Point], best: Point) -> list[Point]:
     """Return a step further from the best point for each number that lies at an end of what was tried."""
     steps: list[Point] = []
     for name, value in best.items():
-        values = sorted({v for point in asked if type(v := point[name]) in (int, float)})
-        if value not in (values[:1] + values[-1:]) or len(values) < 2:
+        values = sorted({number for point in asked if (number := _number(point[name])) is not None})
+        end = _number(value)
+        if end is None or len(values) < 2 or end not in (values[0], values[-1]):
             continue
-        nearest_one = values[1] if value == values[0] else values[-2]
-        further = value * value / nearest_one if values[0] > 0 else 2 * value - nearest_one
+        inside = values[1] if end == values[0] else values[-2]
+        further = end * end / inside if values[0] > 0 else 2 * end - inside
         further = round(further) if isinstance(value, int) else float(f"{further:.6g}")
         steps += [{**best, name: further}] if further not in values else []
     return steps
+
+
+def _number(value: JsonValue) -> float | None:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _can_be(cell: Cell, point: Point) -> bool:
@@ -398,6 +403,7 @@ def _can_be(cell: Cell, point: Point) -> bool:
 
 
 def _grid_points(cell: Cell) -> list[Point]:
+    axes: dict[str, list[JsonValue]] = {}
     for name, values in cell.search.items():
         if not isinstance(values, list):
             raise InputError(
@@ -405,7 +411,8 @@ def _grid_points(cell: Cell) -> list[Point]:
                 where=f"studies.{cell.study}.methods.{cell.row}.search",
                 way_out="Give a list, or set sweep.search to random or optuna",
             )
-    return list(_grid(cell.search))
+        axes[name] = values
+    return list(_grid(axes))
 
 
 def _drawn(cell: Cell, params: Params, count: int) -> list[Point]:

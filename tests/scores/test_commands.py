@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -51,6 +52,38 @@ def test_vqa(score, vqa_files):
     assert numbers["per_answer_type"] == {"number": 0, "other": 100}
     _, numbers, _ = score(*vqa_files(), "--normalise", "official")
     assert numbers["per_question"] == {"1": 0, "2": 0}
+
+
+def test_intervals_are_over_images_and_not_over_their_questions(score, write, tmp_path):
+    ids = range(40)  # two questions an image, answered alike
+    asked = {"questions": [{"question_id": n, "image_id": n // 2, "question": "?"} for n in ids]}
+    truth = {"annotations": [{"question_id": n, "answers": [{"answer": "red"}] * 10} for n in ids]}
+    given = [{"question_id": n, "answer": "red" if n < 32 else "blue"} for n in ids]
+    files = ("--results", write("r.json", given), "--questions", write("q.json", asked))
+    status, numbers, _ = score("vqa", *files, "--annotations", write("a.json", truth))
+    assert status == 0 and numbers["overall"] == 80
+    share, size, z = 0.8, 20, 1.959964  # Wilson's for as many images, nearly
+    half = z * (share * (1 - share) / size + (z / (2 * size)) ** 2) ** 0.5
+    ends = [100 * (share + z**2 / (2 * size) + sign * half) / (1 + z**2 / size) for sign in (-1, 1)]
+    assert numbers["intervals"]["overall"] == pytest.approx(ends, abs=1.0)
+    for place, task in enumerate(("count", "color", "code_reasoning")):
+        lines = [f"{n}.jpg\tQ?\tYes\t{'yes' if n % 2 else 'no'}\n{n}.jpg\tR?\tNo\tno\n" for n in range(4 + place)]
+        (tmp_path / "mme").mkdir(exist_ok=True)
+        (tmp_path / "mme" / f"{task}.txt").write_text("".join(lines))
+    _, numbers, _ = score("mme", "--results", tmp_path / "mme", "--subset")
+    points = [[50.0, 200.0, 50.0, 200.0], [50.0, 200.0, 50.0, 200.0, 50.0]]
+    error = sum(statistics.variance(group) / len(group) for group in points) ** 0.5
+    low, high = numbers["intervals"]["Perception"]
+    assert (low + high) / 2 == pytest.approx(numbers["Perception"]["total"]) == sum(map(statistics.mean, points))
+    assert 2.3 * error < (high - low) / 2 < 2.5 * error  # Student's quantile with 7 degrees of freedom is 2.36
+    captions = [{"image_id": n, "caption": "a dog" if n else "a dog and a couch"} for n in range(10)]
+    objects = write("o.json", {str(n): ["dog", "cat"] for n in range(10)})
+    _, numbers, _ = score("chair", "--results", write("c.json", captions), "--objects", objects)
+    low, high = numbers["intervals"]["CHAIRi"]
+    # 1 of 11 mentions: the linear part is -1/11 / 1.1 for nine captions and (1 - 2/11) / 1.1 for one
+    parts = [(1 - 2 / 11) / 1.1] + [-1 / 11 / 1.1] * 9
+    assert (high - low) / 2 == pytest.approx(2.262157 * statistics.stdev(parts) / 10**0.5, rel=1e-6)
+    assert numbers["intervals"]["recall"] == [0.5, 0.5]  # one of two, in each
 
 
 def test_vqa_of_a_part_is_asked_for(score, vqa_files):
