@@ -15,6 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from pipeline.adapters import read_config
 from pipeline.cli import main
 from pipeline.config.schema import TaskFile
 from pipeline.miniature.world import write_world
@@ -90,7 +91,7 @@ def test_what_the_page_shows(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "pets on mini-idefics2" in page and not re.search(r"papers?'|measured again|stands for", page)
     assert not (out / "reports/findings.md").exists()
     definition = json.loads((out / "data/manifests/pets/manifest.json").read_text())["definition"]
-    assert json.loads((out / "adapter/adapter_config.json").read_text())["extra"]["definition"] == definition
+    assert read_config(out / "adapter").extra["definition"] == definition
     watched = yaml.safe_load((out / "dvc.yaml").read_text())["stages"]["subsample"]["deps"]
     assert {str(data), str(data.parent / "train2014")} <= set(watched)
 

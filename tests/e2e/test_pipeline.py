@@ -13,6 +13,7 @@ from collections import Counter
 
 import pytest
 
+from pipeline import adapters
 from tests.e2e.conftest import copied, make_project
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -48,10 +49,10 @@ def test_every_trial_ends_and_is_scored(project):
 
 def test_the_adapter_is_rebuilt_from_its_own_files(project):
     folder = next(p.parent for p in (project.folder / "runs").glob("*/adapter/adapter_config.json"))
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = adapters.read_config(folder)
     trial = json.loads((folder.parent / "config.json").read_text())["config"]
-    assert config["method"] == trial["method"] and config["options"] == trial["options"]
-    assert config["extra"]["manifest"] == trial["manifest_digest"]
+    assert config.method == trial["method"] and config.options == trial["options"]
+    assert config.extra["manifest"] == trial["manifest_digest"]
 
 
 def test_predictions_lie_beside_every_score(project):

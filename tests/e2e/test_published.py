@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from pipeline import adapters
 from tests.e2e.conftest import make_project
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -81,9 +82,11 @@ def test_the_report_names_the_protocol(project):
 
 def test_an_adapter_is_asked_with_the_prompt_it_was_trained_on(project):
     adapter = next(
-        path.parent for path in project.folder.glob("runs/*/adapter/adapter_config.json") if read(path)["extra"]
+        path.parent
+        for path in project.folder.glob("runs/*/adapter/adapter_config.json")
+        if adapters.read_config(path.parent).extra
     )
-    assert read(adapter / "adapter_config.json")["extra"]["prompt"] == "published"
+    assert adapters.read_config(adapter).extra["prompt"] == "published"
     image = next((project.folder / "data" / "real" / "images" / "val2014").glob("*.jpg"))
     asked = project.python("-m", "pipeline", "predict", "--adapter", str(adapter), "--image", str(image),
                            "--question", "What is it?")  # fmt: skip
