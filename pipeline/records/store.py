@@ -244,7 +244,7 @@ class TrialFolder:
 
     def finish(self, end: TrialEnd) -> None:
         """Close the trial, with the digests of what it leaves; the last thing that is written."""
-        digests = {"adapter_digest": end.adapter_digest or folder_digest(self.adapter)}  # its maker knows it better
+        digests = {"adapter_digest": folder_digest(self.adapter)}
         if end.final:  # of another the files may still change
             files = {"metrics_digest": self.metrics, "losses_digest": self._losses}
             digests |= {name: file_digest(path) for name, path in files.items() if path.exists()}

@@ -375,7 +375,6 @@ class TrialRun:
                     status=status, error=error, epochs=self.epochs_done,
                     chosen_epoch=self.best.epoch if self.best else None,
                     objective=self.best.objective if self.best else None,
-                    adapter_digest=self.best.adapter_digest if self.best else None,
                     trainable_parameters=self.trainable,
                     train_seconds=sum(report.train_seconds or 0.0 for report in self.reports),
                     seconds=sum(report.seconds or 0.0 for report in self.reports), packed=self.packed,
