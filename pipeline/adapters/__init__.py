@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.adapters.attach import attach
+from pipeline.adapters.attach import wrap as put_in
 from pipeline.adapters.base import (
     CONFIG_FILE,
     METHODS,
@@ -47,6 +48,7 @@ __all__ = [
     "names",
     "options_of",
     "read_config",
+    "wrap",
 ]
 
 
@@ -82,11 +84,21 @@ def create(name: str, model: nn.Module, *, seed: int = 0, **options: Any) -> Ada
     return make(name, model, options_of(name).checked(options, name), seed=seed)
 
 
-def make(name: str, model: nn.Module, options: Options, *, seed: int = 0) -> Adapter:
-    """Make an untrained adapter from options that are checked already; else as `create`."""
+def make(
+    name: str, model: nn.Module, options: Options, *, seed: int = 0, device: torch.device | None = None
+) -> Adapter:
+    """Make an untrained adapter from options that are checked already; else as `create`.
+
+    Args:
+        name: the method.
+        model: see `create`.
+        options: the method's.
+        seed: of the initial values.
+        device: where it goes; None: the decoder's.
+    """
     method = METHODS.get(name)
     spec = decoder_of(model)
-    device = next(spec.attentions[0].parameters()).device
+    device = device or next(spec.attentions[0].parameters()).device
     adapter = method.build(model, spec, options, seed, device).eval()
     for _, part in parts_of([adapter], HiddenAdapter):
         modules_at(spec, part.state)  # said here if this decoder has no such state, before anything is trained
@@ -121,8 +133,43 @@ def read_config(folder: Path | str) -> AdapterConfig:
         raise InputError("not an adapter's configuration (method, options, backbone)", where=str(path)) from None
 
 
-def load(folder: Path | str, model: nn.Module) -> Adapter:
+def wrap(
+    model: Any,
+    adapter: str | Adapter,
+    *,
+    processor: Any = None,
+    prompt: str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Any:
+    """Make a transformers model one that trains an adapter and nothing else, in Trainer, TRL or a loop.
+
+    Its own parameters are frozen; `save_pretrained` writes the adapter alone; `generate` and gradient checkpointing are
+    transformers' own; `unwrap()` takes the adapter out again.
+
+    Args:
+        model: a transformers model; it is changed and returned.
+        adapter: a method's name, of which one is made (`seed`, `options`), or an adapter.
+        processor: the model's, which `ask(image, question)` needs.
+        prompt: what `ask` says, with {image} and {question}; it is saved with the adapter. None: the adapter's own.
+        seed: of initial values.
+        options: the method's own.
+
+    Raises:
+        InputError: as `create` and `attach`, or the model is wrapped already.
+    """
+    if isinstance(adapter, str):
+        adapter = create(adapter, model, seed=seed, **options)
+    return put_in(model, adapter, processor=processor, prompt=prompt)
+
+
+def load(folder: Path | str, model: nn.Module, device: torch.device | None = None) -> Adapter:
     """Read a saved adapter for the backbone that it was made for.
+
+    Args:
+        folder: what `save_pretrained` wrote, or PEFT for a LoRA.
+        model: the backbone; on the meta device the adapter is read there too, unless `device` says otherwise.
+        device: where it goes; None: the decoder's.
 
     Raises:
         InputError: files missing or damaged, or not those that the trial ended with, or another backbone.
@@ -135,8 +182,9 @@ def load(folder: Path | str, model: nn.Module) -> Adapter:
     schema = options_of(config.method)
     options = schema.checked(schema.completed(config.options), config.method)
     _planned(config.method, options, model, str(folder)).check_weights(weights)
-    adapter = make(config.method, model, options)
+    adapter = make(config.method, model, options, device=device)
     adapter.read_weights(weights)
+    adapter.extra = dict(config.extra)
     return adapter
 
 

@@ -1,16 +1,21 @@
-"""Attach adapters to a transformers model for the length of a `with` block, several at once where they pack.
+"""Attach adapters to a transformers model for the length of a `with` block, several at once where they pack; or `wrap`.
 
 Attention is edited through one function that is registered with transformers: every decoder calls it after RoPE and
 cache update, and it looks up the edit of the module that calls. Modules without one (cross-attention, other models that
 share the configuration) run plain SDPA. The mask function of the same name is SDPA's, so causality, padding and sliding
 windows arrive as a mask.
+
+A wrapped model stays the object that it is, of a class that derives from its own: forward, generate, gradient
+checkpointing and what a trainer reads off a model are transformers' own. What it adds is in `Wrapped`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -66,6 +71,7 @@ def attach(
     check_hooks(model.modules(), [spec.decoder])  # which begins every pass anew
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
+        stack.enter_context(_no_trainer_without(spec.decoder, pack))
         if len(pack.adapters) == 1:  # PEFT's own layers
             for part in weights.values():
                 stack.enter_context(part.injected(model))
@@ -76,6 +82,33 @@ def attach(
         if hidden:
             stack.enter_context(_edited_hidden(spec, hidden, pack))
         yield pack
+
+
+@contextmanager
+def _no_trainer_without(decoder: nn.Module, pack: Pack) -> Iterator[None]:
+    """Refuse, at the first pass with a gradient, a Trainer of the model alone: it would train nothing and say nothing.
+
+    Every parameter of the model is frozen, and a Trainer reads off its model what it trains; who calls is on the stack.
+    """
+
+    def check(module: nn.Module, args: object) -> None:
+        if not torch.is_grad_enabled() or "transformers.trainer" not in sys.modules:
+            return
+        handle.remove()
+        frame, learnt = sys._getframe(), {id(parameter) for part in pack.adapters for parameter in part.parameters()}
+        while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+            trainer = frame.f_locals.get("self")
+            if isinstance(trainer, sys.modules["transformers.trainer"].Trainer):
+                if learnt.isdisjoint(map(id, trainer.model.parameters())):
+                    problem = "the Trainer's model has none of the adapter's parameters, so nothing would be trained"
+                    raise InputError(problem, where="attach", way_out="Train adapters.wrap(model, adapter)")
+                return
+
+    handle = decoder.register_forward_pre_hook(eager(check))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -93,7 +126,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in before:
             parameter.requires_grad_(flag)
-        del _FROZEN[model]
+        _FROZEN.pop(model, None)  # the model itself may be on its way out
 
 
 @contextmanager
@@ -136,7 +169,7 @@ def _edited_hidden(spec: DecoderSpec, parts: Sequence[tuple[int, HiddenAdapter]]
                     hooks.append(module.register_forward_hook(hook, prepend=True))
             yield
     finally:
-        del _HIDDEN[spec.decoder]
+        _HIDDEN.pop(spec.decoder, None)
 
 
 def _prefill(spec: DecoderSpec, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,3 +326,97 @@ def edited_attention(spec: DecoderSpec, edits: list[LayerEdit]) -> Iterator[None
 def _set_implementation(config: Any, name: str | None) -> None:
     # As a mapping it is set on this configuration alone: a flat one (Idefics) holds the vision tower's below it.
     config._attn_implementation = {"": name}
+
+
+_MAX_NEW_TOKENS = 20
+
+
+class Wrapped(nn.Module):
+    """What a wrapped model has besides its own class: `adapter`, `ask`, `unwrap`; and what it does otherwise."""
+
+    adapter: Adapter
+    processor: Any
+    _block: ExitStack
+
+    def save_pretrained(self, save_directory: Path | str, *, is_main_process: bool = True, **_: Any) -> None:
+        """Write the adapter alone, with the prompt that it goes with; `adapters.load` reads it."""
+        if is_main_process:
+            self.adapter.save_pretrained(save_directory)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode of all but the attentions: they belong to the frozen backbone, and drop nothing."""
+        super().train(mode)
+        for attention in decoder_of(self).attentions:
+            attention.training = False
+        return self
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Any = None, *args: Any, **kw: Any
+    ) -> None:
+        """Keep layers' inputs alone for the backward pass, as transformers does it.
+
+        Raises:
+            InputError: with `use_reentrant`, which knows no gradient of what a layer is not handed.
+        """
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            problem = "a reentrant checkpoint gives an adapter's parameters no gradient"
+            raise InputError(problem, where="use_reentrant", way_out="Set it to False")
+        enable: Any = getattr(super(), "activation_checkpointing_enable")  # noqa: B009 - the model's own class has it
+        enable(activation_checkpointing_kwargs, *args, **kw)
+
+    def unwrap(self) -> Any:
+        """Take the adapter out and return the model as it was."""
+        self._block.close()
+        del self.adapter, self._block, self.processor
+        self.__class__ = type(self).__mro__[2]
+        return self
+
+    def ask(self, image: Any, question: str | None = None, max_new_tokens: int = _MAX_NEW_TOKENS) -> str:
+        """Return the answer to a question about a picture, by the prompt that the adapter was trained with.
+
+        Args:
+            image: what the processor takes (a PIL image); None where the prompt has none.
+            question: where the prompt asks one.
+            max_new_tokens: at most.
+
+        Raises:
+            InputError: the adapter has no prompt, or the model was wrapped without its processor.
+        """
+        template: Any = self.adapter.extra.get("template")
+        if template is None or self.processor is None:
+            missing = "processor" if self.processor is None else "prompt"
+            raise InputError(f"there is no {missing} to ask with", where="ask", way_out=f"Give `wrap` the {missing}")
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True):  # which would not be read as text
+            if len(token.strip()) > 1:
+                question = question and question.replace(token, f"{token[0]} {token[1:]}")
+        text = template["text"].replace("{question}", (question or "").strip())
+        pictures = {} if image is None else {"images": [[image]]}
+        batch = self.processor(text=[text], return_tensors="pt", **pictures).to(self.device, self.dtype)
+        training = self.training
+        self.eval()
+        generate: Any = self.generate
+        written = generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        self.train(training)
+        answer = tokenizer.decode(written[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        ends = [place for stop in template["stop"] if (place := answer.find(stop)) >= 0]
+        return answer[: min(ends, default=len(answer))].strip()
+
+
+def wrap(model: Any, adapter: Adapter, *, processor: Any = None, prompt: str | None = None) -> Any:
+    """Put an adapter into a model for good, until `unwrap`; see `pipeline.adapters.wrap`."""
+    if isinstance(model, Wrapped):
+        raise InputError("the model is wrapped already", where="wrap", way_out="Call its unwrap() first")
+    if prompt is not None:
+        image = getattr(processor, "image_token", "")
+        adapter.extra["template"] = {"text": prompt.replace("{image}", image), "stop": ["\n"]}
+    kind = type(model)
+    model.processor, model._block = processor, ExitStack()  # before PEFT adds what it takes away again
+    try:
+        model._block.enter_context(attach(model, adapter))
+    except BaseException:
+        del model.processor, model._block
+        raise
+    model.__class__ = type(kind.__name__, (Wrapped, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    model.adapter = adapter
+    return model.train(model.training)

@@ -7,10 +7,13 @@ A method edits the decoder in one or more of three places, and says so by the cl
 
 from __future__ import annotations
 
+import inspect
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypedDict
 
@@ -23,13 +26,139 @@ from torch import Tensor, nn
 from pipeline.adapters.options import Facts
 from pipeline.adapters.options import Options as AnyOptions
 from pipeline.backbones.decoder import DecoderSpec
-from pipeline.core.errors import InputError
+from pipeline.core.errors import InputError, WorkError
 from pipeline.core.plain_yaml import Json
 from pipeline.core.registry import Registry
 
 METHODS: Registry[type[Adapter]] = Registry("method", "pipeline.adapters", "hificl.methods")
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 RECORD_FILE = "hificl.json"  # what CONFIG_FILE holds elsewhere, where that is PEFT's own
+
+
+_CARD = Path(__file__).with_name("card.md")
+_PEFT = """With PEFT alone:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "{repository}")
+```"""
+_EXPORTED = """Without hificl-lab, once it is exported (as a prefix of PEFT's, or as a module by itself):
+
+```bash
+hificl export --adapter FOLDER --to module --out OUT
+```"""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an adapter of these settings scored, over seeds.
+
+    Attributes:
+        values: one a seed, the adapter's own among them.
+    """
+
+    task: str
+    metric: str
+    unit: str
+    values: tuple[float, ...]
+
+    def line(self) -> str:
+        """Return it with its spread: the standard deviation over seeds, where there are several."""
+        mean = sum(self.values) / len(self.values)
+        shown = f"{mean:.4g}"
+        if len(self.values) > 1:
+            spread = (sum((value - mean) ** 2 for value in self.values) / (len(self.values) - 1)) ** 0.5
+            shown += f" ± {spread:.2g}"
+        return f"| {self.task} | {self.metric} ({self.unit}) | {shown} | {len(self.values)} |"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says.
+
+    Attributes:
+        method: its name.
+        about: of the method: what it computes, with equation and source.
+        options: of the method.
+        base: the backbone, by its name on the hub where it has one; `revision` of it.
+        facts: what it was made from, by name: digests, settings of the training, the code.
+        scores: of its settings.
+        peft: whether PEFT opens it.
+    """
+
+    method: str
+    about: str
+    options: Json
+    base: str
+    revision: str | None = None
+    facts: Json = field(default_factory=dict)
+    scores: Sequence[Score] = ()
+    peft: bool = False
+
+    def text(self, repository: str) -> str:
+        """Return the card of a repository."""
+        title, _, equation = self.about.partition("\n")
+        head = {
+            "base_model": self.base, "library_name": "peft" if self.peft else "transformers",
+            "tags": ["hificl-lab", self.method, *(["lora"] if self.peft else [])],
+        }  # fmt: skip
+        rows = [score.line() for score in self.scores]
+        table = ["| task | score | value | seeds |", "|---|---|---|---|", *rows]
+        facts = {"backbone": self.base, "revision": self.revision or "not pinned", **self.facts}
+        return _CARD.read_text(encoding="utf-8").format(
+            head="".join(f"{name}: {json.dumps(value)}\n" for name, value in head.items()),
+            repository=repository, title=title.rstrip("."), base=self.base, method=self.method,
+            equation="\n".join(line.strip() for line in f"{title}\n{equation}".splitlines()).strip(),
+            options="\n".join(f"| {name} | {_cell(value)} |" for name, value in self.options.items()),
+            facts="\n".join(f"- {name}: {_cell(value)}" for name, value in facts.items()),
+            scores="\n".join(table) if rows else "Not scored.",
+            elsewhere=(_PEFT if self.peft else _EXPORTED).format(repository=repository),
+        )  # fmt: skip
+
+
+def _cell(value: object) -> str:
+    return (value if isinstance(value, str) else json.dumps(value)).replace("|", "\\|").replace("\n", " ")
+
+
+def push(folder: Path, repository: str, card: Card, *, hub: Path | None = None, private: bool = True) -> str:
+    """Put an adapter's folder and its card on the hub.
+
+    Args:
+        folder: what `save_pretrained` wrote; it is left as it is.
+        repository: `organisation/name`.
+        card: what the card says.
+        hub: a folder that stands for the hub: the repository becomes a folder in it. None: the hub.
+        private: whether a repository that is made is seen by its owner alone.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        InputError: no name of a repository, or one that is taken in `hub`.
+        WorkError: the hub refuses, or is not reached.
+    """
+    if repository.count("/") != 1 or not all(part.strip(".- ") for part in repository.split("/")):
+        raise InputError(f"'{repository}' names no repository", where="--to", way_out="Write organisation/name")
+    with tempfile.TemporaryDirectory() as made:
+        staged = Path(made) / "adapter"
+        shutil.copytree(folder, staged)
+        (staged / "README.md").write_text(card.text(repository), encoding="utf-8")
+        if hub is not None:
+            place = hub / repository
+            if place.exists():
+                raise InputError("the repository is there already", where=str(place), way_out="Give another name")
+            shutil.copytree(staged, place)
+            return str(place)
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repository, folder_path=staged, commit_message=f"Add {card.method}"))
+        except Exception as error:  # of the hub, of the way there, of what a card may hold
+            problem = f"not pushed: {' '.join(str(error).split())[:300]}"
+            raise WorkError(problem, where=repository, way_out="Log in with `hf auth login`") from error
 
 
 @dataclass(frozen=True)
@@ -118,6 +247,7 @@ class Adapter(nn.Module):
     def __init__(self, options: AnyOptions, spec: DecoderSpec, init: Init) -> None:
         super().__init__()
         self.options, self.backbone = options, BackboneIdentity.of(spec)
+        self.extra: Json = {}  # what is saved beside the configuration, whoever saves it
 
     @classmethod
     def build(cls, model: nn.Module, spec: DecoderSpec, options: Any, seed: int, device: torch.device) -> Adapter:
@@ -182,13 +312,34 @@ class Adapter(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {self.saved_name(name): x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        record = asdict(AdapterConfig(self.name, self.options.plain(), self.backbone, dict(extra or {})))
+        record = asdict(AdapterConfig(self.name, self.options.plain(), self.backbone, {**self.extra, **(extra or {})}))
         peft = self.peft_config()
         (folder / RECORD_FILE).unlink(missing_ok=True)  # of another that was saved here
         files = {CONFIG_FILE: record} if peft is None else {CONFIG_FILE: peft, RECORD_FILE: record}
         for name, content in files.items():
             text = json.dumps(content, indent=2, sort_keys=True)
             (folder / name).write_text(text + "\n", encoding="utf-8")
+
+    def push_to_hub(
+        self, repository: str, base: str, *, revision: str | None = None, hub: Path | None = None, private: bool = True
+    ) -> str:
+        """Save it with a model card on the hub, and return where it lies.
+
+        Args:
+            repository: `organisation/name`.
+            base: its backbone, by its name on the hub; `revision` of it.
+            revision: see `base`.
+            hub: a folder that stands for the hub.
+            private: whether a repository that is made is seen by its owner alone.
+
+        Raises:
+            InputError: no name of a repository, or one that is taken in `hub`.
+            WorkError: the hub refuses, or is not reached.
+        """
+        config = AdapterConfig(self.name, self.options.plain(), self.backbone, self.extra)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push(Path(folder), repository, card_of(config, base, revision), hub=hub, private=private)
 
     def saved_name(self, parameter: str) -> str:
         """Return what a parameter is called in `adapter_model.safetensors`."""
@@ -237,6 +388,26 @@ class Adapter(nn.Module):
 
 # Runs states [n, D] through the decoder as it is, right before position 0; gives keys and values [L, H_kv, n, d].
 Prefill = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def card_of(
+    config: AdapterConfig, base: str, revision: str | None = None, facts: Json | None = None,
+    scores: Sequence[Score] = (),
+) -> Card:  # fmt: skip
+    """Return the model card of a saved adapter.
+
+    Args:
+        config: what it is.
+        base: its backbone, by its name on the hub; `revision` of it.
+        revision: see `base`.
+        facts: what is known of its making, beside what it notes itself.
+        scores: of its settings.
+    """
+    method = METHODS.get(config.method)
+    noted = {name: value for name, value in config.extra.items() if isinstance(value, str | int | float)}
+    peft = method.peft_config is not Adapter.peft_config
+    about = inspect.cleandoc(method.__doc__ or config.method)
+    return Card(config.method, about, config.options, base, revision, {**noted, **(facts or {})}, scores, peft)
 
 
 class AttentionAdapter(Adapter):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -18,8 +19,12 @@ _QUIET = 4.0  # alpha_init "identity": the virtual tokens start with Z1 of about
 
 
 class HiFICLOptions(TeacherOptions):
-    """HiFICL's options; the four after `rank` are Table 2's ablations."""
+    """HiFICL's options; the four after `rank` are Table 2's ablations.
 
+    `heads: kv` gives the query heads of a group the same virtual tokens: what a key head of grouped attention can hold.
+    """
+
+    unwritten: ClassVar[Mapping[str, Any]] = {"heads": "query"}
     published_decoding: ClassVar[PublishedDecoding] = PublishedDecoding(
         num_beams=1, length_penalty=1.0, max_new_tokens=20
     )
@@ -29,6 +34,7 @@ class HiFICLOptions(TeacherOptions):
     lowrank_v: bool = True
     alpha: Literal["full", "one"] = "full"
     alpha_init: Literal["paper", "identity"] = "paper"
+    heads: Literal["query", "kv"] = "query"
 
     def facts(self) -> Facts:
         """Cross-entropy alone (Eq. 4); with a teacher, MimIC's alignment and half of it."""
@@ -43,7 +49,8 @@ class HiFICL(AttentionAdapter):
     K_A, V_A ~ N(0, 1), K_B ~ N(0, 0.01^2), V_B = 0: at the start the value shift is zero, but alpha is not 1, for
     K_learn of about 0 gives Z1 of about n, so the base output is scaled down. That is the paper's equation and the
     published code. `alpha_init="identity"` lowers the virtual logits by a constant log n + 4 instead.
-    Trainable: H L 2 r (n + d); 2,228,224 for 32 layers of 32 heads of 128 with n = r = 8.
+    Trainable: H L 2 r (n + d); 2,228,224 for 32 layers of 32 heads of 128 with n = r = 8. With `heads: kv` H counts
+    the key heads, and a group of query heads shares its tokens.
     """
 
     name = "hificl"
@@ -53,7 +60,8 @@ class HiFICL(AttentionAdapter):
     def __init__(self, options: HiFICLOptions, spec: DecoderSpec, init: Init) -> None:
         super().__init__(options, spec, init)
         n, r = options.num_virtual_tokens, options.rank
-        grid, size = (spec.num_attentions, spec.num_heads), spec.head_dim
+        heads = spec.num_heads if options.heads == "query" else spec.num_kv_heads
+        grid, size, self.groups = (spec.num_attentions, heads), spec.head_dim, spec.num_heads // heads
         self.replaces = options.alpha == "full"
         if options.lowrank_k:
             self.k_a = init.normal(*grid, n, r, std=1.0)
@@ -73,6 +81,8 @@ class HiFICL(AttentionAdapter):
                 "keys": self.k_a @ self.k_b if self.options.lowrank_k else self.k,
                 "values": self.v_a @ self.v_b if self.options.lowrank_v else self.v,
             }
+        if self.groups > 1:
+            tokens = {name: x.repeat_interleave(self.groups, 1) for name, x in tokens.items()}
         if self.options.alpha_init == "identity":
             keys = tokens["keys"]
             tokens["bias"] = keys.new_full(keys.shape[:3], -math.log(keys.shape[2]) - _QUIET)

@@ -78,6 +78,8 @@ class Options(BaseModel):
     published_decoding: ClassVar[PublishedDecoding] = PublishedDecoding()
     # Options that came later, with the values that records and adapters of before mean by leaving them out.
     later: ClassVar[Mapping[str, Any]] = {}
+    # Of these, the ones that are not written where they are as before: the trials' keys of before stay.
+    unwritten: ClassVar[Mapping[str, Any]] = {}
 
     def facts(self) -> Facts:
         """Return how the method is trained with these options."""
@@ -137,4 +139,8 @@ class TeacherOptions(Options):
     @model_serializer(mode="wrap")
     def _plain(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out the point where nothing is compared: trials that differ in nothing share a key."""
-        return {name: value for name, value in serialise(self).items() if self.teacher is True or name != "point"}
+        return {
+            name: value
+            for name, value in serialise(self).items()
+            if (self.teacher is True or name != "point") and self.unwritten.get(name, ...) != value
+        }

@@ -1,20 +1,45 @@
-"""Any tuner of the installed PEFT that changes modules, by its own configuration; PEFT computes, we own what learns."""
+"""Any tuner of the installed PEFT that changes modules, by its own configuration; PEFT computes, we own what learns.
+
+And trained adapters as other programs hold them: in PEFT's layout, or as a module that needs this package no more.
+Virtual tokens have no position, so a query at position p meets them as s R(p)q . k. PEFT's prefix of n tokens takes the
+first n positions, and the same query stands at p + n; there R(p + n)q . R(n)k = R(p)q . k, so the keys are turned once,
+by R(n), and all logits are the same.
+"""
 
 from __future__ import annotations
 
+import inspect
+import json
+import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from pydantic import Field, JsonValue, ValidationInfo, field_validator
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.adapters.base import METHODS, Init, WeightsAdapter
+from pipeline.adapters.base import (
+    CONFIG_FILE,
+    METHODS,
+    WEIGHTS_FILE,
+    Adapter,
+    AttentionAdapter,
+    HiddenAdapter,
+    Init,
+    WeightsAdapter,
+    parts_of,
+)
 from pipeline.adapters.options import Facts, Options, TeacherOptions
-from pipeline.backbones.decoder import DecoderSpec
+from pipeline.backbones.decoder import DecoderSpec, decoder_of
+from pipeline.backbones.states import modules_at
 from pipeline.core.errors import InputError
+from pipeline.core.plain_yaml import Json
 
 _NAME, _LEARNING_RATE = "hificl", 5e-4
 _VARIANTS: dict[str, dict[str, JsonValue]] = {  # of PEFT's LORA, called as their papers call them
@@ -330,3 +355,159 @@ def _key(name: str) -> str:
 
 def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+Form = Literal["peft", "peft-prefix", "module"]
+FORMS: tuple[str, ...] = get_args(Form)
+STANDALONE = "hificl_adapter.py"
+_AS_MODULE = "Export it with --to module"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        kind: PEFT's type, or the class of the module.
+        exact_up_to: tokens of prompt and answer up to which it computes the same; None: any number.
+    """
+
+    kind: str
+    exact_up_to: int | None = None
+
+
+def export(adapter: Adapter, model: nn.Module, form: Form, out: Path) -> Exported:
+    """Write an adapter for programs that do not know this package.
+
+    Args:
+        adapter: on the CPU.
+        model: its backbone; on the meta device it does as well.
+        form: `peft` (LoRA as LoRA, virtual tokens as CARTRIDGE), `peft-prefix` (as PREFIX_TUNING), or `module`.
+        out: the folder, made if needed.
+
+    Raises:
+        InputError: the form cannot hold the method exactly, and why.
+    """
+    spec = decoder_of(model)
+    if form == "module":
+        return _module(adapter, model, spec, out)
+    if adapter.peft_config() is not None:
+        adapter.save_pretrained(out, adapter.extra)
+        return Exported("LORA")
+    prefix = _prefix(adapter, spec)
+    from peft import CartridgeConfig, PrefixTuningConfig
+
+    out.mkdir(parents=True, exist_ok=True)
+    width = spec.num_kv_heads * spec.head_dim
+    sizes: dict[str, Any] = {
+        "num_virtual_tokens": len(prefix), "num_layers": spec.num_layers, "num_attention_heads": spec.num_kv_heads,
+        "token_dim": width, "num_transformer_submodules": 1, "task_type": "CAUSAL_LM", "inference_mode": True,
+    }  # fmt: skip
+    config: Any = (
+        CartridgeConfig(num_frozen_tokens=0, **sizes)
+        if form == "peft"
+        else PrefixTuningConfig(encoder_hidden_size=width, **sizes)
+    )
+    save_file({"prompt_embeddings": prefix}, out / WEIGHTS_FILE, metadata={"format": "pt"})
+    _write(out / CONFIG_FILE, config.to_dict())
+    text = spec.text_config
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    return Exported(config.peft_type.value, window and window - len(prefix))
+
+
+def _prefix(adapter: Adapter, spec: DecoderSpec) -> Tensor:
+    """Return PEFT's prefix, [n, 2 L H_kv d]: a layer's keys, turned, and then its values."""
+    named = f"method '{adapter.name}'"
+    if len(adapter.parts) > 1 or not isinstance(adapter, AttentionAdapter):
+        raise InputError("PEFT has no such method, and it is no prefix", where=named, way_out=_AS_MODULE)
+    if adapter.prefills:
+        raise InputError("its tokens are computed by the backbone", where=named, way_out="Use it with this package")
+    with torch.no_grad():
+        tokens = adapter()
+    why = None
+    if not adapter.replaces:
+        why = "the context keeps its whole mass (α = 1), where a prefix takes some of it"
+    elif "linear" in tokens:
+        why = "its values depend on the query, and a prefix's do not"
+    elif "bias" in tokens:
+        why = "its virtual tokens have logits beside s q.k (a start as the identity, a gate), and a prefix's have none"
+    if why is not None:
+        raise InputError(why, where=named, way_out=_AS_MODULE)
+    if spec.num_attentions < spec.num_layers:
+        raise InputError("PEFT wants keys of every layer, and some do not attend", where=named, way_out=_AS_MODULE)
+    groups = (
+        tokens["keys"].unflatten(1, (spec.num_kv_heads, -1)),
+        tokens["values"].unflatten(1, (spec.num_kv_heads, -1)),
+    )
+    if not all(torch.equal(x, x[:, :, :1].expand_as(x)) for x in groups):
+        problem = f"{spec.num_heads} query heads have virtual tokens of their own, and PEFT's {spec.num_kv_heads} key"
+        way_out = f"Train it with heads: kv. Or {_AS_MODULE[0].lower()}{_AS_MODULE[1:]}"
+        raise InputError(f"{problem} heads have room for one a group", where=named, way_out=way_out)
+    keys, values = (x[:, :, 0].float() for x in groups)
+    return (
+        torch.stack([_turned(keys, spec, named), values], 1).flatten(0, 1).permute(2, 0, 1, 3).flatten(1).contiguous()
+    )
+
+
+def _turned(keys: Tensor, spec: DecoderSpec, named: str) -> Tensor:
+    """Return R(n) k, [L, H_kv, n, d], by the backbone's own rotary embedding; and see that it is one.
+
+    Raises:
+        InputError: the backbone gives positions in another way.
+    """
+    settings = getattr(spec.text_config, "rope_parameters", None) or {}
+    rotary: Any = getattr(spec.decoder, "rotary_emb", None)
+    apply: Any = getattr(sys.modules[type(spec.attentions[0]).__module__], "apply_rotary_pos_emb", None)
+    plain = rotary is not None and apply is not None and len(inspect.signature(rotary.forward).parameters) == 2
+    if not plain or "mrope_section" in settings or settings.get("rope_type") in ("dynamic", "longrope"):
+        problem = (
+            f"{spec.model_type} has no one rotary embedding for all layers and lengths that PEFT's prefixes go with"
+        )
+        raise InputError(problem, where=named, way_out=_AS_MODULE)
+    rotary, n = type(rotary)(config=spec.text_config), keys.shape[2]
+
+    def at(x: Tensor, position: int) -> Tensor:
+        cos, sin = rotary(x, torch.full((1, x.shape[-2]), position))
+        return apply(x, x, cos, sin)[1]
+
+    turned = at(keys, n) / rotary.attention_scaling
+    q = torch.randn(1, 1, 1, spec.head_dim, generator=torch.Generator().manual_seed(0))
+    for position in (0, 7):
+        wanted, given = (at(q, position) * keys).sum(-1), (at(q, position + n) * turned).sum(-1)
+        if not torch.allclose(wanted, given, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())):
+            problem = f"{spec.model_type} turns keys in a way that depends on more than the distance"
+            raise InputError(problem, where=named, way_out=_AS_MODULE)
+    return turned
+
+
+def _module(adapter: Adapter, model: nn.Module, spec: DecoderSpec, out: Path) -> Exported:
+    """Write the tensors that the method puts into a forward pass, and the file that computes with them."""
+    if any(True for _ in parts_of([adapter], WeightsAdapter)):
+        way_out = "Export lora with --to peft" if len(adapter.parts) == 1 else "Use it with this package"
+        raise InputError("LoRA's layers are PEFT's", where=f"method '{adapter.name}'", way_out=way_out)
+    kinds = [part for part in adapter.parts if isinstance(part, AttentionAdapter) and part.prefills]
+    kinds += [part for _, part in parts_of([adapter], HiddenAdapter) if part().keys() != {"shift"}]
+    if kinds:
+        problem = "it computes what a module by itself does not"
+        raise InputError(problem, where=f"method '{adapter.name}'", way_out="Use it with this package")
+    names = {module: name for name, module in model.named_modules()}
+    tensors: dict[str, Tensor] = {}
+    edited: dict[str, list[str]] = {"attentions": [], "states": []}
+    replaces = True
+    with torch.no_grad():
+        for _, part in parts_of([adapter], AttentionAdapter):
+            tensors, replaces = {**tensors, **part()}, part.replaces
+            edited["attentions"] = [names[module] for module in spec.attentions]
+        for _, part in parts_of([adapter], HiddenAdapter):
+            tensors = {**tensors, **part()}
+            edited["states"] = [names[module] for module in modules_at(spec, part.state)]
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.clone().contiguous() for name, value in tensors.items()}, out / "model.safetensors")
+    record: Json = {"method": adapter.name, "options": adapter.options.plain(), "extra": adapter.extra}
+    _write(out / "config.json", {**record, **edited, "model_type": spec.model_type, "replaces": replaces})
+    shutil.copyfile(Path(__file__).with_name("standalone.txt"), out / STANDALONE)
+    return Exported(STANDALONE)
+
+
+def _write(path: Path, fields: Any) -> None:
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

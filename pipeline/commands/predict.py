@@ -1,4 +1,4 @@
-"""`hificl predict`: one answer or caption of a trained adapter for one image."""
+"""What is done with one trained adapter: `hificl predict` asks it, `export` and `push` give it to others."""
 
 from __future__ import annotations
 
@@ -6,25 +6,40 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.parser import CommandLine
-from pipeline.core.errors import nearest
-from pipeline.core.terminal import Answer, short
+from pipeline.core.errors import InputError, nearest
+from pipeline.core.terminal import Answer, Fields, short
 
 if TYPE_CHECKING:
+    from pipeline.adapters.base import Score
     from pipeline.core.plain_yaml import Json
     from pipeline.tasks import Task
 
+_FORMS = ("peft", "peft-prefix", "module")  # `pipeline.adapters.peft.FORMS`, which takes seconds to import
+
 
 def register(line: CommandLine) -> None:
-    """Add the verb."""
+    """Add the verbs."""
     parser = line.verb("look", "predict", _predict, "an adapter's answer to a question about a picture", answers=True)
     parser.add_argument("--adapter", required=True, metavar="DIR", help="such as runs/KEY/adapter")
     parser.add_argument("--image", metavar="F", help="left out where the prompt has none")
     parser.add_argument("--question", metavar="Q", help="left out for a caption")
     parser.add_argument("--task", help="whose prompt is used (default: the adapter's own)")
     parser.add_argument("--max-new-tokens", type=int)
+
+    parser = line.verb("look", "export", _export, "an adapter for PEFT, or as a module by itself", answers=True)
+    _of_an_adapter(parser)
+    text = "peft: LoRA, or virtual tokens as a CARTRIDGE; peft-prefix: as prefix tuning; module: a file of its own"
+    parser.add_argument("--to", required=True, choices=_FORMS, help=text)
+    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that is made")
+
+    parser = line.verb("look", "push", _push, "an adapter with its model card to the hub", answers=True)
+    _of_an_adapter(parser)
+    parser.add_argument("--to", required=True, metavar="ORG/NAME", help="the repository")
+    parser.add_argument("--hub", metavar="DIR", help="a folder that stands for the hub")
+    parser.add_argument("--public", action="store_true", help="a repository that is made is seen by all")
 
 
 def _predict(args: argparse.Namespace) -> Predicted:
@@ -74,11 +89,9 @@ def ask(
         InputError: no adapter of a trial, no such image, a question too many or too few, or weights that are
             missing or not those that the adapter was trained on.
     """
-    from pipeline.config.load import PARAMS
     from pipeline.evaluate.answerer import Answerer
 
-    around = (parent for parent in folder.resolve().parents if (parent / PARAMS).is_file())
-    answerer = Answerer(folder, project=next(around, Path()), task_name=task_name)
+    answerer = Answerer(folder, project=_project(folder), task_name=task_name)
     said = answerer.answer(image, question, max_new_tokens)
     note = _unheard(answerer.task, question, Path("data/manifests"))
     shown = None if image is None else str(image)
@@ -98,3 +111,104 @@ def _unheard(task: Task, question: str | None, manifests: Path) -> str | None:
     if question in asked:  # to the letter: the miniature's tokenizer knows no other spelling
         return None
     return f"{task.name} was never asked '{question}', so the answer means nothing. {nearest(question, asked)}"
+
+
+def _of_an_adapter(parser: Any) -> None:
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="such as runs/KEY/adapter")
+    parser.add_argument("--backbone", metavar="B", help="what it was trained on, where the folder does not say")
+
+
+def _project(folder: Path) -> Path:
+    """Return the project around an adapter: the folder whose params.yaml says where weights lie."""
+    from pipeline.config.load import PARAMS
+
+    return next((parent for parent in folder.resolve().parents if (parent / PARAMS).is_file()), Path())
+
+
+def _backbone(folder: Path, given: str | None, extra: Json) -> str:
+    name = given or extra.get("backbone")
+    if not isinstance(name, str):
+        problem = "the adapter does not name its backbone"
+        raise InputError(problem, where=str(folder), way_out="Give --backbone: a name, hub:org/name or folder:PATH")
+    return name
+
+
+def _export(args: argparse.Namespace) -> Fields:
+    """Write the adapter's other form; no weights of the backbone are read."""
+    import torch
+
+    from pipeline import adapters, backbones
+    from pipeline.adapters.peft import export
+    from pipeline.evaluate.answerer import source_of
+
+    folder, out = Path(args.adapter), Path(args.out)
+    config = adapters.read_config(folder)
+    name = _backbone(folder, args.backbone, config.extra)
+    if out.exists() and any(out.iterdir()):
+        raise InputError("is not empty", where=str(out), way_out="Give a folder that is made")
+    source = source_of(name, _project(folder))
+    if source.variant == "published":
+        source = source.model_copy(update={"variant": "meta"})
+    model = backbones.load_from(name, source).model
+    adapter = adapters.load(folder, model, torch.device("cpu"))
+    exported = export(adapter, model, args.to, out)
+    files = sorted(path.name for path in out.iterdir())
+    return Fields(
+        {
+            "folder": str(out), "kind": exported.kind, "method": adapter.name, "backbone": name, "files": files,
+            "exact_up_to": exported.exact_up_to,
+        }
+    )  # fmt: skip
+
+
+def _push(args: argparse.Namespace) -> Fields:
+    """Push the folder as it is, with a card of all that its trial's records say."""
+    from pipeline import adapters, backbones
+    from pipeline.adapters.base import card_of, push
+    from pipeline.evaluate.answerer import source_of
+    from pipeline.records.store import check_adapter
+
+    folder = Path(args.adapter)
+    check_adapter(folder)
+    config, project = adapters.read_config(folder), _project(folder)
+    name = _backbone(folder, args.backbone, config.extra)
+    source = source_of(name, project)
+    base = backbones.of(name, source).hub_id or name
+    card = card_of(config, base, source.revision, _facts(folder), _scores(project, config.extra.get("trial")))
+    place = push(folder, args.to, card, hub=Path(args.hub) if args.hub else None, private=not args.public)
+    return Fields({"place": place, "repository": args.to, "scores": len(card.scores)})
+
+
+def _facts(folder: Path) -> Json:
+    """Return what a trial's records say of its making; nothing of an adapter that no trial made."""
+    from pipeline.records.store import TrialFolder
+
+    trial = TrialFolder(folder.resolve().parent)
+    if folder.resolve() != trial.adapter or not trial.begun:
+        return {}
+    record = trial.record()
+    settings = {name: value for name, value in record.config.items() if name not in ("method", "options", "backbone")}
+    versions = {name: record.provenance.versions.get(name) for name in ("python", "torch", "transformers", "peft")}
+    return {**settings, "code": record.provenance.commit or "no commit", **{k: v for k, v in versions.items() if v}}
+
+
+def _scores(project: Path, trial: object) -> list[Score]:
+    """Return the trial's scores, each beside those of the same settings with other seeds."""
+    from pipeline.adapters.base import Score
+    from pipeline.records.evaluation import Evaluations
+
+    evaluations = Evaluations(project / "evaluations")
+    scores: dict[tuple[str, str], Score] = {}
+    for name in evaluations.studies():
+        cells = [cell for cell in evaluations.study(name).cells if cell.value is not None]
+        for mark in (cell for cell in cells if cell.trial == trial and cell.metric and cell.unit):
+            place = (mark.row, mark.backbone, mark.task, mark.vary, mark.searched, mark.metric)
+            same = [
+                cell for cell in cells
+                if (cell.row, cell.backbone, cell.task, cell.vary, cell.searched, cell.metric) == place
+            ]  # fmt: skip
+            values = tuple(cell.value for cell in same if cell.value is not None)
+            key = (mark.task, str(mark.metric))
+            if key not in scores or len(values) > len(scores[key].values):
+                scores[key] = Score(mark.task, str(mark.metric), str(mark.unit), values)
+    return list(scores.values())

@@ -91,7 +91,7 @@ class Answerer:
             return self._said(text, question)
         with _as_file(image, reads_files=self.reads_files) as file:
             name = str(image) if file == Path(image) else "the image given"
-            known = backbones.of(self.origin["backbone"], _source(self.origin["backbone"], self.project))
+            known = backbones.of(self.origin["backbone"], source_of(self.origin["backbone"], self.project))
             known.family.check_size(*image_files.sizes([file])[0], name)
             images = (ImageRef(str(file.resolve())),)
             text = self._generate(images, question, max_new_tokens or self.task.max_new_tokens)
@@ -119,7 +119,7 @@ class Answerer:
     @cached_property
     def _loaded(self) -> tuple[Loaded, Adapter]:
         name = self.origin["backbone"]
-        source = _source(name, self.project)
+        source = source_of(name, self.project)
         dtype = self.origin.get("precision", source.dtype)
         loaded = backbones.load_from(name, source, dtype=dtype, device=_device())
         wanted = self.origin.get("backbone_digest", loaded.digest)
@@ -180,7 +180,7 @@ def _given(text: str, reads_files: bool) -> tuple[str, bytes]:
     raise InputError(problem, where=shown, way_out=_WAY_OUT if reads_files else "Give its content in base64")
 
 
-def _source(name: str, project: Path) -> BackboneSource:
+def source_of(name: str, project: Path) -> BackboneSource:
     """Return where the weights lie: the project's params.yaml says it, where there is one."""
     params = project / PARAMS
     source = (

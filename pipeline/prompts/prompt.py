@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.backbones.base import Backbone, RoleLines
 from pipeline.core.errors import InputError, WorkError
+from pipeline.core.plain_yaml import Json
 from pipeline.data import image_files
 from pipeline.data.sample import ImageRef, PromptStyle, Sample
 
@@ -201,6 +202,14 @@ def stop_strings(template: PromptTemplate, backbone: Backbone, style: PromptStyl
     """Return where generation is cut: the end of the line, the task's stop words, the end marker of the style."""
     roles = roles_of(backbone, style)
     return ("\n", *template.stop_words, *(roles.stop if roles else ()))
+
+
+def template_of(template: PromptTemplate, backbone: Backbone, style: PromptStyle = "papers") -> Json:
+    """Return what an adapter keeps: an open query's prompt as `text`, {question} in its place, and its `stop`s."""
+    images = (ImageRef(""),) if "{image}" in template.query else ()
+    query = Sample("", 0, images, "{question}" if template.asks else None, target="", references=())
+    text = render(template, backbone, query, style=style).text
+    return {"text": text, "stop": list(stop_strings(template, backbone, style))}
 
 
 def sizes_that_matter(loaded: Loaded, rendered: Sequence[Rendered], root: Path | str = "") -> list[ImageSizes]:

@@ -20,7 +20,7 @@ from pipeline.core.files import folder_atomic, folder_digest, remove_folder
 from pipeline.core.plain_yaml import Json
 from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import Sample
-from pipeline.prompts.prompt import Encoded
+from pipeline.prompts.prompt import Encoded, template_of
 from pipeline.records.store import WRITING, TrialFolder
 from pipeline.records.trial import Best, CheckpointState, EpochReport, Status, TrialEnd, TrialReport
 from pipeline.resident.resident import Resident, Target
@@ -295,6 +295,7 @@ class TrialRun:
         extra: Json = {"trial": config.key, "task": config.task, "manifest": config.manifest_digest}
         extra |= {"backbone": config.backbone, "backbone_digest": config.backbone_digest}
         extra |= {"prompt": self.manifest.prompt, "precision": config.precision}
+        extra["template"] = template_of(self.task.template, self.resident.loaded.backbone, self.manifest.prompt)
         if self.manifest.definition is not None:  # its prompt and score, which no code has
             extra["definition"] = self.manifest.definition
         self.adapter.save_pretrained(target / checkpoint.ADAPTER, extra=extra)

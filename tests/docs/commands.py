@@ -35,6 +35,7 @@ NOT_RUN: dict[str, str] = {
     r"hificl sweep --study (?!hificl|mimic).*": "a study of the miniature",
     r"hificl adapt .*": "trains: run, with what the page shows behind it, by tests/e2e/test_adapt.py",
     r"hificl predict --adapter work/pets/.*": "likewise",
+    r"hificl (export|push) .*": "run by tests/docs/test_adapters.py",
     r"hificl params --backbone folder:.*": "a folder of random weights: run by tests/backbones/test_generic.py",
     r"python -m benchmarks\..*": "needs a GPU",
     r"python -m tests\..*": "measures or takes pictures for minutes",

@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline import adapters
 from pipeline.cli import main
 from tests.conftest import ROOT
 
@@ -23,11 +25,12 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: Any) -> dict[str, Any]:
     """Run the page in a folder of its own; return what its lines have made."""
-    folder, names = tmp_path_factory.mktemp("page"), {"__name__": "page"}
+    folder, names = tmp_path_factory.mktemp("page"), dict[str, Any](__name__="page")
     (folder / "checkpoints").symlink_to(ROOT / "checkpoints")
     Image.new("RGB", (32, 32), "red").save(folder / "photo.png")
     torch.set_num_threads(1)
-    with contextlib.chdir(folder):
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
         for language, block in BLOCKS:
             if language == "python":
                 exec(compile(block, "docs/adapters.md", "exec"), names)
@@ -38,6 +41,7 @@ def page(tmp_path_factory: Any) -> dict[str, Any]:
                 with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as ended:
                     main(words)
                 assert not ended.value.code, line
+    names["plain"].unwrap()
     return {**names, "folder": folder}
 
 
@@ -50,3 +54,20 @@ def test_a_lora_went_to_peft_and_came_back(page: dict[str, Any]):
     out: Path = page["folder"] / "out"
     assert (out / "lora/hificl.json").is_file() and not (out / "peft/hificl.json").exists()
     assert page["opened"].peft_config["default"].r == 4 and page["adapter"].options.rank == 4
+
+
+def test_virtual_tokens_went_to_peft_and_to_a_module(page: dict[str, Any]):
+    assert page["prefixed"].peft_config["default"].peft_type == "CARTRIDGE"
+    batch = page["question"]
+    with adapters.attach(page["plain"], adapters.load(page["folder"] / "out/hificl", page["plain"])), torch.no_grad():
+        ours = page["plain"](**batch).logits
+    with torch.no_grad():
+        torch.testing.assert_close(page["prefixed"].eval()(**batch).logits, ours, rtol=0, atol=1e-4)
+    assert page["Adapter"].__module__ == "hificl_adapter"
+
+
+def test_a_trainer_taught_it_and_the_hub_has_it(page: dict[str, Any]):
+    assert page["answer"] == page["again"] == "redun"
+    assert (page["folder"] / "out/trainer/checkpoint-20/adapter_model.safetensors").is_file()
+    assert {path.name for path in (page["folder"] / "out/hub/lab").iterdir()} == {"colours", "lora"}
+    assert page["taken"].extra["template"]["text"].startswith("Image: <image>")

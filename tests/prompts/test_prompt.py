@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from pipeline import backbones
 from pipeline.core.errors import InputError
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.prompts.prompt import draw_demos, encode_all, render, stop_strings
+from pipeline.prompts.prompt import draw_demos, encode_all, render, stop_strings, template_of
 from pipeline.tasks.caption_files import CAPTION_TEMPLATE as CAPTION
 from pipeline.tasks.vqa import VQA_TEMPLATE as VQA
 
@@ -274,3 +274,14 @@ def test_demos_are_drawn_evenly():
         for i in draw_demos(pool, query % 10, 3, 0, draw=query):
             counts[i] += 1
     assert max(counts) - min(counts) < 120  # 600 expected of each, standard deviation about 22
+
+
+@pytest.mark.parametrize("name", ["idefics2-8b-base", "llava-interleave-7b", "qwen3-vl-8b"])
+def test_the_template_that_an_adapter_keeps_is_the_prompt_it_was_trained_with(name, tmp_path):
+    loaded, image = backbones.load(name, variant="tiny"), Image.new("RGB", (56, 56), "red")
+    image.save(tmp_path / "0.png")
+    kept = template_of(VQA, loaded.backbone)
+    ours = encode_all(loaded, [render(VQA, loaded.backbone, sample(0))], root=tmp_path)[0].input_ids
+    text = kept["text"].replace("{question}", "What color is the dog?")
+    assert tuple(loaded.processor(text=[text], images=[[image]])["input_ids"][0]) == ours
+    assert kept["stop"][0] == "\n"

@@ -1,0 +1,179 @@
+"""A wrapped model under transformers' own Trainer, TRL's, DDP and a loop: the adapter alone learns and is saved."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from pipeline import adapters
+from pipeline.core.errors import InputError
+from tests.adapters.conftest import logits
+
+METHODS = ["hificl", "mimic", "live", "lora", "mimic+lora"]
+
+
+def settings(folder: Path, **given: Any) -> TrainingArguments:
+    return TrainingArguments(
+        **{
+            "output_dir": str(folder), "per_device_train_batch_size": 2, "max_steps": 4, "logging_steps": 1,
+            "learning_rate": 5e-2, "use_cpu": True, "save_steps": 4, "report_to": [], "disable_tqdm": True, **given,
+        }
+    )  # fmt: skip
+
+
+def rows(model: nn.Module, inputs: Any) -> list[dict[str, torch.Tensor]]:
+    batch = inputs(model, batch=4)
+    return [{**{name: x[i] for name, x in batch.items()}, "labels": batch["input_ids"][i]} for i in range(4)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trainer_trains_and_saves_the_adapter_alone(method: str, tiny: Any, inputs: Any, tmp_path: Path) -> None:
+    model = tiny("idefics2")
+    kind, before = type(model), {name: x.clone() for name, x in model.state_dict().items()}
+    wrapped = adapters.wrap(model, method)
+    start = {name: x.clone() for name, x in wrapped.adapter.state_dict().items()}
+    trainer = Trainer(model=wrapped, args=settings(tmp_path), train_dataset=rows(model, inputs))
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(x, start[name]) for name, x in wrapped.adapter.state_dict().items())
+    kept = {"adapter_config.json", "adapter_model.safetensors"}
+    assert kept <= {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
+    assert not list((tmp_path / "checkpoint-4").glob("model*.safetensors"))
+    wrapped.eval()
+    batch = inputs(model)
+    learnt, answer = logits(wrapped, batch), wrapped.generate(**batch, max_new_tokens=3, do_sample=False)
+    plain = wrapped.unwrap()
+    assert type(plain) is kind and plain is model and not hasattr(plain, "adapter")
+    after = plain.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(x, before[name]) for name, x in after.items())
+    with adapters.attach(plain, adapters.load(tmp_path / "checkpoint-4", plain)):
+        assert torch.equal(logits(plain, batch), learnt)
+        assert torch.equal(plain.generate(**batch, max_new_tokens=3, do_sample=False), answer)
+
+
+@pytest.mark.parametrize("method", ["hificl", "live", "lora"])
+def test_a_bare_loop_and_gradient_checkpointing_give_the_same_gradients(method: str, tiny: Any, inputs: Any) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        model = tiny("llava", attention_dropout=0.5)  # the frozen backbone drops nothing
+        wrapped = adapters.wrap(model, method, **({"dropout": 0.0} if method == "lora" else {})).train()
+        if checkpointed:
+            wrapped.gradient_checkpointing_enable()
+        batch = inputs(model)
+        wrapped(**batch, labels=batch["input_ids"]).loss.backward()
+        trained = {name for name, x in wrapped.named_parameters() if x.grad is not None}
+        assert {id(x) for name, x in wrapped.named_parameters() if name in trained} == {
+            id(x) for x in wrapped.adapter.parameters()
+        }
+        gradients.append([x.grad for x in wrapped.adapter.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-7)
+    with pytest.raises(InputError, match="use_reentrant"):
+        wrapped.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def _ddp(rank: int, folder: str) -> None:
+    from tests.adapters.conftest import FAMILIES
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    wrapped = adapters.wrap(FAMILIES["qwen2"]().eval(), "hificl")
+    ids = torch.arange(3, 27).view(2, 12)[rank : rank + 1]
+    parallel = nn.parallel.DistributedDataParallel(wrapped)
+    parallel(input_ids=ids, labels=ids).loss.backward()
+    torch.save([x.grad for x in wrapped.adapter.parameters()], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ddp_averages_the_adapters_gradients(tiny: Any, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_ddp, args=(str(tmp_path),), nprocs=2)
+    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    wrapped = adapters.wrap(tiny("qwen2"), "hificl")
+    ids = torch.arange(3, 27).view(2, 12)
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    for parameter, first, second in zip(wrapped.adapter.parameters(), *both, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_attach_is_not_trained_silently_by_a_trainer(tiny: Any, inputs: Any, tmp_path: Path) -> None:
+    model = tiny("llava")
+    adapter = adapters.create("hificl", model)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.adapter = model, adapter
+
+        def forward(self, **batch: Any) -> Any:
+            return self.model(**batch)
+
+    data = rows(model, inputs)
+    with adapters.attach(model, adapter):
+        with pytest.raises(InputError, match="attach: .*nothing would be trained. Train adapters.wrap"):
+            Trainer(model=model, args=settings(tmp_path), train_dataset=data).train()
+    with adapters.attach(model, adapter):  # one whose model has the parameters is left alone
+        start = adapter.k_b.clone()
+        arguments = settings(tmp_path, remove_unused_columns=False, save_strategy="no", max_steps=1)
+        Trainer(model=Both(), args=arguments, train_dataset=data).train()
+        assert not torch.equal(adapter.k_b, start)
+
+
+def test_the_prompt_is_saved_and_asked(tiny_loaded: Any, tmp_path: Path) -> None:
+    from PIL import Image
+
+    loaded, image = tiny_loaded, Image.new("RGB", (40, 30), "red")
+    wrapped = adapters.wrap(
+        loaded.model, "hificl", processor=loaded.processor, prompt="Image: {image} Question: {question} Answer:"
+    )
+    wrapped.adapter.v_b.data.fill_(0.5)
+    answer = wrapped.ask(image, "What <image> is it?", max_new_tokens=4)
+    text = f"Image: {loaded.processor.image_token} Question: What < image> is it? Answer:"
+    batch = loaded.processor(text=[text], images=[[image]], return_tensors="pt")
+    written = wrapped.generate(**batch, max_new_tokens=4, do_sample=False)[0, batch["input_ids"].shape[1] :]
+    expected = loaded.processor.tokenizer.decode(written, skip_special_tokens=True).partition("\n")[0].strip()
+    assert answer == expected
+    wrapped.save_pretrained(tmp_path)
+    plain = wrapped.unwrap()
+    again = adapters.wrap(plain, adapters.load(tmp_path, plain), processor=loaded.processor)
+    assert again.ask(image, "What <image> is it?", max_new_tokens=4) == answer
+    again.unwrap()
+    with pytest.raises(InputError, match="no prompt to ask with.*Give `wrap` the prompt"):
+        adapters.wrap(plain, "hificl", processor=loaded.processor).ask(image, "What is it?")
+
+
+@pytest.fixture
+def tiny_loaded() -> Any:
+    from pipeline import backbones
+
+    return backbones.load("idefics2-8b-base", variant="tiny")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl, of the extra `dev`")
+def test_trl_trains_the_adapter_alone(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from pipeline import backbones
+
+    loaded = backbones.load("llava-interleave-7b", variant="tiny")
+    wrapped = adapters.wrap(loaded.model, "hificl")
+    start = {name: x.clone() for name, x in wrapped.adapter.state_dict().items()}
+    data = Dataset.from_dict({"text": ["Question: What is it? Answer: a dog\n"] * 4})
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=2, learning_rate=5e-2, use_cpu=True,
+        bf16=False, save_steps=2, report_to=[], disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    trainer = SFTTrainer(model=wrapped, args=arguments, train_dataset=data, processing_class=loaded.tokenizer)
+    trainer.train()
+    assert any(not torch.equal(x, start[name]) for name, x in wrapped.adapter.state_dict().items())
+    assert adapters.load(tmp_path / "checkpoint-2", wrapped.unwrap()).name == "hificl"
