@@ -51,11 +51,14 @@ class AttentionEdit:
         self._mask = None
         if continues and self._tokens is not None:
             return
+        self._tokens = self.pack.once("attention", self._made)
+
+    def _made(self) -> list[dict[str, Tensor]]:
         made = {index: part(self.prefill) if part.prefills else part() for index, part in self.parts.items()}
         stacked = made[0] if len(self.pack.adapters) == 1 else _stack(made, len(self.pack.adapters), self.shape)
         # unbind once: its backward is one stack, where indexing layer by layer would write all layers each time
         layers = {name: value.unbind(0) for name, value in stacked.items()}
-        self._tokens = [{name: values[i] for name, values in layers.items()} for i in range(self.num_layers)]
+        return [{name: values[i] for name, values in layers.items()} for i in range(self.num_layers)]
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float | None, causal: bool
@@ -67,7 +70,7 @@ class AttentionEdit:
         tokens = {name: value.to(q.device) for name, value in self._tokens[layer].items()}
         replaces: bool | Tensor
         if rows is not None:
-            tokens = {name: value.index_select(0, rows) for name, value in tokens.items()}
+            tokens = {name: self.pack.of_each_row((layer, name), value, rows) for name, value in tokens.items()}
             flags = self._replaces
             replaces = flags if isinstance(flags, bool) else self.pack.flagged(flags, q.shape[0], q.device)
         else:
@@ -140,18 +143,21 @@ class HiddenEdit:
 
     def refresh(self) -> None:
         """Compute all layers' tensors from the parameters as they are now."""
+        self._tensors = self.pack.once(("hidden", self.edited, *self.layer_of), self._made)
+
+    def _made(self) -> dict[str, tuple[Tensor, ...]]:
         made = {index: part() for index, part in self.parts.items()}
         if len(self.pack.adapters) == 1:
-            self._tensors = {name: values.unbind(0) for name, values in made[0].items()}
-            return
-        self._tensors = {}
+            return {name: values.unbind(0) for name, values in made[0].items()}
+        tensors_of: dict[str, tuple[Tensor, ...]] = {}
         for name, like in next(iter(made.values())).items():
             each = {index: tensors[name] for index, tensors in made.items()}
             shape = [max(sizes) for sizes in zip(*(value.shape for value in each.values()), strict=True)]
             rows = [
                 _padded(each[i], shape) if i in each else like.new_zeros(shape) for i in range(len(self.pack.adapters))
             ]
-            self._tensors[name] = torch.stack(rows, 1).unbind(0)
+            tensors_of[name] = torch.stack(rows, 1).unbind(0)
+        return tensors_of
 
     def before(self, module: Any, args: Any) -> None:
         """Refresh, as the decoder's forward pre-hook."""
@@ -224,7 +230,7 @@ class WeightsEdit:
         rows = self.pack.of_rows(x.shape[0], x.device) if inside else self.pack.of_images(x.shape[0], x.device)
         if rows is None:
             raise InputError("a single adapter is PEFT's to compute", way_out="Use `LoRA.injected`")
-        a, b = self._of(name, linear)
+        a, b = self.pack.once(("weights", name), lambda: self._of(name, linear))
         x = self._dropped(x, inside)
         low = torch.einsum("ntd,nrd->ntr", x.to(a.dtype), a.index_select(0, rows))
         return torch.einsum("ntr,nor->nto", low, b.index_select(0, rows))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,12 +44,16 @@ class Pack:
     Args:
         adapters: one, or several of packable methods (methods, sizes and variants may differ).
         rows: of the first forward passes; none is needed with a single adapter.
+        fixed: the parameters stay as they are, so that what is made of them is made once; for a server.
 
     Raises:
         InputError: a method that does not pack, or rows that name no adapter.
     """
 
-    def __init__(self, adapters: Adapter | Sequence[Adapter], rows: PackRows | Sequence[int] | None = None) -> None:
+    def __init__(
+        self, adapters: Adapter | Sequence[Adapter], rows: PackRows | Sequence[int] | None = None, *,
+        fixed: bool = False,
+    ) -> None:  # fmt: skip
         self.adapters: list[Adapter] = [adapters] if isinstance(adapters, Adapter) else list(adapters)
         if not self.adapters:
             raise InputError("a pack needs an adapter")
@@ -58,6 +63,7 @@ class Pack:
                     raise InputError(f"method '{adapter.name}' does not pack", way_out="Attach it alone")
         self._rows: PackRows | None = None
         self._placed: dict[Hashable, Tensor] = {}  # of the rows, on their devices
+        self._made: dict[Hashable, Any] | None = {} if fixed else None
         self._seeds: dict[int, int] = {}
         self._generators: dict[int, torch.Generator] = {}
         if rows is not None:
@@ -83,6 +89,22 @@ class Pack:
             last = len(self.adapters) - 1
             raise InputError(f"rows must be adapter numbers from 0 to {last}, one for each row of the batch")
         self._rows, self._placed = rows, {}
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what `make` gives of the parameters, anew each time, or the first where they are fixed."""
+        if self._made is None:
+            return make()
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def of_each_row(self, key: Hashable, stacked: Tensor, rows: Tensor) -> Tensor:
+        """Return each row's part of what is stacked by adapter; fixed ones are kept for as long as the rows are."""
+        if self._made is None:
+            return stacked.index_select(0, rows)
+        if (key, len(rows)) not in self._placed:
+            self._placed[key, len(rows)] = stacked.index_select(0, rows)
+        return self._placed[key, len(rows)]
 
     def seed(self, seeds: Mapping[int, int]) -> None:
         """Start each adapter's stream of dropout masks anew; `seeds` by the adapter's number."""

@@ -1,4 +1,4 @@
-"""What is done with one trained adapter: `hificl predict` asks it, `export` and `push` give it to others."""
+"""What is done with trained adapters: `hificl predict` asks one, `serve` answers whoever asks, `export` and `push` give it to others."""
 
 from __future__ import annotations
 
@@ -40,6 +40,19 @@ def register(line: CommandLine) -> None:
     parser.add_argument("--to", required=True, metavar="ORG/NAME", help="the repository")
     parser.add_argument("--hub", metavar="DIR", help="a folder that stands for the hub")
     parser.add_argument("--public", action="store_true", help="a repository that is made is seen by all")
+    text = "OpenAI's chat completions from adapters on one backbone"
+    parser = line.verb("look", "serve", _serve, text)
+    parser.add_argument("--backbone", required=True, metavar="B")
+    text = "a name for requests, and runs/KEY/adapter; several times"
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help=text)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, help="0: a free one")
+    parser.add_argument("--expose", action="store_true", help="listen at an address that other machines reach")
+    parser.add_argument("--tokens-in", default="~/.hificl/serve", metavar="DIR", help="of tokens that are made here")
+    text = "what may be loaded on request (default: this folder)"
+    parser.add_argument("--adapters-under", default=".", metavar="DIR", help=text)
+    parser.add_argument("--rows", type=int, default=32, help="questions in one pass")
+    parser.add_argument("--waiting", type=int, default=256, help="questions that wait beside these")
 
 
 def _predict(args: argparse.Namespace) -> Predicted:
@@ -47,6 +60,31 @@ def _predict(args: argparse.Namespace) -> Predicted:
     return ask(
         Path(args.adapter), args.image, question=args.question, task_name=args.task,
         max_new_tokens=args.max_new_tokens,
+    )  # fmt: skip
+
+
+def _serve(args: argparse.Namespace) -> None:
+    """Serve until ended."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]:
+        raise InputError(f"{', '.join(missing)} not installed", way_out="pip install 'hificl-lab[serve]'")
+    from pipeline.serve import serve
+
+    adapters: dict[str, Path] = {}
+    for given in args.adapter:
+        name, equals, folder = given.partition("=")
+        if not (name and equals and folder) or name in adapters:
+            problem = "this name stands twice" if name in adapters else "is no NAME=DIR"
+            raise InputError(problem, where=f"--adapter {given}", way_out="Such as --adapter pets=runs/KEY/adapter")
+        adapters[name] = Path(folder)
+    for option in ("rows", "waiting"):
+        if getattr(args, option) < 1:
+            raise InputError("is below 1", where=f"--{option}", way_out="Leave it out")
+    serve(
+        args.backbone, adapters, host=args.host, port=args.port, exposed=args.expose,
+        secrets_in=Path(args.tokens_in).expanduser(), root=Path(args.adapters_under), most_rows=args.rows,
+        most_waiting=args.waiting,
     )  # fmt: skip
 
 
@@ -89,9 +127,9 @@ def ask(
         InputError: no adapter of a trial, no such image, a question too many or too few, or weights that are
             missing or not those that the adapter was trained on.
     """
-    from pipeline.evaluate.answerer import Answerer
+    from pipeline.evaluate.answerer import Answerer, project_around
 
-    answerer = Answerer(folder, project=_project(folder), task_name=task_name)
+    answerer = Answerer(folder, project=project_around(folder), task_name=task_name)
     said = answerer.answer(image, question, max_new_tokens)
     note = _unheard(answerer.task, question, Path("data/manifests"))
     shown = None if image is None else str(image)
@@ -118,13 +156,6 @@ def _of_an_adapter(parser: Any) -> None:
     parser.add_argument("--backbone", metavar="B", help="what it was trained on, where the folder does not say")
 
 
-def _project(folder: Path) -> Path:
-    """Return the project around an adapter: the folder whose params.yaml says where weights lie."""
-    from pipeline.config.load import PARAMS
-
-    return next((parent for parent in folder.resolve().parents if (parent / PARAMS).is_file()), Path())
-
-
 def _backbone(folder: Path, given: str | None, extra: Json) -> str:
     name = given or extra.get("backbone")
     if not isinstance(name, str):
@@ -139,14 +170,14 @@ def _export(args: argparse.Namespace) -> Fields:
 
     from pipeline import adapters, backbones
     from pipeline.adapters.peft import export
-    from pipeline.evaluate.answerer import source_of
+    from pipeline.evaluate.answerer import project_around, source_of
 
     folder, out = Path(args.adapter), Path(args.out)
     config = adapters.read_config(folder)
     name = _backbone(folder, args.backbone, config.extra)
     if out.exists() and any(out.iterdir()):
         raise InputError("is not empty", where=str(out), way_out="Give a folder that is made")
-    source = source_of(name, _project(folder))
+    source = source_of(name, project_around(folder))
     if source.variant == "published":
         source = source.model_copy(update={"variant": "meta"})
     model = backbones.load_from(name, source).model
@@ -165,12 +196,12 @@ def _push(args: argparse.Namespace) -> Fields:
     """Push the folder as it is, with a card of all that its trial's records say."""
     from pipeline import adapters, backbones
     from pipeline.adapters.base import card_of, push
-    from pipeline.evaluate.answerer import source_of
+    from pipeline.evaluate.answerer import project_around, source_of
     from pipeline.records.store import check_adapter
 
     folder = Path(args.adapter)
     check_adapter(folder)
-    config, project = adapters.read_config(folder), _project(folder)
+    config, project = adapters.read_config(folder), project_around(folder)
     name = _backbone(folder, args.backbone, config.extra)
     source = source_of(name, project)
     base = backbones.of(name, source).hub_id or name

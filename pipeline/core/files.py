@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -182,6 +183,16 @@ def folder_digest(folder: Path) -> str | None:
     for file in files:
         content.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
     return content.hexdigest() if files else None
+
+
+def secret(path: Path, length: int) -> str:
+    """Return the secret in a file of mode 600, which is made at its first use, of `length` random bytes."""
+    try:
+        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(length))
+    except FileExistsError:
+        path.chmod(0o600)
+    return path.read_text(encoding="ascii").strip()
 
 
 def fill(path: Path, marks: re.Pattern[str], way_out: str, made: Callable[[re.Match[str]], str | None]) -> int:

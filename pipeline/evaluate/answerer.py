@@ -24,7 +24,7 @@ from pipeline.data import image_files
 from pipeline.data.image_files import decode_image, os_problem, read_image_bytes, size_of, upright
 from pipeline.data.sample import ImageRef, Sample
 from pipeline.evaluate.generate import generate
-from pipeline.prompts.prompt import encode_all, render, stop_strings
+from pipeline.prompts.prompt import Encoded, encode_all, render, stop_strings
 from pipeline.records.store import check_adapter
 from pipeline.resident.visual_tokens import VisualTokens
 from pipeline.tasks import tasks
@@ -81,55 +81,80 @@ class Answerer:
             InputError: no such image, a question too many or too few, or weights that are missing or not those that
                 the adapter was trained on.
         """
-        self._check_question(question)
-        if (image is None) == ("{image}" in self.task.template.query):
-            needs = "needs an image" if image is None else "has no image in its prompt"
-            way_out = "Give --image" if image is None else "Leave --image out"
-            raise InputError(f"task {self.task.name} {needs}", where="--image", way_out=way_out)
-        if image is None:
-            text = self._generate((), question, max_new_tokens or self.task.max_new_tokens)
-            return self._said(text, question)
-        with _as_file(image, reads_files=self.reads_files) as file:
-            name = str(image) if file == Path(image) else "the image given"
-            known = backbones.of(self.origin["backbone"], source_of(self.origin["backbone"], self.project))
-            known.family.check_size(*image_files.sizes([file])[0], name)
-            images = (ImageRef(str(file.resolve())),)
-            text = self._generate(images, question, max_new_tokens or self.task.max_new_tokens)
-        return self._said(text, question)
-
-    def _said(self, text: str, question: str | None) -> Json:
+        with self.asked(image, question) as sample:
+            loaded, adapter = self._loaded
+            most, stops = max_new_tokens or self.task.max_new_tokens, self.stops(loaded)
+            text = self.said(loaded, adapter, self.prompt(loaded, sample), most, stops)
         return {
             "answer": text, "text": text, "question": question,
             "method": self.config.method, "options": self.config.options, "backbone": self.origin["backbone"],
             "task": self.task.name, "trial": self.origin.get("trial"),
         }  # fmt: skip
 
-    def _generate(self, images: tuple[ImageRef, ...], question: str | None, max_new_tokens: int) -> str:
-        loaded, adapter = self._loaded
-        sample = Sample(self.task.name, 0, images, question, target="", references=())
-        template, style = self.task.template, self.origin.get("prompt", "papers")
-        prompts = encode_all(loaded, [render(template, loaded.backbone, sample, style=style)], root="")
+    @contextmanager
+    def asked(self, image: str | Path | None, question: str | None) -> Iterator[Sample]:
+        """Give what is asked, checked, its image in a file for as long as the block lasts.
+
+        Args:
+            image: as for `answer`.
+            question: likewise.
+
+        Raises:
+            InputError: no such image, or one too many or too few of either.
+        """
+        self._check_question(question)
+        if (image is None) == ("{image}" in self.task.template.query):
+            needs = "needs an image" if image is None else "has no image in its prompt"
+            way_out = "Give --image" if image is None else "Leave --image out"
+            raise InputError(f"task {self.task.name} {needs}", where="--image", way_out=way_out)
+        if image is None:
+            yield Sample(self.task.name, 0, (), question, target="", references=())
+            return
+        with _as_file(image, reads_files=self.reads_files) as file:
+            name = str(image) if file == Path(image) else "the image given"
+            known = backbones.of(self.origin["backbone"], source_of(self.origin["backbone"], self.project))
+            known.family.check_size(*image_files.sizes([file])[0], name)
+            yield Sample(self.task.name, 0, (ImageRef(str(file.resolve())),), question, target="", references=())
+
+    def prompt(self, loaded: Loaded, sample: Sample) -> Encoded:
+        """Return what the backbone reads."""
+        style = self.origin.get("prompt", "papers")
+        return encode_all(loaded, [render(self.task.template, loaded.backbone, sample, style=style)], root="")[0]
+
+    def stops(self, loaded: Loaded) -> tuple[str, ...]:
+        """Return where an answer is cut."""
+        return stop_strings(self.task.template, loaded.backbone, self.origin.get("prompt", "papers"))
+
+    @staticmethod
+    def said(loaded: Loaded, adapter: Adapter, prompt: Encoded, max_new_tokens: int, stops: tuple[str, ...]) -> str:
+        """Return the answer to a prompt, generated alone."""
         with adapters.attach(loaded.model, adapter):
             (text,) = generate(
-                loaded, prompts, max_new_tokens=max_new_tokens, visual_tokens=VisualTokens(loaded, None),
-                stop_strings=stop_strings(template, loaded.backbone, style), from_pixels=adapter.trains_vision,
+                loaded, [prompt], max_new_tokens=max_new_tokens, visual_tokens=VisualTokens(loaded, None),
+                stop_strings=stops, from_pixels=adapter.trains_vision,
             )  # fmt: skip
         return text
 
-    @cached_property
-    def _loaded(self) -> tuple[Loaded, Adapter]:
-        name = self.origin["backbone"]
-        source = source_of(name, self.project)
-        dtype = self.origin.get("precision", source.dtype)
-        loaded = backbones.load_from(name, source, dtype=dtype, device=_device())
+    def adapter_on(self, loaded: Loaded) -> Adapter:
+        """Return the adapter, read for a backbone in memory.
+
+        Raises:
+            InputError: its weights are not those that the adapter was trained on.
+        """
         wanted = self.origin.get("backbone_digest", loaded.digest)
         if loaded.digest != wanted:
             raise InputError(
                 f"these weights (digest {loaded.digest[:12]}) are not those of the training ({wanted[:12]})",
-                where=f"backbones.{name}",
+                where=f"backbones.{self.origin['backbone']}",
                 way_out="Put the old weights back",
             )
-        return loaded, adapters.load(self.folder, loaded.model)
+        return adapters.load(self.folder, loaded.model)
+
+    @cached_property
+    def _loaded(self) -> tuple[Loaded, Adapter]:
+        name = str(self.origin["backbone"])
+        loaded = load_backbone(name, self.project, self.origin.get("precision"))
+        return loaded, self.adapter_on(loaded)
 
     def _check_question(self, question: str | None) -> None:
         asks = self.task.template.asks
@@ -180,6 +205,11 @@ def _given(text: str, reads_files: bool) -> tuple[str, bytes]:
     raise InputError(problem, where=shown, way_out=_WAY_OUT if reads_files else "Give its content in base64")
 
 
+def project_around(folder: Path) -> Path:
+    """Return the folder of the params.yaml that a trial's adapter lies below; the current one where there is none."""
+    return next((parent for parent in folder.resolve().parents if (parent / PARAMS).is_file()), Path())
+
+
 def source_of(name: str, project: Path) -> BackboneSource:
     """Return where the weights lie: the project's params.yaml says it, where there is one."""
     params = project / PARAMS
@@ -189,6 +219,14 @@ def source_of(name: str, project: Path) -> BackboneSource:
     return source.model_copy(update={"weights": str(project / source.weights)}) if source.weights else source
 
 
-def _device() -> str:
+def load_backbone(name: str, project: Path, precision: str | None) -> Loaded:
+    """Return a backbone as it answers: from where the project's params.yaml says, on a GPU where there is one.
+
+    Args:
+        name: which.
+        project: the folder of params.yaml.
+        precision: fp32, bf16 or fp16; None: the source's `dtype`.
+    """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the same sums as in the trial
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    source, device = source_of(name, project), "cuda" if torch.cuda.is_available() else "cpu"
+    return backbones.load_from(name, source, dtype=precision or source.dtype, device=device)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import base64
 import configparser
 import os
-import secrets
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from urllib.parse import urlsplit
 
 from pipeline.core.copies import main_checkout
 from pipeline.core.errors import InputError, WorkError
+from pipeline.core.files import secret
 from pipeline.core.progress import say
 from pipeline.tracking import page, store
 from pipeline.tracking.client import Tracker
@@ -95,7 +95,7 @@ def start(folder: Path, *, host: str, port: int, database: str | None, artifacts
             where="--database",
             way_out="Leave it out and put HOST:PORT:DATABASE:USER:PASSWORD into ~/.pgpass (mode 600)",
         )
-    password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or _secret(folder / "password", 24)
+    password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or secret(folder / "password", 24)
     _credentials(password)
     if _answers(address, password):
         say(f"MLflow answers at {address} already")
@@ -106,7 +106,7 @@ def start(folder: Path, *, host: str, port: int, database: str | None, artifacts
         "MLFLOW_AUTH_CONFIG_PATH": str(_auth_config(folder)),
         "MLFLOW_AUTH_ADMIN_USERNAME": USER,
         "MLFLOW_AUTH_ADMIN_PASSWORD": password,
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": _secret(folder / "session-key", 32),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secret(folder / "session-key", 32),
         "MLFLOW_BACKEND_STORE_URI": database,
         "MLFLOW_ARTIFACTS_DESTINATION": artifacts or (folder / "artifacts").as_uri(),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # four more processes, for features that nobody uses here
@@ -128,16 +128,6 @@ def start(folder: Path, *, host: str, port: int, database: str | None, artifacts
             server.terminate()
             raise WorkError("the MLflow server did not come up", where=str(folder / "server.log"))
         time.sleep(0.3)
-
-
-def _secret(path: Path, length: int) -> str:
-    """Return the secret in a file of mode 600, which is made at its first use."""
-    try:
-        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="ascii") as file:
-            file.write(secrets.token_urlsafe(length))
-    except FileExistsError:
-        path.chmod(0o600)
-    return path.read_text(encoding="ascii").strip()
 
 
 def _credentials(password: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention, decode, evaluate, overhead, pack, reuse, scale, step
+from benchmarks import attention, decode, evaluate, overhead, pack, reuse, scale, serve, step
 from benchmarks.support.published import Published, published_attention
 from benchmarks.support.shapes import CPU, LEASE, DecoderShape, Workload, decoder
 from benchmarks.support.steps import Trained
@@ -173,6 +173,12 @@ def test_pack() -> None:
     result = pack.run(num_trials=(2,), num_samples=8, repeats=1)
     assert {"packed_over_sequential_K2", "packed_over_sequential_K2_papers_step"} <= result["ratios"].keys()
     assert result["ratios"]["loss_difference_fp32"] <= 1e-5 and result["ratios"]["loss_difference_fp64"] <= 1e-8
+
+
+def test_serve() -> None:
+    sizes = serve.Sizes(rows=4, prompt=6, new_tokens=2, repeats=1)
+    names = ["mixed_adapters_over_one", "mixed_methods_over_one", "mixed_lora_over_one", "mixed_lora_ms_a_token_one"]
+    check(serve.run(sizes=sizes, workload=tiny("idefics2")), names)
 
 
 @pytest.mark.e2e
