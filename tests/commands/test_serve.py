@@ -268,29 +268,27 @@ def test_adapters_come_and_go_on_request(server, folders, expected, pictures, tm
 def test_it_ends_when_it_is_told_to_and_answers_what_is_under_way(folders, expected, pictures, tmp_path):
     """With tokens of its own, made at the start; the page's commands and its script are run on the way."""
     words = ["--adapter", f"pets={folders['pets']}", "--adapter", f"captions={folders['captions']}"]
-    own = Server([*words, "--adapters-under", "/"], tmp_path)
+    own = Server([*words, "--adapters-under", "/", "--rows", "1"], tmp_path)
     kept = tmp_path / ".hificl/serve"
     tokens = {name: (kept / name).read_text() for name in ("token", "admin-token")}
     _as_the_page_says(own, tmp_path, folders, pictures, expected)
 
-    client, heard = own.client(tokens["token"]), []
-    long = client.chat.completions.create(
-        model="captions", messages=asked(pictures / "0.png", None), max_tokens=900, stream=True, stop=[]
-    )
-    begun = threading.Event()
+    client, begun = own.client(tokens["token"]), threading.Barrier(13)
 
-    def listen():
-        for chunk in long:
-            heard.append(chunk)
-            begun.set()
+    def listen(number):
+        given = {"model": "captions", "messages": asked(pictures / f"{number % 7}.png", None), "max_tokens": 300}
+        chunks = client.chat.completions.create(**given, stream=True)
+        heard = [next(chunks)]  # the server has taken the question
+        begun.wait(60)
+        heard += chunks
+        assert heard[-1].choices[0].finish_reason in ("stop", "length")
+        return "".join(chunk.choices[0].delta.content or "" for chunk in heard)
 
-    listener = threading.Thread(target=listen)
-    listener.start()
-    assert begun.wait(60)
-    assert own.end() == 0
-    listener.join(60)
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in heard)
-    assert heard[-1].choices[0].finish_reason and text == expected("captions", pictures / "0.png", None, 900)
+    with ThreadPoolExecutor(12) as threads:
+        answers = threads.map(listen, range(12))
+        begun.wait(60)
+        assert own.end() == 0
+        assert list(answers) == [expected("captions", pictures / f"{i % 7}.png", None, 300) for i in range(12)]
     log = "".join(own.lines) + own.process.stdout.read()
     assert str(kept / "token") in log and not any(token in log for token in tokens.values())
 
