@@ -1,4 +1,4 @@
-"""What is done with trained adapters: `hificl predict` asks one, `serve` answers whoever asks, `export` and `push` give it to others."""
+"""Trained adapters: `hificl predict` asks one, `serve` answers for many, `export` and `push` give one to others."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pipeline.config.load import Params
     from pipeline.core.plain_yaml import Json
     from pipeline.plan.plan import Inputs
+    from pipeline.workspace import Reported
     from pipeline.workspace.adapt import Adapted
-    from pipeline.workspace.studies import Reported
 
 
 def register(line: CommandLine) -> None:
@@ -156,7 +156,7 @@ def _state(name: str, inputs: Inputs) -> StudyState:
 def _study(args: argparse.Namespace) -> Reported:
     """Run the studies of the command line in the current folder."""
     from pipeline.config.load import load
-    from pipeline.workspace.studies import run
+    from pipeline.workspace import run
 
     return run(args.study, load(overrides=args.set), Path.cwd())
 

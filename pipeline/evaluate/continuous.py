@@ -242,7 +242,7 @@ class Engine:
     def _turn(self) -> None:
         """Do what lies between two tokens, then write a token of every row."""
         with self._changed:
-            jobs, new = list(self._jobs), list[Row]()
+            jobs, new = list(self._jobs), list[Question]()
             self._jobs.clear()
             while self._waiting and len(self._rows) + len(new) < (self.most_rows if self.joins else 1):
                 new.append(self._waiting.popleft())

@@ -42,8 +42,7 @@ from pipeline.sweep.train import sweep
 from pipeline.tasks import tasks
 from pipeline.tasks.file_rows import completed
 from pipeline.tasks.file_task import FileTask
-from pipeline.workspace import LINKS, lay_out, stages_of
-from pipeline.workspace.studies import draw_samples, report_on
+from pipeline.workspace import LINKS, draw_samples, lay_out, report_on, stages_of
 
 PLAN = "adapt.json"  # what was asked for and what it came to, beside params.yaml
 _TIMING, _TIMED, _TIMED_SCORED = "timing", 32, 16  # a study that only tells seconds; samples that it trains on, scores
