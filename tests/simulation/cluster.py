@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pipeline import backbones
 from pipeline.config.request import Requests
 from pipeline.core.errors import HificlError, WorkError
 from pipeline.pool import dispatcher as dispatching
@@ -37,6 +38,7 @@ from pipeline.pool.messages import (
 from pipeline.pool.queue import Queue
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.store import TrialFolder, check_adapter
+from pipeline.tasks import tasks
 from pipeline.train.trial_run import TrialRun
 from tests.simulation.world import Host, Killed, Loop, Pipe, Process, Signal, World
 
@@ -109,8 +111,8 @@ class PlayedRun(TrialRun):
 
     def __init__(self, config: Any, folder: Path) -> None:
         self.config, self.rank, self.world = config, 0, 1
-        self.resident = SimpleNamespace(device="cpu")
-        self.manifest = SimpleNamespace(prompt="p", definition=None)
+        self.resident = SimpleNamespace(device="cpu", loaded=SimpleNamespace(backbone=backbones.get("mini-idefics2")))
+        self.manifest, self.task = SimpleNamespace(prompt="papers", definition=None), tasks.get("mini-vqa")
         self.folder = self._taken(TrialFolder(folder))
         self.samples = range(config.num_train_samples)
         self.engine = Engine(config.seed)
