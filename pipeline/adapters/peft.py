@@ -285,6 +285,7 @@ def _injected(
     factored = _start(options) in _FACTORED
     over: dict[str, JsonValue] = {"init_lora_weights": True} if plain and factored else {}
     tensors = {id(x): x.data for x in (*model.parameters(), *model.buffers())}
+    cards = sorted({x.device.index for x in model.parameters() if x.device.type == "cuda"})
     had = set(vars(model))
     with _restored(model):
         if factored and not plain:  # OLoRA writes into the frozen weights
@@ -292,7 +293,7 @@ def _injected(
                 parameter.data = parameter.data.clone()
         try:
             config = _config(options.tuner, options.config, names, **over)
-            with torch.random.fork_rng(), warnings.catch_warnings():
+            with torch.random.fork_rng(cards, device_type="cuda"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 torch.manual_seed(seed)
                 PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=_NAME)

@@ -150,7 +150,10 @@ def test_the_queue_runs_experiments_side_by_side_into_the_projects_store(clone: 
     before, scored = clone.trials(), set((clone.folder / "evaluations").glob("*.json"))
     clone.dvc("exp", "run", "-q", "--queue", "-n", "pair", "-S", "train.learning_rate=0.05,0.00002")
     clone.environment["PATH"] = os.pathsep.join([str(clone.folder / ".venv/bin"), clone.environment["PATH"]])
-    clone.dvc("queue", "start", "-q", "--jobs", "2")  # it starts `dvc` by name
+    # it starts `dvc` by name; a pipe to its workers would be waited for
+    words = [sys.executable, "-m", "dvc", "queue", "start", "-q", "--jobs", "2"]
+    subprocess.run(words, cwd=clone.folder, env=clone.environment, check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)  # fmt: skip
     deadline, states = time.monotonic() + 900, [""]
     while time.monotonic() < deadline and not set(states) <= {"Success", "Failed"}:
         time.sleep(2)
