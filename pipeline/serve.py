@@ -43,6 +43,7 @@ from pipeline.evaluate.continuous import End, Engine, Member, Question
 
 MAX_BODY = 32 << 20  # bytes of a request: a picture of 24 MB in base64
 MOST_NEW_TOKENS = 1024
+MOST_STOPS, LONGEST_STOP = 4, 100
 TOKEN, ADMIN_TOKEN = "HIFICL_SERVE_TOKEN", "HIFICL_SERVE_ADMIN_TOKEN"  # noqa: S105 - names of variables
 GRACE_SECONDS = 30  # in which answers that are under way end
 _LEAST_SECRET = 16  # characters
@@ -257,17 +258,23 @@ class _Asked:
 
     def prepare(self) -> None:
         """Check the question, write its picture down, and put it into the adapter's prompt; takes a moment."""
-        served = self.service.served[_known(self.service, self.chat.model)]
-        image, text = _asked_of(self.chat.messages)
+        served = _known(self.service, self.chat.model)
+        messages, self.chat.messages = self.chat.messages, []  # a picture is not kept until the answer
+        image, text = _asked_of(messages)
         answerer, loaded = served.answerer, self.service.loaded
         sample = self.files.enter_context(answerer.asked(image, text or None))
         prompt = answerer.prompt(loaded, sample)
         most = self.chat.max_completion_tokens or self.chat.max_tokens or answerer.task.max_new_tokens
         further = [self.chat.stop] if isinstance(self.chat.stop, str) else self.chat.stop or []
+        if len(further) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in further):
+            message = f"takes {MOST_STOPS} texts of {LONGEST_STOP} characters at most"  # looked for at each token
+            raise _Refused(400, f"stop {message}", param="stop")
         stops = (*answerer.stops(loaded), *filter(None, further))
         self.question = Question(served.member, prompt, most, stops, self._heard)
 
     def _heard(self, text: str, end: End | None) -> None:
+        if end is None and not self.chat.stream:
+            return  # or `events` would never look whether the client is still there
         if end is not None:
             self.files.close()  # the engine does not look at the picture again
             service, labels = self.service, (self.chat.model, end.reason)
@@ -385,12 +392,12 @@ def application(service: Service, secrets: Secrets) -> FastAPI:
     @app.get("/v1/models")
     async def models(request: Request) -> Json:
         allow(request, secrets.token)
-        return {"object": "list", "data": [_model(service, name) for name in service.served]}
+        return {"object": "list", "data": [_model(service, *row) for row in list(service.served.items())]}
 
     @app.get("/v1/models/{name}")
     async def model(request: Request, name: str) -> Json:
         allow(request, secrets.token)
-        return _model(service, _known(service, name))
+        return _model(service, name, _known(service, name))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -406,12 +413,13 @@ def application(service: Service, secrets: Secrets) -> FastAPI:
             raise _Refused(400, "the folder is not below the server's --adapters-under", param="folder")
         await run_in_threadpool(service.add, given.name, folder)
         say(f"serving {given.name}")
-        return _model(service, given.name)
+        return _model(service, given.name, _known(service, given.name))
 
     @app.delete("/admin/adapters/{name}")
     async def unload(request: Request, name: str) -> Json:
         allow(request, secrets.admin)
-        await run_in_threadpool(service.remove, _known(service, name))
+        _known(service, name)
+        await run_in_threadpool(service.remove, name)
         say(f"no longer serving {name}")
         return {"id": name, "object": "model", "deleted": True}
 
@@ -420,12 +428,15 @@ def application(service: Service, secrets: Secrets) -> FastAPI:
 
 async def _answered(service: Service, request: Request, decoding: asyncio.Semaphore) -> Response:
     """Answer a request for a chat completion."""
+    full = _Refused(429, "too many questions wait", kind="rate_limit_error", code="rate_limit_exceeded")
     if service.engine.is_full:
-        raise _Refused(429, "too many questions wait", kind="rate_limit_error", code="rate_limit_exceeded")
+        raise full
     asked = _Asked(service, await _read(request, _Chat))
     try:
         async with decoding:
             await run_in_threadpool(asked.prepare)
+        if service.engine.is_full:  # meanwhile
+            raise full
         service.engine.ask(asked.question)
     except BaseException:
         asked.files.close()
@@ -440,15 +451,15 @@ async def _answered(service: Service, request: Request, decoding: asyncio.Semaph
     return Response(status_code=499)  # nobody is there to read it
 
 
-def _known(service: Service, name: str) -> str:
-    if name not in service.served:
-        message = f"no adapter '{name[:80]}' is served. {nearest(name[:80], service.served)}"
+def _known(service: Service, name: str) -> _Served:
+    served = service.served.get(name)
+    if served is None:
+        message = f"no adapter '{name[:80]}' is served. {nearest(name[:80], list(service.served))}"
         raise _Refused(404, message, param="model", code="model_not_found")
-    return name
+    return served
 
 
-def _model(service: Service, name: str) -> Json:
-    served = service.served[name]
+def _model(service: Service, name: str, served: _Served) -> Json:
     about = {"method": served.answerer.config.method, "task": served.answerer.task.name}
     return {"id": name, "object": "model", "created": served.since, "owned_by": service.backbone, **about}
 

@@ -366,10 +366,11 @@ class Wrapped(nn.Module):
 
     def unwrap(self) -> Any:
         """Take the adapter out and return the model as it was."""
-        self._block.close()
-        del self.adapter, self._block, self.processor
-        self.__class__ = type(self).__mro__[2]
-        return self
+        block, kind = self._block, type(self).__mro__[2]
+        del self.adapter, self._block, self.processor  # before PEFT's layers give the model back what it had
+        block.close()
+        self.__class__ = kind
+        return self.train(self.training)
 
     def ask(self, image: Any, question: str | None = None, max_new_tokens: int = _MAX_NEW_TOKENS) -> str:
         """Return the answer to a question about a picture, by the prompt that the adapter was trained with.
@@ -396,8 +397,10 @@ class Wrapped(nn.Module):
         training = self.training
         self.eval()
         generate: Any = self.generate
-        written = generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-        self.train(training)
+        try:
+            written = generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        finally:
+            self.train(training)
         answer = tokenizer.decode(written[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         ends = [place for stop in template["stop"] if (place := answer.find(stop)) >= 0]
         return answer[: min(ends, default=len(answer))].strip()

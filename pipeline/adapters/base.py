@@ -1,8 +1,9 @@
 """`Adapter`: what every trained method is, and the registry that its file enters.
 
 A method edits the decoder in one or more of three places, and says so by the class it derives from:
-`AttentionAdapter` (virtual tokens beside the context), `HiddenAdapter` (what every layer's FFN gives) or
-`WeightsAdapter` (low-rank updates of projections). Parameters are fp32, stacked over layers.
+`AttentionAdapter` (virtual tokens beside the context), `HiddenAdapter` (a state of every layer: what FFN or
+self-attention gives, or the residual stream) or `WeightsAdapter` (projections computed otherwise: low-rank updates, or
+any of PEFT's layers). Parameters are fp32, stacked over layers.
 """
 
 from __future__ import annotations

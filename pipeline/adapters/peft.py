@@ -297,6 +297,8 @@ def _injected(
                 warnings.simplefilter("ignore")
                 torch.manual_seed(seed)
                 PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, adapter_name=_NAME)
+        except torch.OutOfMemoryError:
+            raise
         except _FAULTS as error:
             way_out = "Change its config or the targets"
             problem = f"PEFT's {options.tuner.upper()} cannot be injected: {_line(error)}"
@@ -420,7 +422,9 @@ def _prefix(adapter: Adapter, spec: DecoderSpec) -> Tensor:
     """Return PEFT's prefix, [n, 2 L H_kv d]: a layer's keys, turned, and then its values."""
     named = f"method '{adapter.name}'"
     if len(adapter.parts) > 1 or not isinstance(adapter, AttentionAdapter):
-        raise InputError("PEFT has no such method, and it is no prefix", where=named, way_out=_AS_MODULE)
+        weights = any(True for _ in parts_of([adapter], WeightsAdapter))
+        way_out = "Use it with this package" if weights else _AS_MODULE
+        raise InputError("PEFT has no such method, and it is no prefix", where=named, way_out=way_out)
     if adapter.prefills:
         raise InputError("its tokens are computed by the backbone", where=named, way_out="Use it with this package")
     with torch.no_grad():
@@ -484,10 +488,10 @@ def _turned(keys: Tensor, spec: DecoderSpec, named: str) -> Tensor:
 def _module(adapter: Adapter, model: nn.Module, spec: DecoderSpec, out: Path) -> Exported:
     """Write the tensors that the method puts into a forward pass, and the file that computes with them."""
     if any(True for _ in parts_of([adapter], WeightsAdapter)):
-        way_out = "Export lora with --to peft" if len(adapter.parts) == 1 else "Use it with this package"
+        way_out = "Export it with --to peft" if adapter.peft_config() is not None else "Use it with this package"
         raise InputError("LoRA's layers are PEFT's", where=f"method '{adapter.name}'", way_out=way_out)
     kinds = [part for part in adapter.parts if isinstance(part, AttentionAdapter) and part.prefills]
-    kinds += [part for _, part in parts_of([adapter], HiddenAdapter) if part().keys() != {"shift"}]
+    kinds += [part for _, part in parts_of([adapter], HiddenAdapter) if type(part).edited is not HiddenAdapter.edited]
     if kinds:
         problem = "it computes what a module by itself does not"
         raise InputError(problem, where=f"method '{adapter.name}'", way_out="Use it with this package")

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -187,11 +188,13 @@ def folder_digest(folder: Path) -> str | None:
 
 def secret(path: Path, length: int) -> str:
     """Return the secret in a file of mode 600, which is made at its first use, of `length` random bytes."""
-    try:
-        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="ascii") as file:
-            file.write(secrets.token_urlsafe(length))
-    except FileExistsError:
-        path.chmod(0o600)
+    if not path.exists():
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", encoding="ascii") as draft:
+            draft.write(secrets.token_urlsafe(length))  # its mode is 600
+            draft.flush()
+            with suppress(FileExistsError):  # of several processes at once, one wins
+                os.link(draft.name, path)
+    path.chmod(0o600)
     return path.read_text(encoding="ascii").strip()
 
 

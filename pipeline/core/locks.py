@@ -93,7 +93,14 @@ def held(
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise disk_error(error, path) from error
-        holder, soft = _take(path, handle, me)
+        try:
+            holder, soft = _take(path, handle, me)
+        except BaseException:
+            beside = path.with_name(f"{path.name}.held")
+            if Holder.read(beside) == me:
+                beside.unlink(missing_ok=True)
+            os.close(handle)  # or this process would be the one that it waits for next
+            raise
         if holder is None:
             break
         os.close(handle)

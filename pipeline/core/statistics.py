@@ -23,7 +23,7 @@ class Effect:
 
     Attributes:
         mean: in the scores' unit.
-        error: its standard error; 0 where it is counted and not estimated.
+        error: its standard error; 0 where it is counted and not estimated, and where no score differs from another.
         freedom: degrees of freedom of the error.
         seeds: how many seeds it is of; with one, the error leaves out what another seed would change.
         samples: evaluation samples of a seed.
@@ -41,6 +41,11 @@ class Effect:
         """Return the ends of Student's interval."""
         half = float(stdtrit(self.freedom, (1 + level) / 2)) * self.error
         return self.mean - half, self.mean + half
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is counted and not estimated."""
+        return math.isinf(self.freedom)
 
     @property
     def clear(self) -> bool:
@@ -106,7 +111,7 @@ def effect(scores: np.ndarray, images: Sequence[int | str] | np.ndarray) -> Effe
     spread = of_seeds**2 / (seeds - 1)
     if count > 1:
         spread += of_images**2 / (count - 1) + of_rest**2 / ((seeds - 1) * (count - 1))
-    return Effect(mean, math.sqrt(variance), variance**2 / spread if spread else seeds - 1, seeds, samples, count)
+    return Effect(mean, math.sqrt(variance), variance**2 / spread if variance else seeds - 1, seeds, samples, count)
 
 
 def counted(value: float) -> Effect:

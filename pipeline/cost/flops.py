@@ -31,7 +31,7 @@ from typing import Any
 from torch import nn
 
 from pipeline import adapters
-from pipeline.adapters.base import Adapter, AttentionAdapter, WeightsAdapter, parts_of
+from pipeline.adapters.base import Adapter, AttentionAdapter, HiddenAdapter, WeightsAdapter, parts_of
 from pipeline.backbones.base import Backbone
 from pipeline.backbones.decoder import decoder_of
 from pipeline.core.errors import InputError, nearest
@@ -322,4 +322,6 @@ class Costs:
             for module, values in part.modules_trainable().items():
                 inside = module.startswith(self.vision_modules)
                 flops += 6.0 * values * (self.image.patches if inside else tokens)
+        for _, part in parts_of([adapter], HiddenAdapter):  # a bottleneck's matrices; a vector is added
+            flops += 6.0 * tokens * sum(tensor.numel() for tensor in part.parameters() if tensor.dim() == 3)
         return flops

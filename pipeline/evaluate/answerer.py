@@ -16,6 +16,7 @@ import torch
 
 from pipeline import adapters, backbones
 from pipeline.adapters.base import Adapter
+from pipeline.backbones.base import Family
 from pipeline.backbones.load import Loaded
 from pipeline.config.load import PARAMS, BackboneSource, load
 from pipeline.core.errors import InputError
@@ -111,9 +112,9 @@ class Answerer:
             yield Sample(self.task.name, 0, (), question, target="", references=())
             return
         with _as_file(image, reads_files=self.reads_files) as file:
-            name = str(image) if file == Path(image) else "the image given"
-            known = backbones.of(self.origin["backbone"], source_of(self.origin["backbone"], self.project))
-            known.family.check_size(*image_files.sizes([file])[0], name)
+            given = not self.reads_files or str(image).startswith("data:") or file != Path(image)
+            name = "the image given" if given else str(image)
+            self._family.check_size(*image_files.sizes([file])[0], name)
             yield Sample(self.task.name, 0, (ImageRef(str(file.resolve())),), question, target="", references=())
 
     def prompt(self, loaded: Loaded, sample: Sample) -> Encoded:
@@ -149,6 +150,11 @@ class Answerer:
                 way_out="Put the old weights back",
             )
         return adapters.load(self.folder, loaded.model)
+
+    @cached_property
+    def _family(self) -> Family:
+        name = str(self.origin["backbone"])
+        return backbones.of(name, source_of(name, self.project)).family
 
     @cached_property
     def _loaded(self) -> tuple[Loaded, Adapter]:

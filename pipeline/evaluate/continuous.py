@@ -61,9 +61,8 @@ class Member:
 class End:
     """How an answer ended: at its own end, at its most tokens, or not at all; and how many tokens it has."""
 
-    reason: Literal["stop", "length", "error"]
+    reason: Literal["stop", "length", "error", "cancelled"]
     tokens: int = 0
-    problem: str = ""
 
 
 @dataclass(eq=False)
@@ -100,7 +99,7 @@ class Question:
 
 def certain(text: str, stops: Sequence[str]) -> str:
     """Return the part of an unfinished answer that no further token changes."""
-    ends = [len(text) - n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    ends = [len(text) - n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])]
     return text[: min(ends, default=len(text))].rstrip("\ufffd").strip()
 
 
@@ -222,7 +221,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while self._has_work or not self._ending:
+            while not self._ending or self._has_work:  # nothing is added once it ends
                 with self._changed:
                     while not (self._has_work or self._ending):
                         self._changed.wait()
@@ -230,8 +229,10 @@ class Engine:
         finally:  # what nobody foresaw ends the engine, and leaves nobody waiting
             with self._changed:
                 self._ending = True
+            for _, done in self._jobs:
+                done.set_exception(WorkError("the engine has ended"))
             for row in (*self._rows, *self._waiting):
-                row.end("", End("error", problem="the engine has ended"))
+                row.end("", End("error"))
             self._detach()
 
     @property
@@ -249,7 +250,7 @@ class Engine:
         self._do(jobs)
         for row in (*self._rows, *new):
             if row.cancelled:
-                row.end("", End("error", problem="cancelled"))
+                row.end("", End("cancelled"))
         self._keep([row for row in self._rows if not row.ended])
         self._guarded([row for row in new if not row.ended], self._join)
         self._guarded(list(self._rows), self._decode)
@@ -407,9 +408,9 @@ class Engine:
             self.answered_alone += 1
             try:
                 text = row.member.alone(row.prompt, row.max_new_tokens, row.stops)
-            except Exception as error:  # noqa: BLE001 - the others go on
+            except Exception:  # noqa: BLE001 - the others go on
                 traceback.print_exc()
-                row.end("", End("error", 0, f"{type(error).__name__}: {error}"))
+                row.end("", End("error"))
                 continue
             written = len(self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
             row.end(text, End("length" if written >= row.max_new_tokens else "stop", written))

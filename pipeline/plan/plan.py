@@ -163,6 +163,8 @@ def _points(
 ) -> list[Point]:  # fmt: skip
     try:
         if asked_later:
+            if params.studies[cell.study].budget is not None:
+                points(cell, params)  # refuses what the budget does not allow
             return corners(cell)
         return points(cell, params) if objective is None else tried(cell, params, objective)
     except InputError as error:

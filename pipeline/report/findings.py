@@ -167,8 +167,10 @@ class _TaskRows:
             return "one measurement of each, with no error known, decides nothing"
         write = format_value if below else _signed
         asked = f"{'below' if below else 'at least' if bound else 'more than'} {format_value(bound, unit)} asked"
-        if known.error == 0:
+        if known.exact:
             return f"{write(known.mean, unit)}, without error; {asked}"
+        if known.error == 0:
+            return f"{write(known.mean, unit)}, with no spread to tell its error by, which decides nothing; {asked}"
         low, high = (write(end, unit) for end in known.interval())
         of = f"{known.seeds} seeds" if known.seeds > 1 else "one seed, which decides nothing"
         of += " on the same training samples" if known.seeds > 1 and self.table.same_draw else ""
@@ -199,8 +201,8 @@ def _is_of(claim: Claim, column: Column) -> bool:
 
 
 def _odds(known: Effect | None, bound: float) -> tuple[float, float]:
-    """Return p for above and for below the bound; nothing is decided by one seed that is no exact count."""
-    if known is None or (known.seeds == 1 and known.error > 0):
+    """Return p for above and for below the bound; nothing is decided by one seed, or by scores without a spread."""
+    if known is None or (not known.exact and (known.seeds == 1 or known.error == 0)):
         return 1.0, 1.0
     return known.odds_above(bound), known.odds_below(bound)
 
@@ -330,7 +332,8 @@ def _rise(claim: Claim, cell: _TaskRows) -> _Result | None:
     bound = cell.smallest(claim, first)
     end = _odds(cell.above(last, first), bound)
     if claim.rising_overall:
-        true, false = end[0], min(1.0, 2 * min(end[1], _any(falls)))
+        fell = _any(falls)
+        true, false = end[0] if fell > 1 - LEVEL else 1.0, min(1.0, 2 * min(end[1], fell))
     else:
         true, false = _all(above for above, _ in steps), _any(below for _, below in steps)
     unrisen = [b for a, b in pairwise(known) if _rank(b) >= _rank(a)]

@@ -98,7 +98,7 @@ def tried_settings(table: Table) -> list[TriedSetting]:
 
 def _tried(entry: TableEntry, cells: Sequence[CellResult], name: str) -> TriedSetting:
     known = {short_value(row.searched.get(name)): row.searched.get(name) for cell in cells for row in cell.candidates}
-    numbers = [value for value in known.values() if isinstance(value, int | float)]
+    numbers = [value for value in known.values() if isinstance(value, int | float) and not isinstance(value, bool)]
     texts = sorted(known, key=float) if len(numbers) == len(known) else list(known)
     best: dict[str, float | None] = {}
     for text in texts:

@@ -346,14 +346,15 @@ def _restricted(known: SampleScores, samples: set[str]) -> SampleScores:
 
 def score_lookup(evaluations: Path) -> ScoreLookup:
     """Return what gives an evaluation's scores by its key; a file is read once."""
-    records = Evaluations(evaluations)
+    records, folder = Evaluations(evaluations), evaluations.resolve()
 
+    @functools.cache
     def look_up(key: str) -> SampleScores:
         try:
             stat = records.path(key).stat()
         except OSError:
             return SampleScores()
-        return _sample_scores(key, evaluations.resolve(), stat.st_mtime_ns, stat.st_size)
+        return _sample_scores(key, folder, stat.st_mtime_ns, stat.st_size)
 
     return look_up
 
@@ -361,16 +362,19 @@ def score_lookup(evaluations: Path) -> ScoreLookup:
 @functools.lru_cache(maxsize=2000)  # 40 KB each, of 2,000 samples
 def _sample_scores(key: str, evaluations: Path, *_version: int) -> SampleScores:
     evaluation = Evaluations(evaluations).find(key)
-    if evaluation is None or evaluation.value is None:
+    if evaluation is None:
         return SampleScores()
+    own_draw = evaluation.config.get("sample_draw") == "by-seed"
+    if evaluation.value is None:
+        return SampleScores(own_draw=own_draw)
     answers = {str(answer.sample_id): answer for answer in evaluation.predictions if answer.score is not None}
     samples = tuple(sorted(answers))
     values = np.array([answers[sample].score for sample in samples], dtype=np.float64)
     far = _TOLERANCE * max(abs(evaluation.value), abs(values.mean()) if samples else 0.0, 1e-9)
     if not samples or abs(values.mean() - evaluation.value) > far:
-        return SampleScores()
+        return SampleScores(own_draw=own_draw)
     _, images = np.unique([answers[sample].image or sample for sample in samples], return_inverse=True)
-    return SampleScores(evaluation.unit, samples, values, images, evaluation.config.get("sample_draw") == "by-seed")
+    return SampleScores(evaluation.unit, samples, values, images, own_draw)
 
 
 def problems_of(cells: Sequence[CellResult]) -> list[str]:

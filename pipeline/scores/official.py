@@ -46,7 +46,8 @@ def score_vqa(
     """
     predictions = results_by_id(results, "question_id", "answer")
     records = record_list(read_json(questions), "questions", questions)
-    asked = dict.fromkeys(id_field(row, "question_id", f"{questions}, record {at}") for at, row in enumerate(records))
+    ids = [id_field(row, "question_id", f"{questions}, record {at}") for at, row in enumerate(records)]
+    asked = dict.fromkeys(ids)
     annotated = _annotations(annotations, predictions)
     unknown = [key for key in predictions if key not in asked]
     if unknown:
@@ -75,7 +76,7 @@ def score_vqa(
         answer_types={key: row.answer_type for key, row in annotated.items() if row.answer_type is not None},
         question_types={key: row.question_type for key, row in annotated.items() if row.question_type is not None},
     )
-    images = {key: str(row.get("image_id", key)) for key, row in zip(asked, records, strict=False)}
+    images = {key: str(row.get("image_id", key)) for key, row in zip(ids, records, strict=True)}
     of_each = [images.get(key, key) for key in score.per_question]
     return _with_intervals(score.as_dict(), overall=interval(list(score.per_question.values()), 100.0, of_each))
 

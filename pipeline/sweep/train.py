@@ -43,10 +43,11 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
         WorkError: some trials failed; the others are done.
     """
     folders = places(root)
-    cells, before = all_cells(params, studies, folders), set[str]()
+    cells = all_cells(params, studies, folders)
+    before: set[str] | None = None
     while True:
         plan = make_plan(params, cells, folders, TrialStore(folders.runs).objective)
-        if before and plan.trials.keys() <= before:
+        if before is not None and plan.trials.keys() <= before:
             return
         _swept(params, studies, root, plan)
         if not any((budget := params.studies[study].budget) and budget.widen for study in studies):

@@ -91,7 +91,7 @@ def test_a_sliding_window_ends_what_is_exact(tiny: Any, tmp_path: Path) -> None:
 
 MODULES = [
     ("hificl", {"alpha": "one"}), ("hificl", {"alpha_init": "identity"}), ("mimic", {}), ("mimic", {"shift": "linear"}),
-    ("live", {}), ("live", {"point": "residual"}),
+    ("live", {}), ("live", {"point": "residual"}), ("prefix", {}),
 ]  # fmt: skip
 
 
@@ -134,3 +134,15 @@ def test_a_module_needs_this_package_no_more(tiny: Any, tmp_path: Path) -> None:
 def test_lora_is_no_module(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="LoRA's layers are PEFT's.*--to peft"):
         export(adapters.create("lora", tiny("llava")), tiny("llava"), "module", tmp_path)
+
+
+@pytest.mark.parametrize("method", ["m2iv", "bottleneck", "prompt"])
+def test_what_a_module_does_not_compute_is_refused(method: str, tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="it computes what a module by itself does not"):
+        export(adapters.create(method, tiny("llava")), tiny("llava"), "module", tmp_path)
+
+
+def test_no_way_out_leads_back_to_where_it_came_from(tiny: Any, tmp_path: Path) -> None:
+    for form in ("peft", "module"):
+        with pytest.raises(InputError, match="Use it with this package"):
+            export(adapters.create("peft", tiny("llava")), tiny("llava"), form, tmp_path)

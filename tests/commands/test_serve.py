@@ -18,6 +18,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 from PIL import Image
@@ -26,7 +27,6 @@ from pipeline import adapters, backbones
 from pipeline.core.errors import InputError
 from tests.conftest import ROOT
 
-openai = pytest.importorskip("openai")
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 BACKBONE = "mini-idefics2"
@@ -230,6 +230,8 @@ def test_what_is_not_offered_is_refused_by_name_in_openais_form(server, pictures
             "messages",
         ),
         ({"model": "captions"}, "task mini-coco has no question", None),
+        ({"stop": ["x" * 101]}, "4 texts of 100 characters", "stop"),
+        ({"stop": list("abcde")}, "4 texts", "stop"),
     ):
         with pytest.raises(openai.BadRequestError) as caught:
             create(**{"model": "pets", "messages": good, **given})

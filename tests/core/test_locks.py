@@ -146,3 +146,15 @@ def test_a_file_system_with_locks_and_without_links_locks(tmp_path, monkeypatch)
     with held(tmp_path / ".lock", "x"):
         assert Holder.read(tmp_path / ".lock").pid == os.getpid()
         assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_note_that_cannot_be_written_holds_nothing_afterwards(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(WorkError, match="No space left"), held(tmp_path / ".lock", "x"):
+            pass
+    with held(tmp_path / ".lock", "x"):  # by the same process, which does not wait for itself
+        pass

@@ -143,3 +143,11 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
         hits["share"] += share[0] <= 0.8 <= share[1]
         hits["mean"] += mean[0] <= 5 <= mean[1]
     assert all(0.93 < count / 2000 < 0.97 for count in hits.values()), hits
+
+
+def test_scores_without_a_spread_have_an_interval_and_are_no_exact_count() -> None:
+    for scores in (np.zeros((3, 8)), np.array([[100.0, 0.0], [0.0, 100.0]])):
+        known = effect(scores, np.arange(scores.shape[1]))
+        assert known is not None and known.error == 0 and not known.exact
+        assert known.interval() == (known.mean, known.mean)
+    assert counted(3.0).exact

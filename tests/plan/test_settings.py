@@ -426,10 +426,6 @@ def test_every_row_that_trains_has_the_budgets_trials(search):
 )
 def test_a_budget_that_a_row_cannot_have_is_refused(budget, more, says):
     with pytest.raises(InputError, match=says):
-        if more:
-            params = load(ROOT / "params.yaml", [BUDGET.replace("BUDGET", budget), *more], profile="mini")
-            for cell in cells(params, "own", as_given(params)):
-                points(cell, params)
         plan("own", BUDGET.replace("BUDGET", budget), *more, profile="mini")
 
 

@@ -67,7 +67,7 @@ def over_seeds(maker: Any):
     ) -> list[dict[str, Any]]:
         """Return a row's cells, each of one number alone, whose deviations over seeds are `off` times these."""
         shape = {5: (-1.0, 0.5, 0.8, -0.6, 0.3), 1: (0.0,)}[seeds]
-        turn = sum(map(ord, row)) % seeds  # rows differ in where they deviate
+        turn = sum(map(ord, f"{row}{more.get('vary')}")) % seeds  # rows and points differ in where they deviate
         return [
             maker.cell(row, task, seed)
             | {"evaluation": None, "paper_task": PAPER_TASKS[task]}

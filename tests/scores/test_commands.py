@@ -86,6 +86,19 @@ def test_intervals_are_over_images_and_not_over_their_questions(score, write, tm
     assert numbers["intervals"]["recall"] == [0.5, 0.5]  # one of two, in each
 
 
+def test_a_question_that_stands_twice_keeps_images_with_their_questions(score, write):
+    asked = [{"question_id": n, "image_id": n // 2, "question": "?"} for n in range(40)]
+    truth = write(
+        "a.json", {"annotations": [{"question_id": n, "answers": [{"answer": "red"}] * 10} for n in range(40)]}
+    )
+    given = write("r.json", [{"question_id": n, "answer": "red" if n < 32 else "blue"} for n in range(40)])
+    ends = []
+    for name, rows in (("once.json", asked), ("twice.json", [asked[0], *asked])):
+        files = ("--results", given, "--questions", write(name, {"questions": rows}), "--annotations", truth)
+        ends.append(score("vqa", *files)[1]["intervals"]["overall"])
+    assert ends[0] == ends[1]
+
+
 def test_vqa_of_a_part_is_asked_for(score, vqa_files):
     status, _, message = score(*vqa_files(ANSWERS[:1]))
     assert (status, "without result (1: 2)" in message, "--subset" in message) == (2, True, True)
