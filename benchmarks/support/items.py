@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -14,12 +16,15 @@ from benchmarks import decode, reuse
 from benchmarks.step import RATIOS, callables, count, peak
 from benchmarks.support.lease import Lease
 from benchmarks.support.shapes import Bench
-from benchmarks.support.steps import floor_step, hificl_step, packed_steps
+from benchmarks.support.steps import Step, floor_step, hificl_step, packed_step, packed_steps
 from benchmarks.support.timing import Findings, Rounds, alternate
 from pipeline import adapters
 from pipeline.adapters.attach import attach
+from pipeline.adapters.pack import Pack
 from pipeline.attention import virtual
-from pipeline.backbones.decoder import Forwards, compiled_parts
+from pipeline.backbones.decoder import Forwards, compiled_parts, told
+from pipeline.backbones.passes import RecordedDecoder, recorded_passes
+from pipeline.evaluate.generate import Greedy
 
 PACKS = (1, 2, 4, 8, 16, 32, 64)
 DECODED = (8, 64)  # rows of a batch
@@ -88,6 +93,46 @@ def packs(lease: Lease, name: str) -> None:
                 break
 
 
+def recorded(lease: Lease, name: str) -> None:
+    """Time HiFICL's step by recorded passes over the floor, computed and recorded, and over the step computed."""
+    bench = lease.bench(name)
+    floor = floor_step(bench)
+    of_floor = RecordedDecoder(bench.spec, [], lambda: (None, None))
+
+    def replayed_floor() -> None:
+        with recorded_passes(of_floor):
+            floor()
+
+    for k in (1,) if lease.rehearses else (1, 8):
+        with lease.attempt(f"K = {k}"):
+            computed, pack = packed_step(bench, k)
+            learnt = [parameter for adapter in pack.adapters for parameter in adapter.parameters()]
+            decoder = RecordedDecoder(bench.spec, learnt, partial(_state, pack))
+
+            def replayed(computed: Step = computed, decoder: RecordedDecoder = decoder) -> None:
+                with recorded_passes(decoder):
+                    computed()
+
+            work = {"computed": computed, "replayed": replayed, "floor": floor, "replayed floor": replayed_floor}
+            rounds = alternate(work, _repeats(lease, 7), warmup=2, device=lease.device)
+            if lease.device == "cuda":
+                used = float(not (decoder.is_off or of_floor.is_off) and len(decoder.recorded) > 0)
+                lease.check(f"recorded_passes_are_used_K{k}_{name}", 1 - used, 0.0)
+            lease.ratio(f"recorded_step_over_computed_K{k}_{name}", rounds, "replayed", "computed")
+            lease.milliseconds(f"recorded_hificl_ms_K{k}_{name}", rounds.seconds["replayed"])
+            if k == 1:
+                lease.ratio(f"recorded_step_over_floor_{name}", rounds, "replayed", "floor")
+                lease.ratio(f"recorded_step_over_recorded_floor_{name}", rounds, "replayed", "replayed floor")
+                lease.milliseconds(f"recorded_floor_ms_{name}", rounds.seconds["replayed floor"])
+                if lease.device == "cuda":
+                    lease.number(f"recorded_peak_gib_{name}", peak(replayed))
+            del computed, pack, decoder, replayed, work
+
+
+def _state(pack: Pack) -> tuple[Hashable, object]:
+    return pack.state
+
+
 def fused(lease: Lease, name: str) -> None:
     """Time HiFICL's step with the virtual side as one kernel over the same by torch's operators."""
     bench = lease.bench(name)
@@ -154,10 +199,47 @@ def decoding(lease: Lease, name: str) -> None:
             length = bench.workload.visual_tokens + bench.workload.text_tokens + (few + many) // 2
             bound = _bytes_a_token(bench, rows, length) / lease.ceilings()["copy_bytes_a_second"]
             lease.number(f"weight_read_ms_B{rows}_{name}", 1000 * bound)
+            tokens |= _recorded_tokens(lease, bench, adapter, few, many, name)
             for label in tokens:
                 share = bound / Rounds(tokens).median(label)
                 lease.number(f"weight_read_over_decoded_token_{label}_B{rows}_{name}", share)
             lease.ratio(f"decoded_token_over_plain_B{rows}_{name}", Rounds(tokens), "adapter", "plain")
+
+
+def _recorded_tokens(
+    lease: Lease, bench: Bench, adapter: Any, few: int, many: int, name: str
+) -> dict[str, list[float]]:
+    """Return the seconds of a token by a recorded pass, without and with the adapter; none where none is recorded."""
+    loaded: Any = SimpleNamespace(
+        model=bench.model, device=bench.device, family=bench.family, never_generated=[], eos_token_ids=[]
+    )
+    ids, rows = bench.ids(), bench.workload.batch
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    inputs = {**bench.inputs(ids), "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    writers = {"recorded_plain": Greedy(loaded), "recorded_adapter": Greedy(loaded)}
+
+    def writes(label: str, tokens: int) -> Callable[[], list[list[int]] | None]:
+        def write() -> list[list[int]] | None:
+            with ExitStack() as stack, torch.no_grad(), told(bench.device, padded=True):
+                if label == "recorded_adapter":
+                    stack.enter_context(attach(bench.model, adapter))
+                return writers[label].write(dict(inputs), tokens, lambda _: False, (None, None))
+
+        return write
+
+    seconds: dict[str, list[float]] = {}
+    for label, writer in writers.items():
+        work = {str(tokens): writes(label, tokens) for tokens in (few, many)}
+        rounds = alternate(work, _repeats(lease, 3), device=lease.device)
+        lease.check(f"{label}_is_used_B{rows}_{name}", float(writer.is_off), 0.0)
+        if writer.is_off:
+            continue
+        both = zip(rounds.seconds[str(many)], rounds.seconds[str(few)], strict=True)
+        seconds[label] = [max(1e-9, (long - short) / (many - few)) for long, short in both]
+        lease.milliseconds(f"decoded_token_ms_{label}_B{rows}_{name}", seconds[label])
+        writer.forget()
+    return seconds
 
 
 def _with_rows(bench: Bench, rows: int) -> Bench:

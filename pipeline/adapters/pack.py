@@ -90,6 +90,11 @@ class Pack:
             raise InputError(f"rows must be adapter numbers from 0 to {last}, one for each row of the batch")
         self._rows, self._placed = rows, {}
 
+    @property
+    def state(self) -> tuple[Hashable, object]:
+        """What decides how a pass computes besides parameters and inputs; and the tensors that it reads, to be kept."""
+        return None if self._rows is None else self._rows.adapters, self._placed
+
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return what `make` gives of the parameters, anew each time, or the first where they are fixed."""
         if self._made is None:

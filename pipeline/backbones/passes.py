@@ -1,15 +1,24 @@
-"""How many rows go through a model in one pass: what the card is thought to hold, and half of it once it did not."""
+"""How passes run: as many rows at once as the card holds, half of it once it did not; and as recorded CUDA graphs.
+
+A short pass costs a GPU less than the host needs to launch its two thousand kernels. Recorded once, they are launched
+by one call. What is recorded reads and writes the same memory each time, so inputs are copied to where they stood.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from pipeline.backbones.decoder import decoder_of
+from pipeline.backbones.decoder import DecoderSpec, decoder_of
 from pipeline.core.errors import WorkError
 from pipeline.core.progress import say
 
@@ -32,10 +41,10 @@ def free_bytes(device: torch.device) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def bytes_of_row(model: Any, tokens: int, *, new: int = 0, beams: int = 1, cached: bool = True) -> int:
+def bytes_of_row(model: Any, tokens: int, *, new: int = 0, beams: int = 1, caches: int = 1) -> int:
     """Return about what one prompt's forward pass without a gradient takes beside the weights.
 
-    Keys and values of L layers and H_kv heads of size d, if they are cached: 2 L H_kv d a token. One layer's
+    Keys and values of L layers and H_kv heads of size d, as often as they are cached: 2 L H_kv d a token. One layer's
     activations: three of the width of its feed-forward net (gate, its activation, their product) and six of the hidden
     states. The mask that padding needs: T (T + new), as bool and as a bias. Logits of the last token in fp32, twice.
 
@@ -44,12 +53,12 @@ def bytes_of_row(model: Any, tokens: int, *, new: int = 0, beams: int = 1, cache
         tokens: T, of the prompt.
         new: tokens to be generated.
         beams: of the search; each is a row.
-        cached: whether keys and values are kept.
+        caches: how often keys and values are kept.
     """
     spec, size = decoder_of(model), next(model.parameters()).element_size()
     inner = getattr(spec.text_config, "intermediate_size", None) or 4 * spec.hidden_size
     inner = int(inner if isinstance(inner, int) else max(inner))  # some have one a layer
-    kept = 2 * spec.num_attentions * spec.num_kv_heads * spec.head_dim * size * (tokens + new) if cached else 0
+    kept = caches * 2 * spec.num_attentions * spec.num_kv_heads * spec.head_dim * size * (tokens + new)
     working = (3 * inner + 6 * spec.hidden_size) * size * tokens
     mask, logits = tokens * (tokens + new) * (1 + size), 8 * int(model.get_output_embeddings().out_features)
     return beams * (kept + working + mask + logits)
@@ -129,3 +138,326 @@ class Passes:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         say(f"out of memory in {doing} with {rows} rows in one pass: from now on at most {left}; nothing is lost")
+
+
+GRAPHS_ON = "cuda"  # the type of device whose passes are recorded
+_WIDTHS = 16  # tokens: a batch is padded to the next multiple, so that few lengths are recorded
+_SAME = 0.05  # relative distance of what is replayed to what was computed; rounding gives less than 0.01
+COMPARED = (2, 4, 8)  # uses of a recorded pass that are compared once more: parameters have changed by then
+_WARM = 2  # passes before recording: kernels are compiled and chosen in them
+
+
+def record(work: Callable[[], Sequence[Tensor | None]], pool: Any) -> tuple[Callable[[], None], list[Tensor | None]]:
+    """Run `work` while its launches are recorded; return what launches them again, and where the results then stand.
+
+    Args:
+        work: asks the device nothing, and reads nothing from the host.
+        pool: memory for what it makes on the way, shared by graphs of which one is used up before the next is launched.
+
+    Raises:
+        RuntimeError: it cannot be recorded.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # of this thread alone: others load pictures meanwhile
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        made = list(work())
+    return graph.replay, made
+
+
+def warmed(work: Callable[[], Any], times: int = _WARM) -> Any:
+    """Run `work` a few times where recording will run it, and return its last result."""
+    if not torch.cuda.is_available():
+        return work()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        made = [work() for _ in range(times)][-1]
+    torch.cuda.current_stream().wait_stream(stream)
+    return made
+
+
+def compare(made: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> None:
+    """Compare what is replayed with what is computed.
+
+    Raises:
+        RuntimeError: it is something else.
+    """
+    pairs = [(x.float(), y.float()) for x, y in zip(made, wanted, strict=True) if x is not None and y is not None]
+    distance = float(torch.stack([(x.detach() - y.detach()).norm() for x, y in pairs]).norm())
+    size = float(torch.stack([y.detach().norm() for _, y in pairs]).norm())
+    if not distance <= _SAME * size:
+        raise RuntimeError(f"a recorded pass is {distance:.2g} off, of {size:.2g}")
+
+
+def given_up(error: Exception, what: str) -> None:
+    """Say why a pass is not recorded, and go on without."""
+    text = str(error).strip().splitlines() or [""]
+    warnings.warn(f"{what} runs without CUDA graphs: {type(error).__name__}: {text[0]}", stacklevel=2)
+    after_failure()
+
+
+def after_failure() -> None:
+    """Let the device forget a recording that failed: until another one succeeds, it draws no random numbers."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        value = torch.zeros(1, device="cuda")
+        record(lambda: [value + 1], None)
+
+
+class RecordedDecoder:
+    """The decoder's forward and backward pass in training, recorded for each shape that comes.
+
+    Stands in the place of the decoder's `forward` (`recorded_passes`). Rows are padded on the right, which a causal
+    decoder does not see. A recorded pass is compared with the computed one, output and gradients, when it is recorded,
+    and its output at three uses behind it; where it differs, or cannot be recorded, one warning says so and the decoder
+    computes as ever. Its memory is given back with it.
+
+    Args:
+        spec: the decoder.
+        parameters: what is trained.
+        state: what else a recorded pass holds on to, as a key, and the tensors that it reads.
+    """
+
+    def __init__(
+        self, spec: DecoderSpec, parameters: Sequence[Tensor], state: Callable[[], tuple[Hashable, object]]
+    ) -> None:
+        self.spec, self.parameters, self.state = spec, list(parameters), state
+        self.recorded: dict[Hashable, _RecordedPass] = {}
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self.compute: Any = type(spec.decoder).forward
+        self.is_off = False
+
+    def forward(self, *args: Any, inputs_embeds: Any = None, position_ids: Any = None, **others: Any) -> Any:
+        """Compute what the decoder's own `forward` does, by a recorded pass where there may be one."""
+        asked = {name for name, value in others.items() if value is not None and value is not False}
+        plain = self.is_off or bool(args) or inputs_embeds is None or not asked <= {"return_dict"}
+        if plain or not torch.is_grad_enabled() or torch.is_autocast_enabled(inputs_embeds.device.type):
+            given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, **others}
+            return self.compute(self.spec.decoder, *args, **{k: v for k, v in given.items() if v is not None})
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(last_hidden_state=self._hidden(inputs_embeds, position_ids))
+
+    def _hidden(self, embeds: Tensor, positions: Tensor | None) -> Tensor:
+        rows, length, _ = embeds.shape
+        if positions is None:
+            positions = torch.arange(length, device=embeds.device)[None]
+        missing = -length % _WIDTHS
+        wide = torch.nn.functional.pad(embeds, (0, 0, 0, missing))
+        places = torch.nn.functional.pad(positions, (0, missing))
+        state, held = self.state()
+        key = (rows, length + missing, positions.shape, embeds.requires_grad, state)
+        try:
+            if key not in self.recorded:
+                self.recorded[key] = _RecordedPass(self, wide, places, held)
+            hidden = self.recorded[key].hidden(wide, places)
+        except RuntimeError as error:
+            self.is_off = True
+            self.recorded.clear()
+            given_up(error, "training")
+            hidden = self.computed(wide, places)
+        return hidden[:, :length]
+
+    def computed(self, embeds: Tensor, positions: Tensor) -> Tensor:
+        """Return the last states [B, T, D], what precedes the decoder's forward included."""
+        decoder, given = self.spec.decoder, {"inputs_embeds": embeds, "position_ids": positions, "use_cache": False}
+        for key, hook in list(decoder._forward_pre_hooks.items()):
+            with_kwargs = key in decoder._forward_pre_hooks_with_kwargs
+            hook(decoder, (), given) if with_kwargs else hook(decoder, ())  # type: ignore[call-arg]
+        return self.compute(decoder, **given).last_hidden_state
+
+
+class _RecordedPass:
+    """One forward and one backward pass of one shape."""
+
+    def __init__(self, owner: RecordedDecoder, embeds: Tensor, positions: Tensor, held: object) -> None:
+        self.owner, self.held, self.uses = owner, held, 0
+        self.embeds = embeds.detach().clone().requires_grad_(embeds.requires_grad)
+        self.positions = positions.clone()
+        self.gradient = embeds  # of the output; a place of its own once the size is known
+        self.learnt = [*([self.embeds] if embeds.requires_grad else []), *owner.parameters]
+        wanted, wanted_gradients = warmed(self._both)
+        self.forward, made = record(self._forward, owner.pool)
+        self.gradient = self.gradient.clone()
+        self.backward, self.gradients = record(self._backward, owner.pool)
+        (self.out,) = (out.detach() for out in made if out is not None)
+        self.embeds = self.embeds.detach()
+        del self.live
+        self.forward()
+        compare([self.out], [wanted])
+        self.backward()
+        compare(self.gradients, wanted_gradients)
+
+    def _forward(self) -> list[Tensor]:
+        self.live = self.owner.computed(self.embeds, self.positions)
+        return [self.live]
+
+    def _backward(self) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(self.live, self.learnt, self.gradient, allow_unused=True)
+
+    def _both(self) -> tuple[Tensor, Sequence[Tensor | None]]:
+        out = self.live = self.owner.computed(self.embeds, self.positions)
+        self.gradient = out.detach() / 256  # some gradient, that no dtype is too narrow for
+        return out.detach().clone(), self._backward()
+
+    def hidden(self, embeds: Tensor, positions: Tensor) -> Tensor:
+        """Return the last states of a batch."""
+        out = _Replayed.apply(self, positions, embeds, *self.owner.parameters)
+        self.uses += 1
+        if self.uses in COMPARED:
+            with torch.no_grad():
+                compare([out], [self.owner.computed(embeds, positions)])
+        return out
+
+
+class _Replayed(torch.autograd.Function):
+    """A recorded pass as one operator: [B, T, D] to [B, T, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, recorded: _RecordedPass, positions: Tensor, embeds: Tensor, *_: Tensor) -> Tensor:
+        recorded.embeds.copy_(embeds)
+        recorded.positions.copy_(positions)
+        recorded.forward()
+        ctx.recorded, ctx.learns = recorded, embeds.requires_grad
+        return recorded.out.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        recorded = ctx.recorded
+        recorded.gradient.copy_(grad)
+        recorded.backward()
+        # copies: autograd may keep what it is given as `.grad`, and the next pass writes to the same place
+        gradients = [None if gradient is None else gradient.clone() for gradient in recorded.gradients]
+        return None, None, *([] if ctx.learns else [None]), *gradients
+
+
+@contextmanager
+def recorded_passes(decoder: RecordedDecoder) -> Iterator[None]:
+    """Let the decoder run by recorded passes inside the block."""
+    module: Any = decoder.spec.decoder
+    module.forward = decoder.forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+class TokenPass:
+    """One decoded token of every row, recorded.
+
+    Attributes:
+        key: rows, width of the cache, what is attached.
+        newest: the token [B, 1] that was written last.
+    """
+
+    def __init__(
+        self, model: Any, never: Sequence[int], cache: Any, key: tuple[int, int, Hashable], held: object
+    ) -> None:
+        from transformers.cache_utils import Cache
+
+        self.model, self.key, self.held, self.uses = model, key, held, 0
+        rows, width, _ = key
+        device = cache.layers[0].keys.device
+        self.newest = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.position, self.place = torch.zeros_like(self.newest), torch.zeros(1, dtype=torch.long, device=device)
+        self.seen = torch.zeros(rows, 1, 1, width, dtype=torch.bool, device=device)
+        self.never = torch.tensor(never, dtype=torch.long).to(device)
+        self.cache = Cache(layers=[_fixed_layer()(layer, self.place, width) for layer in cache.layers])
+        self._replay: Callable[[], None] | None = None
+        self.logits: Any = None
+
+    def begin(self, cache: Any, logits: Tensor, mask: Tensor, positions: Tensor) -> None:
+        """Take in what a batch's prompts gave: their cache, which is emptied, and the logits of the first token."""
+        length = mask.shape[1]
+        for fixed, layer in zip(self.cache.layers, cache.layers, strict=True):
+            fixed.keys[:, :, :length], fixed.values[:, :, :length] = layer.keys, layer.values
+            layer.keys = layer.values = None
+        self.newest.copy_(self._best(logits))
+        self.position.copy_(positions[:, -1:] + 1)
+        self.place.fill_(length)
+        self.seen.zero_()
+        self.seen[:, 0, 0, :length] = mask.bool()
+        self.uses += 1
+        if self._replay is None or self.uses in COMPARED:
+            self._try()
+
+    def _try(self) -> None:
+        """Record the pass where it is not, and compare it with the computed one; all is then as it was."""
+        state = [self.newest, self.position, self.place, self.seen]
+        before = [x.clone() for x in state]
+
+        def back() -> None:
+            for x, value in zip(state, before, strict=True):
+                x.copy_(value)
+
+        wanted = warmed(self._compute, 1)[0].clone()
+        back()
+        if self._replay is None:
+            self._replay, (self.logits,) = record(self._compute, None)
+            back()
+        self._replay()
+        compare([self.logits], [wanted])
+        back()
+
+    def replay(self) -> None:
+        """Write a token of every row.
+
+        Raises:
+            WorkError: nothing was begun.
+        """
+        if self._replay is None:
+            raise WorkError("no pass was recorded")
+        self._replay()
+
+    def _compute(self) -> list[Tensor]:
+        self.seen.index_fill_(3, self.place, True)
+        logits = self.model(
+            input_ids=self.newest, attention_mask=self.seen, position_ids=self.position, past_key_values=self.cache,
+            use_cache=True, logits_to_keep=1,
+        ).logits  # fmt: skip
+        best = self._best(logits)
+        self.newest.copy_(best)
+        self.position.add_(1)
+        self.place.add_(1)
+        return [logits]
+
+    def _best(self, logits: Tensor) -> Tensor:
+        return logits[:, -1].index_fill(1, self.never, float("-inf")).argmax(-1, keepdim=True)
+
+
+@cache
+def _fixed_layer() -> Any:
+    """Return the layer of a cache of fixed width; to import transformers takes seconds."""
+    from transformers.cache_utils import CacheLayerMixin
+
+    class FixedLayer(CacheLayerMixin):
+        """Keys and values [B, H_kv, width, d], of which a mask says what is there."""
+
+        is_sliding = False
+
+        def __init__(self, like: Any, place: Tensor, width: int) -> None:
+            super().__init__()
+            for name in ("keys", "values"):
+                shape = getattr(like, name).shape
+                setattr(self, name, getattr(like, name).new_zeros(*shape[:2], width, shape[-1]))
+            self.place, self.is_initialized = place, True
+
+        def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            self.keys.index_copy_(2, self.place, keys)
+            self.values.index_copy_(2, self.place, values)
+            return self.keys, self.values
+
+        def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
+            """It is made whole."""
+
+        def get_seq_length(self) -> int:
+            return 0  # so that what is attached is computed in the pass itself, where the parameters are read
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return self.keys.shape[2], 0
+
+        def get_max_length(self) -> int:
+            return self.keys.shape[2]
+
+    return FixedLayer

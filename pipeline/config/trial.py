@@ -75,10 +75,11 @@ class TrialConfig(_Config):
     compile: bool = False
     gradient_checkpointing: bool = False
     deterministic: bool = False
+    cuda_graphs: bool = True
     sample_draw: Literal["first", "by-seed"] = "first"
 
     later: ClassVar[frozenset[str]] = frozenset(
-        {"demonstration_draw", "compile", "sample_draw", "gradient_checkpointing", "deterministic"}
+        {"demonstration_draw", "compile", "sample_draw", "gradient_checkpointing", "deterministic", "cuda_graphs"}
     )
 
     @property

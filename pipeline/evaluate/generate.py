@@ -8,7 +8,7 @@ follows, so the answers are those of the whole prompts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,16 @@ from torch import Tensor
 
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.base import placed
-from pipeline.backbones.decoder import told
+from pipeline.backbones.decoder import decoder_of, told
 from pipeline.backbones.load import Loaded
-from pipeline.backbones.passes import bytes_of_row
+from pipeline.backbones.passes import (
+    GRAPHS_ON,
+    TokenPass,
+    after_failure,
+    bytes_of_row,
+    given_up,
+    is_out_of_memory,
+)
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Sample
 from pipeline.prompts.collate import Batch, collate
@@ -29,6 +36,8 @@ from pipeline.resident.resident import Resident
 from pipeline.resident.visual_tokens import VisualTokens
 from pipeline.tasks import of_manifest
 
+_WIDTHS = 64  # tokens: the width of a recorded pass's cache is a multiple, so that few are recorded
+
 
 def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:
     """Return `text` up to the first stop string, without surrounding white space."""
@@ -36,59 +45,19 @@ def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:
     return text[: min(ends, default=len(text))].strip()
 
 
-class _StopAt:
-    """Ends a row as soon as its new text holds a stop string.
+class _Stops:
+    """Knows where a row's text holds a stop string; only a row whose newest token may end one is decoded: few are."""
 
-    Only a row whose newest token holds the last letter of a stop string is decoded: few are.
-
-    Args:
-        tokenizer: writes the text.
-        stop_strings: what ends it.
-        prompt_length: tokens before the new text.
-        lags: look at what was there at the last call, a token late: on a GPU that is known without waiting. For greedy
-            decoding, where a token more changes nothing that is kept.
-    """
-
-    def __init__(self, tokenizer: Any, stop_strings: Sequence[str], prompt_length: int, *, lags: bool = False) -> None:
-        self.tokenizer, self.stops, self.start, self.lags = tokenizer, tuple(stop_strings), prompt_length, lags
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str]) -> None:
+        self.tokenizer, self.stops = tokenizer, tuple(stop_strings)
         self.last_letters = {stop[-1] for stop in self.stops}
         self._may_end: dict[int, bool] = {}
-        self._arriving: tuple[Tensor, torch.cuda.Event | None] | None = None  # on its way to the host
-        self._written: list[list[int]] = []
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        if self.lags:
-            rows, before = self._arrived(), self._arriving
-            self._send(input_ids[:, -1])
-            if before is None:
-                return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        else:
-            rows = input_ids[:, self.start :].tolist()
-        done = [self._token_may_end(row[-1]) and self._holds_stop(row) for row in rows]
-        return placed(torch.tensor(done), input_ids.device)
-
-    def _send(self, newest: Tensor) -> None:
-        cuda = newest.device.type == "cuda"
-        host = torch.empty(newest.shape, dtype=newest.dtype, pin_memory=cuda)
-        host.copy_(newest, non_blocking=True)
-        event = torch.cuda.Event() if cuda else None
-        if event is not None:
-            event.record()
-        self._arriving = host, event
-
-    def _arrived(self) -> list[list[int]]:
-        if self._arriving is not None:
-            host, event = self._arriving
-            if event is not None:
-                event.synchronize()  # over since transformers asked whether all rows have ended
-            newest = host.tolist()
-            self._written = self._written or [[] for _ in newest]
-            for row, token in zip(self._written, newest, strict=True):
-                row.append(token)
-        return self._written
-
-    def _holds_stop(self, tokens: list[int]) -> bool:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+    def end(self, row: Sequence[int]) -> bool:
+        """Whether the newest of a row's tokens ends it."""
+        if not self.stops or not self._token_may_end(row[-1]):
+            return False
+        text = self.tokenizer.decode(row, skip_special_tokens=True)
         return any(stop in text for stop in self.stops)
 
     def _token_may_end(self, token: int) -> bool:
@@ -97,6 +66,53 @@ class _StopAt:
             # A token may hold the last bytes of a letter whose first bytes are in the tokens before it.
             self._may_end[token] = "\ufffd" in text or not text or bool(self.last_letters & set(text))
         return self._may_end[token]
+
+
+class _StopAt:
+    """Ends a row as soon as its new text holds a stop string; what transformers asks after every token.
+
+    Args:
+        stops: where that is.
+        prompt_length: tokens before the new text.
+        lags: look at what was there at the last call, a token late: on a GPU that is known without waiting. For greedy
+            decoding, where a token more changes nothing that is kept.
+    """
+
+    def __init__(self, stops: _Stops, prompt_length: int, *, lags: bool = False) -> None:
+        self.stops, self.start = stops, prompt_length
+        self.lags, self._coming = lags, list[_Coming]()
+        self._written: list[list[int]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        rows = self._late(input_ids[:, -1]) if self.lags else input_ids[:, self.start :].tolist()
+        done = [self.stops.end(row) for row in rows] or [False] * len(input_ids)
+        return placed(torch.tensor(done), input_ids.device)
+
+    def _late(self, newest: Tensor) -> list[list[int]]:
+        for coming in self._coming:  # over since transformers asked whether all rows have ended
+            self._written = self._written or [[] for _ in newest]
+            for row, token in zip(self._written, coming.arrived(), strict=True):
+                row.append(token)
+        self._coming = [_Coming(newest)]
+        return self._written
+
+
+class _Coming:
+    """The newest tokens [B] on their way to the host."""
+
+    def __init__(self, newest: Tensor) -> None:
+        cuda = newest.device.type == "cuda"
+        self._host = torch.empty(newest.shape, dtype=newest.dtype, pin_memory=cuda)
+        self._host.copy_(newest, non_blocking=True)
+        self._event = torch.cuda.Event() if cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def arrived(self) -> list[int]:
+        """Wait for them."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.tolist()
 
 
 def longest_first(requests: Sequence[Encoded]) -> list[int]:
@@ -167,6 +183,10 @@ def generate(
     if num_beams > 1:
         settings["length_penalty"] = length_penalty
 
+    # worth recording where there is more than one batch
+    greedy = Greedy(loaded) if num_beams == 1 and len(requests) > batch_size and Greedy.serves(loaded) else None
+    stops = _Stops(loaded.tokenizer, stop_strings)
+
     def answered(chosen: Sequence[int]) -> list[str]:
         rows = [without_head(requests[i]) if prefix else requests[i] for i in chosen]
         if from_pixels:
@@ -178,10 +198,11 @@ def generate(
             pack.use(PackRows(tuple(members[i] for i in chosen), batch.image_counts))
         inputs = prefix.before(batch, loaded) if prefix else batch.model_inputs(loaded)
         width = inputs["input_ids"].shape[1]
-        stop = _StopAt(
-            loaded.tokenizer, stop_strings, width, lags=num_beams == 1 and torch.device(device).type != "cpu"
-        )
+        stop = _StopAt(stops, width, lags=num_beams == 1 and torch.device(device).type != "cpu")
         with told(device, padded=len({len(row) for row in rows}) > 1):
+            if greedy is not None and greedy.takes(inputs, max_new_tokens):
+                made = greedy.write(inputs, max_new_tokens, stops.end, pack.state if pack else (None, None))
+                return answered(chosen) if made is None else kept(made)  # anew: what was read is used up
             out = loaded.model.generate(
                 **inputs,
                 **settings,
@@ -189,8 +210,11 @@ def generate(
                 suppress_tokens=loaded.never_generated,
                 stopping_criteria=[stop] if stop_strings else None,
             )
-        written = loaded.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+        return kept(out[:, width:])
+
+    def kept(tokens: Any) -> list[str]:
         on_batch()
+        written = loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [cut_at_stop(text, stop_strings) for text in written]
 
     for start in range(0, len(order), batch_size):
@@ -199,12 +223,98 @@ def generate(
         visual_tokens.ahead((image for i in later for image in requests[i].images), root, pixels=from_pixels)
         answers = loaded.passes.run(
             "generation", chosen, answered, width=lambda i: len(requests[i]), device=device,
-            bytes_of=lambda tokens: bytes_of_row(loaded.model, tokens, new=max_new_tokens, beams=num_beams),
+            bytes_of=lambda tokens: bytes_of_row(
+                loaded.model, tokens, new=max_new_tokens, beams=num_beams, caches=1 if greedy is None else 2
+            ),
         )  # fmt: skip
         for i, text in zip(chosen, answers, strict=True):
             texts[i] = text
     visual_tokens.forget_ahead()
     return texts
+
+
+class Greedy:
+    """Greedy decoding on a GPU, a token of all rows by one recorded pass that is launched ahead of the host.
+
+    Keys and values lie in a cache of a fixed width, and a mask says what of it is there. Texts are those of
+    `model.generate`, up to how attention over a wider cache rounds. Where a pass cannot be recorded, or gives something
+    else than the computed one, that is said once and `write` gives nothing.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded, self.is_off = loaded, False
+        self._pass: TokenPass | None = None
+
+    @staticmethod
+    def serves(loaded: Loaded) -> bool:
+        """Whether a backbone's tokens have plain positions, and its device records."""
+        return torch.device(loaded.device).type == GRAPHS_ON and loaded.family.shares_prefix
+
+    def takes(self, inputs: dict[str, Any], new: int) -> bool:
+        """Whether a batch is decoded so: no layer hides what is far behind, and no token has a type."""
+        config = decoder_of(self.loaded.model).text_config
+        window = getattr(config, "sliding_window", None) or inputs["input_ids"].shape[1] + new + _WIDTHS
+        typed = any(name.endswith("token_type_ids") for name in inputs)
+        return not (self.is_off or typed) and inputs["input_ids"].shape[1] + new + _WIDTHS <= window
+
+    def write(
+        self, inputs: dict[str, Any], new: int, ends: Callable[[Sequence[int]], bool], state: tuple[Hashable, object]
+    ) -> list[list[int]] | None:
+        """Return each row's new tokens, without the end of the text; None where passes cannot be recorded.
+
+        Args:
+            inputs: of a left-padded batch, as `model.generate` takes them.
+            new: most tokens of a row.
+            ends: whether the newest of a row's tokens ends it.
+            state: see `RecordedDecoder`.
+        """
+        from transformers import DynamicCache
+
+        model = self.loaded.model
+        cache = inputs.get("past_key_values") or DynamicCache()
+        known, ids = cache.get_seq_length(), inputs["input_ids"]
+        mask, positions = inputs["attention_mask"], inputs["position_ids"]
+        width = -(-(ids.shape[1] + new) // _WIDTHS) * _WIDTHS
+        given = {**inputs, "input_ids": ids[:, known:], "position_ids": positions[:, known:], "past_key_values": cache}
+        logits = model(**given, use_cache=True, logits_to_keep=1).logits
+        key = (len(ids), width, state[0])
+        try:
+            if self._pass is None or self._pass.key != key:
+                self._pass = None  # its memory is free for the next
+                self._pass = TokenPass(self.loaded.model, self.loaded.never_generated, cache, key, state[1])
+            self._pass.begin(cache, logits, mask, positions)
+            return self._written(self._pass, new, ends)
+        except RuntimeError as error:
+            self._pass = None
+            if is_out_of_memory(error):
+                after_failure()
+                raise
+            self.is_off = True
+            given_up(error, "generation")
+            return None
+
+    def forget(self) -> None:
+        """Give the recorded pass's memory back."""
+        self._pass = None
+
+    def _written(self, token: TokenPass, new: int, ends: Callable[[Sequence[int]], bool]) -> list[list[int]]:
+        rows: list[list[int]] = [[] for _ in range(token.key[0])]
+        ended, eos, coming = set[int](), set(self.loaded.eos_token_ids), _Coming(token.newest[:, 0])
+        for number in range(1, new + 1):  # the host looks at a token while the device computes the next
+            before = coming
+            if number < new:
+                token.replay()
+                coming = _Coming(token.newest[:, 0])
+            for row, value in enumerate(before.arrived()):
+                if row in ended:
+                    continue
+                if value not in eos:
+                    rows[row].append(value)
+                if value in eos or ends(rows[row]):
+                    ended.add(row)
+            if len(ended) == len(rows):
+                break
+        return rows
 
 
 def common_head(requests: Sequence[Encoded]) -> Encoded | None:

@@ -106,6 +106,6 @@ def _states(
     for start in range(0, len(encoded), _BATCH):
         parts += loaded.passes.run(
             "latent distances", encoded[start : start + _BATCH], of_rows, width=len, device=loaded.device,
-            bytes_of=lambda tokens: bytes_of_row(loaded.model, tokens, cached=False),
+            bytes_of=lambda tokens: bytes_of_row(loaded.model, tokens, caches=0),
         )  # fmt: skip
     return torch.stack(parts)

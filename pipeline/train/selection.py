@@ -84,7 +84,7 @@ def _losses(
         losses.update(
             passes.run(
                 "selection", prompts[start : start + BATCH], of_rows, width=len, device=resident.loaded.device,
-                bytes_of=lambda tokens: bytes_of_row(model, tokens, cached=False),
+                bytes_of=lambda tokens: bytes_of_row(model, tokens, caches=0),
             )
         )  # fmt: skip
     return losses

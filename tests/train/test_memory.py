@@ -282,5 +282,5 @@ def test_what_a_row_takes_is_told_of_every_backbone(name, tiny):
     model, size = tiny(name).model, 4
     spec = decoder_of(model)
     a_token = 2 * spec.num_attentions * spec.num_kv_heads * spec.head_dim * size  # its key and value
-    assert bytes_of_row(model, 100, new=10) - bytes_of_row(model, 100, new=10, cached=False) == 110 * a_token
+    assert bytes_of_row(model, 100, new=10) - bytes_of_row(model, 100, new=10, caches=0) == 110 * a_token
     assert bytes_of_row(model, 100, new=10, beams=3) == 3 * bytes_of_row(model, 100, new=10)

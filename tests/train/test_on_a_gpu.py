@@ -109,10 +109,10 @@ def test_a_row_that_ends_a_token_late_says_the_same(tiny, monkeypatch):
             return "".join("ab\n"[int(token)] for token in tokens)
 
     rows = torch.tensor([[0, 0, 1, 2, 1], [0, 1, 1, 1, 2]])
-    late, prompt = generate._StopAt(Letters(), ("\n",), 1, lags=True), 1
+    late, prompt = generate._StopAt(generate._Stops(Letters(), ("\n",)), 1, lags=True), 1
     prompt_and_more = [rows[:, : prompt + i] for i in range(1, 5)]
     assert [late(ids, None).tolist() for ids in prompt_and_more] == [
         [False, False], [False, False], [False, False], [True, False],
     ]  # fmt: skip
-    at_once = generate._StopAt(Letters(), ("\n",), 1)
+    at_once = generate._StopAt(generate._Stops(Letters(), ("\n",)), 1)
     assert [at_once(ids, None).tolist() for ids in prompt_and_more][2:] == [[True, False], [False, True]]
