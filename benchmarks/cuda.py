@@ -66,6 +66,8 @@ ITEMS = (  # most worth first
     Item("packs-idefics2", 30, "items:packs", _IDEFICS2),
     Item("decode-idefics2", 30, "items:decoding", _IDEFICS2),
     Item("exact-compiled", 50, "exact:compiled"),
+    Item("exact-quantized", 25, "exact:quantized"),
+    Item("quantized-idefics2", 50, "items:quantized", _IDEFICS2),
     Item("compiled-idefics2", 60, "items:compiled", _IDEFICS2),
     Item("reuse-idefics2", 5, "items:visual", _IDEFICS2),
     Item("step-llava", 40, "items:step", _LLAVA),

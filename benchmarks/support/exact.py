@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.support.lease import Lease
 from benchmarks.support.shapes import DecoderShape, decoder
-from pipeline import adapters
+from pipeline import adapters, backbones
 from pipeline.attention.kernels import causal_mask
 from pipeline.attention.virtual import (
     merge_attention,
@@ -26,7 +27,7 @@ from pipeline.attention.virtual import (
     mimic_attention_reference,
     virtual_attention,
 )
-from pipeline.backbones.decoder import compiled_parts, decoder_of
+from pipeline.backbones.decoder import QUANTIZED, compiled_parts, decoder_of, dequantized, quantizable, quantize
 
 if TYPE_CHECKING:  # whole trials need pictures and files; attention needs torch alone
     from benchmarks.support.trials import Trials
@@ -290,6 +291,44 @@ def _states(model: Any, adapter: Any, length: int) -> tuple[Tensor, Tensor]:
         hidden = spec.decoder(inputs_embeds=x, use_cache=False).last_hidden_state
         gradients = torch.autograd.grad((hidden * weights).float().mean(), parameters)
     return hidden.detach().double().cpu(), torch.cat([g.double().cpu().flatten() for g in gradients])
+
+
+def quantized(lease: Lease) -> None:
+    """Compare a decoder in 8 and in 4 bits with fp64 over the numbers that its weights stand for; and what is read."""
+    for kind, dtype in itertools.product(QUANTIZED[1:], ("float32", "bfloat16")):
+        with lease.attempt(f"{kind} {dtype}"):
+            plain: Any = decoder(_SHAPE, device="cpu", dtype=torch.float32)
+            ours = copy.deepcopy(plain).to(lease.device, getattr(torch, dtype))
+            names = list(quantizable(ours))
+            quantize(ours, kind)
+            for name in names:
+                plain.get_submodule(name).weight.data = dequantized(ours.get_submodule(name)).cpu().double()
+            plain = plain.double()
+            for method, options in METHODS.items():
+                adapter = stirred(adapters.create(method, ours, **options))
+                expected = _states(plain, copy.deepcopy(adapter).cpu().double(), 48)
+                errors = [_error(x, y) for x, y in zip(_states(ours, adapter, 48), expected, strict=True)]
+                lease.check(f"quantized_{kind}_{dtype}_{method}", max(errors), MODEL_BOUNDS[dtype], by=errors)
+    for kind in QUANTIZED[1:]:
+        with lease.attempt(f"{kind} from a folder"):
+            lease.check(f"quantized_{kind}_as_it_is_read", _read_differs(kind, lease.device), 0)
+
+
+def _read_differs(kind: str, device: str) -> int:
+    """Return how many modules of a tiny Idefics2 hold other weights read into few bits than stored so afterwards."""
+    settings: dict[str, Any] = {"dtype": "bf16", "device": device}
+    with tempfile.TemporaryDirectory() as folder:
+        made = backbones.load("idefics2-8b-base", variant="tiny", dtype="bf16")
+        made.model.save_pretrained(folder)
+        made.processor.save_pretrained(folder)
+        read, after = (
+            backbones.load("idefics2-8b-base", weights=folder, quantized=given, **settings).model
+            for given in (kind, "none")
+        )
+    names = list(quantizable(after))
+    quantize(after, kind)
+    pairs = [[dequantized(model.get_submodule(name)) for model in (read, after)] for name in names]
+    return sum(not torch.equal(*pair) for pair in pairs) + len(quantizable(read)) + (not names)
 
 
 def decoding(lease: Lease) -> None:

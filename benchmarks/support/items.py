@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,14 +16,14 @@ import torch
 from benchmarks import decode, reuse
 from benchmarks.step import RATIOS, callables, count, peak
 from benchmarks.support.lease import Lease
-from benchmarks.support.shapes import Bench
-from benchmarks.support.steps import Step, floor_step, hificl_step, packed_step, packed_steps
+from benchmarks.support.shapes import LEASE, Bench
+from benchmarks.support.steps import Step, floor_step, hificl_step, lora_step, mimic_step, packed_step, packed_steps
 from benchmarks.support.timing import Findings, Rounds, alternate
 from pipeline import adapters
 from pipeline.adapters.attach import attach
 from pipeline.adapters.pack import Pack
 from pipeline.attention import virtual
-from pipeline.backbones.decoder import Forwards, compiled_parts, told
+from pipeline.backbones.decoder import QUANTIZED, Forwards, compiled_parts, quantize, told
 from pipeline.backbones.passes import RecordedDecoder, recorded_passes
 from pipeline.evaluate.generate import Greedy
 
@@ -274,6 +275,64 @@ def _bytes_a_token(bench: Bench, rows: int, length: int) -> int:
     weights += bench.model.get_output_embeddings().weight.nbytes
     cache = 2 * rows * length * spec.num_layers * spec.num_kv_heads * spec.head_dim
     return weights + cache * embedding.element_size()
+
+
+def quantized(lease: Lease, name: str) -> None:
+    """Time and weigh a step and decoded tokens over the decoder in 8 and in 4 bits, beside it as it is."""
+    lease.forget()
+    benches: dict[str, Bench] = {}
+    for kind in QUANTIZED:
+        with lease.attempt(kind):
+            before, started = _allocated(lease), time.perf_counter()
+            bench = Bench(LEASE[lease.device][name], lease.device)
+            if kind != "none":
+                quantize(bench.model, kind)
+            lease.free()
+            lease.number(f"weights_gib_{kind}_{name}", _allocated(lease) - before)
+            lease.number(f"made_seconds_{kind}_{name}", time.perf_counter() - started)
+            benches[kind] = bench
+    steps = {"hificl": hificl_step, "mimic": mimic_step, "lora": lora_step}
+    for method, made in steps.items():
+        with lease.attempt(method):
+            work = {kind: _attached(bench, made) for kind, bench in benches.items()}
+            _compare(lease, work, f"{method}_step", name, 7)
+    few, many = (2, 4) if lease.rehearses else (4, 36)
+    for rows in (2,) if lease.rehearses else DECODED:
+        with lease.attempt(f"decoding {rows} rows"):
+            work = {kind: _decoded(_with_rows(bench, rows), few, many) for kind, bench in benches.items()}
+            _compare(lease, work, f"{many - few}_tokens_B{rows}", name, 3)
+
+
+def _compare(lease: Lease, work: dict[str, Callable[[], Any]], label: str, name: str, repeats: int) -> None:
+    """Time the same work over each storage, in alternation, over that of weights as they are; and weigh it."""
+    rounds = alternate(work, _repeats(lease, repeats), device=lease.device)
+    for kind, run in work.items():
+        lease.milliseconds(f"{label}_ms_{kind}_{name}", rounds.seconds[kind])
+        if kind != "none" and "none" in work:
+            lease.ratio(f"{label}_{kind}_over_none_{name}", rounds, kind, "none")
+        if lease.device == "cuda":
+            before = _allocated(lease)
+            lease.number(f"{label}_beside_weights_gib_{kind}_{name}", peak(run) - before)
+
+
+def _attached(bench: Bench, made: Callable[..., Any]) -> Callable[[], None]:
+    train, adapter = made(bench)
+    ids = bench.ids()
+
+    def run() -> None:
+        with attach(bench.model, adapter):
+            train(ids, pixels=adapter.trains_vision)
+
+    return run
+
+
+def _decoded(bench: Bench, few: int, many: int) -> Callable[[], None]:
+    """Return the decoding of so many tokens, most of which is not the prompt's pass."""
+    return _generates(bench, many - few, adapters.create("hificl", bench.model))
+
+
+def _allocated(lease: Lease) -> float:
+    return torch.cuda.memory_allocated() / 2**30 if lease.device == "cuda" else 0.0
 
 
 def visual(lease: Lease, name: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.backbones.base import Backbone, Family, get
+from pipeline.backbones.decoder import check_quantization, quantizable, quantize, settle
 from pipeline.backbones.families.generic import declared
 from pipeline.backbones.passes import Passes, is_out_of_memory
 from pipeline.backbones.weights import check_folder, digest_of_folder, digest_of_settings, find_folder
@@ -34,6 +35,7 @@ class Loaded:
         variant: published, tiny or meta.
         folder: where published weights came from.
         passes: how many rows go through it at once.
+        quantized: how the decoder's linear weights are stored: none (as the others), int8 or nf4.
     """
 
     model: Any
@@ -44,6 +46,7 @@ class Loaded:
     variant: str = "published"
     folder: Path | None = None
     passes: Passes = field(default_factory=Passes)
+    quantized: str = "none"
 
     @property
     def family(self) -> Family:
@@ -57,8 +60,8 @@ class Loaded:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' type."""
-        return next(self.model.parameters()).dtype
+        """The parameters' type, of those that are numbers."""
+        return next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -92,6 +95,7 @@ def load(
     device: torch.device | str = "cpu",
     seed: int = 0,
     allow_download: bool = False,
+    quantized: str = "none",
 ) -> Loaded:
     """Load a backbone, frozen and in eval mode.
 
@@ -105,19 +109,25 @@ def load(
         device: where they go.
         seed: of the tiny variant's random weights.
         allow_download: whether the hub may be asked for what the cache lacks.
+        quantized: none; int8 or nf4: the decoder's linear weights are stored so (`decoder.quantize`), and the whole
+            model is never held wider.
 
     Raises:
-        InputError: an unknown name, variant or dtype; weights that are missing, pickled, damaged or another model's.
+        InputError: an unknown name, variant or dtype; weights that are missing, pickled, damaged or another model's;
+            a package that few bits need is missing.
     """
-    return _loaded(get(name), variant, weights, revision, dtype, device, seed, allow_download=allow_download)
+    place = (weights, revision, dtype, device, seed, quantized)
+    return _loaded(get(name), variant, *place, allow_download=allow_download)
 
 
 def load_from(
-    name: str, source: BackboneSource, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
-) -> Loaded:
+    name: str, source: BackboneSource, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu",
+    quantized: str = "none",
+) -> Loaded:  # fmt: skip
     """Load a backbone from where its settings say, as `load` does; `dtype` None: that of the settings."""
     kind = source.dtype if dtype is None else dtype
-    return _loaded(of(name, source), source.variant, source.weights, source.revision, kind, device, source.seed)
+    place = (source.weights, source.revision, kind, device, source.seed, quantized)
+    return _loaded(of(name, source), source.variant, *place)
 
 
 def of(name: str, source: BackboneSource) -> Backbone:
@@ -127,7 +137,7 @@ def of(name: str, source: BackboneSource) -> Backbone:
 
 def _loaded(
     backbone: Backbone, variant: str, weights: Path | str | None, revision: str | None, dtype: torch.dtype | str,
-    device: torch.device | str, seed: int, *, allow_download: bool = False,
+    device: torch.device | str, seed: int, quantized: str, *, allow_download: bool = False,
 ) -> Loaded:  # fmt: skip
     if variant not in VARIANTS:
         raise InputError(
@@ -135,13 +145,18 @@ def _loaded(
             way_out=nearest(variant, VARIANTS),
         )  # fmt: skip
     kind = _dtype(dtype, backbone.name)
+    check_quantization(quantized, f"backbone {backbone.name}")
     if variant == "tiny":
-        return _tiny(backbone, seed=seed, dtype=kind, device=device)
-    if variant == "meta":
+        loaded = _tiny(backbone, seed=seed, dtype=kind, device=device)
+    elif variant == "meta":
         folder = find_folder(backbone, weights, revision) if backbone.family.by_name else None
-        return _meta(backbone, folder)
-    folder = find_folder(backbone, weights, revision, allow_download=allow_download)
-    return _published(backbone, folder, dtype=kind, device=device)
+        loaded = _meta(backbone, folder)
+    else:
+        folder = find_folder(backbone, weights, revision, allow_download=allow_download)
+        return _published(backbone, folder, dtype=kind, device=device, quantized=quantized)
+    if quantized != "none":
+        quantize(loaded.model, quantized)
+    return replace(loaded, quantized=quantized)
 
 
 def digest_of(name: str, source: BackboneSource) -> str:
@@ -206,7 +221,9 @@ def _tiny_digest(backbone: Backbone, seed: int) -> str:
     )  # fmt: skip
 
 
-def _published(backbone: Backbone, folder: Path, *, dtype: torch.dtype, device: torch.device | str) -> Loaded:
+def _published(
+    backbone: Backbone, folder: Path, *, dtype: torch.dtype, device: torch.device | str, quantized: str
+) -> Loaded:
     from safetensors import SafetensorError
 
     check_folder(backbone, folder)
@@ -217,7 +234,11 @@ def _published(backbone: Backbone, folder: Path, *, dtype: torch.dtype, device: 
     try:
         processor = family.load_processor(folder, backbone.processor_for("published"))
         # straight from the mapped files to a card: eight slots of a node would else hold eight copies in its memory
-        placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
+        placed: dict[str, Any] = {"device_map": {"": torch.device(device)}}
+        if quantized != "none":
+            placed["quantization_config"] = _bits(family, folder, quantized, dtype)
+        elif torch.device(device).type == "cpu":
+            placed = {}
         model, report = family.load_model(folder, dtype=dtype, output_loading_info=True, **placed)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if is_out_of_memory(error):  # no fault of the weights: another process may have the room
@@ -229,12 +250,27 @@ def _published(backbone: Backbone, folder: Path, *, dtype: torch.dtype, device: 
         missing = sorted(report["missing_keys"])
         problem = f"{len(missing)} parameters of {backbone.name} are not in the weights, such as {missing[0]}"
         raise InputError(problem, where=str(folder), way_out=way_out)
-    model = _frozen(model.to(device))
+    if quantized != "none":
+        settle(model)
+    model = _frozen(model if placed else model.to(device))
     backbone = family.known(backbone, model, processor)
     tokenizer = getattr(processor, "tokenizer", processor)
-    return _ready(
-        Loaded(model, processor, tokenizer, backbone, digest_of_folder(folder, backbone), "published", folder)
-    )
+    digest = digest_of_folder(folder, backbone)
+    return _ready(Loaded(model, processor, tokenizer, backbone, digest, "published", folder, quantized=quantized))
+
+
+def _bits(family: Family, folder: Path, kind: str, dtype: torch.dtype) -> Any:
+    """Return transformers' way to store each weight in few bits as it is read, for those that `quantize` takes."""
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    with torch.device("meta"):
+        model = family.model_class(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    taken = quantizable(model)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in taken]
+    return BitsAndBytesConfig(
+        load_in_8bit=kind == "int8", load_in_4bit=kind == "nf4", llm_int8_skip_modules=names,
+        bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+    )  # fmt: skip
 
 
 def _ready(loaded: Loaded) -> Loaded:

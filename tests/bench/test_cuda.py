@@ -93,6 +93,14 @@ def test_cached_decoding_and_a_layers_growth(tmp_path: Path) -> None:
     assert "step_over_floor_T16" in result["ratios"]
 
 
+def test_weights_in_few_bits_are_exact_and_measured(tmp_path: Path) -> None:
+    result = rehearse(tmp_path, "exact-quantized", "quantized-idefics2")
+    assert result["failed"] == result["wrong"] == [] and result["checked"] == 2 * 2 * len(exact.METHODS) + 2
+    assert 0 < result["ratios"]["quantized_nf4_float32_lora"] < 1e-5
+    assert result["ratios"]["hificl_step_nf4_over_none_idefics2"] > 0
+    assert result["ratios"]["2_tokens_B2_ms_int8_idefics2"] > 0
+
+
 def test_a_failure_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(given: Lease) -> None:
         given.number("before", 1.0)

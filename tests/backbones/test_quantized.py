@@ -1,0 +1,78 @@
+"""A frozen backbone whose decoder is stored in 8 or 4 bits: what it computes, what it takes, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipeline import backbones
+from pipeline.backbones import decoder
+from pipeline.backbones.decoder import decoder_of, dequantized, quantizable, quantize, weight_bytes
+from pipeline.core.errors import InputError
+
+KINDS = ("int8", "nf4")
+
+
+def passed(model, x):
+    """Return hidden states, and the gradient of a loss with respect to what went in."""
+    x = x.detach().to(next(p.dtype for p in model.parameters() if p.is_floating_point())).requires_grad_(True)
+    with torch.no_grad():  # a pass that answers, before one that trains
+        alone = decoder_of(model).decoder(inputs_embeds=x, use_cache=False).last_hidden_state
+    hidden = decoder_of(model).decoder(inputs_embeds=x, use_cache=False).last_hidden_state
+    assert torch.equal(hidden, alone)
+    hidden.float().square().sum().backward()
+    return hidden.detach(), x.grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["idefics2-8b-base", "llava-interleave-7b", "qwen3-vl-8b"])
+def test_it_computes_with_the_numbers_that_its_weights_stand_for(name, kind):
+    for dtype in ("fp32", "bf16"):
+        plain, ours = (
+            backbones.load(name, variant="tiny", dtype=dtype, quantized=given).model for given in ("none", kind)
+        )
+        stored = quantizable(plain)
+        assert stored and not quantizable(ours)
+        for part, linear in stored.items():
+            near = dequantized(ours.get_submodule(part)).to(linear.weight.dtype)
+            assert 0 < (near - linear.weight).norm() / linear.weight.norm() < (0.02 if kind == "int8" else 0.15)
+            linear.weight.data = near
+        x = torch.randn(2, 7, decoder_of(plain).hidden_size, generator=torch.Generator().manual_seed(0))
+        for expected, given in zip(passed(plain, x), passed(ours, x), strict=True):
+            assert torch.equal(expected, given)  # to the bit
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_decoders_linear_weights_alone_are_stored_so_and_take_a_half_or_a_quarter(kind):
+    plain = backbones.load("idefics2-8b-base", variant="meta").model.to(torch.bfloat16)
+    whole, linear = weight_bytes(plain), sum(module.weight.nbytes for module in quantizable(plain).values())
+    assert whole == sum(parameter.nbytes for parameter in plain.parameters())
+    quantize(plain, kind)
+    share = {"int8": 0.5, "nf4": 0.25 + 1 / 128}[kind]  # of 16 bits: a value's, and a scale's for each 64 values
+    assert weight_bytes(plain) == pytest.approx(whole - linear * (1 - share), rel=1e-3)
+    few = {name for name, p in plain.named_parameters() if not p.is_floating_point()}
+    assert few == {name for name in few if ".text_model.layers." in name and name.endswith("_proj.weight")}
+    assert len(few) == 32 * 7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_from_a_folder_is_stored_as_it_is_read(kind, tiny, tmp_path):
+    for name in ("idefics2-8b-base", "llava-interleave-7b"):
+        tiny(name).model.save_pretrained(tmp_path / name)
+        tiny(name).processor.save_pretrained(tmp_path / name)
+        read = backbones.load(name, weights=tmp_path / name, quantized=kind)
+        made = backbones.load(name, variant="tiny", quantized=kind)
+        assert read.quantized == kind and read.dtype == torch.float32
+        assert read.digest == backbones.load(name, weights=tmp_path / name).digest  # of the files
+        for part in quantizable(tiny(name).model):
+            assert torch.equal(*(dequantized(of.model.get_submodule(part)) for of in (read, made))), part
+        assert weight_bytes(read.model) == weight_bytes(made.model) and not quantizable(read.model)
+        assert not any(parameter.requires_grad for parameter in read.model.parameters())
+
+
+def test_what_is_missing_and_what_is_unknown_is_said_in_a_line(monkeypatch):
+    with pytest.raises(InputError, match="unknown way to store weights 'int4'.*int8"):
+        backbones.load("idefics2-8b-base", variant="tiny", quantized="int4")
+    monkeypatch.setattr(decoder, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="nf4 need the package bitsandbytes, which is missing. Install it: pip"):
+        backbones.load("idefics2-8b-base", variant="tiny", quantized="nf4")
