@@ -13,6 +13,7 @@ from pipeline import adapters
 from pipeline.adapters.base import Adapter
 from pipeline.adapters.pack import Pack
 from pipeline.backbones.base import placed
+from pipeline.backbones.decoder import told
 from pipeline.backbones.states import recorded
 from pipeline.train import loss
 
@@ -118,7 +119,7 @@ def packed_step(bench: Bench, count: int) -> tuple[Step, Pack]:
     pack = Pack([adapter for _, adapter in made], rows if count > 1 else None)
 
     def step() -> None:
-        with adapters.attach(bench.model, pack):
+        with adapters.attach(bench.model, pack), told(bench.device, padded=False):
             truths = made[0][0].truths(bench.hidden(bench.inputs(ids)), ids)
             truths.view(count, batch).mean(1).sum().backward()
         for trained, _ in made:

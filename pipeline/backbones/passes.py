@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
@@ -144,6 +144,7 @@ GRAPHS_ON = "cuda"  # the type of device whose passes are recorded
 _WIDTHS = 16  # tokens: a batch is padded to the next multiple, so that few lengths are recorded
 _SAME = 0.05  # relative distance of what is replayed to what was computed; rounding gives less than 0.01
 COMPARED = (2, 4, 8)  # uses of a recorded pass that are compared once more: parameters have changed by then
+_ATTEMPTS = 2  # the first recording of a process may load what cannot be loaded while it lasts
 _WARM = 2  # passes before recording: kernels are compiled and chosen in them
 
 
@@ -157,11 +158,34 @@ def record(work: Callable[[], Sequence[Tensor | None]], pool: Any) -> tuple[Call
     Raises:
         RuntimeError: it cannot be recorded.
     """
-    graph = torch.cuda.CUDAGraph()
-    # of this thread alone: others load pictures meanwhile
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        made = list(work())
-    return graph.replay, made
+    pool = pool or torch.cuda.graph_pool_handle()
+    for attempt in range(_ATTEMPTS):
+        graph, made, cause = torch.cuda.CUDAGraph(), list[Tensor | None](), None
+        try:
+            # of this thread alone: others load pictures meanwhile
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                try:
+                    made = list(work())
+                except Exception as error:
+                    cause = error  # which the end of a recording that has failed hides
+                    raise
+        except RuntimeError as error:
+            _forgotten(pool)
+            if attempt + 1 == _ATTEMPTS or is_out_of_memory(cause or error):
+                raise cause or error from None
+        else:
+            return graph.replay, made
+    raise AssertionError  # one of them returned or raised
+
+
+def _forgotten(pool: Any) -> None:
+    """Undo what a failed recording leaves: memory goes to its pool for ever, and the device draws no random numbers."""
+    with suppress(RuntimeError, AttributeError):  # it was told already, or is of another torch
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    torch.cuda.empty_cache()
+    value, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value.add_(1)
 
 
 def warmed(work: Callable[[], Any], times: int = _WARM) -> Any:
@@ -193,15 +217,6 @@ def given_up(error: Exception, what: str) -> None:
     """Say why a pass is not recorded, and go on without."""
     text = str(error).strip().splitlines() or [""]
     warnings.warn(f"{what} runs without CUDA graphs: {type(error).__name__}: {text[0]}", stacklevel=2)
-    after_failure()
-
-
-def after_failure() -> None:
-    """Let the device forget a recording that failed: until another one succeeds, it draws no random numbers."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        value = torch.zeros(1, device="cuda")
-        record(lambda: [value + 1], None)
 
 
 class RecordedDecoder:
@@ -244,7 +259,8 @@ class RecordedDecoder:
             positions = torch.arange(length, device=embeds.device)[None]
         missing = -length % _WIDTHS
         wide = torch.nn.functional.pad(embeds, (0, 0, 0, missing))
-        places = torch.nn.functional.pad(positions, (0, missing))
+        behind = positions[:, -1:] + torch.arange(1, missing + 1, device=positions.device)
+        places = torch.cat([positions, behind], 1)
         state, held = self.state()
         key = (rows, length + missing, positions.shape, embeds.requires_grad, state)
         try:

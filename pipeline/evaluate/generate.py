@@ -23,7 +23,6 @@ from pipeline.backbones.load import Loaded
 from pipeline.backbones.passes import (
     GRAPHS_ON,
     TokenPass,
-    after_failure,
     bytes_of_row,
     given_up,
     is_out_of_memory,
@@ -287,7 +286,6 @@ class Greedy:
         except RuntimeError as error:
             self._pass = None
             if is_out_of_memory(error):
-                after_failure()
                 raise
             self.is_off = True
             given_up(error, "generation")
