@@ -204,7 +204,7 @@ class Service:
         """Serve the adapter in a folder by a name.
 
         Raises:
-            InputError: no such name, a name that is taken, no adapter, or one of another backbone or precision.
+            InputError: no such name, a name that is taken, no adapter, or one over another backbone.
         """
         if not _NAME.fullmatch(name):
             raise InputError(
@@ -221,6 +221,7 @@ class Service:
         for trait, present, wanted in (
             ("backbone", self.backbone, answerer.origin["backbone"]),
             ("precision", precision, answerer.origin.get("precision", precision)),
+            ("quantize", self.loaded.quantized, answerer.origin.get("quantize", "none")),
         ):
             if present != wanted:
                 way_out = f"Serve it with another `hificl serve --backbone {answerer.origin['backbone']}`"
@@ -542,9 +543,9 @@ def serve(
     secrets = Secrets.found(secrets_in)
     first = next(iter(adapters.values()), None)
     project = Path() if first is None else project_around(first)
-    precision = None if first is None else Answerer(first, project=project).origin.get("precision")
+    origin = {} if first is None else Answerer(first, project=project).origin
     with _listening(host, port) as listening:
-        loaded = load_backbone(backbone, project, precision)
+        loaded = load_backbone(backbone, project, origin)
         service = Service(backbone, loaded, project=project, root=root, most_rows=most_rows, most_waiting=most_waiting)
         service.engine.start()
         for name, folder in adapters.items():

@@ -176,7 +176,7 @@ def _prefill(spec: DecoderSpec, states: Tensor) -> tuple[Tensor, Tensor]:
     """Run states [n, D] through the decoder as it is; see `Prefill`. They stand at the positions -n to -1."""
     from transformers import DynamicCache
 
-    like = next(spec.attentions[0].parameters())
+    like = next(parameter for parameter in spec.decoder.parameters() if parameter.is_floating_point())
     rows, cache = states.to(like.device, like.dtype)[None], DynamicCache()
     positions = torch.arange(-len(states), 0, device=like.device)[None]
     with _as_it_is(spec):

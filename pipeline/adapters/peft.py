@@ -36,7 +36,7 @@ from pipeline.adapters.base import (
     parts_of,
 )
 from pipeline.adapters.options import Facts, Options, TeacherOptions
-from pipeline.backbones.decoder import DecoderSpec, decoder_of
+from pipeline.backbones.decoder import DecoderSpec, decoder_of, is_quantized
 from pipeline.backbones.states import modules_at
 from pipeline.core.errors import InputError
 from pipeline.core.plain_yaml import Json
@@ -59,6 +59,11 @@ _REFUSED = {
     "TRAINABLE_TOKENS": "trains the embeddings of tokens",
     "XLORA": "mixes LoRAs that are trained already",
 }
+# Of PEFT's tuners, those that are right where the frozen weights are codes of 8 or 4 bits and no numbers: they take
+# what a module gives, or have a layer for such. The others read the codes as weights, and some say nothing.
+_OVER_CODES = (
+    "BEFT", "BOFT", "FOURIERFT", "GRALORA", "HIRA", "IA3", "LILY", "LORA", "MISS", "OFT", "PVERA", "RANDLORA", "VERA",
+)  # fmt: skip
 _FAULTS = (TypeError, ValueError, AttributeError, KeyError, NotImplementedError, RuntimeError, ImportError)
 
 
@@ -283,6 +288,9 @@ def _injected(
     if _tuner_layers(model):
         raise InputError("PEFT's layers are in this model already", where=place, way_out="Attach one adapter of PEFT")
     factored = _start(options) in _FACTORED
+    if (factored or _type(options.tuner).value not in _OVER_CODES) and is_quantized(model):
+        problem = f"PEFT's {options.tuner.upper()} computes with the frozen weights, which are in 8 or 4 bits"
+        raise InputError(problem, where=place, way_out="Take lora, dora, or vera, or set train.quantize to none")
     over: dict[str, JsonValue] = {"init_lora_weights": True} if plain and factored else {}
     tensors = {id(x): x.data for x in (*model.parameters(), *model.buffers())}
     cards = sorted({x.device.index for x in model.parameters() if x.device.type == "cuda"})

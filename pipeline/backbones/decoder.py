@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -311,13 +312,20 @@ def quantize(model: nn.Module, kind: str) -> None:
     settle(model)
 
 
+def is_quantized(model: nn.Module) -> bool:
+    """Whether some of a model's weights are codes of few bits and no numbers."""
+    return not all(parameter.is_floating_point() for parameter in model.parameters())
+
+
 def settle(model: nn.Module) -> None:
-    """Let the modules of bitsandbytes multiply by their weights alone, whatever else is in the batch.
+    """Let a model's modules of bitsandbytes, if any, multiply by their weights alone, whatever else is in the batch.
 
     LLM.int8() rounds activations too and singles out columns by all rows of a batch, so a trial in a pack, or an answer
     behind a cache, would be another one. On a CPU with AVX512-BF16 a 4-bit weight is packed anew at its first pass
     without a gradient, and passes after it have none.
     """
+    if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+        return
     from bitsandbytes import nn as few_bits
 
     for module in model.modules():
@@ -359,6 +367,12 @@ def _int8_linear() -> Any:
             return _Int8Product.apply(x, self.state.CB, self.state.SCB, bias)
 
     return Int8Linear
+
+
+def stored_bytes(shape: Sequence[int], kind: str) -> float:
+    """Return what `quantize` makes of a weight [out, in]: its values, and their scales."""
+    rows, values = shape[0], math.prod(shape)
+    return values + 4 * rows if kind == "int8" else values / 2 + values / 64 * (1 + 4 / 256)
 
 
 def weight_bytes(model: nn.Module) -> int:

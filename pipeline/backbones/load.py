@@ -228,6 +228,9 @@ def _published(
 
     check_folder(backbone, folder)
     family = backbone.family
+    if quantized != "none" and family.gguf is not None:
+        way_out = "Give a folder with safetensors, or set train.quantize to none"
+        raise InputError(f"weights of GGUF are not stored in {quantized}", where=str(folder), way_out=way_out)
     way_out = f"Download {backbone.hub_id} again" if backbone.hub_id else "Make the miniature again: dvc repro backbone"
     if family.by_name:
         way_out = "Give a whole folder in the hub's layout, and install what it asks for"
@@ -250,8 +253,7 @@ def _published(
         missing = sorted(report["missing_keys"])
         problem = f"{len(missing)} parameters of {backbone.name} are not in the weights, such as {missing[0]}"
         raise InputError(problem, where=str(folder), way_out=way_out)
-    if quantized != "none":
-        settle(model)
+    settle(model)
     model = _frozen(model if placed else model.to(device))
     backbone = family.known(backbone, model, processor)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -263,8 +265,12 @@ def _bits(family: Family, folder: Path, kind: str, dtype: torch.dtype) -> Any:
     """Return transformers' way to store each weight in few bits as it is read, for those that `quantize` takes."""
     from transformers import AutoConfig, BitsAndBytesConfig
 
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        way_out = "Set train.quantize to none, which takes them as they are"
+        raise InputError("its weights are stored in few bits already", where=str(folder), way_out=way_out)
     with torch.device("meta"):
-        model = family.model_class(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        model = family.model_class(config)
     taken = quantizable(model)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in taken]
     return BitsAndBytesConfig(

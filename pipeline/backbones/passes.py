@@ -55,7 +55,8 @@ def bytes_of_row(model: Any, tokens: int, *, new: int = 0, beams: int = 1, cache
         beams: of the search; each is a row.
         caches: how often keys and values are kept.
     """
-    spec, size = decoder_of(model), next(model.parameters()).element_size()
+    spec = decoder_of(model)
+    size = next(parameter.itemsize for parameter in model.parameters() if parameter.is_floating_point())
     inner = getattr(spec.text_config, "intermediate_size", None) or 4 * spec.hidden_size
     inner = int(inner if isinstance(inner, int) else max(inner))  # some have one a layer
     kept = caches * 2 * spec.num_attentions * spec.num_kv_heads * spec.head_dim * size * (tokens + new)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.backbones.decoder import decoder_of, output_projection
+from pipeline.backbones.decoder import decoder_of, dequantized, output_projection
 from pipeline.baselines import Baseline, BaselineOptions, Setting, baselines
 from pipeline.baselines.demonstrations import draw_from
 from pipeline.core.errors import InputError
@@ -218,7 +218,7 @@ class FunctionVector(VectorMethod):
         for layer, head in heads:
             alone = torch.zeros_like(means[layer])
             alone[head] = means[layer, head]
-            self.vector += F.linear(alone.flatten(), self.outputs[layer].weight.float())
+            self.vector += F.linear(alone.flatten(), dequantized(self.outputs[layer]).float())
         self.found["heads"] = [{"layer": i, "head": j, "effect": effects[i, j].item()} for i, j in heads]
 
     def edit(self, layer: int) -> Edit:

@@ -249,8 +249,8 @@ def _memory(of: BackboneMemory, cards: Sequence[int]) -> Finding:
         parts += [f"not {', '.join(never)}"] * bool(never)
         said.append(f"{card} GiB: {'; '.join(parts) or 'all methods fit'}")
     if len(cards) == 1 and (again or never):
-        state, way_out = NOTE, "Set train.gradient_checkpointing: true, or a lower train.micro_batch_size or precision"
-    detail = f"{of.backbone} in {of.precision} has {of.weights / 2**30:.1f} GiB of weights; {', '.join(said)}"
+        state, way_out = NOTE, "Set train.gradient_checkpointing: true, train.quantize, or less train.micro_batch_size"
+    detail = f"{of.backbone} {of.stored} has {of.weights / 2**30:.1f} GiB of weights; {', '.join(said)}"
     return Finding("memory", state, detail, way_out)
 
 

@@ -179,7 +179,8 @@ class MemoryPlan(Answer):
             "studies": list(self.studies), "profile": self.profile, "not_counted": {**self.not_counted},
             "backbones": [
                 {
-                    "backbone": of.backbone, "precision": of.precision, "weights_gib": of.weights / GIB,
+                    "backbone": of.backbone, "precision": of.precision, "quantize": of.quantize,
+                    "weights_gib": of.weights / GIB,
                     "methods": [of_step(of, step) for step in of.steps],
                     "rows_answered_at_once": {
                         str(card): {f"{shots} shots": of.rows(card, shots) for shots in of.answers}
@@ -196,7 +197,7 @@ class MemoryPlan(Answer):
         from pipeline.train.counting import GIB
 
         for of in self.backbones:
-            yield f"{of.backbone} in {of.precision}: {of.weights / GIB:.1f} GiB of weights; in GiB beside them:\n"
+            yield f"{of.backbone} {of.stored}: {of.weights / GIB:.1f} GiB of weights; in GiB beside them:\n"
             cards = [f"{card} GiB" for card in self.cards]
             made = table("method", "step", "checkpointed", "teacher", *cards, right=("step", "checkpointed", "teacher"))
             for step in of.steps:

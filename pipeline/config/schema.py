@@ -70,6 +70,7 @@ class Train(Section):
     alignment_weight: float | None = Field(None, ge=0)  # of the teacher's loss; None: the method's own
     ground_truth_weight: float | None = Field(None, ge=0)  # of the cross-entropy; None: the method's own
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    quantize: Literal["none", "int8", "nf4"] = "none"  # how the frozen decoder's linear weights are stored
     engine: Literal["auto", "deepspeed", "torch"] = "auto"  # auto: DeepSpeed where there are several ranks or offload
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "cpu"] = "none"

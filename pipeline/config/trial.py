@@ -76,11 +76,15 @@ class TrialConfig(_Config):
     gradient_checkpointing: bool = False
     deterministic: bool = False
     cuda_graphs: bool = True
+    quantize: Literal["none", "int8", "nf4"] = "none"
     sample_draw: Literal["first", "by-seed"] = "first"
 
     later: ClassVar[frozenset[str]] = frozenset(
-        {"demonstration_draw", "compile", "sample_draw", "gradient_checkpointing", "deterministic", "cuda_graphs"}
-    )
+        {
+            "demonstration_draw", "compile", "sample_draw", "gradient_checkpointing", "deterministic", "cuda_graphs",
+            "quantize",
+        }
+    )  # fmt: skip
 
     @property
     def pool(self) -> tuple[str, int, str, int]:
@@ -91,6 +95,12 @@ class TrialConfig(_Config):
     def draws(self) -> tuple[str, int, str, int, int, str]:
         """What decides which demonstrations a teacher sees before a sample."""
         return (*self.pool, self.num_shots, self.demonstration_draw)
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """What decides which frozen model computes: equal for trials that can share one in memory."""
+        stored = () if self.quantize == "none" else (self.quantize,)
+        return self.backbone, self.backbone_digest, self.precision, *stored
 
     @property
     def trained(self) -> bool:

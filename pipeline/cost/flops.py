@@ -63,7 +63,7 @@ class DecoderCost:
         spec = decoder_of(model)
         weights = sum(linear_values(layer) for layer in spec.layers)
         first: Any = spec.attentions[0]
-        lowest = sum(linear.weight.numel() for linear in (first.q_proj, first.k_proj, first.v_proj))
+        lowest = sum(linear_values(linear) for linear in (first.q_proj, first.k_proj, first.v_proj))
         head = model.get_output_embeddings().weight.numel()  # type: ignore[operator]
         return cls(weights, lowest, spec.num_attentions, spec.num_heads * spec.head_dim, head, weights + head)
 
@@ -101,8 +101,8 @@ class DecoderCost:
 
 
 def linear_values(module: nn.Module) -> int:
-    """Return the values of all linear modules' weights inside `module`, itself included."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    """Return the values of all linear modules' weights inside `module`, itself included, however they are stored."""
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
 TYPICAL_PICTURE = (480, 640)  # height and width of most COCO images

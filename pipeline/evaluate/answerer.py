@@ -6,7 +6,7 @@ import base64
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -38,8 +38,8 @@ _WAY_OUT = "Give an image's path, or its content in base64"
 class Answerer:
     """Answers for images with a trial's adapter attached; weights are loaded at the first answer.
 
-    They are loaded in the precision that the trial was scored in; an older adapter, which does not name it, has the
-    source's `dtype`.
+    They are loaded in the precision that the trial was scored in, and in as many bits; an older adapter, which does not
+    name it, has the source's `dtype`.
 
     Args:
         folder: an adapter's folder of a trial (`runs/KEY/adapter`).
@@ -159,7 +159,7 @@ class Answerer:
     @cached_property
     def _loaded(self) -> tuple[Loaded, Adapter]:
         name = str(self.origin["backbone"])
-        loaded = load_backbone(name, self.project, self.origin.get("precision"))
+        loaded = load_backbone(name, self.project, self.origin)
         return loaded, self.adapter_on(loaded)
 
     def _check_question(self, question: str | None) -> None:
@@ -225,14 +225,15 @@ def source_of(name: str, project: Path) -> BackboneSource:
     return source.model_copy(update={"weights": str(project / source.weights)}) if source.weights else source
 
 
-def load_backbone(name: str, project: Path, precision: str | None) -> Loaded:
+def load_backbone(name: str, project: Path, origin: Mapping[str, Any]) -> Loaded:
     """Return a backbone as it answers: from where the project's params.yaml says, on a GPU where there is one.
 
     Args:
         name: which.
         project: the folder of params.yaml.
-        precision: fp32, bf16 or fp16; None: the source's `dtype`.
+        origin: what an adapter's record says of its making: `precision` (without it: the source's `dtype`), `quantize`.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the same sums as in the trial
     source, device = source_of(name, project), "cuda" if torch.cuda.is_available() else "cpu"
-    return backbones.load_from(name, source, dtype=precision or source.dtype, device=device)
+    dtype, quantized = origin.get("precision", source.dtype), origin.get("quantize", "none")
+    return backbones.load_from(name, source, dtype=dtype, device=device, quantized=quantized)

@@ -95,7 +95,7 @@ def pack_key(config: TrialConfig) -> str | None:
     facts = methods.facts(config)
     if not facts.packable:
         return None
-    shared = [config.backbone, config.backbone_digest, config.precision, config.engine, config.zero_stage]
+    shared = [*config.resident, config.engine, config.zero_stage]
     if config.gradient_checkpointing:
         if facts.drops:  # a pack's own streams of dropout do not give a mask twice
             return None
@@ -109,9 +109,8 @@ def teacher_key(config: TrialConfig) -> str | None:
     """Return what is equal for trials whose teacher sees the same micro-batches behind the same demonstrations."""
     if not config.trained or methods.facts(config).kind is None:
         return None
-    resident = [config.backbone, config.backbone_digest, config.precision]
     batches = [config.micro_batch_size, config.accumulation, config.world_size]
-    return digest([*resident, *config.draws, *batches])[:KEY_LENGTH]
+    return digest([*config.resident, *config.draws, *batches])[:KEY_LENGTH]
 
 
 def make_plan(

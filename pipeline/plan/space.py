@@ -83,7 +83,7 @@ class Cell:
         if methods.is_trained(self.method):
             used = self._trained(train, settings)
         else:
-            used = train.model_dump(include={"precision", *(TO_CHOOSE if options.selects() else ())})
+            used = train.model_dump(include={"precision", "quantize", *(TO_CHOOSE if options.selects() else ())})
         if train.num_train_samples < self.digests.train_sizes[self.task]:
             used["sample_draw"] = train.sample_draw
         return TrialConfig.model_validate({
@@ -164,16 +164,18 @@ def shares_nothing(train: Train) -> bool:
     return train.world_size == 1 and train.offload == "none"
 
 
-_NOT_SHARDED = {  # settings of `train`, and what ZeRO-3 does that they do not see
+_NOT_SHARDED = {  # settings of `train`, and what ZeRO-3 does that they do not go with
     "compile": "parameters around each call, which torch.compile does not see",
     "gradient_checkpointing": "parameters around a layer's call, which is not made when it is computed again",
+    "quantize": "parameters as numbers, which weights in 8 or 4 bits are not",
 }
 
 
 def _check_zero_3(train: Train, where: str) -> None:
     for name, gathered in _NOT_SHARDED.items():
-        if getattr(train, name):
-            way_out = f"Set train.{name} to false, or train.zero_stage to 2"
+        without = Train.model_fields[name].default
+        if getattr(train, name) != without:
+            way_out = f"Set train.{name} to {str(without).lower()}, or train.zero_stage to 2"
             raise InputError(f"ZeRO-3 gathers {gathered}", where=where, way_out=way_out)
 
 

@@ -18,7 +18,7 @@ from pipeline.tasks.choice_files import ChoiceTask
 from pipeline.tasks.vqa import VqaTask
 
 _OF_A_TEACHER = ("num_shots", "demonstration_draw", "alignment_weight")
-_WITHOUT_TRAINING = ("num_train_samples", "precision")
+_WITHOUT_TRAINING = ("num_train_samples", "precision", "quantize")
 
 
 def unheard(params: Params, cells: Iterable[Cell]) -> list[str]:

@@ -57,21 +57,23 @@ class Resident:
     """One backbone in memory, with everything computed from it that trials share.
 
     Args:
-        config: a trial's; its backbone and precision decide what is loaded.
+        config: a trial's; its backbone, precision and quantization decide what is loaded.
         source: where the weights lie.
         cache: folder of visual tokens, or None.
         device: where the model goes.
     """
 
     def __init__(self, config: TrialConfig, source: BackboneSource, cache: Path | None, device: str) -> None:
-        self.loaded = backbones.load_from(config.backbone, source, dtype=config.precision, device=device)
+        self.loaded = backbones.load_from(
+            config.backbone, source, dtype=config.precision, device=device, quantized=config.quantize
+        )
         if self.loaded.digest != config.backbone_digest:
             raise InputError(
                 f"the weights (digest {self.loaded.digest[:12]}) are not the trial's ({config.backbone_digest[:12]})",
                 where=config.backbone,
                 way_out="Put the old weights back, or run the sweep again for the new ones",
             )
-        self.device, self.key = device, self.key_of(config)
+        self.device, self.key = device, config.resident
         self.forwards: Forwards = {}  # compiled ones, of the decoder's frozen parts
         self.visual = VisualTokens(self.loaded, cache)
         # by micro-batch: whoever finds one finds it whole, made in a pass of the same shape, so that a trial's numbers
@@ -83,11 +85,6 @@ class Resident:
         self._manifests: dict[Path, Manifest] = {}
         # by all that their tokens come from: splits and manifests may give one id to different samples
         self._alone: Recent[tuple[Rendered, ImageSizes], Encoded] = Recent(PROMPTS_ALONE, lambda _: 1)
-
-    @staticmethod
-    def key_of(config: TrialConfig) -> tuple[str, str, str]:
-        """What must be equal for two trials to share a resident backbone."""
-        return config.backbone, config.backbone_digest, config.precision
 
     def manifest(self, request: TrialRequest) -> Manifest:
         """Return the manifest of a trial's task, read once.

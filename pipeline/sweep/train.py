@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline import backbones
+from pipeline.backbones.decoder import check_quantization
 from pipeline.config.load import Params
 from pipeline.config.trial import TrialConfig
 from pipeline.core import copies
@@ -116,8 +117,11 @@ def check_engines(trials: Iterable[TrialConfig]) -> str:
     """Return which engines train the trials.
 
     Raises:
-        InputError: DeepSpeed is asked for and not there; it is installed on Linux alone.
+        InputError: DeepSpeed is asked for and not there (it is installed on Linux alone), or what few bits take.
     """
+    trials = list(trials)
+    for kind in sorted({trial.quantize for trial in trials}):
+        check_quantization(kind, "train.quantize")
     asked = [trial.engine for trial in trials if trial.trained]
     if "deepspeed" in asked and importlib.util.find_spec("deepspeed") is None:
         raise InputError(

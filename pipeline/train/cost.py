@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.adapters.base import Adapter
+from pipeline.backbones.decoder import weight_bytes
 from pipeline.config.trial import MOST_PACKED
 from pipeline.core.errors import InputError
 from pipeline.cost.flops import Costs, Prompt
@@ -74,7 +75,7 @@ class Memory:
 
     def __init__(self, model: nn.Module, device: str) -> None:
         self.device = device
-        self.weights = sum(parameter.nbytes for parameter in model.parameters())
+        self.weights = weight_bytes(model)
         if device == "cpu":
             _give_back()
             with suppress(OSError):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import adapters, backbones, methods
-from pipeline.backbones.decoder import checkpointed_layers, decoder_of
+from pipeline.backbones.decoder import checkpointed_layers, decoder_of, quantizable, stored_bytes
 from pipeline.backbones.load import DTYPES
 from pipeline.backbones.passes import FILL as OF_WHAT_IS_FREE
 from pipeline.backbones.passes import bytes_of_row
@@ -99,6 +99,7 @@ class BackboneMemory:
     Attributes:
         backbone: its name.
         precision: of its weights.
+        quantize: how its decoder's linear weights are stored.
         weights: bytes.
         steps: of each method that trains.
         answers: by number of demonstrations in front of a question: bytes of one prompt that is answered.
@@ -106,9 +107,16 @@ class BackboneMemory:
 
     backbone: str
     precision: str
+    quantize: str
     weights: int
     steps: list[StepMemory]
     answers: dict[int, int]
+
+    @property
+    def stored(self) -> str:
+        """How its weights are stored, in words."""
+        few = "" if self.quantize == "none" else f", its decoder in {self.quantize}"
+        return f"in {self.precision}{few}"
 
     def room(self, card: int) -> float:
         """Return the bytes that training may take beside the weights on a card of so many GiB."""
@@ -121,14 +129,14 @@ class BackboneMemory:
 
 
 def memory_of(trials: Iterable[TrialConfig]) -> tuple[list[BackboneMemory], dict[str, str]]:
-    """Return what trials take, by backbone and precision, and the backbones that cannot be counted, with the reason."""
-    groups: dict[tuple[str, str], list[TrialConfig]] = {}
+    """Return what trials take, by what is resident, and the backbones that cannot be counted, with the reason."""
+    groups: dict[tuple[str, str, str], list[TrialConfig]] = {}
     for trial in trials:
-        groups.setdefault((trial.backbone, trial.precision), []).append(trial)
+        groups.setdefault((trial.backbone, trial.precision, trial.quantize), []).append(trial)
     counted, left_out = [], {}
-    for (name, precision), of_group in groups.items():
+    for (name, precision, kind), of_group in groups.items():
         try:
-            counter = MemoryOf(name, precision)
+            counter = MemoryOf(name, precision, kind)
         except InputError as error:
             left_out[name] = error.what
             continue
@@ -138,7 +146,7 @@ def memory_of(trials: Iterable[TrialConfig]) -> tuple[list[BackboneMemory], dict
         shots = {0, *(int(trial.options.get("num_shots", 0)) for trial in of_group if not trial.trained)}
         answers = {k: counter.answer(k) for k in sorted(shots)}
         steps = [counter.step(trial) for trial in trained.values()]
-        counted.append(BackboneMemory(name, precision, counter.weights, steps, answers))
+        counted.append(BackboneMemory(name, precision, kind, counter.weights, steps, answers))
     return counted, left_out
 
 
@@ -148,16 +156,22 @@ class MemoryOf:
     Args:
         name: the backbone.
         precision: of its weights.
+        quantize: how its decoder's linear weights are stored.
 
     Raises:
         InputError: an unknown backbone, or one whose pictures have no formula.
     """
 
-    def __init__(self, name: str, precision: str) -> None:
+    def __init__(self, name: str, precision: str, quantize: str = "none") -> None:
         self.name, self.dtype = name, DTYPES[precision]
         loaded = backbones.load(name, variant="meta")
         self.model = loaded.model.to(self.dtype)
         self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        self.passing = 0  # bytes that a product takes for its weight as numbers, one weight at a time
+        if quantize != "none":
+            linears = [linear.weight for linear in quantizable(self.model).values()]
+            self.weights += sum(round(stored_bytes(weight.shape, quantize)) - weight.nbytes for weight in linears)
+            self.passing = max(weight.nbytes for weight in linears)
         self.layers = decoder_of(self.model).num_layers
         costs = Costs(loaded.backbone, self.model)
         self.turn, self.patches, self.vision = costs.turn, costs.image.patches, loaded.backbone.modules.vision
@@ -186,7 +200,9 @@ class MemoryOf:
 
     def _drawn_out(self, count: Callable[[Any], int]) -> int:
         small, large = (count(_shallow(self.name, depth).to(self.dtype)) for depth in self.depths)
-        return small + (large - small) * (self.layers - self.depths[0]) // (self.depths[1] - self.depths[0])
+        return (
+            self.passing + small + (large - small) * (self.layers - self.depths[0]) // (self.depths[1] - self.depths[0])
+        )
 
     def _step(self, model: Any, config: TrialConfig, *, again: bool) -> int:
         """Return the peak of a forward and a backward pass, as `train.loop` runs them."""

@@ -295,6 +295,8 @@ class TrialRun:
         extra: Json = {"trial": config.key, "task": config.task, "manifest": config.manifest_digest}
         extra |= {"backbone": config.backbone, "backbone_digest": config.backbone_digest}
         extra |= {"prompt": self.manifest.prompt, "precision": config.precision}
+        if config.quantize != "none":
+            extra["quantize"] = config.quantize
         extra["template"] = template_of(self.task.template, self.resident.loaded.backbone, self.manifest.prompt)
         if self.manifest.definition is not None:  # its prompt and score, which no code has
             extra["definition"] = self.manifest.definition

@@ -9,6 +9,7 @@ from pipeline import backbones
 from pipeline.backbones import decoder
 from pipeline.backbones.decoder import decoder_of, dequantized, quantizable, quantize, weight_bytes
 from pipeline.core.errors import InputError
+from pipeline.train.counting import MemoryOf
 
 KINDS = ("int8", "nf4")
 
@@ -50,6 +51,7 @@ def test_the_decoders_linear_weights_alone_are_stored_so_and_take_a_half_or_a_qu
     quantize(plain, kind)
     share = {"int8": 0.5, "nf4": 0.25 + 1 / 128}[kind]  # of 16 bits: a value's, and a scale's for each 64 values
     assert weight_bytes(plain) == pytest.approx(whole - linear * (1 - share), rel=1e-3)
+    assert MemoryOf("idefics2-8b-base", "bf16", kind).weights == pytest.approx(weight_bytes(plain), abs=1000)
     few = {name for name, p in plain.named_parameters() if not p.is_floating_point()}
     assert few == {name for name in few if ".text_model.layers." in name and name.endswith("_proj.weight")}
     assert len(few) == 32 * 7
@@ -68,6 +70,22 @@ def test_what_is_read_from_a_folder_is_stored_as_it_is_read(kind, tiny, tmp_path
             assert torch.equal(*(dequantized(of.model.get_submodule(part)) for of in (read, made))), part
         assert weight_bytes(read.model) == weight_bytes(made.model) and not quantizable(read.model)
         assert not any(parameter.requires_grad for parameter in read.model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_a_folder_holds_in_few_bits_are_taken_as_they_are(kind, tiny, tmp_path):
+    name, places = "llava-interleave-7b", (tmp_path / "wide", tmp_path / "few")
+    tiny(name).model.save_pretrained(places[0])
+    for place in places:
+        tiny(name).processor.save_pretrained(place)
+    read = backbones.load(name, weights=places[0], quantized=kind)
+    read.model.save_pretrained(places[1])
+    again = backbones.load(name, weights=places[1])
+    x = torch.randn(1, 5, decoder_of(read.model).hidden_size, generator=torch.Generator().manual_seed(0))
+    for expected, given in zip(passed(read.model, x), passed(again.model, x), strict=True):
+        assert torch.equal(expected, given)
+    with pytest.raises(InputError, match="stored in few bits already. Set train.quantize to none"):
+        backbones.load(name, weights=places[1], quantized=kind)
 
 
 def test_what_is_missing_and_what_is_unknown_is_said_in_a_line(monkeypatch):

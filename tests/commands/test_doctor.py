@@ -66,7 +66,7 @@ def test_the_disk_that_visual_tokens_want_is_said(monkeypatch):
 
 def test_what_fits_which_card_is_said():
     steps = [StepMemory("hificl", 2, 7 * GIB, GIB, 0), StepMemory("lora", 2, 40 * GIB, 7 * GIB, 0)]
-    of = BackboneMemory("big", "bf16", 15 * GIB, steps, {0: GIB})
+    of = BackboneMemory("big", "bf16", "none", 15 * GIB, steps, {0: GIB})
     everywhere = doctor._memory(of, (24, 48, 80))
     assert everywhere.state == doctor.OK and everywhere.detail.endswith(
         "24 GiB: hificl with train.gradient_checkpointing alone; not lora, 48 GiB: lora with "

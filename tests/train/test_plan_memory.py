@@ -11,6 +11,7 @@ from pipeline.commands.plan import study_memory
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.train.counting import CARDS, CONTEXT, GIB, MOST_ROWS, BackboneMemory, MemoryOf, StepMemory, _Living
+from tests.conftest import ROOT
 
 
 def config(method: str, **given) -> TrialConfig:
@@ -71,7 +72,7 @@ def test_two_depths_tell_a_third(llava, monkeypatch):
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("shots", [0, 8])
 def test_batches_that_answer_fill_declared_cards_and_no_more(llava, card, shots):
-    of = BackboneMemory("llava-interleave-7b", "bf16", llava.weights, [], {shots: llava.answer(shots)})
+    of = BackboneMemory("llava-interleave-7b", "bf16", "none", llava.weights, [], {shots: llava.answer(shots)})
     rows, tokens, free = of.rows(card, shots), llava.turn * (shots + 1), card * GIB - CONTEXT - llava.weights
     assert 1 <= rows <= MOST_ROWS
     peak = llava.prefill(rows, tokens)
@@ -81,12 +82,33 @@ def test_batches_that_answer_fill_declared_cards_and_no_more(llava, card, shots)
 
 
 def test_a_card_holds_a_teachers_pass_or_a_step_and_packs_of_steps():
-    of = BackboneMemory("b", "bf16", 15 * GIB, [], {})
+    of = BackboneMemory("b", "bf16", "none", 15 * GIB, [], {})
     step = StepMemory("mimic", 2, step=7 * GIB, checkpointed=GIB, teacher=2 * GIB)
     assert [step.trials(of.room(card)) for card in (16, 24, 32, 48, 80)] == [0, 0, 1, 3, 8]
     assert [step.trials(of.room(card), again=True) for card in (16, 24)] == [0, 6]
     long = StepMemory("mimic", 2, step=7 * GIB, checkpointed=GIB, teacher=30 * GIB)
     assert [long.trials(of.room(card), again=True) for card in (24, 80)] == [0, 8]
+
+
+def test_what_the_page_shows_of_a_decoder_in_4_bits_is_what_is_counted():
+    page = (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
+    given = "studies.own={title: o, backbones: [idefics2-8b-base, llava-interleave-7b], tasks: [okvqa], methods: "
+    given = [given + "{hificl: {}}}", "train.precision=fp16", "train.quantize=nf4"]
+    plan = study_memory("own", cards=[16, 24], overrides=given)
+    shown = list(plan.shown())
+    for line in (part for part in shown if isinstance(part, str) and "its decoder in nf4" in part):
+        assert line in page
+    for table in (part for part in shown if hasattr(part, "columns")):
+        (row, *_) = zip(*(column.cells for column in table.columns), strict=True)
+        assert row[0] == "hificl, 2 rows" and " ".join(filter(None, row)) in " ".join(page.split())
+    assert [of["quantize"] for of in plan.record()["backbones"]] == ["nf4", "nf4"]
+
+
+def test_few_bits_leave_room_for_trials_and_each_product_makes_its_weight(llava):
+    step, wide = llava.step(config("hificl")), MemoryOf("llava-interleave-7b", "bf16", "int8")
+    few = wide.step(config("hificl"))
+    assert few.step - step.step == wide.passing == 2 * 4096 * 11008
+    assert 0.55 < wide.weights / llava.weights < 0.65  # embeddings, output and the tower are as they were
 
 
 def test_the_plan_says_it_by_card():
