@@ -22,6 +22,7 @@ class TrialRequest:
         pack_key: trials with the same key can share one forward pass; None: this one trains alone.
         teacher_key: trials with the same key have the same teacher's pass; None: it has no teacher.
         kinds: of targets that the sweep's trials with the same teacher's pass are compared with.
+        keep_seconds: the state is kept within an epoch after so long; 0: only at its end.
     """
 
     config: TrialConfig
@@ -32,6 +33,7 @@ class TrialRequest:
     pack_key: str | None = None
     teacher_key: str | None = None
     kinds: tuple[Kind, ...] = ()
+    keep_seconds: float = 0.0
 
     @property
     def key(self) -> str:

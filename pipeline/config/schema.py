@@ -134,6 +134,7 @@ class Sweep(Section):
 
     address: str | None = None  # None: a private cluster on this machine; "auto": the one that runs here
     retry: Retry = Retry()
+    checkpoint_seconds: float = Field(600, ge=0)  # a trial's state is kept within an epoch so often; 0: at ends alone
 
     def slots_on(self, cpus: float, gpus: float, world_size: int = 1) -> int:
         """Return how many slots fit so much, which may be none, whatever number is asked for."""

@@ -56,6 +56,7 @@ class Plan:
             pack_key=pack_key(config),
             teacher_key=teacher_key(config),
             kinds=self._kinds.get(teacher_key(config) or "", ()),
+            keep_seconds=self.params.sweep.checkpoint_seconds,
         )
 
     @cached_property

@@ -171,6 +171,40 @@ class CheckpointState(Record):
     upgrades: ClassVar = {0: lambda fields: {**fields, "best": fields.get("best") or None}}
 
 
+class Attempts(Record):
+    """How often a leased trial was tried with nothing kept in between: .leases/KEY.tried, while it is not settled.
+
+    Attributes:
+        attempts: how often; the one that runs counts.
+        at: its newest checkpoint at that time.
+        error: of the last one that had a word to say.
+    """
+
+    attempts: Count = 0
+    at: str = ""
+    error: str | None = None
+
+
+class EpochSoFar(Record):
+    """What an epoch has added up so far on one rank, in a checkpoint within it: so-far-rank0000.json.
+
+    Attributes:
+        steps: that are behind it.
+        sums: of the losses, each step's share of the epoch's mean.
+        losses: of each step.
+        gradient_norm: of the last step, before clipping.
+        learning_rate_scale: of the last step.
+        seconds: of training.
+    """
+
+    steps: Count
+    sums: dict[str, Number]
+    losses: tuple[Number, ...] = Field(strict=False)
+    gradient_norm: Number
+    learning_rate_scale: Number
+    seconds: Number
+
+
 Status = Literal["finished", "diverged", "stopped", "failed"]  # how a trial ended
 
 

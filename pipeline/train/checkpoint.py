@@ -1,8 +1,9 @@
-"""Epoch checkpoints of a trial: whole or absent, the one before kept, damage found by digest.
+"""Checkpoints of a trial, at epochs' ends and within one: whole or absent, the one before kept, damage found by digest.
 
 checkpoint/epoch-0003/state.json    a `CheckpointState`, with the digests of the other files
 checkpoint/epoch-0003/adapter/      the best adapter by then; runs/KEY/adapter is a copy of it
 checkpoint/epoch-0003/...           the engine's own files (parameters, optimiser)
+checkpoint/epoch-0003-step-000012/  the same 12 steps later, with an `EpochSoFar` of each rank; the newest alone is kept
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ KEPT = 2  # the newest, and one generation back in case the newest is damaged
 
 
 def save(
-    folder: Path, state: CheckpointState, write: Callable[[Path], None], within: Path | None = None
+    folder: Path, state: CheckpointState, write: Callable[[Path], None], within: Path | None = None, step: int = 0
 ) -> CheckpointState:
     """Write a checkpoint: `write` fills the folder, `state` and the digests are added; return the state with them.
 
@@ -30,12 +31,13 @@ def save(
         state: the trial's.
         write: called with a folder.
         within: see `core.files.write_atomic`.
+        step: how many steps of the next epoch are behind the trial.
 
     Raises:
         Superseded: `within` is gone; all checkpoints are untouched.
         WorkError: the disk is full, or the adapter is not the one that was kept; older checkpoints are untouched.
     """
-    with folder_atomic(place(folder, state.epoch), within) as temporary:
+    with folder_atomic(place(folder, state.epoch, step), within) as temporary:
         write(temporary)
         digest = folder_digest(temporary / ADAPTER)
         if state.best is not None and digest is not None:
@@ -46,14 +48,15 @@ def save(
         files = {str(p.relative_to(temporary)): file_digest(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
         state = state.model_copy(update={"files": files})
         (temporary / "state.json").write_text(state.text(indent=None), encoding="utf-8")
-    for old in epochs(folder)[:-KEPT]:
-        remove_folder(place(folder, old), within)
+    steps = [position for position in _positions(folder) if position[1] and position != (state.epoch, step)]
+    for old in [*((epoch, 0) for epoch in epochs(folder)[:-KEPT]), *steps]:
+        remove_folder(place(folder, *old), within)
     return state
 
 
-def place(folder: Path, epoch: int) -> Path:
-    """Return the folder of an epoch's checkpoint."""
-    return folder / f"epoch-{epoch:04d}"
+def place(folder: Path, epoch: int, step: int = 0) -> Path:
+    """Return the folder of an epoch's checkpoint, or of one so many steps later."""
+    return folder / (f"epoch-{epoch:04d}" + (f"-step-{step:06d}" if step else ""))
 
 
 def move_into(source: Path, target: Path) -> None:
@@ -64,19 +67,24 @@ def move_into(source: Path, target: Path) -> None:
 
 
 def epochs(folder: Path) -> list[int]:
-    """Return the epochs that have a checkpoint, oldest first.
+    """Return the epochs that have a checkpoint at their end, oldest first.
 
     Raises:
         Unreadable: the system does not let the folder be read now.
     """
+    return [epoch for epoch, step in _positions(folder) if not step]
+
+
+def _positions(folder: Path) -> list[tuple[int, int]]:
+    """Return the epochs, and the steps after them, that have a checkpoint, oldest first; see `epochs`."""
     try:
         listed = [path.name for path in folder.iterdir()]  # `glob` takes a folder that cannot be read for an empty one
     except FileNotFoundError:
         return []
     except OSError as error:
         raise Unreadable.of(error, folder) from error
-    names = (re.fullmatch(r"epoch-(\d+)", name) for name in listed)
-    return sorted(int(match.group(1)) for match in names if match)
+    names = (re.fullmatch(r"epoch-(\d+)(?:-step-(\d+))?", name) for name in listed)
+    return sorted((int(match[1]), int(match[2] or 0)) for match in names if match)
 
 
 def newest(folder: Path, within: Path | None = None) -> tuple[Path, CheckpointState] | None:
@@ -90,8 +98,8 @@ def newest(folder: Path, within: Path | None = None) -> tuple[Path, CheckpointSt
         Unreadable: the system does not let it be read now.
         Superseded: see `save`.
     """
-    for epoch in reversed(epochs(folder)):
-        path = place(folder, epoch)
+    for position in reversed(_positions(folder)):
+        path = place(folder, *position)
         state = _intact(path)
         if state is not None:
             return path, state

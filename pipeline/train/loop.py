@@ -10,7 +10,7 @@ backward pass of one forward pass, its losses, the way out of memory, the end of
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ class TrainingLoop:
 
     Args:
         resident: the backbone.
-        on_step: called after every step and every scored batch: the sign of life.
+        on_step: called after every step, teacher's pass and scored batch: the sign of life.
     """
 
     def __init__(self, resident: Resident, on_step: Callable[[], None]) -> None:
@@ -96,6 +96,7 @@ class TrainingLoop:
                     self._make_ready(window[number : number + 2])
                     self._step(pack, step)
                     self.on_step()
+                    self.keep(trial for trial in self.trials if trial.due)
                     done += 1
                     if self._diverged():
                         break
@@ -103,6 +104,11 @@ class TrainingLoop:
         samples = done * sum(trial.global_batch for trial in self.trials)
         self.capacity.note(pack_size, samples, time.perf_counter() - started, done)
         return self._end_epoch()
+
+    def keep(self, trials: Iterable[TrialRun]) -> None:
+        """Keep the state of trials between two steps of an epoch."""
+        for trial in trials:
+            trial.keep_step()
 
     def _diverged(self) -> list[TrialRun]:
         return [trial for trial in self.trials if trial.error]
@@ -156,6 +162,8 @@ class TrainingLoop:
                         for part in micro_batches
                     ]
                 trial.add_seconds(time.perf_counter() - started)  # a teacher is a part of what training costs
+                if trial.teacher is not None:
+                    self.on_step()
                 held += sum(target.bytes for part in micro_batches for target in part.targets)
                 step.append(micro_batches)
             window.append(step)

@@ -22,7 +22,7 @@ from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import Sample
 from pipeline.prompts.prompt import Encoded, template_of
 from pipeline.records.store import WRITING, TrialFolder
-from pipeline.records.trial import Best, CheckpointState, EpochReport, Status, TrialEnd, TrialReport
+from pipeline.records.trial import AGAIN, Best, CheckpointState, EpochReport, EpochSoFar, Status, TrialEnd, TrialReport
 from pipeline.resident.resident import Resident, Target
 from pipeline.tasks import of_manifest
 from pipeline.train import checkpoint
@@ -85,11 +85,13 @@ class TrialRun:
         resident: the backbone.
         manifest: the task's samples.
         kinds: of teacher's targets that trials with the same demonstrations will ask for, here or later.
+        keep_seconds: after so long the state is kept within an epoch (`due`); 0: only at its end.
     """
 
     def __init__(
-        self, config: TrialConfig, folder: Path, resident: Resident, manifest: Manifest, kinds: Collection[Kind] = ()
-    ) -> None:
+        self, config: TrialConfig, folder: Path, resident: Resident, manifest: Manifest, kinds: Collection[Kind] = (),
+        keep_seconds: float = 0.0,
+    ) -> None:  # fmt: skip
         self.config, self.resident, self.manifest = config, resident, manifest
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.world != config.world_size:
@@ -130,8 +132,10 @@ class TrialRun:
         self.peak = 0  # bytes of memory
         self._kept = self.folder.adapter  # where the best epoch's adapter is
         self.packed = 1  # most trials, this one included, that it has shared a forward pass with
-        self._resume()
-        self._epoch = self._next_epoch()
+        self.due = False  # whether it is time for a checkpoint within the epoch
+        self._keep_seconds, self._kept_at = keep_seconds, time.monotonic()
+        self._epoch = self._resume()
+        self._kept_step = self.step
 
     @property
     def epochs_done(self) -> int:
@@ -204,17 +208,20 @@ class TrialRun:
         epoch.gradient_norm, epoch.learning_rate_scale = gradient_norm, self.learning_rate_scale
         epoch.seconds += seconds
         self.packed = max(self.packed, pack_size)
-        if not self._finite(losses):
+        diverged, self.due = self._of_any_rank(
+            not math.isfinite(losses["train_loss"]),
+            0 < self._keep_seconds <= time.monotonic() - self._kept_at,
+        )  # fmt: skip
+        if diverged:
             self.error = f"the loss is not finite at step {self.step + 1} (epoch {self.epoch_number})"
         epoch.steps += 1
 
-    def _finite(self, losses: dict[str, float]) -> bool:
-        bad = not math.isfinite(losses["train_loss"])
-        if self.world > 1:
-            flag = torch.tensor(float(bad), device=self.resident.device)
-            dist.all_reduce(flag)
-            bad = bool(flag.item())
-        return not bad
+    def _of_any_rank(self, *facts: bool) -> list[bool]:
+        if self.world == 1:
+            return list(facts)
+        flags = torch.tensor(facts, dtype=torch.float32, device=self.resident.device)
+        dist.all_reduce(flags)
+        return [bool(flag) for flag in flags.tolist()]
 
     # -- epochs ------------------------------------------------------------------------------------------------------
 
@@ -234,7 +241,6 @@ class TrialRun:
         if self.best is None or objective > self.best.objective:
             self.best = Best(epoch=self.epoch_number, objective=objective)
         self.reports.append(report)
-        self.peak = max(self.peak, self.memory.peak or 0)
         self._save_losses(self._over_ranks(epoch.losses))
         self._save_checkpoint()
         self._epoch = self._next_epoch()
@@ -262,6 +268,14 @@ class TrialRun:
             return _Epoch([])
         return _Epoch(global_batches(len(self.samples), self.global_batch, self.config.seed, self.epoch_number))
 
+    def keep_step(self) -> None:
+        """Keep the state within the epoch, unless no step was taken since it was kept (every rank calls it).
+
+        A step that was not finite is not kept: what goes on from the one before ends there again.
+        """
+        if self.error is None and self.step != self._kept_step:
+            self._save_checkpoint(self._epoch.steps)
+
     def _over_ranks(self, values: list[float]) -> list[float]:
         """Add up what each rank's share has given."""
         if self.world == 1:
@@ -288,7 +302,7 @@ class TrialRun:
         """Put the best epoch's adapter into a checkpoint: this epoch's, or the one that was kept before."""
         if self.best is None:
             return
-        if self.best.epoch != self.epochs_done:
+        if self.best.epoch != self.epochs_done or (target / self._so_far).exists():
             shutil.copytree(self._kept, target / checkpoint.ADAPTER)
             return
         config = self.config
@@ -322,8 +336,14 @@ class TrialRun:
             self.folder.add_losses(self.epochs_done, losses)
             self.keeping += time.perf_counter() - started
 
-    def _save_checkpoint(self) -> None:
+    @property
+    def _so_far(self) -> str:
+        return f"so-far-rank{self.rank:04d}.json"
+
+    def _save_checkpoint(self, step: int = 0) -> None:
+        """Keep the state at the end of an epoch, or `step` steps after it."""
         started = time.perf_counter()
+        self.peak = max(self.peak, self.memory.peak or 0)
         folder, within = self.folder.checkpoint, self.folder.within
         state = CheckpointState(
             epoch=self.epochs_done, rows=tuple(self.reports), best=self.best, packed=self.packed, keeping=self.keeping,
@@ -332,26 +352,39 @@ class TrialRun:
 
         def write(target: Path) -> None:
             self.engine.save(target)
+            if step:
+                epoch = self._epoch
+                so_far = EpochSoFar(
+                    steps=step, sums=epoch.sums, losses=tuple(epoch.losses), gradient_norm=epoch.gradient_norm,
+                    learning_rate_scale=epoch.learning_rate_scale, seconds=epoch.seconds,
+                )  # fmt: skip
+                (target / self._so_far).write_text(so_far.text(indent=None), encoding="utf-8")
             with self.engine.whole():
                 if self.rank == 0:
                     self._write_adapter(target)
 
         if self.world == 1 or within is None:
-            state = checkpoint.save(folder, state, write, within)
+            state = checkpoint.save(folder, state, write, within, step)
         else:
-            shared = within / f"epoch-{state.epoch}"
+            shared = checkpoint.place(within, state.epoch, step)
             shared.mkdir(exist_ok=True)
             write(shared)  # every rank its part
             dist.barrier()
             if self.rank == 0:
-                state = checkpoint.save(folder, state, lambda target: checkpoint.move_into(shared, target), within)
+                state = checkpoint.save(
+                    folder, state, lambda target: checkpoint.move_into(shared, target), within, step
+                )
             dist.barrier()
         self.best = state.best
-        self._kept = checkpoint.place(folder, state.epoch) / checkpoint.ADAPTER
-        self._settle()
+        self._kept = checkpoint.place(folder, state.epoch, step) / checkpoint.ADAPTER
+        if not step:
+            self._settle()
+        self._kept_at, self._kept_step, self.due = time.monotonic(), self.epochs_done * self.per_epoch + step, False
         self.keeping += time.perf_counter() - started
 
-    def _resume(self) -> None:
+    def _resume(self) -> _Epoch:
+        """Go back to the newest checkpoint; return the epoch in progress."""
+        epoch = None
         newest = checkpoint.newest(self.folder.checkpoint, self.folder.within)
         if newest is not None:
             path, state = newest
@@ -360,9 +393,16 @@ class TrialRun:
             self.keeping, self.peak = state.keeping, state.peak
             if state.best is not None and state.best.adapter_digest is not None:  # else of before: adapter/ is all
                 self._kept = path / checkpoint.ADAPTER
+            if (path / self._so_far).exists():
+                so_far = EpochSoFar.read(path / self._so_far, AGAIN)
+                epoch = self._next_epoch()
+                epoch.sums, epoch.losses, epoch.steps = dict(so_far.sums), list(so_far.losses), so_far.steps
+                epoch.gradient_norm, epoch.learning_rate_scale = so_far.gradient_norm, so_far.learning_rate_scale
+                epoch.seconds = so_far.seconds
         self._settle()
         if self.rank == 0:
             self.folder.forget_losses(after=self.epochs_done)
+        return epoch or self._next_epoch()
 
     def _report(self, end: Status | None = None) -> TrialReport:
         """Return what there is to say of the trial's last epoch."""

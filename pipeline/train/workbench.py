@@ -107,6 +107,10 @@ def join_group(device: str, rank: int, world_size: int, meeting: str = "", liste
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
+class Stopped(Exception):
+    """Training was to end; all that it had done up to its last step is kept."""
+
+
 class Workbench:
     """Trains trials, one or several together, with the backbone resident.
 
@@ -121,6 +125,7 @@ class Workbench:
         self._resident: Resident | None = None  # one: an 8B backbone fills a GPU
         self.loop: TrainingLoop | None = None
         self.steps = 0  # counts up while work goes on
+        self.stopping = False  # set by a signal's handler: ends training behind the next step, which is kept
 
     def resident(self, request: TrialRequest) -> Resident:
         """Return the resident backbone of a trial, loading it if another one or none is held.
@@ -151,12 +156,17 @@ class Workbench:
             self.loop = TrainingLoop(resident, self._count)
         self.evict(request.key)
         manifest = resident.manifest(request)
-        run = TrialRun(request.config, Path(request.folder), resident, manifest, request.kinds)
+        folder, keep = Path(request.folder), request.keep_seconds
+        run = TrialRun(request.config, folder, resident, manifest, request.kinds, keep)
         self.loop.trials.append(run)
         return run.epochs_done
 
     def advance(self) -> list[TrialReport]:
-        """Train the admitted trials until one of them completes an epoch; return the reports."""
+        """Train the admitted trials until one of them completes an epoch; return the reports.
+
+        Raises:
+            Stopped: `stopping` was set meanwhile.
+        """
         if self.loop is None or not self.loop.trials:
             return []
         with repeatable(self.loop.trials[0].config.deterministic):  # which those of a pack share
@@ -173,6 +183,9 @@ class Workbench:
 
     def _count(self) -> None:
         self.steps += 1
+        if self.stopping and self.loop is not None:
+            self.loop.keep(self.loop.trials)
+            raise Stopped
 
     def score(self, request: TrialRequest, evaluation: EvaluationConfig) -> Evaluation:
         """Let a trial answer a split and score it."""

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,6 +44,7 @@ from pipeline.train.trial_run import TrialRun
 from tests.simulation.world import Host, Killed, Loop, Pipe, Process, Signal, World
 
 STEP_SECONDS = 0.3
+KEEP_SECONDS = 0.5  # of the four steps of an epoch one or two are kept
 WEIGHTS = "weights.bin"
 
 
@@ -123,8 +125,9 @@ class PlayedRun(TrialRun):
         self.reports, self.best, self.error = [], None, None
         self.keeping, self.peak, self.packed = 0.0, 0, 1
         self._kept = self.folder.adapter
-        self._resume()
-        self._epoch = self._next_epoch()
+        self.due, self._keep_seconds, self._kept_at = False, KEEP_SECONDS, time.monotonic()
+        self._epoch = self._resume()
+        self._kept_step = self.step
 
 
 class Worker:
@@ -178,6 +181,8 @@ class Worker:
                 if run.config.seed == self.world.diverges and run.step == run.per_epoch + 1:
                     loss = math.nan
                 run.finish_step({"train_loss": loss}, loss, 0.25, pack_size=1)
+                if run.due:
+                    run.keep_step()
             self.done += 1
             if any(run.error for run in self.runs):
                 break

@@ -444,7 +444,7 @@ class Run:
         self.home = Host(world, "desk")
         self.ready: set[str] = set()
         self.wrong: list[str] = []
-        self.published: Counter[tuple[str, int]] = Counter()
+        self.published: Counter[tuple[str, str]] = Counter()
         self.disk.hears.append(self.heard)
 
     # -- people --------------------------------------------------------------------------------------------------------
@@ -578,13 +578,13 @@ class Run:
         elif what == "unlink" and parts[-1] == "done.json":
             pass
         elif what == "rename" and len(parts) > 2 and parts[-2] == "checkpoint" and parts[-1].startswith("epoch-"):
-            key, epoch = parts[-3], int(parts[-1][6:])
-            self.published[key, epoch] += 1
+            key, place = parts[-3], parts[-1]  # the end of an epoch, or a step behind it
+            self.published[key, place] += 1
             end = self.end_of(key)
             if end is not None and end.final:
-                self.fail(f"epoch {epoch} of {key[:6]} is kept after the trial's end")
-            if self.published[key, epoch] > 1 and not self.repeats:
-                self.fail(f"epoch {epoch} of {key[:6]} is trained again")
+                self.fail(f"{place} of {key[:6]} is kept after the trial's end")
+            if self.published[key, place] > 1 and not self.repeats:
+                self.fail(f"{place} of {key[:6]} is trained again")
         elif what == "rename" and "studies" in parts:
             self.check_study(path)
 
@@ -630,7 +630,7 @@ class Run:
         for key, epoch in self.world.told.items():
             folder = self.disk.truth(f"{HOME}/runs/{key}/checkpoint")
             names = sorted(folder.entries) if folder is not None else []
-            if epoch and (not names or int(names[-1][6:]) < epoch) and not self.flipped:
+            if epoch and (not names or int(names[-1][6:10]) < epoch) and not self.flipped:
                 self.fail(f"{when} epoch {epoch} of {key[:6]} is lost, which was told")
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from pipeline.core.errors import InputError
 from pipeline.core.files import Superseded, folder_digest
 from pipeline.evaluate.answerer import Answerer
 from pipeline.records.store import TrialFolder, TrialStore
+from pipeline.train.loop import TrainingLoop
 from pipeline.train.trial_run import TrialRun
-from pipeline.train.workbench import Workbench
+from pipeline.train.workbench import Stopped, Workbench
 
 EPOCHS = 3
 TRIALS = {
@@ -69,6 +71,61 @@ def test_a_resumed_trial_equals_an_undisturbed_one(bench, trial, tmp_path, name)
     steps = -(-whole.config.num_train_samples // (whole.config.micro_batch_size * whole.config.accumulation))
     losses = whole_state(Path(whole.folder))["losses"]
     assert {epoch: len(one) for epoch, one in losses.items()} == dict.fromkeys(range(1, EPOCHS + 1), steps)
+
+
+COUNT, KEEP = Workbench._count, TrainingLoop.keep
+
+
+def stopped_behind(monkeypatch, step: int) -> Workbench:
+    """A process that hears, once its trial has so many steps behind it, that it is to end."""
+    bench = Workbench(device="cpu")
+
+    def counted(self):
+        self.stopping = self is bench and self.loop.trials[0].step >= step
+        COUNT(self)
+
+    monkeypatch.setattr(Workbench, "_count", counted)
+    return bench
+
+
+@pytest.mark.parametrize("name", ["dropout", "a teacher"])
+def test_a_trial_that_is_stopped_within_an_epoch_goes_on_behind_its_last_step(
+    bench, trial, tmp_path, monkeypatch, name
+):
+    """Of 5 steps an epoch; stopped within it, at its end, while it is scored, and in the next one."""
+    method, given = TRIALS[name]
+    whole, cut = (trial(method, tmp_path / place, epochs=EPOCHS, **given) for place in ("whole", "cut"))
+    go_on(bench, whole, EPOCHS)
+    places = []
+    for step in (3, 5, 5, 9):
+        process = stopped_behind(monkeypatch, step)
+        with pytest.raises(Stopped):
+            go_on(process, cut, EPOCHS)
+        process.loop.evict(cut.key)
+        places.append(max(path.name for path in (Path(cut.folder) / "checkpoint").iterdir()))
+        torch.manual_seed(99)
+    ends = ["epoch-0000-step-000003", "epoch-0000-step-000005", "epoch-0000-step-000005", "epoch-0001-step-000004"]
+    assert places == ends
+    assert not (Path(cut.folder) / "done.json").exists()
+    assert go_on(bench, cut, EPOCHS - 1) == 1
+    assert whole_state(Path(cut.folder)) == whole_state(Path(whole.folder))
+    assert sorted(path.name for path in (Path(cut.folder) / "checkpoint").iterdir()) == ["epoch-0002", "epoch-0003"]
+
+
+def test_steps_are_kept_by_time_and_a_damaged_one_costs_its_epoch_alone(bench, trial, tmp_path, monkeypatch):
+    whole = trial("lora", tmp_path / "whole", epochs=EPOCHS, **TRIALS["dropout"][1])
+    go_on(bench, whole, EPOCHS)
+    often = replace(trial("lora", tmp_path / "often", epochs=EPOCHS, **TRIALS["dropout"][1]), keep_seconds=1e-9)
+    process = stopped_behind(monkeypatch, 8)
+    monkeypatch.setattr(TrainingLoop, "keep", lambda self, trials: KEEP(self, trials if not process.stopping else ()))
+    with pytest.raises(Stopped):  # without a word: what is there is what was kept by time
+        go_on(process, often, EPOCHS)
+    kept = Path(often.folder) / "checkpoint"
+    assert sorted(path.name for path in kept.iterdir()) == ["epoch-0001", "epoch-0001-step-000002"]
+    process.loop.trials.clear()
+    (kept / "epoch-0001-step-000002/so-far-rank0000.json").write_text("{}")
+    assert go_on(bench, often, EPOCHS) == 1
+    assert whole_state(Path(often.folder)) == whole_state(Path(whole.folder))
 
 
 class Killed(BaseException):
