@@ -35,6 +35,7 @@ STARTING_SECONDS = 600.0  # until the first sign, which comes after Ray's start:
 STOPPING_SECONDS = ENDING_SECONDS + 2  # for the driver to end by itself, its killing included
 PARENT_SECONDS = 1.0  # between two looks at dvc; with STOPPING_SECONDS 7 s, below the 10 s that are promised
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: its terminal was closed, or ssh has ended
 MARK = "HIFICL_SWEEP"  # in the environment of all processes of one driver
 REAPING = 10  # passes: what is killed may have started another in between
 
@@ -85,14 +86,14 @@ _heard: list[int] = []  # the signals of this block
 
 @contextmanager
 def in_order() -> Iterator[None]:
-    """End the block with KeyboardInterrupt at SIGINT, at SIGTERM, and when the `dvc` above this process is gone."""
+    """End the block with KeyboardInterrupt at a signal (`ENDING`), and when the `dvc` above this process is gone."""
     with as_interrupt(), _ended_with_parent():
         yield
 
 
 @contextmanager
 def as_interrupt() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into KeyboardInterrupt for the time of the block.
+    """Turn the signals that end a process into KeyboardInterrupt for the time of the block.
 
     Python drops an exception that a handler raises while a finaliser or a weak reference's callback runs. So the signal
     is noted too, and the sweep's loop asks with `raise_dropped_interrupt` whether one was dropped.
@@ -105,21 +106,21 @@ def as_interrupt() -> Iterator[None]:
     with kept_handlers() as handlers:
         _heard.clear()
         for number, handler in handlers.items():
-            if handler is not signal.SIG_IGN:  # a shell ignores SIGINT for what it starts in the background
+            if handler is not signal.SIG_IGN:  # as a shell does with SIGINT for the background, and nohup with SIGHUP
                 signal.signal(number, interrupt)
         yield
 
 
 @contextmanager
 def kept_handlers() -> Iterator[dict[int, Any]]:
-    """Put the handlers of SIGINT and SIGTERM back at the end of the block, whoever sets others in it.
+    """Put the handlers of `ENDING` back at the end of the block, whoever sets others in it.
 
     Yields:
         The handlers by signal; none outside the main thread, where nobody may set any.
     """
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in ENDING}
     try:
         yield dict(before)
     finally:

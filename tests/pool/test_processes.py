@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from pipeline.pool.processes import as_interrupt, raise_dropped_interrupt
+from pipeline.pool.processes import ENDING, as_interrupt, raise_dropped_interrupt
 
 
 class Finalised:
@@ -20,7 +20,7 @@ class Finalised:
         os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ENDING)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_in_a_finaliser_is_not_lost(number: int) -> None:
     before = signal.getsignal(number)
@@ -33,9 +33,20 @@ def test_a_signal_in_a_finaliser_is_not_lost(number: int) -> None:
     assert signal.getsignal(number) is before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ENDING)
 def test_a_signal_is_an_interrupt(number: int) -> None:
     with pytest.raises(KeyboardInterrupt), as_interrupt():
         os.kill(os.getpid(), number)
     with as_interrupt():
         raise_dropped_interrupt()  # the next sweep has nothing to do with it
+
+
+def test_what_was_started_to_ignore_a_signal_goes_on_ignoring_it():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with as_interrupt():
+            os.kill(os.getpid(), signal.SIGHUP)
+            raise_dropped_interrupt()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
