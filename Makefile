@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup repro repro-real test test-experiments test-faults test-simulation test-cluster check bench clean pictures pins
+.PHONY: help setup repro repro-real test test-experiments test-faults test-simulation test-cluster test-slurm check bench clean pictures pins
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -51,6 +51,9 @@ test-simulation: setup  ## ten thousand schedules of random faults in virtual ti
 
 test-cluster: setup  ## a cluster of network namespaces: ray up, a sweep with a node lost, ray down (needs root)
 	$(BIN)/python -m pytest -m cluster tests/cluster -rs
+
+test-slurm: setup  ## a real SLURM on loopback: tasks that lease trials, signalled, requeued, preempted (needs root)
+	$(BIN)/python -m pytest -m slurm tests/cluster/test_slurm.py -rs
 
 test-experiments: setup  ## DVC's experiments, copies and queue, on a real clone
 	$(BIN)/python -m pytest -m experiments tests/e2e/test_experiments.py

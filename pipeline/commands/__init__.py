@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from pipeline.commands import doctor, miniature, numbers, plan, predict, results, studies, workspace
+from pipeline.commands import doctor, numbers, plan, predict, results, studies, workspace
 from pipeline.commands.parser import CommandLine
 
-VERBS = (studies, workspace, doctor, results, plan, predict, numbers, miniature)  # as the help lists them
+VERBS = (studies, doctor, results, plan, predict, numbers, workspace)  # as the help lists them
 
 
 def register(line: CommandLine) -> None:

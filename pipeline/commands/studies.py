@@ -1,8 +1,19 @@
-"""`hificl studies`: how far every study is; `hificl study`, `sweep`, `run-trial`, `adapt`: what runs one, or a part."""
+"""`hificl studies`: how far every study is; `hificl study`, `sweep`, `run-trial`, `adapt`: what runs one, or a part.
+
+`hificl submit slurm`: an array job whose tasks lease trials from the store. Each is one process of `hificl work` in the
+place of the batch script, so SLURM's signals reach it: at USR1 (before the time limit) and TERM (preemption,
+requeueing) it keeps the trial's last step, and puts itself back into the queue where SLURM does not.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -10,7 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.commands.parser import CommandLine, settable, study_names
-from pipeline.core.errors import HificlError
+from pipeline.core.errors import HificlError, InputError, WorkError
+from pipeline.core.files import write_atomic
+from pipeline.core.progress import say
 from pipeline.core.terminal import GOOD, Answer, Fields, table
 
 if TYPE_CHECKING:
@@ -21,6 +34,11 @@ if TYPE_CHECKING:
     from pipeline.plan.plan import Inputs
     from pipeline.workspace import Reported
     from pipeline.workspace.adapt import Adapted
+
+SLURM = Path("runs/.slurm")  # script and logs of tasks
+_GRACE = (30, 600)  # seconds that a step, a checkpoint and scontrol take at least, and more than anyone needs
+_MOST_TASKS = 16  # where no number is asked for
+_ANSWER_SECONDS = 30.0  # of SLURM's programs
 
 
 def register(line: CommandLine) -> None:
@@ -47,6 +65,7 @@ def register(line: CommandLine) -> None:
     parser.add_argument("--train-only", action="store_true", help="do not score it")
     settable(parser)
     _register_adapt(line)
+    _register_tasks(line)
 
 
 def _register_adapt(line: CommandLine) -> None:
@@ -64,6 +83,27 @@ def _register_adapt(line: CommandLine) -> None:
     parser.add_argument("--field", action="append", default=[], metavar="NAME=COLUMN", help="such as question=asked")
     parser.add_argument("--bad-rows", choices=["refuse", "leave-out"], default="refuse", help="(default: refuse)")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def _register_tasks(line: CommandLine) -> None:
+    text = "an array job whose tasks lease the open trials, without Ray"
+    parser = line.verb("run", "submit", _submit, text, answers=True)
+    parser.add_argument("system", metavar="SYSTEM", choices=["slurm"], help="the queueing system: slurm")
+    study_names(parser.add_argument("--study", action="append", metavar="S", help="a study (default: the profile's)"))
+    text = f"of the array (default: one a trial, {_MOST_TASKS} at most)"
+    parser.add_argument("--tasks", type=int, metavar="N", help=text)
+    parser.add_argument("--at-once", type=int, metavar="N", help="tasks that run side by side (default: all)")
+    parser.add_argument("--time", default="01:00:00", metavar="H:M:S", help="limit of a task (default: %(default)s)")
+    text = "seconds before the limit in which a task keeps its step (default: %(default)s)"
+    parser.add_argument("--grace", type=int, default=90, metavar="SECONDS", help=text)
+    text = "a line for #SBATCH, such as --sbatch=--partition=gpu"
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=text)
+    parser.add_argument("--dry-run", action="store_true", help="show the script, and do nothing")
+    settable(parser)
+
+    parser = line.verb("run", "work", _work, "lease open trials and train them here, without Ray")
+    study_names(parser.add_argument("--study", action="append", metavar="S", help="a study (default: the profile's)"))
+    settable(parser)
 
 
 def _studies(args: argparse.Namespace) -> Overview:
@@ -214,3 +254,184 @@ def _adapt(args: argparse.Namespace) -> Adapted:
     asked = Asked(str(data), backbone, methods, args.minutes, args.seed, settings)
     out = Path(args.out) if args.out else Path("work") / task_name(data)
     return adapt(asked, out)
+
+
+@dataclass(frozen=True)
+class Submission(Answer):
+    """An array job.
+
+    Attributes:
+        open: how many trials there are to be trained.
+        tasks: how many lease them.
+        script: the file; None: it was only to be shown.
+        job: its number; None: it was not submitted.
+        text: the script.
+    """
+
+    open: int
+    tasks: int
+    script: str | None
+    job: str | None
+    text: str
+
+    def record(self) -> Json:
+        """Return all fields."""
+        return asdict(self)
+
+    def shown(self) -> Iterator[str]:
+        """Give the script, or what became of it."""
+        if self.script is None:
+            yield self.text
+            return
+        yield f"job {self.job}: {self.tasks} tasks for {self.open} open trials; script and logs in {SLURM}"
+        yield "When they have ended, `hificl sweep` brings MLflow in line"
+
+
+def slurm_script(params: Params, arguments: list[str], tasks: int, args: argparse.Namespace, home: Path) -> str:
+    """Return the array job's script.
+
+    Args:
+        params: the resources of a worker are a task's.
+        arguments: of `hificl work`.
+        tasks: of the array.
+        args: `study`, `at_once`, `time`, `grace` and `sbatch`.
+        home: the project's folder, absolute.
+
+    Raises:
+        InputError: a number or a time that there cannot be, or an option that is no line of its own.
+    """
+    sweep = params.sweep
+    for name, value, least, most in (
+        ("--tasks", tasks, 1, math.inf),
+        ("--at-once", tasks if args.at_once is None else args.at_once, 1, math.inf),
+        ("--grace", args.grace, *_GRACE),
+    ):  # fmt: skip
+        if not least <= value <= most:
+            limit = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise InputError(f"{value} is no number of it", where=name, way_out=f"Give {limit}")
+    if _seconds(args.time) <= args.grace:
+        way_out = "Give H:M:S or D-H:M:S, longer than --grace"
+        raise InputError(f"{args.time!r} is no time with {args.grace} s to spare", where="--time", way_out=way_out)
+    for option in args.sbatch:
+        if not option.startswith("-") or not option.isprintable():
+            way_out = "Write it with its dashes: --sbatch=--partition=gpu"
+            raise InputError(f"{option!r} is no option of sbatch", where="--sbatch", way_out=way_out)
+    options = [
+        f"--job-name={'-'.join(['hificl', *(args.study or [])])}",
+        f"--array=0-{tasks - 1}" + (f"%{args.at_once}" if args.at_once else ""),
+        "--nodes=1", "--ntasks=1",
+        f"--cpus-per-task={math.ceil(max(sweep.cpus_per_worker, sweep.threads_per_worker))}",
+        *([f"--gres=gpu:{math.ceil(sweep.gpus_per_worker)}"] if sweep.gpus_per_worker else []),
+        f"--time={args.time}", f"--signal=B:USR1@{args.grace}", "--requeue", "--open-mode=append",
+        f"--output={SLURM}/%A_%a.log", *args.sbatch,
+    ]  # fmt: skip
+    lines = ["#!/bin/bash", *(f"#SBATCH {shlex.quote(option)}" for option in options)]
+    command = shlex.join([sys.executable, "-m", "pipeline", "work", *arguments])
+    go = f"exec {command}  # in the shell's place, so that signals reach it"
+    return "\n".join([*lines, f"cd {shlex.quote(str(home))} || exit 1", go, ""])
+
+
+def _seconds(limit: str) -> int:
+    """Return a time as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; 0: it is none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit, re.ASCII)
+    if match is None:
+        return 0
+    days, *fields = match.groups()
+    clock = [int(field) for field in fields if field is not None]
+    if days is None and len(clock) < 3:
+        clock.insert(0, 0)
+    hours, minutes, seconds = [*clock, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _submit(args: argparse.Namespace) -> Submission:
+    """Write the script and give it to sbatch."""
+    from pipeline.config.load import load
+    from pipeline.plan.plan import all_cells, places
+    from pipeline.records.store import TrialStore
+    from pipeline.sweep.leases import leasable, open_again
+    from pipeline.sweep.train import check_open_engines, check_open_pictures
+
+    params, folders = load(overrides=args.set), places()
+    store = TrialStore(folders.runs)
+    plan = leasable(params, all_cells(params, args.study or params.run.studies, folders), folders)
+    todo = plan.open_keys(store.finished)
+    tasks = max(1, min(len(todo), _MOST_TASKS)) if args.tasks is None else args.tasks
+    arguments = [*_repeated("--study", args.study or []), *_repeated("--set", args.set)]
+    text = slurm_script(params, arguments, tasks, args, Path.cwd())
+    if args.dry_run:
+        return Submission(len(todo), tasks, None, None, text)
+    if not todo:
+        raise InputError("every trial is done", where=str(folders.runs), way_out="`hificl sweep` brings MLflow in line")
+    if shutil.which("sbatch") is None:
+        raise InputError(
+            "no such program here", where="sbatch",
+            way_out="Submit where SLURM is; --dry-run shows the script, `hificl work` trains on this machine",
+        )  # fmt: skip
+    check_open_engines(plan, store)
+    check_open_pictures(plan, store)
+    with store.lease(todo[0], "a submission"):  # which no sweep lets in
+        open_again(plan, store)
+    file = SLURM / "array.sh"
+    write_atomic(file, text)
+    answer = _asked("sbatch", "--parsable", str(file))
+    if answer is None or answer.returncode:
+        why = "no answer" if answer is None else answer.stderr.strip().partition("\n")[0]
+        way_out = f"Mend that, then run `sbatch {file}`"
+        raise WorkError(f"sbatch did not take the script: {why}", where=str(file), way_out=way_out)
+    return Submission(len(todo), tasks, str(file), answer.stdout.strip().partition(";")[0], text)
+
+
+def _asked(*command: str) -> subprocess.CompletedProcess[str] | None:
+    """Run one of SLURM's programs; None where there is none, or no answer."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_ANSWER_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _work(args: argparse.Namespace) -> None:
+    """Lease and train until nothing is left, or a signal comes."""
+    from pipeline.config.load import load
+    from pipeline.pool.processes import worker_environment
+
+    params = load(overrides=args.set)
+    os.environ |= worker_environment(params.sweep)  # before torch is imported, which reads it
+    from pipeline.sweep.leases import Broken, work
+
+    try:
+        done = work(params, args.study or params.run.studies)
+    except Broken as error:  # a GPU's context, or the memory, may be broken too
+        say(f"begins anew: {error}")
+        os.execv(sys.executable, [sys.executable, "-m", "pipeline", *sys.argv[1:]])  # noqa: S606 - no shell is meant
+    if done.signal is not None:
+        if requeued():
+            return
+        raise KeyboardInterrupt
+    if done.held:
+        say(f"{done.held} open trials are held by other processes")
+    if done.failed:
+        key, why = next(iter(done.failed.items()))
+        way_out = "Mend the cause and submit again"
+        raise WorkError(f"{len(done.failed)} trials failed; the first, {key}: {why}", where="work", way_out=way_out)
+
+
+def requeued() -> bool:
+    """Put this task back into SLURM's queue, where it is one that still runs; return whether it will go on.
+
+    One that SLURM ends itself (cancelled, requeued, its time over) is in another state by now, and stays as it is.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return False
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        job = f"{os.environ.get('SLURM_ARRAY_JOB_ID')}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    shown = _asked("scontrol", "show", "job", "--oneliner", job)
+    if shown is None or "JobState=RUNNING" not in shown.stdout:
+        return False
+    asked = _asked("scontrol", "requeue", job)
+    if asked is None or asked.returncode:
+        say(f"SLURM does not requeue task {job}: {asked.stderr.strip() if asked else 'no answer'}")
+        return False
+    say(f"task {job} is back in the queue")
+    return True

@@ -1,4 +1,7 @@
-"""`hificl workspace`: a folder beside this one that runs another profile; `hificl gc`: what no report refers to."""
+"""`hificl workspace`: a folder beside this one that runs another profile; `hificl gc`: what no report refers to.
+
+`hificl world` and `hificl pretrain`: what the miniature's workspaces are made of, its pictures and its backbones.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import argparse
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.parser import CommandLine, profile_name
 from pipeline.core.errors import HificlError, InputError
@@ -26,6 +29,26 @@ def register(line: CommandLine) -> None:
 
     parser = line.verb("check", "gc", _gc, "show what no report refers to; --yes removes it", answers=True)
     parser.add_argument("--yes", action="store_true", help="remove what is shown")
+    _register_miniature(line)
+
+
+def _register_miniature(line: CommandLine) -> None:
+    text = "write its pictures and annotations, in the official formats"
+    parser = line.verb("miniature", "world", _world, text)
+    parser.add_argument("folder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-train-images", type=int, default=2500)
+    parser.add_argument("--num-val-images", type=int, default=2500)
+    parser.add_argument("--difficulty", type=float, default=0.2)
+    parser.add_argument("--picture", metavar="FILE", help="also draw the first pictures with their texts, as PNG")
+
+    parser = line.verb("miniature", "pretrain", _pretrain, "make one of its backbones from nothing")
+    parser.add_argument("backbone")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", default="small", help="small, or large: 17 million parameters, for a GPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, help="another number than the usual two rounds sums otherwise")
 
 
 def _workspace(args: argparse.Namespace) -> None:
@@ -138,3 +161,33 @@ def _planned(params: Params, root: Path) -> set[str]:
 def _size(path: Path) -> int:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
+
+
+def _world(args: argparse.Namespace) -> Any:
+    """Write the world and return what was written."""
+    from pipeline.miniature.world import write_world
+
+    written = write_world(
+        Path(args.folder), seed=args.seed, num_train_images=args.num_train_images,
+        num_val_images=args.num_val_images, difficulty=args.difficulty,
+    )  # fmt: skip
+    if args.picture:
+        from pipeline.report.miniature import draw_world
+
+        draw_world(Path(args.folder), Path(args.picture))
+    return written
+
+
+def _pretrain(args: argparse.Namespace) -> None:
+    """Pretrain a backbone and draw how it learned."""
+    from pipeline.core.progress import bar
+    from pipeline.miniature import pretrain as training
+    from pipeline.report.miniature import draw_emergence
+    from pipeline.tracking.provenance import head_commit
+
+    with bar(f"pretrain {args.backbone}") as progress:
+        training.pretrain(
+            args.backbone, Path(args.out), seed=args.seed, size=args.size, device=args.device,
+            commit=head_commit(), progress=progress, num_threads=args.threads or training.NUM_THREADS,
+        )  # fmt: skip
+    draw_emergence(Path(args.out), Path(args.out) / "pretraining.svg")

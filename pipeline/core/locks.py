@@ -139,7 +139,8 @@ def holder(path: Path) -> str | None:
             return _named(path)
         there = Holder.read(path.with_name(f"{path.name}.held"))
         return None if there is None or there.is_gone else str(there)
-    return None
+    there = Holder.read(path)  # of another host, whose lock is not seen here (NFS with `nolock`)
+    return str(there) if there is not None and not there.is_here and _lives(path, there) else None
 
 
 def _take(path: Path, handle: int, me: Holder) -> tuple[str | None, Path | None]:

@@ -24,7 +24,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,17 @@ from pydantic import ConfigDict, Field, JsonValue
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.core.files import GONE, Superseded, disk_error, file_digest, folder_digest, remove_folder, write_atomic
-from pipeline.core.locks import held
+from pipeline.core.locks import held, holder
 from pipeline.core.progress import say
 from pipeline.records import Json, Number, Record, Unreadable, lines
-from pipeline.records.trial import AGAIN, EpochReport, Provenance, StepLosses, TrialEnd, TrialRecord
+from pipeline.records.trial import AGAIN, Attempts, EpochReport, Provenance, StepLosses, TrialEnd, TrialRecord
 
 _CACHED_SECONDS = 60.0  # NFS' acdirmax
 WRITING = ".writing"  # what the process that trains a trial writes in
 LOSSES = "losses.jsonl"
+LEASES = ".leases"  # a lock a trial, for processes that share the store
+_POLL_SECONDS = 0.5
+_FREE = "Wait for it to end, or stop it, and run again"
 
 
 class TrialStore:
@@ -122,12 +125,62 @@ class TrialStore:
         """Hold the store for one sweep or evaluation, which is `what` others are told; `wait` until it is free.
 
         Raises:
-            InputError: another process holds it; the message names it.
+            InputError: another process holds it, or one of its trials; the message names it.
             WorkError: the folder cannot be written.
         """
         waits = f"{what} waits for {self.root}, held by "
-        with held(self.root / ".lock", what, wait=None if wait else 0.0, waits=lambda holder: say(waits + holder)):
+        with held(self._lock, what, wait=None if wait else 0.0, waits=lambda by: say(waits + by)):
+            while (by := next(filter(None, map(holder, self._leases())), None)) is not None:
+                if not wait:
+                    raise InputError(f"held by {by}", where=str(self.root), way_out=_FREE)
+                time.sleep(_POLL_SECONDS)
             yield
+
+    @contextmanager
+    def lease(self, key: str, what: str) -> Iterator[bool]:
+        """Hold one trial, beside processes that hold others; yield whether it was free.
+
+        Who holds the store looks for leases, and who leases looks for the store's holder, each behind its own lock. So
+        of two at once at least one gives way.
+
+        Raises:
+            InputError: a sweep or an evaluation holds the store; the message names it.
+            WorkError: the folder cannot be written.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(held(self.root / LEASES / key, what))
+                free = True
+            except InputError:
+                free = False
+            if free and (by := holder(self._lock)) is not None:
+                raise InputError(f"held by {by}", where=str(self.root), way_out=_FREE)
+            yield free
+
+    @property
+    def _lock(self) -> Path:
+        return self.root / ".lock"
+
+    def _leases(self) -> list[Path]:
+        """Return the leases that are held, or were when their process was killed: what is let go is empty."""
+        return [path for path in (self.root / LEASES).glob("*") if not path.suffix and path.stat().st_size]
+
+    def tried(self, key: str) -> Attempts:
+        """Return how often processes that leased a trial have ended without a word, or by an error."""
+        try:
+            return Attempts.read(self._tried(key), f"Remove {self._tried(key)}")
+        except FileNotFoundError:
+            return Attempts()
+
+    def note_tried(self, key: str, attempts: Attempts | None) -> None:
+        """Keep `attempts` of a leased trial; None: it ended, or was stopped in order."""
+        if attempts is None:
+            self._tried(key).unlink(missing_ok=True)
+        else:
+            write_atomic(self._tried(key), attempts.text())
+
+    def _tried(self, key: str) -> Path:
+        return self.root / LEASES / f"{key}.tried"
 
 
 def check_adapter(folder: Path) -> None:

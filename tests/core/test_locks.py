@@ -158,3 +158,21 @@ def test_a_note_that_cannot_be_written_holds_nothing_afterwards(tmp_path, monkey
             pass
     with held(tmp_path / ".lock", "x"):  # by the same process, which does not wait for itself
         pass
+
+
+def test_a_holder_on_another_host_whose_lock_is_not_seen_here_is_named_while_it_gives_signs_of_life(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(locks, "_WATCHED", 1.0)
+    path, ended = tmp_path / "lock", threading.Event()
+    path.write_text(json.dumps(asdict(replace(Holder.here("a task"), host="another-host"))))
+    assert locks.holder(path) is None  # it was killed
+    beat = threading.Thread(target=lambda: [os.utime(path) for _ in range(100) if not ended.wait(0.1)])
+    beat.start()
+    try:
+        assert locks.holder(path).startswith("a task, pid ") and "another-host" in locks.holder(path)
+    finally:
+        ended.set()
+        beat.join()
+    path.write_text("")
+    assert locks.holder(path) is None  # it let go

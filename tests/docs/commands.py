@@ -24,6 +24,7 @@ NOT_RUN: dict[str, str] = {
     r"dvc (exp|metrics|params|plots|queue) .*": "run by tests/e2e/test_experiments.py",
     r"hificl ui.*": "a server: run by tests/tracking/test_ui.py",
     r"(hificl serve|curl) .*": "a server and its clients: run by tests/commands/test_serve.py",
+    r"hificl work .*": "trains: run by tests/sweep/test_leases.py",
     r"hificl (reproduce|run-trial) .*": "trains: run by tests/e2e/test_lineage.py",
     r"hificl study (sink-beside-hificl)": "run by tests/docs/test_extending.py",
     r"hificl params .*--method sink .*": "run by tests/docs/test_extending.py",

@@ -1,0 +1,151 @@
+"""A sweep under a real SLURM: tasks lease trials, are signalled, requeued, preempted and run out of time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm import Slurm, missing
+from tests.faults.checks import mlflow_problems, results
+from tests.faults.sweeps import EPOCHS, Sweep, make_sweep
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(missing() is not None, reason=f"no SLURM here: {missing()}"),
+]
+
+
+@pytest.fixture
+def system(tmp_path_factory):
+    made = Slurm(tmp_path_factory.mktemp("slurm"))
+    yield made
+    made.close()
+
+
+class Submitted:
+    """An array job of a workspace."""
+
+    def __init__(self, sweep: Sweep, system: Slurm, *words: str) -> None:
+        self.sweep, self.system = sweep, system
+        sweep.environment |= system.environment
+        sweep.begin("-m", "pipeline", "submit", "slurm", "--json", *words, log="submit.json")
+        assert sweep.ended() == 0, (sweep.folder / "submit.json").read_text()
+        said = (sweep.folder / "submit.json").read_text()
+        self.answer = json.JSONDecoder().raw_decode(said[said.index("{") :])[0]
+        self.job, sweep.stage = self.answer["job"], None
+
+    @property
+    def logs(self) -> str:
+        return "".join(file.read_text() for file in sorted((self.sweep.runs / ".slurm").glob("*.log")))
+
+    def caught(self, seconds: float = 400) -> tuple[int, str]:
+        """Stop a task's process while its trial trains; return its id and the task."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            ends = self.sweep.ends()
+            open_ones = [event["by"] for event in self.sweep.events("trial leased") if event["trial"] not in ends]
+            for pid in {int(re.match(r"pid (\d+)", by)[1]) for by in open_ones[-2:]}:
+                try:
+                    os.kill(pid, signal.SIGSTOP)
+                    environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+                except (ProcessLookupError, FileNotFoundError):
+                    continue
+                leased = [e for e in self.sweep.events("trial leased") if e["by"].startswith(f"pid {pid} ")]
+                if leased[-1]["trial"] not in self.sweep.ends():  # still: it may have ended before the signal
+                    number = next(value.partition("=")[2] for value in environment if "SLURM_ARRAY_TASK_ID" in value)
+                    return pid, f"{self.job}_{number}"
+                os.kill(pid, signal.SIGCONT)
+            time.sleep(0.02)
+        raise AssertionError(f"no task trains: {self.system.ask('squeue')}{self.logs[-4000:]}")
+
+    def go_on(self, pid: int, task: str, number: int) -> None:
+        """Let a stopped process go on once SLURM's signal has reached it; wait until its task is in the queue again."""
+
+        def pending() -> bool:
+            try:
+                status = Path(f"/proc/{pid}/status").read_text()
+            except FileNotFoundError:
+                return True
+            shown = re.search(r"ShdPnd:\s*(\w+)", status)
+            stopped = re.search(r"State:\s*T", status)
+            return stopped is None or bool(int(shown[1], 16) >> (number - 1) & 1)
+
+        self.system.until(pending, f"{signal.Signals(number).name} for task {task}")
+        os.kill(pid, signal.SIGCONT)
+        self.system.until(lambda: not Path(f"/proc/{pid}").exists(), f"end of pid {pid}")
+        self.system.until(lambda: "PENDING" in self.system.state(task) or self.restarts(task), f"requeueing of {task}")
+
+    def minutes(self, task: str) -> int:
+        """Return how many whole minutes a task has run."""
+        hours, minutes = re.search(
+            r"RunTime=(\d+):(\d+):", self.system.ask("scontrol", "show", "job", "-o", task)
+        ).groups()
+        return 60 * int(hours) + int(minutes)
+
+    def restarts(self, task: str) -> int:
+        return int(re.search(r"Restarts=(\d+)", self.system.ask("scontrol", "show", "job", "-o", task))[1])
+
+    def kept(self) -> set[str]:
+        return {path.name for path in self.sweep.runs.glob("*/checkpoint/epoch-*-step-*")}
+
+
+def test_a_sweep_of_leased_trials_survives_signals_requeueing_preemption_and_time_limits(tmp_path, system):
+    sweep = make_sweep(tmp_path / "template")
+    reference = sweep.copy(tmp_path / "reference")
+    reference.again()
+    wanted = results(reference)
+    assert len(wanted) == 4 and {row["status"] for row in wanted.values()} == {"finished"}
+
+    job = Submitted(sweep, system, "--tasks", "2", "--time", "00:20:00", "--grace", "60")
+    assert (job.answer["open"], job.answer["tasks"]) == (4, 2)
+    kept = []
+    for disturb, number in (
+        (lambda task: ("scontrol", "requeue", task), signal.SIGTERM),
+        (lambda task: ("scontrol", "update", f"JobId={task}", f"TimeLimit={job.minutes(task) + 2}"), signal.SIGUSR1),
+        (lambda task: ("sbatch", "-p", "high", "-n2", "--wrap", "sleep 1", "-o", "/dev/null"), signal.SIGTERM),
+    ):
+        pid, task = job.caught()
+        before = job.restarts(task)
+        system.ask(*disturb(task), cwd=sweep.folder)
+        job.go_on(pid, task, number)
+        kept.append(job.kept())
+        system.until(lambda task=task, before=before: job.restarts(task) > before, "a restart")
+        if number == signal.SIGUSR1:
+            system.ask("scontrol", "update", f"JobId={task}", "TimeLimit=20")
+    system.until(lambda: len(sweep.ends()) == 4, "the end of all trials", 600)
+    system.until(lambda: not system.ask("squeue", "-h").strip(), "the end of all tasks", 300)
+
+    assert results(sweep) == wanted
+    epochs = re.findall(r"^(\w{16}): epoch (\d+)", job.logs, re.MULTILINE)
+    assert sorted(epochs) == sorted((key, str(epoch)) for key in wanted for epoch in range(1, EPOCHS + 1))  # each once
+    assert any(kept), "no step was kept"
+    assert job.logs.count("the last step is kept") >= 3
+    assert "SIGUSR1: the last step is kept" in job.logs and "is back in the queue" in job.logs
+
+    sweep.again("-m", "pipeline", "sweep")  # brings MLflow in line, and trains nothing
+    assert mlflow_problems(sweep.folder / "mlflow.db", dict.fromkeys(wanted, "FINISHED")) == []
+    assert results(sweep) == wanted and not list(sweep.runs.glob("*/checkpoint/*-step-*"))
+
+
+def test_what_is_cancelled_keeps_its_step_and_stays_cancelled(tmp_path, system):
+    sweep = make_sweep(tmp_path / "sweep")
+    job = Submitted(sweep, system, "--tasks", "1", "--sbatch=--comment=two words")
+    pid, task = job.caught()
+    assert "Comment=two words" in system.ask("scontrol", "show", "job", "-o", task)
+    system.ask("scancel", task)
+    system.until(lambda: "CANCELLED" in system.state(task) or "COMPLETING" in system.state(task), "cancelling")
+    os.kill(pid, signal.SIGCONT)
+    system.until(lambda: not Path(f"/proc/{pid}").exists(), "end of the process")
+    system.until(lambda: "CANCELLED" in system.state(task), "the end of the task")
+    time.sleep(3)
+    assert "CANCELLED" in system.state(task) and job.restarts(task) == 0
+    assert "SIGTERM: the last step is kept" in job.logs and len(sweep.ends()) < 4
+    assert sys.executable in (sweep.runs / ".slurm/array.sh").read_text()
