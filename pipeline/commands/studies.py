@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 from pipeline.commands.parser import CommandLine, settable, study_names
 from pipeline.core.errors import HificlError, InputError, WorkError
 from pipeline.core.files import write_atomic
-from pipeline.core.progress import say
 from pipeline.core.terminal import GOOD, Answer, Fields, table
 
 if TYPE_CHECKING:
@@ -393,6 +392,7 @@ def _asked(*command: str) -> subprocess.CompletedProcess[str] | None:
 def _work(args: argparse.Namespace) -> None:
     """Lease and train until nothing is left, or a signal comes."""
     from pipeline.config.load import load
+    from pipeline.core.progress import say
     from pipeline.pool.processes import worker_environment
 
     params = load(overrides=args.set)
@@ -421,6 +421,8 @@ def requeued() -> bool:
 
     One that SLURM ends itself (cancelled, requeued, its time over) is in another state by now, and stays as it is.
     """
+    from pipeline.core.progress import say
+
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return False
