@@ -107,8 +107,7 @@ def recorded(lease: Lease, name: str) -> None:
     for k in (1,) if lease.rehearses else (1, 8):
         with lease.attempt(f"K = {k}"):
             computed, pack = packed_step(bench, k)
-            learnt = [parameter for adapter in pack.adapters for parameter in adapter.parameters()]
-            decoder = RecordedDecoder(bench.spec, learnt, partial(_state, pack))
+            decoder = RecordedDecoder(bench.spec, pack.adapters, partial(_state, pack))
 
             def replayed(computed: Step = computed, decoder: RecordedDecoder = decoder) -> None:
                 with recorded_passes(decoder):

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pipeline.backbones.decoder import DecoderSpec, decoder_of
@@ -145,7 +145,6 @@ GRAPHS_ON = "cuda"  # the type of device whose passes are recorded
 _WIDTHS = 16  # tokens: a batch is padded to the next multiple, so that few lengths are recorded
 _SAME = 0.05  # relative distance of what is replayed to what was computed; rounding gives less than 0.01
 COMPARED = (2, 4, 8)  # uses of a recorded pass that are compared once more: parameters have changed by then
-_ATTEMPTS = 2  # the first recording of a process may load what cannot be loaded while it lasts
 _WARM = 2  # passes before recording: kernels are compiled and chosen in them
 
 
@@ -159,28 +158,23 @@ def record(work: Callable[[], Sequence[Tensor | None]], pool: Any) -> tuple[Call
     Raises:
         RuntimeError: it cannot be recorded.
     """
-    pool = pool or torch.cuda.graph_pool_handle()
-    for attempt in range(_ATTEMPTS):
-        graph, made, cause = torch.cuda.CUDAGraph(), list[Tensor | None](), None
-        try:
-            # of this thread alone: others load pictures meanwhile
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                try:
-                    made = list(work())
-                except Exception as error:
-                    cause = error  # which the end of a recording that has failed hides
-                    raise
-        except RuntimeError as error:
-            _forgotten(pool)
-            if attempt + 1 == _ATTEMPTS or is_out_of_memory(cause or error):
-                raise cause or error from None
-        else:
-            return graph.replay, made
-    raise AssertionError  # one of them returned or raised
+    graph, pool, cause = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle(), None
+    try:
+        # of this thread alone: others load pictures meanwhile
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            try:
+                made = list(work())
+            except Exception as error:
+                cause = error  # which the end of a recording that has failed hides
+                raise
+    except RuntimeError as error:
+        _forgotten(pool)
+        raise cause or error from None
+    return graph.replay, made
 
 
 def _forgotten(pool: Any) -> None:
-    """Undo what a failed recording leaves: memory goes to its pool for ever, and the device draws no random numbers."""
+    """Undo what a failed recording leaves: what is freed stays in its pool, and the device draws no random numbers."""
     with suppress(RuntimeError, AttributeError):  # it was told already, or is of another torch
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
     torch.cuda.empty_cache()
@@ -190,13 +184,23 @@ def _forgotten(pool: Any) -> None:
 
 
 def warmed(work: Callable[[], Any], times: int = _WARM) -> Any:
-    """Run `work` a few times where recording will run it, and return its last result."""
+    """Run `work` a few times where recording will run it, and return its last result.
+
+    Raises:
+        RuntimeError: it waits for the device, which cannot be recorded; a recording would fail and leave damage.
+    """
     if not torch.cuda.is_available():
         return work()
-    stream = torch.cuda.Stream()
+    stream, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        made = [work() for _ in range(times)][-1]
+        for _ in range(times - 1):  # what is made once may wait
+            work()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            made = work()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
     torch.cuda.current_stream().wait_stream(stream)
     return made
 
@@ -230,14 +234,15 @@ class RecordedDecoder:
 
     Args:
         spec: the decoder.
-        parameters: what is trained.
+        adapters: what is trained.
         state: what else a recorded pass holds on to, as a key, and the tensors that it reads.
     """
 
     def __init__(
-        self, spec: DecoderSpec, parameters: Sequence[Tensor], state: Callable[[], tuple[Hashable, object]]
+        self, spec: DecoderSpec, adapters: Sequence[nn.Module], state: Callable[[], tuple[Hashable, object]]
     ) -> None:
-        self.spec, self.parameters, self.state = spec, list(parameters), state
+        self.spec, self.roots, self.state = spec, list(adapters), state
+        self.parameters = [x for adapter in adapters for x in adapter.parameters() if x.requires_grad]
         self.recorded: dict[Hashable, _RecordedPass] = {}
         self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self.compute: Any = type(spec.decoder).forward
@@ -263,7 +268,8 @@ class RecordedDecoder:
         behind = positions[:, -1:] + torch.arange(1, missing + 1, device=positions.device)
         places = torch.cat([positions, behind], 1)
         state, held = self.state()
-        key = (rows, length + missing, positions.shape, embeds.requires_grad, state)
+        addresses = tuple(parameter.data_ptr() for parameter in self.parameters)
+        key = (rows, length + missing, positions.shape, embeds.requires_grad, addresses, state)
         try:
             if key not in self.recorded:
                 self.recorded[key] = _RecordedPass(self, wide, places, held)
@@ -274,6 +280,27 @@ class RecordedDecoder:
             given_up(error, "training")
             hidden = self.computed(wide, places)
         return hidden[:, :length]
+
+    @contextmanager
+    def aliases(self) -> Iterator[list[Tensor]]:
+        """Put parameters of the same values, in the same memory, in the place of those that are trained.
+
+        Autograd remembers on which stream a parameter was used first, and goes back there for its gradient: out of the
+        recording. These are used first in it.
+        """
+        made = {id(parameter): nn.Parameter(parameter.detach()) for parameter in self.parameters}
+        changed: list[tuple[dict[str, Any], str, Any]] = []
+        for module in {id(x): x for root in (*self.roots, self.spec.decoder) for x in root.modules()}.values():
+            for name, parameter in module._parameters.items():
+                if id(parameter) in made:
+                    changed.append((module._parameters, name, parameter))
+        for table, name, parameter in changed:
+            table[name] = made[id(parameter)]
+        try:
+            yield list(made.values())
+        finally:
+            for table, name, parameter in changed:
+                table[name] = parameter
 
     def computed(self, embeds: Tensor, positions: Tensor) -> Tensor:
         """Return the last states [B, T, D], what precedes the decoder's forward included."""
@@ -288,32 +315,33 @@ class _RecordedPass:
     """One forward and one backward pass of one shape."""
 
     def __init__(self, owner: RecordedDecoder, embeds: Tensor, positions: Tensor, held: object) -> None:
-        self.owner, self.held, self.uses = owner, held, 0
-        self.embeds = embeds.detach().clone().requires_grad_(embeds.requires_grad)
-        self.positions = positions.clone()
+        self.owner, self.held, self.uses, self.learns = owner, held, 0, embeds.requires_grad
+        self.embeds, self.positions = embeds.detach().clone(), positions.clone()
+        self.learnt: list[Tensor] = []
         self.gradient = embeds  # of the output; a place of its own once the size is known
-        self.learnt = [*([self.embeds] if embeds.requires_grad else []), *owner.parameters]
         wanted, wanted_gradients = warmed(self._both)
         self.forward, made = record(self._forward, owner.pool)
         self.gradient = self.gradient.clone()
         self.backward, self.gradients = record(self._backward, owner.pool)
         (self.out,) = (out.detach() for out in made if out is not None)
-        self.embeds = self.embeds.detach()
-        del self.live
+        del self.live, self.learnt
         self.forward()
         compare([self.out], [wanted])
         self.backward()
         compare(self.gradients, wanted_gradients)
 
     def _forward(self) -> list[Tensor]:
-        self.live = self.owner.computed(self.embeds, self.positions)
+        embeds = self.embeds.detach().requires_grad_(self.learns)
+        with self.owner.aliases() as aliases:
+            self.live = self.owner.computed(embeds, self.positions)
+        self.learnt = [*([embeds] if self.learns else []), *aliases]
         return [self.live]
 
     def _backward(self) -> Sequence[Tensor | None]:
         return torch.autograd.grad(self.live, self.learnt, self.gradient, allow_unused=True)
 
     def _both(self) -> tuple[Tensor, Sequence[Tensor | None]]:
-        out = self.live = self.owner.computed(self.embeds, self.positions)
+        (out,) = self._forward()
         self.gradient = out.detach() / 256  # some gradient, that no dtype is too narrow for
         return out.detach().clone(), self._backward()
 
@@ -408,7 +436,7 @@ class TokenPass:
             for x, value in zip(state, before, strict=True):
                 x.copy_(value)
 
-        wanted = warmed(self._compute, 1)[0].clone()
+        wanted = warmed(self._compute)[0].clone()
         back()
         if self._replay is None:
             self._replay, (self.logits,) = record(self._compute, None)

@@ -75,7 +75,7 @@ class TrialConfig(_Config):
     compile: bool = False
     gradient_checkpointing: bool = False
     deterministic: bool = False
-    cuda_graphs: bool = True
+    cuda_graphs: bool = False
     quantize: Literal["none", "int8", "nf4"] = "none"
     sample_draw: Literal["first", "by-seed"] = "first"
 

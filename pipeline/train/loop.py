@@ -134,11 +134,8 @@ class TrainingLoop:
         sharded = any(trial.config.zero_stage == 3 for trial in self.trials)
         if torch.device(self.resident.device).type != GRAPHS_ON or hooked or not asked or prefills or sharded:
             return nullcontext()
-        learnt = [
-            parameter for adapter in pack.adapters for parameter in adapter.parameters() if parameter.requires_grad
-        ]
         spec = decoder_of(self.resident.loaded.model)
-        return recorded_passes(RecordedDecoder(spec, learnt, lambda: pack.state))
+        return recorded_passes(RecordedDecoder(spec, pack.adapters, lambda: pack.state))
 
     # -- the next steps' data ------------------------------------------------------------------------------------------
 

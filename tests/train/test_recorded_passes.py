@@ -52,7 +52,7 @@ def recorder(monkeypatch):
 def trained(trial, folder, methods, **fields):
     bench = Workbench(device="cpu")
     for number, (method, options) in enumerate(methods):
-        given = {"epochs": 2, "selection_metric": "loss", **options, **fields}
+        given = {"epochs": 2, "selection_metric": "loss", "cuda_graphs": True, **options, **fields}
         bench.admit(trial(method, folder / f"{method}-{number}", **given))
     reports = []
     while bench.loop and bench.loop.trials:
