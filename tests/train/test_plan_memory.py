@@ -104,6 +104,14 @@ def test_what_the_page_shows_of_a_decoder_in_4_bits_is_what_is_counted():
     assert [of["quantize"] for of in plan.record()["backbones"]] == ["nf4", "nf4"]
 
 
+@pytest.mark.parametrize(("kind", "weights", "beside"), [("int8", 9.17, 0.88), ("nf4", 6.02, 0.90)])
+def test_what_a_card_took_in_few_bits_is_what_is_counted(kind, weights, beside):
+    """GiB of an H200: random Idefics2-8b, its weights and a HiFICL step's peak beside them, B = 2 (docs/gpu.md)."""
+    counter = MemoryOf("idefics2-8b-base", "bf16", kind)
+    assert counter.weights / GIB == pytest.approx(weights, rel=0.005)
+    assert counter.step(config("hificl")).step / GIB == pytest.approx(beside, rel=0.03)
+
+
 def test_few_bits_leave_room_for_trials_and_each_product_makes_its_weight(llava):
     step, wide = llava.step(config("hificl")), MemoryOf("llava-interleave-7b", "bf16", "int8")
     few = wide.step(config("hificl"))

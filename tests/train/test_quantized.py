@@ -14,6 +14,7 @@ from pipeline.core.errors import InputError
 from pipeline.core.plain_yaml import read_file
 from pipeline.evaluate.answerer import Answerer
 from pipeline.plan.plan import pack_key, planned_trials, teacher_key
+from pipeline.serve import Service
 from pipeline.sweep.train import check_engines
 from pipeline.train.workbench import Workbench
 from tests.conftest import ROOT
@@ -101,6 +102,11 @@ def test_an_adapter_answers_over_what_it_was_scored_over(bench, trial, tmp_path,
     for sample, predicted in zip(manifest.splits["evaluation"], evaluation.predictions, strict=False):
         image = manifest.image_root / sample.images[0].path
         assert answerer.answer(image, sample.question)["answer"] == predicted.prediction
+    given = {"project": ROOT, "root": tmp_path, "most_rows": 2, "most_waiting": 2}
+    source = BackboneSource(weights=str(ROOT / "checkpoints/mini-idefics2"))
+    service = Service("mini-idefics2", backbones.load_from("mini-idefics2", source), **given)
+    with pytest.raises(InputError, match=f"was trained with quantize {kind}, this server has none"):
+        service.add("mine", folder)
     loaded, adapter = answerer._loaded
     assert loaded.quantized == kind and is_quantized(loaded.model)
     # behind a cache, token by token, as in one pass
