@@ -26,7 +26,7 @@ from pipeline.adapters.base import Adapter, AttentionAdapter, HiddenAdapter, Wei
 from pipeline.adapters.edits import AttentionEdit, HiddenEdit, WeightsEdit, edited_weights
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.attention.kernels import prepare_mask
-from pipeline.backbones.decoder import DecoderSpec, check_hooks, decoder_of, eager
+from pipeline.backbones.decoder import DecoderSpec, check_hooks, decoder_of, eager, is_eager
 from pipeline.backbones.states import modules_at
 from pipeline.core.errors import InputError
 
@@ -194,7 +194,7 @@ def _as_it_is(spec: DecoderSpec) -> Iterator[None]:
     tables: list[tuple[Any, dict[int, Any]]] = []
     for module in spec.decoder.modules():
         for table in (module._forward_hooks, module._forward_pre_hooks):
-            if any(hasattr(hook, "_torchdynamo_disable") for hook in table.values()):  # of `eager`
+            if any(map(is_eager, table.values())):
                 tables.append((table, dict(table)))
     forwards = {
         layer: vars(layer)["forward"] for layer in spec.layers if isinstance(vars(layer).get("forward"), partial)
@@ -202,7 +202,7 @@ def _as_it_is(spec: DecoderSpec) -> Iterator[None]:
     try:
         for table, hooks in tables:
             for number, hook in hooks.items():
-                if hasattr(hook, "_torchdynamo_disable"):
+                if is_eager(hook):
                     del table[number]
         for layer in forwards:
             del layer.forward

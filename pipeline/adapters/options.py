@@ -26,6 +26,7 @@ class Facts:
         trains_vision: whether gradients reach the vision tower, so that visual tokens cannot be computed once.
         packable: whether several such adapters can share one forward pass, row by row.
         drops: whether training draws dropout, a mask of its own for every token of every sample.
+        reads_weights: whether it is made of the backbone's weights each time that it is attached.
     """
 
     teacher: Literal["hidden", "logits"] | None = None
@@ -36,6 +37,7 @@ class Facts:
     trains_vision: bool = False
     packable: bool = True
     drops: bool = False
+    reads_weights: bool = False
 
     @property
     def kind(self) -> Kind | None:

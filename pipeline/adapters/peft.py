@@ -93,7 +93,10 @@ class PeftOptions(TeacherOptions):
         """Cross-entropy alone, or with a teacher; a tuner that PEFT computes has a pass of its own."""
         draws = self.tuner.upper() == "PVERA" or any("dropout" in name and self.config[name] for name in self.config)
         vision = self.scope == "all"
-        return self.taught(Facts(learning_rate=_LEARNING_RATE, trains_vision=vision, packable=False, drops=draws))
+        facts = Facts(
+            learning_rate=_LEARNING_RATE, trains_vision=vision, packable=False, drops=draws, reads_weights=True
+        )
+        return self.taught(facts)
 
 
 @METHODS.register

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.base import METHODS, AttentionAdapter, Init, Prefill
 from pipeline.adapters.options import Facts, Options, TeacherOptions
+from pipeline.backbones.base import gathered
 from pipeline.backbones.decoder import DecoderSpec
 from pipeline.core.errors import InputError
 
@@ -80,8 +81,8 @@ class Prompt(_Before):
     def build(cls, model: nn.Module, spec: DecoderSpec, options: Any, seed: int, device: torch.device) -> Prompt:
         """Draw the tokens that the prompt starts as."""
         init, table = Init(seed, device), model.get_input_embeddings()  # type: ignore[operator]
-        drawn = torch.randint(len(table.weight), (options.num_virtual_tokens,), generator=init.generator)
-        with torch.no_grad():
+        with torch.no_grad(), gathered(table):
+            drawn = torch.randint(len(table.weight), (options.num_virtual_tokens,), generator=init.generator)
             return cls(options, spec, init, table(drawn.to(table.weight.device)).float())
 
     @property

@@ -6,12 +6,13 @@ import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config.schema import BackboneSource
 from pipeline.core.errors import InputError
@@ -38,6 +39,35 @@ def placed(x: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
+
+
+def import_deepspeed() -> Any:
+    """Return DeepSpeed, imported when it is first needed."""
+    import deepspeed
+
+    # An all-reduce in C++ for several ranks on one CPU, compiled when first used: minutes, and a compiler to have.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def gathered(*modules: nn.Module, inside: bool = True) -> AbstractContextManager[None]:
+    """Return a context in which the modules' parameters are whole, where ranks have them in parts (ZeRO-3).
+
+    Every rank enters it. Elsewhere nothing happens.
+
+    Args:
+        modules: some.
+        inside: those of the modules inside them too.
+    """
+    parts = [p for module in modules for p in module.parameters(recurse=inside) if hasattr(p, "ds_id")]
+    if not parts:
+        return nullcontext()
+    return import_deepspeed().zero.GatheredParameters(parts)
+
+
+def num_values(parameter: Tensor) -> int:
+    """Return how many values a parameter has on all ranks together."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 @dataclass(frozen=True, slots=True)

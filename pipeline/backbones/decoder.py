@@ -146,7 +146,14 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
     Layers that differ in their weights alone share one graph. What a function reads of its own layer from anywhere else
     would be that of the layer which was traced: another layer's virtual tokens, silently.
     """
-    return torch.compiler.disable(function)
+    hook = torch.compiler.disable(function)
+    hook.is_eager = True
+    return hook
+
+
+def is_eager(hook: Callable[..., Any]) -> bool:
+    """Whether `eager` has returned `hook`."""
+    return hasattr(hook, "is_eager")
 
 
 def check_hooks(modules: Iterable[nn.Module], hooked: Iterable[nn.Module]) -> None:
@@ -376,8 +383,8 @@ def stored_bytes(shape: Sequence[int], kind: str) -> float:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Return what a model's parameters take, scales of those in few bits included."""
-    total = sum(parameter.nbytes for parameter in model.parameters())
+    """Return what a model's parameters take here, scales of those in few bits included; of those in parts, its own."""
+    total = sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in model.parameters())
     for module in model.modules():
         if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
             total += state.absmax.nbytes + state.state2.absmax.nbytes

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
+from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from pipeline.backbones.base import Backbone, Family, get
+from pipeline.backbones.base import Backbone, Family, get, import_deepspeed
 from pipeline.backbones.decoder import check_quantization, quantizable, quantize, settle
 from pipeline.backbones.families.generic import declared
 from pipeline.backbones.passes import Passes, is_out_of_memory
@@ -20,6 +25,17 @@ from pipeline.core.errors import InputError, nearest
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VARIANTS = ("published", "tiny", "meta")
 TINY_TEXT = Path(__file__).with_name("tiny_text.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Zero:
+    """How ranks have a model's parameters in parts (ZeRO-3).
+
+    Attributes:
+        offload: `cpu`: a rank's part lies in the host's memory; `none`: on its device.
+    """
+
+    offload: str = "none"
 
 
 @dataclass(slots=True)
@@ -96,6 +112,7 @@ def load(
     seed: int = 0,
     allow_download: bool = False,
     quantized: str = "none",
+    zero: Zero | None = None,
 ) -> Loaded:
     """Load a backbone, frozen and in eval mode.
 
@@ -111,22 +128,23 @@ def load(
         allow_download: whether the hub may be asked for what the cache lacks.
         quantized: none; int8 or nf4: the decoder's linear weights are stored so (`decoder.quantize`), and the whole
             model is never held wider.
+        zero: how the process group's ranks share the parameters out among them; each of them loads. None: they do not.
 
     Raises:
         InputError: an unknown name, variant or dtype; weights that are missing, pickled, damaged or another model's;
             a package that few bits need is missing.
     """
-    place = (weights, revision, dtype, device, seed, quantized)
+    place = (weights, revision, dtype, device, seed, quantized, zero)
     return _loaded(get(name), variant, *place, allow_download=allow_download)
 
 
 def load_from(
     name: str, source: BackboneSource, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu",
-    quantized: str = "none",
+    quantized: str = "none", zero: Zero | None = None,
 ) -> Loaded:  # fmt: skip
     """Load a backbone from where its settings say, as `load` does; `dtype` None: that of the settings."""
     kind = source.dtype if dtype is None else dtype
-    place = (source.weights, source.revision, kind, device, source.seed, quantized)
+    place = (source.weights, source.revision, kind, device, source.seed, quantized, zero)
     return _loaded(of(name, source), source.variant, *place)
 
 
@@ -137,7 +155,7 @@ def of(name: str, source: BackboneSource) -> Backbone:
 
 def _loaded(
     backbone: Backbone, variant: str, weights: Path | str | None, revision: str | None, dtype: torch.dtype | str,
-    device: torch.device | str, seed: int, quantized: str, *, allow_download: bool = False,
+    device: torch.device | str, seed: int, quantized: str, zero: Zero | None, *, allow_download: bool = False,
 ) -> Loaded:  # fmt: skip
     if variant not in VARIANTS:
         raise InputError(
@@ -146,14 +164,17 @@ def _loaded(
         )  # fmt: skip
     kind = _dtype(dtype, backbone.name)
     check_quantization(quantized, f"backbone {backbone.name}")
+    if quantized != "none" and zero is not None:
+        problem = f"weights in {quantized} are not shared out among ranks"
+        raise InputError(problem, where=f"backbone {backbone.name}", way_out="Set train.zero_stage to 2")
     if variant == "tiny":
-        loaded = _tiny(backbone, seed=seed, dtype=kind, device=device)
+        loaded = _tiny(backbone, seed=seed, dtype=kind, device=device, zero=zero)
     elif variant == "meta":
         folder = find_folder(backbone, weights, revision) if backbone.family.by_name else None
         loaded = _meta(backbone, folder)
     else:
         folder = find_folder(backbone, weights, revision, allow_download=allow_download)
-        return _published(backbone, folder, dtype=kind, device=device, quantized=quantized)
+        return _published(backbone, folder, dtype=kind, device=device, quantized=quantized, zero=zero)
     if quantized != "none":
         quantize(loaded.model, quantized)
     return replace(loaded, quantized=quantized)
@@ -199,7 +220,9 @@ def tiny_lines() -> list[str]:
     return TINY_TEXT.read_text(encoding="utf-8").splitlines()
 
 
-def _tiny(backbone: Backbone, *, seed: int, dtype: torch.dtype, device: torch.device | str) -> Loaded:
+def _tiny(
+    backbone: Backbone, *, seed: int, dtype: torch.dtype, device: torch.device | str, zero: Zero | None
+) -> Loaded:
     family, special = backbone.family, backbone.special_tokens
     tokenizer = family.train_tokenizer([line + "\n" for line in tiny_lines()], special)
     processing = backbone.processor_for("tiny")
@@ -209,7 +232,12 @@ def _tiny(backbone: Backbone, *, seed: int, dtype: torch.dtype, device: torch.de
         torch.manual_seed(seed)
         model = family.model_class(family.build_config(settings))
     model = model.to(device=device, dtype=dtype)
-    return _ready(Loaded(model, processor, processor.tokenizer, backbone, _tiny_digest(backbone, seed), "tiny"))
+    if zero is not None:
+        share_out = _sharing(zero)
+        for parameter in model.parameters():
+            share_out(parameter)
+    digest, passes = _tiny_digest(backbone, seed), Passes(together=zero is not None)
+    return _ready(Loaded(model, processor, processor.tokenizer, backbone, digest, "tiny", passes=passes))
 
 
 def _tiny_digest(backbone: Backbone, seed: int) -> str:
@@ -222,7 +250,13 @@ def _tiny_digest(backbone: Backbone, seed: int) -> str:
 
 
 def _published(
-    backbone: Backbone, folder: Path, *, dtype: torch.dtype, device: torch.device | str, quantized: str
+    backbone: Backbone,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantized: str,
+    zero: Zero | None,
 ) -> Loaded:
     from safetensors import SafetensorError
 
@@ -240,9 +274,10 @@ def _published(
         placed: dict[str, Any] = {"device_map": {"": torch.device(device)}}
         if quantized != "none":
             placed["quantization_config"] = _bits(family, folder, quantized, dtype)
-        elif torch.device(device).type == "cpu":
+        elif zero or torch.device(device).type == "cpu":
             placed = {}
-        model, report = family.load_model(folder, dtype=dtype, output_loading_info=True, **placed)
+        with nullcontext() if zero is None else _shared_out(zero):
+            model, report = family.load_model(folder, dtype=dtype, output_loading_info=True, **placed)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if is_out_of_memory(error):  # no fault of the weights: another process may have the room
             raise
@@ -257,8 +292,48 @@ def _published(
     model = _frozen(model if placed else model.to(device))
     backbone = family.known(backbone, model, processor)
     tokenizer = getattr(processor, "tokenizer", processor)
-    digest = digest_of_folder(folder, backbone)
-    return _ready(Loaded(model, processor, tokenizer, backbone, digest, "published", folder, quantized=quantized))
+    digest, passes = digest_of_folder(folder, backbone), Passes(together=zero is not None)
+    return _ready(Loaded(model, processor, tokenizer, backbone, digest, "published", folder, passes, quantized))
+
+
+@contextmanager
+def _shared_out(zero: Zero) -> Iterator[None]:
+    """Let every parameter that is read from a file inside the block leave its rank's share behind.
+
+    One is whole at a time: a file is mapped into memory, and what is read of it is registered in a module, at which it
+    is shared out. What transformers has set up before has no memory (meta), and what it adds for a parameter that the
+    file lacks is an error of the caller's.
+    """
+    share_out = _sharing(zero)
+
+    def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if getattr(parameter, "_is_hf_initialized", False):  # which transformers says of what it has read
+            share_out(cast("nn.Parameter", parameter))
+
+    hook = register_module_parameter_registration_hook(registered)
+    try:
+        # by threads, transformers would read tensors ahead of the one that is shared out
+        with patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}):
+            yield
+    finally:
+        hook.remove()
+
+
+def _sharing(zero: Zero) -> Callable[[nn.Parameter], None]:
+    """Return what makes a whole parameter one that DeepSpeed's stage 3 has in parts, the first rank's values."""
+    some = nn.Linear(1, 1, bias=False)  # by a parameter of its own DeepSpeed takes up others
+    import_deepspeed().zero.Init(module=some, remote_device="cpu" if zero.offload == "cpu" else None)
+    convert: Any = some.weight
+
+    @torch.no_grad()
+    def share_out(parameter: nn.Parameter) -> None:
+        if hasattr(parameter, "ds_id"):  # tied to another
+            return
+        if parameter.data.untyped_storage().nbytes() > parameter.nbytes:  # of a mapped file, which is not written to
+            parameter.data = parameter.data.clone()
+        convert.convert_to_zero_parameters([parameter])
+
+    return share_out
 
 
 def _bits(family: Family, folder: Path, kind: str, dtype: torch.dtype) -> Any:
@@ -300,4 +375,4 @@ def _frozen(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-__all__ = ["DTYPES", "Loaded", "digest_of", "load", "load_from", "of", "tiny_lines"]
+__all__ = ["DTYPES", "Loaded", "Zero", "digest_of", "load", "load_from", "of", "tiny_lines"]

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -65,15 +66,31 @@ def bytes_of_row(model: Any, tokens: int, *, new: int = 0, beams: int = 1, cache
     return beams * (kept + working + mask + logits)
 
 
+def of_all_ranks(value: Result) -> list[Result]:
+    """Return every rank's value, in the order of ranks; that of this process where it is alone."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @dataclass
 class Passes:
     """Cuts rows into passes: no more in one than fits, and once memory has run out, than has turned out to fit.
 
     Attributes:
         most: of one pass, the most rows times their length, by what is done; only what ran out of memory stands here.
+        together: whether ranks have the model's parameters in parts (ZeRO-3). A module's parameters are then brought
+            together from all ranks whenever it is called, so all must make the same passes, with rows of their own.
     """
 
     most: dict[str, int] = field(default_factory=dict)
+    together: bool = False
+
+    def of_ranks(self, value: Result) -> list[Result]:
+        """Return the values of all ranks that make their passes together, in order; every one of them asks."""
+        return of_all_ranks(value) if self.together else [value]
 
     def run(
         self, doing: str, rows: Sequence[Row], work: Callable[[Sequence[Row]], Sequence[Result]], *,
@@ -82,32 +99,39 @@ class Passes:
     ) -> list[Result]:  # fmt: skip
         """Return what `work` gives for all rows, called with as many at once as fit; it must give one result a row.
 
+        Ranks whose passes go together (`together`) all make as many as the one that needs most.
+
         Args:
             doing: what it is, for `most` and for people: "generation".
-            rows: in order; those of a length stand together best.
+            rows: in order; those of a length stand together best. Where a rank has some, every rank has.
             work: does not change anything that a second call with fewer rows would miss.
             width: of a row, in tokens.
             device: where the pass runs.
             bytes_of: what a row of this many tokens takes there; None: not known before.
 
         Raises:
-            WorkError: the memory ran out with one row.
+            WorkError: the memory ran out with one row, or in a pass that other ranks are in the midst of.
         """
         results: list[Result] = []
         free = None if device is None or bytes_of is None else free_bytes(device)
-        while len(results) < len(rows):
+        while True:
             rest = rows[len(results) :]
             count = self._fitting(doing, [width(row) for row in rest], free, bytes_of)
-            chunk = rest[: -(-len(rest) // -(-len(rest) // count))]  # in passes of one size
+            passes = max(self.of_ranks(-(-len(rest) // count) if rest else 0))
+            if not passes:
+                return results
+            chunk = rest[: -(-len(rest) // passes)]  # in passes of one size
             try:
-                results += work(chunk)
+                results += work(chunk) if chunk else work(rows[-1:])[:0]  # others are not done yet
                 continue
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.together:
+                    way_out = "Lower train.micro_batch_size or num_shots, or set train.zero_stage to 2"
+                    raise WorkError(f"the memory ran out in {doing}, at ZeRO-3", way_out=way_out) from None
             # here nothing holds on to what the pass had made, as the error's own trace does
             self.halve(doing, len(chunk), max(map(width, chunk)))
-        return results
 
     def _fitting(
         self, doing: str, widths: Sequence[int], free: int | None, bytes_of: Callable[[int], int] | None

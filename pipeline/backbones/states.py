@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from pipeline.backbones.base import gathered
 from pipeline.backbones.decoder import DecoderSpec, check_hooks, eager, self_attention
 from pipeline.config.trial import State
 from pipeline.core.errors import InputError
@@ -102,7 +103,10 @@ def recorded(spec: DecoderSpec, state: State, keep: Callable[[Tensor], Tensor] =
 def _inside(spec: DecoderSpec) -> list[_Inside]:
     """Find every layer's FFN, once a decoder."""
     if spec.decoder not in _INSIDE:
-        inside = [_found(layer, spec) for layer in spec.layers]
+        inside = []
+        for layer in spec.layers:
+            with gathered(layer):
+                inside.append(_found(layer, spec))
         if any(parameter.is_meta for parameter in spec.decoder.parameters()):
             return inside  # not tried: it has no numbers
         _INSIDE[spec.decoder] = inside

@@ -32,7 +32,7 @@ from torch import nn
 
 from pipeline import adapters
 from pipeline.adapters.base import Adapter, AttentionAdapter, HiddenAdapter, WeightsAdapter, parts_of
-from pipeline.backbones.base import Backbone
+from pipeline.backbones.base import Backbone, num_values
 from pipeline.backbones.decoder import decoder_of
 from pipeline.core.errors import InputError, nearest
 
@@ -64,7 +64,7 @@ class DecoderCost:
         weights = sum(linear_values(layer) for layer in spec.layers)
         first: Any = spec.attentions[0]
         lowest = sum(linear_values(linear) for linear in (first.q_proj, first.k_proj, first.v_proj))
-        head = model.get_output_embeddings().weight.numel()  # type: ignore[operator]
+        head = num_values(model.get_output_embeddings().weight)  # type: ignore[operator]
         return cls(weights, lowest, spec.num_attentions, spec.num_heads * spec.head_dim, head, weights + head)
 
     def forward(self, tokens: int, *, seen: int | None = None, logits: int = 0) -> float:
@@ -156,7 +156,7 @@ def image_cost(backbone: Backbone, model: Any, height: int | None = None, width:
     settings = model.config.vision_config
     patches = (height // settings.patch_size) * (width // settings.patch_size)
     tower = model.get_submodule(backbone.modules.vision)
-    convolution = sum(m.weight.numel() for m in tower.modules() if isinstance(m, nn.Conv2d))
+    convolution = sum(num_values(m.weight) for m in tower.modules() if isinstance(m, nn.Conv2d))
     linear = 2.0 * (linear_values(tower) + convolution) * patches
     scores = 4.0 * settings.num_hidden_layers * settings.hidden_size * patches * patches
     connector = [model.get_submodule(name) for name in backbone.modules.connector]
@@ -187,7 +187,7 @@ def _perceiver(model: Any, connector: list[nn.Module], patches: int) -> tuple[in
     resampler: Any = whole.get_submodule("perceiver_resampler")
     linear, scores = 2.0 * linear_values(whole.get_submodule("modality_projection")) * patches, 0.0
     for layer in resampler.layers:
-        wide = layer.self_attn.k_proj.weight.numel() + layer.self_attn.v_proj.weight.numel()
+        wide = num_values(layer.self_attn.k_proj.weight) + num_values(layer.self_attn.v_proj.weight)
         linear += 2.0 * wide * (patches + latents) + 2.0 * (linear_values(layer) - wide) * latents
         scores += 4.0 * heads * latents * (patches + latents)
     return latents, linear, scores

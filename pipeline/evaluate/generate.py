@@ -207,6 +207,7 @@ def generate(
                 **settings,
                 use_cache=True,
                 suppress_tokens=loaded.never_generated,
+                synced_gpus=loaded.passes.together,  # a rank that has finished goes on until all have
                 stopping_criteria=[stop] if stop_strings else None,
             )
         return kept(out[:, width:])
@@ -246,8 +247,9 @@ class Greedy:
 
     @staticmethod
     def serves(loaded: Loaded) -> bool:
-        """Whether a backbone's tokens have plain positions, and its device records."""
-        return torch.device(loaded.device).type == GRAPHS_ON and loaded.family.shares_prefix
+        """Whether a backbone's tokens have plain positions, its device records, and its weights stay in their place."""
+        recorded = torch.device(loaded.device).type == GRAPHS_ON and not loaded.passes.together
+        return recorded and loaded.family.shares_prefix
 
     def takes(self, inputs: dict[str, Any], new: int) -> bool:
         """Whether a batch is decoded so: no layer hides what is far behind, and no token has a type."""

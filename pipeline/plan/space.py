@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from pipeline import backbones, methods
+from pipeline.adapters.options import Facts
 from pipeline.config.load import Params, Study, StudyMethod, Train
 from pipeline.config.schema import Budget
 from pipeline.config.trial import EvaluationConfig, TrialConfig
@@ -106,7 +107,7 @@ class Cell:
         return {
             **same, **(taught if facts.teacher else {}), "epochs": train.epochs if full else train.epochs_below_1000,
             "ground_truth_weight": _given(train.ground_truth_weight, facts.ground_truth_weight),
-            **_engine(train, self.name),
+            **_engine(train, facts, self.name),
         }  # fmt: skip
 
     def _check_pool(self, settings: Settings) -> None:
@@ -144,7 +145,7 @@ class Cell:
         return train.model_copy(update={name: drawn})
 
 
-def _engine(train: Train, where: str) -> Json:
+def _engine(train: Train, facts: Facts, where: str) -> Json:
     """Return engine and stage of a trial: torch, whatever the stage, where one rank has nothing to share out."""
     sharded = train.zero_stage > 0 or train.offload != "none"
     if train.engine == "torch" and sharded:
@@ -154,7 +155,7 @@ def _engine(train: Train, where: str) -> Json:
         )  # fmt: skip
     if train.engine == "deepspeed" or (train.engine == "auto" and sharded and not shares_nothing(train)):
         if train.zero_stage == 3:
-            _check_zero_3(train, where)
+            _check_zero_3(train, facts, where)
         return {"engine": "deepspeed", "zero_stage": train.zero_stage}
     return {"engine": "torch", "zero_stage": 0}
 
@@ -171,12 +172,15 @@ _NOT_SHARDED = {  # settings of `train`, and what ZeRO-3 does that they do not g
 }
 
 
-def _check_zero_3(train: Train, where: str) -> None:
+def _check_zero_3(train: Train, facts: Facts, where: str) -> None:
     for name, gathered in _NOT_SHARDED.items():
         without = Train.model_fields[name].default
         if getattr(train, name) != without:
             way_out = f"Set train.{name} to {str(without).lower()}, or train.zero_stage to 2"
             raise InputError(f"ZeRO-3 gathers {gathered}", where=where, way_out=way_out)
+    if facts.reads_weights:
+        problem = "PEFT reads the backbone's weights, of which a rank has a part at ZeRO-3"
+        raise InputError(problem, where=where, way_out="Set train.zero_stage to 2, or use the method lora")
 
 
 def _given(value: float | None, default: float) -> float:

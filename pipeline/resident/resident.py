@@ -16,6 +16,7 @@ from typing_extensions import override
 from pipeline import backbones
 from pipeline.backbones.base import Pixels
 from pipeline.backbones.decoder import Forwards
+from pipeline.backbones.load import Zero
 from pipeline.config.load import BackboneSource
 from pipeline.config.request import TrialRequest
 from pipeline.config.trial import Kind, TrialConfig
@@ -64,8 +65,9 @@ class Resident:
     """
 
     def __init__(self, config: TrialConfig, source: BackboneSource, cache: Path | None, device: str) -> None:
+        zero = self._zero(config)
         self.loaded = backbones.load_from(
-            config.backbone, source, dtype=config.precision, device=device, quantized=config.quantize
+            config.backbone, source, dtype=config.precision, device=device, quantized=config.quantize, zero=zero
         )
         if self.loaded.digest != config.backbone_digest:
             raise InputError(
@@ -73,7 +75,7 @@ class Resident:
                 where=config.backbone,
                 way_out="Put the old weights back, or run the sweep again for the new ones",
             )
-        self.device, self.key = device, config.resident
+        self.device, self.key = device, self.key_of(config)
         self.forwards: Forwards = {}  # compiled ones, of the decoder's frozen parts
         self.visual = VisualTokens(self.loaded, cache)
         # by micro-batch: whoever finds one finds it whole, made in a pass of the same shape, so that a trial's numbers
@@ -85,6 +87,16 @@ class Resident:
         self._manifests: dict[Path, Manifest] = {}
         # by all that their tokens come from: splits and manifests may give one id to different samples
         self._alone: Recent[tuple[Rendered, ImageSizes], Encoded] = Recent(PROMPTS_ALONE, lambda _: 1)
+
+    @classmethod
+    def key_of(cls, config: TrialConfig) -> tuple[object, ...]:
+        """What must be equal for two trials to share a resident backbone."""
+        return *config.resident, cls._zero(config)
+
+    @staticmethod
+    def _zero(config: TrialConfig) -> Zero | None:
+        """Return how a trial's ranks have the backbone in parts; whoever is in no group, to answer, has it whole."""
+        return Zero(config.offload) if config.zero_stage == 3 and torch.distributed.is_initialized() else None
 
     def manifest(self, request: TrialRequest) -> Manifest:
         """Return the manifest of a trial's task, read once.

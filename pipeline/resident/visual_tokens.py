@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pipeline.backbones.base import IMAGE_BACKEND, Pixels, placed
+from pipeline.backbones.base import IMAGE_BACKEND, Pixels, gathered, placed
 from pipeline.data import image_files
 from pipeline.data.image_files import ImageSource, decode_image
 
@@ -105,6 +105,9 @@ class VisualTokens:
                 missing[key] = image
             else:
                 known[key] = self._memory.put(key, tokens)
+        # a tower that ranks have in parts runs on all of them: all compute what one lacks, in one order
+        of_ranks = self.loaded.passes.of_ranks(missing)
+        missing = {key: image for of_rank in of_ranks for key, image in of_rank.items()}
         for key, tokens in self._compute(missing, root):
             if self.disk is not None:
                 self.disk.write(key, tokens)
@@ -182,7 +185,9 @@ class VisualTokens:
             }
             for _, pixels in group
         ]
-        tokens = self.loaded.family.encode_images(self.loaded.model, blocks)
+        model = self.loaded.model
+        with gathered(model, model.model, inside=False):  # which the tower uses and nobody calls
+            tokens = self.loaded.family.encode_images(model, blocks)
         self.computed += len(group)
         # One transfer for all; cloned, for a slice of the batch's result would keep the whole of it alive.
         # Some families' tokens of one picture have a shape of their own.

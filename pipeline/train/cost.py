@@ -44,12 +44,10 @@ def flops_per_sample(
         shots: demonstrations of a teacher.
 
     Returns:
-        None where it cannot be told: another architecture of vision, weights that ZeRO-3 has sharded away, a picture
-        that is gone and lives on as visual tokens.
+        None where it cannot be told: another architecture of vision, a picture that is gone and lives on as visual
+        tokens.
     """
     model = resident.loaded.model
-    if not next(model.parameters()).numel():
-        return None
     if not prompts[0].images:
         return None
     try:

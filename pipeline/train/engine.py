@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.adapters.base import ParameterGroup
+from pipeline.backbones.base import gathered, import_deepspeed
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError, WorkError
 
@@ -218,15 +219,12 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, student: Student, groups: list[ParameterGroup], config: TrialConfig) -> None:
-        import deepspeed
-
+        deepspeed = import_deepspeed()
         self.student, self.config = student, config
         self.scale = loss_scale(config)
         if not torch.distributed.is_initialized():
             way_out = "Train by `hificl sweep`, which starts the ranks, or set train.engine: torch"
             raise WorkError("torch.distributed is not initialised", where="train.engine: deepspeed", way_out=way_out)
-        # An all-reduce in C++ for several ranks on one CPU, compiled when first used: minutes, and a compiler to have.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.learning_rates = [group["lr"] for group in groups]
         self.parameters = [p for group in groups for p in group["params"]]
         self.copies: nn.ParameterList | None = None
@@ -290,9 +288,7 @@ class DeepSpeedEngine:
         """See `Engine.whole`."""
         if self.config.zero_stage < 3:
             return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(list(self.student.adapter.parameters()))
+        return gathered(self.student.adapter)
 
     def save(self, folder: Path) -> None:
         """See `Engine.save`; each rank writes its partition, in `TorchEngine`'s layout: DeepSpeed's are pickles."""

@@ -163,6 +163,7 @@ class TrainingLoop:
                     self.on_step()
                 held += sum(target.bytes for part in micro_batches for target in part.targets)
                 step.append(micro_batches)
+            held = max(self.passes.of_ranks(held))
             window.append(step)
         return window
 

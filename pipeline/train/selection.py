@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from pipeline import adapters
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import told
-from pipeline.backbones.passes import bytes_of_row
+from pipeline.backbones.passes import bytes_of_row, of_all_ranks
 from pipeline.data.sample import Sample
 from pipeline.evaluate.generate import Decoding, predict_each
 from pipeline.prompts.prompt import Encoded
@@ -37,28 +36,31 @@ def select(resident: Resident, trials: Sequence[TrialRun], on_batch: Callable[[]
     with adapters.attach(resident.loaded.model, [trial.adapter.eval() for trial in trials]) as pack:
         for (*_, metric), numbers in groups.items():
             first = trials[numbers[0]]
-            samples = first.selection[first.rank :: first.world]
+            samples = _of_rank(first, together=resident.loaded.passes.together)
             if metric == "loss":
                 for number in numbers:
-                    losses = _of_all_ranks(_losses(resident, trials[number], pack, number, samples), first.world)
+                    losses = _merged(_losses(resident, trials[number], pack, number, samples))
                     mean = sum(losses.values()) / len(losses)
                     scores[number] = {"selection_loss": mean, "objective": -mean}
                 continue
             decoding = Decoding(from_pixels=first.facts.trains_vision)
             texts = predict_each(resident, first.manifest, samples, pack, numbers, decoding, on_batch=on_batch)
             for number, answers in zip(numbers, texts, strict=True):
-                score = first.task.score(first.selection, _of_all_ranks(answers, first.world))
+                score = first.task.score(first.selection, _merged(answers))
                 scores[number] = {"selection_score": score.value, "objective": score.value}
     return scores
 
 
-def _of_all_ranks(of_rank: dict[Any, Any], world: int) -> dict[Any, Any]:
-    """Return all ranks' parts of a mapping by sample id."""
-    if world == 1:
-        return of_rank
-    parts: list[Any] = [None] * world
-    dist.all_gather_object(parts, of_rank)
-    return {key: value for part in parts for key, value in part.items()}
+def _of_rank(trial: TrialRun, *, together: bool) -> Sequence[Sample]:
+    """Return the rank's share of the selection split; as many on every rank where they make their passes together."""
+    samples = trial.selection[trial.rank :: trial.world]
+    missing = -(-len(trial.selection) // trial.world) - len(samples) if together else 0
+    return [*samples, *trial.selection[:missing]]
+
+
+def _merged(of_rank: dict[Any, Any]) -> dict[Any, Any]:
+    """Return all ranks' parts of a mapping by sample id; of what several have, the first one's."""
+    return {key: value for part in reversed(of_all_ranks(of_rank)) for key, value in part.items()}
 
 
 @torch.no_grad()

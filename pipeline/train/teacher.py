@@ -65,7 +65,8 @@ class Teacher:
             return []
         key = (*self.config.draws, epoch, *(sample.sample_id for sample in samples))
         targets = kept.get((key, kind))
-        if targets is None:
+        missing = any(self.resident.loaded.passes.of_ranks(targets is None))
+        if targets is None or missing:
             computed = self._compute(samples, encoded, epoch, {kind, *self.resident.kinds})
             for each, of_kind in computed.items():
                 kept.put((key, each), of_kind)

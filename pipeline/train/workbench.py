@@ -134,7 +134,7 @@ class Workbench:
             WorkError: another one is in training.
         """
         config = request.config
-        if self._resident is None or self._resident.key != config.resident:
+        if self._resident is None or self._resident.key != Resident.key_of(config):
             if self.loop is not None and self.loop.trials:
                 raise WorkError("another backbone is in training here", where=request.key)
             self._resident = self.loop = None  # before the next one is loaded, which needs the room

@@ -7,9 +7,11 @@ import shutil
 import pytest
 import torch
 
+from pipeline.adapters.options import Facts
 from pipeline.backbones.decoder import decoder_of
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
+from pipeline.methods import parse
 from pipeline.plan.plan import pack_key
 from pipeline.plan.space import _engine
 from pipeline.train.loop import TrainingLoop
@@ -64,6 +66,11 @@ def test_a_deterministic_trial_runs_under_fixed_sums_and_loses_the_same(trial, t
 
 
 def test_zero_3_is_refused():
-    train = load(ROOT / "params.yaml", ["train.compile=true", "train.engine=deepspeed", "train.zero_stage=3"]).train
+    sharded = ["train.engine=deepspeed", "train.zero_stage=3"]
+    train = load(ROOT / "params.yaml", ["train.compile=true", *sharded]).train
     with pytest.raises(InputError, match="ZeRO-3 gathers"):
-        _engine(train, "here")
+        _engine(train, Facts(), "here")
+    train = load(ROOT / "params.yaml", sharded).train
+    assert _engine(train, parse("lora", {}).facts(), "here")["zero_stage"] == 3
+    with pytest.raises(InputError, match="PEFT reads the backbone's weights.*Set train.zero_stage to 2"):
+        _engine(train, parse("peft", {}).facts(), "here")

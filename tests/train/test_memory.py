@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 
-from pipeline import backbones
+from pipeline import adapters, backbones
 from pipeline.backbones.decoder import decoder_of
 from pipeline.backbones.passes import FILL, Passes, bytes_of_row, is_out_of_memory
 from pipeline.config.trial import EvaluationConfig
@@ -264,7 +264,7 @@ def test_long_rows_states_are_compared_in_groups_of_layers(monkeypatch):
     torch.testing.assert_close(others, grads, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["hificl", "mimic", "live", "lora"])
+@pytest.mark.parametrize("method", adapters.names())
 def test_a_trial_in_bf16_loses_what_it_loses_in_fp32(trial, tmp_path, method):
     losses, answered = {}, {}
     for precision in ("fp32", "bf16"):

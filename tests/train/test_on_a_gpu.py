@@ -6,13 +6,16 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from pipeline import backbones, methods
+from pipeline import adapters, backbones, methods
 from pipeline.backbones.decoder import decoder_of
 from pipeline.config.load import BackboneSource
 from pipeline.config.request import TrialRequest
-from pipeline.config.trial import TrialConfig
+from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.data.manifest import Manifest
+from pipeline.plan.plan import pack_key
+from pipeline.train import engine
 from pipeline.train.loop import TrainingLoop
 from pipeline.train.trial_run import TrialRun
 from pipeline.train.workbench import Workbench
@@ -34,17 +37,19 @@ STEPS = [
 
 @pytest.fixture
 def request_of(small_world, tmp_path):
-    def make(backbone: str, method: str, given: dict) -> TrialRequest:
+    def make(backbone: str, method: str, given: dict, **fields) -> TrialRequest:
         source, manifest = BackboneSource(variant="tiny"), small_world / "mini-vqa" / "manifest.json"
         options = methods.parse(method, given)
         facts = options.facts()
+        base = {
+            "num_train_samples": 4, "epochs": 2, "learning_rate": facts.learning_rate, "weight_decay": 0.05,
+            "warmup_ratio": 0.1, "gradient_clip": 1.0, "micro_batch_size": 2, "accumulation": 2, "engine": "torch",
+            "num_selection_samples": 2, "num_shots": 1 if facts.teacher else 0, "alignment_weight":
+            facts.alignment_weight, "ground_truth_weight": facts.ground_truth_weight, "precision": "bf16",
+        }  # fmt: skip
         config = TrialConfig(
             backbone=backbone, backbone_digest=backbones.digest_of(backbone, source), task="mini-vqa",
-            manifest_digest=Manifest.load(manifest).digest, method=method, options=options.plain(), precision="bf16",
-            num_train_samples=4, epochs=2, learning_rate=facts.learning_rate, weight_decay=0.05, warmup_ratio=0.1,
-            gradient_clip=1.0, micro_batch_size=2, accumulation=2, engine="torch", num_selection_samples=2,
-            num_shots=1 if facts.teacher else 0, alignment_weight=facts.alignment_weight,
-            ground_truth_weight=facts.ground_truth_weight,
+            manifest_digest=Manifest.load(manifest).digest, method=method, options=options.plain(), **(base | fields),
         )  # fmt: skip
         return TrialRequest(config=config, folder=str(tmp_path / config.key), manifest=str(manifest), source=source)
 
@@ -58,6 +63,33 @@ def gpu(monkeypatch):
     monkeypatch.setattr(TrialRun, "_save_checkpoint", lambda self: None)
     with simulated_gpu() as made:
         yield made
+
+
+@pytest.mark.parametrize("backbone", backbones.names())
+def test_every_backbone_trains_chooses_and_answers_with_every_method(request_of, monkeypatch, backbone):
+    """Alone or in packs, as a sweep puts trials together; what is not on the GPU beside what is would be refused."""
+    monkeypatch.setattr(
+        engine, "save_file", lambda tensors, file: save_file({n: x.cpu() for n, x in tensors.items()}, file)
+    )
+    short = {"num_train_samples": 2, "epochs": 1, "accumulation": 1, "num_selection_samples": 1}
+    with simulated_gpu() as gpu:
+        packs: dict[str, list[TrialRequest]] = {}
+        for method in adapters.names():
+            request = request_of(backbone, method, {}, **short)
+            packs.setdefault(pack_key(request.config) or request.key, []).append(request)
+        bench = Workbench(device=NAME)
+        for requests in packs.values():
+            for request in requests:
+                assert bench.admit(request) == 0
+            ended = []
+            while bench.loop.trials:
+                ended += bench.advance()
+            assert all(report.end == "finished" and report.metrics.train_loss > 0 for report in ended), ended
+            gpu.reset()
+            evaluation = EvaluationConfig(trial=requests[0].key, num_samples=1, max_new_tokens=2)
+            answered = bench.answer(requests, evaluation)
+            assert len(ended) == len(answered) == len(requests) and all(len(each.texts) == 1 for each in answered)
+            assert sum(gpu.operators.values()) > 100
 
 
 @pytest.mark.parametrize(("backbone", "trials", "waits", "operators"), STEPS)

@@ -30,6 +30,8 @@ from pipeline.backbones.base import (
     Modules,
     Pixels,
     from_transformers,
+    gathered,
+    num_values,
 )
 from pipeline.backbones.decoder import decoder_of
 from pipeline.core.errors import InputError
@@ -194,7 +196,7 @@ class GenericFamily(Family):
         inside = names[id(spec.decoder)]
         layers = f"{inside}.layers" if inside else "layers"
         self.modules = Modules("", (), layers)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = sum(map(num_values, model.parameters()))
         if self.reads_images:
             self._find_vision(model, names, inside, layers)
         if processor is None:
@@ -242,7 +244,8 @@ class GenericFamily(Family):
         pixels, text = self._one(processor, blank)
         like = next(model.parameters())
         on = {k: v.to(like.device, like.dtype if v.is_floating_point() else None) for k, v in pixels.items()}
-        with torch.no_grad():
+        parts = [model.get_submodule(name) for name in (self.modules.vision, *self.modules.connector)]
+        with torch.no_grad(), gathered(*parts), gathered(model, getattr(model, "model", model), inside=False):
             self._features = self._encoded(model, on)
         config = model.config
         number = getattr(config, "image_token_id", None)
