@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -80,6 +81,9 @@ class Prompt(_Before):
     @classmethod
     def build(cls, model: nn.Module, spec: DecoderSpec, options: Any, seed: int, device: torch.device) -> Prompt:
         """Draw the tokens that the prompt starts as."""
+        if "pixel_values" in inspect.signature(spec.decoder.forward).parameters:
+            problem = f"the decoder of {spec.model_type} looks at pictures in its layers, and runs no soft prompt alone"
+            raise InputError(problem, where=f"method '{cls.name}'", way_out="Use the method prefix")
         init, table = Init(seed, device), model.get_input_embeddings()  # type: ignore[operator]
         with torch.no_grad(), gathered(table):
             drawn = torch.randint(len(table.weight), (options.num_virtual_tokens,), generator=init.generator)
