@@ -322,7 +322,8 @@ def _shared_out(zero: Zero) -> Iterator[None]:
 def _sharing(zero: Zero) -> Callable[[nn.Parameter], None]:
     """Return what makes a whole parameter one that DeepSpeed's stage 3 has in parts, the first rank's values."""
     some = nn.Linear(1, 1, bias=False)  # by a parameter of its own DeepSpeed takes up others
-    import_deepspeed().zero.Init(module=some, remote_device="cpu" if zero.offload == "cpu" else None)
+    place = "cpu" if zero.offload == "cpu" else None
+    import_deepspeed().zero.Init(module=some, remote_device=place, mem_efficient_linear=False)  # the engine's to change
     convert: Any = some.weight
 
     @torch.no_grad()

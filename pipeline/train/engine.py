@@ -240,6 +240,8 @@ class DeepSpeedEngine:
             config=deepspeed_config(config, sum(p.numel() for p in self.parameters)),
             dist_init_required=False,
         )
+        if config.zero_stage == 3:  # it holds on to no weights; DeepSpeed puts it there with a backbone's first engine
+            nn.functional.linear = deepspeed.runtime.zero.linear.zero3_linear_wrap
 
     def forward(self, loss: LossFunction) -> Tensor:
         """See `Engine.forward`."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.utils._pytree as pytree
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from pipeline import backbones
 from pipeline.backbones.base import gathered
@@ -28,6 +29,7 @@ SHORT = {
     "world_size": 2, "engine": "deepspeed", "zero_stage": 3,
 }  # fmt: skip
 TRIALS = {"mimic": {}, "prompt": {"selection_metric": "loss"}, "hificl": {"precision": "bf16"}}
+LINEAR = torch.nn.functional.linear
 PLAIN, LOAD = engine.deepspeed_config, backbones.load_from
 
 
@@ -69,6 +71,7 @@ def train(bench: Workbench, request: TrialRequest, folder: Path, *, interrupted:
     """Train a trial to its end; return what it lost in every step, and by what it was chosen."""
     request = replace(request, folder=str(folder / request.key))
     bench.admit(request)
+    assert torch.nn.functional.linear is zero3_linear_wrap  # torch's own holds on to all weights for the backward pass
     bench.advance()
     if interrupted:
         bench.evict(request.key)
@@ -76,6 +79,7 @@ def train(bench: Workbench, request: TrialRequest, folder: Path, *, interrupted:
         assert bench.admit(request) == 1
     (report,) = bench.advance()
     assert report.end == "finished" and report.metrics is not None
+    assert torch.nn.functional.linear is LINEAR
     losses = TrialStore(folder).trial(request.key).losses()
     return losses, report.metrics.selection_score, report.metrics.selection_loss, report.metrics.gradient_norm
 
