@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from pipeline import backbones
 from pipeline.backbones import decoder
-from pipeline.backbones.decoder import decoder_of, dequantized, quantizable, quantize, weight_bytes
+from pipeline.backbones.decoder import compiled_parts, decoder_of, dequantized, quantizable, quantize, weight_bytes
 from pipeline.core.errors import InputError
 from pipeline.train.counting import MemoryOf
 
@@ -41,6 +43,19 @@ def test_it_computes_with_the_numbers_that_its_weights_stand_for(name, kind):
         x = torch.randn(2, 7, decoder_of(plain).hidden_size, generator=torch.Generator().manual_seed(0))
         for expected, given in zip(passed(plain, x), passed(ours, x), strict=True):
             assert torch.equal(expected, given)  # to the bit
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_parts_compute_the_same(kind, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # what is traced is the question
+    model, forwards = backbones.load("llava-interleave-7b", variant="tiny", quantized=kind).model, {}
+    for length in (5, 8):
+        x = torch.randn(2, length, decoder_of(model).hidden_size, generator=torch.Generator().manual_seed(length))
+        expected = passed(model, x)
+        with compiled_parts(model, forwards):
+            for plain, compiled in zip(expected, passed(model, x), strict=True):
+                assert torch.allclose(plain, compiled, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("kind", KINDS)
