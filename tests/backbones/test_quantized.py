@@ -12,6 +12,7 @@ from pipeline.backbones import decoder
 from pipeline.backbones.decoder import compiled_parts, decoder_of, dequantized, quantizable, quantize, weight_bytes
 from pipeline.core.errors import InputError
 from pipeline.train.counting import MemoryOf
+from tests.support import tiny_hub
 
 KINDS = ("int8", "nf4")
 
@@ -85,6 +86,17 @@ def test_what_is_read_from_a_folder_is_stored_as_it_is_read(kind, tiny, tmp_path
             assert torch.equal(*(dequantized(of.model.get_submodule(part)) for of in (read, made))), part
         assert weight_bytes(read.model) == weight_bytes(made.model) and not quantizable(read.model)
         assert not any(parameter.requires_grad for parameter in read.model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_of_the_hubs_layout_is_stored_so_by_its_own_architecture(kind, tmp_path):
+    name = f"folder:{tiny_hub.make('qwen2_vl', tmp_path)}"
+    plain, ours = (backbones.load(name, quantized=given).model for given in ("none", kind))
+    for part, linear in quantizable(plain).items():
+        linear.weight.data = dequantized(ours.get_submodule(part)).to(linear.weight.dtype)
+    x = torch.randn(1, 6, decoder_of(plain).hidden_size, generator=torch.Generator().manual_seed(0))
+    for expected, given in zip(passed(plain, x), passed(ours, x), strict=True):
+        assert torch.equal(expected, given)
 
 
 @pytest.mark.parametrize("kind", KINDS)
