@@ -81,6 +81,14 @@ def losses(
     return out
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plain_linear():
+    """DeepSpeed's stage 3 puts a linear layer of its own in the place of torch's, and never takes it back."""
+    before = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = before
+
+
 @pytest.fixture(scope="module")
 def one_rank():
     join_group("cpu", 0, 1)
