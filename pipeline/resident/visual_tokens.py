@@ -186,7 +186,7 @@ class VisualTokens:
             for _, pixels in group
         ]
         model = self.loaded.model
-        with gathered(model, model.model, inside=False):  # which the tower uses and nobody calls
+        with gathered(model, getattr(model, "model", model), inside=False):  # which the tower uses and nobody calls
             tokens = self.loaded.family.encode_images(model, blocks)
         self.computed += len(group)
         # One transfer for all; cloned, for a slice of the batch's result would keep the whole of it alive.

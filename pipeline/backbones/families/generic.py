@@ -225,7 +225,8 @@ class GenericFamily(Family):
     def _find_vision(self, model: Any, names: Mapping[int, str], inside: str, layers: str) -> None:
         tower = model.get_encoder(modality="image")
         vision = names.get(id(tower), "")
-        parts = [f"model.{name}" for name, _ in getattr(model, "model", model).named_children()]
+        inner = getattr(model, "model", model)  # Llama 4 has none
+        parts = [names[id(child)] for child in inner.children()]
         beside = [name for name in parts if not inside.startswith(name) and not vision.startswith(name)]
         head = next(
             (name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head"
