@@ -27,7 +27,8 @@ from pipeline.attention.virtual import (
     mimic_attention_reference,
     virtual_attention,
 )
-from pipeline.backbones.decoder import QUANTIZED, compiled_parts, decoder_of, dequantized, quantizable, quantize
+from pipeline.backbones.decoder import compiled_parts, decoder_of
+from pipeline.backbones.weights import QUANTIZED, dequantized, quantizable, quantize
 
 if TYPE_CHECKING:  # whole trials need pictures and files; attention needs torch alone
     from benchmarks.support.trials import Trials

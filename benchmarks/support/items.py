@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -17,14 +16,13 @@ from benchmarks import decode, reuse
 from benchmarks.step import RATIOS, callables, count, peak
 from benchmarks.support.lease import Lease
 from benchmarks.support.shapes import LEASE, Bench
-from benchmarks.support.steps import Step, floor_step, hificl_step, lora_step, mimic_step, packed_step, packed_steps
+from benchmarks.support.steps import floor_step, hificl_step, lora_step, mimic_step, packed_steps
 from benchmarks.support.timing import Findings, Rounds, alternate
 from pipeline import adapters
 from pipeline.adapters.attach import attach
-from pipeline.adapters.pack import Pack
 from pipeline.attention import virtual
-from pipeline.backbones.decoder import QUANTIZED, Forwards, compiled_parts, quantize, told
-from pipeline.backbones.passes import RecordedDecoder, recorded_passes
+from pipeline.backbones.decoder import Forwards, compiled_parts, told
+from pipeline.backbones.weights import QUANTIZED, quantize
 from pipeline.evaluate.generate import Greedy
 
 PACKS = (1, 2, 4, 8, 16, 32, 64)
@@ -92,45 +90,6 @@ def packs(lease: Lease, name: str) -> None:
             if k > 1 and lease.left < 30 and not lease.rehearses:
                 lease.write(part=f"K > {k}", skipped="no time")
                 break
-
-
-def recorded(lease: Lease, name: str) -> None:
-    """Time HiFICL's step by recorded passes over the floor, computed and recorded, and over the step computed."""
-    bench = lease.bench(name)
-    floor = floor_step(bench)
-    of_floor = RecordedDecoder(bench.spec, [], lambda: (None, None))
-
-    def replayed_floor() -> None:
-        with recorded_passes(of_floor):
-            floor()
-
-    for k in (1,) if lease.rehearses else (1, 8):
-        with lease.attempt(f"K = {k}"):
-            computed, pack = packed_step(bench, k)
-            decoder = RecordedDecoder(bench.spec, pack.adapters, partial(_state, pack))
-
-            def replayed(computed: Step = computed, decoder: RecordedDecoder = decoder) -> None:
-                with recorded_passes(decoder):
-                    computed()
-
-            work = {"computed": computed, "replayed": replayed, "floor": floor, "replayed floor": replayed_floor}
-            rounds = alternate(work, _repeats(lease, 7), warmup=2, device=lease.device)
-            if lease.device == "cuda":
-                used = float(not (decoder.is_off or of_floor.is_off) and len(decoder.recorded) > 0)
-                lease.check(f"recorded_passes_are_used_K{k}_{name}", 1 - used, 0.0)
-            lease.ratio(f"recorded_step_over_computed_K{k}_{name}", rounds, "replayed", "computed")
-            lease.milliseconds(f"recorded_hificl_ms_K{k}_{name}", rounds.seconds["replayed"])
-            if k == 1:
-                lease.ratio(f"recorded_step_over_floor_{name}", rounds, "replayed", "floor")
-                lease.ratio(f"recorded_step_over_recorded_floor_{name}", rounds, "replayed", "replayed floor")
-                lease.milliseconds(f"recorded_floor_ms_{name}", rounds.seconds["replayed floor"])
-                if lease.device == "cuda":
-                    lease.number(f"recorded_peak_gib_{name}", peak(replayed))
-            del computed, pack, decoder, replayed, work
-
-
-def _state(pack: Pack) -> tuple[Hashable, object]:
-    return pack.state
 
 
 def fused(lease: Lease, name: str) -> None:

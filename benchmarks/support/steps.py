@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from benchmarks.support.shapes import Bench
 from pipeline import adapters
 from pipeline.adapters.base import Adapter
-from pipeline.adapters.pack import Pack
 from pipeline.backbones.base import placed
-from pipeline.backbones.decoder import told
 from pipeline.backbones.states import recorded
 from pipeline.train import loss
 
@@ -109,23 +107,6 @@ def hificl_step(bench: Bench, **options: Any) -> tuple[Trained, Adapter]:
     """Return HiFICL's step, and the adapter to be attached around it."""
     adapter = adapters.create("hificl", bench.model, **options)
     return Trained(bench, list(adapter.parameters())), adapter
-
-
-def packed_step(bench: Bench, count: int) -> tuple[Step, Pack]:
-    """Return the step of `count` HiFICL trials in one forward and backward pass, and the pack, which stays the same."""
-    made = [hificl_step(bench) for _ in range(count)]
-    ids, batch = torch.cat([bench.ids() for _ in made]), bench.workload.batch
-    rows = [number for number in range(count) for _ in range(batch)]
-    pack = Pack([adapter for _, adapter in made], rows if count > 1 else None)
-
-    def step() -> None:
-        with adapters.attach(bench.model, pack), told(bench.device, padded=False):
-            truths = made[0][0].truths(bench.hidden(bench.inputs(ids)), ids)
-            truths.view(count, batch).mean(1).sum().backward()
-        for trained, _ in made:
-            trained.update()
-
-    return step, pack
 
 
 def packed_steps(bench: Bench, count: int) -> tuple[Step, Step]:

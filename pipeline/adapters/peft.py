@@ -36,8 +36,9 @@ from pipeline.adapters.base import (
     parts_of,
 )
 from pipeline.adapters.options import Facts, Options, TeacherOptions
-from pipeline.backbones.decoder import DecoderSpec, decoder_of, is_quantized
+from pipeline.backbones.decoder import DecoderSpec, decoder_of
 from pipeline.backbones.states import modules_at
+from pipeline.backbones.weights import is_quantized
 from pipeline.core.errors import InputError
 from pipeline.core.plain_yaml import Json
 

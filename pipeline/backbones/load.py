@@ -15,10 +15,18 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pipeline.backbones.base import Backbone, Family, get, import_deepspeed
-from pipeline.backbones.decoder import check_quantization, quantizable, quantize, settle
 from pipeline.backbones.families.generic import declared
 from pipeline.backbones.passes import Passes, is_out_of_memory
-from pipeline.backbones.weights import check_folder, digest_of_folder, digest_of_settings, find_folder
+from pipeline.backbones.weights import (
+    check_folder,
+    check_quantization,
+    digest_of_folder,
+    digest_of_settings,
+    find_folder,
+    quantizable,
+    quantize,
+    settle,
+)
 from pipeline.config.schema import BackboneSource
 from pipeline.core.errors import InputError, nearest
 
@@ -126,7 +134,7 @@ def load(
         device: where they go.
         seed: of the tiny variant's random weights.
         allow_download: whether the hub may be asked for what the cache lacks.
-        quantized: none; int8 or nf4: the decoder's linear weights are stored so (`decoder.quantize`), and the whole
+        quantized: none; int8 or nf4: the decoder's linear weights are stored so (`weights.quantize`), and the whole
             model is never held wider.
         zero: how the process group's ranks share the parameters out among them; each of them loads. None: they do not.
 

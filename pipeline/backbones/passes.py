@@ -1,25 +1,23 @@
-"""How passes run: as many rows at once as the card holds, half of it once it did not; and as recorded CUDA graphs.
+"""How passes run: as many rows at once as the card holds, half of it once it did not; a token's as a CUDA graph.
 
-A short pass costs a GPU less than the host needs to launch its two thousand kernels. Recorded once, they are launched
-by one call. What is recorded reads and writes the same memory each time, so inputs are copied to where they stood.
+A decoded token costs a GPU less than the host needs to launch its two thousand kernels. Recorded once, they are
+launched by one call. What is recorded reads and writes the same memory each time, so inputs are copied to where they
+stood.
 """
 
 from __future__ import annotations
 
 import gc
-import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
-from pipeline.backbones.decoder import DecoderSpec, decoder_of
+from pipeline.backbones.decoder import decoder_of
 from pipeline.core.errors import WorkError
 from pipeline.core.progress import say
 
@@ -166,257 +164,59 @@ class Passes:
 
 
 GRAPHS_ON = "cuda"  # the type of device whose passes are recorded
-_WIDTHS = 16  # tokens: a batch is padded to the next multiple, so that few lengths are recorded
 _SAME = 0.05  # relative distance of what is replayed to what was computed; rounding gives less than 0.01
-COMPARED = (2, 4, 8)  # uses of a recorded pass that are compared once more: parameters have changed by then
-_WARM = 2  # passes before recording: kernels are compiled and chosen in them
+_COMPARED = (2, 4, 8)  # batches whose first token by a recorded pass is compared too
 
 
-def record(work: Callable[[], Sequence[Tensor | None]], pool: Any) -> tuple[Callable[[], None], list[Tensor | None]]:
-    """Run `work` while its launches are recorded; return what launches them again, and where the results then stand.
+def record(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Run `work` while its launches are recorded; return what launches them again, and where the result then stands.
 
     Args:
         work: asks the device nothing, and reads nothing from the host.
-        pool: memory for what it makes on the way, shared by graphs of which one is used up before the next is launched.
 
     Raises:
         RuntimeError: it cannot be recorded.
     """
-    graph, pool, cause = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle(), None
+    graph, cause = torch.cuda.CUDAGraph(), None
     try:
         # of this thread alone: others load pictures meanwhile
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             try:
-                made = list(work())
+                result = work()
             except Exception as error:
                 cause = error  # which the end of a recording that has failed hides
                 raise
     except RuntimeError as error:
-        _forgotten(pool)
+        value = torch.zeros(1, device="cuda")  # until a recording succeeds, the device draws no random numbers
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            value.add_(1)
         raise cause or error from None
-    return graph.replay, made
+    return graph.replay, result
 
 
-def _forgotten(pool: Any) -> None:
-    """Undo what a failed recording leaves: what is freed stays in its pool, and the device draws no random numbers."""
-    with suppress(RuntimeError, AttributeError):  # it was told already, or is of another torch
-        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-    torch.cuda.empty_cache()
-    value, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        value.add_(1)
-
-
-def warmed(work: Callable[[], Any], times: int = _WARM) -> Any:
-    """Run `work` a few times where recording will run it, and return its last result.
-
-    Raises:
-        RuntimeError: it waits for the device, which cannot be recorded; a recording would fail and leave damage.
-    """
+def warmed(work: Callable[[], Tensor]) -> Tensor:
+    """Run `work` where recording will run it, and return its result: kernels are compiled and chosen in it."""
     if not torch.cuda.is_available():
         return work()
-    stream, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(times - 1):  # what is made once may wait
-            work()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            made = work()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
+        result = work()
     torch.cuda.current_stream().wait_stream(stream)
-    return made
-
-
-def compare(made: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> None:
-    """Compare what is replayed with what is computed.
-
-    Raises:
-        RuntimeError: it is something else.
-    """
-    pairs = [(x.float(), y.float()) for x, y in zip(made, wanted, strict=True) if x is not None and y is not None]
-    distance = float(torch.stack([(x.detach() - y.detach()).norm() for x, y in pairs]).norm())
-    size = float(torch.stack([y.detach().norm() for _, y in pairs]).norm())
-    if not distance <= _SAME * size:
-        raise RuntimeError(f"a recorded pass is {distance:.2g} off, of {size:.2g}")
-
-
-def given_up(error: Exception, what: str) -> None:
-    """Say why a pass is not recorded, and go on without."""
-    text = str(error).strip().splitlines() or [""]
-    warnings.warn(f"{what} runs without CUDA graphs: {type(error).__name__}: {text[0]}", stacklevel=2)
-
-
-class RecordedDecoder:
-    """The decoder's forward and backward pass in training, recorded for each shape that comes.
-
-    Stands in the place of the decoder's `forward` (`recorded_passes`). Rows are padded on the right, which a causal
-    decoder does not see. A recorded pass is compared with the computed one, output and gradients, when it is recorded,
-    and its output at three uses behind it; where it differs, or cannot be recorded, one warning says so and the decoder
-    computes as ever. Its memory is given back with it.
-
-    Args:
-        spec: the decoder.
-        adapters: what is trained.
-        state: what else a recorded pass holds on to, as a key, and the tensors that it reads.
-    """
-
-    def __init__(
-        self, spec: DecoderSpec, adapters: Sequence[nn.Module], state: Callable[[], tuple[Hashable, object]]
-    ) -> None:
-        self.spec, self.roots, self.state = spec, list(adapters), state
-        self.parameters = [x for adapter in adapters for x in adapter.parameters() if x.requires_grad]
-        self.recorded: dict[Hashable, _RecordedPass] = {}
-        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
-        self.compute: Any = type(spec.decoder).forward
-        self.is_off = False
-
-    def forward(self, *args: Any, inputs_embeds: Any = None, position_ids: Any = None, **others: Any) -> Any:
-        """Compute what the decoder's own `forward` does, by a recorded pass where there may be one."""
-        asked = {name for name, value in others.items() if value is not None and value is not False}
-        plain = self.is_off or bool(args) or inputs_embeds is None or not asked <= {"return_dict"}
-        if plain or not torch.is_grad_enabled() or torch.is_autocast_enabled(inputs_embeds.device.type):
-            given = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, **others}
-            return self.compute(self.spec.decoder, *args, **{k: v for k, v in given.items() if v is not None})
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        return BaseModelOutputWithPast(last_hidden_state=self._hidden(inputs_embeds, position_ids))
-
-    def _hidden(self, embeds: Tensor, positions: Tensor | None) -> Tensor:
-        rows, length, _ = embeds.shape
-        if positions is None:
-            positions = torch.arange(length, device=embeds.device)[None]
-        missing = -length % _WIDTHS
-        wide = torch.nn.functional.pad(embeds, (0, 0, 0, missing))
-        behind = positions[:, -1:] + torch.arange(1, missing + 1, device=positions.device)
-        places = torch.cat([positions, behind], 1)
-        state, held = self.state()
-        addresses = tuple(parameter.data_ptr() for parameter in self.parameters)
-        key = (rows, length + missing, positions.shape, embeds.requires_grad, addresses, state)
-        try:
-            if key not in self.recorded:
-                self.recorded[key] = _RecordedPass(self, wide, places, held)
-            hidden = self.recorded[key].hidden(wide, places)
-        except RuntimeError as error:
-            self.is_off = True
-            self.recorded.clear()
-            given_up(error, "training")
-            hidden = self.computed(wide, places)
-        return hidden[:, :length]
-
-    @contextmanager
-    def aliases(self) -> Iterator[list[Tensor]]:
-        """Put parameters of the same values, in the same memory, in the place of those that are trained.
-
-        Autograd remembers on which stream a parameter was used first, and goes back there for its gradient: out of the
-        recording. These are used first in it.
-        """
-        made = {id(parameter): nn.Parameter(parameter.detach()) for parameter in self.parameters}
-        changed: list[tuple[dict[str, Any], str, Any]] = []
-        for module in {id(x): x for root in (*self.roots, self.spec.decoder) for x in root.modules()}.values():
-            for name, parameter in module._parameters.items():
-                if id(parameter) in made:
-                    changed.append((module._parameters, name, parameter))
-        for table, name, parameter in changed:
-            table[name] = made[id(parameter)]
-        try:
-            yield list(made.values())
-        finally:
-            for table, name, parameter in changed:
-                table[name] = parameter
-
-    def computed(self, embeds: Tensor, positions: Tensor) -> Tensor:
-        """Return the last states [B, T, D], what precedes the decoder's forward included."""
-        decoder, given = self.spec.decoder, {"inputs_embeds": embeds, "position_ids": positions, "use_cache": False}
-        for key, hook in list(decoder._forward_pre_hooks.items()):
-            with_kwargs = key in decoder._forward_pre_hooks_with_kwargs
-            hook(decoder, (), given) if with_kwargs else hook(decoder, ())  # type: ignore[call-arg]
-        return self.compute(decoder, **given).last_hidden_state
-
-
-class _RecordedPass:
-    """One forward and one backward pass of one shape."""
-
-    def __init__(self, owner: RecordedDecoder, embeds: Tensor, positions: Tensor, held: object) -> None:
-        self.owner, self.held, self.uses, self.learns = owner, held, 0, embeds.requires_grad
-        self.embeds, self.positions = embeds.detach().clone(), positions.clone()
-        self.learnt: list[Tensor] = []
-        self.gradient = embeds  # of the output; a place of its own once the size is known
-        wanted, wanted_gradients = warmed(self._both)
-        self.forward, made = record(self._forward, owner.pool)
-        self.gradient = self.gradient.clone()
-        self.backward, self.gradients = record(self._backward, owner.pool)
-        (self.out,) = (out.detach() for out in made if out is not None)
-        del self.live, self.learnt
-        self.forward()
-        compare([self.out], [wanted])
-        self.backward()
-        compare(self.gradients, wanted_gradients)
-
-    def _forward(self) -> list[Tensor]:
-        embeds = self.embeds.detach().requires_grad_(self.learns)
-        with self.owner.aliases() as aliases:
-            self.live = self.owner.computed(embeds, self.positions)
-        self.learnt = [*([embeds] if self.learns else []), *aliases]
-        return [self.live]
-
-    def _backward(self) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(self.live, self.learnt, self.gradient, allow_unused=True)
-
-    def _both(self) -> tuple[Tensor, Sequence[Tensor | None]]:
-        (out,) = self._forward()
-        self.gradient = out.detach() / 256  # some gradient, that no dtype is too narrow for
-        return out.detach().clone(), self._backward()
-
-    def hidden(self, embeds: Tensor, positions: Tensor) -> Tensor:
-        """Return the last states of a batch."""
-        out = _Replayed.apply(self, positions, embeds, *self.owner.parameters)
-        self.uses += 1
-        if self.uses in COMPARED:
-            with torch.no_grad():
-                compare([out], [self.owner.computed(embeds, positions)])
-        return out
-
-
-class _Replayed(torch.autograd.Function):
-    """A recorded pass as one operator: [B, T, D] to [B, T, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, recorded: _RecordedPass, positions: Tensor, embeds: Tensor, *_: Tensor) -> Tensor:
-        recorded.embeds.copy_(embeds)
-        recorded.positions.copy_(positions)
-        recorded.forward()
-        ctx.recorded, ctx.learns = recorded, embeds.requires_grad
-        return recorded.out.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        recorded = ctx.recorded
-        recorded.gradient.copy_(grad)
-        recorded.backward()
-        # copies: autograd may keep what it is given as `.grad`, and the next pass writes to the same place
-        gradients = [None if gradient is None else gradient.clone() for gradient in recorded.gradients]
-        return None, None, *([] if ctx.learns else [None]), *gradients
-
-
-@contextmanager
-def recorded_passes(decoder: RecordedDecoder) -> Iterator[None]:
-    """Let the decoder run by recorded passes inside the block."""
-    module: Any = decoder.spec.decoder
-    module.forward = decoder.forward
-    try:
-        yield
-    finally:
-        del module.forward
+    return result
 
 
 class TokenPass:
     """One decoded token of every row, recorded.
 
-    Attributes:
+    Args:
+        model: the backbone, with whatever is attached.
+        never: tokens that are not written.
+        cache: of the prompts of the first batch, for the shapes of its layers.
         key: rows, width of the cache, what is attached.
+        held: what a recorded pass reads besides, and must not lose.
+
+    Attributes:
         newest: the token [B, 1] that was written last.
     """
 
@@ -434,7 +234,6 @@ class TokenPass:
         self.never = torch.tensor(never, dtype=torch.long).to(device)
         self.cache = Cache(layers=[_fixed_layer()(layer, self.place, width) for layer in cache.layers])
         self._replay: Callable[[], None] | None = None
-        self.logits: Any = None
 
     def begin(self, cache: Any, logits: Tensor, mask: Tensor, positions: Tensor) -> None:
         """Take in what a batch's prompts gave: their cache, which is emptied, and the logits of the first token."""
@@ -448,11 +247,15 @@ class TokenPass:
         self.seen.zero_()
         self.seen[:, 0, 0, :length] = mask.bool()
         self.uses += 1
-        if self._replay is None or self.uses in COMPARED:
+        if self._replay is None or self.uses in _COMPARED:
             self._try()
 
     def _try(self) -> None:
-        """Record the pass where it is not, and compare it with the computed one; all is then as it was."""
+        """Record the pass where it is not, and compare it with the computed one; all is then as it was.
+
+        Raises:
+            RuntimeError: it cannot be recorded, or gives something else.
+        """
         state = [self.newest, self.position, self.place, self.seen]
         before = [x.clone() for x in state]
 
@@ -460,13 +263,18 @@ class TokenPass:
             for x, value in zip(state, before, strict=True):
                 x.copy_(value)
 
-        wanted = warmed(self._compute)[0].clone()
-        back()
-        if self._replay is None:
-            self._replay, (self.logits,) = record(self._compute, None)
+        def anew() -> Tensor:
             back()
+            return self._compute()
+
+        wanted = warmed(anew).clone()
+        if self._replay is None:
+            self._replay, self._logits = record(self._compute)
+        back()
         self._replay()
-        compare([self.logits], [wanted])
+        distance, size = float((self._logits - wanted).float().norm()), float(wanted.float().norm())
+        if not distance <= _SAME * size:
+            raise RuntimeError(f"a recorded pass is {distance:.2g} off, of {size:.2g}")
         back()
 
     def replay(self) -> None:
@@ -479,17 +287,16 @@ class TokenPass:
             raise WorkError("no pass was recorded")
         self._replay()
 
-    def _compute(self) -> list[Tensor]:
+    def _compute(self) -> Tensor:
         self.seen.index_fill_(3, self.place, True)
         logits = self.model(
             input_ids=self.newest, attention_mask=self.seen, position_ids=self.position, past_key_values=self.cache,
             use_cache=True, logits_to_keep=1,
         ).logits  # fmt: skip
-        best = self._best(logits)
-        self.newest.copy_(best)
+        self.newest.copy_(self._best(logits))
         self.position.add_(1)
         self.place.add_(1)
-        return [logits]
+        return logits
 
     def _best(self, logits: Tensor) -> Tensor:
         return logits[:, -1].index_fill(1, self.never, float("-inf")).argmax(-1, keepdim=True)

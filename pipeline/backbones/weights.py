@@ -1,18 +1,26 @@
-"""Where weights are, whether they are what they should be, and the digest that names them."""
+"""Where weights are, whether they are what they should be, the digest that names them, and storing them in few bits."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from pipeline.backbones.base import IMAGE_BACKEND, Backbone
-from pipeline.core.errors import InputError, WorkError
+from pipeline.backbones.decoder import decoder_of
+from pipeline.core.errors import InputError, WorkError, nearest
 from pipeline.core.files import stamp, write_atomic
 from pipeline.core.locks import held
 from pipeline.core.plain_yaml import Json
@@ -179,3 +187,157 @@ def _noted(note: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return known if re.fullmatch(r"[0-9a-f]{64}", known) else None
+
+
+# -- frozen weights in 8 or 4 bits -------------------------------------------------------------------------------------
+
+# it says once a process, at import, that an optional kernel of the hub is not there
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+QUANTIZED = ("none", "int8", "nf4")
+
+
+def check_quantization(kind: str, where: str) -> None:
+    """See that there is such a way to store weights, and that what it takes is installed; `none` needs nothing.
+
+    Raises:
+        InputError: there is not, or it is missing.
+    """
+    if kind not in QUANTIZED:
+        raise InputError(f"unknown way to store weights '{kind}'", where=where, way_out=nearest(kind, QUANTIZED))
+    if kind != "none" and find_spec("bitsandbytes") is None:
+        problem = f"weights in {kind} need the package bitsandbytes, which is missing"
+        way_out = "Install it: pip install bitsandbytes (the extra `quantized`), or set train.quantize to none"
+        raise InputError(problem, where=where, way_out=way_out)
+
+
+def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear modules of the decoder's layers, by name: what is stored in 8 or 4 bits.
+
+    Vision tower, connector, embeddings, output and norms stay as they are, as do experts that are no linear modules.
+    """
+    lists = [child for child in decoder_of(model).decoder.children() if isinstance(child, nn.ModuleList)]
+    inside = {id(module) for layers in lists for module in layers.modules()}
+    return {
+        name: module for name, module in model.named_modules() if type(module) is nn.Linear and id(module) in inside
+    }
+
+
+def quantize(model: nn.Module, kind: str) -> None:
+    """Store the decoder's linear weights in 8 or 4 bits, in place, where they are; on the meta device too.
+
+    Args:
+        model: a transformers model.
+        kind: `int8` (a scale a row, the largest value at 127) or `nf4` (QLoRA, arXiv 2305.14314: NormalFloat in blocks
+            of 64, whose scales are stored in 8 bits).
+    """
+    check_quantization(kind, "quantize")
+    from bitsandbytes import functional
+    from bitsandbytes import nn as few_bits
+
+    # its table for scales is kept as the first call made it, and meta tensors have no numbers
+    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+    linears = quantizable(model)
+    for name in list(linears):
+        linear = linears.pop(name)  # and so it is gone before the next but one is made
+        shape, data = (linear.in_features, linear.out_features, False), linear.weight.data
+        made: Any
+        if kind == "nf4":
+            made = few_bits.Linear4bit(*shape, compute_dtype=data.dtype, quant_type=kind, device="meta")
+            packed, state = functional.quantize_4bit(data, quant_type=kind, compress_statistics=True)
+            made.quant_state = state
+            stored: dict[str, Any] = {"quant_state": state, "quant_type": kind, "bnb_quantized": True}
+            made.weight = few_bits.Params4bit(packed, module=made, **stored)
+        else:
+            made = few_bits.Linear8bitLt(*shape, has_fp16_weights=False, device="meta")
+            rows, scales, _ = functional.int8_vectorwise_quant(data.half())
+            made.weight = few_bits.Int8Params(rows, requires_grad=False, CB=rows, SCB=scales)
+        made.bias = linear.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, made)
+    setattr(model, f"is_loaded_in_{8 if kind == 'int8' else 4}bit", True)  # which PEFT asks
+    settle(model)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether some of a model's weights are codes of few bits and no numbers."""
+    return not all(parameter.is_floating_point() for parameter in model.parameters())
+
+
+def settle(model: nn.Module) -> None:
+    """Let a model's modules of bitsandbytes, if any, multiply by their weights alone, whatever else is in the batch.
+
+    LLM.int8() rounds activations too and singles out columns by all rows of a batch, so a trial in a pack, or an answer
+    behind a cache, would be another one. On a CPU with AVX512-BF16 a 4-bit weight is packed anew at its first pass
+    without a gradient, and passes after it have none.
+    """
+    if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+        return
+    from bitsandbytes import nn as few_bits
+
+    for module in model.modules():
+        if isinstance(module, few_bits.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+        elif isinstance(module, few_bits.Linear8bitLt) and not isinstance(module, _int8_linear()):
+            module.init_8bit_state()
+            module.eval().__class__ = _int8_linear()
+
+
+class _Int8Product(torch.autograd.Function):
+    """y = x W^T + b with W = q s / 127, which is made for each pass and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(q, scales)
+        return nn.functional.linear(x, _wide(q, scales, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        q, scales = ctx.saved_tensors
+        return grad @ _wide(q, scales, grad.dtype), None, None, None
+
+
+def _wide(q: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return rows of int8 as numbers, each rounded once to `dtype`."""
+    return torch.mul(q, scales[:, None] / 127, out=torch.empty(q.shape, dtype=dtype, device=q.device))
+
+
+@cache
+def _int8_linear() -> Any:
+    from bitsandbytes import nn as few_bits
+
+    class Int8Linear(few_bits.Linear8bitLt):
+        """bitsandbytes' module, for whom and PEFT it is one of theirs, without its rounded activations."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return _Int8Product.apply(x, self.state.CB, self.state.SCB, bias)
+
+    return Int8Linear
+
+
+def stored_bytes(shape: Sequence[int], kind: str) -> float:
+    """Return what `quantize` makes of a weight [out, in]: its values, and their scales."""
+    rows, values = shape[0], math.prod(shape)
+    return values + 4 * rows if kind == "int8" else values / 2 + values / 64 * (1 + 4 / 256)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return what a model's parameters take here, scales of those in few bits included; of those in parts, its own."""
+    total = sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in model.parameters())
+    for module in model.modules():
+        if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+            total += state.absmax.nbytes + state.state2.absmax.nbytes
+        elif isinstance(scales := getattr(getattr(module, "state", None), "SCB", None), Tensor):
+            total += scales.nbytes
+    return total
+
+
+def dequantized(linear: Any) -> Tensor:
+    """Return a linear module's weight [out, in] as it multiplies, however it is stored."""
+    if (state := getattr(linear.weight, "quant_state", None)) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(linear.weight.data, state)
+    if linear.weight.dtype == torch.int8:
+        return _wide(linear.state.CB, linear.state.SCB, torch.float32)
+    return linear.weight

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.backbones.decoder import decoder_of, dequantized, output_projection
+from pipeline.backbones.decoder import decoder_of, output_projection
+from pipeline.backbones.weights import dequantized
 from pipeline.baselines import Baseline, BaselineOptions, Setting, baselines
 from pipeline.baselines.demonstrations import draw_from
 from pipeline.core.errors import InputError

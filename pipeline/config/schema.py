@@ -77,7 +77,6 @@ class Train(Section):
     world_size: int = Field(1, ge=1)
     compile: bool = False  # the decoder's norms and feed-forward nets by torch.compile
     deterministic: bool = False  # on a GPU: equal bits from equal inputs on the same kind of card, and slower
-    cuda_graphs: bool = False  # on a GPU: the decoder's passes are recorded once and launched by one call
     gradient_checkpointing: bool = False  # a layer's activations are computed again in its backward pass, and not kept
     selection: Literal["selection", "test"] = "selection"
     selection_metric: Literal["score", "loss"] = "score"

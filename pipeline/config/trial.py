@@ -75,13 +75,12 @@ class TrialConfig(_Config):
     compile: bool = False
     gradient_checkpointing: bool = False
     deterministic: bool = False
-    cuda_graphs: bool = False
     quantize: Literal["none", "int8", "nf4"] = "none"
     sample_draw: Literal["first", "by-seed"] = "first"
 
     later: ClassVar[frozenset[str]] = frozenset(
         {
-            "demonstration_draw", "compile", "sample_draw", "gradient_checkpointing", "deterministic", "cuda_graphs",
+            "demonstration_draw", "compile", "sample_draw", "gradient_checkpointing", "deterministic",
             "quantize",
         }
     )  # fmt: skip

@@ -8,7 +8,9 @@ follows, so the answers are those of the whole prompts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+import math
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,7 @@ from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import decoder_of, told
 from pipeline.backbones.load import Loaded
-from pipeline.backbones.passes import (
-    GRAPHS_ON,
-    TokenPass,
-    bytes_of_row,
-    given_up,
-    is_out_of_memory,
-)
+from pipeline.backbones.passes import GRAPHS_ON, TokenPass, bytes_of_row, is_out_of_memory
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Sample
 from pipeline.prompts.collate import Batch, collate
@@ -251,15 +247,18 @@ class Greedy:
         recorded = torch.device(loaded.device).type == GRAPHS_ON and not loaded.passes.together
         return recorded and loaded.family.shares_prefix
 
-    def takes(self, inputs: dict[str, Any], new: int) -> bool:
+    def takes(self, inputs: Mapping[str, Any], new: int) -> bool:
         """Whether a batch is decoded so: no layer hides what is far behind, and no token has a type."""
-        config = decoder_of(self.loaded.model).text_config
-        window = getattr(config, "sliding_window", None) or inputs["input_ids"].shape[1] + new + _WIDTHS
+        window = getattr(decoder_of(self.loaded.model).text_config, "sliding_window", None) or math.inf
         typed = any(name.endswith("token_type_ids") for name in inputs)
-        return not (self.is_off or typed) and inputs["input_ids"].shape[1] + new + _WIDTHS <= window
+        return not (self.is_off or typed) and self._width(inputs, new) <= window
+
+    @staticmethod
+    def _width(inputs: Mapping[str, Any], new: int) -> int:
+        return -(-(inputs["input_ids"].shape[1] + new) // _WIDTHS) * _WIDTHS
 
     def write(
-        self, inputs: dict[str, Any], new: int, ends: Callable[[Sequence[int]], bool], state: tuple[Hashable, object]
+        self, inputs: Mapping[str, Any], new: int, ends: Callable[[Sequence[int]], bool], state: tuple[Hashable, object]
     ) -> list[list[int]] | None:
         """Return each row's new tokens, without the end of the text; None where passes cannot be recorded.
 
@@ -267,7 +266,7 @@ class Greedy:
             inputs: of a left-padded batch, as `model.generate` takes them.
             new: most tokens of a row.
             ends: whether the newest of a row's tokens ends it.
-            state: see `RecordedDecoder`.
+            state: of what is attached (`Pack.state`).
         """
         from transformers import DynamicCache
 
@@ -275,10 +274,9 @@ class Greedy:
         cache = inputs.get("past_key_values") or DynamicCache()
         known, ids = cache.get_seq_length(), inputs["input_ids"]
         mask, positions = inputs["attention_mask"], inputs["position_ids"]
-        width = -(-(ids.shape[1] + new) // _WIDTHS) * _WIDTHS
         given = {**inputs, "input_ids": ids[:, known:], "position_ids": positions[:, known:], "past_key_values": cache}
         logits = model(**given, use_cache=True, logits_to_keep=1).logits
-        key = (len(ids), width, state[0])
+        key = (len(ids), self._width(inputs, new), state[0])
         try:
             if self._pass is None or self._pass.key != key:
                 self._pass = None  # its memory is free for the next
@@ -290,7 +288,8 @@ class Greedy:
             if is_out_of_memory(error):
                 raise
             self.is_off = True
-            given_up(error, "generation")
+            text = str(error).strip().splitlines() or [""]
+            warnings.warn(f"tokens are decoded without CUDA graphs: {type(error).__name__}: {text[0]}", stacklevel=2)
             return None
 
     def forget(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline import backbones
-from pipeline.backbones.decoder import check_quantization
+from pipeline.backbones.weights import check_quantization
 from pipeline.config.load import Params
 from pipeline.config.trial import TrialConfig
 from pipeline.core import copies

@@ -22,7 +22,7 @@ from pipeline.core.registry import extensions
 from pipeline.records.trial import DataDigests, Machine, Provenance
 
 LOCK = "dvc.lock"
-PACKAGES = ("torch", "transformers", "ray", "deepspeed", "mlflow", "dvc")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "deepspeed", "mlflow", "dvc")
 MAX_DIFF = 2_000_000  # characters: a diff beyond this is no edit of source any more
 MAX_SOURCE = 250_000  # bytes of a changed file that is still kept in a diff
 _SOURCE_FOLDERS = ("pipeline", "stages", *FOLDERS.values())

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pipeline.adapters.base import Adapter
-from pipeline.backbones.decoder import weight_bytes
+from pipeline.backbones.weights import weight_bytes
 from pipeline.config.trial import MOST_PACKED
 from pipeline.core.errors import InputError
 from pipeline.cost.flops import Costs, Prompt

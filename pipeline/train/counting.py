@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import adapters, backbones, methods
-from pipeline.backbones.decoder import checkpointed_layers, decoder_of, quantizable, stored_bytes
+from pipeline.backbones.decoder import checkpointed_layers, decoder_of
 from pipeline.backbones.load import DTYPES
 from pipeline.backbones.passes import FILL as OF_WHAT_IS_FREE
 from pipeline.backbones.passes import bytes_of_row
 from pipeline.backbones.states import recorded
+from pipeline.backbones.weights import quantizable, stored_bytes, weight_bytes
 from pipeline.config.trial import MOST_PACKED, TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.cost.flops import Costs
@@ -166,7 +167,7 @@ class MemoryOf:
         self.name, self.dtype = name, DTYPES[precision]
         loaded = backbones.load(name, variant="meta")
         self.model = loaded.model.to(self.dtype)
-        self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        self.weights = weight_bytes(self.model)
         self.passing = 0  # bytes that a product takes for its weight as numbers, one weight at a time
         if quantize != "none":
             linears = [linear.weight for linear in quantizable(self.model).values()]

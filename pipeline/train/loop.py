@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from pipeline import adapters
-from pipeline.adapters.base import AttentionAdapter, WeightsAdapter, parts_of
+from pipeline.adapters.base import WeightsAdapter, parts_of
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import checkpointed_layers, compiled_parts, decoder_of, told
-from pipeline.backbones.passes import GRAPHS_ON, RecordedDecoder, is_out_of_memory, recorded_passes
+from pipeline.backbones.passes import is_out_of_memory
 from pipeline.prompts.collate import Batch
 from pipeline.records.trial import TrialReport
 from pipeline.resident.resident import TEACHER_BYTES, Resident
@@ -86,12 +86,7 @@ class TrainingLoop:
             window = self.next_steps(num_steps - done)
             # dropout is drawn in training alone
             learners = [trial.adapter.train() for trial in self.trials]
-            with (
-                self._compiled(),
-                self._checkpointed(),
-                adapters.attach(self.resident.loaded.model, learners) as pack,
-                self._recorded(pack),
-            ):
+            with self._compiled(), self._checkpointed(), adapters.attach(self.resident.loaded.model, learners) as pack:
                 for number, step in enumerate(window):
                     self._make_ready(window[number : number + 2])
                     self._step(pack, step)
@@ -124,18 +119,6 @@ class TrainingLoop:
         """Let the layers keep their inputs alone, where it is asked for (and so of a whole pack, `plan.pack_key`)."""
         asked = any(trial.config.gradient_checkpointing for trial in self.trials)
         return checkpointed_layers(self.resident.loaded.model) if asked else nullcontext()
-
-    def _recorded(self, pack: Pack) -> AbstractContextManager[None]:
-        """Let the decoder's passes be CUDA graphs on a GPU: of trials that draw and record nothing on the way."""
-        facts = [trial.facts for trial in self.trials]
-        hooked = any(fact.drops or fact.trains_vision or fact.teacher == "hidden" for fact in facts)
-        asked = all(trial.config.cuda_graphs and not trial.config.gradient_checkpointing for trial in self.trials)
-        prefills = any(part.prefills for _, part in parts_of(pack.adapters, AttentionAdapter))
-        sharded = any(trial.config.zero_stage == 3 for trial in self.trials)
-        if torch.device(self.resident.device).type != GRAPHS_ON or hooked or not asked or prefills or sharded:
-            return nullcontext()
-        spec = decoder_of(self.resident.loaded.model)
-        return recorded_passes(RecordedDecoder(spec, pack.adapters, lambda: pack.state))
 
     # -- the next steps' data ------------------------------------------------------------------------------------------
 

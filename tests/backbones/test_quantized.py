@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pipeline import backbones
-from pipeline.backbones import decoder
-from pipeline.backbones.decoder import compiled_parts, decoder_of, dequantized, quantizable, quantize, weight_bytes
+from pipeline.backbones import weights
+from pipeline.backbones.decoder import compiled_parts, decoder_of
+from pipeline.backbones.weights import dequantized, quantizable, quantize, weight_bytes
 from pipeline.core.errors import InputError
 from pipeline.train.counting import MemoryOf
 from tests.support import tiny_hub
@@ -118,6 +119,6 @@ def test_weights_that_a_folder_holds_in_few_bits_are_taken_as_they_are(kind, tin
 def test_what_is_missing_and_what_is_unknown_is_said_in_a_line(monkeypatch):
     with pytest.raises(InputError, match="unknown way to store weights 'int4'.*int8"):
         backbones.load("idefics2-8b-base", variant="tiny", quantized="int4")
-    monkeypatch.setattr(decoder, "find_spec", lambda name: None)
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="nf4 need the package bitsandbytes, which is missing. Install it: pip"):
         backbones.load("idefics2-8b-base", variant="tiny", quantized="nf4")

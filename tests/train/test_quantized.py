@@ -7,7 +7,8 @@ import torch
 
 from pipeline import adapters, backbones
 from pipeline.adapters.base import CONFIG_FILE
-from pipeline.backbones.decoder import decoder_of, is_quantized
+from pipeline.backbones.decoder import decoder_of
+from pipeline.backbones.weights import is_quantized
 from pipeline.config.load import BackboneSource, load
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import InputError
@@ -144,7 +145,7 @@ def test_studies_vary_it_for_methods_that_train_and_those_that_do_not():
 def test_a_missing_package_is_said_before_work_starts(trial, tmp_path, monkeypatch):
     config = trial("hificl", tmp_path, quantize="int8").config
     assert "torch" in check_engines([config])
-    monkeypatch.setattr("pipeline.backbones.decoder.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.backbones.weights.find_spec", lambda name: None)
     with pytest.raises(InputError, match="^train.quantize: weights in int8 need the package bitsandbytes"):
         check_engines([config])
 
