@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.support.timing import Findings, main, one_thread, report
 from benchmarks.support.trials import BACKBONE, Trials, both_ways, train, trials
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import TrialRequest
 from pipeline.train.workbench import Workbench
 
 RANKS = (8, 4, 2, 1)

@@ -15,7 +15,7 @@ import psutil
 from benchmarks.support.simulated import EPOCHS, SimulatedSlot, make_plan
 from benchmarks.support.timing import Findings, main, report
 from benchmarks.support.tracked import stores, track
-from pipeline.config.request import Requests, TrialRequest
+from pipeline.config.load import Requests, TrialRequest
 from pipeline.plan.plan import Plan
 from pipeline.pool import tuner
 from pipeline.pool.dispatcher import Dispatcher

@@ -131,8 +131,7 @@ def small_world(tmp_path_factory) -> Path:
 def trial(small_world):
     """`trial(method, folder, **fields)` gives the request of a short trial; options and fields of TrialConfig mixed."""
     from pipeline import backbones, methods
-    from pipeline.config.load import BackboneSource
-    from pipeline.config.request import TrialRequest
+    from pipeline.config.load import BackboneSource, TrialRequest
     from pipeline.config.trial import TrialConfig
     from pipeline.data.manifest import Manifest
 

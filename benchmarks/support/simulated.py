@@ -9,8 +9,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.support.timing import Findings
-from pipeline.config.load import BackboneSource, load
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import BackboneSource, TrialRequest, load
 from pipeline.config.trial import TrialConfig
 from pipeline.plan.plan import Places, Plan
 from pipeline.records.store import TrialStore

@@ -11,8 +11,7 @@ from typing import Any
 
 from benchmarks.support.timing import Rounds
 from pipeline import backbones, methods
-from pipeline.config.load import BackboneSource
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import BackboneSource, TrialRequest
 from pipeline.config.trial import TrialConfig
 from pipeline.miniature.world import write_world
 from pipeline.records.trial import EpochReport

@@ -16,7 +16,7 @@ import torch
 
 from pipeline import adapters, methods
 from pipeline.baselines import Baseline, Setting, baselines
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import TrialRequest
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import ImageRef, Sample

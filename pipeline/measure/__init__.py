@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import TrialRequest
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import validate
 from pipeline.core.registry import Registry

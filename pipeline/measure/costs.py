@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import TrialRequest
 from pipeline.core.errors import WorkError
 from pipeline.measure import Measure, MeasureJob, Numbers, measures, middle
 from pipeline.records.trial import TrialReport

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import backbones, methods
-from pipeline.config.load import Params
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import Params, TrialRequest
 from pipeline.config.trial import KEY_LENGTH, Kind, TrialConfig, canonical, digest, engine_packs
 from pipeline.core.errors import InputError
 from pipeline.core.plain_yaml import Json

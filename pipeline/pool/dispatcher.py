@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import TrialRequest
 from pipeline.core.errors import WorkError
 from pipeline.pool.queue import Decision, Failed, Queue, Requeued, SlotState, Stopped, is_of_one_trial, said
 from pipeline.pool.slot import Slot

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import TrialRequest
 from pipeline.config.trial import EvaluationConfig
 from pipeline.evaluate.generate import Answers, SplitPart
 

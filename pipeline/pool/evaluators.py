@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from pipeline.config.load import Params
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import Params, TrialRequest
 from pipeline.config.trial import EvaluationConfig
 from pipeline.evaluate.generate import Answers, SplitPart
 from pipeline.measure import Measure, MeasureJob

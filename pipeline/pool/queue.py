@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import TrialRequest
 from pipeline.core.errors import HificlError, InputError
 
 

@@ -16,8 +16,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipeline.config.load import Sweep
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import Sweep, TrialRequest
 from pipeline.pool.cluster import Version, code_version, require, work_in
 from pipeline.pool.processes import BUILD_SECONDS, STEP_SECONDS, worker_environment
 from pipeline.pool.queue import SlotLost

@@ -14,8 +14,7 @@ import ray
 from ray import tune
 from ray._private import ray_constants
 
-from pipeline.config.load import Params, Sweep
-from pipeline.config.request import Requests
+from pipeline.config.load import Params, Requests, Sweep
 from pipeline.config.trial import MOST_PACKED
 from pipeline.core import machine
 from pipeline.core.errors import InputError, WorkError

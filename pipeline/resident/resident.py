@@ -17,8 +17,7 @@ from pipeline import backbones
 from pipeline.backbones.base import Pixels
 from pipeline.backbones.decoder import Forwards
 from pipeline.backbones.load import Zero
-from pipeline.config.load import BackboneSource
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import BackboneSource, TrialRequest
 from pipeline.config.trial import Kind, TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.data.manifest import Manifest

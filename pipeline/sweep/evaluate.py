@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import methods
-from pipeline.config.load import Params, data_root
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import Params, TrialRequest, data_root
 from pipeline.config.trial import KEY_LENGTH, EvaluationConfig, TrialConfig, digest
 from pipeline.core import copies
 from pipeline.core.errors import WorkError

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import TrialRequest
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import InputError, WorkError
 from pipeline.evaluate.generate import WHOLE, Answers, SplitPart

@@ -7,8 +7,7 @@ import torch
 
 from pipeline import backbones
 from pipeline.baselines import baselines
-from pipeline.config.load import BackboneSource
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import BackboneSource, TrialRequest
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import InputError
 from pipeline.evaluate.generate import WHOLE, Decoding, predict

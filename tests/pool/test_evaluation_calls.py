@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.load import BackboneSource
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import BackboneSource, TrialRequest
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.evaluate.generate import Answers
 from pipeline.pool.evaluation_calls import TOGETHER, Calls, Complete, Ledger, Unit, evaluation_units

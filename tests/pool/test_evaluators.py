@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline.config.load import BackboneSource, load
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import BackboneSource, TrialRequest, load
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.evaluate.generate import Answers

@@ -9,8 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pipeline.config.load import BackboneSource
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import BackboneSource, TrialRequest
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError, WorkError
 from pipeline.pool.queue import Failed, Queue, Requeued, SlotLost, SlotState, Stopped, Trial, is_of_one_trial

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline import backbones
-from pipeline.config.request import Requests
+from pipeline.config.load import Requests
 from pipeline.core.errors import HificlError, WorkError
 from pipeline.pool import dispatcher as dispatching
 from pipeline.pool import processes, slot, supervisor

@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 
 from pipeline import adapters, backbones, methods
 from pipeline.backbones.decoder import decoder_of
-from pipeline.config.load import BackboneSource
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import BackboneSource, TrialRequest
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.data.manifest import Manifest

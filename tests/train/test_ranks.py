@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pipeline import adapters, methods
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import TrialRequest
 from pipeline.records.store import TrialStore
 from pipeline.train.workbench import Workbench, join_group
 

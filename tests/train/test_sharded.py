@@ -18,7 +18,7 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from pipeline import backbones
 from pipeline.backbones.base import gathered
 from pipeline.backbones.load import Zero
-from pipeline.config.request import TrialRequest
+from pipeline.config.load import TrialRequest
 from pipeline.records.store import TrialStore
 from pipeline.train import engine
 from pipeline.train.counting import _Living
