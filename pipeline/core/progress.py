@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 LINE_SECONDS = 10.0  # between two plain lines of one piece of work
 
@@ -52,3 +55,57 @@ def bar(title: str) -> Iterator[Report]:
             print(f"{title}: {done}{f' of {total}' if total else ''} {note}".rstrip(), file=sys.stderr, flush=True)
 
     yield line
+
+
+class Clock:
+    """Says of work in parts, which has so many minutes, what it does now and how long it has left.
+
+    A line as each part begins; and then, however little the part itself has to tell, one that moves under a terminal's
+    other lines, or another line every `LINE_SECONDS`.
+
+    Args:
+        parts: how many there are.
+        minutes: that the whole may take; None: that is not known.
+    """
+
+    def __init__(self, parts: int, minutes: float | None) -> None:
+        self.parts, self.minutes, self.number = parts, minutes, 0
+        self.started = time.monotonic()
+
+    def spent(self) -> float:
+        """Return the seconds since the start."""
+        return time.monotonic() - self.started
+
+    @contextmanager
+    def part(self, title: str, *, live: bool = True) -> Iterator[None]:
+        """Be in the next part inside the block; not `live`: another process draws in the terminal meanwhile."""
+        self.number += 1
+        name = f"{self.number} of {self.parts}, {title}"
+        say(f"{name}: {self._left()}")
+        if console.is_terminal:
+            drawn = Live(console=console, transient=True, get_renderable=lambda: Text(f"{name}: {self._left()}"))
+            with drawn if live else nullcontext():
+                yield
+            return
+        over = threading.Event()
+
+        def go_on() -> None:
+            while not over.wait(LINE_SECONDS):
+                print(f"{name}: {self._left()}", file=sys.stderr, flush=True)
+
+        lines = threading.Thread(target=go_on, daemon=True)
+        lines.start()
+        try:
+            yield
+        finally:
+            over.set()
+            lines.join()
+
+    def _left(self) -> str:
+        spent = self.spent() / 60
+        if self.minutes is None:
+            return f"{spent:.1f} minutes so far"
+        left = self.minutes - spent
+        if left < 0:
+            return f"{spent:.1f} minutes so far, {self.minutes:g} were asked for"
+        return f"{left:.1f} of {self.minutes:g} minutes left"

@@ -12,7 +12,7 @@ import os
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -180,12 +180,18 @@ def check_images(paths: Iterable[Path], *, progress: Callable[[int], None] | Non
     return [by_path[path] for path in given]
 
 
-def problems_error(problems: Iterable[CheckedImage], *, where: str) -> InputError:
-    """Return one error that lists every bad file."""
-    bad = list(problems)
-    lines = "".join(f"\n  {image.path}: {image.problem}" for image in bad)
+def problems_error(
+    problems: Iterable[CheckedImage], *, where: str, named_by: Mapping[Path, str] | None = None
+) -> InputError:
+    """Return one error that lists every bad file, and what names it where that is known."""
+    bad, rows = list(problems), named_by or {}
+    lines = "".join(
+        f"\n  {image.path}{f' ({rows[image.path]})' if image.path in rows else ''}: {image.problem}" for image in bad
+    )
     plural = "image is" if len(bad) == 1 else "images are"
     way_out = "Get these files again (for COCO: train2014.zip, val2014.zip), or take them out of the data"
+    if rows:
+        way_out = "Mend these pictures or take their rows out; or bad_rows: leave-out, and they are counted and named"
     return InputError(f"{len(bad)} {plural} missing or cannot be read:{lines}\n", where=where, way_out=way_out)
 
 

@@ -53,6 +53,7 @@ def _unwatched(manifest: Manifest, root: Path) -> Iterator[str]:
 
 
 _SELECTION_SIDE = "0123"
+_NAMED = 5  # pictures of one note
 
 
 def _silent(done: int, total: int | None = None, note: str = "") -> None:
@@ -225,6 +226,7 @@ def _take(
     owner: dict[str, str] = {}  # image path or digest, or a group -> the split that has it
     chosen: dict[str, list[IndexEntry]] = {}
     replaced: list[dict[str, object]] = []
+    broken: dict[SampleId, list[CheckedImage]] = {}  # rows whose pictures cannot be read
     for candidates in plan:
         name = candidates.split
         free = _free(candidates, owner, source, passed)
@@ -232,6 +234,11 @@ def _take(
         while batch := list(_first(free, candidates.wanted - len(taken) if candidates.wanted >= 0 else None)):
             _check(root, batch, checked, report, name)
             for entry in batch:
+                unread = [checked[image] for image in entry.images if checked[image].problem is not None]
+                if unread:
+                    broken[entry.sample_id] = unread
+                    if task.leaves_out:
+                        continue
                 taker = next((owner[checked[i].sha256] for i in entry.images if checked[i].sha256 in owner), name)
                 if taker != name:
                     replaced.append({"sample_id": entry.sample_id, "split": name, "same_image_in": taker})
@@ -245,14 +252,23 @@ def _take(
                 if checked[image].sha256:
                     owner[checked[image].sha256] = name
         chosen[name] = taken
-    bad = [image for image in checked.values() if image.problem is not None]
-    if bad:
-        raise problems_error(bad, where=task.name)
-    lost = [
+    bad = list(dict.fromkeys(image for unread in broken.values() for image in unread))
+    rows = task.places(root, [path for path, image in checked.items() if image in bad]) if bad else {}
+    named_by = {checked[path].path: row for path, row in rows.items()}
+    if bad and not task.leaves_out:
+        raise problems_error(bad, where=task.name, named_by=named_by)
+    lost = [f"{len(broken)} rows are left out, whose picture cannot be read: {_named(bad, named_by)}"] if bad else []
+    lost += [
         f"{count} rows of {name} share an image or a group with another split: passed over"
         for name, count in passed.items()
     ]
     return chosen, checked, replaced, lost if task.definition is not None else []
+
+
+def _named(bad: Sequence[CheckedImage], rows: Mapping[Path, str]) -> str:
+    """Return the first pictures that cannot be read, with the rows that name them and why."""
+    shown = [f"{rows.get(image.path, image.path)}: {image.problem}" for image in bad[:_NAMED]]
+    return "; ".join(shown) + (f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
 
 
 def _pool_of_each(task: Task, root: Path) -> dict[str, Split]:

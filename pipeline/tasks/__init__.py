@@ -122,6 +122,16 @@ class Task(ABC):
         del root
         return ()
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a sample whose picture cannot be read is left out, counted and named; else none may be so."""
+        return False
+
+    def places(self, root: Path, images: Collection[str]) -> dict[str, str]:
+        """Return what names each of the images, where a file of the user's own does."""
+        del root, images
+        return {}
+
     def pools(self, root: Path) -> tuple[Split, ...]:
         """Return the pools that the three splits are drawn from; the first chooses first."""
         del root

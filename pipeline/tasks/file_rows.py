@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from string import Formatter, ascii_uppercase
 from typing import Any
@@ -25,12 +26,13 @@ OF_FILE = "#file"  # as a split's column: what the file's or folder's name says
 DRAWN = "drawn"
 HEAD = 200  # rows that are looked at to guess
 LEAST_ANSWERS = 4  # of VQA accuracy: with fewer no answer can be right in full
+_LONGEST_NAME = 255  # bytes of one that a file system takes
 _SHOWN = 60  # characters of a value in a message
 _LONG, _MOST_TOKENS = 5, 128  # words of an answer that asks for more new tokens than is usual; and how many at most
 _NAMES: Mapping[str, tuple[str, ...]] = {  # what columns are called, the likeliest first
     "id": ("id", "question_id", "sample_id", "qid", "uid"),
     "question": ("question", "query", "input", "instruction", "prompt", "problem"),
-    "answer": ("answer", "output", "response", "target", "label", "solution"),
+    "answer": ("answer", "output", "response", "completion", "target", "label", "solution"),
     "answers": ("answers", "references"),
     "image": ("image", "images", "image_path", "image_paths", "file_name", "filename", "img", "picture"),
     "caption": ("caption", "captions", "text", "sentences"),
@@ -93,12 +95,17 @@ def completed(name: str, given: TaskFile, root: Path) -> Completed:
     longest = max((_words(fields, row) for row in whole), default=0)
     usual = 20 if score == "cider" else 10
     tokens = given.max_new_tokens or (usual if longest <= _LONG or score == "cider" else min(4 * longest, _MOST_TOKENS))
-    split = _split(given.split, files, columns, where)
-    prompt = given.prompt or _prompt(fields)
-    _check_prompt(prompt, fields, columns, where)
+    split = _split(given.split, files, columns, where, whole)
+    pictured = bool(fields.image) or any(_chat_images(fields, row) for row in whole)
+    prompt = given.prompt or _prompt(fields, pictured)
+    _check_prompt(prompt, fields, pictured, columns, where)
     settled = {"score": score, "max_new_tokens": tokens, "split": split, "prompt": prompt}
     shown = {**settled, "split": split if isinstance(split, str) else f"by column '{split.column}'"}
     guessed += [f"{key} = {shown[key]}" for key in settled if getattr(given, key) is None]
+    said = chain.from_iterable([value] if isinstance(value, str) else value or () for _, value in fields)
+    used = {*said, *placeholders(prompt), *((split.column,) if isinstance(split, TaskSplit) else ())}
+    if unused := [column for column in columns if column not in used]:
+        guessed.append(f"not used: {_quoted(unused)}")
     return Completed(given.model_copy(update={**settled, "fields": fields}), tuple(guessed))
 
 
@@ -120,7 +127,11 @@ def _fields(
     free = {
         key: [small[name] for name in names if small.get(name, "") not in taken | {""}] for key, names in _NAMES.items()
     }
-    guess = {key: free[key][0] for key in ("id", "image", "choices", "group") if key not in said and free[key]}
+    guess: dict[str, str | list[str]] = {
+        key: free[key][0] for key in ("id", "image", "choices", "group") if key not in said and free[key]
+    }
+    if "choices" not in {**said, **guess} and len(lettered := _lettered(columns, taken)) > 1:
+        guess["choices"] = lettered
     if "messages" not in said and free["messages"] and not {"question", "answer", "answers"} & said.keys():
         guess["messages"] = free["messages"][0]
     if "messages" not in {**said, **guess}:
@@ -138,7 +149,18 @@ def _fields(
             way_out=f"Say which: {where}.fields: {{question: COLUMN, answer: COLUMN}}, or caption: COLUMN",
         )  # fmt: skip
     every.setdefault("id", ROW_NUMBER)
-    return TaskFields(**every), [f"{key} = column '{column}'" for key, column in guess.items()]
+    named = {key: [columns] if isinstance(columns, str) else columns for key, columns in guess.items()}
+    return TaskFields(**every), [f"{key} = column {_quoted(names)}" for key, names in named.items()]
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _lettered(columns: Sequence[str], taken: Iterable[object]) -> list[str]:
+    """Return the columns A, B, C and so on, which hold a choice each."""
+    free = set(columns).difference(taken)  # type: ignore[arg-type]
+    return list(takewhile(lambda letter: letter in free, ascii_uppercase))
 
 
 def _score(fields: TaskFields, rows: Sequence[Row]) -> ScoreName:
@@ -147,27 +169,37 @@ def _score(fields: TaskFields, rows: Sequence[Row]) -> ScoreName:
     if fields.caption and not (fields.answer or fields.answers or fields.messages):
         return "cider"
     if fields.answers:
-        counts = sorted(len(row.values.get(fields.answers) or ()) for row in rows)
-        weighted = any(isinstance(row.values.get(fields.answers), dict) for row in rows)
+        cells = [_parsed(row.values.get(fields.answers)) for row in rows]
+        counts = sorted(len(cell) if isinstance(cell, list) else 1 for cell in cells)
+        weighted = any(
+            isinstance(cell, dict)
+            or (isinstance(cell, list) and any(isinstance(entry, dict) and "weight" in entry for entry in cell))
+            for cell in cells
+        )
         return "vqa" if weighted or counts[len(counts) // 2] >= LEAST_ANSWERS else "exact"
     values = [str(row.values.get(fields.answer or "", "")) for row in rows]
     return "number" if all(_NUMBER.fullmatch(value.strip()) for value in values) else "exact"
 
 
 def _words(fields: TaskFields, row: Row) -> int:
-    value = row.values.get(fields.answers or fields.answer or fields.caption or "")
+    value = _parsed(row.values.get(fields.answers or fields.answer or fields.caption or ""))
     entries = value if isinstance(value, list) else list(value) if isinstance(value, dict) else [value]
     first = entries[0] if entries else ""
     return len(str(first.get("answer", "") if isinstance(first, dict) else first).split())
 
 
 def _split(
-    given: str | TaskSplit | None, files: Sequence[Part], columns: Sequence[str], where: str
+    given: str | TaskSplit | None, files: Sequence[Part], columns: Sequence[str], where: str, rows: Sequence[Row]
 ) -> str | TaskSplit:  # fmt: skip
     if isinstance(given, TaskSplit) or given == DRAWN:
         column = given.column if isinstance(given, TaskSplit) else ""
     else:
-        by_name = [column for column in columns if column.lower() in _SPLIT_COLUMNS]
+        known = set(chain.from_iterable(SPLIT_NAMES.values()))  # a fold's number says no split
+        by_name = [
+            column
+            for column in columns
+            if column.lower() in _SPLIT_COLUMNS and any(str(row.values.get(column)).lower() in known for row in rows)
+        ]
         in_files = len({part.split for part in files}) > 1
         column = given or (by_name[0] if by_name else OF_FILE if in_files else "")
     if column and column not in (*columns, OF_FILE):
@@ -181,12 +213,20 @@ def _split(
     return TaskSplit(column=column, **named)
 
 
-def _prompt(fields: TaskFields) -> str:
-    shown = ["Image: {image}"] if fields.image else []
+def _chat_images(fields: TaskFields, row: Row) -> bool:
+    """Tell whether a row's chat has pictures in it; one that cannot be read has none."""
+    try:
+        return bool(fields.messages and _chat(row.values.get(fields.messages), fields.messages).images)
+    except RowError:
+        return False
+
+
+def _prompt(fields: TaskFields, pictured: bool) -> str:
+    shown = ["Image: {image}"] if pictured else []
     asks = fields.question or fields.messages
     if not (fields.answer or fields.answers or fields.messages):
         return " ".join([*shown, "Caption:"])
-    if fields.caption and not fields.image:
+    if fields.caption and not pictured:
         shown = ["Caption: {caption}"]
     return " ".join([*shown, *(["Question: {question}"] if asks else []), "Answer:"])
 
@@ -196,7 +236,7 @@ def placeholders(prompt: str) -> list[str]:
     return [name for _, name, _, _ in Formatter().parse(prompt) if name is not None]
 
 
-def _check_prompt(prompt: str, fields: TaskFields, columns: Sequence[str], where: str) -> None:
+def _check_prompt(prompt: str, fields: TaskFields, pictured: bool, columns: Sequence[str], where: str) -> None:
     place = f"{where}.prompt"
     try:
         names = placeholders(prompt)
@@ -206,6 +246,7 @@ def _check_prompt(prompt: str, fields: TaskFields, columns: Sequence[str], where
         {key for key, value in fields if value is not None}
         | set(columns)
         | ({"question"} if fields.messages else set())
+        | ({"image"} if pictured else set())
     )
     for name in names:
         if name not in known:
@@ -216,7 +257,7 @@ def _check_prompt(prompt: str, fields: TaskFields, columns: Sequence[str], where
     if "image" in names and (names.count("image") > 1 or names.index("image") not in (0, len(names) - 1)):
         way_out = "Put {image} before or behind the other fields, once; it stands for all images of a row"
         raise InputError("{image} stands between other fields, or twice", where=place, way_out=way_out)
-    if fields.image and "image" not in names:
+    if pictured and "image" not in names:
         raise InputError("it has no {image}, the rows have images", where=place, way_out="Write {image} where they go")
 
 
@@ -243,7 +284,7 @@ class RowReader:
             return f"{self.shown(row.file)}:{row.line}" if self.several else row.line
         value = row.values.get(column)
         if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-            raise RowError(column, f"is {_shown(value)}, an id is a whole number or text")
+            raise RowError(column, f"is {short(value)}, an id is a whole number or text")
         return value
 
     def shown(self, file: Path) -> str:
@@ -295,7 +336,7 @@ class RowReader:
             meta |= {"question": question or "", "choices": choices}
             question = with_choices(question or "", choices, _CLOSING)
         elif self.settings.score == "number" and number_in(target) is None:
-            raise RowError(fields.answer or fields.answers or "", f"is {_shown(target)}, which has no number")
+            raise RowError(fields.answer or fields.answers or "", f"is {short(target)}, which has no number")
         asked = self._asked(row, question)
         return Sample(self.task, self.sample_id(row), images, asked, target, references, meta)
 
@@ -310,24 +351,28 @@ class RowReader:
             for path in value if isinstance(value, list) else [value]:
                 out.append(self._image(row, path, column))
             if not value:
-                raise RowError(column, "is missing" if column not in row.values else f"is {_shown(value)}")
+                raise RowError(column, "is missing" if column not in row.values else f"is {short(value)}")
         out += [self._image(row, path, self.settings.fields.messages or "") for path in more]
         return tuple(map(ImageRef, out))
 
     def _image(self, row: Row, value: object, column: str) -> str:
         path = value.get("path") if isinstance(value, dict) else value
         if not isinstance(path, str) or not path or "\0" in path:
-            raise RowError(column, f"is {_shown(value)}, an image's path is needed")
+            raise RowError(column, f"is {short(value)}, an image's path is needed")
         if path.startswith(("http://", "https://", "data:")):
-            raise RowError(column, f"is {_shown(path)}: save the picture as a file, and give its path")
+            raise RowError(column, f"is {short(path)}: save the picture as a file, and give its path")
+        if len(path) > _LONGEST_NAME and any(len(name.encode()) > _LONGEST_NAME for name in re.split(r"[/\\]", path)):
+            raise RowError(column, f"is {short(path)}, no path: save the picture as a file, and give its path")
         base = row.file.parent
         if self.settings.images is not None and not path.startswith(f"{row.file.name}#"):
             base = self.root / self.settings.images
         below = os.path.relpath(os.path.normpath(base / path), self.root)
+        if "\\" in path and not os.path.exists(self.root / below):  # as Windows writes paths
+            return self._image(row, path.replace("\\", "/"), column)
         if below.startswith(".."):
             raise RowError(
                 column,
-                f"is {_shown(path)}, which lies outside the data root {self.root}; it has to be a folder above both",
+                f"is {short(path)}, which lies outside the data root {self.root}; it has to be a folder above both",
             )
         return below.replace(os.sep, "/")
 
@@ -343,9 +388,9 @@ class RowReader:
             if text == "" and len(entries) > 1:  # an annotator who gave none
                 continue
             if isinstance(text, bool) or not isinstance(text, str | int | float) or not str(text).strip():
-                raise RowError(column, f"is {_shown(value)}, a text, a list of texts or {{answer: weight}} is needed")
+                raise RowError(column, f"is {short(value)}, a text, a list of texts or {{answer: weight}} is needed")
             if weight is not None and (not isinstance(weight, int | float) or not 0 <= weight <= 1):
-                raise RowError(column, f"has weight {_shown(weight)}, a number from 0 to 1 is needed")
+                raise RowError(column, f"has weight {short(weight)}, a number from 0 to 1 is needed")
             texts.append(str(text))
             weights += [] if weight is None else [float(weight)]
         if not texts or len(weights) not in (0, len(texts)):
@@ -359,13 +404,16 @@ class RowReader:
     def _choices(self, row: Row) -> list[str]:
         columns = self.settings.fields.choices or ""
         if isinstance(columns, list):
-            return [_text(row, column) for column in columns]
+            filled = [column for column in columns if row.values.get(column) not in (None, "")]
+            if len(filled) < 2 or filled != columns[: len(filled)]:
+                raise RowError(next(name for name in columns if name not in filled), "is empty before another choice")
+            return [_text(row, column) for column in filled]  # a question may have fewer than others
         value = _parsed(row.values.get(columns))
         if isinstance(value, str):
             value = value.split("|")
         texts = list(value.values()) if isinstance(value, dict) else value
         if not isinstance(texts, list) or not 2 <= len(texts) <= len(ascii_uppercase):
-            raise RowError(columns, f"is {_shown(value)}, a list of 2 to {len(ascii_uppercase)} choices is needed")
+            raise RowError(columns, f"is {short(value)}, a list of 2 to {len(ascii_uppercase)} choices is needed")
         return [str(text).strip() for text in texts]
 
     def _asked(self, row: Row, question: str | None) -> str | None:
@@ -401,22 +449,24 @@ def _chat(value: object, column: str | None) -> _Chat:
     """Return a chat's last answer, all that was said before as the question, and its images."""
     column, turns = column or "", _parsed(value)
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise RowError(column, f"is {_shown(value)}, a list of turns with role and content is needed")
+        raise RowError(column, f"is {short(value)}, a list of turns with role and content is needed")
     texts, images = [], list[str]()
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         role = _ROLES.get(str(role), str(role))
         if role not in ("system", "user", "assistant"):
-            raise RowError(column, f"has a turn of role {_shown(role)}; system, user and assistant are known")
+            raise RowError(column, f"has a turn of role {short(role)}; system, user and assistant are known")
         said = []
         for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "text" and isinstance(part.get("text"), str):
                 said.append(part["text"])
-            elif kind == "image":
-                images += [str(path) for key in ("image", "path", "url") if (path := part.get(key)) is not None]
+            elif kind in ("image", "image_url"):
+                named = [part.get(key) for key in ("image", "path", "url", "image_url")]
+                named = [path.get("url") if isinstance(path, dict) else path for path in named]
+                images += [str(path) for path in named if path is not None]
             else:
-                raise RowError(column, f"has content {_shown(part)}; a part is text or an image")
+                raise RowError(column, f"has content {short(part)}; a part is text or an image")
         texts.append((role, " ".join(said).replace("<image>", " ").strip()))
     if texts[-1][0] != "assistant" or not texts[-1][1] or len(texts) < 2:
         raise RowError(column, "must end with what the assistant answers to somebody")
@@ -429,7 +479,9 @@ def _text(row: Row, column: str | None) -> str:
         return "true" if value else "false"
     if not isinstance(value, str | int | float) or not str(value).strip():
         missing = column not in row.values
-        raise RowError(column or "", "is missing or empty" if missing else f"is {_shown(value)}, a text is needed")
+        raise RowError(column or "", "is missing or empty" if missing else f"is {short(value)}, a text is needed")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RowError(column or "", f"is {value}, a text or a number is needed")
     text = str(value)
     if not text.isascii():
         try:
@@ -459,7 +511,7 @@ def _letter(answer: str, choices: Sequence[str], column: str) -> str:
     letter = letter_of(answer) if len(answer.strip(" ().")) == 1 else ""
     if letter and letter in ascii_uppercase[: len(choices)]:
         return letter
-    problem = f"is {_shown(answer)}: neither one of the {len(choices)} choices, nor its letter, nor its number from 0"
+    problem = f"is {short(answer)}: neither one of the {len(choices)} choices, nor its letter, nor its number from 0"
     raise RowError(column, problem)
 
 
@@ -469,6 +521,7 @@ def number_in(text: str) -> float | None:
     return None if number is None else float(number[0].replace(",", ""))
 
 
-def _shown(value: object) -> str:
+def short(value: object) -> str:
+    """Return a value as a message shows it."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

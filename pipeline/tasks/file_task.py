@@ -14,6 +14,7 @@ from pipeline.config.schema import TaskFile, TaskSplit
 from pipeline.core.errors import InputError, validate
 from pipeline.core.files import stamp
 from pipeline.core.plain_yaml import Json
+from pipeline.data.parquet import is_cell
 from pipeline.data.rows import Row, parts, read
 from pipeline.data.sample import Sample
 from pipeline.scores.vqa import normalise_answer, vqa_accuracy
@@ -28,6 +29,7 @@ from pipeline.tasks.file_rows import (
     completed,
     inner,
     number_in,
+    short,
 )
 from pipeline.tasks.vqa import VQA_TEMPLATE
 
@@ -87,6 +89,26 @@ class FileTask(Task):
         scan = self._scan(root)
         left = f"{scan.num_problems} of {scan.num_rows} rows are left out: {_some(scan)}" if scan.num_problems else ""
         return (*(f"guessed: {line}" for line in self.guessed), *([left] if left else []))
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a sample whose picture cannot be read is left out, as other rows that cannot be used are."""
+        return self.settings.bad_rows == "leave-out"
+
+    def places(self, root: Path, images: Collection[str]) -> dict[str, str]:
+        """Return the first row and field that name each image."""
+        reader, wanted, places = self._reader(root), set(images), dict[str, str]()
+        for row in self._rows(root) if wanted else ():
+            try:
+                named = [image.path for image in reader.sample(row).images]
+            except RowError:
+                continue
+            for path in wanted.intersection(named):
+                places[path] = f"{reader.shown(row.file)} line {row.line}, field '{_column_of(self.settings)}'"
+            wanted.difference_update(named)
+            if not wanted:
+                break
+        return places
 
     def pools(self, root: Path) -> tuple[Split, ...]:
         """Return the pools that the splits are drawn from; selection has its own where rows are marked so."""
@@ -189,8 +211,10 @@ def _scanned(name: str, settings: str, root: str, marks: tuple[tuple[int, ...], 
                 raise RowError(column, problem)
             paths = tuple(dict.fromkeys(image.path for image in sample.images))
             for path in paths:
-                if not there.setdefault(path, "#" in path or (Path(root) / path).is_file()):
-                    raise RowError(_column_of(task.settings), f"is '{path}', which is no file below {root}")
+                if path not in there:
+                    there[path] = is_cell(place := Path(root, path)) or place.is_file()
+                if not there[path]:
+                    raise RowError(_column_of(task.settings), f"is {short(path)}, which is no file below {root}")
             # the rows of an image go to one split, so that none of them is lost
             split, group = reader.split(row), reader.group(row) or (paths[0] if paths else None)
         except RowError as error:

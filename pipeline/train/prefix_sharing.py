@@ -122,8 +122,9 @@ def sharing_prefix(spec: DecoderSpec, layout: PrefixLayout | None) -> Iterator[N
         return
 
     def lay(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        rows = kwargs["inputs_embeds"].flatten(0, 1)[layout.taken]
-        return args, {**kwargs, "inputs_embeds": rows, "position_ids": layout.positions, "attention_mask": layout.mask}
+        name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"  # a text decoder embeds itself
+        rows = kwargs[name].flatten(0, 1)[layout.taken]
+        return args, {**kwargs, name: rows, "position_ids": layout.positions, "attention_mask": layout.mask}
 
     def spread(module: Any, args: Any, output: Any) -> Any:
         output.last_hidden_state = layout.spread(output.last_hidden_state)

@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from pipeline.core import plain_yaml
 from pipeline.core.errors import InputError, WorkError, validate
 from pipeline.core.files import write_atomic
 from pipeline.core.plain_yaml import Json
-from pipeline.core.progress import say
+from pipeline.core.progress import Clock, say
 from pipeline.core.terminal import Answer, table
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Sample
@@ -36,7 +35,7 @@ from pipeline.records import as_written
 from pipeline.records.evaluation import CellResult
 from pipeline.records.store import TrialStore
 from pipeline.report.tables import TableEntry
-from pipeline.sweep.draw import kept_together
+from pipeline.sweep.draw import draw_task, kept_together
 from pipeline.sweep.evaluate import evaluate
 from pipeline.sweep.train import sweep
 from pipeline.tasks import tasks
@@ -53,6 +52,15 @@ _EFFORTS = ((4, 10), (4, 5), (3, 5), (2, 5), (2, 3), (1, 3), (1, 2), (1, 1))
 _MOST = {"train": 1000, "selection": 100, "evaluation": 1000}  # samples, in the order of `Budget`
 _LEAST_TRAINED, _LEAST_CHOSEN, _LEAST_SCORED = 16, 8, 20
 _LABELS = {"hificl": "HiFICL", "lora": "LoRA", "mimic": "MimIC", "live": "LIVE"}
+_OPTIONS = (  # what a message calls a setting, and how it is given here
+    (r"(tasks\.\S+\.)?bad_rows: leave-out", "--bad-rows leave-out"),
+    (r"Say which: split: \{column: [^}]*\}", "Name another column, --split COLUMN"),
+    (r"`?split: drawn`?", "--split drawn"),
+    (r"\S+\.fields: \{question: COLUMN, answer: COLUMN\}, or caption: COLUMN",
+     "--field question=COLUMN --field answer=COLUMN, or --field caption=COLUMN"),
+    (r"`id: \"#\"`", "--field id=#"),
+    (r"Set score to exact", "Give --score exact"),
+)  # fmt: skip
 _AT_LEAST = 0.4  # of the minutes, however long starting took: that is no reason to train next to nothing
 _TO_TRAIN, _TO_SCORE = 0.6, 0.25  # of the minutes: training with its scores, final scores; the rest is starting
 
@@ -187,7 +195,7 @@ def adapt(asked: Asked, out: Path) -> Adapted:
         InputError: the data, the backbone or a method do not fit, or `out` has something else.
         WorkError: nothing could be trained.
     """
-    started, root = time.monotonic(), _project()
+    root = _project()
     load(root / PARAMS)  # whose own tasks and backbones have names too
     backbones.get(asked.backbone)
     for method in asked.methods:
@@ -200,21 +208,40 @@ def adapt(asked: Asked, out: Path) -> Adapted:
         raise InputError(problem, where="--methods" if asked.minutes > 0 else "--minutes", way_out="Give one at least")
     name = task_name(Path(asked.data))
     kept = _kept(out, asked)
-    task, data_root = _task(name, asked)
+    clock = Clock(4 if kept is None else 3, asked.minutes if kept is None else None)
+    with _as_options():
+        task, data_root = _task(name, asked)
+        rows = _rows(task, data_root)
     for line in task.guessed if kept is None else ():
         say(f"guessed: {line}")
-    rows = _rows(task, data_root)
     drawn = Budget(1, 1, *(min(rows[split], most) for split, most in _MOST.items()))
     # of a small pool the evaluation gets what the others leave, which only the draw knows
     to_the_last = task.one_pool and rows["evaluation"] <= 2 * drawn.evaluation
-    work = _Workspace(out.resolve(), root, name, asked, task, data_root, drawn, to_the_last)
+    work = _Workspace(out.resolve(), root, name, asked, task, data_root, drawn, to_the_last, clock)
     if kept is None:
         work.make(drawn)
-        given = work.measure(rows, started)
+    work.draw()
+    if kept is None:
+        given = work.measure(rows)
         work.make(given)
         record = {"asked": asdict(asked), "guessed": task.guessed, "budget": asdict(given)}
         write_atomic(out / PLAN, json.dumps(record, indent=1) + "\n")
     return work.run()
+
+
+@contextmanager
+def _as_options() -> Iterator[None]:
+    """Say the way out of an error of the data in options of the command line, not in a profile's settings."""
+    try:
+        yield
+    except InputError as error:
+        for setting, option in _OPTIONS:
+            error = InputError(  # noqa: PLW2901
+                re.sub(setting, option, error.what),
+                where=error.where,
+                way_out=re.sub(setting, option, error.way_out or ""),
+            )
+        raise error from None
 
 
 def _project() -> Path:
@@ -302,6 +329,7 @@ class _Workspace:
     data_root: Path
     drawn: Budget
     to_the_last: bool
+    clock: Clock
 
     def make(self, given: Budget) -> None:
         """Write profile, study and stages, and link the code."""
@@ -379,8 +407,8 @@ class _Workspace:
             "reference": "zero-shot", "note": f"{data} Each method: {given.words()}.",
         }  # fmt: skip
 
-    def measure(self, rows: Mapping[str, int], started: float) -> Budget:
-        """Train every method on a few samples, and return what the time that is left since `started` pays for."""
+    def measure(self, rows: Mapping[str, int]) -> Budget:
+        """Train every method on a few samples, and return what the time that is left pays for."""
         with _inside(self.folder):
             params = load()
             few = {"num_train_samples": min(_TIMED, rows["train"]), "epochs": 2}  # the first also warms up
@@ -388,8 +416,8 @@ class _Workspace:
             methods = {method: StudyMethod(method=method) for method in self.asked.methods}
             study = params.studies[self.name].model_copy(update={"methods": methods, "train": few})
             timing = params.model_copy(update={"studies": {_TIMING: study.model_copy(update={"title": "Timing"})}})
-            draw_samples(params, [self.name], Path.cwd())
-            sweep(timing, [_TIMING], Path.cwd())
+            with self.clock.part(f"timing {len(methods)} methods on {few['num_train_samples']} samples"):
+                sweep(timing, [_TIMING], Path.cwd())
             store = TrialStore("runs")
             last = {store.config(key).method: store.epochs(key)[-1] for key in store.all_keys() if store.done(key)}
             slots = _slots(params)
@@ -397,7 +425,7 @@ class _Workspace:
         scoring = max((epoch.seconds or 0.0) - (epoch.train_seconds or 0.0) for epoch in last.values())
         seconds = Seconds(train, max(scoring / few["num_selection_samples"], 1e-4))
         whole = self.asked.minutes * 60
-        left = max(_AT_LEAST * whole, whole - (time.monotonic() - started))
+        left = max(_AT_LEAST * whole, whole - self.clock.spent())
         given = budget(seconds, left, rows, slots, baselines=2)
         say(
             f"{left / 60:.1f} minutes: a method gets {given.words()}; {given.selection} samples choose, "
@@ -405,16 +433,31 @@ class _Workspace:
         )
         return given
 
+    def draw(self) -> None:
+        """Draw the samples, where that is not done.
+
+        Raises:
+            InputError: the pictures of some rows cannot be read.
+        """
+        with _inside(self.folder), self.clock.part("drawing samples", live=False):
+            params = load()
+            try:
+                draw_samples(params, [self.name], Path.cwd())
+            except WorkError:  # of DVC, which does not say what its stage said
+                with _as_options():
+                    draw_task(params, self.name)
+                raise
+
     def run(self) -> Adapted:
         """Do what is written down, and return what came out."""
         with _inside(self.folder):
             params, problems = load(), []
-            draw_samples(params, [self.name], Path.cwd())
-            for work in (sweep, evaluate):
-                try:
-                    work(params, [self.name], Path.cwd())
-                except WorkError as error:  # of some trials: the others are shown
-                    problems.append(str(error))
+            for title, work in (("training every point of the search", sweep), ("scoring and reporting", evaluate)):
+                with self.clock.part(title):
+                    try:
+                        work(params, [self.name], Path.cwd())
+                    except WorkError as error:  # of some trials: the others are shown
+                        problems.append(str(error))
             made = report.load_table(self.name, params, Path("evaluations"))
             if not any(entry.done for entry in made.entries.values()):
                 raise WorkError("; ".join(problems), where=str(self.folder))

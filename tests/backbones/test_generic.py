@@ -265,6 +265,20 @@ def test_what_cannot_be_adapted_is_refused_in_one_line(settings, message, tmp_pa
         assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+def test_every_class_that_transformers_lists_is_known_or_refused_in_one_line(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
+    row = architectures()[name]
+    family = backbones.get(f"folder:{tmp_path}").family
+    if row.status == "tested":
+        assert family.config_in(tmp_path).model_type == name and family.model_name == row.model_class
+        return
+    with pytest.raises(InputError) as refused:
+        family.config_in(tmp_path)
+    assert f"{row.model_class} cannot be adapted: {row.why}. `hificl backbones`" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def test_pickled_weights_and_a_missing_file_are_refused(hub, tmp_path):
     folder = shutil.copytree(hub("llama"), tmp_path / "pickled")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")

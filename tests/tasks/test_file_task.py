@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from pipeline.config.load import load
 from pipeline.config.schema import TaskFile
 from pipeline.core import registry
 from pipeline.core.errors import InputError
+from pipeline.data.image_files import read_image
 from pipeline.data.manifest import Manifest
 from pipeline.data.parquet import cell_name
 from pipeline.data.sample import Sample
@@ -92,7 +94,7 @@ def test_the_manifest_keeps_the_task_and_decides_by_it(tmp_path: Path) -> None:
         ({"id": "x", "image": "0.png", "question": 1, "answers": ["a"]}, "line 25: field 'answers' has 1 answers; VQA"),
         (
             {"id": "x", "image": "no.png", "question": "?", "answers": ["a"] * 4},
-            "field 'image' is 'no.png', which is no",
+            "field 'image' is \"no.png\", which is no",
         ),
         (
             {"id": "x", "image": "../x.png", "question": "?", "answers": ["a"] * 4},
@@ -306,3 +308,139 @@ def test_real_pictures_and_questions(shared_data: Path, tmp_path: Path) -> None:
     twins: list[Sample] = [same[sample.sample_id] for sample in samples]
     assert [twin.target for twin in twins] == list(answered.values())
     assert task.score(samples, answered).value == pytest.approx(official.score(twins, answered).value)
+
+
+@pytest.mark.parametrize("layout", ["saved", "saved-splits", "shards", "split-folders"])
+def test_what_datasets_writes_is_read_with_its_pictures_and_its_names_of_classes(tmp_path: Path, layout: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures(tmp_path)
+    content = [(tmp_path / f"{n}.png").read_bytes() for n in range(12)]
+    rows = {
+        "image": [{"bytes": data, "path": None} for data in content],
+        "more": [[{"bytes": data, "path": None}] * 2 for data in content],
+        "question": [f"What is {n}?" for n in range(12)], "label": [n % 2 for n in range(12)],
+    }  # fmt: skip
+    kinds = {
+        "image": datasets.Image(), "more": datasets.List(datasets.Image()), "question": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["cat", "dog"]),
+    }  # fmt: skip
+    whole = datasets.Dataset.from_dict(rows, datasets.Features(kinds)).select(range(11, -1, -1))
+    splits = datasets.DatasetDict({"train": whole.select(range(8)), "test": whole.select(range(8, 12))})
+    folder = tmp_path / "own"
+    folder.mkdir()
+    match layout:
+        case "saved":
+            whole.save_to_disk(folder, num_shards=2)
+            (folder / "cache-1.arrow").write_bytes(b"of a map, and none of the data")
+        case "saved-splits":
+            splits.save_to_disk(folder)
+        case "shards":
+            for name, part in splits.items():
+                part.to_parquet(folder / f"{name}-00000-of-00001.parquet")
+        case _:
+            for name, part in splits.items():
+                (folder / name).mkdir()
+                part.to_parquet(folder / name / "rows.parquet")
+    task = declared(tmp_path, file="own", fields={"image": ["image", "more"]})
+    assert task.one_pool == (layout == "saved")
+    manifest = drawn(task, tmp_path, 4, 2, None if task.one_pool else 3)
+    for sample in [sample for samples in manifest.splits.values() for sample in samples]:
+        number = int(sample.question.split()[-1].rstrip("?"))
+        assert sample.target == ("cat", "dog")[number % 2] and len(sample.images) == 3
+        for image in sample.images:
+            assert read_image(image, tmp_path) == content[number]
+    assert manifest.sizes["evaluation"] == (6 if task.one_pool else 3)
+
+
+def test_pictures_that_arrow_has_by_their_path_alone(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures(tmp_path)
+    rows = {"image": [str(tmp_path / f"{n}.png") for n in range(12)], "question": ["?"] * 12, "answer": ["cat"] * 12}
+    whole = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    whole.save_to_disk(tmp_path / "own")
+    images = {
+        image.path for sample in declared(tmp_path, file="own").read(tmp_path, "evaluation") for image in sample.images
+    }
+    assert {image.rpartition("#")[0] or image for image in images} <= {
+        *(f"{n}.png" for n in range(12)), "own/data-00000-of-00001.arrow"
+    }  # fmt: skip
+    for path in images:
+        assert read_image(path, tmp_path)
+    (tmp_path / "own/data-00000-of-00001.arrow").write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"data-00000-of-00001.arrow: is no whole Arrow file .*get it again"):
+        list(declared(tmp_path, file="own").read(tmp_path, "evaluation"))
+    (tmp_path / "own/data-00000-of-00001.arrow").unlink()
+    with pytest.raises(InputError, match=r"state.json: names data-00000-of-00001.arrow, which is not there"):
+        declared(tmp_path, file="own")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("own.csv", "question,answer\nWas?,K\xe4se\n".encode("latin-1"), "line 2, byte 7, is not UTF-8. Save it"),
+        ("own.csv", "question,answer\n".encode("utf-16"), "own.csv: line 1, byte 1, is not UTF-8. Save it as UTF-8"),
+        ("own.csv", b'question,answer\na,b\n"c,d\ne,f\n', "line 3: unexpected end of data. Mend that line"),
+        ("own.csv", b"A,B\n1,2\n", "no column was found that holds the answers; there are A, B"),
+        ("own.jsonl", b'[{"question": "?", "answer": "a"}]', "line 1 is a list, an object is needed; a file"),
+        ("own.jsonl", b'{"question": "?", "answer": NaN}', "line 1: field 'answer' is nan, a text or a number"),
+        ("own.json", b'{"1": {"question": "?"}}', r"own.json: holds no list of objects. Write \[\{...\}, \{...\}\]"),
+        ("own.jsonl", b'{"image": "%s", "answer": "a"}' % (b"iVBO" * 99), "'image' is \"iVBO.*, no path: save"),
+        ("own.jsonl", b'{"image": "d\\\\no.png", "answer": "a"}', "'image' is \"d/no.png\", which is no file below"),
+        ("own.csv", b"question,A,B,C,answer\n?,cat,,cow,C\n?,a,b,c,A\n", "line 2: field 'B' is empty before another choice"),
+    ],
+)  # fmt: skip
+def test_odd_files_are_named_with_line_and_field(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        list(declared(tmp_path, file=name).index(tmp_path, "evaluation"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "score", "target"),
+    [
+        ("own.csv", "\ufeffquestion,answer\n?,Käse\n", "exact", "Käse"),
+        ("own.json", '{"question": "?", "answer": "a"}\n{"question": "?", "answer": "b"}\n', "exact", "a"),
+        ("own.csv", 'question,answers\n?,"[""a b c d e f"", ""b""]"\n', "exact", "a b c d e f"),
+        ("own.csv", 'question,answers\n?,"{""a"": 0.3, ""b"": 1}"\n', "vqa", "b"),
+        ("own.jsonl", '{"answers": [{"answer": "a", "weight": 0.3}, {"answer": "b", "weight": 1}]}', "vqa", "b"),
+        ("own.csv", "question,A,B,C,answer\n?,cat,dog,,B\n", "choice", "B"),
+        ("own.jsonl", '{"prompt": "?", "completion": "a", "fold": 1}', "exact", "a"),
+    ],
+)  # fmt: skip
+def test_odd_files_that_are_meant_well(tmp_path: Path, name: str, content: str, score: str, target: str) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    task = declared(tmp_path, file=name)
+    sample = next(task.read(tmp_path, "evaluation"))
+    assert (task.settings.score, sample.target, task.settings.split) == (score, target, "drawn")
+
+
+def test_what_is_not_used_is_said(tmp_path: Path) -> None:
+    write(tmp_path / "own.jsonl", [{"instruction": "Name it.", "input": "x", "output": "y", "left": "0.png"}])
+    task = declared(tmp_path, file="own.jsonl")
+    assert task.guessed[-1] == "not used: 'instruction', 'left'"
+
+
+def test_a_chat_with_pictures_shows_them(tmp_path: Path) -> None:
+    """Its prompt has their place, whichever way a part names its picture."""
+    pictures(tmp_path, 3)
+    parts = [{"type": "image", "image": "0.png"}, {"type": "image_url", "image_url": {"url": "1.png"}}]
+    turn = {"role": "user", "content": [*parts, {"type": "text", "text": "Same?"}]}
+    write(tmp_path / "own.jsonl", [{"messages": [turn, {"role": "assistant", "content": "No."}]}])
+    task = declared(tmp_path, file="own.jsonl")
+    sample = next(task.read(tmp_path, "evaluation"))
+    assert [image.path for image in sample.images] == ["0.png", "1.png"]
+    assert task.template.query == "Image: {image} Question: {question} Answer:"
+    with pytest.raises(InputError, match=r"it has no \{image\}, the rows have images"):
+        declared(tmp_path, file="own.jsonl", prompt="Q: {question} A:")
+
+
+def test_a_picture_that_cannot_be_read_is_named_by_its_row(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    write(tmp_path / "pets.jsonl", ROWS)
+    said = r"3.png \(pets.jsonl line 7, field 'image'\): the file is no image .*bad_rows: leave-out"
+    with pytest.raises(InputError, match=re.compile(said, re.DOTALL)):
+        drawn(declared(tmp_path, file="pets.jsonl"), tmp_path)
+    manifest = drawn(declared(tmp_path, file="pets.jsonl", bad_rows="leave-out"), tmp_path)
+    assert sum(manifest.sizes.values()) == 22
+    assert manifest.notes[-1].startswith("2 rows are left out, whose picture cannot be read: pets.jsonl line 7, field")

@@ -13,6 +13,7 @@ from pipeline.backbones.decoder import decoder_of
 from pipeline.train import prefix_sharing
 from pipeline.train.prefix_sharing import PrefixLayout, shared_prefix_length, sharing_prefix
 from pipeline.train.workbench import Workbench
+from tests.support.tiny_hub import make
 from tests.train.test_loop import LORAS, MIXED, gap, train
 
 IMAGE = 9
@@ -86,6 +87,17 @@ def test_a_decoder_gives_the_states_of_plain_rows(name):
         assert torch.equal(model.model(input_ids=ids, use_cache=False).last_hidden_state, plain)  # the block is left
     for row, length in enumerate(lengths):
         torch.testing.assert_close(found[row, :length], plain[row, :length], rtol=0, atol=1e-6)  # norms are fp32
+
+
+def test_a_text_decoder_that_embeds_tokens_itself_gives_the_states_of_plain_rows(tmp_path):
+    model = backbones.load(f"folder:{make('llama', tmp_path / 'text')}").model.double()
+    ids = torch.arange(10, 34).view(2, 12)
+    ids[1, :6] = ids[0, :6]
+    with torch.no_grad():
+        plain = model(input_ids=ids, use_cache=False).logits
+        with sharing_prefix(decoder_of(model), PrefixLayout.of([[12, 12]], [6], 12, like=plain)):
+            shared = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(shared, plain, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("step", [{}, {"micro_batch_size": 5, "accumulation": 1}], ids=["2x2", "5"])

@@ -147,31 +147,41 @@ class GenericFamily(Family):
             raise InputError(
                 "no such file", where=str(folder / self.gguf), way_out="Give the file's name in its folder"
             )
-        self._check_custom(folder)
+        self._tested(self._named_in(folder), folder)
         try:
             config = _config(folder, self.gguf)
         except (OSError, ValueError, KeyError, ImportError) as error:
             way_out = "Install it: pip install gguf" if isinstance(error, ImportError) else "Use a model that it knows"
             problem = f"transformers cannot read its configuration: {' '.join(str(error).split())[:200]}"
             raise InputError(problem, where=str(folder), way_out=way_out) from error
-        row = architectures().get(config.model_type)
-        if row is None or row.status == "refused":
-            why = row.why if row else "it has not passed the battery"
-            shown = f"{row.model_class if row else config.model_type} cannot be adapted: {why}"
-            raise InputError(shown, where=str(folder), way_out="`hificl backbones` lists the classes that can")
+        row = self._tested(config.model_type, folder)
+        if row is None:
+            raise _refused(config.model_type, "it has not passed the battery", folder)
         self.architecture_row, self.model_type = row, config.model_type
         return config
 
-    def _check_custom(self, folder: Path) -> None:
+    @staticmethod
+    def _tested(model_type: str | None, folder: Path) -> Architecture | None:
+        """Return what is known of a class, if it is; one that is refused is so before anything more is read."""
+        row = architectures().get(model_type or "")
+        if row is not None and row.status == "refused":
+            raise _refused(row.model_class, row.why, folder)
+        return row
+
+    def _named_in(self, folder: Path) -> str | None:
+        """Return the `model_type` of config.json, none of whose own code is run."""
         try:
             settings = json.loads((folder / "config.json").read_text(encoding="utf-8")) if self.gguf is None else {}
         except (OSError, ValueError) as error:
             raise InputError(f"no valid JSON ({error})", where=str(folder / "config.json")) from error
+        if not isinstance(settings, dict):
+            raise InputError("is no JSON object", where=str(folder / "config.json"), way_out="Get the file again")
         if "auto_map" in settings and settings.get("model_type") not in architectures():
             raise InputError(
                 "it needs code of its own (auto_map), which is not run", where=str(folder / "config.json"),
                 way_out="Use a checkpoint whose class transformers has",
             )  # fmt: skip
+        return str(settings.get("model_type", ""))
 
     @override
     def load_processor(self, folder: Path, settings: Mapping[str, Any]) -> Any:
@@ -366,6 +376,11 @@ class GenericFamily(Family):
             maps = [_like(level, [parts[i + 1] for parts in levels]) for i, level in enumerate(deep)]
             fields["deepstack_features"] = maps
         return type(self._features)(**fields)
+
+
+def _refused(name: str, why: str, folder: Path) -> InputError:
+    way_out = "`hificl backbones` lists the classes that can"
+    return InputError(f"{name} cannot be adapted: {why}", where=str(folder), way_out=way_out)
 
 
 @lru_cache(maxsize=8)
