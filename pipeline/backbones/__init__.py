@@ -10,9 +10,21 @@ loaded = backbones.load("folder:weights/my-model")
 from __future__ import annotations
 
 from pipeline.backbones.base import REGISTRY, Backbone, get
-from pipeline.backbones.load import Loaded, digest_of, load, load_from, of
+from pipeline.backbones.load import Loaded, digest_of, load, load_from, of, reads_images
 
 names = REGISTRY.names
 register = REGISTRY.register
 
-__all__ = ["REGISTRY", "Backbone", "Loaded", "digest_of", "get", "load", "load_from", "names", "of", "register"]
+__all__ = [
+    "REGISTRY",
+    "Backbone",
+    "Loaded",
+    "digest_of",
+    "get",
+    "load",
+    "load_from",
+    "names",
+    "of",
+    "reads_images",
+    "register",
+]

@@ -258,6 +258,11 @@ class Family(ABC):
     video_processor_name: ClassVar[str | None] = None  # where the processor class insists on one; torchvision only
 
     @property
+    def reads_images(self) -> bool:
+        """Whether it has a vision tower."""
+        return True
+
+    @property
     def model_name(self) -> str:
         """Name of the transformers model class."""
         return f"{self.architecture}ForConditionalGeneration"

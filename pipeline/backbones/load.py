@@ -161,6 +161,18 @@ def of(name: str, source: BackboneSource) -> Backbone:
     return declared(name, source) if source.hub else get(name)
 
 
+def reads_images(name: str) -> bool:
+    """Tell whether a backbone has a vision tower; of one by name, from its config.json.
+
+    Raises:
+        InputError: an unknown name; or a folder, or a repository of the hub, that is not here or cannot be adapted.
+    """
+    backbone = get(name)
+    if backbone.family.by_name:
+        backbone.family.config_in(find_folder(backbone, None, None))
+    return backbone.family.reads_images
+
+
 def _loaded(
     backbone: Backbone, variant: str, weights: Path | str | None, revision: str | None, dtype: torch.dtype | str,
     device: torch.device | str, seed: int, quantized: str, zero: Zero | None, *, allow_download: bool = False,

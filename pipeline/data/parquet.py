@@ -150,8 +150,9 @@ def _labels(schema: Any) -> dict[str, Sequence[str]]:
     """Return the names of the classes of each column that `datasets` keeps as numbers (`ClassLabel`)."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        kinds = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
-        return {name: [str(label) for label in kind["names"]] for name, kind in kinds.items()}
+        kinds = {name: kind for name, kind in features.items() if isinstance(kind, dict)}
+        labels = {name: kind["names"] for name, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
+        return {name: [str(label) for label in names] for name, names in labels.items()}
     except (ValueError, KeyError, TypeError, AttributeError):  # no note of theirs
         return {}
 

@@ -44,7 +44,7 @@ from pipeline.tasks.file_task import FileTask
 from pipeline.workspace import LINKS, draw_samples, lay_out, report_on, stages_of
 
 PLAN = "adapt.json"  # what was asked for and what it came to, beside params.yaml
-_TIMING, _TIMED, _TIMED_SCORED = "timing", 32, 16  # a study that only tells seconds; samples that it trains on, scores
+_TIMING, _TIMED, _TIMED_SCORED = "timing", 16, 8  # a study that only tells seconds; samples that it trains on, scores
 _SHOTS = 4
 _RATES = (1.0, 3.0, 10.0, 0.3)  # times a method's own learning rate: the points of its search, in this order
 # Points of the search and epochs, from what a long budget pays for to what the shortest does.
@@ -197,7 +197,7 @@ def adapt(asked: Asked, out: Path) -> Adapted:
     """
     root = _project()
     load(root / PARAMS)  # whose own tasks and backbones have names too
-    backbones.get(asked.backbone)
+    sees = backbones.reads_images(asked.backbone)
     for method in asked.methods:
         if not methods.is_trained(method):
             raise InputError(
@@ -212,6 +212,9 @@ def adapt(asked: Asked, out: Path) -> Adapted:
     with _as_options():
         task, data_root = _task(name, asked)
         rows = _rows(task, data_root)
+    if "{image}" in (task.settings.prompt or "") and not sees:
+        way_out = "Give a backbone that reads pictures; `hificl backbones` lists the classes"
+        raise InputError("reads text alone, and the rows have pictures", where=asked.backbone, way_out=way_out)
     for line in task.guessed if kept is None else ():
         say(f"guessed: {line}")
     drawn = Budget(1, 1, *(min(rows[split], most) for split, most in _MOST.items()))
@@ -416,7 +419,7 @@ class _Workspace:
             methods = {method: StudyMethod(method=method) for method in self.asked.methods}
             study = params.studies[self.name].model_copy(update={"methods": methods, "train": few})
             timing = params.model_copy(update={"studies": {_TIMING: study.model_copy(update={"title": "Timing"})}})
-            with self.clock.part(f"timing {len(methods)} methods on {few['num_train_samples']} samples"):
+            with self.clock.part(f"timing {', '.join(methods)} on {few['num_train_samples']} samples"):
                 sweep(timing, [_TIMING], Path.cwd())
             store = TrialStore("runs")
             last = {store.config(key).method: store.epochs(key)[-1] for key in store.all_keys() if store.done(key)}

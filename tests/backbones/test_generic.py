@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from pipeline import adapters, backbones
 from pipeline.backbones.decoder import decoder_of
+from pipeline.backbones.families import generic
 from pipeline.backbones.families.generic import architectures
 from pipeline.config.load import load as load_params
 from pipeline.config.schema import BackboneSource
@@ -266,9 +267,10 @@ def test_what_cannot_be_adapted_is_refused_in_one_line(settings, message, tmp_pa
 
 
 @pytest.mark.parametrize("name", MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-def test_every_class_that_transformers_lists_is_known_or_refused_in_one_line(name, tmp_path):
+def test_every_class_that_transformers_lists_is_known_or_refused_in_one_line(name, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
     row = architectures()[name]
+    monkeypatch.setattr(generic, "find_spec", lambda package: package)
     family = backbones.get(f"folder:{tmp_path}").family
     if row.status == "tested":
         assert family.config_in(tmp_path).model_type == name and family.model_name == row.model_class
@@ -277,6 +279,13 @@ def test_every_class_that_transformers_lists_is_known_or_refused_in_one_line(nam
         family.config_in(tmp_path)
     assert f"{row.model_class} cannot be adapted: {row.why}. `hificl backbones`" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_package_that_a_processor_needs_is_named_before_anything_is_read(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "smolvlm"}))
+    monkeypatch.setattr(generic, "find_spec", lambda package: None if package == "num2words" else package)
+    with pytest.raises(InputError, match=r"needs the package num2words, which .* Install it: pip install num2words$"):
+        backbones.load(f"folder:{tmp_path}")
 
 
 def test_pickled_weights_and_a_missing_file_are_refused(hub, tmp_path):

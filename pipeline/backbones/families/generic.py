@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -57,6 +58,7 @@ class Architecture:
         reads: pictures and text, or text alone.
         status: whether it passed.
         why: what it was tested for, or in what it fails.
+        needs: a package that its processor asks for.
     """
 
     model_type: str
@@ -64,6 +66,7 @@ class Architecture:
     reads: Literal["images", "text"]
     status: Literal["tested", "refused"]
     why: str
+    needs: str = ""
 
 
 @cache
@@ -105,6 +108,7 @@ class GenericFamily(Family):
         self._written: dict[tuple[int, int], str] = {}  # an image as text, by its size
 
     @property
+    @override
     def reads_images(self) -> bool:
         """Whether it has a vision tower."""
         return self.architecture_row is not None and self.architecture_row.reads == "images"
@@ -157,6 +161,9 @@ class GenericFamily(Family):
         row = self._tested(config.model_type, folder)
         if row is None:
             raise _refused(config.model_type, "it has not passed the battery", folder)
+        if row.needs and find_spec(row.needs) is None:
+            problem = f"the processor of {row.model_class} needs the package {row.needs}, which is not installed"
+            raise InputError(problem, where=str(folder), way_out=f"Install it: pip install {row.needs}")
         self.architecture_row, self.model_type = row, config.model_type
         return config
 
