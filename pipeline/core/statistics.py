@@ -193,4 +193,5 @@ def interval(
     share = math.fsum(scores) / (len(values) * top)
     middle = share + _Z**2 / (2 * size)
     half = _Z * math.sqrt(max(0.0, share * (1 - share)) / size + (_Z / (2 * size)) ** 2)
-    return top * (middle - half) / (1 + _Z**2 / size), top * (middle + half) / (1 + _Z**2 / size)
+    ends = (max(0.0, middle - half), middle + half)  # of no success at all rounding would make a number below 0
+    return top * ends[0] / (1 + _Z**2 / size), top * ends[1] / (1 + _Z**2 / size)

@@ -152,8 +152,10 @@ def _selection(config: TrialConfig, manifest: Manifest) -> Sequence[Sample]:
 
 
 def _features(resident: Resident, manifest: Manifest) -> Callable[[Sequence[ImageRef]], torch.Tensor]:
-    store = image_features(resident.visual)
-    return lambda images: torch.stack(store.get(images, manifest.image_root))
+    def features(images: Sequence[ImageRef]) -> torch.Tensor:  # a text decoder is never asked, and has none
+        return torch.stack(image_features(resident.visual).get(images, manifest.image_root))
+
+    return features
 
 
 def _scorer(resident: Resident, manifest: Manifest, batch_size: int) -> Callable[[Sequence[Sample]], float]:
