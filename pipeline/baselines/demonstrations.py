@@ -1,4 +1,4 @@
-"""Zero-shot, random demonstrations (in-context learning), and those with the most similar images (RICES)."""
+"""Zero-shot, random demonstrations (in-context learning), and those with the most similar images or texts (RICES)."""
 
 from __future__ import annotations
 
@@ -75,6 +75,9 @@ class SimilarImages(Baseline):
     Features are the vision tower's last hidden state, averaged over its positions (and over a sample's images). Two
     questions about one image are one entry of the index, the earlier in the pool, so that k demonstrations show k
     images. An image that the query itself shows is never among them.
+
+    Samples without images are compared by their text in the same way: features are counts of its runs of two to five
+    letters within words, weighted by tf-idf over the pool (1 + ln of the count), so that "cry" is near "try" too.
     """
 
     name = "rices-k"
@@ -89,8 +92,9 @@ class SimilarImages(Baseline):
         super().fit(setting)
         entries: dict[tuple[str, ...], Sample] = {}
         for sample in setting.pool:
-            entries.setdefault(_images(sample), sample)
+            entries.setdefault(_shown(sample), sample)
         self.entries = list(entries.values())
+        self.by_text = self._by_text() if not any(sample.images for sample in setting.pool) else None
         self.index = NearestNeighbors(algorithm="brute", metric="cosine").fit(self._features(self.entries))
 
     def demonstrations(self, queries: Sequence[Sample]) -> list[list[Sample]]:
@@ -104,27 +108,35 @@ class SimilarImages(Baseline):
         neighbours = self.index.kneighbors(self._features(queries), n_neighbors=len(self.entries))
         return [self._nearest(*row) for row in zip(queries, *neighbours, strict=True)]
 
+    def _by_text(self) -> Any:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        features = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
+        return features.fit([sample.question or "" for sample in self.entries])
+
     def _nearest(self, query: Sample, distances: Any, indices: Any) -> list[Sample]:
-        query_images = set(_images(query))
+        shown = set(_shown(query))
         # of two images at one distance the earlier in the pool is the nearer, on every machine
         order = indices[np.lexsort((indices, distances))]
-        free = [self.entries[i] for i in order if query_images.isdisjoint(_images(self.entries[i]))]
+        free = [self.entries[i] for i in order if shown.isdisjoint(_shown(self.entries[i]))]
         free = [sample for sample in free if sample.sample_id != query.sample_id]
         if len(free) < self.options.num_shots:
             raise InputError(
-                f"{self.options.num_shots} demonstrations are asked for, the pool has {len(free)} images beside the "
-                "query's",
+                f"{self.options.num_shots} demonstrations are asked for, the pool has {len(free)} "
+                f"{'texts' if self.by_text else 'images'} beside the query's",
                 where="num_shots",
                 way_out="Use fewer demonstrations or a larger pool (num_train_samples)",
             )
         return free[: self.options.num_shots][::-1]
 
     def _features(self, samples: Sequence[Sample]) -> Any:
+        if self.by_text is not None:
+            return self.by_text.transform([sample.question or "" for sample in samples])
         features: Tensor = self.setting.features([image for sample in samples for image in sample.images])
         parts = features.double().split([len(sample.images) for sample in samples])
         return np.stack([part.mean(0).numpy() for part in parts])
 
 
-def _images(sample: Sample) -> tuple[str, ...]:
-    """Return what tells a sample's images apart: the digest of their bytes where it is known."""
-    return tuple(image.sha256 or image.path for image in sample.images)
+def _shown(sample: Sample) -> tuple[str, ...]:
+    """Return what tells apart what samples show: images by the digest of their bytes where it is known, or the text."""
+    return tuple(image.sha256 or image.path for image in sample.images) or (sample.question or "",)

@@ -5,6 +5,7 @@ Shape letters: L layers, H heads, d head size, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -250,14 +251,15 @@ class FunctionVector(VectorMethod):
         (closed,) = setting.host.prompts(setting.manifest, [query], [demos], answer=True)
         start, _ = closed.answer_span or (0, 0)
         answer = closed.input_ids[start]
-        plain = self.run([shots]).softmax(-1)[0, answer]
+        ask = self._repeated(shots)
+        plain = ask(1).softmax(-1)[0, answer]
         at_once = max(1, min(self.spec.num_heads, _TOKENS // len(closed)))
         effects = torch.zeros(means.shape[:2])
         for layer, output in enumerate(self.outputs):
 
             def patched(heads: Sequence[int], layer: int = layer, output: nn.Module = output) -> list[Tensor]:
                 with _replaced_heads(output, torch.tensor(heads), means[layer, heads]):
-                    return list(self.run([shots] * len(heads)).softmax(-1)[:, answer].cpu())
+                    return list(ask(len(heads)).softmax(-1)[:, answer].cpu())
 
             for heads in torch.arange(self.spec.num_heads).split(at_once):
                 answers = setting.host.loaded.passes.run(
@@ -265,6 +267,34 @@ class FunctionVector(VectorMethod):
                 )
                 effects[layer, heads] = torch.stack(answers) - plain.cpu()
         return effects
+
+    def _repeated(self, shots: Shots) -> Callable[[int], Tensor]:
+        """Return what gives the next token's logits [n, V] behind n copies of an open prompt, in fp32.
+
+        Where it is text alone, keys and values of all but its last token are computed once: what is done to heads at
+        the last position changes none of them.
+        """
+        host, manifest, (query, demos) = self.setting.host, self.setting.manifest, shots
+        loaded, model = host.loaded, host.loaded.model
+        if query.images or not loaded.family.shares_prefix:
+            return lambda copies: self.run([shots] * copies)
+        (whole,) = host.prompts(manifest, [query], [demos], answer=False)
+        length = len(whole) - 1
+        inputs = host.batch([replace(whole, input_ids=whole.input_ids[:length])], manifest).model_inputs(loaded)
+        before = model.model(**inputs, use_cache=True).past_key_values
+        caches: dict[int, Any] = {}
+
+        def ask(copies: int) -> Tensor:
+            if copies not in caches:
+                caches[copies] = copy.deepcopy(before)
+                caches[copies].batch_repeat_interleave(copies)
+            last = torch.tensor([[whole.input_ids[length]]], device=model.device).expand(copies, 1)
+            given = {"position_ids": torch.full_like(last, length), "past_key_values": caches[copies]}
+            hidden = model.model(input_ids=last, **given, use_cache=True).last_hidden_state
+            caches[copies].crop(length)
+            return model.get_output_embeddings()(hidden[:, -1]).float()
+
+        return ask
 
     def _shuffled(self, shots: Shots, number: int) -> Shots:
         """Give the demonstrations each other's answers."""

@@ -151,21 +151,26 @@ class BackboneSource(Section):
     revision: str | None = None
     seed: int = 0  # of a tiny variant's random weights
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    hub: str | None = None  # organisation/name, or a folder in the hub's layout
+    hub: str | None = (
+        None  # organisation/name, a folder in the hub's layout, or package:NAME, an installed one's folder
+    )
     gguf: str | None = None  # a file of that folder, for a text decoder that transformers reads from GGUF
     chat: bool = True  # prompted in the turns of its chat template, where it has one; else with plain text
 
     @classmethod
     def spelled(cls, name: str) -> BackboneSource | None:
-        """Return the source that a name spells out: `hub:org/name` or `folder:PATH`, then `,key=value`; or None.
+        """Return the source that a name spells out, or None.
+
+        That is `hub:org/name`, `folder:PATH` or `package:NAME`, then `,key=value`.
 
         Raises:
             InputError: a key that there is not, or a value that does not fit.
         """
         kind, colon, rest = name.partition(":")
-        if not colon or kind not in ("hub", "folder"):
+        if not colon or kind not in ("hub", "folder", "package"):
             return None
         place, *settings = rest.split(",")
+        place = f"package:{place.strip()}" if kind == "package" else place
         pairs = dict(setting.partition("=")[::2] for setting in settings)
         return validate(
             cls, {"hub": place.strip(), **{key.strip(): value.strip() for key, value in pairs.items()}}, name

@@ -319,11 +319,13 @@ class Greedy:
 def common_head(requests: Sequence[Encoded]) -> Encoded | None:
     """Return what stands before the query in every request, if it is one and the same and holds an image.
 
-    An instruction alone is not worth a pass of its own.
+    An instruction alone is not worth a pass of its own; of text alone, what is longer than the first query is.
     """
-    if len(requests) < 2 or not requests[0].query_image:
+    if len(requests) < 2:
         return None
     first = requests[0]
+    if not first.query_image and (first.images or 2 * first.query_start <= len(first)):
+        return None
     tokens, images = first.input_ids[: first.query_start], first.images[: first.query_image]
     for request in requests:
         same = request.query_start == len(tokens) and request.query_image == len(images)

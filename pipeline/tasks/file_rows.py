@@ -65,6 +65,8 @@ class Completed:
 def completed(name: str, given: TaskFile, root: Path) -> Completed:
     """Return the settings with what they leave out, guessed from the first rows.
 
+    Settings that leave out nothing stand for themselves where the file is not here: what is planned needs no row.
+
     Args:
         name: the task's.
         given: as the user wrote them.
@@ -80,6 +82,8 @@ def completed(name: str, given: TaskFile, root: Path) -> Completed:
             raise InputError(
                 f"'{place}' lies outside the data root '{root}'", where=f"tasks.{name}.{key}", way_out=way_out
             )
+    if not path.exists() and _says_all(given):
+        return Completed(given, ())
     files = parts(path)
     head = list(islice(chain.from_iterable(map(read, files)), HEAD))
     whole = [row for row in head if not row.problem]
@@ -107,6 +111,13 @@ def completed(name: str, given: TaskFile, root: Path) -> Completed:
     if unused := [column for column in columns if column not in used]:
         guessed.append(f"not used: {_quoted(unused)}")
     return Completed(given.model_copy(update={**settled, "fields": fields}), tuple(guessed))
+
+
+def _says_all(given: TaskFile) -> bool:
+    """Whether settings say what would be guessed else, but for columns that a file need not have."""
+    drawn = given.split == DRAWN or isinstance(given.split, TaskSplit)
+    said = given.score and given.prompt and given.max_new_tokens and (given.fields.answer or given.fields.answers)
+    return bool(drawn and said)
 
 
 def _fields(

@@ -19,6 +19,7 @@ PROMPT = "$ "
 # What is not run, and why. `hificl` commands are parsed all the same, `make` targets resolved, modules found.
 NOT_RUN: dict[str, str] = {
     r"make (repro|test|setup|check|bench|clean|test-\w+|repro-real|pictures)\b.*": "runs for minutes, in CI of its own",
+    r"make real-weights .*": "runs for hours; a share of it by tests/sweep/test_real_weights.py",
     r"(source|cd|eval) .*": "a shell's own",
     r"dvc repro( .*)?": "run by tests/e2e/test_pipeline.py; the new task's by test_extending.py",
     r"dvc (exp|metrics|params|plots|queue) .*": "run by tests/e2e/test_experiments.py",
@@ -40,6 +41,7 @@ NOT_RUN: dict[str, str] = {
     r"hificl (export|push) .*": "run by tests/docs/test_adapters.py",
     r"hificl params --backbone folder:.*": "a folder of random weights: run by tests/backbones/test_generic.py",
     r"python -m benchmarks\..*": "needs a GPU",
+    r"python -m pip install .*": "from a registry; tests/test_makefile.py holds it to the extra",
     r"python -m tests\..*": "measures or takes pictures for minutes",
 }
 
