@@ -136,7 +136,7 @@ class ImageCost:
 
 
 def image_cost(backbone: Backbone, model: Any, height: int | None = None, width: int | None = None) -> ImageCost:
-    """Return what an image costs.
+    """Return what an image costs; nothing where the backbone is a text decoder.
 
     Args:
         backbone: the facts.
@@ -148,6 +148,8 @@ def image_cost(backbone: Backbone, model: Any, height: int | None = None, width:
         InputError: no formula for this architecture.
     """
     kind = backbone.family.model_type
+    if not backbone.modules.vision and _is_dense(model):
+        return ImageCost(0, 0, 0.0, 0.0)
     if kind not in _ARCHITECTURES:
         raise InputError(f"no cost formula for vision of type '{kind}'", way_out=nearest(kind, _ARCHITECTURES))
     sized, connect = _ARCHITECTURES[kind]
@@ -162,6 +164,13 @@ def image_cost(backbone: Backbone, model: Any, height: int | None = None, width:
     connector = [model.get_submodule(name) for name in backbone.modules.connector]
     tokens, more_linear, more_scores = connect(model, connector, patches)
     return ImageCost(patches, tokens, linear + more_linear, scores + more_scores)
+
+
+def _is_dense(model: nn.Module) -> bool:
+    """Whether every layer of a decoder attends, by projections of its own, and has no experts to choose from."""
+    spec = decoder_of(model)
+    whole = spec.num_attentions == spec.num_layers and all(hasattr(part, "q_proj") for part in spec.attentions)
+    return whole and all(parameter.dim() <= 2 for parameter in spec.decoder.parameters())
 
 
 def _native(backbone: Backbone) -> tuple[int, int]:

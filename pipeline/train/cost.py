@@ -40,19 +40,22 @@ def flops_per_sample(
         resident: the backbone.
         prompts: the training samples' own; their mean lengths count.
         prefix_length: tokens that all of them begin with, which stand once before a teacher's demonstrations.
-        manifest: of the task; its first picture's size counts.
+        manifest: of the task; its first picture's size counts, where it has any.
         shots: demonstrations of a teacher.
 
     Returns:
-        None where it cannot be told: another architecture of vision, a picture that is gone and lives on as visual
-        tokens.
+        None where it cannot be told: another architecture, a picture that is gone and lives on as visual tokens, a
+        model of pictures that is given none.
     """
-    model = resident.loaded.model
-    if not prompts[0].images:
+    model, backbone = resident.loaded.model, resident.loaded.backbone
+    if not prompts[0].images and backbone.modules.vision:
         return None
     try:
-        pixels = resident.visual.pixels([prompts[0].images[:1]], manifest.image_root)["pixel_values"]
-        costs = Costs(resident.loaded.backbone, model, image_size=(pixels.shape[-2], pixels.shape[-1]))
+        size = None
+        if prompts[0].images:
+            pixels = resident.visual.pixels([prompts[0].images[:1]], manifest.image_root)["pixel_values"]
+            size = pixels.shape[-2], pixels.shape[-1]
+        costs = Costs(backbone, model, image_size=size)
     except InputError:
         return None
     spans = [prompt.answer_span for prompt in prompts]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from pipeline import backbones, methods
+from pipeline import adapters, backbones, methods
 from pipeline.config.load import BackboneSource
 from pipeline.config.schema import TaskFile
 from pipeline.config.trial import TrialConfig
@@ -20,6 +20,7 @@ from pipeline.evaluate.score import fitted
 from pipeline.resident.resident import Resident
 from pipeline.sweep.draw import draw_manifest
 from pipeline.tasks import tasks
+from pipeline.train.cost import flops_per_sample
 from tests.support import tiny_hub
 
 VERBS = ("try", "cry", "fry", "dry", "walk", "talk", "jump", "bump", "call", "fall", "look", "cook", "open", "end")
@@ -92,3 +93,16 @@ def test_demonstrations_that_all_queries_share_are_run_once(fit, manifest, monke
     shared = generate(host.loaded, prompts, **write)
     monkeypatch.setattr(generation, "common_head", lambda requests: None)
     assert shared == generate(host.loaded, prompts, **write)
+
+
+def test_what_a_text_decoder_costs_is_counted(fit, manifest):
+    """One sample's step of LoRA by hand: 2 layers, width 64, 4 heads of 16 over 2, FFN of 48, adapters of rank 4."""
+    host = fit("zero-shot").setting.host
+    adapter = adapters.create("lora", host.loaded.model, rank=4, targets=["q_proj"])
+    prompts = host.prompts(manifest, manifest.splits["train"][:1], [[]], answer=True)
+    tokens, (start, end) = len(prompts[0]), prompts[0].answer_span
+    weights = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 48)
+    head = host.loaded.model.get_output_embeddings().weight.numel()
+    frozen = 4 * weights * tokens + 12 * 2 * 64 * tokens**2 + 4 * head * (end - start)
+    counted = flops_per_sample(adapter, host, prompts, 0, manifest, shots=0)
+    assert frozen < counted < 1.1 * frozen
