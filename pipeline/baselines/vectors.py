@@ -291,7 +291,7 @@ class FunctionVector(VectorMethod):
             last = torch.tensor([[whole.input_ids[length]]], device=model.device).expand(copies, 1)
             given = {"position_ids": torch.full_like(last, length), "past_key_values": caches[copies]}
             hidden = model.model(input_ids=last, **given, use_cache=True).last_hidden_state
-            caches[copies].crop(length)
+            caches[copies].crop(-1)
             return model.get_output_embeddings()(hidden[:, -1]).float()
 
         return ask
