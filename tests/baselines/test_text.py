@@ -78,8 +78,8 @@ def test_heads_effects_behind_kept_keys_are_those_of_whole_prompts(fit):
     means = method._mean_outputs()
     kept = method._effect(shots, means)
     method._repeated = lambda shots: lambda copies: method.run([shots] * copies)
-    torch.testing.assert_close(kept, method._effect(shots, means), atol=1e-5, rtol=1e-3)
-    assert kept.abs().max() > 1e-4
+    torch.testing.assert_close(kept, method._effect(shots, means), atol=1e-6, rtol=0)
+    assert kept.abs().max() > 2e-5
 
 
 def test_demonstrations_that_all_queries_share_are_run_once(fit, manifest, monkeypatch):
@@ -96,7 +96,7 @@ def test_demonstrations_that_all_queries_share_are_run_once(fit, manifest, monke
 
 
 def test_what_a_text_decoder_costs_is_counted(fit, manifest):
-    """One sample's step of LoRA by hand: 2 layers, width 64, 4 heads of 16 over 2, FFN of 48, adapters of rank 4."""
+    """One sample's step of LoRA by hand, without its own products: 2 layers, 4 heads of 16 over 2, FFN of 48."""
     host = fit("zero-shot").setting.host
     adapter = adapters.create("lora", host.loaded.model, rank=4, targets=["q_proj"])
     prompts = host.prompts(manifest, manifest.splits["train"][:1], [[]], answer=True)
@@ -104,5 +104,4 @@ def test_what_a_text_decoder_costs_is_counted(fit, manifest):
     weights = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 48)
     head = host.loaded.model.get_output_embeddings().weight.numel()
     frozen = 4 * weights * tokens + 12 * 2 * 64 * tokens**2 + 4 * head * (end - start)
-    counted = flops_per_sample(adapter, host, prompts, 0, manifest, shots=0)
-    assert frozen < counted < 1.1 * frozen
+    assert flops_per_sample(adapter, host, prompts, 0, manifest, shots=0) == frozen
