@@ -146,7 +146,7 @@ def _tune(where: Path, number: int, findings: Findings) -> None:
             seen.append(time.perf_counter())
 
     with tuner.cluster(sweep):
-        tuner.run_trials(plan, list(plan.trials), params, tell, actor)
+        tuner.run_trials(plan, list(plan.trials), params, tell, TrialStore(plan.places.runs), actor)
     each = [1000 * (b - a) for a, b in zip(seen, seen[1:], strict=False)]
     findings.file(f"tune_ms_per_trial_{number}", each[len(each) // 2 :])
 

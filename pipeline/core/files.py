@@ -88,6 +88,23 @@ def remove_folder(folder: Path, within: Path | None = None) -> None:
     raise disk_error(OSError(errno.ENOTEMPTY, "files in it cannot be removed"), folder)
 
 
+def remove_file(path: Path, within: Path | None = None) -> None:
+    """Remove a file. One that is not there is none.
+
+    Raises:
+        Superseded: `within` is gone (see `write_atomic`), and `path` is as it was.
+        WorkError: it cannot be removed.
+    """
+    gone = _beside(path, within)
+    try:
+        os.replace(path, gone)
+        gone.unlink()
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and (within is None or within.exists()):
+            return
+        raise _write_error(error, path, within) from error
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries to the disk, so that a rename in it survives a power cut."""
     handle = os.open(folder, os.O_RDONLY)

@@ -20,7 +20,7 @@ from pipeline.config.load import TrialRequest
 from pipeline.core.errors import WorkError
 from pipeline.pool.queue import Decision, Failed, Queue, Requeued, SlotState, Stopped, is_of_one_trial, said
 from pipeline.pool.slot import Slot
-from pipeline.records.store import Journal, TrialStore
+from pipeline.records.store import Displaced, Journal, TrialStore
 from pipeline.records.trial import TrialEnd, TrialReport, replayed
 
 Resolve = Callable[[dict[str, Any]], TrialRequest]
@@ -41,14 +41,14 @@ class Dispatcher:
     Args:
         resolve: gives the request of a trial from Tune's configuration of it. It is pickled to this actor: a plain
             table of requests for grid and random search, so that neither torch nor transformers is imported here.
-        store_root: the trial store, absolute.
+        store: the trial store, at an absolute path, as the sweep holds it.
         queue: who trains where.
         slots: one for each that the queue knows, not built yet.
     """
 
-    def __init__(self, resolve: Resolve, store_root: str, queue: Queue, slots: Sequence[Slot]) -> None:
+    def __init__(self, resolve: Resolve, store: TrialStore, queue: Queue, slots: Sequence[Slot]) -> None:
         self.resolve, self.queue, self.slots = resolve, queue, list(slots)
-        self.store, self.journal = TrialStore(store_root), Journal(store_root)
+        self.store, self.journal = store, Journal(store.root)
         self.queued = asyncio.Event()
         self.mail: dict[str, _Mailbox] = {}
         self.lost_at: dict[str, float] = {}  # when a trial's slot was lost
@@ -60,11 +60,16 @@ class Dispatcher:
         self.loops = [asyncio.ensure_future(self._serve(slot, state)) for slot, state in pairs]
 
     async def submit(self, tune_config: dict[str, Any]) -> str:
-        """Queue a trial and return its key; one that the ledger knows as done is replayed from it."""
+        """Queue a trial and return its key; one that the ledger knows as done is replayed from it.
+
+        Raises:
+            Displaced: another sweep has taken the store over.
+        """
         request = self.resolve(tune_config)
         key = request.key
         if self.queue.is_open(key):
             return key
+        self.store.check_held()
         self.store.open(request.config)
         end = self.store.done(key)
         self.mail[key] = _Mailbox()
@@ -114,6 +119,10 @@ class Dispatcher:
                 self.queue.take(state)
                 while state.trials:
                     await self._round(slot, state)
+            except Displaced as error:  # the stage sees it too, and ends this sweep
+                self.journal.note("slot not served", why=str(error), pids=slot.pids)
+                slot.drop()
+                return
             except Exception as error:
                 self._lost(slot, state, error)
 
@@ -151,6 +160,7 @@ class Dispatcher:
     async def _admit(self, slot: Slot, state: SlotState) -> None:
         for trial in [trial for trial in state.trials if trial.key not in slot.keys]:
             key = trial.key
+            self.store.check_held()  # a worker takes a trial from whoever has it
             try:
                 start = await slot.admit(trial.request)
             except Exception as error:

@@ -52,12 +52,13 @@ class Training:
     plan: Plan
     keys: list[str]
     params: Params
+    store: TrialStore
 
     def run(self, tell: Tell) -> None:
         """See `Work`."""
         from pipeline.pool.tuner import run_trials
 
-        run_trials(self.plan, self.keys, self.params, tell)
+        run_trials(self.plan, self.keys, self.params, tell, self.store)
 
 
 @dataclass
@@ -210,8 +211,9 @@ class Attempts:
 
 
 def train(
-    plan: Plan, todo: list[str], params: Params, watchers: Sequence[Watcher], first: Driver | None, *, adaptive: bool
-) -> dict[str, str]:
+    plan: Plan, todo: list[str], params: Params, store: TrialStore, watchers: Sequence[Watcher], first: Driver | None,
+    *, adaptive: bool,
+) -> dict[str, str]:  # fmt: skip
     """Train the trials `todo`, and those that an adaptive searcher asks for, with as many drivers as that takes.
 
     Returns:
@@ -219,9 +221,10 @@ def train(
 
     Raises:
         InputError: as the driver's.
+        Displaced: another sweep has taken the store over.
         WorkError: the driver was lost `sweep.retry.max_attempts` times, with no epoch in between.
     """
-    store, journal = TrialStore(plan.places.runs), Journal(plan.places.runs)
+    journal = Journal(store.root)
     attempts = Attempts(params, "train", journal.note)
     for key in todo:
         store.reopen(key)  # from here on an end is this sweep's
@@ -233,7 +236,8 @@ def train(
         ends: dict[str, str | None] = {}  # of the trials whose end it has told of
         stopping = set[str]()  # by the scheduler, and their slot has yet to write so
         try:
-            for message in driver.messages(Training(plan, todo, params)):
+            for message in driver.messages(Training(plan, todo, params, store)):
+                store.check_held()
                 for event in journal.news():
                     for watcher in watchers:
                         watcher.on_event(event)

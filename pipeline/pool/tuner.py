@@ -29,6 +29,7 @@ from pipeline.pool.proxy import TrialProxy
 from pipeline.pool.queue import Queue
 from pipeline.pool.schedule import PerCellOptuna, make_scheduler
 from pipeline.pool.slot import Slot
+from pipeline.records.store import TrialStore
 from pipeline.records.trial import EpochReport
 
 # the dispatcher and the proxies only wait, so they take no processor; on the head, whose loss ends a sweep anyway
@@ -153,15 +154,23 @@ def most_in_progress(sweep: Sweep, slots: int) -> int:
     return max(slots, min(slots * together, MOST_PROXIES)) + waiting
 
 
-def run_trials(plan: Plan, keys: list[str], params: Params, tell: Tell, actor: Any = Dispatcher) -> None:
+def run_trials(
+    plan: Plan, keys: list[str], params: Params, tell: Tell, store: TrialStore, actor: Any = Dispatcher
+) -> None:
     """Train the trials `keys` (and, under Optuna, the points that it asks for) on the current cluster.
 
-    `actor` is the dispatcher's class; `hificl bench scale` gives one whose slots are simulated.
-
     Returns when every one has ended; which ones failed is in the trial store.
+
+    Args:
+        plan: names them.
+        keys: of trials that are open.
+        params: the sweep's.
+        tell: is told what becomes of them.
+        store: as the sweep holds it.
+        actor: the dispatcher's class; `hificl bench scale` gives one whose slots are simulated.
     """
     for world_size, of_size, searched in by_world_size(plan, keys):
-        _run(plan, of_size, searched, params, tell, world_size, actor)
+        _run(plan, of_size, searched, params, tell, store, world_size, actor)
 
 
 def by_world_size(plan: Plan, keys: list[str]) -> list[tuple[int, list[str], list[Cell]]]:
@@ -174,14 +183,17 @@ def by_world_size(plan: Plan, keys: list[str]) -> list[tuple[int, list[str], lis
     ]
 
 
-def _run(plan: Plan, keys: list[str], adaptive: list[Cell], params: Params, tell: Tell, world: int, actor: Any) -> None:
+def _run(
+    plan: Plan, keys: list[str], adaptive: list[Cell], params: Params, tell: Tell, store: TrialStore, world: int,
+    actor: Any,
+) -> None:  # fmt: skip
     slots = count_slots(params.sweep, world, len(keys) + len(adaptive) * params.sweep.num_samples)
     run_ahead = params.sweep.scheduler == "fifo"
     resolve = plan.request if adaptive else Requests({key: plan.request_of(plan.trials[key]) for key in keys})
     order = in_lanes(plan, keys, slots)
     queue = Queue(slots, params.sweep.retry.max_attempts, run_ahead=run_ahead, order=order)
     pool = [Slot(params.sweep, world, str(Path.cwd())) for _ in range(slots)]
-    dispatcher = actor.options(resources=ON_HEAD).remote(resolve, str(plan.places.runs), queue, pool)
+    dispatcher = actor.options(resources=ON_HEAD).remote(resolve, store, queue, pool)
     try:
         ray.get(dispatcher.start.remote())
         trainable = tune.with_resources(tune.with_parameters(TrialProxy, dispatcher=dispatcher), ON_HEAD)

@@ -13,7 +13,8 @@ by Ray's history, which offers finished trials again.
 A process that trains a trial takes it up (`TrialFolder.take`): it writes every file first in a folder of its own,
 `.writing/<id>/`, and renames it into its place. Taking a trial up removes the folder of the process before, so that one
 writes nothing any more, even if it was frozen just before a rename: the rename finds no file. This holds on every file
-system that renames atomically, shared ones too, and needs neither a lock nor a clock.
+system that renames atomically, shared ones too, and needs neither a lock nor a clock. Who holds the store has such
+a folder too, `.holder/<id>/`, through which it ends and reopens trials.
 """
 
 from __future__ import annotations
@@ -32,7 +33,16 @@ from pydantic import ConfigDict, Field, JsonValue
 
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
-from pipeline.core.files import GONE, Superseded, disk_error, file_digest, folder_digest, remove_folder, write_atomic
+from pipeline.core.files import (
+    GONE,
+    Superseded,
+    disk_error,
+    file_digest,
+    folder_digest,
+    remove_file,
+    remove_folder,
+    write_atomic,
+)
 from pipeline.core.locks import held, holder
 from pipeline.core.progress import say
 from pipeline.records import Json, Number, Record, Unreadable, lines
@@ -40,20 +50,29 @@ from pipeline.records.trial import AGAIN, Attempts, EpochReport, Provenance, Ste
 
 _CACHED_SECONDS = 60.0  # NFS' acdirmax
 WRITING = ".writing"  # what the process that trains a trial writes in
+HOLDER = ".holder"  # what the process that holds the store writes in
 LOSSES = "losses.jsonl"
 LEASES = ".leases"  # a lock a trial, for processes that share the store
 _POLL_SECONDS = 0.5
 _FREE = "Wait for it to end, or stop it, and run again"
 
 
+class Displaced(Superseded):
+    """Another process holds the store that this one held: it was frozen, or cut off, for so long."""
+
+
 class TrialStore:
     """Reads and writes `runs/`.
 
     What is read of a trial raises InputError where the file is damaged or newer than this code.
+
+    Args:
+        root: the folder.
+        within: of the sweep that holds the store (`lock`); None: nobody's.
     """
 
-    def __init__(self, root: Path | str = "runs") -> None:
-        self.root = Path(root)
+    def __init__(self, root: Path | str = "runs", within: Path | None = None) -> None:
+        self.root, self.within = Path(root), within
 
     def folder(self, key: str) -> Path:
         """Return the folder of the trial `key`."""
@@ -105,12 +124,22 @@ class TrialStore:
         return float("-inf") if end.objective is None else end.objective
 
     def finish(self, key: str, end: TrialEnd) -> None:
-        """Close a trial; the last thing that is written."""
-        self.trial(key).finish(end)
+        """Close a trial; the last thing that is written.
+
+        Raises:
+            Superseded: another process holds the store by now.
+            WorkError: the folder cannot be written.
+        """
+        TrialFolder(self.folder(key), self.within).finish(end)
 
     def reopen(self, key: str) -> None:
-        """Take back the end of a trial that was stopped or failed, so that it is continued."""
-        self.trial(key).reopen()
+        """Take back the end of a trial that was stopped or failed, so that it is continued.
+
+        Raises:
+            Superseded: another process holds the store by now, and it may be its end.
+            WorkError: the folder cannot be written.
+        """
+        TrialFolder(self.folder(key), self.within).reopen()
 
     def epochs(self, key: str) -> list[EpochReport]:
         """Return the metrics by epoch."""
@@ -134,7 +163,43 @@ class TrialStore:
                 if not wait:
                     raise InputError(f"held by {by}", where=str(self.root), way_out=_FREE)
                 time.sleep(_POLL_SECONDS)
-            yield
+            self.within = self._taken()
+            try:
+                yield
+            finally:
+                shutil.rmtree(self.within, ignore_errors=True)
+                self.within = None
+
+    def _taken(self) -> Path:
+        """Make the folder of this holder, and remove those of the ones before."""
+        own = self.root / HOLDER / uuid.uuid4().hex
+        try:
+            own.mkdir(parents=True)
+            for before in (self.root / HOLDER).iterdir():
+                if before != own:
+                    remove_folder(before)
+        except OSError as error:
+            raise disk_error(error, own) from error
+        return own
+
+    def check_held(self) -> None:
+        """See that no other process has taken the store over; where that cannot be told now, go on.
+
+        Raises:
+            Displaced: one has.
+        """
+        if self.within is None:
+            return
+        probe = self.within / uuid.uuid4().hex
+        try:
+            probe.touch()  # by the server itself, where a client's listing may be of before
+            probe.unlink()
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                raise Displaced(
+                    "another process has taken the trial store over, and goes on with it", where=str(self.root),
+                    way_out="This one stood still for too long; wait for the other, then run again",
+                ) from None  # fmt: skip
 
     @contextmanager
     def lease(self, key: str, what: str) -> Iterator[bool]:
@@ -323,7 +388,7 @@ class TrialFolder:
 
     def reopen(self) -> None:
         """Take back the end of a trial that was stopped or failed, so that it is continued."""
-        self._done.unlink(missing_ok=True)
+        remove_file(self._done, self.within)
 
     def epochs(self) -> list[EpochReport]:
         """Return the metrics by epoch; one that was run again after a crash replaces its first try.

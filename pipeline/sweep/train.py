@@ -7,6 +7,7 @@ backbones take.
 from __future__ import annotations
 
 import importlib.util
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +25,7 @@ from pipeline.plan.plan import Plan, all_cells, make_plan, places
 from pipeline.plan.unheard import unheard
 from pipeline.pool.processes import in_order
 from pipeline.pool.supervisor import Driver, ahead, train
-from pipeline.records.store import Journal, TrialStore
+from pipeline.records.store import Displaced, Journal, TrialStore
 from pipeline.records.trial import TrialEnd
 from pipeline.sweep.mlflow_sync import MlflowSync, experiment_note
 from pipeline.sweep.view import View
@@ -75,7 +76,8 @@ def _swept(params: Params, studies: list[str], root: Path | None, plan: Plan) ->
                 failed = _sweep(plan, store, sync, driver)
                 sync.settle(params.tracking.patience_seconds)
             finally:
-                tracker.close_all(KILLED)  # of trials whose end could not be written
+                if not isinstance(sys.exception(), Displaced):  # else they are another sweep's by now
+                    tracker.close_all(KILLED)  # of trials whose end could not be written
     if failed:
         key, why = next(iter(failed.items()))
         raise WorkError(
@@ -102,7 +104,7 @@ def _sweep(plan: Plan, store: TrialStore, sync: MlflowSync, driver: Driver | Non
     if todo or points:
         started = time.monotonic()
         with View(plan, todo, points) as view:
-            errors = train(plan, todo, params, [sync, view], driver, adaptive=bool(points))
+            errors = train(plan, todo, params, store, [sync, view], driver, adaptive=bool(points))
         Journal(store.root).note("sweep ended", trials=len(todo), seconds=time.monotonic() - started)
     failed = {}
     for key in known:

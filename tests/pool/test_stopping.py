@@ -84,7 +84,7 @@ def test_asha_ends_the_worse_of_a_task_after_the_grace_epoch_and_spares_another_
     ]
     plan = make_plan(params, made, places(tmp_path))
     told: list[Result] = []
-    tuner.run_trials(plan, list(plan.trials), params, told.append, Played)
+    tuner.run_trials(plan, list(plan.trials), params, told.append, TrialStore(plan.places.runs), Played)
     store = TrialStore(plan.places.runs)
     keys = store.all_keys()
     assert sorted(message.key for message in told if isinstance(message, TrialEnded)) == keys

@@ -12,7 +12,7 @@ from pipeline.core.errors import WorkError
 from pipeline.pool import supervisor
 from pipeline.pool.messages import TrialEnded, Watcher
 from pipeline.pool.supervisor import Training
-from pipeline.records.store import TrialFolder
+from pipeline.records.store import Displaced, TrialFolder, TrialStore
 from pipeline.records.trial import TrialEnd
 
 
@@ -51,7 +51,7 @@ def play(root, monkeypatch, drivers: list[Played], todo: list[str]) -> tuple[Hea
     params: Any = SimpleNamespace(sweep=SimpleNamespace(retry=SimpleNamespace(max_attempts=2)))
     heard = Heard()
     monkeypatch.setattr(supervisor, "Driver", lambda: drivers.pop(0))
-    return heard, supervisor.train(plan, todo, params, [heard], None, adaptive=False)
+    return heard, supervisor.train(plan, todo, params, TrialStore(plan.places.runs), [heard], None, adaptive=False)
 
 
 def test_ends_that_died_with_the_driver_are_told(tmp_path, monkeypatch):
@@ -99,3 +99,20 @@ def test_a_stopped_trial_is_told_of_once_its_end_is_written(tmp_path, monkeypatc
     monkeypatch.setattr(Heard, "on_end", on_end)
     play(runs, monkeypatch, [Stopping(runs, {}, set())], ["a"])
     assert seen == [("a", True)]
+
+
+def test_a_sweep_that_another_has_displaced_hears_of_nothing_more(tmp_path, monkeypatch):
+    """What its driver still tells would be written into runs of MLflow that are the other's."""
+    runs = tmp_path / "runs"
+    monkeypatch.setattr(TrialStore, "check_held", lambda self: (_ for _ in ()).throw(Displaced("taken over")))
+    driver = Played(runs, {"a": None}, {"a"})
+    ended: list[set[str]] = []
+    monkeypatch.setattr(Played, "end", lambda self: ended.append(self.tells))
+    heard = Heard()
+    monkeypatch.setattr(supervisor, "Driver", lambda: driver)
+    params: Any = SimpleNamespace(sweep=SimpleNamespace(retry=SimpleNamespace(max_attempts=2)))
+    plan: Any = SimpleNamespace(places=SimpleNamespace(runs=runs))
+    runs.mkdir()
+    with pytest.raises(Displaced):
+        supervisor.train(plan, ["a"], params, TrialStore(runs), [heard], None, adaptive=False)
+    assert heard.ends == [] and ended == [{"a"}]

@@ -1,11 +1,16 @@
+import errno
 import multiprocessing
 import threading
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
-from pipeline.records.store import TrialStore
+from pipeline.core.files import Superseded
+from pipeline.records import store as stores
+from pipeline.records.store import Displaced, TrialStore
 from pipeline.records.trial import Provenance, TrialEnd
 
 CONFIG = TrialConfig(
@@ -81,3 +86,40 @@ def test_an_experiment_in_a_copy_waits_for_the_store(tmp_path, capsys):
         release.set()
         other.join(60)
     assert f"a sweep waits for {tmp_path}, held by another sweep, pid {other.pid}" in capsys.readouterr().err
+
+
+def test_who_held_the_store_before_ends_and_reopens_nothing_of_the_one_who_holds_it(tmp_path, monkeypatch):
+    """A machine that stood still, or was cut off, has lost its lock without a word."""
+    monkeypatch.setattr(stores, "held", lambda *_, **__: nullcontext())
+    before, after = TrialStore(tmp_path), TrialStore(tmp_path)
+    with before.lock("a sweep"):
+        before.open(CONFIG)
+        before.check_held()
+        before.finish(CONFIG.key, TrialEnd(status="stopped"))
+        before.reopen(CONFIG.key)
+        before.reopen(CONFIG.key)  # an end that is not there is none to take back
+        with after.lock("a sweep"):
+            after.finish(CONFIG.key, TrialEnd(status="failed", error="of the second"))
+            with pytest.raises(Displaced, match="another process has taken the trial store over.*run again"):
+                before.check_held()
+            for act in (before.reopen, lambda key: before.finish(key, TrialEnd(status="finished"))):
+                with pytest.raises(Superseded):
+                    act(CONFIG.key)
+            after.check_held()
+            assert after.done(CONFIG.key).error == "of the second"
+            after.reopen(CONFIG.key)
+            assert after.done(CONFIG.key) is None
+    assert not list((tmp_path / stores.HOLDER).iterdir())
+
+
+def test_a_disk_that_is_full_or_sick_takes_no_store_away(tmp_path, monkeypatch):
+    store = TrialStore(tmp_path)
+    with store.lock("a sweep"):
+        for number in (errno.ENOSPC, errno.EIO, errno.EMFILE):
+
+            def fails(*_: object, number: int = number, **__: object) -> None:
+                raise OSError(number, "of the disk")
+
+            with monkeypatch.context() as broken:
+                broken.setattr(Path, "touch", fails)
+                store.check_held()

@@ -457,7 +457,7 @@ class Cluster:
         slots = max(1, min(len(work.keys), self.room * len(self.hosts)))
         queue = Queue(slots, sweep.retry.max_attempts, run_ahead=run_ahead, order=work.keys)
         pool = [slot.Slot(sweep, 1, "") for _ in range(slots)]
-        dispatcher = plain(table, str(plan.places.runs), queue, pool)
+        dispatcher = plain(table, work.store, queue, pool)
         await dispatcher.start()
 
         def gone(loop: Any) -> None:

@@ -504,7 +504,9 @@ class Run:
             self.fail(f"{name} meets damage: {said}")
         failed, missing = self.kind.poison is not None, self.kind.diverges is not None
         if name == "sweep":
-            return failed and f"1 of {TRIALS} trials failed; the first, {key_of(self.kind.poison)}" in said
+            whose = key_of(self.kind.poison) if failed else ""
+            told = failed and f"1 of {TRIALS} trials failed; the first, {whose}" in said
+            return told and self.end_of(whose) is not None  # a disk that is full keeps none: then it is tried again
         return (failed or missing) and f"{failed + missing} of {TRIALS} cells have no number" in said
 
     def lasts(self, seconds: float) -> None:
