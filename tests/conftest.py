@@ -60,6 +60,16 @@ def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
 
+@pytest.fixture
+def metadata():
+    """A stand-in of EC2's metadata service."""
+    from tests.support.spot_metadata import SpotMetadata
+
+    service = SpotMetadata()
+    yield service
+    service.close()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     import torch

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ SLURM = Path("runs/.slurm")  # script and logs of tasks
 _GRACE = (30, 600)  # seconds that a step, a checkpoint and scontrol take at least, and more than anyone needs
 _MOST_TASKS = 16  # where no number is asked for
 _ANSWER_SECONDS = 30.0  # of SLURM's programs
+_NOTICE_SECONDS = 5.0  # between two looks, as Amazon advises
 
 
 def register(line: CommandLine) -> None:
@@ -103,6 +105,10 @@ def _register_tasks(line: CommandLine) -> None:
     parser = line.verb("run", "work", _work, "lease open trials and train them here, without Ray")
     study_names(parser.add_argument("--study", action="append", metavar="S", help="a study (default: the profile's)"))
     settable(parser)
+
+    text = "wait for EC2's notice that this spot instance is taken away; the sweep keeps its step and leaves the node"
+    parser = line.verb("run", "notice", _notice, text)
+    parser.add_argument("--node", metavar="ID", help="Ray's name of the node, where this machine has several")
 
 
 def _studies(args: argparse.Namespace) -> Overview:
@@ -414,6 +420,17 @@ def _work(args: argparse.Namespace) -> None:
         key, why = next(iter(done.failed.items()))
         way_out = "Mend the cause and submit again"
         raise WorkError(f"{len(done.failed)} trials failed; the first, {key}: {why}", where="work", way_out=way_out)
+
+
+def _notice(args: argparse.Namespace) -> None:
+    """Look for the notice until it comes, then let Ray drain this node."""
+    from pipeline.core.progress import say
+    from pipeline.pool.cluster import drain, notice
+
+    while (seconds := notice()) is None:
+        time.sleep(_NOTICE_SECONDS)
+    say(f"this instance is taken away in {seconds:.0f} s; nothing new begins here, and what trains keeps its last step")
+    drain(seconds, args.node)
 
 
 def requeued() -> bool:

@@ -10,8 +10,10 @@ import asyncio
 import json
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -134,6 +136,73 @@ def _compare(name: str, version: Version, expected: Version) -> None:
                 where=f"node {name}",
                 way_out=_WAY_OUT,
             )
+
+
+async def draining() -> set[str]:
+    """Return Ray's names of the nodes that are to be taken away (`ray drain-node`, or Ray's autoscaler).
+
+    Ray offers no public call for it; this is the one that Ray Train makes for the same purpose. No answer is none.
+    """
+    try:
+        return set(await asyncio.to_thread(ray._private.state.state.get_draining_nodes))
+    except Exception:  # a head that does not answer is seen by who watches it
+        return set()
+
+
+NOTICE = "/latest/meta-data/spot/instance-action"  # of EC2: 404 until the instance is to be taken away
+_TOKEN_SECONDS, _ANSWER_SECONDS = 21_600, 5.0  # of EC2's metadata service, version 2
+_METADATA = "http://169.254.169.254"  # where every EC2 instance has it
+
+
+def notice() -> float | None:
+    """Return the seconds left to this spot instance, as EC2's metadata service announces its end; None: no end yet.
+
+    AWS_EC2_METADATA_SERVICE_ENDPOINT names another address, as it does for Amazon's own programs.
+
+    Raises:
+        WorkError: no such service answers here.
+    """
+    import requests
+
+    place = (os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or _METADATA).rstrip("/")
+    with requests.Session() as session:
+        session.trust_env = False  # the service is on this machine's link: no proxy has it
+        try:
+            life = {"X-aws-ec2-metadata-token-ttl-seconds": str(_TOKEN_SECONDS)}
+            token = session.put(f"{place}/latest/api/token", headers=life, timeout=_ANSWER_SECONDS)
+            token.raise_for_status()
+            known = {"X-aws-ec2-metadata-token": token.text}
+            answer = session.get(place + NOTICE, headers=known, timeout=_ANSWER_SECONDS)
+            if answer.status_code == requests.codes.not_found:
+                return None
+            answer.raise_for_status()
+            at = datetime.fromisoformat(answer.json()["time"])
+            return max(0.0, (at - datetime.now(UTC)).total_seconds())
+        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+            way_out = "Run this on a spot instance of EC2; AWS_EC2_METADATA_SERVICE_ENDPOINT names another address"
+            raise WorkError(f"no notice can be read: {error}", where=place, way_out=way_out) from None
+
+
+def drain(seconds: float, node: str | None = None) -> None:
+    """Let Ray put nothing more on this node, and let its slots keep their last step and leave it.
+
+    Args:
+        seconds: until it is taken away.
+        node: Ray's name of it; None: this machine's.
+
+    Raises:
+        WorkError: there is no Ray here, or it refuses.
+    """
+    words = ["drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "interruption notice",
+             "--deadline-remaining-seconds", str(int(seconds)), *(["--node-id", node] if node else [])]  # fmt: skip
+    ray_program = str(Path(sys.executable).with_name("ray"))
+    try:
+        done = subprocess.run([ray_program, *words], capture_output=True, text=True, check=False, timeout=SECONDS)
+        why = " ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]) if done.returncode else None
+    except subprocess.TimeoutExpired:
+        why = "no answer"
+    if why is not None:
+        raise WorkError(f"Ray did not drain this node: {why}", way_out="Is Ray started here? `ray status`")
 
 
 DASHBOARD = "http://127.0.0.1:8265"

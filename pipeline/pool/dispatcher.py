@@ -18,7 +18,17 @@ import ray
 
 from pipeline.config.load import TrialRequest
 from pipeline.core.errors import WorkError
-from pipeline.pool.queue import Decision, Failed, Queue, Requeued, SlotState, Stopped, is_of_one_trial, said
+from pipeline.pool.queue import (
+    Decision,
+    Failed,
+    Queue,
+    Requeued,
+    SlotLeft,
+    SlotState,
+    Stopped,
+    is_of_one_trial,
+    said,
+)
 from pipeline.pool.slot import Slot
 from pipeline.records.store import Displaced, Journal, TrialStore
 from pipeline.records.trial import TrialEnd, TrialReport, replayed
@@ -177,11 +187,11 @@ class Dispatcher:
             self._deliver(replayed(key, behind))
 
     def _lost(self, slot: Slot, state: SlotState, error: Exception) -> None:
-        keys = [trial.key for trial in state.trials]
-        self.journal.note("slot lost", why=said(error), trials=keys, pids=slot.pids)
+        keys, left = [trial.key for trial in state.trials], isinstance(error, SlotLeft)
+        self.journal.note("slot left" if left else "slot lost", why=said(error), trials=keys, pids=slot.pids)
         slot.drop()
         self.lost_at |= dict.fromkeys(keys, time.monotonic())
-        self._carry_out(self.queue.lose(state, error))
+        self._carry_out(self.queue.leave(state) if left else self.queue.lose(state, error))
 
     def _carry_out(self, decisions: Iterable[Decision]) -> None:
         for decision in decisions:

@@ -90,6 +90,10 @@ class SlotLost(Exception):
     """A slot's worker died or hangs; the slot is rebuilt and the trial is tried again."""
 
 
+class SlotLeft(Exception):
+    """A slot's node is to be taken away; the slot is built elsewhere, and its trials go on where they were kept."""
+
+
 def is_of_one_trial(error: BaseException, ranks: int) -> bool:
     """Whether an error at a trial's admission leaves the slot's other trials as they were.
 
@@ -100,7 +104,7 @@ def is_of_one_trial(error: BaseException, ranks: int) -> bool:
 
 def said(error: Exception) -> str:
     """Return why something failed in a line: of errors that are not the project's own, with their kind."""
-    return str(error) if isinstance(error, HificlError | SlotLost) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, HificlError | SlotLost | SlotLeft) else f"{type(error).__name__}: {error}"
 
 
 class Queue:
@@ -231,6 +235,14 @@ class Queue:
         for trial in lost:
             trial.alone = trial.alone or several
         return self._again(lost, said(error), retry=several or not isinstance(error, InputError))
+
+    def leave(self, slot: SlotState) -> list[Decision]:
+        """Give up a slot whose node is to be taken away, which is no fault of its trials: none counts an attempt."""
+        left, slot.trials, slot.teacher, slot.built = slot.trials, [], None, False
+        stopped: list[Decision] = [self._stop(trial) for trial in left if trial.stopped]
+        again = [trial for trial in left if not trial.ended]
+        self.waiting[:0] = again
+        return [*stopped, *map(Requeued, again)]
 
     def built(self, slot: SlotState) -> None:
         """Note that a slot has its workers."""

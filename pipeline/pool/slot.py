@@ -17,9 +17,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.config.load import Sweep, TrialRequest
-from pipeline.pool.cluster import Version, code_version, require, work_in
+from pipeline.pool.cluster import Version, code_version, draining, require, work_in
 from pipeline.pool.processes import BUILD_SECONDS, STEP_SECONDS, worker_environment
-from pipeline.pool.queue import SlotLost
+from pipeline.pool.queue import SlotLeft, SlotLost
 from pipeline.records.trial import TrialReport
 
 ROOM = 0.98  # of the processors asked for: the rest is for Tune's waiting actors, which must fit beside the last slot
@@ -34,6 +34,7 @@ class Slot:
         self.group: Any = None
         self.pids: list[int] = []
         self.near: list[int] = []  # those of this machine
+        self.nodes: set[str] = set()  # that the workers are on
         self.keys: set[str] = set()  # of the trials that its workers hold
 
     async def build(self) -> None:
@@ -55,9 +56,10 @@ class Slot:
             for i in range(self.world_size)
         ]
         addresses = await self._all("address", limit=BUILD_SECONDS)
-        self.pids = [pid for _, pid in addresses]
-        self.near = [pid for host, pid in addresses if host == ray.util.get_node_ip_address()]
-        together = len({host for host, _ in addresses}) == 1
+        self.pids = [pid for _, _, pid in addresses]
+        self.near = [pid for host, _, pid in addresses if host == ray.util.get_node_ip_address()]
+        self.nodes = {node for _, node, _ in addresses}
+        together = len({host for host, _, _ in addresses}) == 1
         meeting = (await self._all("meeting", together, limit=BUILD_SECONDS))[0]
         await self._all("connect", meeting, code_version(), self.home, limit=BUILD_SECONDS)
 
@@ -91,14 +93,24 @@ class Slot:
         await self._all("evict", key, limit=self.sweep.retry.hang_seconds)
 
     async def advance(self) -> list[TrialReport]:
-        """Run one round; give up when the step counter stands still for `hang_seconds`."""
+        """Run one round; give up when the step counter stands still for `hang_seconds`.
+
+        Raises:
+            SlotLeft: a node of the slot is to be taken away; one rank alone has kept its last step before.
+            SlotLost: a worker died or hangs.
+        """
+        if await self._leaving():
+            raise SlotLeft("its node is to be taken away")
         hang = self.sweep.retry.hang_seconds
         work = asyncio.ensure_future(self._all("advance"))
-        last, since = -1, time.monotonic()
+        last, since, left = -1, time.monotonic(), False
         while True:
             finished, _ = await asyncio.wait({work}, timeout=min(STEP_SECONDS, hang))
             if finished:
                 return work.result()[0]
+            if not left and self.world_size == 1 and await self._leaving():  # several ranks stand at different steps
+                left = True
+                await self._all("stop", limit=hang)
             try:
                 steps = (await self._all("steps", limit=hang))[0]  # a process that is stopped never answers
             except SlotLost:
@@ -109,6 +121,9 @@ class Slot:
             elif time.monotonic() - since > hang:
                 work.cancel()
                 raise SlotLost(f"no step for {hang:.0f} s")
+
+    async def _leaving(self) -> bool:
+        return not self.nodes.isdisjoint(await draining())
 
     async def _all(self, method: str, *args: Any, limit: float | None = None) -> list[Any]:
         calls = asyncio.gather(*(getattr(w, method).remote(*args) for w in self.workers))
@@ -135,9 +150,9 @@ class Worker:
         self.folder: tempfile.TemporaryDirectory[str] | None = None
         self.listener: socket.socket | None = None
 
-    def address(self) -> tuple[str, int]:
-        """Return this node's address and the process id."""
-        return ray.util.get_node_ip_address(), os.getpid()
+    def address(self) -> tuple[str, str, int]:
+        """Return this node's address, Ray's name of it and the process id."""
+        return ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id(), os.getpid()
 
     def meeting(self, together: bool) -> str:
         """Return where the slot's ranks meet (`join_group`): `together` on one machine, or on several."""
@@ -170,8 +185,21 @@ class Worker:
         return self.bench.admit(request)
 
     def advance(self) -> list[TrialReport]:
-        """Train until a trial completes an epoch; return its report."""
-        return self.bench.advance()
+        """Train until a trial completes an epoch; return its report.
+
+        Raises:
+            SlotLeft: `stop` was called meanwhile.
+        """
+        from pipeline.train.workbench import Stopped
+
+        try:
+            return self.bench.advance()
+        except Stopped:  # an exception of the project's that the dispatcher reads without torch
+            raise SlotLeft("its node is to be taken away; its last step is kept") from None
+
+    def stop(self) -> None:
+        """End training behind the next step, which is kept; `advance` raises then."""
+        self.bench.stopping = True
 
     def evict(self, key: str) -> None:
         """Drop a trial."""

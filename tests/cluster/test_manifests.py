@@ -110,7 +110,9 @@ def test_ray_accepts_the_cluster_files(name):
     validate_config({"cluster_synced_files": [], **filled})
     assert "0.0.0.0" not in (CLUSTER / name).read_text()
     starts = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
-    assert starts.count("RAY_AUTH_MODE=token") == 2 and "--dashboard-host=127.0.0.1" in starts
+    spot = config["provider"]["type"] == "aws"
+    assert ("hificl notice" in starts) is spot
+    assert starts.count("RAY_AUTH_MODE=token") == 2 + spot and "--dashboard-host=127.0.0.1" in starts
     assert all("#" not in line for key in config if key.endswith("commands") for line in config[key])
 
 

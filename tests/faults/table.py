@@ -19,6 +19,10 @@ KINDS = {
     "dvc while it scores": ("SIGKILL of dvc while it scores", "the stage below it ends by itself"),
     "two": ("two `dvc repro` at once", "the second ends at once and says which process holds the lock"),
     "node": ("a node leaves and comes back", "the slot waits for a place and is rebuilt; the trial goes on"),
+    "notice": (
+        "a spot instance's interruption notice",
+        "the slot keeps its last step, leaves the node and is rebuilt on another; no attempt is counted",
+    ),
     "torn": ("a torn checkpoint", "its digest gives it away; the trial goes on at the generation before"),
     "flipped": ("a checkpoint with a flipped bit", "as for a torn one"),
     "disk": (

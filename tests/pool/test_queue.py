@@ -190,6 +190,17 @@ def test_a_refused_trial_leaves_the_others_in_their_slot():
     assert slot.trials == [c]
 
 
+def test_a_node_that_is_taken_away_costs_no_trial_an_attempt_and_ends_those_that_were_stopped():
+    queue, (a, b, c) = a_queue(*(request(n, "t", "p") for n in range(3)), max_attempts=1)
+    (slot,) = queue.slots
+    queue.take(slot)
+    queue.join(slot, 1)
+    queue.stop(b.key)
+    assert queue.leave(slot) == [Stopped(b), Requeued(a)]
+    assert queue.waiting == [a, c] and a.attempts == 0 and not a.alone
+    assert slot.trials == [] and not slot.built and slot.teacher is None
+
+
 def test_an_error_at_admission_is_the_trials_own_where_it_is_a_known_one_and_no_other_rank_waits():
     assert is_of_one_trial(WRONG, 1) and is_of_one_trial(TRANSIENT, 1)
     assert not is_of_one_trial(WRONG, 2)
@@ -303,6 +314,15 @@ class Pool(RuleBasedStateMachine):
             gives_up = self.failures[trial] >= self.queue.max_attempts or (error is WRONG and not several)
             expected = Stopped if trial.stopped else Failed if gives_up else Requeued
             assert decision.trial is trial and type(decision) is expected
+
+    @rule(data=st.data())
+    def leave(self, data) -> None:
+        if (slot := self.slot(data)) is None:
+            return
+        left, attempts = list(slot.trials), [trial.attempts for trial in slot.trials]
+        self.decided(self.queue.leave(slot))
+        assert [trial.attempts for trial in left] == attempts
+        assert all(trial.ended is trial.stopped for trial in left)
 
     def slot(self, data, *, empty: bool | None = None) -> SlotState | None:
         fit = [s for s in self.queue.slots if s.built and (empty is None or empty is not bool(s.trials))]

@@ -65,7 +65,7 @@ def play_one(seed: int) -> tuple[int, str | None, Counter[str], int, float]:
 def kind_of(text: str) -> str:
     """Return a fault without the names in it."""
     for word in ("SIGKILL", "frozen", "power", "full", "errno", "descriptors", "clock", "server", "answers", "actors",
-                 "cut off", "flips"):  # fmt: skip
+                 "cut off", "flips", "taken away"):  # fmt: skip
         if word in text:
             return word
     return text

@@ -36,7 +36,7 @@ from pipeline.pool.messages import (
     WorkLost,
     WorkRefused,
 )
-from pipeline.pool.queue import Queue
+from pipeline.pool.queue import Queue, SlotLeft
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.store import TrialFolder, check_adapter
 from pipeline.tasks import tasks
@@ -136,10 +136,10 @@ class Worker:
     def __init__(self, process: Process) -> None:
         self.process, self.world = process, process.world
         self.runs: list[PlayedRun] = []
-        self.done = 0
+        self.done, self.stopping = 0, False
 
-    def address(self) -> tuple[str, int]:
-        return self.process.host.name, self.process.pid
+    def address(self) -> tuple[str, str, int]:
+        return self.process.host.name, self.process.host.name, self.process.pid
 
     def meeting(self, together: bool) -> str:
         return ""
@@ -169,6 +169,9 @@ class Worker:
             self.runs.remove(run)
             run.close()
 
+    def stop(self) -> None:
+        self.stopping = True
+
     def advance(self) -> list[Any]:
         complete = [run for run in self.runs if run.finished]
         if complete:
@@ -186,6 +189,11 @@ class Worker:
             self.done += 1
             if any(run.error for run in self.runs):
                 break
+            if self.stopping:
+                for run in self.runs:
+                    if run.steps_left:
+                        run.keep_step()
+                raise SlotLeft("its last step is kept")
         reports = [self._let_go(run, run.diverged_report()) for run in self.runs if run.error]
         for run in [run for run in self.runs if not run.error and run.steps_left == 0]:
             score = run.engine.number
@@ -296,6 +304,9 @@ class Cluster:
 
     # -- what `pool.slot` and `pool.dispatcher` use of Ray -------------------------------------------------------------
 
+    async def draining(self) -> set[str]:
+        return {host.name for host in self.hosts if host.drained}
+
     def ray(self) -> Any:
         exceptions = SimpleNamespace(RayActorError=ActorDied, RayTaskError=TaskFailed)
         util = SimpleNamespace(get_node_ip_address=lambda: self.world.process.host.name)
@@ -318,7 +329,11 @@ class Cluster:
 
         async def ready() -> None:
             while True:
-                free = [host for host in self.hosts if host.up and not host.cut_off and self.taken[host] < self.room]
+                free = [
+                    host
+                    for host in self.hosts
+                    if host.up and not host.cut_off and not host.drained and self.taken[host] < self.room
+                ]
                 if free:
                     group.host = min(free, key=lambda host: self.taken[host])
                     self.taken[group.host] += 1

@@ -194,6 +194,7 @@ def _patches() -> dict[tuple[Any, str], Any]:
         (slot, "remove_placement_group"): lambda group: Driver.cluster.remove_placement_group(group),
         (slot, "Worker"): SimpleNamespace(options=lambda **named: Driver.cluster.options(**named)),
         (slot, "code_version"): dict,
+        (slot, "draining"): lambda: Driver.cluster.draining(),
         (train, "all_cells"): lambda *_: study()[1], (evaluate, "all_cells"): lambda *_: study()[1],
         (train, "in_order"): nullcontext, (evaluate, "in_order"): nullcontext, (train, "View"): Quiet,
         (records, "held"): _held,
@@ -292,7 +293,7 @@ class Trouble:
         kinds = [self.kill, self.kill, self.freeze, self.power_cut, self.full, self.sick, self.starve, self.jump,
                  self.away, self.lossy, self.proxies, self.flip]  # fmt: skip
         if run.kind.shared:
-            kinds += [self.partition, self.partition, self.freeze]
+            kinds += [self.partition, self.partition, self.freeze, self.notice]
         for _ in range(run.kind.faults):
             fault = self.dice.choice(kinds)
             if self.dice.random() < 0.5:  # at a moment
@@ -335,7 +336,9 @@ class Trouble:
         return process.host if process is not None else self.dice.choice(self.run.hosts)
 
     def power_cut(self, process: Process | None) -> None:
-        host = self._host(process)
+        self._goes_down(self._host(process))
+
+    def _goes_down(self, host: Host) -> None:
         if not host.up:
             return
         self.world.say(f"FAULT: {host} loses its power")
@@ -344,6 +347,16 @@ class Trouble:
         seconds = self.dice.uniform(5, 30)
         self.run.lasts(seconds)
         self.world.at(seconds, functools.partial(self.run.power_back, host))
+
+    def notice(self, process: Process | None) -> None:
+        """A spot instance is announced to go, and goes; another of its name comes."""
+        host = self._host(process)
+        if not host.up or host.drained:
+            return
+        seconds = self.dice.uniform(0, 120)
+        self._while(f"{host} is to be taken away", host, "drained", True, False, (seconds, seconds))
+        self.run.lasts(seconds)
+        self.world.at(seconds, functools.partial(self._goes_down, host))
 
     def full(self, _: Process | None) -> None:
         self._while("the disk is full", self.run.disk, "full", True, False, (1, 40))

@@ -34,6 +34,7 @@ class Host:
         self.cut_off = False  # from the other machines
         self.cut_from_disk = False
         self.up = True
+        self.drained = False  # it is to be taken away, and has said so
 
     def __repr__(self) -> str:
         return self.name
