@@ -172,15 +172,15 @@ class TrialStore:
 
     def _taken(self) -> Path:
         """Make the folder of this holder, and remove those of the ones before."""
-        own = self.root / HOLDER / uuid.uuid4().hex
+        folder = self.root / HOLDER / uuid.uuid4().hex
         try:
-            own.mkdir(parents=True)
+            folder.mkdir(parents=True)
             for before in (self.root / HOLDER).iterdir():
-                if before != own:
+                if before != folder:
                     remove_folder(before)
         except OSError as error:
-            raise disk_error(error, own) from error
-        return own
+            raise disk_error(error, folder) from error
+        return folder
 
     def check_held(self) -> None:
         """See that no other process has taken the store over; where that cannot be told now, go on.
