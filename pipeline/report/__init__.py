@@ -107,8 +107,8 @@ def write_index(params: Params, evaluations: Path, out: Path) -> Index:
     rendered = [_render(name, params, evaluations) for name in order]
     tables_in = [table for table, _, _ in rendered]
     claims = findings.check_claims(tables_in, evaluations)
-    if all(table.paper is None for table in tables_in) and all(checked.verdict == findings.OPEN for checked in claims):
-        claims = []  # studies of the user's own alone: what the papers found is none of theirs
+    if all(table.paper is None for table in tables_in):  # what the papers found is none of theirs
+        claims = [checked for checked in claims if checked.verdict != findings.OPEN]
     html = page.page(tables_in, [section for _, _, section in rendered], params, claims)
     if claims:
         write_atomic(out / "findings.md", findings.claims_markdown(claims))

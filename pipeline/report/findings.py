@@ -383,7 +383,7 @@ METHOD = (
 
 def claims_markdown(claims: Sequence[CheckedClaim]) -> str:
     """Return the list as Markdown."""
-    out = ["# Which of the papers' findings hold here", "", METHOD, ""]
+    out = ["# Which findings hold here", "", METHOD, ""]
     for checked in claims:
         odds = f"; {checked.chance}" if checked.chance else ""
         out.append(

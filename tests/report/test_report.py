@@ -290,6 +290,17 @@ def test_the_page_says_what_has_to_be_known(main: dict[str, Any]) -> None:
         assert words in text, words
 
 
+def test_studies_of_no_paper_show_what_was_found_about_them_alone(maker: Any, tmp_path: Path) -> None:
+    maker.study(
+        "real-weights", [maker.cell(row, "mini-vqa", seed) for row in ("icl-8", "zero-shot") for seed in (0, 1)]
+    )
+    known = maker.params(**{"real-weights": maker.definition(paper=None)})
+    text = write_index(known, maker.folder, tmp_path).page.read_text()
+    assert "Which findings hold here" in text and "1 of 1 are measured" in text
+    written = (tmp_path / "findings.md").read_text()
+    assert "**: 8 demonstrations are above none on real weights (" in written and "not measured" not in written
+
+
 def test_a_caption_speaks_of_what_its_figure_shows(maker: Any) -> None:
     losses = [{"epoch": epoch, "ground_truth_loss": 1 / epoch} for epoch in (1, 2)]
     captions = {}
