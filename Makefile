@@ -66,7 +66,7 @@ test-slurm: setup  ## a real SLURM on loopback: tasks that lease trials, signall
 test-experiments: setup  ## DVC's experiments, copies and queue, on a real clone
 	$(BIN)/python -m pytest -m experiments tests/e2e/test_experiments.py
 
-mutation: setup  ## changes of policy, schedulers and records one by one: which does no fast test notice?
+mutation: setup  ## changes of policy, schedulers, records and adapters one by one: which does no fast test notice?
 	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --quiet --no-deps -r tests/mutation.txt
 	$(BIN)/mutmut run && $(BIN)/mutmut results
 

@@ -224,7 +224,9 @@ class Service:
             ("quantize", self.loaded.quantized, answerer.origin.get("quantize", "none")),
         ):
             if present != wanted:
-                way_out = f"Serve it with another `hificl serve --backbone {answerer.origin['backbone']}`"
+                # a backbone is loaded as the first adapter's record says; without one, as params.yaml says
+                command = f"hificl serve --backbone {answerer.origin['backbone']} --adapter {name}={folder}"
+                way_out = f"Serve it with another `{command}`"
                 problem = f"was trained with {trait} {wanted}, this server has {present}"
                 raise InputError(problem, where=name, way_out=way_out)
 

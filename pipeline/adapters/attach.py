@@ -337,6 +337,7 @@ class Wrapped(nn.Module):
     adapter: Adapter
     processor: Any
     _block: ExitStack
+    _modes: dict[nn.Module, bool]  # the backbone's modules, and the modes that they had
 
     def save_pretrained(self, save_directory: Path | str, *, is_main_process: bool = True, **_: Any) -> None:
         """Write the adapter alone, with the prompt that it goes with; `adapters.load` reads it."""
@@ -344,10 +345,13 @@ class Wrapped(nn.Module):
             self.adapter.save_pretrained(save_directory)
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode of all but the attentions: they belong to the frozen backbone, and drop nothing."""
+        """Set the mode of the adapter: the backbone is frozen, computes as in inference, and drops nothing.
+
+        Transformers checkpoints what is in training mode, so that is said of such modules; see `_as_in_inference`.
+        """
         super().train(mode)
-        for attention in decoder_of(self).attentions:
-            attention.training = False
+        for module in self._modes:
+            module.training = mode and (module is self or bool(getattr(module, "gradient_checkpointing", False)))
         return self
 
     def activation_checkpointing_enable(
@@ -363,14 +367,28 @@ class Wrapped(nn.Module):
             raise InputError(problem, where="use_reentrant", way_out="Set it to False")
         enable: Any = getattr(super(), "activation_checkpointing_enable")  # noqa: B009 - the model's own class has it
         enable(activation_checkpointing_kwargs, *args, **kw)
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        for layer in self._modes:
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer._gradient_checkpointing_func = partial(
+                    _as_in_inference, layer, layer._gradient_checkpointing_func
+                )
+        self.train(self.training)
 
     def unwrap(self) -> Any:
         """Take the adapter out and return the model as it was."""
-        block, kind = self._block, type(self).__mro__[2]
-        del self.adapter, self._block, self.processor  # before PEFT's layers give the model back what it had
+        model: Any = self
+        if model.is_activation_checkpointing:
+            model.activation_checkpointing_disable()
+            model.disable_input_require_grads()
+        block, modes, kind = self._block, self._modes, type(self).__mro__[2]
+        del self.adapter, self._block, self._modes, self.processor  # before PEFT's layers give back what they replace
         block.close()
         self.__class__ = kind
-        return self.train(self.training)
+        for module, mode in modes.items():
+            module.training = mode
+        return self
 
     def ask(self, image: Any, question: str | None = None, max_new_tokens: int = _MAX_NEW_TOKENS) -> str:
         """Return the answer to a question about a picture, by the prompt that the adapter was trained with.
@@ -406,6 +424,19 @@ class Wrapped(nn.Module):
         return answer[: min(ends, default=len(answer))].strip()
 
 
+def _as_in_inference(layer: nn.Module, checkpointed: Any, forward: Callable[..., Any], *args: Any) -> Any:
+    """Checkpoint a layer of the frozen backbone, which drops nothing though its mode says that it trains."""
+
+    def computed(*args: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*args)
+        finally:
+            layer.training = True
+
+    return checkpointed(computed, *args)
+
+
 def wrap(model: Any, adapter: Adapter, *, processor: Any = None, prompt: str | None = None) -> Any:
     """Put an adapter into a model for good, until `unwrap`; see `pipeline.adapters.wrap`."""
     if isinstance(model, Wrapped):
@@ -414,12 +445,15 @@ def wrap(model: Any, adapter: Adapter, *, processor: Any = None, prompt: str | N
         image = getattr(processor, "image_token", "")
         adapter.extra["template"] = {"text": prompt.replace("{image}", image), "stop": ["\n"]}
     kind = type(model)
+    model._modes = {module: module.training for module in model.modules()}
     model.processor, model._block = processor, ExitStack()  # before PEFT adds what it takes away again
     try:
         model._block.enter_context(attach(model, adapter))
     except BaseException:
-        del model.processor, model._block
+        del model.processor, model._block, model._modes
         raise
     model.__class__ = type(kind.__name__, (Wrapped, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
     model.adapter = adapter
+    if model.is_activation_checkpointing:  # perhaps a reentrant one
+        model.activation_checkpointing_enable()
     return model.train(model.training)

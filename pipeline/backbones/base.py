@@ -239,6 +239,8 @@ class Family(ABC):
     # Whether a token's states follow from the tokens that it sees and its position alone, so that what several prompts
     # begin with is computed once: generation can go on from its keys and values, training can share it.
     shares_prefix: bool = True
+    # Whether the vision tower sees one row of [rows, tokens, width] a picture, so that adapters of it pack.
+    row_a_picture: bool = True
     size_rules: ClassVar[tuple[SizeRule, ...]] = ()  # most processors take pictures of any size
     # Which configuration keys hold the ids of which special tokens.
     token_keys: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}

@@ -93,7 +93,7 @@ def pack_key(config: TrialConfig) -> str | None:
     if not config.trained or not engine_packs(config):
         return None
     facts = methods.facts(config)
-    if not facts.packable:
+    if not facts.packable or (facts.trains_vision and not backbones.get(config.backbone).family.row_a_picture):
         return None
     shared = [*config.resident, config.engine, config.zero_stage]
     if config.gradient_checkpointing:

@@ -40,6 +40,21 @@ def test_peft_opens_a_saved_lora(method: str, options: Any, family: str, tiny: A
     )
 
 
+@each_lora
+def test_a_saved_lora_has_nothing_that_vllm_refuses(method: str, options: Any, tiny: Any, tmp_path: Path) -> None:
+    """Its checks of a folder, as version 0.33 has them: three fields there, ten unused, and names that it can read."""
+    adapter = adapters.create(method, tiny("llava"), **options)
+    adapter.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"] / config["r"]) == (adapter.options.rank, adapter.scaling)
+    assert config["target_modules"] == sorted(adapter.module_names())
+    assert config["bias"] == "none" and config["init_lora_weights"] is True
+    unused = ("modules_to_save", "use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora")
+    assert not any(config[name] for name in (*unused, "use_qalora", "rank_pattern", "alpha_pattern"))
+    names = [f"base_model.model.{name}.lora_{matrix}.weight" for name in adapter.module_names() for matrix in "AB"]
+    assert sorted(load_file(tmp_path / "adapter_model.safetensors")) == sorted(names)
+
+
 @pytest.mark.parametrize(
     "config",
     [

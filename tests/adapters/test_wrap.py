@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from pipeline import adapters
 from pipeline.core.errors import InputError
-from tests.adapters.conftest import logits
+from tests.adapters.conftest import FAMILIES, logits, stirred
+from tests.conftest import ROOT
 
 METHODS = ["hificl", "mimic", "live", "lora", "mimic+lora", "peft"]
 
@@ -76,6 +82,37 @@ def test_a_bare_loop_and_gradient_checkpointing_give_the_same_gradients(method: 
         torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-7)
     with pytest.raises(InputError, match="use_reentrant"):
         wrapped.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_backbone_computes_as_in_inference_while_the_adapter_trains(
+    checkpointed: bool, tiny: Any, inputs: Any
+) -> None:
+    model = tiny("idefics", dropout=0.5)  # whose layers call functions of dropout themselves
+    model.model.layers[1].train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    batch = inputs(model)
+    wrapped = adapters.wrap(model, stirred(adapters.create("hificl", model)))
+    expected = logits(wrapped, batch)
+    if checkpointed:
+        wrapped.activation_checkpointing_enable()
+    assert wrapped.train().training and wrapped.adapter.training
+    trained = wrapped(**batch).logits
+    torch.testing.assert_close(trained, expected, rtol=0, atol=1e-6)
+    trained.sum().backward()
+    assert all(x.grad is not None for x in wrapped.adapter.parameters())
+    plain = wrapped.unwrap()
+    assert {name: module.training for name, module in plain.named_modules()} == modes
+    assert not plain.is_activation_checkpointing
+
+
+def test_only_the_adapters_own_dropout_is_drawn(tiny: Any, inputs: Any) -> None:
+    model = tiny("llava")
+    wrapped = adapters.wrap(model, stirred(adapters.create("lora", model, dropout=0.5)))
+    batch = inputs(model)
+    first, again = logits(wrapped.train(), batch), logits(wrapped, batch)
+    assert not torch.equal(first, again)
+    assert torch.equal(logits(wrapped.eval(), batch), logits(wrapped, batch))
 
 
 def test_attach_is_not_trained_silently_by_a_trainer(tiny: Any, inputs: Any, tmp_path: Path) -> None:
@@ -149,3 +186,60 @@ def test_trl_trains_the_adapter_alone(tmp_path: Path) -> None:
     trainer.train()
     assert any(not torch.equal(x, start[name]) for name, x in wrapped.adapter.state_dict().items())
     assert adapters.load(tmp_path / "checkpoint-2", wrapped.unwrap()).name == "hificl"
+
+
+def _batch() -> dict[str, torch.Tensor]:
+    ids = torch.arange(3, 51).view(4, 12)
+    return {"input_ids": ids, "labels": ids}
+
+
+def _learner(**given: Any) -> Any:
+    torch.manual_seed(0)
+    return adapters.wrap(FAMILIES["qwen2"]().eval(), "hificl", **given)
+
+
+def _trained(folder: Path, rows: int) -> Any:
+    """Train with a Trainer, two steps of all four rows, of which each process takes `rows`."""
+    wrapped, data = _learner(), _batch()
+    parallel = {"ddp_backend": "gloo", "ddp_timeout": 60} if dist.is_initialized() else {}
+    arguments = settings(
+        folder, per_device_train_batch_size=rows, max_steps=2, save_steps=2, optim="sgd", lr_scheduler_type="constant",
+        gradient_checkpointing=True, **parallel,
+    )  # fmt: skip
+    Trainer(wrapped, arguments, train_dataset=[{name: x[i] for name, x in data.items()} for i in range(4)]).train()
+    return wrapped
+
+
+def _rank(folder: Path) -> None:
+    """One of the two processes that torchrun starts: a Trainer, and a loop of one's own."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    trained, wrapped = _trained(folder, rows=2), _learner()
+    rows = {name: x[2 * rank : 2 * rank + 2] for name, x in _batch().items()}
+    parallel = nn.parallel.DistributedDataParallel(wrapped)
+    parallel(**rows).loss.backward()
+    made = {"trained": trained.adapter.state_dict(), "gradients": [x.grad for x in wrapped.adapter.parameters()]}
+    torch.save(made, folder / f"{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # what gloo's threads do at an interpreter's end is not asked here
+
+
+def test_ddp_averages_the_adapters_gradients_in_a_loop_and_in_a_trainer(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "tests.adapters.test_wrap", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    whole = _learner()
+    whole(**_batch()).loss.backward()
+    torch.testing.assert_close(first["gradients"], [x.grad for x in whole.adapter.parameters()], rtol=1e-4, atol=1e-6)
+    alone = _trained(tmp_path / "alone", rows=4)
+    torch.testing.assert_close(first["trained"], alone.adapter.state_dict(), rtol=1e-4, atol=1e-6)
+    saved = adapters.load(tmp_path / "checkpoint-2", alone.unwrap())
+    torch.testing.assert_close(saved.state_dict(), first["trained"], rtol=0, atol=0)
+
+
+if __name__ == "__main__":
+    _rank(Path(sys.argv[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from hypothesis import given
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from pipeline import methods
 from pipeline.adapters.options import Options
 from pipeline.config.load import load
-from pipeline.plan.plan import Places, in_lanes, make_plan, teacher_key
+from pipeline.config.trial import TrialConfig
+from pipeline.plan.plan import Places, in_lanes, make_plan, pack_key, teacher_key
 from pipeline.plan.space import Digests, cells
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,3 +69,20 @@ def test_a_trials_options_are_checked_once(monkeypatch):
         assert methods.options(config).plain() == config.options
         assert teacher_key(config) is None or methods.facts(config).kind
     assert calls == planned and set(calls) == {config.method for config in plan.trials.values()}
+
+
+def test_lora_of_a_vision_tower_packs_where_the_tower_sees_a_row_a_picture(tmp_path):
+    def packs(backbone, scope="all"):
+        options = methods.parse("lora", {"scope": scope}).plain()
+        given = {"backbone": backbone, "backbone_digest": "", "task": "mini-vqa", "manifest_digest": "", "epochs": 1}
+        return pack_key(TrialConfig(method="lora", options=options, engine="torch", **given)) is not None
+
+    kinds = {"text": "qwen2", "pictures": "gemma3"}  # in folders, whose files say what they read
+    for name, kind in kinds.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind}))
+    names = ("mini-idefics2", "idefics2-8b-base", "idefics-9b", "llava-interleave-7b", "llava-onevision-qwen2-7b")
+    assert all(packs(name) for name in (*names, f"folder:{tmp_path / 'text'}"))
+    alone = ("llava-v1.6-mistral-7b", "qwen3-vl-8b", f"folder:{tmp_path / 'pictures'}", "hub:no/such")
+    assert not any(packs(name) for name in alone)
+    assert all(packs(name, "decoder") for name in (*names, *alone))

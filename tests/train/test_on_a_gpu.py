@@ -33,7 +33,6 @@ STEPS = [
     ("idefics2-8b-base", [LORA, ("lora", {"scope": "decoder", "rank": 8})], 1, 2920),
     ("llava-interleave-7b", [HIFICL], 1, 1250),
 ]
-TILED = ("llava-v1.6-mistral-7b",)  # its tower sees several pictures of one, so those that train it do not pack
 REFUSED = {("idefics-9b", "prompt"): "soft prompt alone"}
 
 
@@ -77,8 +76,7 @@ def test_every_backbone_trains_chooses_and_answers_with_every_method(request_of,
     packs: dict[str, list[TrialRequest]] = {}
     for method in adapters.names():
         request = request_of(backbone, method, {}, **short, selection_metric="loss")
-        alone = backbone in TILED and methods.facts(request.config).trains_vision
-        packs.setdefault(request.key if alone else pack_key(request.config) or request.key, []).append(request)
+        packs.setdefault(pack_key(request.config) or request.key, []).append(request)
     with simulated_gpu() as gpu:
         bench = Workbench(device=NAME)
         for requests in packs.values():

@@ -114,6 +114,17 @@ class GenericFamily(Family):
         return self.architecture_row is not None and self.architecture_row.reads == "images"
 
     @property
+    def row_a_picture(self) -> bool:  # type: ignore[override]
+        """True of a text decoder in a folder; how others are fed is known once they are loaded."""
+        folder = self.source.weights or self.folder
+        try:
+            kind = _config(Path(folder), self.gguf).model_type if folder else ""
+        except (OSError, ValueError, KeyError, ImportError):
+            return False
+        row = architectures().get(kind)
+        return row is not None and row.reads == "text"
+
+    @property
     @override
     def model_name(self) -> str:
         return self.architecture_row.model_class if self.architecture_row else "found in its config.json"

@@ -82,6 +82,7 @@ class LlavaNextFamily(_Tiled):
 
     model_type = "llava_next"
     sized = True
+    row_a_picture = False  # one a tile
     architecture = "LlavaNext"
     image_processor_name = "LlavaNextImageProcessorPil"
     train_tokenizer = staticmethod(llama_tokenizer)

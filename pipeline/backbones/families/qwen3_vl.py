@@ -26,6 +26,7 @@ class Qwen3VLFamily(Family):
     model_type = "qwen3_vl"
     shares_prefix = False  # positions are counted from the sizes of all images
     sized = True
+    row_a_picture = False  # the patches of all pictures stand in one row
     size_rules: ClassVar = (
         SizeRule(
             "Qwen3-VL reads no picture more than 200 times as wide as high, or as high as wide",
