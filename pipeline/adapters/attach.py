@@ -354,6 +354,16 @@ class Wrapped(nn.Module):
             module.training = mode and (module is self or bool(getattr(module, "gradient_checkpointing", False)))
         return self
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as in inference, by transformers' own: in training, layers that are checkpointed see no cache."""
+        generate: Any = getattr(super(), "generate")  # noqa: B009 - the model's own class has it
+        training = self.training
+        self.eval()
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            self.train(training)
+
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Any = None, *args: Any, **kw: Any
     ) -> None:
@@ -412,13 +422,7 @@ class Wrapped(nn.Module):
         text = template["text"].replace("{question}", (question or "").strip())
         pictures = {} if image is None else {"images": [[image]]}
         batch = self.processor(text=[text], return_tensors="pt", **pictures).to(self.device, self.dtype)
-        training = self.training
-        self.eval()
-        generate: Any = self.generate
-        try:
-            written = generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-        finally:
-            self.train(training)
+        written = self.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         answer = tokenizer.decode(written[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         ends = [place for stop in template["stop"] if (place := answer.find(stop)) >= 0]
         return answer[: min(ends, default=len(answer))].strip()

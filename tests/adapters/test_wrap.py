@@ -106,6 +106,28 @@ def test_the_backbone_computes_as_in_inference_while_the_adapter_trains(
     assert not plain.is_activation_checkpointing
 
 
+@pytest.mark.parametrize("way", [{"do_sample": False}, {"num_beams": 3, "do_sample": False}, {"do_sample": True}])
+def test_it_generates_while_it_trains_as_what_is_attached(way: Any, tiny: Any, inputs: Any) -> None:
+    model = tiny("qwen2", num_key_value_heads=2)
+    model.generation_config.eos_token_id = None
+    adapter = stirred(adapters.create("lora", model, dropout=0.5))
+    batch = inputs(model)
+    batch["attention_mask"][1, :3] = 0  # padding on the left
+    written = []
+    with adapters.attach(model, adapter):
+        torch.manual_seed(1)
+        written.append(model.generate(**batch, max_new_tokens=5, **way))
+    wrapped = adapters.wrap(model, adapter)
+    wrapped.activation_checkpointing_enable()
+    wrapped.train()
+    torch.manual_seed(1)
+    written.append(wrapped.generate(**batch, max_new_tokens=5, **way))
+    assert torch.equal(*written) and wrapped.training and wrapped.adapter.training
+    alone = wrapped.generate(batch["input_ids"][1:, 3:], max_new_tokens=5, do_sample=False)
+    padded = wrapped.generate(**batch, max_new_tokens=5, do_sample=False)
+    assert torch.equal(alone[0, -5:], padded[1, -5:])
+
+
 def test_only_the_adapters_own_dropout_is_drawn(tiny: Any, inputs: Any) -> None:
     model = tiny("llava")
     wrapped = adapters.wrap(model, stirred(adapters.create("lora", model, dropout=0.5)))
