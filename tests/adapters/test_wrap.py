@@ -223,7 +223,7 @@ def _learner(**given: Any) -> Any:
 def _trained(folder: Path, rows: int) -> Any:
     """Train with a Trainer, two steps of all four rows, of which each process takes `rows`."""
     wrapped, data = _learner(), _batch()
-    parallel = {"ddp_backend": "gloo", "ddp_timeout": 60} if dist.is_initialized() else {}
+    parallel = {"ddp_backend": "gloo", "ddp_timeout": 120} if dist.is_initialized() else {}
     arguments = settings(
         folder, per_device_train_batch_size=rows, max_steps=2, save_steps=2, optim="sgd", lr_scheduler_type="constant",
         gradient_checkpointing=True, **parallel,
@@ -235,7 +235,7 @@ def _trained(folder: Path, rows: int) -> Any:
 def _rank(folder: Path) -> None:
     """One of the two processes that torchrun starts: a Trainer, and a loop of one's own."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     rank = dist.get_rank()
     trained, wrapped = _trained(folder, rows=2), _learner()
     rows = {name: x[2 * rank : 2 * rank + 2] for name, x in _batch().items()}
@@ -250,7 +250,7 @@ def _rank(folder: Path) -> None:
 def test_ddp_averages_the_adapters_gradients_in_a_loop_and_in_a_trainer(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "tests.adapters.test_wrap", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
