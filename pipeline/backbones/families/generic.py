@@ -35,6 +35,7 @@ from pipeline.backbones.base import (
     num_values,
 )
 from pipeline.backbones.decoder import decoder_of
+from pipeline.backbones.weights import find_folder
 from pipeline.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -115,13 +116,12 @@ class GenericFamily(Family):
 
     @property
     def row_a_picture(self) -> bool:  # type: ignore[override]
-        """True of a text decoder in a folder; how others are fed is known once they are loaded."""
-        folder = self.source.weights or self.folder
+        """True of a text decoder; how others are fed is known once they are loaded."""
         try:
-            kind = _config(Path(folder), self.gguf).model_type if folder else ""
-        except (OSError, ValueError, KeyError, ImportError):
+            folder = find_folder(declared("", self.source), self.source.weights, self.revision)
+            row = architectures().get(_config(folder, self.gguf).model_type)
+        except (InputError, OSError, ValueError, KeyError, ImportError):  # which is said where it is read
             return False
-        row = architectures().get(kind)
         return row is not None and row.reads == "text"
 
     @property
