@@ -17,6 +17,10 @@ from peft import PeftModel
 from pipeline import adapters, backbones
 from pipeline.adapters.base import Score
 from pipeline.cli import main
+from pipeline.records.evaluation import CellResult, Evaluations, StudyFile
+from pipeline.records.store import TrialStore
+from pipeline.records.trial import Provenance
+from tests.conftest import ROOT
 
 BACKBONE = "mini-llava"
 
@@ -89,6 +93,35 @@ def test_push_writes_a_card_beside_the_adapter(folder: Path, model: Any, tmp_pat
     assert adapters.load(place, model).options == adapters.load(folder, model).options
     assert hificl(capfd, *words)[0] == 2
     assert "names no repository" in hificl(capfd, *words[:3], "--to", "../x/y", "--hub", tmp_path)[2]
+
+
+def test_the_card_of_a_trial_says_what_it_was_made_from_and_what_its_settings_scored(
+    trial: Any, folder: Path, tmp_path: Path, capfd: Any
+) -> None:
+    for name in ("params.yaml", "profiles", "studies"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    config = trial("hificl", tmp_path).config
+    origin = Provenance(commit="c0ffee", versions={"torch": "2.13.0"})
+    place = TrialStore(tmp_path / "runs").open(config, origin) / "adapter"
+    adapters.load(folder, backbones.load(BACKBONE).model).save_pretrained(
+        place, {"backbone": BACKBONE, "task": "mini-vqa", "trial": config.key}
+    )
+    row = {"row": "hificl", "label": "HiFICL", "method": "hificl", "backbone": BACKBONE, "paper_backbone": BACKBONE,
+           "task": "mini-vqa", "paper_task": "vqav2", "metric": "accuracy", "unit": "percent"}  # fmt: skip
+    seeds = [(71.0, config.key), (73.0, "another"), (72.0, "third")]
+    cells = tuple(CellResult(**row, seed=i, value=value, trial=key) for i, (value, key) in enumerate(seeds))
+    other = CellResult(**{**row, "row": "mimic"}, value=12.0, trial="mimics")
+    Evaluations(tmp_path / "evaluations").write_study(StudyFile(study="small", title="", cells=(*cells, other)))
+    words = ["push", "--adapter", place, "--to", "lab/colours", "--hub", tmp_path / "hub"]
+    status, out, _ = hificl(capfd, *words)
+    assert status == 0 and json.loads(out)["scores"] == 1
+    text = (tmp_path / "hub/lab/colours/README.md").read_text()
+    for said in (
+        f"- manifest_digest: {config.manifest_digest}", f"- backbone_digest: {config.backbone_digest}",
+        f"- learning_rate: {config.learning_rate}", f"- seed: {config.seed}", "- code: c0ffee", "- torch: 2.13.0",
+        "- revision: not pinned", "| mini-vqa | accuracy (percent) | 72 ± 1 | 3 |",
+    ):  # fmt: skip
+        assert said in text
 
 
 def test_scores_are_shown_with_their_spread() -> None:
