@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup repro repro-real test test-experiments test-faults test-simulation test-cluster test-slurm real-weights check bench clean pictures pins
+.PHONY: help setup repro repro-real test test-experiments test-faults test-harness test-simulation test-cluster test-slurm real-weights check bench clean pictures pins
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -62,6 +62,10 @@ test-cluster: setup  ## a cluster of network namespaces: ray up, a sweep with a 
 
 test-slurm: setup  ## a real SLURM on loopback: tasks that lease trials, signalled, requeued, preempted (needs root)
 	$(BIN)/python -m pytest -m slurm tests/cluster/test_slurm.py -rs
+
+test-harness: setup  ## lmms-eval and lm-evaluation-harness from the package index, in a folder of their own on top of .venv
+	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --quiet --no-deps --target work/harness -r tests/harness.txt
+	PYTHONPATH="$$PWD/work/harness" $(BIN)/python -m pytest -m harness tests/evaluate/test_harness.py
 
 test-experiments: setup  ## DVC's experiments, copies and queue, on a real clone
 	$(BIN)/python -m pytest -m experiments tests/e2e/test_experiments.py

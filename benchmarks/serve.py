@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,7 +33,8 @@ def run(device: str = "cpu", *, sizes: Sizes | None = None, workload: Workload |
 
     `mixed_adapters_over_one` is a batch whose every row has a HiFICL adapter of its own over the same batch of one
     HiFICL adapter; `mixed_methods_over_one` has the methods of `mixed` in turn, each row its own adapter; `mixed_lora`
-    is LoRA in the decoder over one such LoRA. Random weights, no pictures; on a CPU one thread.
+    is LoRA in the decoder over one such LoRA. Random weights, no pictures; on a CPU one thread, by its own seconds
+    on the processor: what else the machine does is no part of them.
 
     Args:
         device: cpu or cuda.
@@ -54,7 +56,8 @@ def run(device: str = "cpu", *, sizes: Sizes | None = None, workload: Workload |
         ):  # fmt: skip
             engines = {"mixed": _engine(loaded, members[mixed]), "one": _engine(loaded, members[one][:1])}
             work = {name: _Batch(engine, sizes) for name, engine in engines.items()}
-            rounds = alternate(work, sizes.repeats, device=device)
+            clock = time.thread_time if device == "cpu" else time.perf_counter
+            rounds = alternate(work, sizes.repeats, device=device, clock=clock)
             findings.add(label, rounds, "mixed", "one")
             for name in work:
                 tokens = sizes.rows * sizes.new_tokens

@@ -142,14 +142,7 @@ class Answerer:
         Raises:
             InputError: its weights are not those that the adapter was trained on.
         """
-        wanted = self.origin.get("backbone_digest", loaded.digest)
-        if loaded.digest != wanted:
-            raise InputError(
-                f"these weights (digest {loaded.digest[:12]}) are not those of the training ({wanted[:12]})",
-                where=f"backbones.{self.origin['backbone']}",
-                way_out="Put the old weights back",
-            )
-        return adapters.load(self.folder, loaded.model)
+        return adapter_on(loaded, self.folder, self.origin)
 
     @cached_property
     def _family(self) -> Family:
@@ -225,15 +218,32 @@ def source_of(name: str, project: Path) -> BackboneSource:
     return source.model_copy(update={"weights": str(project / source.weights)}) if source.weights else source
 
 
-def load_backbone(name: str, project: Path, origin: Mapping[str, Any]) -> Loaded:
-    """Return a backbone as it answers: from where the project's params.yaml says, on a GPU where there is one.
+def adapter_on(loaded: Loaded, folder: Path, origin: Mapping[str, Any]) -> Adapter:
+    """Return the adapter in a folder, read for a backbone in memory.
+
+    Raises:
+        InputError: the backbone's weights are not those that it was trained on.
+    """
+    wanted = origin.get("backbone_digest", loaded.digest)
+    if loaded.digest != wanted:
+        raise InputError(
+            f"these weights (digest {loaded.digest[:12]}) are not those of the training ({wanted[:12]})",
+            where=f"backbones.{origin.get('backbone', loaded.backbone.name)}",
+            way_out="Put the old weights back",
+        )
+    return adapters.load(folder, loaded.model)
+
+
+def load_backbone(name: str, project: Path, origin: Mapping[str, Any], device: str | None = None) -> Loaded:
+    """Return a backbone as it answers: from where the project's params.yaml says.
 
     Args:
         name: which.
         project: the folder of params.yaml.
         origin: what an adapter's record says of its making: `precision` (without it: the source's `dtype`), `quantize`.
+        device: None: a GPU where there is one.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the same sums as in the trial
-    source, device = source_of(name, project), "cuda" if torch.cuda.is_available() else "cpu"
+    source, device = source_of(name, project), device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype, quantized = origin.get("precision", source.dtype), origin.get("quantize", "none")
     return backbones.load_from(name, source, dtype=dtype, device=device, quantized=quantized)

@@ -39,6 +39,7 @@ NOT_RUN: dict[str, str] = {
     r"hificl adapt .*": "trains: run, with what the page shows behind it, by tests/e2e/test_adapt.py",
     r"hificl predict --adapter work/pets/.*": "likewise",
     r"hificl (export|push) .*": "run by tests/docs/test_adapters.py",
+    r"python -m (lmms_eval|pipeline\.evaluate\.harness) .*": "run by `make test-harness`",
     r"hificl params --backbone folder:.*": "a folder of random weights: run by tests/backbones/test_generic.py",
     r"python -m benchmarks\..*": "needs a GPU",
     r"python -m pip install .*": "from a registry; tests/test_makefile.py holds it to the extra",
