@@ -124,6 +124,7 @@ def test_thousands_of_samples_take_no_time() -> None:
 
 def test_the_interval_of_a_share_is_wilsons_and_of_a_mean_students() -> None:
     assert interval([100.0] * 6, top=100.0) == pytest.approx((60.96657, 100.0))
+    assert interval([0.0] * 20, top=100.0) == (0.0, pytest.approx(16.11252))  # and not rounded to less
     assert interval([1.0] * 30 + [0.0] * 70, top=1.0) == pytest.approx((0.218949, 0.395849), rel=1e-5)
     half = 3.182446 * math.sqrt(7) / 2  # three degrees of freedom
     assert interval([1.0, 2.0, 4.0, 7.0]) == pytest.approx((3.5 - half, 3.5 + half))
