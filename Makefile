@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup repro repro-real test test-experiments test-faults test-harness test-simulation test-cluster test-slurm real-weights check bench clean pictures pins
+.PHONY: help setup repro repro-real test test-experiments test-faults test-harness test-simulation test-cluster test-chaos test-slurm real-weights check bench clean pictures pins
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -59,6 +59,12 @@ test-simulation: setup  ## ten thousand schedules of random faults in virtual ti
 
 test-cluster: setup  ## a cluster of network namespaces: ray up, a sweep with a node lost, ray down (needs root)
 	$(BIN)/python -m pytest -m cluster tests/cluster -rs
+
+export MINUTES ?=
+export SEED ?=
+test-chaos: setup  ## such a cluster, on which something is killed every 15 s for 20 minutes: MINUTES=, SEED=, TABLE= (needs root)
+	HIFICL_FAULTS_TABLE="$$TABLE" HIFICL_CHAOS_MINUTES="$$MINUTES" HIFICL_CHAOS_SEED="$$SEED" \
+		$(BIN)/python -m pytest -m chaos tests/cluster -rs -s
 
 test-slurm: setup  ## a real SLURM on loopback: tasks that lease trials, signalled, requeued, preempted (needs root)
 	$(BIN)/python -m pytest -m slurm tests/cluster/test_slurm.py -rs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -18,13 +19,14 @@ from pipeline.config.load import Params, Requests, Sweep
 from pipeline.config.trial import MOST_PACKED
 from pipeline.core import machine
 from pipeline.core.errors import InputError, WorkError
+from pipeline.core.progress import say
 from pipeline.plan.plan import Plan, in_lanes
 from pipeline.plan.space import Cell
 from pipeline.pool import ensure_token
 from pipeline.pool.cluster import check_nodes
 from pipeline.pool.dispatcher import Dispatcher
 from pipeline.pool.messages import PROXY_DIED, EpochEnded, Tell, TrialEnded, TrialStarted
-from pipeline.pool.processes import kept_handlers
+from pipeline.pool.processes import NODES_SECONDS, kept_handlers
 from pipeline.pool.proxy import TrialProxy
 from pipeline.pool.queue import Queue
 from pipeline.pool.schedule import PerCellOptuna, make_scheduler
@@ -131,10 +133,16 @@ def _on_loopback() -> Iterator[None]:
 def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
     """Return how many slots fit the cluster (or are asked for), no more than there are trials.
 
+    The nodes of a cluster join one after the other, when it is new or its head was lost; the first is waited for.
+
     Raises:
         InputError: not even one slot fits.
     """
-    have = ray.cluster_resources()
+    have, until = ray.cluster_resources(), time.monotonic() + NODES_SECONDS
+    if sweep.address is not None and not have.get("CPU"):
+        say(f"the cluster at {sweep.address} has no processor yet; waiting for its first node that trains")
+        while not (have := ray.cluster_resources()).get("CPU") and time.monotonic() < until:
+            time.sleep(1)
     fit = sweep.slots_on(have.get("CPU", 0), have.get("GPU", 0), world_size)
     if fit < 1:
         raise InputError(

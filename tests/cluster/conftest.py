@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.lab import HERE, Lab, Machine, missing, which
+from tests.cluster.lab import HERE, PATIENCE, Lab, Machine, missing, which
 from tests.conftest import ROOT
 from tests.e2e.conftest import Project, make_project
 
@@ -42,15 +42,20 @@ class PostgreSQL:
              "--locale=C", "--encoding=UTF8"],
             check=True, capture_output=True, cwd=self.folder,
         )  # fmt: skip
-        self.process = machine.start(
-            "env", f"--chdir={self.folder}", *as_user, which("postgres"), "-D", data, "-h", "127.0.0.1",
-            "-k", str(self.folder), "-c", "fsync=off",
-            log=machine.folder / "postgres.log",
-        )  # fmt: skip
+        self.command = [
+            "env", f"--chdir={self.folder}", *as_user, str(which("postgres")), "-D", data, "-h", "127.0.0.1",
+            "-k", str(self.folder),
+        ]  # fmt: skip
+        self.start()
         passfile = machine.home / ".pgpass"
         passfile.write_text(f"127.0.0.1:5432:*:mlflow:{DATABASE_PASSWORD}\n")
         passfile.chmod(0o600)
         self.query("create database mlflow", database="postgres")
+
+    def start(self) -> None:
+        """Start the server, for the first time or after its machine was lost."""
+        (self.folder / "data/postmaster.pid").unlink(missing_ok=True)
+        self.machine.start(*self.command, log=self.machine.folder / "postgres.log")
 
     def query(self, sql: str, database: str = "mlflow") -> list[list]:
         """Return the rows of a statement, asked from the machine itself."""
@@ -60,14 +65,14 @@ class PostgreSQL:
             "    done = c.execute(sys.argv[2])\n"
             "    print(json.dumps(done.fetchall() if done.description else [], default=str))\n"
         )
-        for attempt in range(40):
+        deadline = time.monotonic() + PATIENCE
+        while True:
             done = self.machine.run(sys.executable, "-c", code, database, sql, check=False)
             if done.returncode == 0:
                 return json.loads(done.stdout)
-            if "connect" not in done.stderr or attempt == 39:
+            if "connect" not in done.stderr or time.monotonic() > deadline:
                 raise AssertionError(done.stderr)
             time.sleep(0.25)
-        raise AssertionError("unreachable")
 
     def dump(self) -> str:
         """Return everything in the database, as text."""
@@ -85,6 +90,8 @@ class Cluster:
     def __init__(self, lab: Lab, project: Project) -> None:
         self.lab, self.project = lab, project
         self.attached: subprocess.CompletedProcess | None = None
+        (project.folder / "runs").mkdir()
+        lab.share()
         self.head, self.workers = lab.machine("head"), [lab.machine("worker-1"), lab.machine("worker-2")]
         self.laptop = lab.machine("laptop")
         self.bin = lab.folder / "bin"
@@ -94,6 +101,7 @@ class Cluster:
             (self.bin / "rsync").chmod(0o755)
         for machine in [self.head, *self.workers]:
             (machine.home / "hificl-lab").symlink_to(project.folder)
+            machine.mount(project.folder / "runs")
         self.postgres = PostgreSQL(self.head)
         self.folder = lab.folder / "cluster"  # the laptop's copy of cluster/
         self.folder.mkdir()
@@ -121,15 +129,10 @@ class Cluster:
         text = text.replace("$HIFICL_TRACKING", "--database postgresql+psycopg://mlflow@127.0.0.1/mlflow").replace(
             "export PATH=", f"export PATH={self.bin}:"
         )
-        text = text.replace("DASHBOARD_METRIC_PORT=-1", "DASHBOARD_METRIC_PORT=-1 AUTOSCALER_HEARTBEAT_TIMEOUT_S=8")
-        # how long a worker without a head waits before it ends; a minute where nobody says otherwise
-        text = text.replace("metrics_collection=0;\n    ray start --address", "metrics_collection=0 "
-                            "RAY_gcs_rpc_server_reconnect_timeout_s=10;\n    ray start --address")  # fmt: skip
-        assert "reconnect_timeout" in text
         assert yaml.safe_load(text)["provider"]["head_ip"] == self.head.address
         (self.folder / "cluster.yaml").write_text(text)
 
-    def ray(self, *words: str, check: bool = True, timeout: float = 240) -> subprocess.CompletedProcess:
+    def ray(self, *words: str, check: bool = True, timeout: float = PATIENCE) -> subprocess.CompletedProcess:
         """Run `ray` on the laptop, in cluster/."""
         return self.laptop.run("ray", *words, check=check, timeout=timeout, PATH=self.path, RAY_AUTH_MODE="token")
 
@@ -137,7 +140,7 @@ class Cluster:
         """Start `ray` on the laptop."""
         return self.laptop.start("ray", *words, log=log, PATH=self.path, RAY_AUTH_MODE="token")
 
-    def on_head(self, *words: str, check: bool = True, timeout: float = 240) -> subprocess.CompletedProcess:
+    def on_head(self, *words: str, check: bool = True, timeout: float = PATIENCE) -> subprocess.CompletedProcess:
         """Run a command of the environment on the head, in the project."""
         line = 'cd ~/hificl-lab && exec "$@"'
         return self.head.run("bash", "-c", line, "bash", *words, check=check, timeout=timeout, PATH=self.path,
@@ -153,7 +156,7 @@ class Cluster:
         found = json.loads(done.stdout)["data"]["result"]["result"] if done.returncode == 0 else []
         return [node for node in found if node["state"] == "ALIVE"]
 
-    def wait_for_nodes(self, count: int, seconds: float = 120) -> None:
+    def wait_for_nodes(self, count: int, seconds: float = PATIENCE) -> None:
         deadline = time.monotonic() + seconds
         while (found := len(self.alive())) < count:
             if time.monotonic() > deadline:

@@ -1,6 +1,7 @@
 """Machines made of Linux namespaces: each has its own network address, processes, home, host name and sshd.
 
-They share the file system otherwise, as nodes share a path over NFS. Everything ends with the first process of each
+What they share as a cluster shares a path lies on a machine of its own and is mounted over the network, with NFS's
+caching (`Lab.share`); the rest of the file system is this machine's. Everything ends with the first process of each
 namespace, so nothing is left behind; no interface of the machine itself is touched.
 """
 
@@ -17,14 +18,26 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NETWORK = "10.77.0"
-BINARIES = ("ip", "unshare", "nsenter", "mount", "setpriv", "ssh", "ssh-keygen")
+BINARIES = ("ip", "unshare", "nsenter", "mount", "setpriv", "ssh", "ssh-keygen", "sshfs", "sftp-server")
+FOLDERS = ("/usr/lib/openssh", "/usr/libexec/openssh", "/usr/lib/ssh")  # where sftp-server lies
+# As Linux' NFS client mounts by default: names, that a name is not there, and what a folder holds are kept for 30 s
+# (acdirmin); a file's attributes and content are asked for when it is opened; writes are sent behind and are there
+# after fsync or close. As with `local_lock=all`, no machine sees the locks of another.
+CACHED_SECONDS = 30
+MOUNTED = (
+    "auto_cache,attr_timeout=0,dir_cache=yes,dcache_stat_timeout=0,"
+    f"dcache_timeout={CACHED_SECONDS},entry_timeout={CACHED_SECONDS},negative_timeout={CACHED_SECONDS}"
+)
+FILES_PORT = 2049
+WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")  # a test that is killed leaves no machine behind
+PATIENCE = 900.0  # seconds: every wait here is for something that is seen, so a busy machine may take its time
 PATHS = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", "/usr/local/sbin"])
 
 
 def which(name: str) -> str | None:
     """Return where a program is; PostgreSQL's are in a folder of their own on Debian."""
     folders = [str(folder) for folder in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
-    return shutil.which(name, path=os.pathsep.join([PATHS, *folders]))
+    return shutil.which(name, path=os.pathsep.join([PATHS, *folders, *FOLDERS]))
 
 
 def missing() -> str | None:
@@ -35,7 +48,8 @@ def missing() -> str | None:
         return "network namespaces need root here"
     absent = [name for name in (*BINARIES, "initdb", "postgres") if which(name) is None]
     if absent:
-        return f"not installed: {', '.join(absent)} (Debian: iproute2, util-linux, openssh-client, postgresql)"
+        packages = "iproute2, util-linux, openssh-client, openssh-sftp-server, sshfs, postgresql"
+        return f"not installed: {', '.join(absent)} (Debian: {packages})"
     script = (
         "ip link add hificl0 type bridge && ip link add hificl1 type veth peer name hificl2 && mount -t tmpfs x /mnt"
     )
@@ -57,14 +71,22 @@ class Machine:
         (self.folder / "ray").mkdir()
         self.log = self.folder / "machine.log"
         self._write_identity()
+        self.mounted: list[Path] = []  # of what the lab's files serve
+        self.boot()
+
+    def boot(self) -> None:
+        """Start the machine, for the first time or after `kill`."""
+        (self.folder / "up").unlink(missing_ok=True)
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
-                ["unshare", "--net", "--pid", "--fork", "--mount", "--uts", "--ipc", "--mount-proc",
+                [*WITH_PARENT, "unshare", "--net", "--pid", "--fork", "--mount", "--uts", "--ipc", "--mount-proc",
                  "--kill-child=SIGKILL", "bash", "-c", self._first_process()],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self.pid = self._namespace_pid()
         self._connect()
+        for folder in self.mounted:
+            self._mount(folder)
 
     def _write_identity(self) -> None:
         users = Path("/etc/passwd").read_text().splitlines()
@@ -105,7 +127,7 @@ class Machine:
         """
 
     def _namespace_pid(self) -> int:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE
         while not (self.folder / "up").exists():
             if time.monotonic() > deadline or self._process.poll() is not None:
                 raise RuntimeError(f"{self.name} did not start: {self.log.read_text()}")
@@ -118,13 +140,45 @@ class Machine:
         outer, inner = f"hifo{number}", "eth0"
         switch = self.lab.switch.pid
         within = ["nsenter", "-t", str(switch), "-n", "ip"]
-        subprocess.run([*within, "link", "add", outer, "type", "veth", "peer", "name", inner, "netns", str(self.pid)],
-                       check=True)  # fmt: skip
+        add = [*within, "link", "add", outer, "type", "veth", "peer", "name", inner, "netns", str(self.pid)]
+        for _ in range(1000):  # the kernel takes its time to remove a killed machine's end
+            if subprocess.run(add, check=False, capture_output=True).returncode == 0:
+                break
+            time.sleep(0.1)
+        else:
+            raise RuntimeError(f"{self.name} gets no link to the bridge")
         subprocess.run([*within, "link", "set", outer, "master", "br0", "up"], check=True)
         own = ["nsenter", "-t", str(self.pid), "-n", "ip"]
         subprocess.run([*own, "addr", "add", f"{self.address}/24", "dev", inner], check=True)
         subprocess.run([*own, "link", "set", inner, "up"], check=True)
         subprocess.run([*own, "route", "add", "default", "via", f"{NETWORK}.1"], check=True)
+
+    def mount(self, folder: Path) -> None:
+        """Have a folder of the lab's files in its place, now and after each boot."""
+        self.mounted.append(folder)
+        self._mount(folder)
+
+    def _mount(self, folder: Path) -> None:
+        server = self.lab.files
+        assert server is not None
+        source, options = f"{server.address}:{folder}", f"directport={FILES_PORT},{MOUNTED}"
+        for _ in range(1000):
+            if self.run("sshfs", source, str(folder), "-o", options, check=False).returncode == 0:
+                return
+            time.sleep(0.1)  # the server is not up yet
+        raise RuntimeError(f"{self.name} cannot mount {source}")
+
+    def processes(self) -> dict[int, str]:
+        """Return the command lines of its processes, by the ids that this side knows them by."""
+        own = Path(f"/proc/{self.pid}/ns/pid").readlink()
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if (entry / "ns/pid").readlink() == own and (words := (entry / "cmdline").read_bytes()):
+                    found[int(entry.name)] = words.replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+        return found
 
     def command(self, *words: str) -> list[str]:
         """Return the command that runs `words` on this machine."""
@@ -134,7 +188,9 @@ class Machine:
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
         return {**keep, "HOME": str(self.home), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", **more}
 
-    def run(self, *words: str, check: bool = True, timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
+    def run(
+        self, *words: str, check: bool = True, timeout: float = PATIENCE, **env: str
+    ) -> subprocess.CompletedProcess:
         """Run a command here."""
         done = subprocess.run(
             self.command(*words), env=self.environment(**env), cwd=self.lab.cwd, capture_output=True, text=True,
@@ -161,7 +217,7 @@ class Machine:
         """Pull the plug: every process of the machine ends at once."""
         if self._process.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
-            self._process.wait(timeout=20)
+            self._process.wait(timeout=PATIENCE)
 
 
 class Lab:
@@ -170,11 +226,12 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         self.folder, self.cwd = folder, folder
         self.machines: list[Machine] = []
+        self.files: Machine | None = None
         self.key, self.host_key = folder / "key", folder / "host_key"
         for key in (self.key, self.host_key):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
         self.switch = subprocess.Popen(
-            ["unshare", "--net", "--kill-child=SIGKILL", "--fork", "sh", "-c",
+            [*WITH_PARENT, "unshare", "--net", "--kill-child=SIGKILL", "--fork", "sh", "-c",
              "ip link add br0 type bridge && ip link set br0 up && exec sleep infinity"],
             start_new_session=True,
         )  # fmt: skip
@@ -182,7 +239,7 @@ class Lab:
 
     def _wait_for_bridge(self) -> None:
         look = ["nsenter", "-t", str(self.switch.pid), "-n", "ip", "link", "show", "br0"]
-        for _ in range(100):
+        for _ in range(1000):
             if subprocess.run(look, capture_output=True, check=False).returncode == 0:
                 return
             time.sleep(0.05)
@@ -192,6 +249,12 @@ class Lab:
         made = Machine(self, name, 11 + len(self.machines))
         self.machines.append(made)
         return made
+
+    def share(self) -> None:
+        """Start the machine that serves files; it is to be the first."""
+        self.files = self.machine("files")
+        self.files.start(sys.executable, str(HERE / "file_server.py"), self.files.address, str(FILES_PORT),
+                         str(which("sftp-server")), log=self.files.log)  # fmt: skip
 
     def close(self) -> None:
         for machine in self.machines:

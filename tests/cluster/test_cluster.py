@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import DATABASE_PASSWORD, Cluster, mode
+from tests.cluster.lab import PATIENCE, Machine
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.e2e, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.cluster, pytest.mark.e2e, pytest.mark.timeout(7200)]
 LOOPBACK = "127.0.0.1"
 EPOCHS = 4
 
@@ -35,7 +36,7 @@ def up(cluster: Cluster) -> Cluster:
         }
 
     cluster.project.change(edit)
-    cluster.ray("up", "cluster.yaml", "--yes", "--no-config-cache", timeout=600)
+    cluster.ray("up", "cluster.yaml", "--yes", "--no-config-cache")
     cluster.wait_for_nodes(3)
     return cluster
 
@@ -103,11 +104,11 @@ def swept(up: Cluster) -> Cluster:
     for pid in ray_processes(up.workers[0]):
         os.kill(pid, signal.SIGKILL)  # the node is gone, with all that ran on it
     wait_for_end_of_following(up)
-    up.attached = up.ray("submit", "cluster.yaml", "sweep", "--attach", check=False, timeout=900)
+    up.attached = up.ray("submit", "cluster.yaml", "sweep", "--attach", check=False, timeout=3 * PATIENCE)
     return up
 
 
-def wait(condition, what: str, log: Path, seconds: float = 180) -> None:
+def wait(condition, what: str, log: Path, seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -115,19 +116,10 @@ def wait(condition, what: str, log: Path, seconds: float = 180) -> None:
         time.sleep(0.2)
 
 
-def ray_processes(machine) -> list[int]:
+def ray_processes(machine: Machine) -> list[int]:
     """Return the processes of Ray on a machine, by the ids that this side knows them by."""
-    own = Path(f"/proc/{machine.pid}/ns/pid").stat().st_ino
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            inside = (entry / "ns/pid").stat().st_ino == own
-            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
-        except OSError:
-            continue
-        if inside and any(word in words for word in (b"raylet", b"ray::", b"gcs_server", b"/ray/dashboard")):
-            found.append(int(entry.name))
-    return found
+    words = ("raylet", "ray::", "gcs_server", "/ray/dashboard")
+    return [pid for pid, line in machine.processes().items() if any(word in line for word in words)]
 
 
 def wait_for_end_of_following(up: Cluster) -> None:
@@ -139,7 +131,7 @@ def wait_for_end_of_following(up: Cluster) -> None:
     group = subprocess.run(["pgrep", "-g", str(follower.pid)], capture_output=True, text=True, check=True).stdout
     for pid in set(map(int, group.split())) - {follower.pid}:  # nsenter itself only waits
         os.kill(pid, signal.SIGINT)
-    assert follower.wait(timeout=60) == 130, log.read_text()
+    assert follower.wait(timeout=PATIENCE) == 130, log.read_text()
     assert "goes on" in log.read_text() and "Traceback" not in log.read_text()
 
 
@@ -212,8 +204,8 @@ def test_no_secret_is_in_params_mlflow_logs_or_arguments(swept):
 
 
 def test_ray_down_leaves_the_results_and_no_process(swept):
-    swept.ray("down", "cluster.yaml", "--yes", timeout=300)
-    deadline = time.monotonic() + 90
+    swept.ray("down", "cluster.yaml", "--yes")
+    deadline = time.monotonic() + PATIENCE
     while left := [pid for machine in (swept.head, *swept.workers) for pid in ray_processes(machine)]:
         assert time.monotonic() < deadline, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left]
         time.sleep(0.5)

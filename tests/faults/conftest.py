@@ -10,17 +10,15 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.faults.checks import report, results
 from tests.faults.sweeps import Sweep, make_sweep
-from tests.faults.table import KINDS
+from tests.faults.table import KINDS, OUT, RECORDS, publish
 
-OUT = "HIFICL_FAULTS_TABLE"  # the document that the table goes into
 OPEN, CLOSE = (
     "<!-- injected: written by `make test-faults TABLE=docs/faults.md` -->",
     "<!-- end of what was injected -->",
 )
-RECORD = ROOT / "benchmarks/faults/battery-cpu.json"
+RECORD = "battery-cpu.json"
 TRIES = 4  # to hold a worker in an epoch of tenths of a second
 _rows: dict[str, dict[str, Any]] = {}
 
@@ -120,26 +118,21 @@ def pytest_sessionfinish(session):
     """
     if not _rows or not os.environ.get(OUT):
         return
-    from benchmarks.support.timing import commit, machine, versions
+    from benchmarks.support.timing import commit
 
-    earlier = json.loads(RECORD.read_text(encoding="utf-8"))["faults"] if RECORD.exists() else {}
+    record = RECORDS / RECORD
+    earlier = json.loads(record.read_text(encoding="utf-8"))["faults"] if record.exists() else {}
     now = {
         kind: {**row, "commit": commit(), "load_average": round(os.getloadavg()[0], 1)} for kind, row in _rows.items()
     }
     rows = {kind: row for kind in KINDS if (row := now.get(kind) or earlier.get(kind))}
-    document = ROOT / os.environ[OUT]
-    head, _, rest = document.read_text(encoding="utf-8").partition(OPEN)
-    _, _, tail = rest.partition(CLOSE)
     lines = ["| injected | what happens | trains again after | no process left after |", "|---|---|---|---|"]
     for row in rows.values():
         figures = (_seconds(row[name]) for name in ("trains_again_seconds", "gone_seconds"))
         lines.append(f"| {row['injected']} | {row['happens']} | {' | '.join(figures)} |")
     load = f"load average {os.getloadavg()[0]:.1f} at the end"
     lines += ["", f"{len(rows)} of {len(KINDS)} kinds, the last {len(now)} with {os.cpu_count()} cores and {load}."]
-    document.write_text(f"{head}{OPEN}\n" + "\n".join(lines) + f"\n{CLOSE}{tail}", encoding="utf-8")
-    RECORD.parent.mkdir(parents=True, exist_ok=True)
-    record = {"faults": rows, "machine": machine(), "versions": versions(), "commit": commit()}
-    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    publish(OPEN, CLOSE, lines, RECORD, {"faults": rows})
 
 
 def _seconds(value: float | None) -> str:

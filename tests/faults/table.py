@@ -1,7 +1,16 @@
-"""The table's words: what is injected, by a short name, and what happens."""
+"""The table's words: what is injected, by a short name, and what happens; and how a table gets into its document."""
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+
+OUT = "HIFICL_FAULTS_TABLE"  # the document that a table goes into
+RECORDS = ROOT / "benchmarks/faults"
 KINDS = {
     "worker": ("SIGKILL of a worker", "its slot is rebuilt; the trial goes on at its last epoch"),
     "actor": ("SIGKILL of the trials' actors (Ray Tune's)", "Tune starts them anew; the worker trains on"),
@@ -50,3 +59,18 @@ KINDS = {
         "it ends as failed with its last error, the rest goes on, the stage fails; `dvc repro` resumes it",
     ),
 }
+
+
+def publish(opening: str, closing: str, lines: list[str], name: str, record: dict[str, Any]) -> None:
+    """Write lines between their marks in the document that OUT names, if it does, and a record below benchmarks/."""
+    if not os.environ.get(OUT):
+        return
+    from benchmarks.support.timing import commit, machine, versions
+
+    document: Path = ROOT / os.environ[OUT]
+    head, _, rest = document.read_text(encoding="utf-8").partition(opening)
+    _, _, tail = rest.partition(closing)
+    document.write_text(f"{head}{opening}\n" + "\n".join(lines) + f"\n{closing}{tail}", encoding="utf-8")
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    whole = {**record, "machine": machine(), "versions": versions(), "commit": commit()}
+    (RECORDS / name).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

@@ -9,8 +9,9 @@ from pipeline.config.schema import Sweep
 from pipeline.core.errors import InputError
 from pipeline.plan.plan import as_given, make_plan, places
 from pipeline.plan.space import cells
+from pipeline.pool.processes import NODES_SECONDS
 from pipeline.pool.schedule import make_scheduler
-from pipeline.pool.tuner import by_world_size, most_in_progress
+from pipeline.pool.tuner import by_world_size, count_slots, most_in_progress
 from tests.conftest import ROOT
 
 
@@ -58,3 +59,27 @@ def test_optuna_is_not_asked_for_the_ranks_of_a_slot():
     params = load(ROOT / "params.yaml", [own])
     plan = make_plan(params, cells(params, "ranked", as_given(params)), places())
     assert [size for size, _, _ in by_world_size(plan, list(plan.trials))] == [1, 2]
+
+
+@pytest.mark.parametrize(("joins", "slots"), [(3, 2), (9, 0)])
+def test_the_first_node_of_a_cluster_is_waited_for(monkeypatch, joins, slots):
+    """After `ray up`, and when a head comes back, its workers are not there yet."""
+    now, asked = [0.0], []
+
+    def resources():
+        asked.append(now[0])
+        return {"CPU": 2.0} if len(asked) > joins else {"memory": 1.0}
+
+    monkeypatch.setattr("ray.cluster_resources", resources)
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.sleep", lambda _: now.__setitem__(0, now[0] + NODES_SECONDS / 6))
+    if slots:
+        assert count_slots(Sweep(address="auto"), 1, 9) == slots
+    else:
+        with pytest.raises(InputError, match="the cluster has 0 CPU"):
+            count_slots(Sweep(address="auto"), 1, 9)
+        assert len(asked) <= 8
+    with pytest.raises(InputError, match="the cluster has 0 CPU"):  # a cluster of one's own is whole at once
+        asked.clear()
+        count_slots(Sweep(), 1, 9)
+    assert len(asked) == 1
