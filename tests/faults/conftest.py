@@ -127,9 +127,9 @@ def pytest_sessionfinish(session):
     }
     rows = {kind: row for kind in KINDS if (row := now.get(kind) or earlier.get(kind))}
     lines = ["| injected | what happens | trains again after | no process left after |", "|---|---|---|---|"]
-    for row in rows.values():
+    for kind, row in rows.items():
         figures = (_seconds(row[name]) for name in ("trains_again_seconds", "gone_seconds"))
-        lines.append(f"| {row['injected']} | {row['happens']} | {' | '.join(figures)} |")
+        lines.append(f"| {' | '.join((*KINDS[kind], *figures))} |")
     load = f"load average {os.getloadavg()[0]:.1f} at the end"
     lines += ["", f"{len(rows)} of {len(KINDS)} kinds, the last {len(now)} with {os.cpu_count()} cores and {load}."]
     publish(OPEN, CLOSE, lines, RECORD, {"faults": rows})
