@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup repro repro-real test test-experiments test-faults test-harness test-simulation test-cluster test-chaos test-slurm real-weights check bench clean pictures pins
+.PHONY: help setup repro repro-real test test-experiments test-faults test-harness test-simulation test-cluster test-chaos test-slurm test-models test-image real-weights check bench clean pictures pins
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -20,7 +20,7 @@ TORCH ?=
 $(if $(filter-out cpu,$(TORCH)),$(error TORCH is cpu or nothing, not $(TORCH)))
 CUDA_ONLY := ^((cuda|nvidia)-|triton=)
 setup: .venv/.ready  ## the private environment, everything pinned; TORCH=cpu leaves CUDA out
-.venv/.ready: requirements.txt pyproject.toml
+.venv/.ready: requirements.txt pyproject.toml setup.py
 	@"$$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and f"Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}: make setup PYTHON=python3.13")'
 	"$$PYTHON" -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(UV)
@@ -75,6 +75,13 @@ test-harness: setup  ## lmms-eval and lm-evaluation-harness from the package ind
 
 test-experiments: setup  ## DVC's experiments, copies and queue, on a real clone
 	$(BIN)/python -m pytest -m experiments tests/e2e/test_experiments.py
+
+test-models: setup  ## fresh environments from the package index: logged models answer, the wheel trains
+	$(BIN)/python -m pytest -m models tests/tracking/test_models.py tests/test_packaging.py -rs
+
+export BASE ?=
+test-image: setup  ## the Dockerfile, checked, built and run; BASE=an image where no registry is reached (needs root)
+	HIFICL_IMAGE_BASE="$$BASE" $(BIN)/python -m pytest -m image tests/cluster/test_image.py -rs
 
 mutation: setup  ## changes of policy, schedulers, records and adapters one by one: which does no fast test notice?
 	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --quiet --no-deps -r tests/mutation.txt

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from pipeline import commands
 from pipeline.commands.parser import CommandLine
 from pipeline.core import machine
-from pipeline.core.errors import HificlError
+from pipeline.core.errors import HificlError, not_installed
 from pipeline.core.terminal import print_answer
 
 INTERRUPTED = 130
@@ -41,6 +41,9 @@ def guarded(work: Callable[[], Any], *, debug: bool = False) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, ModuleNotFoundError) and (advice := not_installed(error.name or "")):
+            print(f"error: {advice}", file=sys.stderr)
+            return advice.exit_code
         traceback.print_exc()
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

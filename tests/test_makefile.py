@@ -34,7 +34,7 @@ def make(folder: Path, *words: str) -> str:
 @pytest.mark.parametrize("name", [*odd_paths.NAMES, "a$HOME"])
 def test_make_hands_every_path_on_as_one_word(tmp_path, name):
     lab, data = tmp_path / name / "lab", tmp_path / name / "data"
-    for file in ("Makefile", "requirements.txt", "pyproject.toml"):
+    for file in ("Makefile", "requirements.txt", "pyproject.toml", "setup.py"):
         (lab / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, lab / file)
     program(tmp_path / name / "python", "#!/bin/sh\nexit 0\n")

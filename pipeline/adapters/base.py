@@ -31,7 +31,7 @@ from pipeline.core.errors import InputError, WorkError
 from pipeline.core.plain_yaml import Json
 from pipeline.core.registry import Registry
 
-METHODS: Registry[type[Adapter]] = Registry("method", "pipeline.adapters", "hificl.methods")
+METHODS: Registry[type[Adapter]] = Registry("method", __package__, "hificl.methods")
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 RECORD_FILE = "hificl.json"  # what CONFIG_FILE holds elsewhere, where that is PEFT's own
 

@@ -17,7 +17,7 @@ from torch import nn
 from pipeline.adapters.base import METHODS, AdapterConfig, Init, WeightsAdapter
 from pipeline.adapters.options import Facts, Options, TeacherOptions
 from pipeline.backbones.decoder import DecoderSpec
-from pipeline.core.errors import InputError
+from pipeline.core.errors import InputError, of_an_extra
 from pipeline.core.plain_yaml import Json
 
 _NAME = "hificl"
@@ -115,7 +115,8 @@ class LoRA(WeightsAdapter):
         return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
 
     def _config(self) -> Any:
-        from peft import LoraConfig
+        with of_an_extra():
+            from peft import LoraConfig
 
         rank = self.options.rank
         return LoraConfig(
@@ -129,7 +130,8 @@ class LoRA(WeightsAdapter):
     @contextmanager
     def injected(self, model: nn.Module) -> Iterator[None]:
         """Let PEFT put its layers in, lend them our parameters, and put the model's own modules back on leaving."""
-        from peft import inject_adapter_in_model
+        with of_an_extra():
+            from peft import inject_adapter_in_model
 
         names = self.module_names()
         modules = dict(model.named_modules())
@@ -193,7 +195,8 @@ def of_peft(fields: Json, weights: Path, where: str) -> AdapterConfig:
     Raises:
         InputError: no LoRA, or one with something that this LoRA does not have.
     """
-    from peft import LoraConfig
+    with of_an_extra():
+        from peft import LoraConfig
 
     if fields["peft_type"] != "LORA":
         raise InputError(f"PEFT's {fields['peft_type']} is no method here", where=where, way_out="Give PEFT's LORA")

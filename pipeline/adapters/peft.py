@@ -39,7 +39,7 @@ from pipeline.adapters.options import Facts, Options, TeacherOptions
 from pipeline.backbones.decoder import DecoderSpec, decoder_of
 from pipeline.backbones.states import modules_at
 from pipeline.backbones.weights import is_quantized
-from pipeline.core.errors import InputError
+from pipeline.core.errors import InputError, of_an_extra
 from pipeline.core.plain_yaml import Json
 
 _NAME, _LEARNING_RATE = "hificl", 5e-4
@@ -190,10 +190,11 @@ def _type(tuner: str) -> Any:
     Raises:
         ValueError: PEFT injects no such tuner, or it cannot be trained by a loss alone.
     """
-    import peft
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as TUNERS
-    from peft.tuners.tuners_utils import BaseTuner
+    with of_an_extra():
+        import peft
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as TUNERS
+        from peft.tuners.tuners_utils import BaseTuner
 
     name = "LORA" if tuner in _VARIANTS else tuner.upper()
     if name in _REFUSED:
@@ -410,7 +411,8 @@ def export(adapter: Adapter, model: nn.Module, form: Form, out: Path) -> Exporte
         adapter.save_pretrained(out, adapter.extra)
         return Exported("LORA")
     prefix = _prefix(adapter, spec)
-    from peft import CartridgeConfig, PrefixTuningConfig
+    with of_an_extra():
+        from peft import CartridgeConfig, PrefixTuningConfig
 
     out.mkdir(parents=True, exist_ok=True)
     width = spec.num_kv_heads * spec.head_dim

@@ -458,7 +458,7 @@ def replace_in_order(text: str, token: str, counts: Sequence[int]) -> str:
     return parts[0] + "".join(token * count + part for count, part in zip(counts, parts[1:], strict=False))
 
 
-REGISTRY: Registry[Backbone] = Registry("backbone", "pipeline.backbones", "hificl.backbones")
+REGISTRY: Registry[Backbone] = Registry("backbone", __package__, "hificl.backbones")
 
 
 def get(name: str) -> Backbone:

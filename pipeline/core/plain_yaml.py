@@ -7,18 +7,19 @@ reads every one of them otherwise).
 
 from __future__ import annotations
 
+import functools
 import io
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import JsonValue
-from ruamel.yaml import YAML
-from ruamel.yaml.constructor import SafeConstructor
-from ruamel.yaml.error import YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
-from ruamel.yaml.nodes import ScalarNode
 
-from pipeline.core.errors import InputError
+from pipeline.core.errors import InputError, of_an_extra
+
+if TYPE_CHECKING:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.constructor import SafeConstructor
+    from ruamel.yaml.nodes import ScalarNode
 
 Json = dict[str, JsonValue]  # a mapping of plain values, as JSON and YAML have them
 
@@ -39,9 +40,12 @@ def read(text: str, where: str) -> Any:
     """
     if len(text) > MAX_CHARACTERS:
         raise InputError(f"has {len(text)} characters, more than {MAX_CHARACTERS}", where=where)
+    parser = _parser()
+    from ruamel.yaml.error import YAMLError
+
     try:
         _measure(text, where)
-        return _parser().load(text)
+        return parser.load(text)
     except (YAMLError, ValueError) as error:  # ValueError: `0o_`, a number of 5,000 digits, half a surrogate pair
         raise InputError(f"not readable as YAML: {_in_one_line(error)}", where=where) from None
     except _ADate as error:
@@ -82,7 +86,7 @@ def with_value(text: str, where: str, key: str, value: Any) -> str:
     known = read(text, where)
     if not isinstance(known, dict) or key not in known:
         raise InputError(f"has no key '{key}'", where=where, way_out=f"Write a line `{key}: {value}`")
-    editor = YAML()  # keeps comments, order and quotes
+    editor = _yaml()  # keeps comments, order and quotes
     editor.preserve_quotes = True
     editor.width = MAX_CHARACTERS
     document = editor.load(text)
@@ -96,29 +100,41 @@ class _ADate(Exception):
     pass
 
 
-class _Plain(SafeConstructor):
-    """Values without dates: what looks like one is a revision, a name or a release, and DVC would hold it as a date."""
+def _yaml(kind: str | None = None) -> YAML:
+    with of_an_extra():
+        from ruamel.yaml import YAML
+
+    return YAML(typ=kind)
 
 
-def _refuse_date(_: SafeConstructor, node: ScalarNode) -> NoReturn:
-    raise _ADate(f"'{node.value}' (line {node.start_mark.line + 1})")
+@functools.cache
+def _constructor() -> type[SafeConstructor]:
+    from ruamel.yaml.constructor import SafeConstructor
 
+    class Plain(SafeConstructor):
+        """Values without dates: what looks like one is a revision, a name, a release; DVC would hold it as a date."""
 
-_Plain.add_constructor("tag:yaml.org,2002:timestamp", _refuse_date)
+    def refuse_date(_: SafeConstructor, node: ScalarNode) -> NoReturn:
+        raise _ADate(f"'{node.value}' (line {node.start_mark.line + 1})")
+
+    Plain.add_constructor("tag:yaml.org,2002:timestamp", refuse_date)
+    return Plain
 
 
 def _parser() -> YAML:
-    parser = YAML(typ="safe")
-    parser.Constructor = _Plain
+    parser = _yaml("safe")
+    parser.Constructor = _constructor()
     return parser
 
 
 def _measure(text: str, where: str) -> None:
     """Refuse a document that is nested too deep or stands for too many values, without building any of them."""
+    from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
+
     sizes: dict[str, int | None] = {}  # of anchors; None while the anchor's own value is open
     total = 0
     open_values: list[tuple[str | None, int]] = []  # anchor, and how many values stood before
-    for event in YAML(typ="safe").parse(text):
+    for event in _yaml("safe").parse(text):
         if isinstance(event, AliasEvent):
             size = sizes.get(event.anchor, 0)  # an unknown one is refused by the parser
             if size is None:

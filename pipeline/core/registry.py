@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import metadata
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -129,7 +129,12 @@ def _package_of(entry: metadata.EntryPoint) -> str:
     return f"package {entry.dist.name}" if entry.dist else entry.value
 
 
-def extensions() -> dict[str, str]:
-    """Return name and version of the packages that offer methods, backbones, tasks or measures."""
+def extensions(entries: Collection[str] | None = None) -> dict[str, str]:
+    """Return name and version of the packages that offer methods, backbones, tasks or measures.
+
+    Args:
+        entries: names of entry points, each called as what its module registers; None: all.
+    """
     offered = (entry for group in GROUPS for entry in _entry_points().select(group=group))
-    return {entry.dist.name: entry.dist.version for entry in offered if entry.dist}
+    named = (entry for entry in offered if entries is None or entry.name in entries)
+    return {entry.dist.name: entry.dist.version for entry in named if entry.dist}

@@ -6,6 +6,7 @@ checked against it: what is computed from an image and stored under its digest i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
@@ -17,14 +18,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
-from pipeline.core.errors import InputError
+from pipeline.core.errors import InputError, of_an_extra
 from pipeline.data import MAX_PIXELS
 from pipeline.data.parquet import cell_bytes, is_cell, shard_order
 from pipeline.data.sample import ImageRef
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # What is opened. Pillow knows more, and would start Ghostscript for a picture in PostScript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
@@ -32,19 +36,23 @@ _SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N", "I"}
 _BAND = 256  # rows
 _LARGE = 16_000_000  # pixels: of such pictures one is decoded at a time
 _one_at_a_time = threading.Lock()
-_TURNS: dict[object, Image.Transpose] = {  # by EXIF orientation; 1 is upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS: dict[object, str] = {  # by EXIF orientation, Pillow's `Transpose`; 1 is upright
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # fmt: skip
 # What one piece of a PNG's text or its colour profile may unpack to. Pillow's own limit of 1 MiB refuses whole
 # pictures: printers' profiles and XMP have several.
 MAX_METADATA = 16 << 20
-PngImagePlugin.MAX_TEXT_CHUNK = MAX_METADATA
+
+
+@functools.cache
+def _pillow() -> Any:
+    """Return `PIL.Image` with this module's limit; imported at the first picture, for a text decoder needs none."""
+    with of_an_extra():
+        from PIL import Image, PngImagePlugin
+
+    PngImagePlugin.MAX_TEXT_CHUNK = MAX_METADATA
+    return Image
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +110,16 @@ def upright(data: bytes, name: str) -> bytes | None:
             if turn is None:
                 return None
             buffer = io.BytesIO()
-            _to_rgb(image).transpose(turn).save(buffer, "PPM")
+            _to_rgb(image).transpose(_pillow().Transpose[turn]).save(buffer, "PPM")
             return buffer.getvalue()
-    except _DECODE_ERRORS as error:
+    except _decode_errors() as error:
         raise _problem(name, _decode_problem(error, data)) from error
 
 
 def _orientation(image: Image.Image) -> object:
     try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except (*_DECODE_ERRORS, struct.error):  # broken EXIF beside whole pixels
+        return image.getexif().get(_pillow().ExifTags.Base.Orientation)
+    except _decode_errors(struct.error):  # broken EXIF beside whole pixels
         return None
 
 
@@ -129,7 +137,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     try:
         with _opened(data) as image:
             return _to_rgb(image)
-    except _DECODE_ERRORS as error:
+    except _decode_errors() as error:
         raise _problem(name, _decode_problem(error, data)) from error
 
 
@@ -138,7 +146,7 @@ def size_of(data: bytes, name: str) -> tuple[int, int]:
     try:
         with _opened(data) as image:
             return image.height, image.width
-    except _DECODE_ERRORS as error:
+    except _decode_errors() as error:
         raise _problem(name, _decode_problem(error, data)) from error
 
 
@@ -158,7 +166,7 @@ def check_image(path: Path) -> CheckedImage:
             if image.format == "JPEG":
                 image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
-    except _DECODE_ERRORS as error:
+    except _decode_errors() as error:
         return CheckedImage(path, digest, _decode_problem(error, data))
     return CheckedImage(path, digest)
 
@@ -200,13 +208,18 @@ class _TooLarge(Exception):
 
 
 _METADATA = "more text or a larger colour profile"
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, _TooLarge, Image.DecompressionBombError)
+
+
+def _decode_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    bomb = _pillow().DecompressionBombError
+    return OSError, SyntaxError, ValueError, EOFError, IndexError, _TooLarge, bomb, *more
 
 
 def _opened(data: bytes) -> Image.Image:
+    pillow = _pillow()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the rule
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # the limit below is the rule
+        image: Image.Image = pillow.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise _TooLarge(f"{image.width} x {image.height} pixels")
     return image
@@ -222,7 +235,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         for row in range(0, len(grey), _BAND):  # the whole in eight bytes a pixel would take gigabytes
             band = grey[row : row + _BAND].astype(np.float64) * (255.0 / top)
             scaled[row : row + _BAND] = np.clip(np.rint(band), 0, 255)
-        return Image.fromarray(scaled).convert("RGB")
+        return _pillow().fromarray(scaled).convert("RGB")
     if image.mode in {"P", "PA"} and "transparency" in image.info:
         return image.convert("RGBA").convert("RGB")  # Pillow warns, and may differ, on the direct way
     return image.convert("RGB")
@@ -243,11 +256,11 @@ def os_problem(error: OSError) -> str:
 def _decode_problem(error: Exception, data: bytes) -> str:
     if not data:
         return "the image file is empty"
-    if isinstance(error, (_TooLarge, Image.DecompressionBombError)):
+    if isinstance(error, (_TooLarge, _pillow().DecompressionBombError)):
         return f"the image claims more pixels than the limit of {MAX_PIXELS} ({error}); refused"
     if "MAX_TEXT" in str(error):
         return f"the image carries {_METADATA} than the limit of {MAX_METADATA >> 20} MiB; its pixels were not read"
-    if isinstance(error, UnidentifiedImageError):
+    if isinstance(error, _pillow().UnidentifiedImageError):
         return f"the file is no image of a known format (it begins with {data[:8]!r})"
     if "truncated" in str(error).lower() or isinstance(error, EOFError):
         return f"the image is truncated ({len(data)} bytes: {error})"

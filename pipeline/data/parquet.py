@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from pipeline.core.errors import InputError
+from pipeline.core.errors import InputError, of_an_extra
 from pipeline.core.files import stamp
 
 _CELL = re.compile(r"(?P<file>.+\.(?:parquet|arrow))#(?P<row>\d+)/(?P<column>[^/]+)(?:/(?P<number>\d+))?")
@@ -205,8 +205,9 @@ def cell_bytes(path: Path | str) -> bytes:
 
 
 def _opened(path: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
+    with of_an_extra():
+        import pyarrow
+        import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
@@ -267,7 +268,8 @@ def _column_of_group(path: Path, mark: tuple[int, ...], group: int, column: str)
 @lru_cache(maxsize=16)
 def _arrow_table(path: Path, mark: tuple[int, ...]) -> Any:
     """Return an Arrow file as a table that is mapped into memory, not read: a stream, or a file with a footer."""
-    import pyarrow
+    with of_an_extra():
+        import pyarrow
 
     del mark
     try:

@@ -63,7 +63,7 @@ class Measure(BaseModel):
         return value / reference
 
 
-measures: Registry[type[Measure]] = Registry("measure", "pipeline.measure", "hificl.measures")
+measures: Registry[type[Measure]] = Registry("measure", __name__, "hificl.measures")
 
 
 @measures.register

@@ -34,6 +34,7 @@ _WAY_OUT = "Bring the node to the same version (`ray up` runs its setup commands
 
 def _reader(packages: tuple[str, ...]) -> Callable[[], Version]:
     """Return a function that reads a node's version; nested, so that it is shipped and not imported there."""
+    this = __package__.partition(".")[0]
 
     def read() -> Version:
         import hashlib
@@ -49,7 +50,7 @@ def _reader(packages: tuple[str, ...]) -> Callable[[], Version]:
             except metadata.PackageNotFoundError:
                 return "not installed"
 
-        package = importlib.util.find_spec("pipeline")
+        package = importlib.util.find_spec(this)
         content = hashlib.sha256()
         if package is not None and package.origin is not None:
             root = Path(package.origin).parent
@@ -243,7 +244,7 @@ def submit(arguments: list[str]) -> int:
 
 def entrypoint(home: str, arguments: list[str], tracking: str) -> str:
     """Return the job's command. Ray gives it to a shell, so every word is quoted."""
-    words = ["env", f"MLFLOW_TRACKING_URI={tracking}", sys.executable, "-m", "pipeline", "sweep",
+    words = ["env", f"MLFLOW_TRACKING_URI={tracking}", sys.executable, "-m", __package__.partition(".")[0], "sweep",
              "--set", "sweep.address=auto", *arguments]  # fmt: skip
     return f"cd {shlex.quote(home)} && exec {shlex.join(words)}"
 

@@ -41,7 +41,7 @@ def main(pipe: Connection) -> None:
     """Take a `work.Work` from the pipe, do it, and say how it ended."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     relay = Relay(pipe)
-    import pipeline.pool.tuner  # noqa: F401 - while the supervisor opens MLflow
+    from pipeline.pool import tuner  # noqa: F401 - while the supervisor opens MLflow
 
     try:
         work = pipe.recv()

@@ -121,7 +121,10 @@ class Driver:
         self.pipe, end = multiprocessing.Pipe()
         with end:
             # in a session of its own: Ctrl-C reaches the supervisor alone, which ends it in order
-            command, marked = [python, "-m", "pipeline.pool.driver", str(end.fileno())], {**os.environ, MARK: self.mark}
+            command, marked = (
+                [python, "-m", f"{__package__}.driver", str(end.fileno())],
+                {**os.environ, MARK: self.mark},
+            )
             self.process = subprocess.Popen(
                 command, pass_fds=[end.fileno()], env=marked, stdin=subprocess.DEVNULL, start_new_session=True
             )

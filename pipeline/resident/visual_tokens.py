@@ -10,23 +10,23 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
-from importlib.metadata import version
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import psutil
 import torch
-from cachetools import LRUCache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.backbones.base import IMAGE_BACKEND, Pixels, gathered, placed
+from pipeline.core import machine
 from pipeline.data import image_files
 from pipeline.data.image_files import ImageSource, decode_image
 
@@ -79,7 +79,7 @@ class VisualTokens:
         if cache_dir is not None:
             self.disk = DiskStore(Path(cache_dir) / self.settings[:16], disk_bytes, Path(cache_dir))
         if memory_bytes is None:
-            memory_bytes = max(LEAST_MEMORY, psutil.virtual_memory().available // 8)
+            memory_bytes = max(LEAST_MEMORY, machine.free_memory() // 8)
         self.computed = 0  # images that went through the vision tower
         self._memory: Recent[str, Tensor] = Recent(memory_bytes, lambda tokens: tokens.nbytes)
         self._pixels: Recent[str, Pixels] = Recent(
@@ -324,10 +324,17 @@ def _settings_digest(loaded: Loaded) -> str:
         "dtype": str(loaded.dtype),
         "processor": images.to_dict() if images is not None else {},
         "class": type(images).__name__,
-        "code": {name: version(name) for name in _CODE},
+        "code": {name: _version(name) for name in _CODE},
         "backend": IMAGE_BACKEND,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # Pillow, where nobody shows a picture
+        return None
 
 
 def _crc32(tensor: Tensor) -> int:
@@ -339,7 +346,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Recent(LRUCache[K, V]):
+class Recent(Generic[K, V]):
     """The most recently used values; one that is larger than all the room is given back and not kept.
 
     Args:
@@ -347,6 +354,35 @@ class Recent(LRUCache[K, V]):
         getsizeof: bytes of a value.
     """
 
+    def __init__(self, maxsize: int, getsizeof: Callable[[V], int]) -> None:
+        self.maxsize, self.getsizeof = maxsize, getsizeof
+        self._kept: OrderedDict[K, tuple[V, int]] = OrderedDict()  # with their sizes, the one used longest ago first
+        self._size = 0
+
     def put(self, key: K, value: V) -> V:
         """Keep a value, dropping those used longest ago where there is no room; return it, or the one kept before."""
-        return self.setdefault(key, value) if self.getsizeof(value) <= self.maxsize else value
+        known = self.get(key)
+        size = self.getsizeof(value)
+        if known is not None or size > self.maxsize:
+            return value if known is None else known
+        while self._size + size > self.maxsize:
+            _, (_, freed) = self._kept.popitem(last=False)
+            self._size -= freed
+        self._kept[key] = value, size
+        self._size += size
+        return value
+
+    def get(self, key: K) -> V | None:
+        """Return what is kept under a key, as used last; None where nothing is."""
+        if key not in self._kept:
+            return None
+        self._kept.move_to_end(key)
+        return self._kept[key][0]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._kept
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._kept.clear()
+        self._size = 0

@@ -286,7 +286,8 @@ class MlflowSync(Watcher):
             config, end = self.store.record(key).config, self.store.done(key)
             protocol = digest([config[name] for name in _PROTOCOL])[:16]
             backbone, task, method = (str(config[name]) for name in ("backbone", "task", "method"))
-            candidates.append(ModelCandidate(key, backbone, task, method, end.objective if end else None, protocol))
+            objective, quantized = end.objective if end else None, config.get("quantize", "none") != "none"
+            candidates.append(ModelCandidate(key, backbone, task, method, objective, protocol, quantized))
         try:
             number = ModelRegistry(self.tracker).register(candidates)
         except place.AWAY:

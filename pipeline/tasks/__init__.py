@@ -233,6 +233,6 @@ def of_manifest(manifest: Manifest) -> Task:
     return tasks.made(manifest.task, manifest.definition)
 
 
-tasks: Registry[Task] = Registry("task", "pipeline.tasks", "hificl.tasks")
+tasks: Registry[Task] = Registry("task", __name__, "hificl.tasks")
 get = tasks.get
 names = tasks.names

@@ -9,9 +9,10 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import mlflow.pyfunc
@@ -23,16 +24,28 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 from PIL import Image
 
+from pipeline import LIBRARY, as_library
 from pipeline.core.errors import WorkError
 from pipeline.core.files import folder_digest
+from pipeline.core.registry import extensions
 from pipeline.tasks import tasks
 from pipeline.tracking.client import Tracker
-from pipeline.tracking.provenance import versions
+from pipeline.tracking.provenance import head_commit
 from pipeline.tracking.records import LoggedRun, pages
 
 BEST = "best"
 CODE = Path(__file__).with_name("served.py")
-_NEEDED = ("torch", "transformers", "mlflow")
+HOME = Path(__file__).parents[1]
+_ROOMS = (
+    "adapters", "attention", "backbones", "baselines", "config", "core", "data", "evaluate", "prompts", "records",
+    "resident", "scores", "tasks",
+)  # fmt: skip
+# what these import to answer; torchvision for processors with a video part
+_NEEDED = (
+    "torch", "torchvision", "transformers", "tokenizers", "safetensors", "pydantic", "numpy", "pillow", "ruamel.yaml",
+    "ruamel.yaml.clib", "peft", "mlflow",
+)  # fmt: skip
+_QUANTIZED = "bitsandbytes"
 _EXAMPLE_SIDE = 32  # pixels
 
 for _name in ("mlflow.pyfunc", "mlflow.models.model"):
@@ -50,6 +63,7 @@ class ModelCandidate:
         method: which method.
         objective: what it was chosen by, higher is better; None where there was nothing to choose by.
         protocol: objectives of one protocol (data, selection split, metric) can be compared.
+        quantized: whether the backbone's weights are in few bits.
     """
 
     trial: str
@@ -58,6 +72,7 @@ class ModelCandidate:
     method: str
     objective: float | None
     protocol: str
+    quantized: bool = False
 
     @property
     def name(self) -> str:
@@ -131,7 +146,7 @@ class ModelRegistry:
             if first:
                 self._create(candidate)
             flavor = Path(temporary) / "model"
-            write_flavor(flavor, model_id=model_id, task=candidate.task, about=about)
+            write_flavor(flavor, model_id=model_id, task=candidate.task, about=about, quantized=candidate.quantized)
             client.log_model_artifacts(model_id, str(flavor))
             objective = "" if candidate.objective is None else repr(candidate.objective)
             tags = {"trial_key": candidate.trial, "objective": objective, "protocol": candidate.protocol}
@@ -188,32 +203,68 @@ def log_adapter(tracker: Tracker, run_id: str, folder: Path) -> None:
     tracker.tag(run_id, {"adapter_digest": digest, "adapter_model_id": model.model_id})
 
 
-def write_flavor(out: Path, *, model_id: str, task: str, about: dict[str, str]) -> None:
+def write_flavor(out: Path, *, model_id: str, task: str, about: dict[str, str], quantized: bool = False) -> None:
     """Write what has to lie beside an adapter's own files for `mlflow.pyfunc.load_model`.
+
+    The code that answers is inside, as the library `hificl`, and `requirements.txt` pins what it imports: a fresh
+    environment of these, with none of this project's, gives the same answers.
 
     Args:
         out: a folder that does not exist yet.
         model_id: of the logged model that holds the adapter's files at its top.
         task: whose prompt is used; it decides whether there is a question.
-        about: kept as the model's metadata.
+        about: kept as the model's metadata, beside the commit of the code; names its backbone and method.
+        quantized: whether the backbone's weights are in few bits.
     """
     asks = tasks.get(task).template.asks
     columns: list[ColSpec | TensorSpec] = [ColSpec(DataType.string, "image")]
     if asks:
         columns.append(ColSpec(DataType.string, "question"))
-    known = versions()
     model = Model(model_id=model_id)
-    mlflow.pyfunc.save_model(
-        out, python_model=str(CODE), input_example=_example(asks), model_config={"project": ""},
-        signature=ModelSignature(inputs=Schema(columns), outputs=Schema([ColSpec(DataType.string)])),
-        # given, so that MLflow does not load the model to find out; the project itself comes from its checkout
-        pip_requirements=[f"{name}=={known[name]}" for name in _NEEDED if known[name]],
-        metadata=about, mlflow_model=model,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        served = Path(temporary) / CODE.name
+        served.write_text(as_library(CODE.read_text(encoding="utf-8")), encoding="utf-8")
+        for name, content in _library().items():
+            place = Path(temporary) / LIBRARY / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+        mlflow.pyfunc.save_model(
+            out, python_model=str(served), code_paths=[str(Path(temporary) / LIBRARY)], input_example=_example(asks),
+            signature=ModelSignature(inputs=Schema(columns), outputs=Schema([ColSpec(DataType.string)])),
+            # given, so that MLflow does not load the model to find out
+            pip_requirements=_requirements(task, about, quantized), model_config={"project": ""},
+            metadata={**about, "commit": _commit()}, mlflow_model=model,
+        )  # fmt: skip
     # the adapter's files are in the logged model since its trial ended: named here, not kept twice
     model.flavors["python_function"]["artifacts"] = {"adapter": {"path": ".", "uri": "."}}
     model.flavors["python_function"]["model_code_path"] = CODE.name  # where it lay on this machine is nobody's business
     model.save(out / "MLmodel")
+
+
+@functools.cache
+def _library() -> dict[str, bytes]:
+    """Return the files of the library that a model answers with, by their paths in it."""
+    files = [HOME / "__init__.py", HOME / "methods.py"]
+    files += [path for room in _ROOMS for path in sorted((HOME / room).rglob("*")) if path.is_file()]
+    files = [path for path in files if "__pycache__" not in path.parts]
+    return {
+        path.relative_to(HOME).as_posix(): (
+            as_library(path.read_text(encoding="utf-8")).encode() if path.suffix == ".py" else path.read_bytes()
+        )
+        for path in files
+    }
+
+
+@functools.cache
+def _commit() -> str:
+    return head_commit(HOME.parent) or "unknown"
+
+
+def _requirements(task: str, about: Mapping[str, str], quantized: bool) -> list[str]:
+    """Return what a fresh environment installs, with the package that offers its method, task or backbone."""
+    offered = extensions({task, about.get("backbone", ""), *about.get("method", "").split("+")})
+    names = [*_NEEDED, *([_QUANTIZED] if quantized else []), *sorted(offered)]
+    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]
 
 
 @functools.cache

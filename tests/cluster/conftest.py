@@ -177,7 +177,7 @@ def cluster(tmp_path_factory):
         pytest.skip(f"no cluster of namespaces: {why}")
     folder = tmp_path_factory.mktemp("cluster")
     project = make_project(folder / "hificl-lab")
-    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+    for name in ("Makefile", "requirements.txt", "pyproject.toml", "setup.py"):
         (project.folder / name).symlink_to(ROOT / name)
     project.python("-m", "stages.subsample", "vqav2")
     (folder / "lab").mkdir()

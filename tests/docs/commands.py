@@ -41,6 +41,8 @@ NOT_RUN: dict[str, str] = {
     r"hificl (export|push) .*": "run by tests/docs/test_adapters.py",
     r"python -m (lmms_eval|pipeline\.evaluate\.harness) .*": "run by `make test-harness`",
     r"hificl params --backbone folder:.*": "a folder of random weights: run by tests/backbones/test_generic.py",
+    r"pip (wheel|install) .*": "run by tests/test_packaging.py",
+    r"mlflow models predict .*": "makes an environment: run by tests/tracking/test_models.py, `make test-models`",
     r"python -m benchmarks\..*": "needs a GPU",
     r"python -m pip install .*": "from a registry; tests/test_makefile.py holds it to the extra",
     r"python -m tests\..*": "measures or takes pictures for minutes",

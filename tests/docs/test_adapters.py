@@ -39,7 +39,7 @@ def page(tmp_path_factory: Any) -> dict[str, Any]:
                 continue
             for line in block.replace("\\\n", " ").splitlines():
                 program, *words = shlex.split(line)
-                if line.startswith(HARNESSES):
+                if line.startswith(HARNESSES) or program == "pip":  # by test_harness.py and test_packaging.py
                     continue
                 assert program == "hificl"
                 with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as ended:

@@ -34,17 +34,23 @@ def code(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """A folder on Python's path into which the document's package is installed."""
-    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+def install_package(source: Path, folder: Path) -> None:
+    """Write the document's package into `source`, with the library's name as it says, and install it into `folder`."""
     (source / "pyproject.toml").write_text(PACKAGE)
     (source / "hificl_sink").mkdir()
     (source / "hificl_sink/__init__.py").touch()
     for name, content in FILES.items():
-        (source / "hificl_sink" / Path(name).name).write_text(content, encoding="utf-8")
+        written = re.sub(r"^from pipeline\.", "from hificl.", content, flags=re.MULTILINE)
+        (source / "hificl_sink" / Path(name).name).write_text(written, encoding="utf-8")
     install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--target"]
     subprocess.run([sys.executable, *install, str(folder), str(source)], check=True)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder on Python's path into which the document's package is installed."""
+    folder = tmp_path_factory.mktemp("site")
+    install_package(tmp_path_factory.mktemp("source"), folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
         yield folder

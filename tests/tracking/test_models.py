@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import re
+import shlex
 import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from packaging.requirements import Requirement
 
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
@@ -20,9 +25,11 @@ from pipeline.plan.plan import Plan, places
 from pipeline.records.store import TrialStore
 from pipeline.sweep.mlflow_sync import MlflowSync
 from pipeline.tracking.client import Tracker
+from pipeline.tracking.provenance import head_commit
 from pipeline.tracking.registry import ModelRegistry
 from tests.conftest import ROOT
 from tests.e2e.conftest import copied
+from tests.support.isolated import python, site_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 NAMES = {"idefics2-8b-base_vqav2_hificl", "idefics2-8b-base_vqav2_mimic"}
@@ -102,10 +109,72 @@ def test_it_answers_in_a_fresh_process_as_predict_does(project, client, tmp_path
     assert found["columns"] == ["image", "question"] and len(found["example"]) == 1
 
 
-def test_nothing_in_it_is_pickled(client):
-    version = client.get_model_version_by_alias("idefics2-8b-base_vqav2_hificl", "best")
+def place_of(client: MlflowClient, name: str) -> Path:
+    version = client.get_model_version_by_alias(name, "best")
     assert version.source.startswith("models:/m-")
-    place = Path(client.get_model_version_download_uri(version.name, version.version).removeprefix("file://"))
+    return Path(client.get_model_version_download_uri(version.name, version.version).removeprefix("file://"))
+
+
+ALONE = """
+import json, sys
+import mlflow, pandas as pd
+model = mlflow.pyfunc.load_model(sys.argv[1])
+answers = model.predict(pd.DataFrame(json.loads(sys.argv[2])))
+import hificl
+print(json.dumps({"answers": answers, "code": hificl.__file__, "commit": model.metadata.metadata["commit"],
+                  "ours": sorted({name.partition(".")[0] for name in sys.modules} & {"pipeline", "stages"})}))
+"""
+
+
+def asked_of(project) -> tuple[Path, list[dict[str, str]]]:
+    image = sorted((project.folder / "data/real/images").rglob("*.jpg"))[0]
+    return image, [{"image": base64.b64encode(image.read_bytes()).decode(), "question": QUESTION}]
+
+
+def answer_here(project, place: Path, image: Path) -> str:
+    trial = json.loads((place / "adapter_config.json").read_text())["extra"]["trial"]
+    own = Answerer(project.folder / "runs" / trial / "adapter", project=project.folder)
+    return own.answer(image, QUESTION)["answer"]
+
+
+def test_it_answers_with_the_code_inside_beside_its_own_requirements_alone(project, client, tmp_path):
+    place = place_of(client, "idefics2-8b-base_vqav2_hificl")
+    wanted = (place / "requirements.txt").read_text().splitlines()
+    assert all(Requirement(line).specifier.contains(metadata.version(Requirement(line).name)) for line in wanted)
+    assert not [line for line in wanted if "hificl" in line or "+" in line]
+    image, rows = asked_of(project)
+    site = site_of(tmp_path / "site", wanted)
+    done = python([site], "-c", ALONE, str(place), json.dumps(rows), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["answers"] == [answer_here(project, place, image)]
+    assert Path(found["code"]) == place / "code/hificl/__init__.py" and found["ours"] == []
+    assert found["commit"] == (head_commit(ROOT) or "unknown")
+
+
+@pytest.mark.models
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_mlflow_makes_it_an_environment_in_which_it_answers(name, project, client, tmp_path):
+    """MLflow's own program, with uv and the package index; no package of this environment is on its path."""
+    place, (image, rows) = place_of(client, name), asked_of(project)
+    asked = tmp_path / "asked.json"
+    asked.write_text(json.dumps({"dataframe_records": rows}))
+    (line,) = re.findall(r"^mlflow (models predict .*)$", (ROOT / "docs/lineage.md").read_text(), re.MULTILINE)
+    words = shlex.split(re.sub(r"models:/\S+", str(place), line))
+    kept = {variable: value for variable, value in os.environ.items() if not variable.startswith("PYTHON")}
+    done = subprocess.run(
+        [sys.executable, "-m", "mlflow", *words], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=kept,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert json.loads((tmp_path / "said.json").read_text())["predictions"] == [answer_here(project, place, image)]
+    installed = re.findall(r"^ \+ ([\w-]+)==", done.stdout + done.stderr, re.MULTILINE)
+    assert {"torch", "transformers", "mlflow"} <= set(installed) and "hificl-lab" not in installed
+
+
+def test_nothing_in_it_is_pickled(client):
+    place = place_of(client, "idefics2-8b-base_vqav2_hificl")
     files = {path.name for path in place.rglob("*") if path.is_file()}
     assert {"MLmodel", "served.py", "adapter_model.safetensors", "adapter_config.json", "input_example.json"} <= files
     assert not {name for name in files if Path(name).suffix in (".pkl", ".pickle", ".pt", ".bin")}
