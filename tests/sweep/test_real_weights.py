@@ -61,7 +61,7 @@ def test_the_captioned_questions_are_asked_and_scored_as_vqa(tmp_path: Path) -> 
     task = tasks.get("captioned-okvqa")
     samples = list(task.read(tmp_path / "data/real", "evaluation"))
     assert samples[3].question == "mat 3.\nQuestion: What animal?" and not samples[3].images
-    assert task.template.query == "Context: {question}\nAnswer:" and samples[3].target == "cat"
+    assert task.template.query == "\nContext: {question}\nAnswer:" and samples[3].target == "cat"
     said = dict(zip([sample.sample_id for sample in samples], ["A cat.", "kitten", "dog"] * 4, strict=True))
     assert task.score(samples, said).value == pytest.approx((100 + 33.3 + 0) / 3)
 
