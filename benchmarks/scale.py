@@ -81,10 +81,10 @@ def _dispatch(plan: Plan, requests: dict[str, TrialRequest], nodes: int, finding
     decisions: list[float] = []
 
     async def sweep() -> None:
-        runs = str(plan.places.runs)
+        store = TrialStore(plan.places.runs)
         queue = Queue(nodes, plan.params.sweep.retry.max_attempts, run_ahead=True)
-        slots = [SimulatedSlot(TrialStore(runs)) for _ in range(nodes)]
-        dispatcher = _plain_dispatcher()(Requests(requests), runs, queue, slots)
+        slots = [SimulatedSlot(store) for _ in range(nodes)]
+        dispatcher = _plain_dispatcher()(Requests(requests), store, queue, slots)
         await dispatcher.start()
         waiting = iter(list(requests))
 

@@ -108,7 +108,7 @@ def _register_tasks(line: CommandLine) -> None:
     study_names(parser.add_argument("--study", action="append", metavar="S", help="a study (default: the profile's)"))
     settable(parser)
 
-    text = "wait for EC2's notice that this spot instance is taken away; the sweep keeps its step and leaves the node"
+    text = "wait for a spot instance's notice, then drain its node"
     parser = line.verb("run", "notice", _notice, text)
     parser.add_argument("--node", metavar="ID", help="Ray's name of the node, where this machine has several")
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
 
 from pipeline import adapters
 from pipeline.adapters.base import Adapter
@@ -33,7 +32,7 @@ from pipeline.backbones.load import Loaded
 from pipeline.backbones.passes import bytes_of_row
 from pipeline.baselines.demonstrations import draw_from, fixed
 from pipeline.config.schema import TaskFile
-from pipeline.core.errors import HificlError, InputError
+from pipeline.core.errors import HificlError, InputError, of_an_extra
 from pipeline.data.sample import ImageRef, PromptStyle, Sample
 from pipeline.evaluate.answerer import adapter_on, load_backbone, project_around
 from pipeline.evaluate.generate import generate, longest_first
@@ -43,6 +42,9 @@ from pipeline.resident.visual_tokens import VisualTokens
 from pipeline.tasks import PromptTemplate, tasks
 from pipeline.tasks.file_rows import completed
 from pipeline.tasks.file_task import FileTask
+
+with of_an_extra():
+    from PIL import Image, ImageOps
 
 NAME = "hificl"
 _SOURCE = ("revision", "gguf", "chat")  # of a backbone that is named by `hub:` or `folder:`
@@ -421,7 +423,7 @@ def main() -> None:
     from lm_eval.api.registry import model_registry
 
     importlib.import_module("lm_eval.models")  # or the harness would not look for its own
-    model_registry.register(NAME, target="pipeline.evaluate.harness:TextModel")
+    model_registry.register(NAME, target=f"{__package__}.harness:TextModel")
     cli_evaluate()
 
 

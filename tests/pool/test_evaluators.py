@@ -55,7 +55,7 @@ class Looking:
         pass
 
     def address(self):
-        return ray.util.get_node_ip_address(), os.getpid()
+        return ray.util.get_node_ip_address(), "node", os.getpid()
 
     def meeting(self, _) -> str:
         return ""

@@ -239,7 +239,8 @@ class GenericFamily(Family):
             special |= self._look(model, processor, tokenizer)
             placeholder = processor.image_token
         else:
-            whole = all(kind != "sliding_attention" for kind in getattr(spec.text_config, "layer_types", None) or ())
+            kinds = getattr(spec.text_config, "layer_types", None)  # Mistral says no kinds, and a window for all
+            whole = set(kinds) == {"full_attention"} if kinds else not getattr(spec.text_config, "sliding_window", None)
             self.shares_prefix = whole and spec.num_attentions == spec.num_layers
         chat = None
         if self.source.chat and (
