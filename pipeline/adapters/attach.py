@@ -421,7 +421,10 @@ class Wrapped(nn.Module):
                 question = question and question.replace(token, f"{token[0]} {token[1:]}")
         text = template["text"].replace("{question}", (question or "").strip())
         pictures = {} if image is None else {"images": [[image]]}
-        batch = self.processor(text=[text], return_tensors="pt", **pictures).to(self.device, self.dtype)
+        batch = {  # a tokenizer's own `to` takes no dtype
+            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            for name, value in self.processor(text=[text], return_tensors="pt", **pictures).items()
+        }
         written = self.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         answer = tokenizer.decode(written[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         ends = [place for stop in template["stop"] if (place := answer.find(stop)) >= 0]

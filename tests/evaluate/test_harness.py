@@ -365,6 +365,17 @@ def lines(program: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith(f"python -m {program} ")]
 
 
+def test_a_wrapped_text_decoder_answers_in_its_adapters_prompt(text: dict[str, str]):
+    """Its tokenizer stands in the place of a processor, and moves nothing to a dtype."""
+    loaded, adapter, _ = harness.opened(text["name"], text["hificl"])
+    ids = loaded.tokenizer("Question: What is red? Answer:", return_tensors="pt")["input_ids"]
+    with adapters.attach(loaded.model, adapter):
+        written = loaded.model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    expected = loaded.tokenizer.decode(written, skip_special_tokens=True).partition("\n")[0].strip()
+    model = adapters.wrap(loaded.model, adapter, processor=loaded.tokenizer)
+    assert model.ask(None, " What is red? ", max_new_tokens=5) == expected
+
+
 @pytest.mark.harness
 def test_the_plug_in_is_what_lmms_eval_takes_for_a_model():
     models = import_module("lmms_eval.models")
