@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -429,8 +430,11 @@ def _notice(args: argparse.Namespace) -> None:
     from pipeline.core.progress import say
     from pipeline.pool.cluster import drain, notice
 
-    while (seconds := notice()) is None:
+    seconds = notice()  # raises where there is no such service at all
+    while seconds is None:
         time.sleep(_NOTICE_SECONDS)
+        with suppress(WorkError):  # one look that fails is no reason to look no more
+            seconds = notice()
     say(f"this instance is taken away in {seconds:.0f} s; nothing new begins here, and what trains keeps its last step")
     drain(seconds, args.node)
 

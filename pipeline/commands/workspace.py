@@ -128,6 +128,7 @@ def collect(params: Params, root: Path, *, remove: bool) -> Unreferred:
             kept_trials=len(trials), removed=remove,
         )  # fmt: skip
         if remove:
+            store.check_held()
             registry.delete(models)
             tracker.delete_runs(runs)
             for folder in old_trials:

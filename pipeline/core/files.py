@@ -95,12 +95,15 @@ def remove_file(path: Path, within: Path | None = None) -> None:
         Superseded: `within` is gone (see `write_atomic`), and `path` is as it was.
         WorkError: it cannot be removed.
     """
-    gone = _beside(path, within)
     try:
+        if within is None:
+            path.unlink(missing_ok=True)
+            return
+        gone = _beside(path, within)
         os.replace(path, gone)
         gone.unlink()
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and (within is None or within.exists()):
+        if isinstance(error, FileNotFoundError) and within is not None and within.exists():
             return
         raise _write_error(error, path, within) from error
 

@@ -95,6 +95,7 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore)
         numbers = measured(params, study, scored, evaluations, sync)
         results |= {row.cell.name: result for row, result in zip(scored, numbers, strict=True)}
         missing |= {name: row.error or row.status for name, row in results.items() if row.status != "done"}
+        store.check_held()  # or an older result would take the place of another evaluation's
         evaluations.write_study(
             StudyFile(
                 study=study, title=params.studies[study].title, profile=params.profile,

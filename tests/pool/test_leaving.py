@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from pipeline.cli import command_line
+from pipeline.commands import studies
 from pipeline.config.load import load
 from pipeline.core.errors import WorkError
+from pipeline.pool import cluster
 from pipeline.pool import slot as slots
 from pipeline.pool.cluster import notice
 from pipeline.pool.queue import SlotLeft
@@ -91,3 +94,22 @@ def test_the_notice_is_read_with_a_token_and_says_how_long_is_left(metadata, mon
     metadata.close()
     with pytest.raises(WorkError, match=f"{metadata.address}.*no notice can be read"):
         notice()
+
+
+def test_a_look_that_fails_is_made_again(monkeypatch):
+    """The service may be busy for a moment; the end of the instance is announced once."""
+    answers: list[Any] = [None, WorkError("busy"), 90.0]
+    drained = []
+
+    def look() -> float | None:
+        answer = answers.pop(0)
+        if isinstance(answer, WorkError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(cluster, "notice", look)
+    monkeypatch.setattr(cluster, "drain", lambda seconds, node: drained.append((seconds, node)))
+    monkeypatch.setattr(studies, "_NOTICE_SECONDS", 0.0)
+    arguments = command_line().parse_args(["notice", "--node", "n"])
+    arguments.func(arguments)
+    assert drained == [(90.0, "n")] and not answers
