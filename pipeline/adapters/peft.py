@@ -306,6 +306,7 @@ def _injected(
                 parameter.data = parameter.data.clone()
         try:
             config = _config(options.tuner, options.config, names, **over)
+            _let_setuptools_in()
             with torch.random.fork_rng(cards, device_type="cuda"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 torch.manual_seed(seed)
@@ -320,6 +321,17 @@ def _injected(
             for attribute in set(vars(model)) - had:  # its configuration
                 delattr(model, attribute)
         yield tensors
+
+
+def _let_setuptools_in() -> None:
+    """Let `setuptools` be imported, as BOFT's layers do, in a process that has looked for `pip`.
+
+    Before Python 3.12 the finder of `distutils` leaves that name to the standard library from such a look on, and
+    setuptools asserts that it has its own.
+    """
+    finder = getattr(sys.modules.get("_distutils_hack"), "DISTUTILS_FINDER", None)
+    if finder is not None:
+        vars(finder).pop("spec_for_distutils", None)
 
 
 @contextmanager

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.cpp_extension  # BOFT needs setuptools, which cannot be imported after a look for pip
 from peft import get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -81,6 +84,19 @@ def test_it_computes_what_pefts_own_model_computes(
     with adapters.attach(model, adapters.load(tmp_path, model)):
         assert torch.equal(logits(model, batch), found)
     assert torch.equal(logits(model, batch), base)
+
+
+def test_a_tuner_that_needs_setuptools_in_a_process_that_has_looked_for_pip() -> None:
+    code = """
+import importlib.util
+importlib.util.find_spec("pip")
+from pipeline import adapters
+from pipeline.backbones import load
+model = load("idefics-9b", variant="tiny").model
+print(adapters.create("peft", model, tuner="boft", config={"boft_block_size": 4}).num_trainable())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0 and int(run.stdout) > 0, run.stderr
 
 
 @pytest.mark.parametrize("tuner", ["dora", "ia3", "vera", "oft"])
