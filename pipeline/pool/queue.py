@@ -177,9 +177,10 @@ class Queue:
         slot.teacher = trial.request.teacher_key or slot.teacher
 
     def partners(self, slot: SlotState) -> list[Trial]:
-        """Return the waiting trials that may share the slot with those that train in it."""
+        """Return the waiting trials that may share the slot with those that train in it, its teacher's own first."""
         key = slot.trials[0].pack_key if slot.trials else None
-        return [trial for trial in self.waiting if key is not None and trial.pack_key == key]
+        partners = [trial for trial in self.waiting if key is not None and trial.pack_key == key]
+        return sorted(partners, key=lambda trial: trial.request.teacher_key != slot.teacher)
 
     def join(self, slot: SlotState, room: int) -> None:
         """Let up to `room` partners join a slot's trials, and leave the other slots their share."""

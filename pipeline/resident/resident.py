@@ -19,6 +19,7 @@ from pipeline.backbones.decoder import Forwards
 from pipeline.backbones.load import Zero
 from pipeline.config.load import BackboneSource, TrialRequest
 from pipeline.config.trial import Kind, TrialConfig
+from pipeline.core import machine
 from pipeline.core.errors import InputError
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Sample
@@ -30,7 +31,9 @@ from pipeline.tasks import of_manifest
 if TYPE_CHECKING:
     from pipeline.backbones.load import Loaded
 
-TEACHER_BYTES = 1 << 30  # of a teacher's targets: computed ahead, and kept for trials with the same demonstrations
+TEACHER_BYTES = (
+    1 << 30
+)  # of a teacher's targets: computed ahead, and kept at least for trials with the same demonstrations
 PROMPTS_ALONE = 50_000  # kept; a few kilobytes each
 _DISK_BYTES = 1 << 30  # of the images' features
 
@@ -79,9 +82,9 @@ class Resident:
         self.visual = VisualTokens(self.loaded, cache)
         # by micro-batch: whoever finds one finds it whole, made in a pass of the same shape, so that a trial's numbers
         # do not depend on the trials that were here before it
-        self.targets: Recent[tuple, list[Target]] = Recent(
-            TEACHER_BYTES, lambda made: sum(target.bytes for target in made)
-        )
+        # a trial that began an epoch later finds the last epoch's, where the memory is the machine's and not a card's
+        kept = max(TEACHER_BYTES, machine.free_memory() // 8) if device == "cpu" else TEACHER_BYTES
+        self.targets: Recent[tuple, list[Target]] = Recent(kept, lambda made: sum(target.bytes for target in made))
         self.kinds: set[Kind] = set()  # of target that are made in one pass: those that are asked for soon
         self._manifests: dict[Path, Manifest] = {}
         # by all that their tokens come from: splits and manifests may give one id to different samples

@@ -121,6 +121,16 @@ def test_only_trials_with_the_packs_key_join_and_none_beyond_the_room_or_the_slo
         assert len(queue.waiting) == 8 - joined
 
 
+def test_a_slots_own_teachers_trials_join_before_those_of_another_and_else_the_order_holds():
+    teachers = ["a", "b", "c", "b", "a", None]
+    queue, trials = a_queue(*(request(n, teacher, pack="p") for n, teacher in enumerate(teachers)))
+    (slot,) = queue.slots
+    slot.teacher = "b"
+    queue.take(slot)
+    queue.join(slot, 3)
+    assert slot.trials == [trials[1], trials[3], trials[0], trials[2]]
+
+
 def test_trials_without_a_key_share_nothing_and_an_empty_slot_has_no_partners():
     queue, _ = a_queue(request(0), request(1))
     (slot,) = queue.slots
