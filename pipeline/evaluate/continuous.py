@@ -122,7 +122,9 @@ class Engine:
         self.joins = loaded.family.shares_prefix
         self.passes, self.answered_alone = 0, 0
         self._visual = VisualTokens(loaded, None)
-        self.members: list[Member] = []  # that are served; changed by `add` and `remove` once the engine is started
+        self.members: list[
+            Member
+        ] = []  # that are served; changed by `add` and `remove` alone, once the engine is started
         self._rows: list[Question] = []
         self._cache: Any = None
         self._attached = ExitStack()
@@ -204,11 +206,13 @@ class Engine:
         self._between(lambda: self.members.remove(member))
 
     def _between(self, work: Callable[[], Any]) -> Any:
-        """Run `work` between two tokens, with nothing attached."""
+        """Run `work` between two tokens, with nothing attached; here, before the engine has begun to answer."""
         done: Future[Any] = Future()
         with self._changed:
             if self._ending:
                 raise WorkError("the server ends")
+            if self._thread.ident is None:
+                return work()
             self._jobs.append((work, done))
             self._changed.notify()
         return done.result()

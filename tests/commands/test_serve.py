@@ -270,7 +270,7 @@ def test_adapters_come_and_go_on_request(server, folders, expected, pictures, tm
 def test_it_ends_when_it_is_told_to_and_answers_what_is_under_way(folders, expected, pictures, tmp_path):
     """With tokens of its own, made at the start; the page's commands and its script are run on the way."""
     words = ["--adapter", f"pets={folders['pets']}", "--adapter", f"captions={folders['captions']}"]
-    own = Server([*words, "--adapters-under", "/", "--rows", "1"], tmp_path)
+    own = Server([*words, "--adapters-under", "/", "--rows", "1", "--waiting", "12"], tmp_path)
     kept = tmp_path / ".hificl/serve"
     tokens = {name: (kept / name).read_text() for name in ("token", "admin-token")}
     _as_the_page_says(own, tmp_path, folders, pictures, expected)
@@ -289,6 +289,14 @@ def test_it_ends_when_it_is_told_to_and_answers_what_is_under_way(folders, expec
     with ThreadPoolExecutor(12) as threads:
         answers = threads.map(listen, range(12))
         begun.wait(60)
+        body = {"model": "captions", "messages": asked(pictures / "0.png", None), "max_tokens": 300, "stream": True}
+        headers = {"Authorization": f"Bearer {tokens['token']}", "Content-Type": "application/json"}
+        more = urllib.request.Request(f"{own.url}/v1/chat/completions", json.dumps(body).encode(), headers)
+        with contextlib.ExitStack() as streams, pytest.raises(urllib.error.HTTPError) as refused:
+            for _ in range(20):  # one is answered, and twelve wait at most
+                streams.enter_context(urllib.request.urlopen(more, timeout=60))
+        assert refused.value.code == 429 and refused.value.headers["Retry-After"] == "1"
+        assert json.loads(refused.value.read())["error"]["code"] == "rate_limit_exceeded"
         assert own.end() == 0
         assert list(answers) == [expected("captions", pictures / f"{i % 7}.png", None, 300) for i in range(12)]
     log = "".join(own.lines) + own.process.stdout.read()

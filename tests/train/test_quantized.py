@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 
 from pipeline import adapters, backbones
 from pipeline.adapters.base import CONFIG_FILE
@@ -13,7 +14,7 @@ from pipeline.config.load import BackboneSource, load
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import InputError
 from pipeline.core.plain_yaml import read_file
-from pipeline.evaluate.answerer import Answerer
+from pipeline.evaluate.answerer import Answerer, load_backbone
 from pipeline.plan.plan import pack_key, planned_trials, teacher_key
 from pipeline.serve import Service
 from pipeline.sweep.train import check_engines
@@ -103,11 +104,21 @@ def test_an_adapter_answers_over_what_it_was_scored_over(bench, trial, tmp_path,
     for sample, predicted in zip(manifest.splits["evaluation"], evaluation.predictions, strict=False):
         image = manifest.image_root / sample.images[0].path
         assert answerer.answer(image, sample.question)["answer"] == predicted.prediction
+    model = resident.loaded.model  # in plain transformers: by the prompt that lies beside the adapter
+    wrapped = adapters.wrap(model, adapters.load(folder, model), processor=resident.loaded.processor)
+    with Image.open(image) as picture:
+        asked = wrapped.ask(picture, sample.question, max_new_tokens=answerer.task.max_new_tokens)
+    assert asked == predicted.prediction and wrapped.unwrap() is model
     given = {"project": ROOT, "root": tmp_path, "most_rows": 2, "most_waiting": 2}
     source = BackboneSource(weights=str(ROOT / "checkpoints/mini-idefics2"))
     service = Service("mini-idefics2", backbones.load_from("mini-idefics2", source), **given)
-    with pytest.raises(InputError, match=f"was trained with quantize {kind}, this server has none"):
+    refusal = f"was trained with quantize {kind}, this server has none.*--adapter mine={folder}`"
+    with pytest.raises(InputError, match=refusal):
         service.add("mine", folder)
+    quantized = load_backbone("mini-idefics2", ROOT, Answerer(folder, project=ROOT).origin)  # as that command has it
+    service = Service("mini-idefics2", quantized, **given)
+    service.add("mine", folder)
+    assert list(service.served) == ["mine"]
     loaded, adapter = answerer._loaded
     assert loaded.quantized == kind and is_quantized(loaded.model)
     # behind a cache, token by token, as in one pass
