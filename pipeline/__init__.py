@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 CHECKOUT, LIBRARY = "pipeline", "hificl"
+PACKAGE = __name__  # which of the two these modules have, for `python -m`
 
 
 def as_library(source: str) -> str:

@@ -22,12 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import PACKAGE
 from pipeline.commands.parser import CommandLine, settable, study_names
 from pipeline.core.errors import HificlError, InputError, WorkError
 from pipeline.core.files import write_atomic
 from pipeline.core.terminal import GOOD, Answer, Fields, table
-
-PACKAGE = __package__.partition(".")[0]  # what starts again
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -427,8 +426,9 @@ def _work(args: argparse.Namespace) -> None:
 
 def _notice(args: argparse.Namespace) -> None:
     """Look for the notice until it comes, then let Ray drain this node."""
+    from pipeline.core.machine import notice
     from pipeline.core.progress import say
-    from pipeline.pool.cluster import drain, notice
+    from pipeline.pool.cluster import drain
 
     seconds = notice()  # raises where there is no such service at all
     while seconds is None:

@@ -1,6 +1,7 @@
 """What a sweep needs of its machine beside data and weights: room, files, a token, paths that every program takes.
 
-Looked at before anything starts, and by `hificl doctor`: Ray finds out after minutes, in three attempts or never.
+Looked at before anything starts, and by `hificl doctor`: Ray finds out after minutes, in three attempts or never. And
+how long the machine stays, where it is a spot instance.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import stat
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.core.errors import InputError
+from pipeline.core.errors import InputError, WorkError
 from pipeline.core.files import disk_error
 
 OPEN_FILES = 512  # of one process: Ray's own have some hundred, and wait without end where they get none
@@ -230,3 +232,37 @@ def _own_folder() -> Path:
             "is not a folder of yours alone", where=str(user_folder), way_out=f"Remove it, or set {VARIABLE}"
         )
     return user_folder
+
+
+_NOTICE = "/latest/meta-data/spot/instance-action"  # of EC2: 404 until the instance is to be taken away
+_TOKEN_SECONDS, _ANSWER_SECONDS = 21_600, 5.0  # of EC2's metadata service, version 2
+_METADATA = "http://169.254.169.254"  # where every EC2 instance has it
+
+
+def notice() -> float | None:
+    """Return the seconds left to this spot instance, as EC2's metadata service announces its end; None: no end yet.
+
+    AWS_EC2_METADATA_SERVICE_ENDPOINT names another address, as it does for Amazon's own programs.
+
+    Raises:
+        WorkError: no such service answers here.
+    """
+    import requests
+
+    place = (os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or _METADATA).rstrip("/")
+    with requests.Session() as session:
+        session.trust_env = False  # the service is on this machine's link: no proxy has it
+        try:
+            life = {"X-aws-ec2-metadata-token-ttl-seconds": str(_TOKEN_SECONDS)}
+            token = session.put(f"{place}/latest/api/token", headers=life, timeout=_ANSWER_SECONDS)
+            token.raise_for_status()
+            known = {"X-aws-ec2-metadata-token": token.text}
+            answer = session.get(place + _NOTICE, headers=known, timeout=_ANSWER_SECONDS)
+            if answer.status_code == requests.codes.not_found:
+                return None
+            answer.raise_for_status()
+            at = datetime.fromisoformat(answer.json()["time"])
+            return max(0.0, (at - datetime.now(UTC)).total_seconds())
+        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
+            way_out = "Run this on a spot instance of EC2; AWS_EC2_METADATA_SERVICE_ENDPOINT names another address"
+            raise WorkError(f"no notice can be read: {error}", where=place, way_out=way_out) from None

@@ -199,7 +199,8 @@ def problems_error(
     plural = "image is" if len(bad) == 1 else "images are"
     way_out = "Get these files again (for COCO: train2014.zip, val2014.zip), or take them out of the data"
     if rows:
-        way_out = "Mend these pictures or take their rows out; or bad_rows: leave-out, and they are counted and named"
+        set_so = "bad_rows: leave-out (adapt: --bad-rows leave-out)"
+        way_out = f"Mend these pictures or take their rows out; or {set_so}, and they are counted and named"
     return InputError(f"{len(bad)} {plural} missing or cannot be read:{lines}\n", where=where, way_out=way_out)
 
 

@@ -13,7 +13,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline import PACKAGE
 from pipeline.core import machine
 from pipeline.core.errors import InputError, WorkError
 from pipeline.core.progress import say
@@ -32,9 +32,8 @@ Version = dict[str, str]
 _WAY_OUT = "Bring the node to the same version (`ray up` runs its setup commands again), then start the sweep again"
 
 
-def _reader(packages: tuple[str, ...]) -> Callable[[], Version]:
+def _reader(packages: tuple[str, ...], this: str = PACKAGE) -> Callable[[], Version]:
     """Return a function that reads a node's version; nested, so that it is shipped and not imported there."""
-    this = __package__.partition(".")[0]
 
     def read() -> Version:
         import hashlib
@@ -150,40 +149,6 @@ async def draining() -> set[str]:
         return set()
 
 
-NOTICE = "/latest/meta-data/spot/instance-action"  # of EC2: 404 until the instance is to be taken away
-_TOKEN_SECONDS, _ANSWER_SECONDS = 21_600, 5.0  # of EC2's metadata service, version 2
-_METADATA = "http://169.254.169.254"  # where every EC2 instance has it
-
-
-def notice() -> float | None:
-    """Return the seconds left to this spot instance, as EC2's metadata service announces its end; None: no end yet.
-
-    AWS_EC2_METADATA_SERVICE_ENDPOINT names another address, as it does for Amazon's own programs.
-
-    Raises:
-        WorkError: no such service answers here.
-    """
-    import requests
-
-    place = (os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or _METADATA).rstrip("/")
-    with requests.Session() as session:
-        session.trust_env = False  # the service is on this machine's link: no proxy has it
-        try:
-            life = {"X-aws-ec2-metadata-token-ttl-seconds": str(_TOKEN_SECONDS)}
-            token = session.put(f"{place}/latest/api/token", headers=life, timeout=_ANSWER_SECONDS)
-            token.raise_for_status()
-            known = {"X-aws-ec2-metadata-token": token.text}
-            answer = session.get(place + NOTICE, headers=known, timeout=_ANSWER_SECONDS)
-            if answer.status_code == requests.codes.not_found:
-                return None
-            answer.raise_for_status()
-            at = datetime.fromisoformat(answer.json()["time"])
-            return max(0.0, (at - datetime.now(UTC)).total_seconds())
-        except (requests.RequestException, ValueError, KeyError, TypeError) as error:
-            way_out = "Run this on a spot instance of EC2; AWS_EC2_METADATA_SERVICE_ENDPOINT names another address"
-            raise WorkError(f"no notice can be read: {error}", where=place, way_out=way_out) from None
-
-
 def drain(seconds: float, node: str | None = None) -> None:
     """Let Ray put nothing more on this node, and let its slots keep their last step and leave it.
 
@@ -244,7 +209,7 @@ def submit(arguments: list[str]) -> int:
 
 def entrypoint(home: str, arguments: list[str], tracking: str) -> str:
     """Return the job's command. Ray gives it to a shell, so every word is quoted."""
-    words = ["env", f"MLFLOW_TRACKING_URI={tracking}", sys.executable, "-m", __package__.partition(".")[0], "sweep",
+    words = ["env", f"MLFLOW_TRACKING_URI={tracking}", sys.executable, "-m", PACKAGE, "sweep",
              "--set", "sweep.address=auto", *arguments]  # fmt: skip
     return f"cd {shlex.quote(home)} && exec {shlex.join(words)}"
 

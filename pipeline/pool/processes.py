@@ -33,6 +33,7 @@ ENDING_SECONDS = 4.0  # an ordered end, which takes 1 to 2 s; then everything is
 
 # -- the stage, which watches the driver
 POLL_SECONDS = 0.5  # between two looks at the journal, so that a loss is printed at once
+HELD_SECONDS = 1.0  # between two looks at who holds the store, each a file made and removed
 DRIVER_SECONDS = 2 * CLUSTER_SECONDS  # without a sign of life: the driver would have said by then that Ray is silent
 STARTING_SECONDS = 600.0  # until the first sign, which comes after Ray's start: 120 s a process on a busy machine
 STOPPING_SECONDS = ENDING_SECONDS + 2  # for the driver to end by itself, its killing included

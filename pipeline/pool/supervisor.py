@@ -37,7 +37,15 @@ from pipeline.pool.messages import (
     WorkLost,
     WorkRefused,
 )
-from pipeline.pool.processes import DRIVER_SECONDS, MARK, POLL_SECONDS, STARTING_SECONDS, STOPPING_SECONDS, reap
+from pipeline.pool.processes import (
+    DRIVER_SECONDS,
+    HELD_SECONDS,
+    MARK,
+    POLL_SECONDS,
+    STARTING_SECONDS,
+    STOPPING_SECONDS,
+    reap,
+)
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.store import Journal, TrialStore, sentence
 
@@ -231,7 +239,7 @@ def train(
     attempts = Attempts(params, "train", journal.note)
     for key in todo:
         store.reopen(key)  # from here on an end is this sweep's
-    keys, told, errors = set(todo), set[str](), dict[str, str]()
+    keys, told, errors, check_at = set(todo), set[str](), dict[str, str](), 0.0
     behind = _progress(store, keys)
     while todo or adaptive:
         driver, first = first or Driver(), None
@@ -240,7 +248,9 @@ def train(
         stopping = set[str]()  # by the scheduler, and their slot has yet to write so
         try:
             for message in driver.messages(Training(plan, todo, params, store)):
-                store.check_held()
+                if time.monotonic() >= check_at:
+                    store.check_held()
+                    check_at = time.monotonic() + HELD_SECONDS
                 for event in journal.news():
                     for watcher in watchers:
                         watcher.on_event(event)

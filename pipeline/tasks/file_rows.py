@@ -157,7 +157,8 @@ def _fields(
     if not {"answer", "answers", "messages", "caption"} & every.keys():
         raise InputError(
             f"no column was found that holds the answers; there are {', '.join(columns)}", where=file,
-            way_out=f"Say which: {where}.fields: {{question: COLUMN, answer: COLUMN}}, or caption: COLUMN",
+            way_out=f"Say which: {where}.fields: {{question: COLUMN, answer: COLUMN}}, or caption: COLUMN "
+            "(adapt: --field question=COLUMN --field answer=COLUMN)",
         )  # fmt: skip
     every.setdefault("id", ROW_NUMBER)
     named = {key: [columns] if isinstance(columns, str) else columns for key, columns in guess.items()}
@@ -214,7 +215,7 @@ def _split(
         in_files = len({part.split for part in files}) > 1
         column = given or (by_name[0] if by_name else OF_FILE if in_files else "")
     if column and column not in (*columns, OF_FILE):
-        way_out = f"{nearest(column, columns)}; or `split: {DRAWN}`"
+        way_out = f"{nearest(column, columns)}; or split: {DRAWN} (adapt: --split {DRAWN})"
         raise InputError(f"column '{column}' is not there", where=f"{where}.split", way_out=way_out)
     if isinstance(given, TaskSplit) or not column:
         return given if isinstance(given, TaskSplit) else DRAWN
@@ -408,7 +409,7 @@ class RowReader:
             raise RowError(column, "has no answer" if not texts else "has a weight for some answers alone")
         if self.settings.score == "vqa" and not weights and len(texts) < LEAST_ANSWERS:
             problem = f"has {len(texts)} answers; VQA accuracy needs {LEAST_ANSWERS} or weights"
-            raise RowError(column, f"{problem}. Set score to exact")
+            raise RowError(column, f"{problem}. Set score: exact (adapt: --score exact)")
         order = sorted(range(len(texts)), key=lambda i: -weights[i]) if weights else range(len(texts))
         return tuple(texts[i] for i in order), [weights[i] for i in order] if weights else []
 

@@ -23,6 +23,7 @@ from pipeline.tasks.caption_files import CAPTION_TEMPLATE, cider_score
 from pipeline.tasks.choice_files import letter_of
 from pipeline.tasks.file_rows import (
     DRAWN,
+    ROW_NUMBER,
     Completed,
     RowError,
     RowReader,
@@ -130,7 +131,8 @@ class FileTask(Task):
         """
         scan = self._scan(root)
         if scan.num_problems and self.settings.bad_rows == "refuse":
-            way_out = f"Mend them; or tasks.{self.name}.bad_rows: leave-out, and they are counted and named"
+            set_so = f"tasks.{self.name}.bad_rows: leave-out (adapt: --bad-rows leave-out)"
+            way_out = f"Mend them; or {set_so}, and they are counted and named"
             rows = "row" if scan.num_problems == 1 else "rows"
             raise InputError(
                 f"{scan.num_problems} of {scan.num_rows} {rows} cannot be used: {_some(scan)}",
@@ -141,7 +143,8 @@ class FileTask(Task):
             column = self.settings.split.column
             raise InputError(
                 f"no row has '{column}' of the {split} split ({asked})", where=f"tasks.{self.name}.split",
-                way_out=f"Say which: split: {{column: {column}, train: [...], evaluation: [...]}}; or split: {DRAWN}",
+                way_out=f"Say which: split: {{column: {column}, train: [...], evaluation: [...]}}; or split: {DRAWN} "
+                f"(adapt: --split COLUMN or --split {DRAWN})",
             )  # fmt: skip
         yield from scan.entries.get(split, ())
 
@@ -205,10 +208,9 @@ def _scanned(name: str, settings: str, root: str, marks: tuple[tuple[int, ...], 
             sample = reader.sample(row)
             if sample.sample_id in seen:
                 column = task.settings.fields.id or ""
-                problem = (
-                    f'is {sample.sample_id!r} again, as in line {seen[sample.sample_id]}; `id: "#"` takes the line'
-                )
-                raise RowError(column, problem)
+                problem = f"is {sample.sample_id!r} again, as in line {seen[sample.sample_id]}"
+                way_out = f'`id: "{ROW_NUMBER}"` (adapt: --field id={ROW_NUMBER}) takes the line'
+                raise RowError(column, f"{problem}; {way_out}")
             paths = tuple(dict.fromkeys(image.path for image in sample.images))
             for path in paths:
                 if path not in there:

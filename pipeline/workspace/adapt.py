@@ -52,15 +52,6 @@ _EFFORTS = ((4, 10), (4, 5), (3, 5), (2, 5), (2, 3), (1, 3), (1, 2), (1, 1))
 _MOST = {"train": 1000, "selection": 100, "evaluation": 1000}  # samples, in the order of `Budget`
 _LEAST_TRAINED, _LEAST_CHOSEN, _LEAST_SCORED = 16, 8, 20
 _LABELS = {"hificl": "HiFICL", "lora": "LoRA", "mimic": "MimIC", "live": "LIVE"}
-_OPTIONS = (  # what a message calls a setting, and how it is given here
-    (r"(tasks\.\S+\.)?bad_rows: leave-out", "--bad-rows leave-out"),
-    (r"Say which: split: \{column: [^}]*\}", "Name another column, --split COLUMN"),
-    (r"`?split: drawn`?", "--split drawn"),
-    (r"\S+\.fields: \{question: COLUMN, answer: COLUMN\}, or caption: COLUMN",
-     "--field question=COLUMN --field answer=COLUMN, or --field caption=COLUMN"),
-    (r"`id: \"#\"`", "--field id=#"),
-    (r"Set score to exact", "Give --score exact"),
-)  # fmt: skip
 _AT_LEAST = 0.4  # of the minutes, however long starting took: that is no reason to train next to nothing
 _TO_TRAIN, _TO_SCORE = 0.6, 0.25  # of the minutes: training with its scores, final scores; the rest is starting
 
@@ -209,9 +200,8 @@ def adapt(asked: Asked, out: Path) -> Adapted:
     name = task_name(Path(asked.data))
     kept = _kept(out, asked)
     clock = Clock(4 if kept is None else 3, asked.minutes if kept is None else None)
-    with _as_options():
-        task, data_root = _task(name, asked)
-        rows = _rows(task, data_root)
+    task, data_root = _task(name, asked)
+    rows = _rows(task, data_root)
     if "{image}" in (task.settings.prompt or "") and not sees:
         way_out = "Give a backbone that reads pictures; `hificl backbones` lists the classes"
         raise InputError("reads text alone, and the rows have pictures", where=asked.backbone, way_out=way_out)
@@ -230,21 +220,6 @@ def adapt(asked: Asked, out: Path) -> Adapted:
         record = {"asked": asdict(asked), "guessed": task.guessed, "budget": asdict(given)}
         write_atomic(out / PLAN, json.dumps(record, indent=1) + "\n")
     return work.run()
-
-
-@contextmanager
-def _as_options() -> Iterator[None]:
-    """Say the way out of an error of the data in options of the command line, not in a profile's settings."""
-    try:
-        yield
-    except InputError as error:
-        for setting, option in _OPTIONS:
-            error = InputError(  # noqa: PLW2901
-                re.sub(setting, option, error.what),
-                where=error.where,
-                way_out=re.sub(setting, option, error.way_out or ""),
-            )
-        raise error from None
 
 
 def _project() -> Path:
@@ -447,8 +422,7 @@ class _Workspace:
             try:
                 draw_samples(params, [self.name], Path.cwd())
             except WorkError:  # of DVC, which does not say what its stage said
-                with _as_options():
-                    draw_task(params, self.name)
+                draw_task(params, self.name)
                 raise
 
     def run(self) -> Adapted:

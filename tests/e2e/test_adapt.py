@@ -157,9 +157,9 @@ def test_the_sizes_that_are_asked_for_can_be_drawn(tmp_path: Path, names) -> Non
         (["--field", "question=quest"], "tasks.pets.fields.question: column 'quest' is not in"),
         (["--minutes", "0"], "--minutes: is 0"),
         (["--backbone", "folder:nowhere"], "nowhere: this folder with weights does not exist"),
-        (["--split", "fold"], "column 'fold' is not there. Known: answer, question; or --split drawn"),
+        (["--split", "fold"], "'fold' is not there. Known: answer, question; or split: drawn (adapt: --split drawn)"),
         (["--score", "number"], "field 'answer' is \"cat\", which has no number; pets.jsonl line 2"),
-        (["--score", "number"], "Mend them; or --bad-rows leave-out, and they are counted and named"),
+        (["--score", "number"], "leave-out (adapt: --bad-rows leave-out), and they are counted and named"),
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_starts(tmp_path, monkeypatch, capsys, arguments, said) -> None:

@@ -10,10 +10,11 @@ import pytest
 from pipeline.cli import command_line
 from pipeline.commands import studies
 from pipeline.config.load import load
+from pipeline.core import machine
 from pipeline.core.errors import WorkError
+from pipeline.core.machine import notice
 from pipeline.pool import cluster
 from pipeline.pool import slot as slots
-from pipeline.pool.cluster import notice
 from pipeline.pool.queue import SlotLeft
 from pipeline.pool.slot import Slot
 from tests.conftest import ROOT
@@ -107,7 +108,7 @@ def test_a_look_that_fails_is_made_again(monkeypatch):
             raise answer
         return answer
 
-    monkeypatch.setattr(cluster, "notice", look)
+    monkeypatch.setattr(machine, "notice", look)
     monkeypatch.setattr(cluster, "drain", lambda seconds, node: drained.append((seconds, node)))
     monkeypatch.setattr(studies, "_NOTICE_SECONDS", 0.0)
     arguments = command_line().parse_args(["notice", "--node", "n"])

@@ -116,3 +116,20 @@ def test_a_sweep_that_another_has_displaced_hears_of_nothing_more(tmp_path, monk
     with pytest.raises(Displaced):
         supervisor.train(plan, ["a"], params, TrialStore(runs), [heard], None, adaptive=False)
     assert heard.ends == [] and ended == [{"a"}]
+
+
+def test_who_holds_the_store_is_looked_for_once_a_second(tmp_path, monkeypatch):
+    """However often its driver speaks: a look is a file made and removed."""
+    runs, clock, looks = tmp_path / "runs", [100.0], []
+
+    class Speaking(Played):
+        def messages(self, work: Training) -> Iterator[None]:
+            for _ in range(40):
+                clock[0] += 0.25
+                yield None
+            TrialFolder(self.root / "a").finish(TrialEnd(status="finished", epochs=1))
+
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(TrialStore, "check_held", lambda self: looks.append(clock[0]))
+    play(runs, monkeypatch, [Speaking(runs, {}, set())], ["a"])
+    assert looks == [100.25 + second for second in range(10)]
