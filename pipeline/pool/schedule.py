@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -14,13 +16,28 @@ from pipeline.config.load import Params
 from pipeline.core.errors import InputError
 from pipeline.plan.plan import Plan
 from pipeline.plan.space import Cell, parse_range
+from pipeline.records.trial import EpochReport
 
 METRIC = "objective"  # the selection score, or the negative selection loss: larger is better
 TIME = "epoch"  # never training_iteration, which starts anew when a trial is resumed
 
 
-def make_scheduler(params: Params, plan: Plan) -> TrialScheduler:
-    """Return the scheduler that `sweep.scheduler` names."""
+Epochs = Callable[[str], Sequence[EpochReport]]
+
+
+def make_scheduler(
+    params: Params, plan: Plan, keys: Iterable[str] = (), epochs: Epochs = lambda key: ()
+) -> TrialScheduler:
+    """Return the scheduler that `sweep.scheduler` names.
+
+    It knows what earlier sweeps saw of the plan's trials, so that one that was interrupted stops whom it would have.
+
+    Args:
+        params: of the sweep.
+        plan: names the trials and their cells.
+        keys: of the trials that are open.
+        epochs: what is known of a trial.
+    """
     sweep = params.sweep
     if sweep.scheduler == "fifo":
         return FIFOScheduler()
@@ -35,7 +52,10 @@ def make_scheduler(params: Params, plan: Plan) -> TrialScheduler:
             time_attr=TIME, metric=METRIC, mode="max", grace_period=sweep.grace_epochs, min_time_slice=math.inf,
         ),
     }  # fmt: skip
-    return PerCell(makers[sweep.scheduler], lambda trial: _cell_of(plan, trial.config))
+    over: dict[str, list[str]] = defaultdict(list)
+    for key in plan.cell_of.keys() - set(keys):
+        over[plan.cell_of[key]].append(key)
+    return PerCell(makers[sweep.scheduler], lambda trial: _cell_of(plan, trial.config), epochs, over)
 
 
 def _cell_of(plan: Plan, config: dict[str, Any]) -> str:
@@ -43,19 +63,47 @@ def _cell_of(plan: Plan, config: dict[str, Any]) -> str:
 
 
 class PerCell(FIFOScheduler):
-    """Gives every cell a scheduler of its own, and the resources in order of arrival."""
+    """Gives every cell a scheduler of its own, and the resources in order of arrival.
 
-    def __init__(self, make: Callable[[], TrialScheduler], cell_of: Callable[[Any], str]) -> None:
+    Args:
+        make: a cell's scheduler.
+        cell_of: the cell of one of Tune's trials.
+        epochs: what earlier sweeps saw of a trial, by its key.
+        over: the keys of each cell's trials that will not be added any more.
+    """
+
+    def __init__(
+        self, make: Callable[[], TrialScheduler], cell_of: Callable[[Any], str], epochs: Epochs = lambda key: (),
+        over: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self._make, self._cell_of = make, cell_of
+        self._make, self._cell_of, self._epochs, self._over = make, cell_of, epochs, over or {}
         self._own: dict[str, TrialScheduler] = {}
 
     def _of(self, trial: Any) -> TrialScheduler:
-        return self._own.setdefault(self._cell_of(trial), self._make())
+        cell = self._cell_of(trial)
+        if cell not in self._own:
+            scheduler = self._own[cell] = self._make()
+            for key in self._over.get(cell, ()):
+                past = Trial("proxy", config={"trial": key}, stub=True)
+                scheduler.on_trial_add(None, past)
+                if results := self._tell(scheduler, None, past):
+                    scheduler.on_trial_complete(None, past, results[-1])
+        return self._own[cell]
+
+    def _tell(self, scheduler: TrialScheduler, tune_controller: Any, trial: Any) -> list[dict[str, Any]]:
+        """Tell a scheduler what is known of a trial, and return it; whom it would stop has been, or is wanted whole."""
+        known = self._epochs(trial.config["trial"]) if "trial" in trial.config else ()
+        results = [{TIME: report.epoch, METRIC: report.objective} for report in known if report.objective is not None]
+        for result in results:
+            scheduler.on_trial_result(tune_controller, trial, result)
+        return results
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """See `TrialScheduler`."""
-        self._of(trial).on_trial_add(tune_controller, trial)
+        scheduler = self._of(trial)
+        scheduler.on_trial_add(tune_controller, trial)
+        self._tell(scheduler, tune_controller, trial)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """See `TrialScheduler`."""

@@ -213,7 +213,7 @@ def _run(
                 trainable,
                 param_space=None if search else {"trial": tune.grid_search(order)},
                 tune_config=tune.TuneConfig(
-                    scheduler=make_scheduler(params, plan), search_alg=search, num_samples=samples,
+                    scheduler=make_scheduler(params, plan, keys, store.epochs), search_alg=search, num_samples=samples,
                     max_concurrent_trials=most_in_progress(params.sweep, slots),
                     reuse_actors=True,
                 ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.core.errors import InputError
 from pipeline.plan.plan import Plan, as_given, make_plan, places
 from pipeline.plan.space import Cell, cells
 from pipeline.pool.schedule import PerCell, PerCellOptuna, _optuna_space, make_scheduler
+from pipeline.records.trial import EpochReport
 from tests.conftest import ROOT
 
 GO, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
@@ -34,18 +36,29 @@ def plan_of(params: Params) -> Plan:
 class Tuned:
     """A scheduler with trials of two cells, by cell."""
 
-    def __init__(self, name: str, *, asked: bool) -> None:
+    def __init__(self, name: str, *, asked: bool, seen: Mapping[int, Sequence[float]] | None = None) -> None:
+        """`seen`: the first cell's trials of an earlier sweep, by number: their objectives by epoch."""
         params = params_with(f"sweep.scheduler={name}", "train.epochs=8", *(["sweep.search=optuna"] if asked else []))
         self.plan, self.asked = plan_of(params), asked
-        self.scheduler = make_scheduler(params, self.plan)
-        trained = [cell for cell in self.plan.cells.values() if cell.search]
+        trained = [cell for cell in self.plan.cells.values() if len(cell.search) == 2]  # of six points as a grid
         self.here, self.there = (next(c.name for c in trained if c.task == task) for task in _two_tasks(trained))
+        keys = self.keys(self.here)
+        known = {
+            keys[n]: [EpochReport(epoch=i, objective=x) for i, x in enumerate(objectives, 1)]
+            for n, objectives in (seen or {}).items()
+        }
+        over = {key for key, reports in known.items() if len(reports) == 8}
+        open_keys = self.plan.trials.keys() - over
+        self.scheduler = make_scheduler(params, self.plan, open_keys, lambda key: known.get(key, ()))
+
+    def keys(self, cell: str) -> list[str]:
+        return [key for key, name in self.plan.cell_of.items() if name == cell]
 
     def trials(self, cell: str, number: int) -> list[Trial]:
         if self.asked:
             configs = [{"cell": cell, "rank": rank} for rank in range(number)]
         else:
-            configs = [{"trial": key} for key, name in self.plan.cell_of.items() if name == cell][:number]
+            configs = [{"trial": key} for key in self.keys(cell)][:number]
         assert len(configs) == number
         made = [Trial("proxy", config=config, stub=True) for config in configs]
         for trial in made:
@@ -76,6 +89,24 @@ def test_asha_stops_the_worse_half_at_the_grace_epochs_and_no_other_task_counts(
     assert tuned.says(bad, 2, 0.2) == STOP
     assert tuned.says(worse, 3, 0.1) == STOP, "Tune's own count would say that it has just begun"
     assert tuned.says(good, 8, 0.9) == STOP, "its epochs are over"
+
+
+def test_asha_goes_on_with_what_an_earlier_sweep_saw():
+    tuned = Tuned("asha", asked=False, seen={0: [0.3, 0.5], 3: [0.9] * 8})
+    again, bad = tuned.trials(tuned.here, 2)
+    assert tuned.says(bad, 2, 0.6) == STOP, "the trial that is over was better, the median of three is 0.7"
+    assert tuned.says(again, 3, 0.5) == GO, "its second epoch has been seen: this one is no milestone"
+    tuned = Tuned("asha", asked=False)
+    fresh, other = tuned.trials(tuned.here, 2)
+    assert tuned.says(other, 2, 0.6) == GO, "nothing has been seen"
+    assert tuned.says(fresh, 3, 0.5) == STOP
+
+
+def test_median_goes_on_with_what_an_earlier_sweep_saw():
+    tuned = Tuned("median", asked=False, seen={3: [0.9] * 8, 4: [0.8] * 8, 5: [0.7] * 8})
+    bad, good = tuned.trials(tuned.here, 2)
+    assert tuned.says(bad, 3, 0.1) == STOP
+    assert tuned.says(good, 3, 0.95) == GO
 
 
 def test_median_stops_what_is_below_the_median_of_its_own_task_and_pauses_nothing():
