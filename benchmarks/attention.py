@@ -48,7 +48,7 @@ def run(device: str = "cpu", *, sizes: Sizes | None = None) -> dict[str, Any]:
     The floor is the frozen decoder alone: forward, and backward to its input embeddings, with a given gradient on the
     last hidden states. A step is forward, backward to the adapter's parameters and AdamW's update; rows carry no
     padding and no mask. `saved` counts the distinct storages that autograd keeps between forward and backward, weights
-    left out. The published formulation (_published.py) computes q K^T in full beside SDPA. The lowest layer's attention
+    left out. The published formulation (published.py) computes q K^T in full beside SDPA. The lowest layer's attention
     has no backward in a step, as nothing below it learns: with few layers that is a larger part of the step than with
     32; `step_over_floor_every_layer` is the step without that omission. On a CPU everything runs on one thread.
 

@@ -166,7 +166,7 @@ def _data(params: Params, root: Path) -> Iterator[Finding]:
             return f"{len(set(files))} official files below {folder}"
 
         made_here = task.stands_for != task.name
-        way_out = "dvc repro world" if made_here else "docs/data.md says where to get it and where to put it"
+        way_out = "dvc repro world" if made_here else "docs/tasks.md says where to get it and where to put it"
         finding = _tried(f"data of {name}", official, way_out)
         if made_here and finding.state == MISSING:
             finding = Finding(finding.name, NOTE, "not made yet; dvc repro makes it", "dvc repro world")
