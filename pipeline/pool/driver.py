@@ -1,4 +1,4 @@
-"""The process that drives Ray for a stage: `python -m pipeline.pool.driver FD`, started by `pool.supervisor`.
+"""The process that drives Ray for a stage: `python -m pipeline.pool.driver PIPE WRITTEN`, started by `pool.supervisor`.
 
 Ray ends or blocks a process whose cluster is gone, and cannot be started again in it. So the process that holds the
 trial store's lock and MLflow never imports Ray, and this one may die at any moment: another takes its place.
@@ -118,5 +118,12 @@ def _watched(relay: Relay) -> Iterator[None]:
         stop.set()
 
 
+def _apart(written: int) -> None:
+    """Let Python alone write to the terminal; Ray's C++, and whoever else writes to descriptor 2, into a file."""
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    os.dup2(written, 2)
+
+
 if __name__ == "__main__":
+    _apart(int(sys.argv[2]))
     main(Connection(int(sys.argv[1])))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -117,6 +118,8 @@ class Lost(Exception):
 class Driver:
     """One driver process; it imports Ray while its stage opens MLflow.
 
+    What Ray's C++ writes on standard error when its cluster dies, a page of addresses, is kept for `--debug`.
+
     Raises:
         InputError: this machine lacks what Ray needs.
     """
@@ -127,15 +130,14 @@ class Driver:
         machine.require()
         python = machine.python()
         self.pipe, end = multiprocessing.Pipe()
+        self.written = tempfile.TemporaryFile()  # noqa: SIM115 - `end` closes it
         with end:
             # in a session of its own: Ctrl-C reaches the supervisor alone, which ends it in order
-            command, marked = (
-                [python, "-m", f"{__package__}.driver", str(end.fileno())],
-                {**os.environ, MARK: self.mark},
-            )
+            given = end.fileno(), self.written.fileno()
             self.process = subprocess.Popen(
-                command, pass_fds=[end.fileno()], env=marked, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+                [python, "-m", f"{__package__}.driver", *map(str, given)], pass_fds=given,
+                env={**os.environ, MARK: self.mark}, stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
 
     def messages(self, work: Work) -> Iterator[Result | None]:
         """Do work; yield what it tells, and None where for a moment there is nothing.
@@ -155,7 +157,10 @@ class Driver:
             try:
                 message: Message | None = self.pipe.recv() if self.pipe.poll(POLL_SECONDS) else None
             except (EOFError, OSError):
-                raise Lost(f"the driver died (status {self.process.wait()})") from None
+                lost = Lost(f"the driver died (status {self.process.wait()})")
+                self.written.seek(0)
+                lost.add_note(self.written.read().decode(errors="replace"))  # for --debug
+                raise lost from None
             if message is None:
                 if time.monotonic() > silent_at:
                     raise Lost("the driver gives no sign of life")
@@ -169,7 +174,7 @@ class Driver:
                     raise error if isinstance(error, InputError) else Lost(str(error))
                 case WorkLost(why, trace):
                     lost = Lost(why)
-                    lost.add_note(trace)  # for --debug
+                    lost.add_note(trace)
                     raise lost
                 case Alive():
                     yield None
@@ -183,6 +188,7 @@ class Driver:
         with suppress(OSError):
             self.pipe.send(Stop())
         self.pipe.close()
+        self.written.close()
         try:
             self.process.wait(STOPPING_SECONDS)
         except subprocess.TimeoutExpired:

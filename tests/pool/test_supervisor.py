@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -133,3 +135,25 @@ def test_who_holds_the_store_is_looked_for_once_a_second(tmp_path, monkeypatch):
     monkeypatch.setattr(TrialStore, "check_held", lambda self: looks.append(clock[0]))
     play(runs, monkeypatch, [Speaking(runs, {}, set())], ["a"])
     assert looks == [100.25 + second for second in range(10)]
+
+
+class Aborting:
+    """Work at which the driver dies as one does whose cluster died under Ray's C++."""
+
+    def __reduce__(self) -> Any:
+        return _abort, ()
+
+
+def _abort() -> None:
+    print("said by Python", file=sys.stderr)
+    os.write(2, b"C [0x7f] a stack of addresses\n")
+    os.abort()
+
+
+def test_what_rays_library_writes_as_it_dies_is_kept_off_the_terminal(capfd):
+    with supervisor.ahead(wanted=True) as driver:
+        with pytest.raises(supervisor.Lost, match=r"the driver died \(status -6\)") as lost:
+            list(driver.messages(Aborting()))
+    assert "a stack of addresses" in lost.value.__notes__[0]
+    terminal = capfd.readouterr().err
+    assert "said by Python" in terminal and "addresses" not in terminal
