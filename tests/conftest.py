@@ -157,7 +157,7 @@ def trial(small_world):
         base = {
             "num_train_samples": 20, "epochs": 2, "learning_rate": facts.learning_rate, "weight_decay": 0.05,
             "warmup_ratio": 0.1, "gradient_clip": 1.0, "micro_batch_size": 2, "accumulation": 2, "engine": "torch",
-            "num_selection_samples": 4, "num_shots": 2 if facts.teacher else 0, "alignment_weight":
+            "num_selection_samples": 4, "num_shots": 2 if facts.is_shown else 0, "alignment_weight":
             facts.alignment_weight, "ground_truth_weight": facts.ground_truth_weight,
         }  # fmt: skip
         config = TrialConfig(

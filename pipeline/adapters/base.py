@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal, Protocol, TypedDict
 
 import torch
 from pydantic import JsonValue
@@ -232,6 +232,16 @@ class Init:
         return nn.Parameter(make().to(self.device))
 
 
+class Shown(Protocol):
+    """What the frozen backbone makes of a trial's demonstrations, k samples of its training split."""
+
+    def states(self, state: Literal["mlp", "residual", "attention"]) -> Tensor:
+        """Return a state of every layer at each demonstration's last token, where it stands alone, [L, k, D]."""
+
+    def cache(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values [L, H_kv, n, d] of all of them in one prompt, which ends right before position 0."""
+
+
 class Adapter(nn.Module):
     """A trained method: parameters, options, and the backbone that it fits.
 
@@ -274,6 +284,12 @@ class Adapter(nn.Module):
     def parts(self) -> list[Adapter]:
         """The adapters that a combined method consists of; else the adapter itself."""
         return [self]
+
+    def start(self, shown: Shown) -> None:
+        """Take from demonstrations what the method starts from; asked once, before the first step (`Facts.starts`)."""
+
+    def expect(self, tokens: int) -> None:
+        """Take the shapes, not the values, that demonstrations of so many tokens will give: to count what it costs."""
 
     def num_trainable(self) -> int:
         """Return the number of trainable values."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from pipeline.adapters.base import METHODS, Adapter, Init, ParameterGroup
+from pipeline.adapters.base import METHODS, Adapter, Init, ParameterGroup, Shown
 from pipeline.adapters.hificl import HiFICL, HiFICLOptions
 from pipeline.adapters.lora import LoRA, LoRAOptions
 from pipeline.adapters.mimic import MimIC, MimICOptions
@@ -63,6 +63,11 @@ class Combined(Adapter):
     def parts(self) -> list[Adapter]:
         """The two adapters."""
         return list(self.part.values())  # type: ignore[arg-type]
+
+    def start(self, shown: Shown) -> None:
+        """Let every part start from the same demonstrations."""
+        for part in self.parts:
+            part.start(shown)
 
     def modules_trainable(self) -> dict[str, int]:
         """Return both parts' counts, prefixed by the part."""

@@ -1,4 +1,4 @@
-"""What is done to a state of every layer: LIVE's and M2IV's vectors, bottleneck adapters."""
+"""What is done to a state of every layer: LIVE's, M2IV's and I2CL's vectors, bottleneck adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 
-from pipeline.adapters.base import METHODS, HiddenAdapter, Init
+from pipeline.adapters.base import METHODS, HiddenAdapter, Init, Shown
 from pipeline.adapters.combined import Combined
 from pipeline.adapters.options import Facts, Options, Taught, TeacherOptions
 from pipeline.backbones.decoder import DecoderSpec
@@ -88,6 +88,14 @@ class M2IVOptions(TeacherOptions):
         return self.taught(Facts())
 
 
+class I2CLOptions(TeacherOptions):
+    """I2CL's options: whether there is a teacher besides."""
+
+    def facts(self) -> Facts:
+        """Cross-entropy alone, or with a teacher; the vectors come from demonstrations."""
+        return self.taught(Facts(learning_rate=1e-2, starts=True))
+
+
 class _Bottleneck(HiddenAdapter):
     undecayed = ("down_bias", "up_bias")
 
@@ -129,6 +137,31 @@ class _Vector(HiddenAdapter):
         return x + given["shift"]
 
 
+class _Context(HiddenAdapter):
+    undecayed = ("strength", "share")
+    context: Tensor
+
+    def __init__(self, options: I2CLOptions, spec: DecoderSpec, init: Init, state: _Place) -> None:
+        super().__init__(options, spec, init)
+        self.state, layers = state, _layers(spec, state)
+        self.register_buffer("context", init.normal(layers, spec.hidden_size, std=_DIRECTION_STD).data)
+        self.strength, self.share = init.full(layers, 1, value=_MAGNITUDE), init.full(layers, 1, value=1.0)
+
+    @torch.no_grad()
+    def start(self, shown: Shown) -> None:
+        """Take the demonstrations' mean."""
+        self.context.copy_(shown.states(self.state).mean(1))
+
+    def forward(self) -> dict[str, Tensor]:
+        """Return all layers' factors, [L, 1], and shifts, [L, D]."""
+        return {"scale": self.share, "shift": self.strength * self.context}
+
+    @staticmethod
+    def edited(x: Tensor, **given: Tensor) -> Tensor:
+        """Return scale x + shift."""
+        return given["scale"] * x + given["shift"]
+
+
 class _Behind(Combined):
     """One part behind each module of a layer."""
 
@@ -168,6 +201,22 @@ class M2IV(_Behind):
     name = "m2iv"
     Options: ClassVar[type[Options]] = M2IVOptions
     part_of = _Vector
+
+
+@METHODS.register
+class I2CL(_Behind):
+    """a <- beta_a a + lambda_a c_a and m <- beta_m m + lambda_m c_m in every layer (I2CL, Li et al. 2024).
+
+    a is what attention gives, m what the FFN gives; c_a and c_m are what the frozen model gives there at the last token
+    of a demonstration alone, the mean over `num_shots` demonstrations of the training split, drawn once by the trial's
+    seed. They stay; the scalars learn, from beta = 1 and lambda = 0.1, by cross-entropy on the training samples (the
+    paper's few demonstrations are their own training set). The paper's noise in training is no part of it. Until it has
+    seen demonstrations c ~ N(0, 0.01^2). arXiv 2405.14660. Trainable: 4 L.
+    """
+
+    name = "i2cl"
+    Options: ClassVar[type[Options]] = I2CLOptions
+    part_of = _Context
 
 
 def _layers(spec: DecoderSpec, state: _Place) -> int:

@@ -27,6 +27,7 @@ class Facts:
         packable: whether several such adapters can share one forward pass, row by row.
         drops: whether training draws dropout, a mask of its own for every token of every sample.
         reads_weights: whether it is made of the backbone's weights each time that it is attached.
+        starts: whether it starts from what the frozen model makes of demonstrations (`Adapter.start`).
     """
 
     teacher: Literal["hidden", "logits"] | None = None
@@ -38,6 +39,12 @@ class Facts:
     packable: bool = True
     drops: bool = False
     reads_weights: bool = False
+    starts: bool = False
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether training asks for demonstrations: a teacher's, or those that the method starts from."""
+        return self.starts or self.teacher is not None
 
     @property
     def kind(self) -> Kind | None:

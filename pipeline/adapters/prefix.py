@@ -1,15 +1,18 @@
-"""Prefix tuning and prompt tuning: what every layer attends to besides, learned as such or as input embeddings."""
+"""Prefix, prompt and context tuning: what every layer attends to besides, learned as such or as input embeddings."""
 
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pipeline.adapters.base import METHODS, AttentionAdapter, Init, Prefill
+from pipeline.adapters.base import METHODS, AttentionAdapter, Init, Prefill, Shown
 from pipeline.adapters.options import Facts, Options, TeacherOptions
 from pipeline.backbones.base import gathered
 from pipeline.backbones.decoder import DecoderSpec
@@ -28,10 +31,20 @@ class PrefixOptions(TeacherOptions):
         return self.taught(Facts())
 
 
+class CTKVOptions(TeacherOptions):
+    """How many of the demonstrations' tokens are kept, the last ones."""
+
+    num_virtual_tokens: int | None = Field(default=None, ge=1)  # None: all
+
+    def facts(self) -> Facts:
+        """Cross-entropy alone, or with a teacher; it starts from demonstrations."""
+        return self.taught(Facts(learning_rate=1e-3, starts=True))
+
+
 class _Before(AttentionAdapter):
     """Virtual tokens of the key heads, which a group of query heads shares as it shares the context's."""
 
-    def __init__(self, options: PrefixOptions, spec: DecoderSpec, init: Init) -> None:
+    def __init__(self, options: Options, spec: DecoderSpec, init: Init) -> None:
         super().__init__(options, spec, init)
         self.groups = spec.num_heads // spec.num_kv_heads
 
@@ -51,14 +64,55 @@ class Prefix(_Before):
     name = "prefix"
     Options: ClassVar[type[Options]] = PrefixOptions
 
-    def __init__(self, options: PrefixOptions, spec: DecoderSpec, init: Init) -> None:
+    def __init__(self, options: PrefixOptions | CTKVOptions, spec: DecoderSpec, init: Init) -> None:
         super().__init__(options, spec, init)
-        shape = (spec.num_attentions, spec.num_kv_heads, options.num_virtual_tokens, spec.head_dim)
+        shape = (spec.num_attentions, spec.num_kv_heads, options.num_virtual_tokens or 1, spec.head_dim)
         self.keys, self.values = init.normal(*shape, std=_KEY_STD), init.full(*shape)
 
     def forward(self) -> dict[str, Tensor]:
         """Return all layers' virtual tokens."""
         return self._of_heads(self.keys, self.values)
+
+
+@METHODS.register
+class CTKV(Prefix):
+    """A prefix that starts as the keys and values of demonstrations (CT-KV, Lu et al. 2025, arXiv 2507.04221).
+
+    out = softmax(s q [P_K ; K]^T) [P_V ; V]. P_K and P_V start as what the frozen decoder caches of one prompt of
+    `num_shots` demonstrations of the training split, drawn once by the trial's seed, at the positions -n to -1: the
+    first step sees in-context learning. All its tokens are kept, or the last `num_virtual_tokens`. The paper's token
+    dropout, and its mask that hides a demonstration from itself, are no part of it. Until it has seen demonstrations it
+    is prefix tuning, with one token where all are to be kept. Trainable: 2 H_kv L n d.
+    """
+
+    name = "ct-kv"
+    Options: ClassVar[type[Options]] = CTKVOptions
+    options: CTKVOptions
+
+    @torch.no_grad()
+    def start(self, shown: Shown) -> None:
+        """Take the demonstrations' keys and values."""
+        keys, values = shown.cache()
+        self.expect(keys.shape[2])
+        for learnt, seen in ((self.keys, keys), (self.values, values)):
+            learnt.copy_(seen[:, :, -learnt.shape[2] :])
+
+    def expect(self, tokens: int) -> None:
+        """Hold as many tokens as demonstrations of so many leave."""
+        self._hold(min(tokens, self.options.num_virtual_tokens or tokens))
+
+    def check_weights(self, path: Path) -> None:
+        """Hold as many tokens as the file has, then compare the rest."""
+        with suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+            shape = file.get_slice("keys").get_shape()
+            if len(shape) == self.keys.dim() and shape[2]:
+                self._hold(shape[2])
+        super().check_weights(path)
+
+    def _hold(self, tokens: int) -> None:
+        for name in ("keys", "values"):
+            before = getattr(self, name)
+            setattr(self, name, nn.Parameter(before.new_zeros((*before.shape[:2], tokens, before.shape[3]))))
 
 
 @METHODS.register

@@ -293,7 +293,9 @@ class Costs:
         Raises:
             InputError: no such method or option.
         """
-        return self.of(adapters.create(method, self.model, **(options or {})), shots=shots)
+        adapter = adapters.create(method, self.model, **(options or {}))
+        adapter.expect(self.turn * shots)
+        return self.of(adapter, shots=shots)
 
     def of(self, adapter: Adapter, *, shots: int = 8) -> StepCost:
         """Return what one sample's step costs with an adapter that is there already."""
@@ -311,6 +313,10 @@ class Costs:
             image=self.image.forward,
             images=1 + shots + 1 if teaches else 1,
         )
+
+    def start(self, adapter: Adapter, *, shots: int) -> float:
+        """Return what is spent once before the first step: a pass over the demonstrations that a method starts from."""
+        return self.decoder.forward(self.turn * shots) if adapter.facts.starts else 0.0
 
     def prefill(self, shots: int = 0) -> float:
         """Return a prompt's forward pass."""

@@ -148,7 +148,8 @@ def _spent(trial: TrialConfig, costs: Costs, evaluated: int, rates: Rates) -> di
     if trial.trained:
         step = costs.step(trial.method, trial.options, shots=trial.num_shots)
         steps = trial.epochs * trial.num_train_samples
-        spent["training"] = rates.hours(steps * (step.reused - step.teacher))
+        before = costs.prefill(trial.num_shots - 1) if facts.starts else 0.0
+        spent["training"] = rates.hours(steps * (step.reused - step.teacher) + before)
         spent["teacher"] = rates.hours(steps * step.teacher)
         looked_at = trial.epochs * trial.num_selection_samples
         spent["selection"] = rates.hours(looked_at * (costs.prefill() + own_vision))

@@ -99,11 +99,13 @@ class Cell:
         full = train.num_train_samples >= PAPERS_FULL_SIZE
         same = train.model_dump(include=set(TrialConfig.model_fields) - {"num_train_samples", "sample_draw"})
         taught = {
-            "num_shots": train.num_shots, "demonstration_draw": train.demonstration_draw,
+            "demonstration_draw": train.demonstration_draw,
             "alignment_weight": _given(train.alignment_weight, facts.alignment_weight),
         }  # fmt: skip
         for name in taught:
             del same[name]  # neutral without a teacher
+        if not facts.is_shown:
+            del same["num_shots"]
         return {
             **same, **(taught if facts.teacher else {}), "epochs": train.epochs if full else train.epochs_below_1000,
             "ground_truth_weight": _given(train.ground_truth_weight, facts.ground_truth_weight),
@@ -119,8 +121,9 @@ class Cell:
                 f"{pool} training samples are asked for, {self.task} has {available}", where=self.name,
                 way_out=f"Raise subsample.num_train to {pool}, or lower num_train_samples",
             )  # fmt: skip
-        teacher = settings.options.facts().teacher if methods.is_trained(self.method) else None
-        shots = train.num_shots if teacher else settings.options.shots
+        facts = settings.options.facts()  # nothing is shown to those that do not train
+        teacher = facts.teacher
+        shots = train.num_shots if facts.is_shown else settings.options.shots
         if teacher and train.demonstration_draw == "with-replacement":
             return
         if shots > (pool - 1 if teacher else pool):  # a training sample is never among its own demonstrations

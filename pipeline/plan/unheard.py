@@ -17,7 +17,7 @@ from pipeline.tasks import tasks
 from pipeline.tasks.choice_files import ChoiceTask
 from pipeline.tasks.vqa import VqaTask
 
-_OF_A_TEACHER = ("num_shots", "demonstration_draw", "alignment_weight")
+_OF_A_TEACHER = ("demonstration_draw", "alignment_weight")
 _WITHOUT_TRAINING = ("num_train_samples", "precision", "quantize")
 
 
@@ -73,7 +73,10 @@ def _uses(cell: Cell, name: str, layer: Mapping[str, Any]) -> bool:
         return cell.train.num_train_samples < PAPERS_FULL_SIZE
     if name == "epochs":  # beside another number for few samples it is for many alone
         return _field(cell, name) == name or "epochs_below_1000" not in layer
-    return name not in _OF_A_TEACHER or cell.settings.options.facts().teacher is not None
+    facts = cell.settings.options.facts()
+    if name == "num_shots":
+        return facts.is_shown
+    return name not in _OF_A_TEACHER or facts.teacher is not None
 
 
 def _of_selection(params: Params, cells: Sequence[Cell]) -> Iterator[str]:

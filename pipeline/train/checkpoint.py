@@ -2,6 +2,7 @@
 
 checkpoint/epoch-0003/state.json    a `CheckpointState`, with the digests of the other files
 checkpoint/epoch-0003/adapter/      the best adapter by then; runs/KEY/adapter is a copy of it
+checkpoint/epoch-0003/start/        the adapter as it is then, of a method that started from demonstrations
 checkpoint/epoch-0003/...           the engine's own files (parameters, optimiser)
 checkpoint/epoch-0003-step-000012/  the same 12 steps later, with an `EpochSoFar` of each rank; the newest alone is kept
 """
@@ -17,7 +18,7 @@ from pipeline.core.files import file_digest, folder_atomic, folder_digest, remov
 from pipeline.records import NewerRecord, Unreadable
 from pipeline.records.trial import AGAIN, CheckpointState
 
-ADAPTER = "adapter"
+ADAPTER, START = "adapter", "start"
 KEPT = 2  # the newest, and one generation back in case the newest is damaged
 
 

@@ -30,8 +30,10 @@ _FORGET_PEAK = "5"  # what Linux takes as: the high-water mark is what is held n
 def flops_per_sample(
     adapter: Adapter, resident: Resident, prompts: Sequence[Encoded], prefix_length: int,
     manifest: Manifest, shots: int,
-) -> float | None:  # fmt: skip
-    """Return the FLOPs of one sample's step with visual tokens at hand and a teacher of its own (`pipeline.cost`).
+) -> tuple[float, float] | None:  # fmt: skip
+    """Return the FLOPs of one sample's step, and those before the first step (`pipeline.cost`).
+
+    With visual tokens at hand and a teacher of its own.
 
     What shared prefixes, packs and a shared teacher save is not taken off: it is what the method asks for.
 
@@ -41,7 +43,7 @@ def flops_per_sample(
         prompts: the training samples' own; their mean lengths count.
         prefix_length: tokens that all of them begin with, which stand once before a teacher's demonstrations.
         manifest: of the task; its first picture's size counts, where it has any.
-        shots: demonstrations of a teacher.
+        shots: demonstrations of a teacher, or those that the method starts from.
 
     Returns:
         None where it cannot be told: another architecture, a picture that is gone and lives on as visual tokens, a
@@ -64,7 +66,7 @@ def flops_per_sample(
         answer=round(fmean(span[1] - span[0] for span in spans if span is not None)),
         head=prefix_length,
     )
-    return costs.of(adapter, shots=shots).reused
+    return costs.of(adapter, shots=shots).reused, costs.start(adapter, shots=shots)
 
 
 class Memory:

@@ -77,7 +77,7 @@ class StepMemory:
         rows: of the micro-batch.
         step: forward and backward pass.
         checkpointed: the same with `train.gradient_checkpointing`.
-        teacher: the frozen decoder behind the demonstrations; 0 without a teacher.
+        teacher: the frozen decoder behind the demonstrations, or on those that a method starts from; 0 without either.
     """
 
     method: str
@@ -186,6 +186,8 @@ class MemoryOf:
         again = self._drawn_out(lambda model: self._step(model, config, again=True))
         facts = methods.facts(config)
         teacher = self._drawn_out(lambda model: forward_peak(model, rows, behind)) if facts.teacher else 0
+        if facts.starts:
+            teacher = max(teacher, self.prefill(1, self.turn * config.num_shots))
         if facts.trains_vision:
             held = vision_held(_shallow(self.name, self.depths[0]).to(self.dtype), config, self.vision, self.patches)
             plain, again = plain + held, again + held
@@ -256,6 +258,7 @@ def step_peak(model: Any, config: TrialConfig, tokens: int, *, again: bool) -> i
         again: with `train.gradient_checkpointing`.
     """
     adapter = adapters.create(config.method, model, **config.options)
+    adapter.expect(tokens * config.num_shots)
     spec, facts, rows = decoder_of(model), adapter.facts, config.micro_batch_size
     like: dict[str, Any] = {"device": "meta", "dtype": next(model.parameters()).dtype}
     hidden_taught, living = facts.teacher == "hidden", _Living(model)

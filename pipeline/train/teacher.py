@@ -1,9 +1,10 @@
-"""The teacher: the frozen backbone on demonstrations and query, whose states or answers the student imitates."""
+"""The frozen backbone on demonstrations: before a query, as a teacher; alone, as what a method starts from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from pipeline.adapters.options import Facts
 from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import decoder_of, told
 from pipeline.backbones.states import modules_at, recorded
-from pipeline.config.trial import Kind, TrialConfig
-from pipeline.core.errors import WorkError
+from pipeline.config.trial import Kind, State, TrialConfig
+from pipeline.core.errors import InputError, WorkError
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Sample
 from pipeline.prompts.collate import Batch
@@ -110,6 +111,67 @@ class Teacher:
         rows, positions, _ = loss.shifted(batch.labels)
         of_row = (placed(x[rows == row], hidden.device) for x in (rows, positions))
         return loss.logits_at(self.resident.loaded.model, hidden, *of_row)
+
+
+class Demonstrations:
+    """What the frozen backbone makes of a trial's demonstrations, for an adapter that starts from them (`base.Shown`).
+
+    They are `num_shots` of its own training samples, the same on every rank, after a resume and in a pack.
+
+    Args:
+        resident: the backbone; no adapter may be attached.
+        manifest: of the task.
+        pool: training samples to draw from.
+        config: the trial's: how many, by which seed.
+    """
+
+    def __init__(self, resident: Resident, manifest: Manifest, pool: Sequence[Sample], config: TrialConfig) -> None:
+        self.resident, self.manifest = resident, manifest
+        self.spec = decoder_of(resident.loaded.model)
+        by_id = {sample.sample_id: sample for sample in pool}
+        self.samples = [by_id[i] for i in draw_demos(list(by_id), "", config.num_shots, config.seed, draw="start")]
+
+    def states(self, state: State) -> Tensor:
+        """Return a state of every layer at each demonstration's last token, where it stands alone, [L, k, D]."""
+
+        def ends(prompt: Encoded) -> Tensor:
+            with recorded(self.spec, state, lambda x: loss.wide(x[0, -1])) as seen:
+                self._run(prompt)
+            return torch.stack(seen)
+
+        prompts = self.resident.alone(self.manifest, self.samples, answer=True)
+        passes = self.resident.loaded.passes
+        return torch.stack(passes.run("demonstrations", prompts, lambda rows: list(map(ends, rows))), 1)
+
+    def cache(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values [L, H_kv, n, d] of all of them in one prompt, which ends right before position 0.
+
+        Raises:
+            InputError: the backbone's positions are not plain numbers, or its tokens look at pictures by a mask.
+        """
+        from transformers import DynamicCache
+
+        loaded = self.resident.loaded
+        if not loaded.family.shares_prefix:
+            problem = "what it makes of demonstrations cannot be put before other prompts"
+            raise InputError(problem, where=f"backbone {loaded.backbone.name}", way_out="Use the method prefix")
+
+        def kept(prompt: Encoded) -> tuple[Tensor, Tensor]:
+            cache, positions = DynamicCache(), torch.arange(-len(prompt), 0, device=loaded.device)[None]
+            self._run(prompt, position_ids=positions, past_key_values=cache, use_cache=True)
+            layers: Any = [cache.layers[attention.layer_idx] for attention in self.spec.attentions]
+            keys, values = ([loss.wide(getattr(layer, of)[0]) for layer in layers] for of in ("keys", "values"))
+            return torch.stack(keys), torch.stack(values)
+
+        *before, last = self.samples
+        prompts = self.resident.prompts(self.manifest, [last], [before], answer=True)
+        return loaded.passes.run("demonstrations", prompts, lambda rows: list(map(kept, rows)))[0]
+
+    @torch.no_grad()
+    def _run(self, prompt: Encoded, **given: Any) -> None:
+        loaded, batch = self.resident.loaded, self.resident.batch([prompt], self.manifest)
+        with told(batch.input_ids.device, padded=False):
+            loaded.model.model(**{**batch.model_inputs(loaded), "use_cache": False, **given})
 
 
 def query_length(alone: Encoded, behind: Encoded, image_token_id: int) -> int:

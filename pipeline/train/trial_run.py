@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline import adapters, methods
+from pipeline.adapters.base import WEIGHTS_FILE
 from pipeline.config.trial import Kind, TrialConfig
 from pipeline.core.errors import WorkError
 from pipeline.core.files import folder_atomic, folder_digest, remove_folder
@@ -29,7 +30,7 @@ from pipeline.train import checkpoint
 from pipeline.train.cost import Memory, flops_per_sample
 from pipeline.train.engine import ENGINES, Student
 from pipeline.train.prefix_sharing import shared_prefix_length
-from pipeline.train.teacher import Teacher
+from pipeline.train.teacher import Demonstrations, Teacher
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class TrialRun:
         keep_seconds: after so long the state is kept within an epoch (`due`); 0: only at its end.
     """
 
+    _starts = False  # whether the adapter starts from demonstrations
+
     def __init__(
         self, config: TrialConfig, folder: Path, resident: Resident, manifest: Manifest, kinds: Collection[Kind] = (),
         keep_seconds: float = 0.0,
@@ -113,6 +116,8 @@ class TrialRun:
         self.facts = options.facts()
         self.adapter = adapters.make(config.method, model, options, seed=config.seed)
         self.adapter.to(resident.device)
+        self._starts = self.facts.starts
+        started = self._start()
         self.kinds: set[Kind] = set(kinds) if self.facts.kind is None else {*kinds, self.facts.kind}
         self.teacher = Teacher(resident, manifest, self.samples, config, self.facts) if self.facts.teacher else None
         self.flops = flops_per_sample(
@@ -135,6 +140,7 @@ class TrialRun:
         self.due = False  # whether it is time for a checkpoint within the epoch
         self._keep_seconds, self._kept_at = keep_seconds, time.monotonic()
         self._epoch = self._resume()
+        self._epoch.seconds += started
         self._kept_step = self.step
 
     @property
@@ -286,6 +292,18 @@ class TrialRun:
         dist.all_reduce(total)
         return total.tolist()
 
+    def _start(self) -> float:
+        """Let the adapter start from demonstrations, or from its newest checkpoint; return the seconds that it took."""
+        if not self._starts:
+            return 0.0
+        started = time.perf_counter()
+        newest = checkpoint.newest(self.folder.checkpoint, self.folder.within)
+        if newest is not None:
+            self.adapter.read_weights(newest[0] / checkpoint.START / WEIGHTS_FILE)
+            return 0.0  # counted when it was done
+        self.adapter.start(Demonstrations(self.resident, self.manifest, self.samples, self.config))
+        return time.perf_counter() - started
+
     # -- keeping -----------------------------------------------------------------------------------------------------
 
     def _taken(self, folder: TrialFolder) -> TrialFolder:
@@ -362,6 +380,8 @@ class TrialRun:
             with self.engine.whole():
                 if self.rank == 0:
                     self._write_adapter(target)
+                    if self._starts:
+                        self.adapter.save_pretrained(target / checkpoint.START)
 
         if self.world == 1 or within is None:
             state = checkpoint.save(folder, state, write, within, step)
@@ -422,7 +442,7 @@ class TrialRun:
                     train_seconds=sum(report.train_seconds or 0.0 for report in self.reports),
                     seconds=sum(report.seconds or 0.0 for report in self.reports), packed=self.packed,
                     keeping_seconds=self.keeping, peak_memory_bytes=self.peak or None,
-                    train_flops=self.flops and self.flops * len(self.samples) * self.epochs_done,
+                    train_flops=self.flops and self.flops[0] * len(self.samples) * self.epochs_done + self.flops[1],
                 )
             )  # fmt: skip
         return self._report(status)

@@ -90,7 +90,8 @@ def nothing() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("bottleneck", {"width": 3}), ("bottleneck", {"places": ["mlp"]}), ("m2iv", {})]
+    ("method", "options"),
+    [("bottleneck", {"width": 3}), ("bottleneck", {"places": ["mlp"]}), ("m2iv", {}), ("i2cl", {})],
 )
 def test_what_attention_and_ffn_give_is_edited_before_it_is_added(
     method: str, options: dict[str, Any], tiny: Any, inputs: Any
@@ -102,6 +103,8 @@ def test_what_attention_and_ffn_give_is_edited_before_it_is_added(
     def edited(part: Any, layer: int, x: Tensor) -> Tensor:
         if method == "m2iv":
             return x + part.scale[layer] * part.vector[layer]
+        if method == "i2cl":
+            return part.share[layer] * x + part.strength[layer] * part.context[layer]
         down = torch.nn.functional.linear(x, part.down[layer].T, part.down_bias[layer])
         return x + torch.nn.functional.linear(torch.nn.functional.gelu(down), part.up[layer].T, part.up_bias[layer])
 

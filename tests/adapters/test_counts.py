@@ -75,6 +75,8 @@ def real() -> dict[str, Any]:
         ("idefics2", "bottleneck", {"width": 8}, 2 * 32 * (2 * 4096 * 8 + 8 + 4096)),
         ("llava", "bottleneck", {"places": ["mlp"]}, 32 * (2 * 4096 * 16 + 16 + 4096)),
         ("idefics2", "m2iv", {}, 2 * 32 * 4097),
+        ("idefics2", "ct-kv", {"num_virtual_tokens": 600}, 2 * 32 * 8 * 600 * 128),
+        ("llava", "i2cl", {}, 4 * 32),
         ("idefics2", "peft", {"tuner": "ia3"}, 32 * (4096 + 2 * 1024 + 4096)),
     ],
 )

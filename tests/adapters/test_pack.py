@@ -26,6 +26,7 @@ PACKS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "points": [("live", {}), ("live", {"point": "residual"}), ("hificl", {})],
     "before": [("prefix", {"num_virtual_tokens": 3}), ("prompt", {"num_virtual_tokens": 2}), ("prompt", {})],
     "behind": [("bottleneck", {"width": 2}), ("m2iv", {}), ("bottleneck", {"width": 5, "places": ["mlp"]})],
+    "from demonstrations": [("ct-kv", {"num_virtual_tokens": 5}), ("i2cl", {}), ("m2iv", {})],
     "every place": [("prompt", {}), ("m2iv", {}), ("live", {"point": "residual"})],
     "all": [("hificl", {"num_virtual_tokens": 3}), ("mimic", {}), ("live", {}), ("mimic", {"shift": "linear"})],
 }

@@ -280,6 +280,8 @@ BASELINES = [
     ("prompt", {"teacher": True, "point": "attention"}),
     ("bottleneck", {}),
     ("m2iv", {}),
+    ("ct-kv", {}),
+    ("i2cl", {}),
 ]
 
 

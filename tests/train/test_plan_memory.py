@@ -45,11 +45,11 @@ def test_weights_and_a_step_at_full_size(llava):
     assert mimic.checkpointed < 0.25 * mimic.step and GIB < mimic.teacher < 2 * GIB
 
 
-@pytest.mark.parametrize("method", ["prefix", "prompt", "bottleneck", "m2iv", "peft"])
+@pytest.mark.parametrize("method", ["prefix", "prompt", "bottleneck", "m2iv", "i2cl", "peft"])
 def test_a_baselines_step_is_counted(llava, method):
     step, hificl = (llava.step(config(name)) for name in (method, "hificl"))
     assert 0.9 * hificl.step < step.step < 3 * hificl.step and step.checkpointed < step.step
-    assert (step.teacher > 0) == (method == "m2iv")
+    assert (step.teacher > 0) == (method in ("m2iv", "i2cl"))
 
 
 def test_what_a_card_took_is_what_is_counted():

@@ -5,11 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pipeline import adapters
 from pipeline.adapters.attach import attach
 from pipeline.adapters.pack import Pack
 from pipeline.backbones.decoder import decoder_of
 from pipeline.core.errors import InputError
+from pipeline.data.manifest import training_samples
+from pipeline.prompts.prompt import Encoded
+from pipeline.records.store import TrialStore
+from pipeline.train.teacher import Demonstrations
 from pipeline.train.workbench import Workbench
+from tests.adapters.test_states import precise_norms
 from tests.train.test_loop import train
 
 COMPARED = [
@@ -108,3 +114,82 @@ def test_a_decoder_without_the_state_is_refused_before_anything_is_trained(trial
     with pytest.raises(InputError, match="2 feed-forward modules .mlp, second.*point: residual"):
         bench.admit(request)
     bench.admit(trial("mimic", tmp_path, point="residual"))
+
+
+@pytest.fixture
+def shown(trial, tmp_path):
+    """Three demonstrations and a backbone in fp64."""
+    request = trial("ct-kv", tmp_path, num_shots=3)
+    resident = Workbench(device="cpu").resident(request)
+    resident.loaded.model.double()
+    manifest = resident.manifest(request)
+    pool = training_samples(manifest, request.config)
+    demonstrations = Demonstrations(resident, manifest, pool, request.config)
+    assert len({sample.sample_id for sample in demonstrations.samples}) == 3
+    assert {sample.sample_id for sample in demonstrations.samples} < {sample.sample_id for sample in pool}
+    again = Demonstrations(resident, manifest, pool, request.config.model_copy(update={"seed": 1}))
+    assert again.samples != demonstrations.samples
+    with precise_norms():
+        yield demonstrations
+
+
+@torch.no_grad()
+def test_a_prefix_that_starts_from_demonstrations_is_a_prompt_behind_them(shown, tmp_path):
+    resident, manifest, samples = shown.resident, shown.manifest, shown.samples
+    loaded, model = resident.loaded, resident.loaded.model
+    adapter = adapters.create("ct-kv", model).double()
+    adapter.start(shown)
+    (behind,) = resident.prompts(manifest, samples[-1:], [samples[:-1]], answer=True)
+    (alone,) = resident.alone(manifest, manifest.splits["selection"][:1], answer=True)
+    both = Encoded((*behind.input_ids, *alone.input_ids), (*behind.images, *alone.images), 0, None, 0)
+    positions = torch.arange(-len(behind), len(alone))[None]
+    expected = model(**{**resident.batch([both], manifest).model_inputs(loaded), "position_ids": positions}).logits
+    inputs = resident.batch([alone], manifest).model_inputs
+    with attach(model, adapter):
+        found = model(**inputs(loaded)).logits
+    torch.testing.assert_close(found, expected[:, len(behind) :], rtol=0, atol=1e-11)
+    assert (model(**inputs(loaded)).logits - found).abs().max() > 1e-3
+    few = adapters.create("ct-kv", model, num_virtual_tokens=5)
+    few.start(shown)
+    torch.testing.assert_close(few.keys, adapter.keys[:, :, -5:].float())
+    adapter.float().save_pretrained(tmp_path / "saved")
+    loaded_again = adapters.load(tmp_path / "saved", model)
+    assert loaded_again.num_virtual == len(behind)
+    assert all(map(torch.equal, loaded_again.parameters(), adapter.parameters()))
+
+
+@torch.no_grad()
+def test_a_context_vector_is_the_mean_of_the_demonstrations_last_states(shown, tmp_path):
+    resident, model = shown.resident, shown.resident.loaded.model
+    adapter = adapters.create("i2cl", model).double()
+    adapter.start(shown)
+    prompts = resident.alone(shown.manifest, shown.samples, answer=True)
+    for state, part in adapter.part.items():
+        each = [by_hand(resident, shown.manifest, prompt, state)[:, -1] for prompt in prompts]
+        torch.testing.assert_close(part.context, sum(each) / 3, rtol=0, atol=1e-11)
+    adapter.float().save_pretrained(tmp_path / "saved")
+    again = adapters.load(tmp_path / "saved", model)
+    assert all(torch.equal(x, adapter.state_dict()[name]) for name, x in again.state_dict().items())
+
+
+def test_where_prompts_cannot_stand_behind_others_it_is_said(shown, monkeypatch):
+    monkeypatch.setattr(type(shown.resident.loaded.family), "shares_prefix", False)
+    with pytest.raises(InputError, match="cannot be put before other prompts. Use the method prefix"):
+        shown.cache()
+
+
+def test_what_a_start_costs_is_counted_once(bench, trial, tmp_path):
+    request = trial("i2cl", tmp_path)
+    bench.admit(trial("prefix", tmp_path / "other"))
+    bench.admit(request)
+    other, run = bench.loop.trials
+    assert run._epoch.seconds > 0 == other._epoch.seconds and run.flops[1] > 0 == other.flops[1]
+    bench.evict(other.config.key)
+    bench.advance()
+    bench.evict(request.key)
+    bench.admit(request)
+    (again,) = bench.loop.trials
+    assert again._epoch.seconds == 0 and again.flops == run.flops
+    bench.advance()
+    step, start = run.flops
+    assert TrialStore(tmp_path).done(request.key).train_flops == step * 2 * len(run.samples) + start
