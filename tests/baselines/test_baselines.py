@@ -17,7 +17,7 @@ from pipeline.resident.visual_tokens import VisualTokens
 
 BACKBONES = ["idefics2-8b-base", "idefics-9b", "llava-interleave-7b", "llava-v1.6-mistral-7b", "qwen3-vl-8b"]
 SMALL = {
-    "num_shots": 2, "num_prompts": 2, "num_effect_prompts": 1, "num_heads": 3,
+    "num_shots": 2, "num_prompts": 2, "num_effect_prompts": 1, "num_heads": 3, "num_steps": 2, "num_draws": 3,
 }  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def test_heads_effects_behind_kept_keys_are_those_of_whole_prompts(fit):
     ask = method._repeated(shots)
     for copies in (1, 4, 4, 1):
         torch.testing.assert_close(ask(copies), method.run([shots] * copies), atol=1e-4, rtol=1e-4)
-    means = method._mean_outputs()
+    means = method.mean_outputs()
     kept = method._effect(shots, means)
     method._repeated = lambda shots: lambda copies: method.run([shots] * copies)
     torch.testing.assert_close(kept, method._effect(shots, means), atol=1e-6, rtol=0)

@@ -8,11 +8,16 @@ import pytest
 import torch
 
 from pipeline import backbones
-from pipeline.baselines.vectors import TaskVectorOptions, edited_prefill
+from pipeline.backbones.decoder import decoder_of
+from pipeline.baselines.vectors import TaskVectorOptions, edited_prefill, reinforce
 from pipeline.core.errors import InputError
 from pipeline.evaluate.generate import generate
+from pipeline.evaluate.score import fitted
 from pipeline.prompts.collate import collate
-from pipeline.prompts.prompt import Encoded
+from pipeline.prompts.prompt import Encoded, draw_demos
+from pipeline.resident.resident import Resident
+from tests.adapters.test_states import precise_norms
+from tests.baselines.conftest import SOURCE
 
 
 @pytest.mark.parametrize("backbone", backbones.names())
@@ -91,7 +96,7 @@ def test_effects_are_those_of_one_head_replaced_alone(fit, resident, manifest):
     """The indirect effect of each head, by hand: another answers' order, one head's last output replaced."""
     method = fit("idefics2-8b-base", "function-vector", num_shots=3, num_prompts=2, num_effect_prompts=1, layer=0,
                  num_heads=4)  # fmt: skip
-    means = method._mean_outputs()
+    means = method.mean_outputs()
     (plain_shots,) = method.shots(1, "function-vector effects")
     query, demos = method._shuffled(plain_shots, 0)
     assert sorted(d.target for d in demos) == sorted(d.target for d in plain_shots[1])
@@ -137,3 +142,132 @@ def test_the_layer_is_the_best_on_the_selection_split(scores, best, fit, manifes
 def test_a_layer_that_does_not_exist_is_refused(fit):
     with pytest.raises(InputError, match="layer: layer 99 is asked for, the decoder has"):
         fit("idefics2-8b-base", "task-vector", num_shots=2, layer=99)
+
+
+@pytest.fixture
+def precise(config, manifest):
+    """A method fitted on Idefics2 in fp64, and the fp64 logits [T, V] of a sample's open prompt."""
+
+    def make(name, **options):
+        host = Resident(config("idefics2-8b-base", "zero-shot"), SOURCE, None, "cpu")
+        host.loaded.model.double()
+        method = fitted(config("idefics2-8b-base", name, **options), host, manifest)
+        (prompt,) = host.prompts(manifest, manifest.splits["evaluation"][:1], [[]], answer=False)
+
+        def ask():
+            return host.loaded.model(**host.batch([prompt], manifest).model_inputs(host.loaded)).logits[0]
+
+        return method, ask
+
+    with precise_norms():
+        yield make
+
+
+@pytest.mark.parametrize("point", ["mlp", "residual"])
+@torch.no_grad()
+def test_an_in_context_vector_is_its_equation(point, precise, manifest):
+    method, ask = precise("icv", num_shots=4, strength=0.5, point=point)
+    host, by_id = method.setting.host, {sample.sample_id: sample for sample in manifest.splits["train"]}
+    layers = decoder_of(host.loaded.model).layers
+    changes = []
+    for i in draw_demos(list(by_id), "", 4, 0, draw="icv"):
+        ends = []
+        for answer in (False, True):
+            seen = []
+            hooks = [layer.register_forward_hook(lambda m, args, out, seen=seen: seen.append(out[0, -1]))
+                     for layer in layers]  # fmt: skip
+            prompts = host.prompts(manifest, [by_id[i]], [[]], answer=answer)
+            host.loaded.model.model(**host.batch(prompts, manifest).model_inputs(host.loaded))
+            for hook in hooks:
+                hook.remove()
+            ends.append(torch.stack(seen))
+        changes.append((ends[1] - ends[0]).flatten())
+    changes = torch.stack(changes)
+    direction = torch.linalg.eigh(changes.T @ changes).eigenvectors[:, -1]
+    direction = (direction * torch.sign((changes @ direction).sum())).view(len(layers), -1)
+    direction = direction / direction.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(method.directions, direction, rtol=0, atol=1e-11)
+
+    def turned(x, v):
+        moved = x / x.norm(dim=-1, keepdim=True) + 0.5 * v
+        return moved / moved.norm(dim=-1, keepdim=True) * x.norm(dim=-1, keepdim=True)
+
+    plain = ask()
+    with method.edited():
+        found = ask()
+    hooks = [
+        (layer.mlp if point == "mlp" else layer).register_forward_hook(lambda m, args, out, v=v: turned(out, v))
+        for layer, v in zip(layers, direction, strict=True)
+    ]
+    torch.testing.assert_close(found, ask(), rtol=0, atol=1e-11)
+    for hook in hooks:
+        hook.remove()
+    assert (found - plain).abs().max() > 1e-3 and torch.equal(ask(), plain)
+
+
+@torch.no_grad()
+def test_a_multimodal_task_vector_is_its_equation(precise, manifest):
+    method, ask = precise("mtv", num_shots=2, num_prompts=3, num_steps=2, num_draws=4)
+    host, spec = method.setting.host, method.spec
+    seen = []
+    hooks = [a.o_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0][0, -1])) for a in spec.attentions]
+    for shots in method.shots(3, "mtv"):
+        method.run([shots])
+    for hook in hooks:
+        hook.remove()
+    means = torch.stack(seen).view(3, spec.num_layers, spec.num_heads, spec.head_dim).mean(0)
+    torch.testing.assert_close(method.means, means, rtol=0, atol=1e-11)
+    assert method.found["heads"] and {(r["layer"], r["head"]) for r in method.found["heads"]} == set(
+        map(tuple, method.heads.nonzero().tolist())
+    )
+    method.heads = torch.zeros(spec.num_layers, spec.num_heads, dtype=torch.bool)
+    method.heads[0, 1] = method.heads[1, 0] = method.heads[1, 2] = True
+    plain = ask()
+    with method.edited():
+        found = ask()
+
+    def put(module, args, layer, heads):
+        x = args[0].clone()
+        for head in heads:
+            x[0, -1, head * spec.head_dim : (head + 1) * spec.head_dim] = means[layer, head]
+        return (x,)
+
+    hooks = [
+        spec.attentions[i].o_proj.register_forward_pre_hook(lambda m, args, i=i, heads=heads: put(m, args, i, heads))
+        for i, heads in ((0, [1]), (1, [0, 2]))
+    ]
+    expected = ask()
+    sample = manifest.splits["selection"][0]
+    (closed,) = host.prompts(manifest, [sample], [[]], answer=True)
+    lost = -method.run([(sample, [])]).log_softmax(-1)[0, closed.input_ids[closed.answer_span[0]]]
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    assert (found - plain)[-1].abs().max() > 1e-3 and torch.equal(found[:-1], plain[:-1])
+    sets = torch.stack([method.heads, torch.zeros_like(method.heads)])
+    of_sets = method.losses((sample, []), sets)
+    torch.testing.assert_close(of_sets[0], lost, rtol=0, atol=1e-11)
+    assert of_sets[1] != of_sets[0]
+
+
+def test_reinforce_finds_the_set_whose_loss_is_low():
+    good = torch.tensor([[True, False, True], [False, False, True]])
+    steps = []
+
+    def losses(step, sets):
+        steps.append(sets.shape)
+        return (sets != good).flatten(1).sum(1).double()
+
+    chances = reinforce(losses, (2, 3), 60, 16, 0.2, torch.Generator().manual_seed(0))
+    assert torch.equal(chances > 0.5, good) and steps == [(16, 2, 3)] * 60
+    once = []
+    reinforce(lambda step, sets: once.append(sets) or losses(step, sets), (2, 3), 1, 4, 0.1,
+              torch.Generator().manual_seed(1))  # fmt: skip
+    theta = torch.full((2, 3), -1.0, requires_grad=True)
+    lost = losses(0, once[0])
+    chance = theta.sigmoid()
+    likelihood = torch.where(once[0], chance, 1 - chance).log().flatten(1).sum(1)
+    ((lost - lost.mean()).float() * likelihood).mean().backward()
+    stepped = theta.detach() - 0.1 * theta.grad.sign() * (theta.grad != 0)  # Adam's first step
+    again = reinforce(losses, (2, 3), 1, 4, 0.1, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(again, stepped.sigmoid(), rtol=0, atol=1e-5)
