@@ -121,12 +121,10 @@ class RoleLines:
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """Dotted names of the parts inside the transformers model."""
+    """Dotted names of what an image goes through inside the transformers model."""
 
     vision: str
     connector: tuple[str, ...]
-    decoder_layers: str
-    lm_head: str = "lm_head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +175,7 @@ class Backbone:
 
     @property
     def modules(self) -> Modules:
-        """Where vision, connector and decoder live."""
+        """Where vision tower and connector live."""
         return self.family.modules
 
     @property

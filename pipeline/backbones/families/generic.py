@@ -92,7 +92,7 @@ class GenericFamily(Family):
     by_name = True
     sized = True
     shares_prefix = False
-    modules = Modules(vision="", connector=(), decoder_layers="")
+    modules = Modules(vision="", connector=())
 
     def __init__(self, source: BackboneSource) -> None:
         self.source = source
@@ -220,13 +220,9 @@ class GenericFamily(Family):
     def known(self, backbone: Backbone, model: Any, processor: Any = None) -> Backbone:
         spec = decoder_of(model)
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
-        names = {id(module): name for name, module in model.named_modules()}
-        inside = names[id(spec.decoder)]
-        layers = f"{inside}.layers" if inside else "layers"
-        self.modules = Modules("", (), layers)
         parameters = sum(map(num_values, model.parameters()))
         if self.reads_images:
-            self._find_vision(model, names, inside, layers)
+            self._find_vision(model, spec.decoder)
         if processor is None:
             return replace(backbone, parameters=parameters)
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -251,16 +247,13 @@ class GenericFamily(Family):
             backbone, parameters=parameters, special_tokens=special, chat=chat, placeholder=placeholder,
         )  # fmt: skip
 
-    def _find_vision(self, model: Any, names: Mapping[int, str], inside: str, layers: str) -> None:
-        tower = model.get_encoder(modality="image")
-        vision = names.get(id(tower), "")
+    def _find_vision(self, model: Any, decoder: Any) -> None:
+        names = {id(module): name for name, module in model.named_modules()}
+        inside, vision = names[id(decoder)], names.get(id(model.get_encoder(modality="image")), "")
         inner = getattr(model, "model", model)  # Llama 4 has none
         parts = [names[id(child)] for child in inner.children()]
         beside = [name for name in parts if not inside.startswith(name) and not vision.startswith(name)]
-        head = next(
-            (name for name, module in model.named_modules() if module is model.get_output_embeddings()), "lm_head"
-        )
-        self.modules = Modules(vision, tuple(beside), layers, head)
+        self.modules = Modules(vision, tuple(beside))
 
     def _look(self, model: Any, processor: Any, tokenizer: Any) -> dict[str, str]:
         """Show the tower a blank picture; return the special tokens that stand for images."""

@@ -37,7 +37,6 @@ class IdeficsFamily(Family):
     modules = Modules(
         vision="model.vision_model",
         connector=("model.perceiver_resampler", "model.gated_cross_attn_layers"),
-        decoder_layers="model.layers",
     )
 
     @property
@@ -114,9 +113,7 @@ class Idefics2Family(Family):
     architecture = "Idefics2"
     image_processor_name = "Idefics2ImageProcessorPil"
     train_tokenizer = staticmethod(llama_tokenizer)
-    modules = Modules(
-        vision="model.vision_model", connector=("model.connector",), decoder_layers="model.text_model.layers"
-    )
+    modules = Modules(vision="model.vision_model", connector=("model.connector",))
 
     @override
     def expand(self, text: str, processor: Any, image_sizes: Sequence[tuple[int, int]] | None = None) -> str:

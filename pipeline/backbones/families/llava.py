@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 class _Llava(Family):
     token_keys: ClassVar = {"image_token_index": "image"}
-    modules = Modules(
-        vision="model.vision_tower",
-        connector=("model.multi_modal_projector",),
-        decoder_layers="model.language_model.layers",
-    )
+    modules = Modules(vision="model.vision_tower", connector=("model.multi_modal_projector",))
 
 
 class LlavaFamily(_Llava):

@@ -46,7 +46,6 @@ class Qwen3VLFamily(Family):
     modules = Modules(
         vision="model.visual",
         connector=("model.visual.merger", "model.visual.deepstack_merger_list"),
-        decoder_layers="model.language_model.layers",
     )
     levels: ClassVar[int] = 4  # the merged patches and three feature maps
     merge: ClassVar[int] = 2  # patches a side that become one token
