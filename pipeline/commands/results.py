@@ -101,11 +101,10 @@ def _where(_: argparse.Namespace) -> Whereabouts:
 def _gallery(args: argparse.Namespace) -> Json:
     """Write the page and return what is on it."""
     from pipeline.config.load import load
-    from pipeline.report import gallery as documents
-    from pipeline.report.gallery import write_gallery
+    from pipeline.report.gallery import write_gallery, write_into
 
     params, evaluations = load(), Path("evaluations")
-    filled = {path: documents.write_into(Path(path), params, evaluations) for path in args.into}
+    filled = {path: write_into(Path(path), params, evaluations) for path in args.into}
     return {"page": args.out, "studies": [*write_gallery(params, evaluations, Path(args.out))], "filled": {**filled}}
 
 

@@ -1,1 +1,1 @@
-"""The way back from a number, and forward again: trace, reproduce, predict, doctor, gc; one file a command."""
+"""The way back from a number, and forward again: what `hificl trace` and `hificl reproduce` do."""

@@ -38,7 +38,7 @@ class Relay:
 
 
 def main(pipe: Connection) -> None:
-    """Take a `work.Work` from the pipe, do it, and say how it ended."""
+    """Take a `Work` from the pipe, do it, and say how it ended."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     relay = Relay(pipe)
     from pipeline.pool import tuner  # noqa: F401 - while the supervisor opens MLflow

@@ -31,9 +31,7 @@ from pipeline.tasks import of_manifest
 if TYPE_CHECKING:
     from pipeline.backbones.load import Loaded
 
-TEACHER_BYTES = (
-    1 << 30
-)  # of a teacher's targets: computed ahead, and kept at least for trials with the same demonstrations
+TEACHER_BYTES = 1 << 30  # of a teacher's targets: computed ahead, and kept at least for trials with its demonstrations
 PROMPTS_ALONE = 50_000  # kept; a few kilobytes each
 _DISK_BYTES = 1 << 30  # of the images' features
 

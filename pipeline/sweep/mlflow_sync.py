@@ -19,7 +19,7 @@ from pipeline.pool.messages import Watcher
 from pipeline.records.evaluation import CodeVersion, Evaluation, Evaluations
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import EpochReport, TrialEnd
-from pipeline.tracking import store as place
+from pipeline.tracking import store as run_store
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import FAILED, FINISHED, KILLED, LoggedRun, MetricPoint, RunInput, TrialRunStart
 from pipeline.tracking.registry import ModelCandidate, ModelRegistry, log_adapter
@@ -181,12 +181,12 @@ class MlflowSync(Watcher):
         """Do what was noted, in order; return whether nothing is left."""
         try:
             if self._cause:
-                place.probe(self.tracker.uri)  # within seconds, where MLflow itself would try for longer
+                run_store.probe(self.tracker.uri)  # within seconds, where MLflow itself would try for longer
             while self._lacking:
                 name = next(iter(self._lacking))
                 self._lacking[name]()
                 del self._lacking[name]
-        except place.AWAY as error:
+        except run_store.AWAY as error:
             if not self._cause:
                 say(f"the MLflow store is away, what it lacks is added from {self.store.root} later: {error.what}")
             self._cause = error.what
@@ -290,7 +290,7 @@ class MlflowSync(Watcher):
             candidates.append(ModelCandidate(key, backbone, task, method, objective, protocol, quantized))
         try:
             number = ModelRegistry(self.tracker).register(candidates)
-        except place.AWAY:
+        except run_store.AWAY:
             raise
         except HificlError as error:
             say(f"warning: adapters are not registered as models: {error}")

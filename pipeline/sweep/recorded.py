@@ -67,7 +67,7 @@ def score_recorded(recorded: Recorded, params: Params, root: Path | None = None)
     """Score the trial, unless that is done, and return the score's key and the score.
 
     Raises:
-        InputError: as `train`.
+        InputError: as `train_recorded`.
         WorkError: it is not trained, or could not be scored.
     """
     root = root or Path.cwd()

@@ -39,7 +39,7 @@ class _Trial:
     """One trial as it is shown.
 
     Attributes:
-        parts: what tells it apart from the others, by kind (`trial_runs.name_parts`).
+        parts: what tells it apart from the others, by kind (`name_parts`).
         config: None: one that a searcher asked for, and that nobody knows yet.
         epoch: how many are behind it.
         score: the last on the selection split.

@@ -1,4 +1,4 @@
-"""What is kept of every trial, and the way back from a number: MLflow behind `runs`, git and files in `provenance`."""
+"""What is kept of every trial, and the way back from it: MLflow behind `client`, git and files in `provenance`."""
 
 from __future__ import annotations
 
