@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pipeline import CHECKOUT, LIBRARY, as_library  # noqa: E402 - builders do not look beside this file
+from pipeline import CHECKOUT, LIBRARY, as_library  # builders do not look beside this file
 
 DATA = [f"**/*.{ending}" for ending in ("yaml", "txt", "json", "html", "j2", "css", "js", "md")]
 

@@ -44,7 +44,7 @@ from pipeline.evaluate.continuous import End, Engine, Member, Question
 MAX_BODY = 32 << 20  # bytes of a request: a picture of 24 MB in base64
 MOST_NEW_TOKENS = 1024
 MOST_STOPS, LONGEST_STOP = 4, 100
-TOKEN, ADMIN_TOKEN = "HIFICL_SERVE_TOKEN", "HIFICL_SERVE_ADMIN_TOKEN"  # noqa: S105 - names of variables
+TOKEN, ADMIN_TOKEN = "HIFICL_SERVE_TOKEN", "HIFICL_SERVE_ADMIN_TOKEN"  # names of variables
 GRACE_SECONDS = 30  # in which answers that are under way end
 _LEAST_SECRET = 16  # characters
 _DECODED_AT_ONCE = 2  # pictures: one within the limit may take a gigabyte

@@ -69,7 +69,7 @@ def find_folder(
             backbone.hub_id, revision=revision, local_files_only=not allow_download,
             allow_patterns=[*_DECIDING, *([gguf] if gguf else [])],
         )  # fmt: skip
-    except Exception as error:  # noqa: BLE001 - the hub's client raises its own, its transport's and OS errors
+    except Exception as error:  # the hub's client raises its own, its transport's and OS errors
         raise InputError(
             f"the weights of {backbone.name} are not on this machine",
             where=f"backbones.{backbone.name}.weights",

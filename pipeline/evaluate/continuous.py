@@ -264,7 +264,7 @@ class Engine:
             self._detach()
             try:
                 done.set_result(work())
-            except Exception as error:  # noqa: BLE001 - raised where the job was given
+            except Exception as error:  # raised where the job was given
                 done.set_exception(error)
 
     def _guarded(self, rows: Sequence[Question], work: Callable[[Sequence[Question]], None]) -> None:
@@ -274,7 +274,7 @@ class Engine:
         try:
             work(rows)
             return
-        except Exception as error:  # noqa: BLE001 - a row that fails by itself says so
+        except Exception as error:  # a row that fails by itself says so
             if is_out_of_memory(error):
                 self.most_rows = max(1, len({*rows, *self._rows}) // 2)
             else:
@@ -412,7 +412,7 @@ class Engine:
             self.answered_alone += 1
             try:
                 text = row.member.alone(row.prompt, row.max_new_tokens, row.stops)
-            except Exception:  # noqa: BLE001 - the others go on
+            except Exception:  # the others go on
                 traceback.print_exc()
                 row.end("", End("error"))
                 continue

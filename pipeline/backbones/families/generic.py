@@ -477,7 +477,7 @@ def _turns(processor: Any, tokenizer: Any, image_token: str | None, name: str) -
         if image_token is None:
             return chat, None
         return _with_images(chat, opened, write)
-    except Exception as error:  # noqa: BLE001 - a template is a program of its own
+    except Exception as error:  # a template is a program of its own
         raise InputError(
             f"its chat template does not write one turn after the other ({type(error).__name__}: {error})",
             where=f"backbones.{name}", way_out="Set chat: false to prompt it with plain text",
