@@ -18,8 +18,6 @@ from pipeline.cli import main
 from pipeline.report import forget
 from tests.e2e.conftest import Project, copied
 
-PARENT = "select run_uuid from tags where key = 'kind' and value = 'sweep'"
-
 
 @dataclass
 class Reader:

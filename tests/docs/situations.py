@@ -45,10 +45,6 @@ def changed(path: Path, before: str, after: str) -> Iterator[None]:
         path.write_text(text, encoding="utf-8")
 
 
-def _adapter(folder: Path) -> Path:
-    return sorted(folder.glob("runs/*/adapter/adapter_model.safetensors"))[0]
-
-
 @situation
 def a_project(folder: Path) -> Iterator[None]:
     yield
