@@ -436,6 +436,7 @@ class AttentionAdapter(Adapter):
 
     replaces: bool = True  # whether virtual tokens take their mass from the context (see `attention.py`)
     prefills: ClassVar[bool] = False  # whether `forward` is given a `Prefill`
+    routes: ClassVar[bool] = False  # whether `forward` gives a `router` [L, H, n, d]: see `AttentionEdit.attend`
 
     def __init__(self, options: AnyOptions, spec: DecoderSpec, init: Init) -> None:
         super().__init__(options, spec, init)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.adapters.base import AttentionAdapter, HiddenAdapter, Prefill
 from pipeline.adapters.pack import Pack
 from pipeline.attention.kernels import PreparedMask, prepare_mask
+from pipeline.attention.softmax import no_autocast, product
 from pipeline.attention.virtual import virtual_attention
 from pipeline.backbones.decoder import DecoderSpec, check_hooks, eager
 from pipeline.core.errors import InputError
@@ -63,7 +64,10 @@ class AttentionEdit:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float | None, causal: bool
     ) -> Tensor:
-        """Attend with one layer's virtual tokens, [B, H, T, d]."""
+        """Attend with one layer's virtual tokens, [B, H, T, d].
+
+        With a `router` token i has the logit log g_i(q) besides, g = softmax_i(router_i . q) over its adapter's tokens.
+        """
         if self._tokens is None:  # a layer called by itself
             self.refresh()
         rows = self.pack.of_rows(q.shape[0], q.device)
@@ -75,8 +79,12 @@ class AttentionEdit:
             replaces = flags if isinstance(flags, bool) else self.pack.flagged(flags, q.shape[0], q.device)
         else:
             replaces = self.parts[0].replaces
-        bias, linear = tokens.get("bias"), tokens.get("linear")
-        per_query = None
+        bias, linear, per_query = tokens.get("bias"), tokens.get("linear"), None
+        if bias is not None:
+            bias = bias.unsqueeze(-2)
+            if "router" in tokens:
+                routed = _routed(q, tokens["router"], bias)
+                bias = routed if rows is None else torch.where(self._routes(q).view(-1, 1, 1, 1), routed, bias)
         if linear is not None:
             per_query = torch.einsum(
                 "bhtd,hed->bhte" if linear.dim() == 3 else "bhtd,bhed->bhte", q.to(linear.dtype), linear
@@ -86,7 +94,7 @@ class AttentionEdit:
             k,
             v,
             keys=tokens["keys"],
-            bias=None if bias is None else bias.unsqueeze(-2),
+            bias=bias,
             values=tokens["values"],
             per_query=per_query,
             mask=self._prepared(mask, q),
@@ -94,6 +102,11 @@ class AttentionEdit:
             replaces=replaces,
             causal=causal,
         )
+
+    def _routes(self, q: Tensor) -> Tensor:
+        """Return whose adapter has a router, [B]."""
+        routes = [i in self.parts and self.parts[i].routes for i in range(len(self.pack.adapters))]
+        return self.pack.flagged(routes, q.shape[0], q.device)
 
     def _prepared(self, mask: Tensor | None, q: Tensor) -> PreparedMask | None:
         """Prepare a mask once for all layers: they are handed the same tensor."""
@@ -104,19 +117,40 @@ class AttentionEdit:
         return self._mask[2]
 
 
+def _routed(q: Tensor, router: Tensor, bias: Tensor) -> Tensor:
+    """Return what a router adds to the logits of virtual tokens, with what they have besides, [B, H, T, n].
+
+    Args:
+        q: queries, [B, H, T, d].
+        router: [H, n, d] or [B, H, n, d].
+        bias: [H, 1, n] or [B, H, 1, n]; -inf where an adapter has no such token.
+    """
+    with no_autocast(q):
+        scores = product(q.to(router.dtype), router)
+    hidden = bias == float("-inf")
+    total = scores.masked_fill(hidden & ~hidden.all(-1, keepdim=True), float("-inf")).logsumexp(-1, keepdim=True)
+    return scores - total + bias
+
+
 def _stack(made: dict[int, dict[str, Tensor]], count: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
     """Stack adapters with different numbers of virtual tokens, [L, count, H, n, ...]; missing tokens get bias -inf."""
     like = next(iter(made.values()))["keys"]
     widest = max(tokens["keys"].shape[2] for tokens in made.values())
     layers, heads, size = shape
     names = {name for tokens in made.values() for name in tokens if name == "linear"}
-    ragged = len(made) < count or any("bias" in tokens or tokens["keys"].shape[2] < widest for tokens in made.values())
-    out: dict[str, list[Tensor]] = {name: [] for name in ("keys", "values", *names, *(["bias"] if ragged else []))}
+    routes = any("router" in tokens for tokens in made.values())
+    ragged = (
+        routes
+        or len(made) < count
+        or any("bias" in tokens or tokens["keys"].shape[2] < widest for tokens in made.values())
+    )
+    by_token = ("keys", "values", "router") if routes else ("keys", "values")
+    out: dict[str, list[Tensor]] = {name: [] for name in (*by_token, *names, *(["bias"] if ragged else []))}
     for index in range(count):
         tokens = made.get(index, {})
         n = tokens["keys"].shape[2] if tokens else 0
-        for name in ("keys", "values"):
-            x = tokens.get(name, like.new_zeros(layers, heads, 0, size))
+        for name in by_token:
+            x = tokens.get(name, like.new_zeros(layers, heads, n, size))
             out[name].append(torch.nn.functional.pad(x, (0, 0, 0, widest - n)))
         if ragged:
             x = tokens.get("bias", like.new_zeros(layers, heads, n))

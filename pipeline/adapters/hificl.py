@@ -1,4 +1,4 @@
-"""HiFICL: low-rank virtual key-value pairs inside every head's softmax."""
+"""HiFICL: low-rank virtual key-value pairs inside every head's softmax, in one set or in several with a router."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.adapters.options import Facts, Options, PublishedDecoding, Teacher
 from pipeline.attention.softmax import no_autocast
 from pipeline.backbones.decoder import DecoderSpec
 
-_KEY_STD = 0.01
+_KEY_STD, _ROUTER_STD = 0.01, 0.02
 _QUIET = 4.0  # alpha_init "identity": the virtual tokens start with Z1 of about exp(-4) in all
 
 
@@ -57,11 +57,11 @@ class HiFICL(AttentionAdapter):
     Options: ClassVar[type[Options]] = HiFICLOptions
     options: HiFICLOptions
 
-    def __init__(self, options: HiFICLOptions, spec: DecoderSpec, init: Init) -> None:
+    def __init__(self, options: HiFICLOptions, spec: DecoderSpec, init: Init, sets: tuple[int, ...] = ()) -> None:
         super().__init__(options, spec, init)
         n, r = options.num_virtual_tokens, options.rank
         heads = spec.num_heads if options.heads == "query" else spec.num_kv_heads
-        grid, size, self.groups = (spec.num_attentions, heads), spec.head_dim, spec.num_heads // heads
+        grid, size, self.groups = (spec.num_attentions, heads, *sets), spec.head_dim, spec.num_heads // heads
         self.replaces = options.alpha == "full"
         if options.lowrank_k:
             self.k_a = init.normal(*grid, n, r, std=1.0)
@@ -81,12 +81,52 @@ class HiFICL(AttentionAdapter):
                 "keys": self.k_a @ self.k_b if self.options.lowrank_k else self.k,
                 "values": self.v_a @ self.v_b if self.options.lowrank_v else self.v,
             }
+        tokens = {name: x.flatten(2, -2) for name, x in tokens.items()}  # of sets, one behind another
         if self.groups > 1:
             tokens = {name: x.repeat_interleave(self.groups, 1) for name, x in tokens.items()}
         if self.options.alpha_init == "identity":
             keys = tokens["keys"]
-            tokens["bias"] = keys.new_full(keys.shape[:3], -math.log(keys.shape[2]) - _QUIET)
+            tokens["bias"] = keys.new_full(keys.shape[:3], -math.log(self.options.num_virtual_tokens) - _QUIET)
         return tokens
 
     def _first(self) -> nn.Parameter:
         return next(self.parameters())
+
+
+class MoEHiFICLOptions(HiFICLOptions):
+    """HiFICL's options, for each set, and how many sets there are."""
+
+    experts: int = Field(default=4, ge=1)
+
+
+@METHODS.register
+class MoEHiFICL(HiFICL):
+    """Several sets of HiFICL's virtual tokens, mixed by a router on the query (MoE-HiFICL, HiFICL Sec. 8.1).
+
+    out = alpha SA(q) + sum_e sum_i beta_ei v_ei, beta_ei = g_e(q) exp(s q.k_ei) / (Z1 + Z2), alpha = Z2 / (Z1 + Z2),
+    Z1 = sum_e g_e(q) sum_i exp(s q.k_ei), g(q) = softmax_e(w_e.q) for every head and position. The paper names the
+    method as its future work, "dynamically route to multiple virtual key-value pairs", and gives no equation: this is
+    its Eq. 1 with a soft mixture of sets, whose Z1 starts at about n as HiFICL's. w ~ N(0, 0.02^2); sets start as
+    HiFICL's. Trainable: E H L 2 r (n + d) + E H L d.
+    """
+
+    name = "moe-hificl"
+    Options: ClassVar[type[Options]] = MoEHiFICLOptions
+    routes = True
+    options: MoEHiFICLOptions
+
+    def __init__(self, options: MoEHiFICLOptions, spec: DecoderSpec, init: Init) -> None:
+        super().__init__(options, spec, init, (options.experts,))
+        heads = spec.num_heads // self.groups
+        self.router = init.normal(spec.num_attentions, heads, options.experts, spec.head_dim, std=_ROUTER_STD)
+
+    def forward(self) -> dict[str, Tensor]:
+        """Return all layers' virtual tokens, and each token's own row of the router, w_e.
+
+        A softmax over tokens counts each of the sets n times: the n is given back as a logit.
+        """
+        tokens, n = super().forward(), self.options.num_virtual_tokens
+        tokens["router"] = self.router.repeat_interleave(n, 2).repeat_interleave(self.groups, 1)
+        keys = tokens["keys"]
+        tokens["bias"] = tokens.get("bias", keys.new_zeros(keys.shape[:3])) + math.log(n)
+        return tokens

@@ -516,7 +516,7 @@ def _module(adapter: Adapter, model: nn.Module, spec: DecoderSpec, out: Path) ->
     if any(True for _ in parts_of([adapter], WeightsAdapter)):
         way_out = "Export it with --to peft" if adapter.peft_config() is not None else "Use it with this package"
         raise InputError("LoRA's layers are PEFT's", where=f"method '{adapter.name}'", way_out=way_out)
-    kinds = [part for part in adapter.parts if isinstance(part, AttentionAdapter) and part.prefills]
+    kinds = [part for part in adapter.parts if isinstance(part, AttentionAdapter) and (part.prefills or part.routes)]
     kinds += [part for _, part in parts_of([adapter], HiddenAdapter) if type(part).edited is not HiddenAdapter.edited]
     if kinds:
         problem = "it computes what a module by itself does not"

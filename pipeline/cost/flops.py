@@ -330,6 +330,8 @@ class Costs:
         flops = 0.0
         for _, part in parts_of([adapter], AttentionAdapter):
             flops += self.decoder.virtual(tokens, part.num_virtual)
+            if part.routes:  # one product with the queries, forward and twice backward
+                flops += self.decoder.virtual(tokens, part.num_virtual) / 2
             if part.prefills:  # the virtual tokens go through the decoder too
                 flops += self.decoder.forward(part.num_virtual)
                 flops += self.decoder.backward(part.num_virtual, to_inputs=True)

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pipeline import adapters
+from pipeline.adapters.edits import AttentionEdit
+from pipeline.adapters.pack import Pack
 from pipeline.backbones.decoder import decoder_of
 from pipeline.core.errors import InputError
 from tests.adapters.conftest import logits, stirred
@@ -132,3 +134,53 @@ def test_what_attention_and_ffn_give_is_edited_before_it_is_added(
 def test_a_soft_prompt_without_a_decoder_is_refused(tiny: Any) -> None:
     with pytest.raises(InputError, match="nothing without a decoder"):
         adapters.create("prompt", tiny("llava"))()
+
+
+@pytest.mark.parametrize("heads", ["query", "kv"])
+def test_sets_of_virtual_tokens_are_mixed_by_a_router_on_the_query(heads: str, tiny: Any) -> None:
+    model = tiny("mistral", dtype=torch.float64)
+    spec = decoder_of(model)
+    options = {"experts": 3, "num_virtual_tokens": 2, "rank": 2, "heads": heads}
+    adapter = stirred(adapters.create("moe-hificl", model, **options)).double()
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, h, 5, spec.head_dim, generator=generator, dtype=torch.float64).requires_grad_()
+        for h in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+    )
+    keys, values = adapter.k_a @ adapter.k_b, adapter.v_a @ adapter.v_b
+    rows = []
+    for head in range(spec.num_heads):
+        own, group = head if heads == "query" else head // 2, head // 2
+        for row in range(2):
+            for t in range(5):
+                x = q[row, head, t]
+                seen = (k[row, group, : t + 1] @ x / spec.head_dim**0.5).exp()
+                total, out = seen.sum(), seen @ v[row, group, : t + 1]
+                gates = (adapter.router[1, own] @ x).softmax(0)
+                for expert in range(3):
+                    mass = gates[expert] * (keys[1, own, expert] @ x / spec.head_dim**0.5).exp()
+                    total, out = total + mass.sum(), out + mass @ values[1, own, expert]
+                rows.append(out / total)
+    expected = torch.stack(rows).view(spec.num_heads, 2, 5, spec.head_dim).transpose(0, 1)
+    edit = AttentionEdit({0: adapter}, Pack(adapter), spec, lambda states: (states, states))
+    learnt = [q, k, v, *adapter.parameters()]
+    found = edit.attend(1, q, k, v, None, scale=None, causal=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    pairs = (torch.autograd.grad(x.square().sum(), learnt) for x in (found, expected))
+    for a, b in zip(*pairs, strict=True):
+        assert b.abs().sum() > 0
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_one_expert_is_hificl(tiny: Any, inputs: Any) -> None:
+    model = tiny("mistral", dtype=torch.float64)
+    batch = inputs(model)
+    for options in ({}, {"alpha": "one"}, {"alpha_init": "identity"}):
+        one = stirred(adapters.create("moe-hificl", model, experts=1, **options)).double()
+        plain = adapters.create("hificl", model, **options).double()
+        plain.load_state_dict({name: x[:, :, 0] for name, x in one.state_dict().items() if name != "router"})
+        found = []
+        for adapter in (one, plain):
+            with adapters.attach(model, adapter):
+                found.append(logits(model, batch))
+        torch.testing.assert_close(*found, rtol=0, atol=1e-6)  # norms are fp32

@@ -185,7 +185,7 @@ def test_lora_is_no_module(tiny: Any, tmp_path: Path) -> None:
         export(adapters.create("lora", tiny("llava")), tiny("llava"), "module", tmp_path)
 
 
-@pytest.mark.parametrize("method", ["m2iv", "bottleneck", "prompt"])
+@pytest.mark.parametrize("method", ["m2iv", "bottleneck", "prompt", "moe-hificl"])
 def test_what_a_module_does_not_compute_is_refused(method: str, tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="it computes what a module by itself does not"):
         export(adapters.create(method, tiny("llava")), tiny("llava"), "module", tmp_path)

@@ -27,6 +27,8 @@ PACKS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "before": [("prefix", {"num_virtual_tokens": 3}), ("prompt", {"num_virtual_tokens": 2}), ("prompt", {})],
     "behind": [("bottleneck", {"width": 2}), ("m2iv", {}), ("bottleneck", {"width": 5, "places": ["mlp"]})],
     "from demonstrations": [("ct-kv", {"num_virtual_tokens": 5}), ("i2cl", {}), ("m2iv", {})],
+    "routers": [("moe-hificl", {"num_virtual_tokens": 3, "rank": 2}), ("hificl", {}), ("moe-hificl", {"experts": 2})],
+    "a router and no tokens": [("moe-hificl", {"heads": "kv"}), ("live", {}), ("mimic", {})],
     "every place": [("prompt", {}), ("m2iv", {}), ("live", {"point": "residual"})],
     "all": [("hificl", {"num_virtual_tokens": 3}), ("mimic", {}), ("live", {}), ("mimic", {"shift": "linear"})],
 }

@@ -282,6 +282,7 @@ BASELINES = [
     ("m2iv", {}),
     ("ct-kv", {}),
     ("i2cl", {}),
+    ("moe-hificl", {"experts": 2}),
 ]
 
 
