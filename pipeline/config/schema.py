@@ -323,7 +323,7 @@ class Study(Section):
 
     title: str
     paper: str | None = None  # dotted path into the papers' figures, such as hificl.table1_main
-    layout: Literal["table", "curve", "bars", "gallery"] = "table"
+    layout: Literal["table", "curve", "bars", "pareto", "gallery"] = "table"
     backbones: list[str] = Field(min_length=1)  # the papers' names; the profile says what stands for them
     tasks: list[str] = Field(min_length=1)
     methods: dict[str, StudyMethod] = Field(min_length=1)

@@ -1,10 +1,11 @@
-"""The figures of a study: bars of each backbone, or curves over what it varies, with their words; losses by epoch."""
+"""The figures of a study: bars, curves over what it varies, score against cost, with their words; losses by epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -29,7 +30,7 @@ from pipeline.report.drawing import (
     styled_svg,
     wrapped,
 )
-from pipeline.report.tables import Column, Line, Table, TableEntry
+from pipeline.report.tables import Column, Cost, Line, Table, TableEntry, costs_of
 
 Name = tuple[str, tuple[tuple[str, Any], ...]]  # a curve: its row, and the varied axes that it does not run along
 
@@ -37,6 +38,14 @@ Name = tuple[str, tuple[tuple[str, Any], ...]]  # a curve: its row, and the vari
 def draw_figures(table: Table, layout: str) -> dict[str, Drawing]:
     """Return a study's figures by name."""
     study = table.study.study
+    if layout == "pareto":
+        return {
+            f"cost-{safe(backbone)}": Drawing(
+                styled_svg(f"{study} cost {backbone}", partial(cost_figure, table, lines)), _cost_words(table, lines)
+            )
+            for backbone, lines in table.groups()
+            if any(_priced(table, lines, column, cost) for column in _own(table) for cost in costs_of(table))
+        }
     if table.axes and layout != "table":
         axis = max(table.axes, key=lambda name: len({dict(line.vary).get(name) for line in table.lines}))
         curves = styled_svg(f"{study} {axis}", partial(curve_figure, table, axis))
@@ -122,6 +131,91 @@ def _curve_words(table: Table, axis: str) -> str:
     tasks = list(dict.fromkeys(papers.label("tasks", column.task) for column in table.columns))
     over = papers.label("axes", axis)
     return f"Score over {over} for {', '.join(rows)} on {', '.join(tasks)}, with the spread over seeds."
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the (cost, score) that no cheaper or equally cheap point reaches, by cost."""
+    best: list[tuple[float, float]] = []
+    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or score > best[-1][1]:
+            best.append((cost, score))
+    return best
+
+
+def _own(table: Table) -> list[Column]:
+    return [column for column in table.columns if column.metric is None]
+
+
+def _priced(table: Table, lines: Sequence[Line], column: Column, cost: Cost) -> dict[Line, tuple[float, float]]:
+    """Return (mean cost of its seeds, score) of each row that has both."""
+    points = {}
+    for row in lines:
+        entry = table.entries[row, column]
+        known = [float(value) for value in (getattr(cell, cost.field) for cell in entry.cells) if value]
+        if known and entry.value is not None:
+            points[row] = fmean(known), entry.value
+    return points
+
+
+def cost_figure(table: Table, lines: Sequence[Line]) -> Figure:
+    """Return score against what it takes to train: a panel a task and cost, a point a row, and the front of the best.
+
+    Rows that train nothing are level lines.
+    """
+    columns = [column for column in _own(table) if any(table.entries[row, column].value is not None for row in lines)]
+    costs = [cost for cost in costs_of(table) if any(_priced(table, lines, column, cost) for column in columns)]
+    across = min(2, len(costs)) if len(columns) == 1 else len(costs)
+    places = [(column, cost) for column in columns for cost in costs]
+    down = -(-len(places) // across)
+    made = Figure(figsize=(max(4.2, 3.6 * across), 2.9 * down), layout=ConstrainedLayoutEngine(w_pad=0.1))
+    panels = made.subplots(down, across, squeeze=False).ravel()
+    look = looks(table, lambda row: (row.row, row.vary))
+    handles: dict[str, Any] = {}
+    for panel, (column, cost) in zip(panels, places, strict=False):
+        points, heights = _priced(table, lines, column, cost), list[float]()
+        for row in lines:
+            entry, style = table.entries[row, column], look[row.row, row.vary]
+            if entry.value is None:
+                continue
+            heights += [entry.value - (entry.std or 0.0), entry.value + (entry.std or 0.0)]
+            if row in points:
+                drawn = panel.errorbar(
+                    points[row][0], entry.value, yerr=entry.std or None, color=style.colour, marker=style.marker,
+                    markersize=6, markerfacecolor=style.colour if style.filled else "none", linestyle="none",
+                    elinewidth=1, capsize=2,
+                )  # fmt: skip
+            else:
+                drawn = panel.axhline(entry.value, color=style.colour, linestyle=style.dash, linewidth=1.2)
+            handles.setdefault(row.title, drawn)
+        if best := front(points.values()):
+            xs, ys = zip(*best, strict=True)
+            panel.step(xs, ys, where="post", color=INK, linewidth=0.9, alpha=0.6, zorder=0)
+            panel.set_xscale("log")
+            ticks = cost.ticks([at for at, _ in points.values()])
+            panel.set_xlim(ticks[0] * 0.9, ticks[-1] * 1.1)
+            panel.set_xticks(ticks, spaced(panel, ticks, [cost.text([tick]) for tick in ticks]))
+        panel.minorticks_off()
+        panel.set_title(papers.label("tasks", column.task))
+        panel.set_xlabel(cost.axis)
+        panel.set_ylabel(metric_words(table.entries[lines[0], column]))
+        panel.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.7)
+        fit_range(panel, min(heights), max(heights))
+    for panel in panels[len(places) :]:
+        panel.set_axis_off()
+    legend(made, handles)
+    return made
+
+
+def _cost_words(table: Table, lines: Sequence[Line]) -> str:
+    sentences = []
+    for column in _own(table):
+        for cost in costs_of(table):
+            points = _priced(table, lines, column, cost)
+            best = front(points.values())
+            named = [f"{row.title} {cost.text([at[0]])}" for at in best for row in lines if points.get(row) == at]
+            if named:
+                sentences.append(f"{papers.label('tasks', column.task)}, {cost.axis}: {', '.join(named)}")
+    return f"Score against cost. No row is both cheaper and better than these: {'; '.join(sentences)}."
 
 
 def draw_losses(table: Table) -> dict[str, Drawing]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -403,19 +404,34 @@ class Cost:
         field: of a cell.
         title: head of the column.
         below: what the number is, in small print.
+        axis: the words of a figure's axis.
         text: what is shown for the values of a row's cells, of which there is one at least.
     """
 
     field: str
     title: str
     below: str
+    axis: str
     text: Callable[[Sequence[float]], str]
+
+    def ticks(self, values: Sequence[float]) -> list[float]:
+        """Return round numbers around `values` for a logarithmic axis: 1, 2, 5 times 10^k, and powers of 2 for bytes."""
+        steps, base = ((1.0,), 2.0) if self.field.endswith("bytes") else ((1.0, 2.0, 5.0), 10.0)
+        low, high = (math.floor(math.log(of(values), base)) for of in (min, max))
+        every = [step * base**power for power in range(low, high + 2) for step in steps]
+        first = max(tick for tick in every if tick <= min(values))
+        last = min(tick for tick in every if tick >= max(values))
+        return [tick for tick in every if first <= tick <= last]
 
 
 def _flops(value: float) -> str:
     """Return FLOPs with a prefix."""
     size, prefix = next(((size, prefix) for size, prefix in _PREFIXES if value >= size), (1.0, ""))
     return f"{value / size:.3g} {prefix}FLOP"
+
+
+def _seconds(values: Sequence[float]) -> str:
+    return f"{fmean(values):,.1f} s"
 
 
 def _memory(value: float) -> str:
@@ -428,10 +444,10 @@ def _range(values: Sequence[float]) -> str:
 
 
 COSTS = (
-    Cost("trainable_parameters", "Trainable", "parameters", _range),
-    Cost("train_seconds", "Training", "mean of a trial", lambda values: f"{fmean(values):,.1f} s"),
-    Cost("train_flops", "FLOPs", "mean, by formula", lambda values: _flops(fmean(values))),
-    Cost("peak_memory_bytes", "Memory", "peak of a trial", lambda values: _memory(max(values))),
+    Cost("trainable_parameters", "Trainable", "parameters", "trainable parameters", _range),
+    Cost("train_seconds", "Training", "mean of a trial", "seconds of training", _seconds),
+    Cost("train_flops", "FLOPs", "mean, by formula", "FLOPs of training", lambda values: _flops(fmean(values))),
+    Cost("peak_memory_bytes", "Memory", "peak of a trial", "peak memory (bytes)", lambda values: _memory(max(values))),
 )
 
 

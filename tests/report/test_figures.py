@@ -125,6 +125,41 @@ def test_a_method_has_its_colour_in_bars_and_in_curves_whoever_is_the_reference(
     assert [(one.get_color(), one.get_marker()) for one in drawn] == [of_method(method) for method in rows.values()]
 
 
+def test_the_front_is_what_nothing_cheaper_reaches() -> None:
+    assert figures.front([(3, 5.0), (1, 2.0), (2, 2.0), (4, 4.0), (3, 6.0), (9, 6.1)]) == [(1, 2.0), (3, 6.0), (9, 6.1)]
+    assert figures.front([]) == []
+
+
+def test_score_against_each_cost_with_the_front_and_what_costs_nothing_as_a_level(maker: Any) -> None:
+    rows = {"zero-shot": 20.0, "live": 60.0, "mimic": 50.0, "lora-r16": 75.0, "hificl": 80.0}
+    cells = [
+        maker.cell(row, "mini-vqa", seed) | {"value": value + seed} for row, value in rows.items() for seed in (0, 2)
+    ]
+    maker.study("miniature-factorial", cells)
+    known = maker.params(**{"miniature-factorial": maker.definition(layout="pareto")})
+    table = load_table("miniature-factorial", known, maker.folder)
+    ((name, drawing),) = figures.draw_figures(table, "pareto").items()
+    assert name == "cost-mini-idefics2"
+    assert "mini-vqa, trainable parameters: LIVE 516, HiFICL 10,240;" in drawing.words  # MimIC and LoRA cost more
+    figure = figures.cost_figure(table, table.lines)
+    size, *others = figure.axes
+    assert [axes.get_xlabel() for axes in (size, *others)] == [
+        "trainable parameters", "seconds of training", "FLOPs of training", "peak memory (bytes)",
+    ]  # fmt: skip
+    (step,) = [line for line in size.get_lines() if line.get_drawstyle() == "steps-post"]
+    assert list(zip(*step.get_data(), strict=True)) == [(516, 61.0), (10_240, 81.0)]
+    points = {(bars[0].get_xdata()[0], bars[0].get_ydata()[0]): bars[0].get_color() for bars in size.containers}
+    assert points.pop((57_344, 76.0)) and points[1_040, 51.0] == of_method("mimic")[0] and len(points) == 3
+    (level,) = [line for line in size.get_lines() if list(line.get_ydata()) == [21.0, 21.0]]
+    assert level.get_color() == of_method("zero-shot")[0]
+    assert [tick.get_text() for tick in size.get_xticklabels() if tick.get_text()][-1] == "100,000"
+    assert [tick.get_text() for tick in others[2].get_xticklabels()][:2] == ["512 MiB", "1 GiB"]
+    assert all(axes.get_xscale() == "log" for axes in figure.axes)
+    legends = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(legends) == sorted(["Zero-shot", "LIVE", "MimIC", "LoRA", "HiFICL"])
+    figure.draw_without_rendering()
+
+
 def ranks(maker: Any, values: dict[int, float], seeds: int = 1, **more: Any) -> Any:
     cells = [
         maker.cell("hificl", "mini-vqa", seed, vary={"rank": rank} | more) | {"value": value + seed}
