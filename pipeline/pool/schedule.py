@@ -91,10 +91,12 @@ class PerCell(FIFOScheduler):
                     scheduler.on_trial_complete(None, past, results[-1])
         return self._own[cell]
 
-    def _tell(self, scheduler: TrialScheduler, tune_controller: Any, trial: Any) -> list[dict[str, Any]]:
+    def _tell(self, scheduler: TrialScheduler, tune_controller: Any, trial: Any) -> list[dict[str, float]]:
         """Tell a scheduler what is known of a trial, and return it; whom it would stop has been, or is wanted whole."""
         known = self._epochs(trial.config["trial"]) if "trial" in trial.config else ()
-        results = [{TIME: report.epoch, METRIC: report.objective} for report in known if report.objective is not None]
+        results: list[dict[str, float]] = [
+            {TIME: report.epoch, METRIC: report.objective} for report in known if report.objective is not None
+        ]
         for result in results:
             scheduler.on_trial_result(tune_controller, trial, result)
         return results

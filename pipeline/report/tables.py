@@ -415,7 +415,7 @@ class Cost:
     text: Callable[[Sequence[float]], str]
 
     def ticks(self, values: Sequence[float]) -> list[float]:
-        """Return round numbers around `values` for a logarithmic axis: 1, 2, 5 times 10^k, and powers of 2 for bytes."""
+        """Return round numbers around `values` for a logarithmic axis: 1, 2, 5 times 10^k, powers of 2 for bytes."""
         steps, base = ((1.0,), 2.0) if self.field.endswith("bytes") else ((1.0, 2.0, 5.0), 10.0)
         low, high = (math.floor(math.log(of(values), base)) for of in (min, max))
         every = [step * base**power for power in range(low, high + 2) for step in steps]
