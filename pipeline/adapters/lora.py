@@ -1,4 +1,4 @@
-"""LoRA, as PEFT computes it; the parameters are the adapter's own, lent to PEFT's layers while attached."""
+"""LoRA, as PEFT computes it, its parameters lent to PEFT's layers; and the whole update of a connector's weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from pipeline.adapters.base import METHODS, AdapterConfig, Init, WeightsAdapter
 from pipeline.adapters.options import Facts, Options, TeacherOptions
-from pipeline.backbones.decoder import DecoderSpec
+from pipeline.backbones.decoder import DecoderSpec, check_hooks, eager
 from pipeline.core.errors import InputError, of_an_extra
 from pipeline.core.plain_yaml import Json
 
@@ -29,6 +29,11 @@ _IDLE = {
     "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
     "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core",
 }  # fmt: skip
+# What stands between vision tower and decoder, as transformers' models call it.
+_CONNECTORS = (
+    "multi_modal_projector", "connector", "merger", "deepstack_merger_list", "perceiver_resampler",
+    "gated_cross_attn_layers", "embed_vision", "aligner",
+)  # fmt: skip
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others change the backbone's weights too
 
 
@@ -166,6 +171,79 @@ class LoRAMini(LoRA):
 
     name = "lora-mini"
     Options: ClassVar[type[Options]] = LoRAMiniOptions
+
+
+class ConnectorOptions(TeacherOptions):
+    """What the connector is called: a part of its modules' dotted names."""
+
+    modules: tuple[str, ...] = Field(default=_CONNECTORS, min_length=1)
+
+    def facts(self) -> Facts:
+        """Cross-entropy alone, or with a teacher; pictures go through the connector at every step."""
+        return self.taught(Facts(learning_rate=1e-4, trains_vision=True, packable=False))
+
+
+@METHODS.register
+class Connector(WeightsAdapter):
+    """y = (W + D) x + b + c on every linear module between vision tower and decoder (connector tuning).
+
+    D = 0, c = 0 (where there is a bias) at the start: the connector's own weights are trained whole, everything else is
+    frozen, norms and queries of a resampler too. In Zhou et al. 2024 (arXiv 2406.05130) it goes with other methods or
+    stands alone. Trainable: the values of these modules.
+    """
+
+    name = "connector"
+    Options: ClassVar[type[Options]] = ConnectorOptions
+    seed: torch.Tensor
+
+    def __init__(
+        self, options: ConnectorOptions, spec: DecoderSpec, init: Init, linears: dict[str, nn.Linear], seed: int
+    ) -> None:
+        super().__init__(options, spec, init)
+        self.register_buffer("seed", torch.tensor(seed, device=init.device))  # which draws nothing here
+        self.weight, self.bias = nn.ParameterDict(), nn.ParameterDict()
+        for module, linear in linears.items():
+            key = module.replace(".", "/")
+            self.weight[key] = init.full(linear.out_features, linear.in_features)
+            if linear.bias is not None:
+                self.bias[key] = init.full(linear.out_features)
+
+    @classmethod
+    def build(cls, model: nn.Module, spec: DecoderSpec, options: Any, seed: int, device: torch.device) -> Connector:
+        """Make the adapter for every linear module of the connector."""
+        inside = {id(module) for layer in spec.layers for module in layer.modules()}
+        linears = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and id(module) not in inside and set(name.split(".")) & {*options.modules}
+        }
+        if not linears:
+            problem = f"{type(model).__name__} has no linear module in {', '.join(options.modules)}"
+            raise InputError(problem, where=f"method '{cls.name}'", way_out="Name its connector in `modules`")
+        return cls(options, spec, Init(seed, device), linears, seed)
+
+    def modules_trainable(self) -> dict[str, int]:
+        """Return the number of trainable values by module."""
+        biases = {key: bias.numel() for key, bias in self.bias.items()}
+        return {key.replace("/", "."): x.numel() + biases.get(key, 0) for key, x in self.weight.items()}
+
+    @contextmanager
+    def injected(self, model: nn.Module) -> Iterator[None]:
+        """Add D x + c to what the modules give."""
+        keys = {model.get_submodule(key.replace("/", ".")): key for key in self.weight}
+
+        def add(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            weight, bias = self.weight[keys[module]], self.bias.get(keys[module])
+            return output + nn.functional.linear(args[0].to(weight.dtype), weight, bias).to(output.dtype)
+
+        check_hooks(model.modules(), keys)
+        hook = eager(add)
+        handles = [module.register_forward_hook(hook) for module in keys]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _targets(model: nn.Module, spec: DecoderSpec, options: LoRAOptions) -> dict[str, tuple[int, int]]:

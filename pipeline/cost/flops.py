@@ -308,7 +308,9 @@ class Costs:
         return StepCost(
             decoder=decoder,
             adapter=self._adapter(adapter, tokens),
-            vision=self.image.forward + self.image.backward if trains_vision else 0.0,
+            vision=self.image.forward + (self.image.backward if self._in_tower(adapter) else 0.0)
+            if trains_vision
+            else 0.0,
             teacher=self.decoder.forward(long) if teaches else 0.0,
             image=self.image.forward,
             images=1 + shots + 1 if teaches else 1,
@@ -325,6 +327,15 @@ class Costs:
     def answer(self, shots: int = 0, new_tokens: int = 10) -> float:
         """Return a prompt's forward pass and the decoding behind it, with visual tokens at hand."""
         return self.prefill(shots) + self.decoder.decode(new_tokens - 1, self.turn * (shots + 1))
+
+    def _in_tower(self, adapter: Adapter) -> bool:
+        """Whether gradients go through the vision tower, and not only through what stands behind it."""
+        tower = self.vision_modules[0]
+        return any(
+            name.startswith(tower)
+            for _, part in parts_of([adapter], WeightsAdapter)
+            for name in part.modules_trainable()
+        )
 
     def _adapter(self, adapter: Adapter, tokens: int) -> float:
         flops = 0.0

@@ -184,3 +184,32 @@ def test_one_expert_is_hificl(tiny: Any, inputs: Any) -> None:
             with adapters.attach(model, adapter):
                 found.append(logits(model, batch))
         torch.testing.assert_close(*found, rtol=0, atol=1e-6)  # norms are fp32
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics2"])
+def test_a_connector_is_trained_whole_and_nothing_else(family: str, tiny: Any, inputs: Any) -> None:
+    model = tiny(family, dtype=torch.float64)
+    batch = inputs(model)
+    adapter = adapters.create("connector", model).double()
+    plain = logits(model, batch)
+    with adapters.attach(model, adapter):
+        assert torch.equal(logits(model, batch), plain)
+    stirred(adapter)
+    moved = {f"{key.replace('/', '.')}.weight": x for key, x in adapter.weight.items()}
+    moved |= {f"{key.replace('/', '.')}.bias": x for key, x in adapter.bias.items()}
+    place = ("model.multi_modal_projector.", "model.connector.")
+    assert moved.keys() == {
+        name
+        for name, x in model.named_parameters()
+        if name.startswith(place) and (x.dim() == 2 and "latents" not in name or name.endswith("bias"))
+    }
+    values = dict(model.named_parameters())
+    expected = torch.func.functional_call(
+        model, {name: values[name] + x for name, x in moved.items()}, (), batch
+    ).logits
+    agree(model, adapter, batch, expected)
+
+
+def test_a_text_model_has_no_connector(tiny: Any) -> None:
+    with pytest.raises(InputError, match="no linear module in .*Name its connector in `modules`"):
+        adapters.create("connector", tiny("mistral"))

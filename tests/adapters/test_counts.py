@@ -77,6 +77,7 @@ def real() -> dict[str, Any]:
         ("idefics2", "m2iv", {}, 2 * 32 * 4097),
         ("idefics2", "ct-kv", {"num_virtual_tokens": 600}, 2 * 32 * 8 * 600 * 128),
         ("llava", "i2cl", {}, 4 * 32),
+        ("llava", "connector", {}, 4096 * (1152 + 1) + 4096 * (4096 + 1)),
         ("llava", "moe-hificl", {"experts": 3}, 3 * 32 * 32 * (2 * 8 * (8 + 128) + 128)),
         ("idefics2", "peft", {"tuner": "ia3"}, 32 * (4096 + 2 * 1024 + 4096)),
     ],

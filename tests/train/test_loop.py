@@ -283,12 +283,13 @@ BASELINES = [
     ("ct-kv", {}),
     ("i2cl", {}),
     ("moe-hificl", {"experts": 2}),
+    ("connector", {"learning_rate": 1e-4}),
 ]
 
 
 @pytest.mark.parametrize(("method", "given"), BASELINES, ids=str)
 def test_a_baseline_learns_in_a_trial_like_any_other(bench, trial, tmp_path, method, given):
-    request = trial(method, tmp_path, **given, learning_rate=2e-3)
+    request = trial(method, tmp_path, **{"learning_rate": 2e-3, **given})
     (reports,) = train(bench, [request]).values()
     assert len(reports) == 2 and reports[1].ground_truth_loss < reports[0].ground_truth_loss
     assert TrialStore(tmp_path).done(request.key).status == "finished"
