@@ -28,7 +28,7 @@ from pipeline.backbones.weights import (
     settle,
 )
 from pipeline.config.schema import BackboneSource
-from pipeline.core.errors import InputError, nearest
+from pipeline.core.errors import InputError, require_known
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VARIANTS = ("published", "tiny", "meta")
@@ -177,11 +177,7 @@ def _loaded(
     backbone: Backbone, variant: str, weights: Path | str | None, revision: str | None, dtype: torch.dtype | str,
     device: torch.device | str, seed: int, quantized: str, zero: Zero | None, *, allow_download: bool = False,
 ) -> Loaded:  # fmt: skip
-    if variant not in VARIANTS:
-        raise InputError(
-            f"unknown variant '{variant}'", where=f"backbones.{backbone.name}.variant",
-            way_out=nearest(variant, VARIANTS),
-        )  # fmt: skip
+    require_known("variant", variant, VARIANTS, f"backbones.{backbone.name}.variant")
     kind = _dtype(dtype, backbone.name)
     check_quantization(quantized, f"backbone {backbone.name}")
     if quantized != "none" and zero is not None:
@@ -217,8 +213,7 @@ def digest_of(name: str, source: BackboneSource) -> str:
 def _dtype(dtype: torch.dtype | str, name: str) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype not in DTYPES:
-        raise InputError(f"unknown dtype '{dtype}'", where=f"backbones.{name}.dtype", way_out=nearest(dtype, DTYPES))
+    require_known("dtype", dtype, DTYPES, f"backbones.{name}.dtype")
     return DTYPES[dtype]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.backbones.base import IMAGE_BACKEND, Backbone
 from pipeline.backbones.decoder import decoder_of
-from pipeline.core.errors import InputError, WorkError, nearest
+from pipeline.core.errors import InputError, WorkError, require_known
 from pipeline.core.files import stamp, write_atomic
 from pipeline.core.locks import held
 from pipeline.core.plain_yaml import Json
@@ -214,8 +214,7 @@ def check_quantization(kind: str, where: str) -> None:
     Raises:
         InputError: there is not, or it is missing.
     """
-    if kind not in QUANTIZED:
-        raise InputError(f"unknown way to store weights '{kind}'", where=where, way_out=nearest(kind, QUANTIZED))
+    require_known("way to store weights", kind, QUANTIZED, where)
     if kind != "none" and find_spec("bitsandbytes") is None:
         problem = f"weights in {kind} need the package bitsandbytes, which is missing"
         way_out = "Install it: pip install bitsandbytes (the extra `quantized`), or set train.quantize to none"

@@ -40,7 +40,7 @@ from pipeline.config.schema import (
 )
 from pipeline.config.trial import Kind, TrialConfig
 from pipeline.core import registry
-from pipeline.core.errors import InputError, nearest, validate
+from pipeline.core.errors import InputError, nearest, require_known, validate
 from pipeline.core.plain_yaml import Json, read
 
 __all__ = [
@@ -129,8 +129,8 @@ def _resolved(raw: dict[str, Any], where: str) -> Params:
                     way_out="A name has letters (a-z), digits, '_', '-' and '.', and begins with a letter or digit",
                 )  # fmt: skip
     protocols = {**papers.protocols(), **file.protocols}
-    if file.protocol is not None and file.protocol not in protocols:
-        raise InputError(f"unknown protocol '{file.protocol}'", where=where, way_out=nearest(file.protocol, protocols))
+    if file.protocol is not None:
+        require_known("protocol", file.protocol, protocols, where)
     chosen = protocols[file.protocol] if file.protocol else Protocol()
     name, run, run_at = _profile(raw, sections, chosen, where)
     explicit = sections if file.run is None else dict.fromkeys(OWN, {})
@@ -168,13 +168,12 @@ def _profile(raw: dict[str, Any], own: dict[str, Any], chosen: Protocol, where: 
     if name is None:
         raise InputError("no profile is named", where=where, way_out=f"Write `profile: NAME`. {nearest('', profiles)}")
     at = f"profile '{name}'"
-    return str(name), validate(Profile, _named(name, profiles, where), at), at
+    return str(name), validate(Profile, _named(str(name), profiles, where), at), at
 
 
 def _named(name: str, profiles: Json, where: str) -> Json:
     """Return a profile, complete."""
-    if name not in profiles:
-        raise InputError(f"unknown profile '{name}'", where=where, way_out=nearest(str(name), profiles))
+    require_known("profile", name, profiles, where)
     return _extended(name, profiles, ())
 
 
@@ -196,10 +195,7 @@ def _studies(studies: dict[str, Study], run: Profile, run_at: str) -> dict[str, 
     """Return every study in the order in which reports have them, with the profile's changes laid over it."""
     changed = {}
     for name, change in run.study_changes.items():
-        if name not in studies:
-            raise InputError(
-                f"unknown study '{name}'", where=f"{run_at}: study_changes", way_out=nearest(name, studies)
-            )
+        require_known("study", name, studies, f"{run_at}: study_changes")
         changed[name] = validate(Study, merge(studies[name].model_dump(), change), f"{run_at}: study_changes.{name}")
     first = {name: place for place, name in enumerate(run.studies)}  # the profile's own, then the others as 1, 2, 10
     order = sorted(studies, key=lambda name: (first.get(name, len(first)), _natural(name)))

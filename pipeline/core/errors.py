@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -100,6 +100,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"Did you mean '{close[0]}'? " if close else ""
     return f"{hint}Known: {', '.join(names) or '(none)'}"
+
+
+def require_known(noun: str, name: str, known: Collection[str], where: str | None = None) -> None:
+    """Refuse a name that is not among those known.
+
+    Raises:
+        InputError: with the nearest of them, and all.
+    """
+    if name not in known:
+        raise InputError(f"unknown {noun} '{name}'", where=where, way_out=nearest(name, known))
 
 
 M = TypeVar("M", bound="BaseModel")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import metadata
 from typing import Any, Generic, Protocol, TypeVar, cast
 
-from pipeline.core.errors import InputError, nearest
+from pipeline.core.errors import InputError, require_known
 
 GROUPS = ("hificl.methods", "hificl.backbones", "hificl.tasks", "hificl.measures")  # of entry points
 
@@ -74,8 +74,7 @@ class Registry(Generic[T]):
                     way_out="Give yours another name",
                 )  # fmt: skip
             return self.made(name, declared[name])
-        if name not in self._members:
-            raise InputError(f"unknown {self.kind} '{name}'", way_out=nearest(name, self.names()))
+        require_known(self.kind, name, self.names())
         return self._members[name]
 
     def made(self, name: str, description: object) -> T:

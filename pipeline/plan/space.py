@@ -16,7 +16,7 @@ from pipeline.adapters.options import Facts
 from pipeline.config.load import Params, Study, StudyMethod, Train
 from pipeline.config.schema import Budget
 from pipeline.config.trial import EvaluationConfig, TrialConfig
-from pipeline.core.errors import InputError, nearest
+from pipeline.core.errors import InputError, nearest, require_known
 from pipeline.core.plain_yaml import Json
 from pipeline.plan.settings import EXPLICIT, Settings, check_methods, resolve
 from pipeline.tasks import tasks
@@ -239,12 +239,7 @@ def needed(params: Params, studies: Iterable[str]) -> tuple[list[str], list[str]
 
 def _pairs(params: Params, study_name: str) -> tuple[Study, list[tuple[str, str, str, str]]]:
     """Return a study, and the profile's backbones and tasks for it, each with the part that it plays."""
-    if study_name not in params.studies:
-        raise InputError(
-            f"unknown study '{study_name}'",
-            where=f"profile '{params.profile}'",
-            way_out=nearest(study_name, params.studies),
-        )
+    require_known("study", study_name, params.studies, f"profile '{params.profile}'")
     study = params.studies[study_name]
     pairs = [
         (backbone, paper_backbone, task, paper_task)

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.config import papers
-from pipeline.core.errors import InputError, nearest
+from pipeline.core.errors import InputError, nearest, require_known
 from pipeline.core.plain_yaml import read_file
 
 _FIGURES = Path(papers.__file__).with_name("papers.yaml")
@@ -192,8 +192,7 @@ def method_look(method: str) -> MethodLook | None:
 def _find(path: str) -> tuple[_Paper, _Printed]:
     name, _, table = path.partition(".")
     papers = _papers()
-    if name not in papers:
-        raise InputError(f"unknown paper '{name}'", where=f"a study's paper: {path}", way_out=nearest(name, papers))
+    require_known("paper", name, papers, f"a study's paper: {path}")
     paper = papers[name]
     if table in paper.tables:
         return paper, paper.tables[table]

@@ -21,7 +21,7 @@ from pycocoevalcap.meteor import meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.spice import spice
 
-from pipeline.core.errors import InputError, WorkError, nearest
+from pipeline.core.errors import InputError, WorkError, require_known
 from pipeline.scores.files import JsonObject, first_few
 from pipeline.scores.java import conversation, run_java, tokenise, tokenise_references
 
@@ -139,8 +139,7 @@ def caption_scores(
         WorkError: Java is missing or failed.
     """
     for name in metrics:
-        if name not in _SCORER_OF:
-            raise InputError(f"unknown caption metric '{name}'", way_out=nearest(name, _SCORER_OF))
+        require_known("caption metric", name, _SCORER_OF)
     scorers = list(dict.fromkeys(_SCORER_OF[name] for name in metrics))
     if _spice in scorers and spice_missing():
         raise InputError(f"SPICE cannot be scored: {spice_missing()}", way_out="Leave SPICE out of the metrics")

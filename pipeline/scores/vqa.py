@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from pipeline.core.errors import InputError, nearest
+from pipeline.core.errors import InputError, require_known
 from pipeline.scores.files import JsonObject, first_few
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -144,8 +144,7 @@ def vqa_accuracy(
     Raises:
         InputError: nothing to score, a question without annotation, or an unknown normalisation.
     """
-    if normalise not in NORMALISATIONS:
-        raise InputError(f"unknown normalisation '{normalise}'", way_out=nearest(normalise, NORMALISATIONS))
+    require_known("normalisation", normalise, NORMALISATIONS)
     if not predictions:
         raise InputError("there is no answer to score", way_out="Give at least one prediction")
     unannotated = [key for key in predictions if not references.get(key)]

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline import report
 from pipeline.config.load import FOLDERS, PARAMS, Params, load
 from pipeline.core import plain_yaml
-from pipeline.core.errors import InputError, WorkError, nearest
+from pipeline.core.errors import InputError, WorkError, require_known
 from pipeline.core.plain_yaml import Json
 from pipeline.core.terminal import Answer
 from pipeline.plan.plan import places
@@ -165,8 +165,7 @@ def run(studies: list[str], params: Params, root: Path) -> Reported:
         WorkError: some trials failed; the others are done.
     """
     for name in studies:
-        if name not in params.studies:
-            raise InputError(f"unknown study '{name}'", way_out=nearest(name, params.studies))
+        require_known("study", name, params.studies)
     draw_samples(params, studies, root)
     sweep(params, studies, root)
     evaluate(params, studies, root)
