@@ -34,7 +34,8 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            subject = f"value of {action.option_strings[-1]}" if action.option_strings else f"{action.metavar}".lower()
+            word = str(action.metavar or action.dest).lower()
+            subject = f"value of {action.option_strings[-1]}" if action.option_strings else word
             self.error(f"unknown {subject} '{value}'. {nearest(str(value), map(str, action.choices))}")
 
 

@@ -91,7 +91,7 @@ def _register_adapt(line: CommandLine) -> None:
 def _register_tasks(line: CommandLine) -> None:
     text = "an array job whose tasks lease the open trials, without Ray"
     parser = line.verb("run", "submit", _submit, text, answers=True)
-    parser.add_argument("system", metavar="SYSTEM", choices=["slurm"], help="the queueing system: slurm")
+    parser.add_argument("system", choices=["slurm"], help="the queueing system: slurm")
     study_names(parser.add_argument("--study", action="append", metavar="S", help="a study (default: the profile's)"))
     text = f"of the array (default: one a trial, {_MOST_TASKS} at most)"
     parser.add_argument("--tasks", type=int, metavar="N", help=text)

@@ -38,6 +38,8 @@ def test_parameters_are_counted_on_the_real_configuration():
         (["sweep", "--set", "train.epoch=2"], ["train", "epoch", "epochs"]),
         (["studdy"], ["unknown command 'studdy'", "Did you mean 'study'", "hificl --help"]),
         (["score", "captoin"], ["captoin", "Did you mean 'caption'"]),
+        (["completion", "tcsh"], ["unknown shell 'tcsh'", "Did you mean 'zsh'"]),
+        (["submit", "slrum"], ["unknown system 'slrum'", "Did you mean 'slurm'"]),
         (["sweep", "--stdy", "x"], ["--stdy", "Did you mean '--study'", "hificl sweep --help"]),
         (["--verison"], ["--verison", "Did you mean '--version'"]),
         (["bench", "step", "--device=gpu"], ["--device", "'gpu'", "cpu, cuda"]),

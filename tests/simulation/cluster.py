@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -534,6 +535,7 @@ class Driver(supervisor.Driver):
 
         cluster = Driver.cluster
         self.mark, self.works = uuid.uuid4().hex, False
+        self.written = BytesIO()  # no Ray of C++ here, which would write into it as it dies
         self.pipe, end = Pipe.pair(cluster.world)
         process = cluster.start_driver(self.mark, end)
         cluster.world.process.ended.append(self.pipe.close)
