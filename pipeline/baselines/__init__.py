@@ -90,6 +90,9 @@ class Baseline:
         """Return each query's demonstrations, in prompt order; none of them has the query's id."""
         return [[] for _ in queries]
 
+    # A query's demonstrations in chunks with weights, each in a prompt of its own: together they write one answer.
+    chunks: Callable[[Sample], list[tuple[float, list[Sample]]]] | None = None
+
     def edited(self) -> AbstractContextManager[None]:
         """Return a context in which the resident model computes as the method wants it."""
         return nullcontext()

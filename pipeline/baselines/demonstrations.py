@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
+from pipeline.adapters.options import PublishedDecoding
 from pipeline.baselines import Baseline, BaselineOptions, Setting, baselines
 from pipeline.core.errors import InputError
 from pipeline.data.sample import Sample
@@ -135,6 +136,51 @@ class SimilarImages(Baseline):
         features: Tensor = self.setting.features([image for sample in samples for image in sample.images])
         parts = features.double().split([len(sample.images) for sample in samples])
         return np.stack([part.mean(0).numpy() for part in parts])
+
+
+class ParallelOptions(RicesOptions):
+    """How many demonstrations, in how many chunks, and how evenly these are weighed."""
+
+    published_decoding: ClassVar[PublishedDecoding] = PublishedDecoding(num_beams=1)
+    num_chunks: int = Field(2, ge=1)
+    temperature: float = Field(1.0, gt=0)
+
+
+@baselines.register
+class ParallelDemonstrations(SimilarImages):
+    """p(y) ~ prod_c p(y | chunk c, query)^w_c, over chunks of k random demonstrations (Parallel-ICL, Yamaguchi 2026).
+
+    A product of experts, token by token, greedily: each chunk stands before the query in a prompt of its own, so that
+    attention never spans them all. As the abstract of arXiv 2603.16092 has it, chunks are clusters of the
+    demonstrations (k-means on features of unit length), and w = softmax_c of the cosine between the query's features
+    and the mean of the chunk's, over `temperature`. Features are those of rices-k: of images, or of texts.
+    """
+
+    name = "parallel-icl"
+    Options: ClassVar[type[BaselineOptions]] = ParallelOptions
+    options: ParallelOptions
+
+    def demonstrations(self, queries: Sequence[Sample]) -> list[list[Sample]]:
+        """Return `num_shots` samples of the pool for every query, as icl-k draws them."""
+        return [draw_from(self.setting.pool, query, self.options.num_shots, self.setting.seed) for query in queries]
+
+    def chunks(self, query: Sample) -> list[tuple[float, list[Sample]]]:  # type: ignore[override]
+        """Return the query's demonstrations by cluster, with weights; a cluster without any has the weight 0."""
+        from sklearn.cluster import KMeans
+
+        (demos,), number = self.demonstrations([query]), self.options.num_chunks
+        features = self._features([*demos, query])
+        features = np.asarray(features.todense() if hasattr(features, "todense") else features)
+        features = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
+        clusters = min(number, len(np.unique(features[:-1], axis=0)))
+        labels = KMeans(clusters, n_init=1, random_state=self.setting.seed).fit_predict(features[:-1])
+        cosines = np.full(number, -np.inf)
+        for label in set(labels):
+            mean = features[:-1][labels == label].mean(0)
+            cosines[label] = features[-1] @ mean / max(np.linalg.norm(mean), 1e-12)
+        weights = np.exp((cosines - cosines.max()) / self.options.temperature)
+        parts = [[demo for demo, label in zip(demos, labels, strict=True) if label == of] for of in range(number)]
+        return list(zip((weights / weights.sum()).tolist(), parts, strict=True))
 
 
 def _shown(sample: Sample) -> tuple[str, ...]:

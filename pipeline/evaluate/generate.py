@@ -23,6 +23,7 @@ from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import decoder_of, told
 from pipeline.backbones.load import Loaded
 from pipeline.backbones.passes import GRAPHS_ON, TokenPass, bytes_of_row, is_out_of_memory
+from pipeline.core.errors import InputError
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Sample
 from pipeline.prompts.collate import Batch, collate
@@ -92,6 +93,36 @@ class _StopAt:
         return self._written
 
 
+@dataclass(frozen=True)
+class Experts:
+    """Prompts that write one answer together: p(token) ~ prod_c p_c(token)^w_c, a product of experts.
+
+    Attributes:
+        prompts: of the one query, each behind demonstrations of its own.
+        weights: w_c, one a prompt; a prompt of weight 0 has no say.
+    """
+
+    prompts: tuple[Encoded, ...]
+    weights: tuple[float, ...]
+
+
+class _Product:
+    """Gives rows that stand together the same scores; what transformers asks for every token.
+
+    Args:
+        weights: [B, C] of C rows for each of B answers.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = scores.log_softmax(-1).unflatten(0, self.weights.shape)
+        weights = self.weights.to(scores)[..., None]
+        mixed = torch.where(weights > 0, weights * rows, 0.0).sum(1)
+        return mixed.repeat_interleave(self.weights.shape[1], 0)
+
+
 class _Coming:
     """The newest tokens [B] on their way to the host."""
 
@@ -141,6 +172,7 @@ def generate(
     pack: Pack | None = None,
     members: Sequence[int] = (),
     on_batch: Callable[[], None] = lambda: None,
+    experts: Sequence[Experts] = (),
 ) -> list[str]:
     """Return what the model writes after each prompt, greedily or by beam search.
 
@@ -161,15 +193,17 @@ def generate(
         pack: the adapters that are attached, where there are several.
         members: the adapter of every request in that pack.
         on_batch: called after every batch, to show that the process is alive.
+        experts: one a request, all of as many prompts: these are read in its place.
 
     Returns:
         One text a request, in order, stop string and surrounding white space removed.
     """
     texts = [""] * len(requests)
-    order = longest_first(requests)
+    order, count = longest_first(requests), len(experts[0].prompts) if experts else 1
+    batch_size = max(1, batch_size // count)
     device = loaded.device
     # beam search copies images by row, those of the shared head too; in a pack every adapter has its own head
-    shares = loaded.family.shares_prefix and num_beams == 1 and pack is None and not from_pixels
+    shares = loaded.family.shares_prefix and num_beams == 1 and pack is None and not from_pixels and not experts
     head = common_head(requests) if shares else None
     heads = [head] if head else []
     made = loaded.passes.run("generation", heads, lambda _: [Prefix.of(heads[0], loaded, visual_tokens, root)])
@@ -179,11 +213,14 @@ def generate(
         settings["length_penalty"] = length_penalty
 
     # worth recording where there is more than one batch
-    greedy = Greedy(loaded) if num_beams == 1 and len(requests) > batch_size and Greedy.serves(loaded) else None
+    recorded = num_beams == 1 and not experts and len(requests) > batch_size and Greedy.serves(loaded)
+    greedy = Greedy(loaded) if recorded else None
     stops = _Stops(loaded.tokenizer, stop_strings)
 
     def answered(chosen: Sequence[int]) -> list[str]:
         rows = [without_head(requests[i]) if prefix else requests[i] for i in chosen]
+        if experts:
+            rows = [prompt for i in chosen for prompt in experts[i].prompts]
         if from_pixels:
             images: dict[str, Any] = {"pixels": visual_tokens.pixels([row.images for row in rows], root)}
         else:
@@ -205,8 +242,9 @@ def generate(
                 suppress_tokens=loaded.never_generated,
                 synced_gpus=loaded.passes.together,  # a rank that has finished goes on until all have
                 stopping_criteria=[stop] if stop_strings else None,
+                logits_processor=[_Product(torch.tensor([experts[i].weights for i in chosen]))] if experts else None,
             )
-        return kept(out[:, width:])
+        return kept(out[::count, width:])
 
     def kept(tokens: Any) -> list[str]:
         on_batch()
@@ -218,7 +256,7 @@ def generate(
         later = order[start + batch_size : start + 2 * batch_size]
         visual_tokens.ahead((image for i in later for image in requests[i].images), root, pixels=from_pixels)
         answers = loaded.passes.run(
-            "generation", chosen, answered, width=lambda i: len(requests[i]), device=device,
+            "generation", chosen, answered, width=lambda i: count * len(requests[i]), device=device,
             bytes_of=lambda tokens: bytes_of_row(
                 loaded.model, tokens, new=max_new_tokens, beams=num_beams, caches=1 if greedy is None else 2
             ),
@@ -418,15 +456,44 @@ def predict(
     decoding: Decoding,
     demonstrations: Callable[[Sample], list[Sample]] | None = None,
     part: SplitPart = WHOLE,
+    chunks: Callable[[Sample], Sequence[Chunk]] | None = None,
 ) -> dict[Any, str]:
-    """Return the answer to every sample of the `part`, by id; behind its `demonstrations`, where there are any."""
+    """Return the answer to every sample of the `part`, by id.
+
+    Args:
+        resident: the backbone.
+        manifest: of the samples.
+        samples: the split's.
+        decoding: how answers are generated.
+        demonstrations: of a sample, before it in its prompt.
+        part: which batches.
+        chunks: its demonstrations in chunks, each in a prompt of its own (`Experts`); as many for every sample.
+
+    Raises:
+        InputError: chunks, and a search with beams.
+    """
     if demonstrations is None:
         prompts = resident.alone(manifest, samples, answer=False)
     else:
         prompts = resident.prompts(manifest, samples, [demonstrations(sample) for sample in samples], answer=False)
     chosen = of_part(prompts, decoding.batch_size, part)
-    texts = _answers(resident, manifest, [prompts[i] for i in chosen], decoding)
+    experts: list[Experts] = []
+    if chunks is not None:
+        if decoding.num_beams > 1:
+            way_out = "Set evaluate.num_beams to 1"
+            raise InputError("several prompts that write one answer do it greedily", way_out=way_out)
+        experts = [_experts(resident, manifest, samples[i], chunks(samples[i])) for i in chosen]
+    texts = _answers(resident, manifest, [prompts[i] for i in chosen], decoding, experts=experts)
     return {samples[i].sample_id: text for i, text in zip(chosen, texts, strict=True)}
+
+
+Chunk = tuple[float, list[Sample]]  # demonstrations of one prompt, and its weight
+
+
+def _experts(resident: Resident, manifest: Manifest, sample: Sample, chunks: Sequence[Chunk]) -> Experts:
+    demonstrations = [shown for _, shown in chunks]
+    prompts = resident.prompts(manifest, [sample] * len(chunks), demonstrations, answer=False)
+    return Experts(tuple(prompts), tuple(weight for weight, _ in chunks))
 
 
 def predict_each(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from pipeline.resident.visual_tokens import VisualTokens
 BACKBONES = ["idefics2-8b-base", "idefics-9b", "llava-interleave-7b", "llava-v1.6-mistral-7b", "qwen3-vl-8b"]
 SMALL = {
     "num_shots": 2, "num_prompts": 2, "num_effect_prompts": 1, "num_heads": 3, "num_steps": 2, "num_draws": 3,
+    "num_chunks": 2,
 }  # fmt: skip
 
 
@@ -30,7 +33,7 @@ def answers(method, resident, manifest, **options):
     shots = dict(zip([s.sample_id for s in samples], method.demonstrations(samples), strict=True))
     with method.edited():
         decoding = Decoding(max_new_tokens=4, **options)
-        return predict(resident, manifest, samples, decoding, demonstrations=lambda s: shots[s.sample_id])
+        return predict(resident, manifest, samples, decoding, lambda s: shots[s.sample_id], chunks=method.chunks)
 
 
 @pytest.mark.parametrize("method", baselines.names())
@@ -124,3 +127,47 @@ def test_an_incomplete_few_shot_batch_is_left_out_on_request(method, options, sc
     every = asked.model_copy(update={"drop_incomplete_batch": None})
     whole = score(host, request, every, answer(host, [request], every, WHOLE, 64))
     assert whole.num_samples == 5
+
+
+@torch.no_grad()
+def test_chunks_write_one_answer_by_the_product_of_their_probabilities(fit, resident, manifest):
+    method, held = fit("idefics2-8b-base", "parallel-icl", num_shots=5, num_chunks=2), resident("idefics2-8b-base")
+    loaded, samples = held.loaded, manifest.splits["evaluation"]
+    found = predict(held, manifest, samples, Decoding(max_new_tokens=4, batch_size=4), chunks=method.chunks)
+    weighed = []
+    for sample in samples:
+        chunks = method.chunks(sample)
+        drawn = {demo.sample_id for demo in method.demonstrations([sample])[0]}
+        assert sum(len(demos) for _, demos in chunks) == 5
+        assert {demo.sample_id for _, demos in chunks for demo in demos} == drawn
+        assert sum(weight for weight, _ in chunks) == pytest.approx(1)
+        weighed.append(chunks[0][0])
+        prompts = held.prompts(manifest, [sample] * 2, [demos for _, demos in chunks], answer=False)
+        written: list[int] = []
+        for _ in range(4):
+            total = 0.0
+            for (weight, _), prompt in zip(chunks, prompts, strict=True):
+                longer = replace(prompt, input_ids=(*prompt.input_ids, *written))
+                logits = loaded.model(**held.batch([longer], manifest).model_inputs(loaded)).logits[0, -1]
+                logits[loaded.never_generated] = -torch.inf
+                total = total + weight * logits.log_softmax(-1)
+            written.append(int(total.argmax()))
+            if written[-1] in loaded.eos_token_ids:
+                break
+        text = loaded.tokenizer.decode(written, skip_special_tokens=True)
+        assert found[sample.sample_id] == text.partition("\n")[0].strip()
+    assert len(set(weighed)) > 1
+    whole = {**found}
+    assert whole == predict(held, manifest, samples, Decoding(max_new_tokens=4, batch_size=1), chunks=method.chunks)
+    with pytest.raises(InputError, match=r"do it greedily. Set evaluate.num_beams to 1"):
+        predict(held, manifest, samples, Decoding(num_beams=3), chunks=method.chunks)
+
+
+def test_one_chunk_is_in_context_learning(fit, resident, manifest):
+    held, samples = resident("llava-interleave-7b"), manifest.splits["evaluation"]
+    one = fit("llava-interleave-7b", "parallel-icl", num_shots=2, num_chunks=1)
+    plain = fit("llava-interleave-7b", "icl-k", num_shots=2)
+    shown = dict(zip([s.sample_id for s in samples], plain.demonstrations(samples), strict=True))
+    decoding = Decoding(max_new_tokens=4)
+    together = predict(held, manifest, samples, decoding, chunks=one.chunks)
+    assert together == predict(held, manifest, samples, decoding, lambda s: shown[s.sample_id])

@@ -61,7 +61,8 @@ def test_choices_that_are_off_leave_the_keys_as_they_were():
 def test_each_method_decodes_as_its_own_published_code():
     found = {name: methods.published_decoding(name) for name in methods.names()}
     greedy = {name for name, one in found.items() if one.num_beams == 1}
-    assert greedy == {"hificl", "hificl+lora"} and {found[name].max_new_tokens for name in greedy} == {20}
+    assert greedy == {"hificl", "hificl+lora", "moe-hificl", "parallel-icl"}
+    assert {found[name].max_new_tokens for name in greedy if "hificl" in name} == {20}
     others = {astuple(one) for name, one in found.items() if name not in greedy}
     assert others == {(3, 0.0, None)}  # MimIC's code; None: the task's own, 10, for captions 20
     assert tasks.get("vqav2").max_new_tokens == 10
