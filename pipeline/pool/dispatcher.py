@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ import ray
 
 from pipeline.config.load import TrialRequest
 from pipeline.core.errors import WorkError
+from pipeline.pool.processes import GROW_SECONDS
 from pipeline.pool.queue import (
     Decision,
     Failed,
@@ -54,10 +56,17 @@ class Dispatcher:
         store: the trial store, at an absolute path, as the sweep holds it.
         queue: who trains where.
         slots: one for each that the queue knows, not built yet.
+        room: how many slots fit the cluster now, which is asked again and again; None: there will be no more.
+        another: makes a slot.
     """
 
-    def __init__(self, resolve: Resolve, store: TrialStore, queue: Queue, slots: Sequence[Slot]) -> None:
-        self.resolve, self.queue, self.slots = resolve, queue, list(slots)
+    grow_seconds = GROW_SECONDS
+
+    def __init__(
+        self, resolve: Resolve, store: TrialStore, queue: Queue, slots: Sequence[Slot],
+        room: Callable[[], int] | None = None, another: Callable[[], Slot] | None = None,
+    ) -> None:  # fmt: skip
+        self.resolve, self.queue, self.slots, self.room, self.another = resolve, queue, list(slots), room, another
         self.store, self.journal = store, Journal(store.root)
         self.queued = asyncio.Event()
         self.mail: dict[str, _Mailbox] = {}
@@ -68,6 +77,12 @@ class Dispatcher:
         """Build the slots; returns at once, the queue is served as slots come up."""
         pairs = zip(self.slots, self.queue.slots, strict=True)
         self.loops = [asyncio.ensure_future(self._serve(slot, state)) for slot, state in pairs]
+        if self.room and self.another:
+            self.loops.append(asyncio.ensure_future(self._grow(self.room, self.another)))
+
+    async def num_slots(self) -> int:
+        """Return how many slots there are, built or not."""
+        return len(self.slots)
 
     async def submit(self, tune_config: dict[str, Any]) -> str:
         """Queue a trial and return its key; one that the ledger knows as done is replayed from it.
@@ -117,6 +132,17 @@ class Dispatcher:
         for slot, state in zip(self.slots, self.queue.slots, strict=True):
             self._carry_out(self.queue.release_stopped(state))
             slot.drop()
+
+    async def _grow(self, room: Callable[[], int], another: Callable[[], Slot]) -> None:
+        """Add slots where nodes have joined the cluster and trials wait."""
+        while True:
+            await asyncio.sleep(self.grow_seconds)
+            with suppress(ray.exceptions.RayError):  # the head is away, which others notice
+                for _ in range(min(room() - len(self.slots), len(self.queue.waiting))):
+                    slot, state = another(), self.queue.add_slot()
+                    self.slots.append(slot)
+                    self.loops.append(asyncio.ensure_future(self._serve(slot, state)))
+                    self.journal.note("slot added")
 
     async def _serve(self, slot: Slot, state: SlotState) -> None:
         while True:

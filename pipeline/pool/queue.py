@@ -245,6 +245,11 @@ class Queue:
         self.waiting[:0] = again
         return [*stopped, *map(Requeued, again)]
 
+    def add_slot(self) -> SlotState:
+        """Take in one more slot, which has yet to be built."""
+        self.slots.append(SlotState())
+        return self.slots[-1]
+
     def built(self, slot: SlotState) -> None:
         """Note that a slot has its workers."""
         slot.built, slot.failures = True, 0

@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 from ray._private import ray_constants
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
 from pipeline.config.load import Params, Requests, Sweep
 from pipeline.config.trial import MOST_PACKED
@@ -26,7 +28,7 @@ from pipeline.pool import ensure_token
 from pipeline.pool.cluster import check_nodes
 from pipeline.pool.dispatcher import Dispatcher
 from pipeline.pool.messages import PROXY_DIED, EpochEnded, Tell, TrialEnded, TrialStarted
-from pipeline.pool.processes import NODES_SECONDS, kept_handlers
+from pipeline.pool.processes import GROW_SECONDS, NODES_SECONDS, kept_handlers
 from pipeline.pool.proxy import TrialProxy
 from pipeline.pool.queue import Queue
 from pipeline.pool.schedule import PerCellOptuna, make_scheduler
@@ -41,10 +43,14 @@ MOST_WAITING = 4  # trials that wait ready, at most one a slot: no slot idles, a
 
 
 class _Events(tune.Callback):
-    """Tells what happens to the trials, by key, and stops in its slot what Tune has stopped."""
+    """Tells what happens to the trials, by key, and stops in its slot what Tune has stopped.
 
-    def __init__(self, plan: Plan, tell: Tell, dispatcher: Any) -> None:
-        self._plan, self._tell, self._dispatcher = plan, tell, dispatcher
+    Where slots are added, Tune may have more trials in progress: `limit` is what holds how many.
+    """
+
+    def __init__(self, plan: Plan, tell: Tell, dispatcher: Any, limit: Any) -> None:
+        self._plan, self._tell, self._dispatcher, self._limit = plan, tell, dispatcher, limit
+        self._asked_at = time.monotonic()
 
     def __reduce__(self) -> Any:
         # Tune pickles its callbacks for a restore that this project never does
@@ -52,6 +58,12 @@ class _Events(tune.Callback):
 
     def _key(self, trial: Any) -> str:
         return trial.config.get("trial") or self._plan.request(trial.config).key
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() > self._asked_at + GROW_SECONDS:
+            slots = ray.get(self._dispatcher.num_slots.remote())
+            self._limit.max_concurrent = most_in_progress(self._plan.params.sweep, slots)
+            self._asked_at = time.monotonic()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell(TrialStarted(self._key(trial)))
@@ -143,7 +155,7 @@ def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
         say(f"the cluster at {sweep.address} has no processor yet; waiting for its first node that trains")
         while not (have := ray.cluster_resources()).get("CPU") and time.monotonic() < until:
             time.sleep(1)
-    fit = sweep.slots_on(have.get("CPU", 0), have.get("GPU", 0), world_size)
+    fit = room(sweep, world_size)
     if fit < 1:
         raise InputError(
             f"a slot needs {world_size} x {sweep.cpus_per_worker} CPU and {sweep.gpus_per_worker} GPU, the cluster has "
@@ -152,6 +164,12 @@ def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
             way_out="Lower sweep.cpus_per_worker, sweep.gpus_per_worker or train.world_size",
         )
     return max(1, min(fit if sweep.slots == "auto" else sweep.slots, trials))
+
+
+def room(sweep: Sweep, world_size: int) -> int:
+    """Return how many slots fit the cluster as it is."""
+    have = ray.cluster_resources()
+    return sweep.slots_on(have.get("CPU", 0), have.get("GPU", 0), world_size)
 
 
 def most_in_progress(sweep: Sweep, slots: int) -> int:
@@ -200,8 +218,15 @@ def _run(
     resolve = plan.request if adaptive else Requests({key: plan.request_of(plan.trials[key]) for key in keys})
     order = in_lanes(plan, keys, slots)
     queue = Queue(slots, params.sweep.retry.max_attempts, run_ahead=run_ahead, order=order)
-    pool = [Slot(params.sweep, world, str(Path.cwd())) for _ in range(slots)]
-    dispatcher = actor.options(resources=ON_HEAD).remote(resolve, store, queue, pool)
+    another = partial(Slot, params.sweep, world, str(Path.cwd()))
+    grows = params.sweep.slots == "auto" and params.sweep.address is not None
+    dispatcher = actor.options(resources=ON_HEAD).remote(
+        resolve,
+        store,
+        queue,
+        [another() for _ in range(slots)],
+        *([partial(room, params.sweep, world), another] * grows),
+    )
     try:
         ray.get(dispatcher.start.remote())
         trainable = tune.with_resources(tune.with_parameters(TrialProxy, dispatcher=dispatcher), ON_HEAD)
@@ -209,17 +234,18 @@ def _run(
             if not space:
                 continue
             samples = len(adaptive) * params.sweep.num_samples if search else 1
+            most = most_in_progress(params.sweep, slots)
+            limit = ConcurrencyLimiter(search, most) if search else BasicVariantGenerator(max_concurrent=most)
             tuner = tune.Tuner(
                 trainable,
                 param_space=None if search else {"trial": tune.grid_search(order)},
                 tune_config=tune.TuneConfig(
-                    scheduler=make_scheduler(params, plan, keys, store.epochs), search_alg=search, num_samples=samples,
-                    max_concurrent_trials=most_in_progress(params.sweep, slots),
+                    scheduler=make_scheduler(params, plan, keys, store.epochs), search_alg=limit, num_samples=samples,
                     reuse_actors=True,
                 ),
                 run_config=tune.RunConfig(
                     name="sweep", storage_path=str(plan.places.runs / ".tune"), verbose=0,
-                    callbacks=[_Events(plan, tell, dispatcher)],
+                    callbacks=[_Events(plan, tell, dispatcher, limit)],
                     # a proxy that dies asks again for what it has seen; what fails for good is no failure to Tune
                     failure_config=tune.FailureConfig(max_failures=params.sweep.retry.max_attempts),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),

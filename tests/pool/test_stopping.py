@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -94,6 +95,41 @@ def test_asha_ends_the_worse_of_a_task_after_the_grace_epoch_and_spares_another_
         for task, best in BEST.items()
         for number in range(POINTS)
     }
+
+
+class Slow(Slot):
+    async def advance(self) -> list[TrialReport]:
+        await asyncio.sleep(1)  # a trial takes longer than Tune does to start the next one
+        return await super().advance()
+
+
+@ray.remote(num_cpus=0, max_concurrency=10000)
+class Growing(Dispatcher.__ray_metadata__.modified_class):
+    grow_seconds = 0.3
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.slots = [Slow(self.store) for _ in self.slots]
+        self.another = lambda: Slow(self.store)
+
+
+@pytest.mark.slow
+def test_slots_are_added_where_nodes_join_a_cluster_and_tune_hands_them_trials(tmp_path, monkeypatch, cluster):
+    settings = {"train.epochs": EPOCHS, "sweep.pack": 1, "sweep.address": "auto"}
+    params = load(ROOT / "params.yaml", [f"{name}={value}" for name, value in settings.items()])
+    made = [cell for cell in cells(params, "miniature-search", as_given(params)) if cell.search and cell.task in BEST]
+    plan = make_plan(params, made[:2], places(tmp_path))
+    counted, most = [], tuner.most_in_progress
+    monkeypatch.setattr(tuner, "count_slots", lambda *_: 1)  # the first node; all of this cluster is there later
+    monkeypatch.setattr(tuner, "GROW_SECONDS", 0.3)
+    monkeypatch.setattr(tuner, "most_in_progress", lambda sweep, slots: counted.append(slots) or most(sweep, slots))
+    tuner.run_trials(plan, list(plan.trials), params, lambda _: None, TrialStore(plan.places.runs), Growing)
+    store = TrialStore(plan.places.runs)
+    assert all(store.done(key).status == "finished" for key in plan.trials)
+    events = [json.loads(line)["event"] for line in (plan.places.runs / "journal.jsonl").read_text().splitlines()]
+    fit = tuner.room(params.sweep, 1)
+    assert fit > 1 and events.count("slot added") == fit - 1 and events.count("slot built") == fit
+    assert counted[0] == 1 and counted[-1] == fit
 
 
 @pytest.fixture(scope="module")
