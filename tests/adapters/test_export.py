@@ -63,6 +63,17 @@ def test_peft_computes_with_exported_virtual_tokens(
     assert all(torch.equal(*both) for both in zip(answers(theirs, batch), written, strict=True))
 
 
+def test_context_tuning_is_a_prefix_of_pefts(tiny: Any, inputs: Any, tmp_path: Path) -> None:
+    model = tiny("idefics2")
+    batch, adapter = inputs(model), stirred(adapters.create("ct-kv", model, num_virtual_tokens=4))
+    with adapters.attach(model, adapter):
+        ours = logits(model, batch)
+    assert export(adapter, model, "peft", tmp_path) == Exported("CARTRIDGE")
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(model, tmp_path).eval(), batch), ours, rtol=0, atol=2e-6
+    )
+
+
 def test_heads_kv_has_the_tokens_of_key_heads_alone(tiny: Any, inputs: Any) -> None:
     model = tiny("idefics2")  # 3 layers of 4 heads of 8, 2 key heads
     shared = adapters.create("hificl", model, num_virtual_tokens=5, rank=3, heads="kv")

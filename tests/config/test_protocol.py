@@ -77,6 +77,18 @@ def test_only_trials_with_a_teacher_have_its_draw():
     assert draws["hificl"] == draws["icl-8"] == draws["lora-r16"] == "without-replacement"
 
 
+def test_what_starts_from_demonstrations_is_shown_as_many_as_a_teacher_shows():
+    known = params("protocol=published", "train.num_shots=5", "train.alignment_weight=0.3")
+    names = known.run.backbones, known.run.tasks
+    digests = Digests(*({name: name for name in part} for part in names), dict.fromkeys(names[1], 1000))
+    trials = {cell.row: cell.trial({}) for cell in cells(known, "miniature-baselines", digests)}
+    shown = {row for row, trial in trials.items() if trial.num_shots}
+    assert shown == {"ct-kv", "i2cl", "m2iv", "hificl+logits"} and {trials[row].num_shots for row in shown} == {5}
+    taught = {row for row, trial in trials.items() if trial.alignment_weight}
+    assert taught == {"m2iv", "hificl+logits"}
+    assert taught == {row for row, trial in trials.items() if trial.demonstration_draw == "with-replacement"}
+
+
 def test_drawn_with_replacement_the_query_can_come_and_twice():
     pool = list(range(6))
     drawn = [draw_demos(pool, query, 8, 0, draw=epoch, replacement=True) for query in pool for epoch in range(50)]
