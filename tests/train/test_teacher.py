@@ -193,3 +193,18 @@ def test_what_a_start_costs_is_counted_once(bench, trial, tmp_path):
     bench.advance()
     step, start = run.flops
     assert TrialStore(tmp_path).done(request.key).train_flops == step * 2 * len(run.samples) + start
+
+
+def test_a_start_is_the_same_bits_alone_and_beside_others(bench, trial, tmp_path):
+    states = []
+    for place, beside in (("alone", None), ("beside", trial("mimic", tmp_path)), ("again", None)):
+        if beside is not None:
+            bench.admit(beside)
+            bench.advance()
+        request = trial("ct-kv", tmp_path / place, seed=1 if place == "again" else 0)
+        bench.admit(request)
+        states.append(bench.loop.trials[-1].adapter.keys.detach().clone())
+        for run in list(bench.loop.trials):
+            bench.evict(run.config.key)
+    assert torch.equal(states[0], states[1])
+    assert states[2].shape != states[0].shape or not torch.equal(states[2], states[0])  # of another seed
