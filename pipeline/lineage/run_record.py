@@ -16,6 +16,7 @@ from pipeline.core.errors import InputError
 from pipeline.core.plain_yaml import Json
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import EpochReport, Provenance
+from pipeline.tracking import store
 from pipeline.tracking.client import LEDGER_FILE, Tracker
 from pipeline.tracking.records import FINISHED, rounded
 
@@ -68,8 +69,10 @@ def read_record(tracker: Tracker, run_id: str) -> RunRecord:
     """Read a trial's run.
 
     Raises:
-        InputError: no such run, a run that is no trial or did not finish, or a record that does not give its key.
+        InputError: no store or no such run, a run that is no trial or did not finish, or a record that does not give
+            its key.
     """
+    store.require_there(tracker.uri)
     run = tracker.read_run(run_id)
     tags = run.tags
     if tags.get("kind") != "trial":

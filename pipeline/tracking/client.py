@@ -200,7 +200,8 @@ class Tracker:
         try:
             return LoggedRun.of(client.get_run(run_id))
         except MlflowException as error:
-            raise InputError(f"no run '{run_id}': {error.message}", where=self.address) from None
+            problem, way_out = f"no run '{run_id}': {error.message}", "`hificl trace` names a number's runs"
+            raise InputError(problem, where=self.address, way_out=way_out) from None
 
     def find_run(self, key: str) -> str | None:
         """Return the id of a trial's run by its key: a finished one before any other, the newest first."""

@@ -45,9 +45,7 @@ def serve_page(folder: Path, uri: str | None, *, host: str, port: int) -> None:
         InputError: there is no store yet, or it is a server, which has a page of its own.
     """
     address = store.resolve_address(uri or os.environ.get("MLFLOW_TRACKING_URI") or None, main_checkout(folder))
-    file = store.sqlite_file(address)
-    if file is not None and not file.exists():
-        raise InputError("no MLflow store", where=str(file), way_out="Run `make repro` or `hificl sweep` first")
+    store.require_there(address)
     if not store.is_database(address):
         raise InputError(
             "the store is a server with its own page", where=store.shown(address), way_out="Open it in a browser"

@@ -100,6 +100,17 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(url.database) if url is not None and url.database else None
 
 
+def require_there(uri: str) -> None:
+    """Refuse an SQLite store that is not there: who only looks makes none.
+
+    Raises:
+        InputError: it is not.
+    """
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():
+        raise InputError("no MLflow store", where=str(file), way_out="Run `make repro` or `hificl sweep` first")
+
+
 def probe(uri: str) -> None:
     """Ask the store for a sign of life.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import InputError, WorkError
+from pipeline.lineage.run_record import read_record
 from pipeline.records.trial import Provenance
 from pipeline.report.mlflow_report import Reporter, TableNumber
 from pipeline.tracking.client import Tracker
@@ -130,8 +131,16 @@ def test_find_run_prefers_a_finished_one(tracker: Tracker) -> None:
 
 
 def test_an_unknown_run_is_an_input_error(tracker: Tracker) -> None:
-    with pytest.raises(InputError, match="no run 'beef'"):
+    with pytest.raises(InputError, match="no run 'beef'.*`hificl trace` names"):
         tracker.read_run("beef")
+
+
+def test_a_run_is_looked_for_in_a_store_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who only looks makes none."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(InputError, match="mlflow.db: no MLflow store. Run `make repro`"):
+        read_record(Tracker(None, tmp_path), "beef")
+    assert not (tmp_path / "mlflow.db").exists()
 
 
 def test_uncommitted_changes_are_kept_with_the_sweep(root: Path) -> None:
