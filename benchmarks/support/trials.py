@@ -54,7 +54,7 @@ class Trials:
         base: dict[str, Any] = {
             "num_train_samples": self.num_samples, "epochs": 1, "learning_rate": facts.learning_rate,
             "weight_decay": 0.05, "warmup_ratio": 0.1, "gradient_clip": 1.0, "micro_batch_size": 8, "accumulation": 1,
-            "engine": "torch", "num_selection_samples": 2, "num_shots": self.num_shots if facts.teacher else 0,
+            "engine": "torch", "num_selection_samples": 2, "num_shots": self.num_shots if facts.is_shown else 0,
             "alignment_weight": facts.alignment_weight, "ground_truth_weight": facts.ground_truth_weight,
         }  # fmt: skip
         config = TrialConfig(

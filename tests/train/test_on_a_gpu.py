@@ -33,7 +33,10 @@ STEPS = [
     ("idefics2-8b-base", [LORA, ("lora", {"scope": "decoder", "rank": 8})], 1, 2920),
     ("llava-interleave-7b", [HIFICL], 1, 1250),
 ]
-REFUSED = {("idefics-9b", "prompt"): "soft prompt alone"}
+REFUSED = {
+    ("idefics-9b", "prompt"): "soft prompt alone",
+    **dict.fromkeys([("idefics-9b", "ct-kv"), ("qwen3-vl-8b", "ct-kv")], "cannot be put before other prompts"),
+}
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def request_of(small_world, tmp_path):
         base = {
             "num_train_samples": 4, "epochs": 2, "learning_rate": facts.learning_rate, "weight_decay": 0.05,
             "warmup_ratio": 0.1, "gradient_clip": 1.0, "micro_batch_size": 2, "accumulation": 2, "engine": "torch",
-            "num_selection_samples": 2, "num_shots": 1 if facts.teacher else 0, "alignment_weight":
+            "num_selection_samples": 2, "num_shots": 1 if facts.is_shown else 0, "alignment_weight":
             facts.alignment_weight, "ground_truth_weight": facts.ground_truth_weight, "precision": "bf16",
         }  # fmt: skip
         config = TrialConfig(
