@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup repro repro-real test test-experiments test-faults test-harness test-simulation test-cluster test-chaos test-slurm test-models test-image real-weights check bench clean pictures pins
+.PHONY: help setup repro repro-real test test-experiments test-faults test-harness test-simulation test-cluster test-chaos test-slurm test-models test-image mutation real-weights check bench clean pictures pins
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
