@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +100,22 @@ def as_interrupt() -> Iterator[None]:
     """Turn the signals that end a process into KeyboardInterrupt for the time of the block.
 
     Python drops an exception that a handler raises while a finaliser or a weak reference's callback runs. So the signal
-    is noted too, and the sweep's loop asks with `raise_dropped_interrupt` whether one was dropped.
+    is noted too, and the sweep's loop asks with `raise_dropped_interrupt` whether one was dropped; nothing is printed.
     """
 
     def interrupt(number: int, *_: Any) -> None:
         _heard.append(number)
         raise KeyboardInterrupt
 
-    with kept_handlers() as handlers:
+    def dropped(unraisable: sys.UnraisableHookArgs) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            before(unraisable)
+
+    before = sys.unraisablehook
+    with kept_handlers() as handlers, ExitStack() as stack:
         _heard.clear()
+        sys.unraisablehook = dropped
+        stack.callback(setattr, sys, "unraisablehook", before)
         for number, handler in handlers.items():
             if handler is not signal.SIG_IGN:  # as a shell does with SIGINT for the background, and nohup with SIGHUP
                 signal.signal(number, interrupt)

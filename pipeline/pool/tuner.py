@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -155,7 +155,7 @@ def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
         say(f"the cluster at {sweep.address} has no processor yet; waiting for its first node that trains")
         while not (have := ray.cluster_resources()).get("CPU") and time.monotonic() < until:
             time.sleep(1)
-    fit = room(sweep, world_size)
+    fit = _fits(sweep, have, world_size)
     if fit < 1:
         raise InputError(
             f"a slot needs {world_size} x {sweep.cpus_per_worker} CPU and {sweep.gpus_per_worker} GPU, the cluster has "
@@ -168,7 +168,10 @@ def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
 
 def room(sweep: Sweep, world_size: int) -> int:
     """Return how many slots fit the cluster as it is."""
-    have = ray.cluster_resources()
+    return _fits(sweep, ray.cluster_resources(), world_size)
+
+
+def _fits(sweep: Sweep, have: Mapping[str, float], world_size: int) -> int:
     return sweep.slots_on(have.get("CPU", 0), have.get("GPU", 0), world_size)
 
 

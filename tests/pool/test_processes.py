@@ -21,7 +21,7 @@ class Finalised:
 
 
 @pytest.mark.parametrize("number", ENDING)
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # nor is it printed
 def test_a_signal_in_a_finaliser_is_not_lost(number: int) -> None:
     before = signal.getsignal(number)
     with as_interrupt():
