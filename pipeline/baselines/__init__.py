@@ -77,6 +77,7 @@ class Baseline:
     name: ClassVar[str] = ""
     Options: ClassVar[type[BaselineOptions]] = BaselineOptions
     shows_demonstrations: ClassVar[bool] = False  # whether `demonstrations` returns any
+    in_chunks: ClassVar[bool] = False  # whether each of its `chunks` is read in a prompt of its own
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -90,8 +91,9 @@ class Baseline:
         """Return each query's demonstrations, in prompt order; none of them has the query's id."""
         return [[] for _ in queries]
 
-    # A query's demonstrations in chunks with weights, each in a prompt of its own: together they write one answer.
-    chunks: Callable[[Sample], list[tuple[float, list[Sample]]]] | None = None
+    def chunks(self, query: Sample) -> list[tuple[float, list[Sample]]]:
+        """Return the demonstrations in weighted chunks: prompts that write one answer together (`in_chunks`)."""
+        return [(1.0, self.demonstrations([query])[0])]
 
     def edited(self) -> AbstractContextManager[None]:
         """Return a context in which the resident model computes as the method wants it."""

@@ -157,6 +157,7 @@ class ParallelDemonstrations(SimilarImages):
     """
 
     name = "parallel-icl"
+    in_chunks = True
     Options: ClassVar[type[BaselineOptions]] = ParallelOptions
     options: ParallelOptions
 
@@ -164,7 +165,7 @@ class ParallelDemonstrations(SimilarImages):
         """Return `num_shots` samples of the pool for every query, as icl-k draws them."""
         return [draw_from(self.setting.pool, query, self.options.num_shots, self.setting.seed) for query in queries]
 
-    def chunks(self, query: Sample) -> list[tuple[float, list[Sample]]]:  # type: ignore[override]
+    def chunks(self, query: Sample) -> list[tuple[float, list[Sample]]]:
         """Return the query's demonstrations by cluster, with weights; a cluster without any has the weight 0."""
         from sklearn.cluster import KMeans
 

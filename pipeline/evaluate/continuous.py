@@ -122,9 +122,7 @@ class Engine:
         self.joins = loaded.family.shares_prefix
         self.passes, self.answered_alone = 0, 0
         self._visual = VisualTokens(loaded, None)
-        self.members: list[
-            Member
-        ] = []  # that are served; changed by `add` and `remove` alone, once the engine is started
+        self.members: list[Member] = []  # that are served; once the engine is started, `add` and `remove` change them
         self._rows: list[Question] = []
         self._cache: Any = None
         self._attached = ExitStack()

@@ -65,7 +65,8 @@ def answer(
         shown = method.demonstrations(samples)
         shots = {sample.sample_id: demos for sample, demos in zip(samples, shown, strict=True)}
         with method.edited():
-            texts = [predict(resident, manifest, samples, decoding, lambda s: shots[s.sample_id], part, method.chunks)]
+            chunks = method.chunks if method.in_chunks else None
+            texts = [predict(resident, manifest, samples, decoding, lambda s: shots[s.sample_id], part, chunks)]
         learned = method.found
     seconds = (time.perf_counter() - started) / len(requests)
     return [Answers(of_trial, seconds, learned) for of_trial in texts]

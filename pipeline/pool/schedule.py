@@ -85,27 +85,23 @@ class PerCell(FIFOScheduler):
         if cell not in self._own:
             scheduler = self._own[cell] = self._make()
             for key in self._over.get(cell, ()):
-                past = Trial("proxy", config={"trial": key}, stub=True)
-                scheduler.on_trial_add(None, past)
-                if results := self._tell(scheduler, None, past):
+                if results := self._known(key):
+                    past = Trial("proxy", config={"trial": key}, stub=True)
+                    scheduler.on_trial_add(None, past)
+                    for result in results:
+                        scheduler.on_trial_result(None, past, result)
                     scheduler.on_trial_complete(None, past, results[-1])
         return self._own[cell]
 
-    def _tell(self, scheduler: TrialScheduler, tune_controller: Any, trial: Any) -> list[dict[str, float]]:
-        """Tell a scheduler what is known of a trial, and return it; whom it would stop has been, or is wanted whole."""
-        known = self._epochs(trial.config["trial"]) if "trial" in trial.config else ()
-        results: list[dict[str, float]] = [
-            {TIME: report.epoch, METRIC: report.objective} for report in known if report.objective is not None
-        ]
-        for result in results:
-            scheduler.on_trial_result(tune_controller, trial, result)
-        return results
+    def _known(self, key: str) -> list[dict[str, float]]:
+        return [{TIME: r.epoch, METRIC: r.objective} for r in self._epochs(key) if r.objective is not None]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """See `TrialScheduler`."""
+        """See `TrialScheduler`; whom an earlier epoch would stop has been stopped, or is wanted whole."""
         scheduler = self._of(trial)
         scheduler.on_trial_add(tune_controller, trial)
-        self._tell(scheduler, tune_controller, trial)
+        for result in self._known(trial.config["trial"]) if "trial" in trial.config else ():
+            scheduler.on_trial_result(tune_controller, trial, result)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """See `TrialScheduler`."""

@@ -45,7 +45,7 @@ MOST_WAITING = 4  # trials that wait ready, at most one a slot: no slot idles, a
 class _Events(tune.Callback):
     """Tells what happens to the trials, by key, and stops in its slot what Tune has stopped.
 
-    Where slots are added, Tune may have more trials in progress: `limit` is what holds how many.
+    Where slots are added, Tune may have more trials in progress: `limit` holds how many; None: there are no more slots.
     """
 
     def __init__(self, plan: Plan, tell: Tell, dispatcher: Any, limit: Any) -> None:
@@ -60,7 +60,7 @@ class _Events(tune.Callback):
         return trial.config.get("trial") or self._plan.request(trial.config).key
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if time.monotonic() > self._asked_at + GROW_SECONDS:
+        if self._limit is not None and time.monotonic() > self._asked_at + GROW_SECONDS:
             slots = ray.get(self._dispatcher.num_slots.remote())
             self._limit.max_concurrent = most_in_progress(self._plan.params.sweep, slots)
             self._asked_at = time.monotonic()
@@ -248,7 +248,7 @@ def _run(
                 ),
                 run_config=tune.RunConfig(
                     name="sweep", storage_path=str(plan.places.runs / ".tune"), verbose=0,
-                    callbacks=[_Events(plan, tell, dispatcher, limit)],
+                    callbacks=[_Events(plan, tell, dispatcher, limit if grows else None)],
                     # a proxy that dies asks again for what it has seen; what fails for good is no failure to Tune
                     failure_config=tune.FailureConfig(max_failures=params.sweep.retry.max_attempts),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
