@@ -54,6 +54,10 @@ class Unreadable(WorkError):
         return cls(f"cannot be read: {error.strerror or error}", where=str(path), way_out=way_out)
 
 
+class Unseen(Unreadable):
+    """A client of a shared file system still sees a file as it was before another machine wrote it."""
+
+
 class _Newer(Exception):  # which pydantic lets through
     """As `NewerRecord`, where the file is not known."""
 

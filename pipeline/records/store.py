@@ -45,7 +45,7 @@ from pipeline.core.files import (
 )
 from pipeline.core.locks import held, holder
 from pipeline.core.progress import say
-from pipeline.records import Json, Number, Record, Unreadable, lines
+from pipeline.records import Json, Number, Record, Unreadable, Unseen, lines
 from pipeline.records.trial import AGAIN, Attempts, EpochReport, Provenance, StepLosses, TrialEnd, TrialRecord
 
 _CACHED_SECONDS = 60.0  # NFS' acdirmax
@@ -373,6 +373,7 @@ class TrialFolder:
 
         Raises:
             InputError: it is damaged, or another one.
+            Unseen: this machine does not see it yet.
         """
         end = self.end()
         wanted = end.adapter_digest if end else None
@@ -380,6 +381,8 @@ class TrialFolder:
             return
         list(self.path.iterdir())  # as in `end`: it may have been there, and not seen
         if (present := folder_digest(self.adapter)) != wanted:
+            if present is None:
+                self._may_be_hidden(self.adapter)
             raise InputError(
                 f"not the adapter that the training ended with (digest {present and present[:12]}, done.json has "
                 f"{wanted[:12]}): damaged or exchanged",
@@ -395,22 +398,31 @@ class TrialFolder:
 
         Raises:
             InputError: a line is damaged, and not just the last one torn; or the trial ended with other metrics.
+            Unseen: it has just ended with metrics that this machine does not see yet.
         """
         self._check("metrics_digest", self.metrics)
         rows = {row.epoch: row for row in lines(EpochReport, self.metrics, AGAIN)}
         return [rows[epoch] for epoch in sorted(rows)]
 
     def _check(self, name: str, path: Path) -> None:
-        """Hold a file against the digest of it that the trial ended with, if there is one.
-
-        Not in the first minute: a client of a shared file system may for as long still see the file of before.
-        """
+        """Hold a file against the digest of it that the trial ended with, if there is one."""
         end = self.end()
         wanted = getattr(end, name) if end else None
-        if wanted is None or time.time() - self._done.stat().st_mtime < _CACHED_SECONDS:
+        if wanted is None or (path.exists() and file_digest(path) == wanted):
             return
+        list(self.path.iterdir())  # as in `end`
         if not path.exists() or file_digest(path) != wanted:
+            self._may_be_hidden(path)
             raise InputError("damaged: not what the trial ended with", where=str(path), way_out=AGAIN)
+
+    def _may_be_hidden(self, path: Path) -> None:
+        """Raise `Unseen` in the first minute: a client of a shared file system may for as long see what was before."""
+        if time.time() - self._done.stat().st_mtime < _CACHED_SECONDS:
+            raise Unseen(
+                "the trial has just ended with another content than is seen here, as on a shared file system of which "
+                "this machine keeps what was before",
+                where=str(path), way_out="In a minute, run the same command again",
+            )  # fmt: skip
 
     def write_epochs(self, reports: Sequence[EpochReport]) -> None:
         """Write the metrics of all epochs."""

@@ -16,6 +16,7 @@ from pipeline.core.progress import say
 from pipeline.plan.plan import Places, Plan
 from pipeline.plan.space import Cell
 from pipeline.pool.messages import Watcher
+from pipeline.records import Unseen, say_once
 from pipeline.records.evaluation import CodeVersion, Evaluation, Evaluations
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import EpochReport, TrialEnd
@@ -108,7 +109,8 @@ class MlflowSync(Watcher):
             if cut_off or (keys & set(trials)) - self._scored.keys():
                 ends = {key: end.status for key in keys if (end := self.store.done(key)) is not None}
                 self._open_sweep(study)
-                self._record_done(ends)
+                self.record_done(ends)
+                self.settle(0.0)
                 whole = FAILED if "failed" in ends.values() else FINISHED
                 self.tracker.close(self.parents[study], whole if ends.keys() == keys else KILLED)
                 mended = True
@@ -157,19 +159,23 @@ class MlflowSync(Watcher):
     def settle(self, patience: float) -> None:
         """Add everything that MLflow lacks; wait `patience` seconds for the store if it is away.
 
+        What has just been written on another machine and is not seen here yet is waited for, a minute at most.
+
         Raises:
             WorkError: it did not come back; the message names the store, what it lacks, and where that is kept.
         """
         until = time.monotonic() + patience
         while not self._catch_up():
-            if time.monotonic() >= until:
+            if self._cause and time.monotonic() >= until:
                 raise WorkError(
                     f"the MLflow store is away ({self._cause}); it lacks metrics, tags or models of up to "
                     f"{len(self._lacking)} runs, which are kept in {self.store.root} and evaluations/",
                     where=self.tracker.address,
                     way_out="Bring the store back and run the same command again: it adds them and trains nothing",
                 )
-            time.sleep(min(FIRST_WAIT, patience))
+            if not self._cause:
+                say_once(f"waiting for files of {len(self._lacking)} trials, which this machine does not see yet")
+            time.sleep(FIRST_WAIT)
 
     def _bring(self, name: str, work: Callable[[], None]) -> None:
         """Do a piece of work, or note it for later while the store is away; what was noted before it goes first."""
@@ -178,13 +184,17 @@ class MlflowSync(Watcher):
             self._catch_up()
 
     def _catch_up(self) -> bool:
-        """Do what was noted, in order; return whether nothing is left."""
+        """Do what was noted, in order, and what is not seen yet later; return whether nothing is left."""
+        unseen: dict[str, Callable[[], None]] = {}
         try:
             if self._cause:
                 run_store.probe(self.tracker.uri)  # within seconds, where MLflow itself would try for longer
             while self._lacking:
-                name = next(iter(self._lacking))
-                self._lacking[name]()
+                name, work = next(iter(self._lacking.items()))
+                try:
+                    work()
+                except Unseen:
+                    unseen[name] = work
                 del self._lacking[name]
         except run_store.AWAY as error:
             if not self._cause:
@@ -193,10 +203,12 @@ class MlflowSync(Watcher):
             self._next_try, self._wait = time.monotonic() + self._wait, min(2 * self._wait, LONGEST_WAIT)
             self.tracker.forget_steps()  # what failed may have been carried out all the same
             return False
+        finally:
+            self._lacking |= unseen
         if self._cause:
             say("the MLflow store answers again and has everything")
         self._cause, self._wait = "", FIRST_WAIT
-        return True
+        return not self._lacking
 
     # -- pieces of work ----------------------------------------------------------------------------------------------
 
@@ -220,7 +232,7 @@ class MlflowSync(Watcher):
             # here, also where the answer to a first try was lost
             known_end = (run.status, run.tags.get("adapter_digest")) if run is not None else None
             if key in self._runs or known_end != ended or KILLED in ended:
-                self._record(key)
+                self._lacking[key] = partial(self._record, key)
 
     def _record(self, key: str) -> None:
         """Bring the run of a trial in line with the store."""

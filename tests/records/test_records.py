@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.core.errors import InputError
-from pipeline.records import Record, Unreadable, as_written, say_once
+from pipeline.records import Record, Unreadable, Unseen, as_written, say_once
 from pipeline.records.evaluation import Evaluation, Evaluations, Measurement, StudyFile
 from pipeline.records.store import JournalEvent, TrialFolder, check_adapter
 from pipeline.records.trial import CheckpointState, EpochReport, Provenance, StepLosses, TrialEnd, TrialRecord
@@ -314,6 +314,28 @@ def test_an_end_that_the_cache_of_a_shared_file_system_hides_is_seen(tmp_path, m
     assert folder.end() == TrialEnd(status="finished") and listed == [tmp_path]
     folder.reopen()
     assert folder.end() is None
+
+
+def test_what_a_trial_ended_with_and_is_not_seen_yet_is_no_damage_in_the_first_minute(tmp_path):
+    folder = TrialFolder(tmp_path)
+    folder.write_epochs([EpochReport(epoch=1)])
+    folder.add_losses(1, [0.5])
+    folder.adapter.mkdir()
+    (folder.adapter / "weights").write_text("0")
+    folder.finish(TrialEnd(status="finished"))
+    assert folder.epochs() and folder.losses()
+    folder.metrics.write_text("")  # of before
+    folder._losses.unlink()
+    (folder.adapter / "weights").unlink()
+    folder.adapter.rmdir()
+    for read in (folder.epochs, folder.losses, folder.check_adapter):
+        with pytest.raises(Unseen, match="does not see|keeps what was before"):
+            read()
+    done = tmp_path / "done.json"
+    os.utime(done, (done.stat().st_atime, done.stat().st_mtime - 61))
+    for read in (folder.epochs, folder.losses, folder.check_adapter):
+        with pytest.raises(InputError, match=r"damaged"):
+            read()
 
 
 @pytest.mark.parametrize("error", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES])

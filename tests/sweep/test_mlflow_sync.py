@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -242,6 +243,27 @@ def test_training_waits_for_nothing_and_each_cause_is_said_once(tmp_path, monkey
     with pytest.raises(WorkError) as caught:
         sync.settle(0)
     assert project.uri in str(caught.value) and "3 runs" in str(caught.value)
+
+
+def test_what_another_machine_has_just_written_is_waited_for(tmp_path: Path) -> None:
+    """As on a shared file system, of which a machine may know for half a minute that a file is not there."""
+    project = Project(tmp_path, 3)
+    sync = project.sync()
+    for key in project.keys:
+        sync.on_start(key)
+        project.train(key, EPOCHS, "finished")
+    hidden = [project.store.trial(project.keys[0]).metrics, project.store.trial(project.keys[1]).adapter]
+    for path in hidden:
+        path.rename(path.with_name("not-seen-yet"))
+    for key in project.keys:
+        sync.on_end(key, None)
+    tracker = Tracker(project.uri, tmp_path)
+    status = {key: run.status for key, (run,) in tracker.runs_of(set(project.keys)).items()}
+    assert [status[key] for key in project.keys] == ["RUNNING", "RUNNING", FINISHED]
+    seen = threading.Timer(1.5, lambda: [path.with_name("not-seen-yet").rename(path) for path in hidden])
+    seen.start()
+    sync.settle(0)
+    project.in_line()
 
 
 def test_the_ledger_alone_makes_mlflow_anew(tmp_path: Path) -> None:
