@@ -32,8 +32,9 @@ from pipeline.pool.queue import (
     said,
 )
 from pipeline.pool.slot import Slot
+from pipeline.records import Unseen
 from pipeline.records.store import Displaced, Journal, TrialStore
-from pipeline.records.trial import TrialEnd, TrialReport, replayed
+from pipeline.records.trial import EpochReport, TrialEnd, TrialReport, replayed
 
 Resolve = Callable[[dict[str, Any]], TrialRequest]
 
@@ -97,10 +98,11 @@ class Dispatcher:
         self.store.check_held()
         self.store.open(request.config)
         end = self.store.done(key)
+        known = await self._seen_epochs(key) if end is not None and end.final else []
         self.mail[key] = _Mailbox()
         if end is not None and end.final:
             self.queue.submit(request, done=True)
-            self._deliver(replayed(key, self.store.epochs(key), end.status))
+            self._deliver(replayed(key, known, end.status))
         else:
             self.queue.submit(request, done=False)
             self.store.reopen(key)
@@ -192,6 +194,14 @@ class Dispatcher:
         if state.trials:
             self._deliver(await slot.advance())
         slot.keys.difference_update(trial.key for trial in self.queue.release_ended(state))
+
+    async def _seen_epochs(self, key: str) -> list[EpochReport]:
+        """Return the epochs of a trial that has ended, once this machine sees them; after a minute they are damaged."""
+        while True:
+            try:
+                return self.store.epochs(key)
+            except Unseen:
+                await asyncio.sleep(1.0)
 
     async def _admit(self, slot: Slot, state: SlotState) -> None:
         for trial in [trial for trial in state.trials if trial.key not in slot.keys]:

@@ -301,9 +301,10 @@ def _tell(store: TrialStore, keys: set[str], watchers: Sequence[Watcher]) -> set
     return set(ends)
 
 
-def _progress(store: TrialStore, keys: set[str]) -> int:
-    """Return the epochs and ends that the store holds of some trials."""
-    return sum(len(store.epochs(key)) + (store.done(key) is not None) for key in keys)
+def _progress(store: TrialStore, keys: set[str]) -> tuple[int, int]:
+    """Return how many of some trials have ended, and the epochs of the others."""
+    going = [key for key in keys if store.done(key) is None]
+    return len(keys) - len(going), sum(len(store.epochs(key)) for key in going)
 
 
 def score_all(
