@@ -85,6 +85,8 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     published_decoding: ClassVar[PublishedDecoding] = PublishedDecoding()
+    # Whether the demonstrations that it draws stand before each question; else something is read from them beforehand.
+    answers_with_demonstrations: ClassVar[bool] = True
     # Options that came later, with the values that records and adapters of before mean by leaving them out.
     later: ClassVar[Mapping[str, Any]] = {}
     # Of these, the ones that are not written where they are as before: the trials' keys of before stay.
@@ -99,10 +101,15 @@ class Options(BaseModel):
         return True
 
     @property
-    def shots(self) -> int:
-        """How many demonstrations the method itself puts before a question; 0: it puts none."""
+    def drawn(self) -> int:
+        """How many demonstrations the method itself draws for a prompt; 0: it draws none."""
         shots = self.plain().get("num_shots")
         return shots if isinstance(shots, int) else 0
+
+    @property
+    def shots(self) -> int:
+        """How many demonstrations the method itself puts before each question; 0: it puts none."""
+        return self.drawn if self.answers_with_demonstrations else 0
 
     def plain(self) -> Json:
         """Return them as JSON values, which a trial's key is made from."""

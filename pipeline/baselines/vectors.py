@@ -35,6 +35,7 @@ _TOKENS = 8192  # tokens in a batch of copies of one prompt; an 8B backbone's ac
 class VectorOptions(BaselineOptions):
     """Where the vector comes from and where it goes."""
 
+    answers_with_demonstrations: ClassVar[bool] = False
     num_shots: int = Field(8, ge=1)  # demonstrations in a prompt that states are read from
     num_prompts: int = Field(1, ge=1)  # prompts that are averaged over; at most the pool's samples
     layer: int | None = Field(None, ge=0)  # counted from 0; None: the best on the selection split
@@ -351,6 +352,7 @@ def _at(x: Tensor, places: list[int]) -> Tensor:
 class MultimodalTaskVectorOptions(BaselineOptions):
     """How many prompts are averaged over, and how the heads are looked for."""
 
+    answers_with_demonstrations: ClassVar[bool] = False
     num_shots: int = Field(4, ge=1)
     num_prompts: int = Field(100, ge=1)  # for the heads' mean outputs
     num_steps: int = Field(100, ge=1)  # of REINFORCE, each on one sample of the selection split
@@ -464,6 +466,7 @@ def reinforce(
 class InContextVectorOptions(BaselineOptions):
     """How many demonstrations the direction comes from, how far states are turned, and which."""
 
+    answers_with_demonstrations: ClassVar[bool] = False
     num_shots: int = Field(8, ge=1)
     strength: float = Field(0.1, ge=0)
     point: Literal["mlp", "residual"] = "mlp"

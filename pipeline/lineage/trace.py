@@ -77,12 +77,15 @@ def trace_reports(studies: list[str], params: Params, root: Path) -> TracedRepor
         root: the project's folder.
 
     Raises:
-        InputError: a study has not been evaluated.
+        InputError: a study has not been evaluated, or none has.
     """
     evaluations = root / "evaluations"
+    studies = studies or Evaluations(evaluations).studies()
+    if not studies:
+        raise InputError("no study has been evaluated", where=str(evaluations), way_out="Run `dvc repro` first")
     walk = _Walk(params, root, Checks())
     traced, runs = {}, set()
-    for study in studies or Evaluations(evaluations).studies():
+    for study in studies:
         numbers = every_place(study, params, evaluations)
         chains = [chain for place in numbers for chain in walk.chains(place)]
         runs |= {chain.run.run_id for chain in chains if chain.run}

@@ -303,7 +303,7 @@ class TrialRow:
         vary: the point of the study's axes.
         searched: the point of the row's search; of a search that asks for its points one after another, an example.
         trial: its configuration.
-        num_shots: demonstrations that a teacher sees, or that the method itself shows.
+        num_shots: demonstrations that a teacher sees, or that the method itself draws for a prompt.
         num_evaluation: samples that it is scored on.
         key: the trial's key; None where weights or data are not here, which it hangs on.
         done: whether it is trained (or needs no training) and in the store.
@@ -369,7 +369,7 @@ def _rows(params: Params, cell: Cell, finished: Callable[[str], bool] | None) ->
         trial = cell.trial(point)
         yield TrialRow(
             study=cell.study, row=cell.row, vary=cell.vary, searched=point, trial=trial,
-            num_shots=trial.num_shots or int(trial.options.get("num_shots", 0)),
+            num_shots=trial.num_shots or methods.options(trial).drawn,
             num_evaluation=evaluated_samples(params, cell.task), key=trial.key if finished else None,
             done=finished is not None and finished(trial.key), sources=_sources(cell, trial),
         )  # fmt: skip

@@ -123,7 +123,7 @@ class Cell:
             )  # fmt: skip
         facts = settings.options.facts()  # nothing is shown to those that do not train
         teacher = facts.teacher
-        shots = train.num_shots if facts.is_shown else settings.options.shots
+        shots = train.num_shots if facts.is_shown else settings.options.drawn
         if teacher and train.demonstration_draw == "with-replacement":
             return
         if shots > (pool - 1 if teacher else pool):  # a training sample is never among its own demonstrations

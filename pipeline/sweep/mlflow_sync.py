@@ -388,7 +388,7 @@ def parameters(config: TrialConfig) -> dict[str, object]:
 def used_by(config: TrialConfig, places: Places) -> list[RunInput]:
     """Return the samples that a trial learns from, or shows, and those that it chooses by."""
     used = []
-    if config.trained or methods.options(config).shots:
+    if config.trained or methods.options(config).drawn:
         seed = f" {config.seed}" if config.sample_draw == "by-seed" else ""
         drawn = f"{config.num_train_samples} of train, {config.sample_draw}{seed}"
         context = "training" if config.trained else "demonstrations"

@@ -144,7 +144,7 @@ def memory_of(trials: Iterable[TrialConfig]) -> tuple[list[BackboneMemory], dict
         trained = {
             (trial.method, trial.micro_batch_size, trial.num_shots): trial for trial in of_group if trial.trained
         }
-        shots = {0, *(int(trial.options.get("num_shots", 0)) for trial in of_group if not trial.trained)}
+        shots = {0, *(methods.options(trial).shots for trial in of_group)}
         answers = {k: counter.answer(k) for k in sorted(shots)}
         steps = [counter.step(trial) for trial in trained.values()]
         counted.append(BackboneMemory(name, precision, kind, counter.weights, steps, answers))

@@ -127,6 +127,12 @@ def test_a_number_that_was_edited_in_the_report_is_seen(copy, capfd):
     assert found["checks"][0]["found"] == "99"
 
 
+def test_a_trace_of_every_report_says_that_there_is_none(copy, capfd):
+    shutil.rmtree(copy.folder / "evaluations/studies")
+    status, _, line = hificl(capfd, "trace", "--all")
+    assert status == 2 and "no study has been evaluated. Run `dvc repro` first" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -59,7 +59,8 @@ def test_a_trials_page_says_what_was_trained_on_what(tmp_path):
     assert note.startswith(cell.label) and "rank 4" in note and "`hificl-figure7`" in note
     shown = trial_note(plan, config("icl-k", options={"num_shots": 8}))
     assert shown.startswith("icl-k on") and "8 demonstrations before each question" in shown
-    assert "no demonstration" in trial_note(plan, config("zero-shot"))
+    for method in ("zero-shot", "task-vector", "mtv", "icv"):  # of the others' demonstrations nothing is left
+        assert "no demonstration" in trial_note(plan, config(method))
 
 
 def test_a_run_names_the_samples_that_it_uses_relative_to_the_project():
@@ -74,3 +75,4 @@ def test_a_run_names_the_samples_that_it_uses_relative_to_the_project():
     (shown,) = used_by(config("icl-k", options={"num_shots": 8}), PLACES)
     assert (shown.name, shown.context) == ("vqav2/train", "demonstrations")
     assert used_by(config("zero-shot"), PLACES) == []
+    assert used_by(config("icv"), PLACES) == [shown]

@@ -121,7 +121,7 @@ def test_few_bits_leave_room_for_trials_and_each_product_makes_its_weight(llava)
 
 def test_the_plan_says_it_by_card():
     given = "studies.own={title: o, backbones: [llava-interleave-7b], tasks: [okvqa], methods: {hificl: {}, "
-    given += "icl-8: {method: icl-k, num_shots: 8}}}"
+    given += "icl-8: {method: icl-k, num_shots: 8}, task-vector: {num_shots: 4}}}"
     plan = study_memory("own", cards=[24, 80], overrides=[given, "train.precision=bf16"])
     (of,) = plan.record()["backbones"]
     (hificl,) = of["methods"]
