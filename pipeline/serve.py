@@ -216,7 +216,7 @@ class Service:
     def _add(self, name: str, folder: Path) -> None:
         if name in self.served:
             raise InputError("an adapter of this name is served", where=name, way_out="Unload it first")
-        answerer = Answerer(folder, project=self.project, reads_files=False)
+        answerer = Answerer(folder, project=self.project, reads_files=False, backbone=self.backbone)
         precision = next(kind for kind, dtype in DTYPES.items() if dtype == self.loaded.dtype)
         for trait, present, wanted in (
             ("backbone", self.backbone, answerer.origin["backbone"]),
@@ -265,9 +265,9 @@ class _Asked:
         messages, self.chat.messages = self.chat.messages, []  # a picture is not kept until the answer
         image, text = _asked_of(messages)
         answerer, loaded = served.answerer, self.service.loaded
-        sample = self.files.enter_context(answerer.asked(image, text or None))
+        sample = self.files.enter_context(answerer.asked(image, text or None, loaded))
         prompt = answerer.prompt(loaded, sample)
-        most = self.chat.max_completion_tokens or self.chat.max_tokens or answerer.task.max_new_tokens
+        most = self.chat.max_completion_tokens or self.chat.max_tokens or answerer.max_new_tokens
         further = [self.chat.stop] if isinstance(self.chat.stop, str) else self.chat.stop or []
         if len(further) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in further):
             message = f"takes {MOST_STOPS} texts of {LONGEST_STOP} characters at most"  # looked for at each token
@@ -463,7 +463,8 @@ def _known(service: Service, name: str) -> _Served:
 
 
 def _model(service: Service, name: str, served: _Served) -> Json:
-    about = {"method": served.answerer.config.method, "task": served.answerer.task.name}
+    task = served.answerer.task
+    about = {"method": served.answerer.config.method, "task": task.name if task else None}
     return {"id": name, "object": "model", "created": served.since, "owned_by": service.backbone, **about}
 
 
@@ -545,7 +546,7 @@ def serve(
     secrets = Secrets.found(secrets_in)
     first = next(iter(adapters.values()), None)
     project = Path() if first is None else project_around(first)
-    origin = {} if first is None else Answerer(first, project=project).origin
+    origin = {} if first is None else Answerer(first, project=project, backbone=backbone).origin
     with _listening(host, port) as listening:
         loaded = load_backbone(backbone, project, origin)
         service = Service(backbone, loaded, project=project, root=root, most_rows=most_rows, most_waiting=most_waiting)

@@ -23,7 +23,7 @@ _FORMS = ("peft", "peft-prefix", "module")  # `pipeline.adapters.peft.FORMS`, wh
 def register(line: CommandLine) -> None:
     """Add the verbs."""
     parser = line.verb("look", "predict", _predict, "an adapter's answer to a question about a picture", answers=True)
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="such as runs/KEY/adapter")
+    _of_an_adapter(parser)
     parser.add_argument("--image", metavar="F", help="left out where the prompt has none")
     parser.add_argument("--question", metavar="Q", help="left out for a caption")
     parser.add_argument("--task", help="whose prompt is used (default: the adapter's own)")
@@ -59,7 +59,7 @@ def _predict(args: argparse.Namespace) -> Predicted:
     """Answer the question of the command line."""
     return ask(
         Path(args.adapter), args.image, question=args.question, task_name=args.task,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=args.max_new_tokens, backbone=args.backbone,
     )  # fmt: skip
 
 
@@ -102,23 +102,25 @@ class Predicted(Answer):
         """Give the answer, who gave it, and what is to be known of the question."""
         said = self.said
         yield str(said["answer"])
-        yield f"\n{said['method']} on {said['backbone']}, {said['task']}, trial {short(said['trial'])}"
+        made = f"{said['task']}, trial {short(said['trial'])}" if said["task"] else "its own prompt"
+        yield f"\n{said['method']} on {said['backbone']}, {made}"
         if said.get("note"):
             yield f"note: {said['note']}"
 
 
 def ask(
     folder: Path, image: str | Path | None, *, question: str | None = None, task_name: str | None = None,
-    max_new_tokens: int | None = None,
+    max_new_tokens: int | None = None, backbone: str | None = None,
 ) -> Predicted:  # fmt: skip
     """Return what the adapter's backbone says to an image, as the logged models do (`tracking.served`).
 
     Args:
-        folder: an adapter's folder of a trial (`runs/KEY/adapter`).
+        folder: an adapter's folder, of a trial (`runs/KEY/adapter`) or of a wrapped model with its prompt.
         image: the image's file, or its content in base64; EXIF orientation is applied. None: the prompt has none.
         question: for tasks that ask one.
         task_name: whose prompt is used; None: the adapter's own.
         max_new_tokens: None: the task's own.
+        backbone: what it was trained on, where the folder does not say.
 
     Returns:
         What `Answerer.answer` gives, `image` and, where the miniature's world has no such question, a `note`.
@@ -129,9 +131,9 @@ def ask(
     """
     from pipeline.evaluate.answerer import Answerer, project_around
 
-    answerer = Answerer(folder, project=project_around(folder), task_name=task_name)
+    answerer = Answerer(folder, project=project_around(folder), task_name=task_name, backbone=backbone)
     said = answerer.answer(image, question, max_new_tokens)
-    note = _unheard(answerer.task, question, Path("data/manifests"))
+    note = answerer.task and _unheard(answerer.task, question, Path("data/manifests"))
     shown = None if image is None else str(image)
     return Predicted({**said, "image": shown, **({"note": note} if note else {})})
 

@@ -6,8 +6,9 @@ import base64
 import errno
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,76 @@ import torch
 
 from pipeline import adapters, backbones
 from pipeline.adapters.base import Adapter
-from pipeline.backbones.base import Family
+from pipeline.backbones.base import Backbone, Family
 from pipeline.backbones.load import Loaded
 from pipeline.config.load import PARAMS, BackboneSource, load
 from pipeline.core.errors import InputError
 from pipeline.core.plain_yaml import Json
 from pipeline.data import image_files
 from pipeline.data.image_files import decode_image, os_problem, read_image_bytes, size_of, upright
-from pipeline.data.sample import ImageRef, Sample
+from pipeline.data.sample import ImageRef, PromptStyle, Sample
 from pipeline.evaluate.generate import generate
-from pipeline.prompts.prompt import Encoded, encode_all, render, stop_strings
+from pipeline.prompts.prompt import Encoded, Rendered, encode_all, neutral, render, stop_strings
 from pipeline.records.store import check_adapter
 from pipeline.resident.visual_tokens import VisualTokens
-from pipeline.tasks import tasks
+from pipeline.tasks import PromptTemplate, Task, tasks
 
 _INLINE = "the image in base64"
 _SHOWN = 80  # characters of what is neither
+_PROMPT = "vqav2"  # whose wording a backbone without an adapter reads
+_MOST_NEW_TOKENS = 20  # of a prompt that does not say it, as `ask` of a wrapped model has it
 _WAY_OUT = "Give an image's path, or its content in base64"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How a question is worded, and where its answer ends; `max_new_tokens` None: its author did not say."""
+
+    template: PromptTemplate
+    backbone: Backbone
+    style: PromptStyle
+    stops: tuple[str, ...]
+    max_new_tokens: int | None
+
+    @classmethod
+    def of(cls, backbone: Backbone, origin: Mapping[str, Any], task: str | None) -> Prompt:
+        """Return an adapter's own prompt; that of `task` where it is given or the adapter has none."""
+        style, known = origin.get("prompt", "papers"), _task_of(origin, task)
+        if known is None and "template" in origin:
+            return cls._said(backbone, origin["template"])
+        known = known or tasks.get(_PROMPT)
+        stops = stop_strings(known.template, backbone, style)
+        return cls(known.template, backbone, style, stops, known.max_new_tokens)
+
+    @classmethod
+    def _said(cls, backbone: Backbone, template: Mapping[str, Any]) -> Prompt:
+        """Return the prompt that `wrap` was given: a demonstration is that text, an answer and the first stop."""
+        text, stops = str(template["text"]), tuple(template["stop"])
+        query = text.replace("{", "{{").replace("}", "}}").replace("{{question}}", "{question}")
+        backbone = replace(backbone, chat=None, published_roles=None)  # the text is whole as it is
+        if backbone.image_text:
+            shown = backbone.image_text if backbone.image_text in query else backbone.image_token
+            query = query.replace(shown, "{image}")
+            backbone = replace(backbone, placeholder=shown)
+        written = PromptTemplate("", False, query, " {answer}" + (stops or ("\n",))[0], ())
+        return cls(written, backbone, "papers", stops, None)
+
+    def rendered(self, query: Sample, shown: Sequence[Sample], continuation: str | None = None) -> Rendered:
+        """Return the text of a question behind demonstrations; `continuation` is its answer's span, as it is."""
+        open_prompt = render(self.template, self.backbone, query, shown, style=self.style)
+        if continuation is None:
+            return open_prompt
+        answer = neutral(continuation, self.backbone)
+        start = len(open_prompt.text)
+        return replace(open_prompt, text=open_prompt.text + answer, answer_span=(start, start + len(answer)))
+
+
+def _task_of(origin: Mapping[str, Any], task: str | None) -> Task | None:
+    """Return the task of a name, or else the one that an adapter's record names; None: neither says one."""
+    name, definition = origin.get("task") or "", origin.get("definition")
+    if name and definition and task in (None, name):
+        return tasks.made(name, definition)
+    return tasks.get(task or name) if task or name else None
 
 
 class Answerer:
@@ -42,28 +96,31 @@ class Answerer:
     name it, has the source's `dtype`.
 
     Args:
-        folder: an adapter's folder of a trial (`runs/KEY/adapter`).
+        folder: an adapter's folder: of a trial (`runs/KEY/adapter`), or of a wrapped model with its prompt.
         project: the folder whose params.yaml says where the weights lie.
         task_name: whose prompt is used; None: the adapter's own.
         reads_files: whether an image may be a file's path. Not where others ask, who may have it read any file.
+        backbone: what it was trained on, where the folder does not say.
 
     Raises:
-        InputError: no adapter of a trial, one that is damaged, or no such task.
+        InputError: no adapter, one that is damaged or names neither task nor prompt, or no such task.
     """
 
     def __init__(
-        self, folder: Path, *, project: Path = Path(), task_name: str | None = None, reads_files: bool = True
-    ) -> None:
+        self, folder: Path, *, project: Path = Path(), task_name: str | None = None, reads_files: bool = True,
+        backbone: str | None = None,
+    ) -> None:  # fmt: skip
         check_adapter(folder)  # before the backbone is loaded
         self.folder, self.project, self.reads_files = folder, project, reads_files
         self.config = adapters.read_config(folder)
-        self.origin: dict[str, Any] = self.config.extra
-        if not all(isinstance(self.origin.get(part), str) for part in ("backbone", "task")):
-            way_out = "Give the adapter folder of a trial: runs/KEY/adapter"
-            raise InputError("the adapter does not name its backbone and task", where=str(folder), way_out=way_out)
-        name, definition = str(self.origin["task"]), self.origin.get("definition")
-        defined = definition is not None and task_name in (None, name)
-        self.task = tasks.made(name, definition) if defined else tasks.get(task_name or name)
+        self.origin: dict[str, Any] = {**({"backbone": backbone} if backbone else {}), **self.config.extra}
+        if not isinstance(self.origin.get("backbone"), str):
+            way_out = "Give --backbone: a name, hub:org/name or folder:PATH"
+            raise InputError("the adapter does not name its backbone", where=str(folder), way_out=way_out)
+        self.task = _task_of(self.origin, task_name)
+        if self.task is None and "template" not in self.origin:
+            way_out = "Give --task, or the adapter folder of a trial: runs/KEY/adapter"
+            raise InputError("the adapter names neither its task nor a prompt", where=str(folder), way_out=way_out)
 
     def answer(self, image: str | Path | None, question: str | None = None, max_new_tokens: int | None = None) -> Json:
         """Return what the backbone says to an image.
@@ -84,47 +141,56 @@ class Answerer:
         """
         with self.asked(image, question) as sample:
             loaded, adapter = self._loaded
-            most, stops = max_new_tokens or self.task.max_new_tokens, self.stops(loaded)
+            most, stops = max_new_tokens or self.max_new_tokens, self.stops(loaded)
             text = self.said(loaded, adapter, self.prompt(loaded, sample), most, stops)
         return {
             "answer": text, "text": text, "question": question,
             "method": self.config.method, "options": self.config.options, "backbone": self.origin["backbone"],
-            "task": self.task.name, "trial": self.origin.get("trial"),
+            "task": self.task.name if self.task else None, "trial": self.origin.get("trial"),
         }  # fmt: skip
 
+    @property
+    def max_new_tokens(self) -> int:
+        """How long an answer may be that nobody limits."""
+        return self.task.max_new_tokens if self.task else _MOST_NEW_TOKENS
+
     @contextmanager
-    def asked(self, image: str | Path | None, question: str | None) -> Iterator[Sample]:
+    def asked(self, image: str | Path | None, question: str | None, loaded: Loaded | None = None) -> Iterator[Sample]:
         """Give what is asked, checked, its image in a file for as long as the block lasts.
 
         Args:
             image: as for `answer`.
             question: likewise.
+            loaded: the backbone, where it is in memory.
 
         Raises:
             InputError: no such image, or one too many or too few of either.
         """
-        self._check_question(question)
-        if (image is None) == ("{image}" in self.task.template.query):
+        template = self.task.template if self.task else self._prompt(loaded or self._loaded[0]).template
+        asker, name = (f"task {self.task.name}", self.task.name) if self.task else ("the adapter's own prompt", "")
+        _check_question(template, question, asker)
+        if (image is None) == ("{image}" in template.query):
             needs = "needs an image" if image is None else "has no image in its prompt"
             way_out = "Give --image" if image is None else "Leave --image out"
-            raise InputError(f"task {self.task.name} {needs}", where="--image", way_out=way_out)
+            raise InputError(f"{asker} {needs}", where="--image", way_out=way_out)
         if image is None:
-            yield Sample(self.task.name, 0, (), question, target="", references=())
+            yield Sample(name, 0, (), question, target="", references=())
             return
         with _as_file(image, reads_files=self.reads_files) as file:
             given = not self.reads_files or str(image).startswith("data:") or file != Path(image)
-            name = "the image given" if given else str(image)
-            self._family.check_size(*image_files.sizes([file])[0], name)
-            yield Sample(self.task.name, 0, (ImageRef(str(file.resolve())),), question, target="", references=())
+            self._family.check_size(*image_files.sizes([file])[0], "the image given" if given else str(image))
+            yield Sample(name, 0, (ImageRef(str(file.resolve())),), question, target="", references=())
 
     def prompt(self, loaded: Loaded, sample: Sample) -> Encoded:
         """Return what the backbone reads."""
-        style = self.origin.get("prompt", "papers")
-        return encode_all(loaded, [render(self.task.template, loaded.backbone, sample, style=style)], root="")[0]
+        return encode_all(loaded, [self._prompt(loaded).rendered(sample, ())], root="")[0]
 
     def stops(self, loaded: Loaded) -> tuple[str, ...]:
         """Return where an answer is cut."""
-        return stop_strings(self.task.template, loaded.backbone, self.origin.get("prompt", "papers"))
+        return self._prompt(loaded).stops
+
+    def _prompt(self, loaded: Loaded) -> Prompt:
+        return Prompt.of(loaded.backbone, self.origin, self.task.name if self.task else None)
 
     @staticmethod
     def said(loaded: Loaded, adapter: Adapter, prompt: Encoded, max_new_tokens: int, stops: tuple[str, ...]) -> str:
@@ -155,14 +221,12 @@ class Answerer:
         loaded = load_backbone(name, self.project, self.origin)
         return loaded, self.adapter_on(loaded)
 
-    def _check_question(self, question: str | None) -> None:
-        asks = self.task.template.asks
-        if asks and not (question or "").strip():
-            raise InputError(f"task {self.task.name} needs a question", where="--question", way_out="Give --question")
-        if not asks and question is not None:
-            raise InputError(
-                f"task {self.task.name} has no question", where="--question", way_out="Leave --question out"
-            )
+
+def _check_question(template: PromptTemplate, question: str | None, asker: str) -> None:
+    if template.asks and not (question or "").strip():
+        raise InputError(f"{asker} needs a question", where="--question", way_out="Give --question")
+    if not template.asks and question is not None:
+        raise InputError(f"{asker} has no question", where="--question", way_out="Leave --question out")
 
 
 @contextmanager

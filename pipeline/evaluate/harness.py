@@ -27,19 +27,17 @@ import torch
 
 from pipeline import adapters
 from pipeline.adapters.base import Adapter
-from pipeline.backbones.base import Backbone
 from pipeline.backbones.load import Loaded
 from pipeline.backbones.passes import bytes_of_row
 from pipeline.baselines.demonstrations import draw_from, fixed
 from pipeline.config.schema import TaskFile
 from pipeline.core.errors import HificlError, InputError, of_an_extra
-from pipeline.data.sample import ImageRef, PromptStyle, Sample
-from pipeline.evaluate.answerer import adapter_on, load_backbone, project_around
+from pipeline.data.sample import ImageRef, Sample
+from pipeline.evaluate.answerer import Prompt, adapter_on, load_backbone, project_around
 from pipeline.evaluate.generate import generate, longest_first
 from pipeline.prompts.collate import collate
-from pipeline.prompts.prompt import Encoded, Rendered, encode_all, neutral, render, stop_strings
+from pipeline.prompts.prompt import Encoded, encode_all
 from pipeline.resident.visual_tokens import VisualTokens
-from pipeline.tasks import PromptTemplate, tasks
 from pipeline.tasks.file_rows import completed
 from pipeline.tasks.file_task import FileTask
 
@@ -49,7 +47,6 @@ with of_an_extra():
 NAME = "hificl"
 _SOURCE = ("revision", "gguf", "chat")  # of a backbone that is named by `hub:` or `folder:`
 _MOST_NEW_TOKENS = 1024  # where neither the harness's task nor ours says
-_PROMPT = "vqav2"  # whose wording a backbone without an adapter reads
 _STORED = "RGB"
 
 
@@ -92,50 +89,6 @@ class Writing:
         return cls(int(most) if most else None, stops, int(settings.get("num_beams") or 1))
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """How a question is worded, and where its answer ends."""
-
-    template: PromptTemplate
-    backbone: Backbone
-    style: PromptStyle
-    stops: tuple[str, ...]
-    max_new_tokens: int
-
-    @classmethod
-    def of(cls, loaded: Loaded, origin: Mapping[str, Any], task: str | None) -> Prompt:
-        """Return an adapter's own prompt; that of `task` where it is given or the adapter has none."""
-        name, style = str(origin.get("task", "")), origin.get("prompt", "papers")
-        if task is None and not name and "template" in origin:
-            return cls._said(loaded, origin["template"])
-        defined = name and origin.get("definition") and task in (None, name)
-        known = tasks.made(name, origin["definition"]) if defined else tasks.get(task or name or _PROMPT)
-        stops = stop_strings(known.template, loaded.backbone, style)
-        return cls(known.template, loaded.backbone, style, stops, known.max_new_tokens)
-
-    @classmethod
-    def _said(cls, loaded: Loaded, template: Mapping[str, Any]) -> Prompt:
-        """Return the prompt that `wrap` was given: a demonstration is that text, an answer and the first stop."""
-        text, stops = str(template["text"]), tuple(template["stop"])
-        query = text.replace("{", "{{").replace("}", "}}").replace("{{question}}", "{question}")
-        backbone = replace(loaded.backbone, chat=None, published_roles=None)  # the text is whole as it is
-        if backbone.image_text:
-            shown = backbone.image_text if backbone.image_text in query else backbone.image_token
-            query = query.replace(shown, "{image}")
-            backbone = replace(backbone, placeholder=shown)
-        written = PromptTemplate("", False, query, " {answer}" + (stops or ("\n",))[0], ())
-        return cls(written, backbone, "papers", stops, _MOST_NEW_TOKENS)
-
-    def rendered(self, query: Sample, shown: Sequence[Sample], continuation: str | None = None) -> Rendered:
-        """Return the text of a question behind demonstrations; `continuation` is its answer's span, as it is."""
-        open_prompt = render(self.template, self.backbone, query, shown, style=self.style)
-        if continuation is None:
-            return open_prompt
-        answer = neutral(continuation, self.backbone)
-        start = len(open_prompt.text)
-        return replace(open_prompt, text=open_prompt.text + answer, answer_span=(start, start + len(answer)))
-
-
 class Prompted:
     """A backbone in memory, with what stands around a harness's questions.
 
@@ -170,7 +123,7 @@ class Prompted:
             way_out = "Give --model_args shots=4,demonstrations=FILE"
             raise InputError("demonstrations have to come from a file", where="demonstrations", way_out=way_out)
         self.loaded, self.adapter, origin = opened(backbone, adapter, device=device, dtype=dtype, **settings)
-        self.prompt = Prompt.of(self.loaded, origin, task)
+        self.prompt = Prompt.of(self.loaded.backbone, origin, task)
         self.visual = VisualTokens(self.loaded, None)
         self._pictures = tempfile.TemporaryDirectory(prefix="hificl-pictures-")
 
@@ -179,8 +132,9 @@ class Prompted:
         with self._attached():
             return generate(
                 self.loaded, self._encoded(asked), visual_tokens=self.visual, batch_size=self.batch_size,
-                max_new_tokens=writing.max_new_tokens or self.prompt.max_new_tokens, num_beams=writing.num_beams,
-                stop_strings=(*self.prompt.stops, *writing.stops), from_pixels=self._from_pixels,
+                max_new_tokens=writing.max_new_tokens or self.prompt.max_new_tokens or _MOST_NEW_TOKENS,
+                num_beams=writing.num_beams, stop_strings=(*self.prompt.stops, *writing.stops),
+                from_pixels=self._from_pixels,
             )  # fmt: skip
 
     @torch.no_grad()
@@ -376,7 +330,7 @@ def _text_model() -> type:
             if prompt not in ("harness", "adapter") or (prompt == "adapter" and part is None):
                 way_out = "Give prompt=harness; or prompt=adapter with an adapter"
                 raise InputError(f"is {prompt}", where="prompt", way_out=way_out)
-            self._prompt = Prompt.of(loaded, origin, None) if prompt == "adapter" else None
+            self._prompt = Prompt.of(loaded.backbone, origin, None) if prompt == "adapter" else None
             model = loaded.model if part is None else adapters.wrap(loaded.model, part)
             super().__init__(model, backend="causal", tokenizer=loaded.tokenizer, batch_size=batch_size,
                              max_batch_size=max_batch_size or 64, **settings)  # fmt: skip

@@ -7,12 +7,10 @@ import contextlib
 import json
 import os
 import re
-import signal
 import stat
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +24,11 @@ from PIL import Image
 from pipeline import adapters, backbones
 from pipeline.core.errors import InputError
 from tests.conftest import ROOT
+from tests.support.serving import ADMIN, BACKBONE, TOKEN, Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-BACKBONE = "mini-idefics2"
 METHODS = {"pets": "hificl", "signs": "mimic", "live": "live", "lora": "lora", "captions": "hificl"}
-TOKEN, ADMIN = "the-token-of-the-tests", "the-admins-token-of-the-tests"
 
 
 @pytest.fixture(scope="module")
@@ -60,56 +57,6 @@ def expected(folders, pictures):
 
     answerers = {name: Answerer(folder, project=ROOT) for name, folder in folders.items()}
     return lambda name, picture, question, most=None: answerers[name].answer(picture, question, most)["answer"]
-
-
-class Server:
-    """A running server."""
-
-    def __init__(self, words, home: Path, **variables):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HIFICL_SERVE")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", "serve", "--backbone", BACKBONE, "--port", "0", *words], cwd=ROOT,
-            env={**environment, "HOME": str(home), "PYTHONPATH": str(ROOT), **variables}, text=True,
-            stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        self.lines: list[str] = []
-        self.url = None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if found := re.search(r"(http://\S+)/v1", line):
-                self.url = found[1]
-            if "token" in line:
-                break
-        assert self.url, "".join(self.lines)
-        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
-        self.reader.start()
-        for _ in range(600):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{self.url}/health").close()
-                return
-            time.sleep(0.1)
-        raise AssertionError("".join(self.lines))
-
-    def client(self, token=TOKEN):
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=token, max_retries=0, timeout=120)
-
-    def call(self, path, body=None, token=ADMIN, method=None, data=None):
-        """Return status and body of a plain request."""
-        data = json.dumps(body).encode() if body is not None else data
-        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.url}{path}", data=data, headers=headers, method=method)
-        try:
-            with urllib.request.urlopen(request) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def end(self) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        status = self.process.wait(60)
-        self.reader.join(10)
-        return status
 
 
 @pytest.fixture(scope="module")

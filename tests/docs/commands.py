@@ -43,6 +43,7 @@ NOT_RUN: dict[str, str] = {
     r"hificl params --backbone folder:.*": "a folder of random weights: run by tests/backbones/test_generic.py",
     r"pip (wheel|install) .*": "run by tests/test_packaging.py",
     r"mlflow models predict .*": "makes an environment: run by tests/tracking/test_models.py, `make test-models`",
+    r"docker .*": "run by tests/cluster/test_image.py, `make test-image`",
     r"python -m benchmarks\..*": "needs a GPU",
     r"python -m pip install .*": "from a registry; tests/test_makefile.py holds it to the extra",
     r"python -m tests\..*": "measures or takes pictures for minutes",

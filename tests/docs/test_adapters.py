@@ -16,10 +16,14 @@ from PIL import Image
 
 from pipeline import adapters
 from pipeline.cli import main
+from pipeline.core.errors import InputError
+from pipeline.evaluate.answerer import Answerer
 from tests.conftest import ROOT
+from tests.support.serving import BACKBONE, Server
 
 PAGE = (ROOT / "docs/adapters.md").read_text(encoding="utf-8")
-HARNESSES = ("python -m lmms_eval ", "python -m pipeline.evaluate.harness ")  # run by tests/evaluate/test_harness.py
+# run by test_harness.py, test_packaging.py, test_models.py and test_image.py
+ELSEWHERE = ("python -m lmms_eval ", "python -m pipeline.evaluate.harness ", "pip ", "mlflow ", "docker ")
 BLOCK = r"^```(\w*)\n(.*?)^```"
 BLOCKS = re.findall(BLOCK, PAGE, re.DOTALL | re.MULTILINE)
 
@@ -31,20 +35,27 @@ def page(tmp_path_factory: Any) -> dict[str, Any]:
     (folder / "checkpoints").symlink_to(ROOT / "checkpoints")
     Image.new("RGB", (32, 32), "red").save(folder / "photo.png")
     torch.set_num_threads(1)
+    server: Server | None = None
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", list(sys.path))
+        patch.setenv("HOME", str(folder))
         for language, block in BLOCKS:
             if language == "python":
-                exec(compile(block, "docs/adapters.md", "exec"), names)
+                code = block.replace("http://127.0.0.1:8000", server.url) if server else block
+                exec(compile(code, "docs/adapters.md", "exec"), names)
                 continue
             for line in block.replace("\\\n", " ").splitlines():
                 program, *words = shlex.split(line)
-                if line.startswith(HARNESSES) or program == "pip":  # by test_harness.py and test_packaging.py
+                if line.startswith(ELSEWHERE):
                     continue
                 assert program == "hificl"
+                if words[:3] == ["serve", "--backbone", BACKBONE]:
+                    server = Server(words[3:], folder, cwd=folder)
+                    continue
                 with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as ended:
                     main(words)
                 assert not ended.value.code, line
+    assert server and server.end() == 0
     names["plain"].unwrap()
     return {**names, "folder": folder}
 
@@ -73,8 +84,28 @@ def test_virtual_tokens_went_to_peft_and_to_a_module(page: dict[str, Any]):
     assert page["Adapter"].__module__ == "hificl_adapter"
 
 
-def test_a_trainer_taught_it_and_the_hub_has_it(page: dict[str, Any]):
-    assert page["answer"] == page["again"] == "redun"
+def test_a_trainer_taught_it_a_server_said_it_and_the_hub_has_it(page: dict[str, Any]):
+    assert page["answer"] == page["again"] == page["served"] == "redun"
     assert (page["folder"] / "out/trainer/checkpoint-20/adapter_model.safetensors").is_file()
     assert {path.name for path in (page["folder"] / "out/hub/lab").iterdir()} == {"colours", "lora"}
     assert page["taken"].extra["template"]["text"].startswith("Image: <image>")
+
+
+def test_a_wrapped_models_adapter_asks_by_its_own_prompt(page: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(page["folder"])
+    trained, photo = Path("out/trained"), Path("photo.png")
+    with pytest.raises(InputError, match="does not name its backbone. Give --backbone"):
+        Answerer(trained)
+    with pytest.raises(InputError, match="names neither its task nor a prompt. Give --task"):
+        Answerer(Path("out/mimic"), backbone=BACKBONE)
+    own = Answerer(trained, backbone=BACKBONE)
+    said = own.answer(photo, "Which colour?")
+    assert said["answer"] == "redun" and said["task"] is None
+    for image, question, problem in ((photo, None, "needs a question"), (None, "Which colour?", "needs an image")):
+        with pytest.raises(InputError, match=f"the adapter's own prompt {problem}"):
+            own.answer(image, question)
+
+
+def test_mlflows_line_is_the_one_that_test_models_runs():
+    (line,) = re.findall("^mlflow .*$", PAGE, re.MULTILINE)
+    assert line in (ROOT / "docs/lineage.md").read_text(encoding="utf-8").splitlines()

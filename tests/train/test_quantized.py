@@ -107,7 +107,7 @@ def test_an_adapter_answers_over_what_it_was_scored_over(bench, trial, tmp_path,
     model = resident.loaded.model  # in plain transformers: by the prompt that lies beside the adapter
     wrapped = adapters.wrap(model, adapters.load(folder, model), processor=resident.loaded.processor)
     with Image.open(image) as picture:
-        asked = wrapped.ask(picture, sample.question, max_new_tokens=answerer.task.max_new_tokens)
+        asked = wrapped.ask(picture, sample.question, max_new_tokens=answerer.max_new_tokens)
     assert asked == predicted.prediction and wrapped.unwrap() is model
     given = {"project": ROOT, "root": tmp_path, "most_rows": 2, "most_waiting": 2}
     source = BackboneSource(weights=str(ROOT / "checkpoints/mini-idefics2"))
