@@ -69,9 +69,10 @@ test-chaos: setup  ## such a cluster, on which something is killed every 15 s fo
 test-slurm: setup  ## a real SLURM on loopback: tasks that lease trials, signalled, requeued, preempted (needs root)
 	$(BIN)/python -m pytest -m slurm tests/cluster/test_slurm.py -rs
 
+HARNESS := work/harness
 test-harness: setup  ## lmms-eval and lm-evaluation-harness from the package index, in a folder of their own on top of .venv
-	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --quiet --no-deps --target work/harness -r tests/harness.txt
-	PYTHONPATH="$$PWD/work/harness" $(BIN)/python -m pytest -m harness tests/evaluate/test_harness.py
+	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --quiet --no-deps --target $(HARNESS) -r tests/harness.txt
+	PYTHONPATH="$$PWD/$(HARNESS)" $(BIN)/python -m pytest -m harness tests/evaluate/test_harness.py
 
 test-experiments: setup  ## DVC's experiments, copies and queue, on a real clone
 	$(BIN)/python -m pytest -m experiments tests/e2e/test_experiments.py

@@ -328,7 +328,7 @@ def _set_implementation(config: Any, name: str | None) -> None:
     config._attn_implementation = {"": name}
 
 
-_MAX_NEW_TOKENS = 20
+MAX_NEW_TOKENS = 20
 
 
 class Wrapped(nn.Module):
@@ -400,7 +400,7 @@ class Wrapped(nn.Module):
             module.training = mode
         return self
 
-    def ask(self, image: Any, question: str | None = None, max_new_tokens: int = _MAX_NEW_TOKENS) -> str:
+    def ask(self, image: Any, question: str | None = None, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
         """Return the answer to a question about a picture, by the prompt that the adapter was trained with.
 
         Args:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pipeline import adapters, backbones
+from pipeline.adapters.attach import MAX_NEW_TOKENS
 from pipeline.adapters.base import Adapter
 from pipeline.backbones.base import Backbone, Family
 from pipeline.backbones.load import Loaded
@@ -34,7 +35,6 @@ from pipeline.tasks import PromptTemplate, Task, tasks
 _INLINE = "the image in base64"
 _SHOWN = 80  # characters of what is neither
 _PROMPT = "vqav2"  # whose wording a backbone without an adapter reads
-_MOST_NEW_TOKENS = 20  # of a prompt that does not say it, as `ask` of a wrapped model has it
 _WAY_OUT = "Give an image's path, or its content in base64"
 
 
@@ -113,7 +113,8 @@ class Answerer:
         check_adapter(folder)  # before the backbone is loaded
         self.folder, self.project, self.reads_files = folder, project, reads_files
         self.config = adapters.read_config(folder)
-        self.origin: dict[str, Any] = {**({"backbone": backbone} if backbone else {}), **self.config.extra}
+        self._wording: Prompt | None = None
+        self.origin: Mapping[str, Any] = {**({"backbone": backbone} if backbone else {}), **self.config.extra}
         if not isinstance(self.origin.get("backbone"), str):
             way_out = "Give --backbone: a name, hub:org/name or folder:PATH"
             raise InputError("the adapter does not name its backbone", where=str(folder), way_out=way_out)
@@ -152,7 +153,7 @@ class Answerer:
     @property
     def max_new_tokens(self) -> int:
         """How long an answer may be that nobody limits."""
-        return self.task.max_new_tokens if self.task else _MOST_NEW_TOKENS
+        return self.task.max_new_tokens if self.task else MAX_NEW_TOKENS
 
     @contextmanager
     def asked(self, image: str | Path | None, question: str | None, loaded: Loaded | None = None) -> Iterator[Sample]:
@@ -190,7 +191,9 @@ class Answerer:
         return self._prompt(loaded).stops
 
     def _prompt(self, loaded: Loaded) -> Prompt:
-        return Prompt.of(loaded.backbone, self.origin, self.task.name if self.task else None)
+        if self._wording is None:  # once, not for every question; an adapter has one backbone
+            self._wording = Prompt.of(loaded.backbone, self.origin, self.task.name if self.task else None)
+        return self._wording
 
     @staticmethod
     def said(loaded: Loaded, adapter: Adapter, prompt: Encoded, max_new_tokens: int, stops: tuple[str, ...]) -> str:
