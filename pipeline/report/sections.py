@@ -6,6 +6,7 @@ import base64
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 
 from markupsafe import Markup
@@ -140,6 +141,27 @@ def _budget(tried: Sequence[TriedSetting]) -> Iterator[str]:
     if at_ends:
         listed = "; ".join(f"{name} ({', '.join(dict.fromkeys(of))})" for name, of in at_ends.items())
         yield f"At an end of what was tried, so that more might help: {listed}."
+
+
+_RISE = 1.1  # of an epoch's training loss over the one before it: beyond what the order of samples does
+
+
+def _unsteady(table: Table) -> Iterator[str]:
+    """Say whose training loss rose from one epoch to the next: another machine's number may be another."""
+    rows: dict[str, list[str]] = {}
+    for entry in table.entries.values():
+        for cell in entry.done if entry.column.metric is None else ():
+            losses = [epoch.train_loss for epoch in cell.epochs if epoch.train_loss is not None]
+            if any(after > _RISE * before > 0 for before, after in pairwise(losses)):
+                curve = ", ".join(f"{loss:.3g}" for loss in losses)
+                where_it_rose = f"{papers.label('tasks', entry.column.task)}, seed {cell.seed}: {curve}"
+                rows.setdefault(entry.line.title, []).append(where_it_rose)
+    if rows:
+        listed = "; ".join(f"{title} ({'; '.join(curves)})" for title, curves in rows.items())
+        yield (
+            f"The training loss rose between epochs: {listed}. Another seed or kind of processor may give another "
+            "number; a lower learning rate trains more steadily."
+        )
 
 
 @dataclass(frozen=True)
@@ -336,6 +358,7 @@ def notes(table: Table) -> list[str]:
     selection = _SELECTION.get(table.study.selection, f"Selection: {table.study.selection}.")
     out.append(selection.replace("{as_the_papers}", ", as the papers do" if table.paper else ""))
     out += _budget(tried_settings(table))
+    out += _unsteady(table)
     printed = any(entry.paper is not None for entry in table.entries.values())
     for stand_in, model in stand_ins([table]):
         known = ": the paper's numbers are of that model, so no difference is shown" if printed else ""

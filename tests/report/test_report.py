@@ -483,3 +483,26 @@ def test_the_page_shows_what_was_tried_how_much_it_matters_and_what_lies_at_an_e
     maker.study("hificl-table1", cells)
     write_study("hificl-table1", known, maker.folder, maker.folder.parent)
     assert "Trials for each number: HiFICL 3, MimIC 2." in (maker.folder.parent / "hificl-table1.md").read_text()
+
+
+def test_a_training_loss_that_rises_between_epochs_is_said_with_its_curve(maker: Any) -> None:
+    def trained(row: str, task: str, losses: list[float]) -> dict[str, Any]:
+        epochs = [{"epoch": number, "train_loss": loss} for number, loss in enumerate(losses, start=1)]
+        return maker.cell(row, task, 0) | {"epochs": epochs}
+
+    maker.study(
+        "hificl-table1",
+        [
+            trained("hificl", "mini-okvqa", [0.485, 0.742, 0.695, 0.406]),
+            trained("hificl", "mini-vqa", [0.5, 0.3, 0.329]),  # less than a tenth: the order of samples
+            trained("mimic", "mini-okvqa", [0.5, 0.4, 0.3]),
+            maker.cell("zero-shot", "mini-okvqa", 0),
+        ],
+    )
+    write_study(
+        "hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder, maker.folder.parent
+    )
+    text = (maker.folder.parent / "hificl-table1.md").read_text()
+    rises = next(line for line in text.splitlines() if "The training loss rose between epochs" in line)
+    assert "HiFICL (mini-okvqa, seed 0: 0.485, 0.742, 0.695, 0.406)." in rises
+    assert "mini-vqa" not in rises and "MimIC" not in rises
