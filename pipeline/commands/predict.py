@@ -126,12 +126,13 @@ def ask(
         What `Answerer.answer` gives, `image` and, where the miniature's world has no such question, a `note`.
 
     Raises:
-        InputError: no adapter of a trial, no such image, a question too many or too few, or weights that are
-            missing or not those that the adapter was trained on.
+        InputError: no adapter of a trial, another backbone than its own, no such image, a question too many or too
+            few, or weights that are missing or not those that the adapter was trained on.
     """
     from pipeline.evaluate.answerer import Answerer, project_around
 
     answerer = Answerer(folder, project=project_around(folder), task_name=task_name, backbone=backbone)
+    _backbone(folder, backbone, answerer.config.extra)
     said = answerer.answer(image, question, max_new_tokens)
     note = answerer.task and _unheard(answerer.task, question, Path("data/manifests"))
     shown = None if image is None else str(image)
@@ -159,7 +160,16 @@ def _of_an_adapter(parser: Any) -> None:
 
 
 def _backbone(folder: Path, given: str | None, extra: Json) -> str:
-    name = given or extra.get("backbone")
+    """Return what an adapter was trained on: its folder says it, or the command line does.
+
+    Raises:
+        InputError: neither does, or they differ.
+    """
+    named = extra.get("backbone")
+    if given and isinstance(named, str) and given != named:
+        problem = f"the adapter in {folder} was trained on {named}"
+        raise InputError(problem, where=f"--backbone {given}", way_out="Leave --backbone out")
+    name = named or given
     if not isinstance(name, str):
         problem = "the adapter does not name its backbone"
         raise InputError(problem, where=str(folder), way_out="Give --backbone: a name, hub:org/name or folder:PATH")

@@ -72,6 +72,20 @@ def test_export_says_what_is_missing_or_cannot_be(model: Any, tmp_path: Path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_another_backbone_than_the_folder_names_is_refused_by_every_verb(
+    folder: Path, tmp_path: Path, capfd: Any
+) -> None:
+    for verb, *more in (
+        ("predict", "--question", "Which colour?"),
+        ("export", "--to", "peft", "--out", tmp_path / "out"),
+        ("push", "--to", "lab/colours", "--hub", tmp_path / "hub"),
+    ):
+        status, _, line = hificl(capfd, verb, "--adapter", folder, "--backbone", "mini-idefics2", *more)
+        problem = f"the adapter in {folder} was trained on {BACKBONE}. Leave --backbone out"
+        assert status == 2 and line.strip() == f"error: --backbone mini-idefics2: {problem}", verb
+    assert not (tmp_path / "out").exists() and not (tmp_path / "hub").exists()
+
+
 def test_push_writes_a_card_beside_the_adapter(folder: Path, model: Any, tmp_path: Path, capfd: Any) -> None:
     words = ["push", "--adapter", folder, "--to", "lab/colours", "--hub", tmp_path / "hub"]
     status, out, _ = hificl(capfd, *words)
