@@ -89,19 +89,17 @@ class AttentionEdit:
             per_query = torch.einsum(
                 "bhtd,hed->bhte" if linear.dim() == 3 else "bhtd,bhed->bhte", q.to(linear.dtype), linear
             )
+        if self.pack.without is not None:
+            absent = torch.where(self.pack.without[layer].to(q.device), float("-inf"), 0.0)
+            bias = absent if bias is None else bias + absent
+        given: dict[str, Any] = {
+            "keys": tokens["keys"], "bias": bias, "mask": self._prepared(mask, q), "scale": scale, "causal": causal,
+        }  # fmt: skip
+        if self.pack.watch is not None:
+            self.pack.watch(layer, _virtual_weights(q, k, **given))
         return virtual_attention(
-            q,
-            k,
-            v,
-            keys=tokens["keys"],
-            bias=bias,
-            values=tokens["values"],
-            per_query=per_query,
-            mask=self._prepared(mask, q),
-            scale=scale,
-            replaces=replaces,
-            causal=causal,
-        )
+            q, k, v, **given, values=tokens["values"], per_query=per_query, replaces=replaces
+        )  # fmt: skip
 
     def _routes(self, q: Tensor) -> Tensor:
         """Return whose adapter has a router, [B]."""
@@ -115,6 +113,19 @@ class AttentionEdit:
         if self._mask is None or self._mask[0] is not mask or self._mask[1] != q.dtype:
             self._mask = (mask, q.dtype, prepare_mask(mask, q.dtype))
         return self._mask[2]
+
+
+def _virtual_weights(q: Tensor, k: Tensor, *, keys: Tensor, **given: Any) -> Tensor:
+    """Return the attention that each virtual token gets, [B, H, T, n]: what comes out where token i's value is e_i."""
+    n, size = keys.shape[-2:]
+    basis, nothing = torch.eye(n, device=q.device, dtype=q.dtype), torch.zeros_like(k)
+    parts = []
+    for start in range(0, n, size):  # a value has as many places as a head is wide
+        values = basis[:, start : start + size]
+        width = values.shape[1]
+        values = torch.nn.functional.pad(values, (0, size - width)).expand(*keys.shape[:-1], size)
+        parts.append(virtual_attention(q, k, nothing, keys=keys, values=values, **given)[..., :width])
+    return torch.cat(parts, -1)
 
 
 def _routed(q: Tensor, router: Tensor, bias: Tensor) -> Tensor:

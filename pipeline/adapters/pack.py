@@ -46,9 +46,16 @@ class Pack:
         rows: of the first forward passes; none is needed with a single adapter.
         fixed: the parameters stay as they are, so that what is made of them is made once; for a server.
 
+    Attributes:
+        watch: is shown what virtual tokens weigh in each layer of a pass: (layer, [B, H, T, n]).
+        without: virtual tokens that count as absent, [L, n] bool, as if their keys were infinitely far.
+
     Raises:
         InputError: a method that does not pack, or rows that name no adapter.
     """
+
+    watch: Callable[[int, Tensor], None] | None = None
+    without: Tensor | None = None
 
     def __init__(
         self, adapters: Adapter | Sequence[Adapter], rows: PackRows | Sequence[int] | None = None, *,

@@ -12,8 +12,10 @@ from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import told
 from pipeline.backbones.passes import bytes_of_row, of_all_ranks
+from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Sample
 from pipeline.evaluate.generate import Decoding, predict_each
+from pipeline.prompts.collate import TrainedSpan
 from pipeline.prompts.prompt import Encoded
 from pipeline.resident.resident import Resident
 from pipeline.train import loss
@@ -39,7 +41,13 @@ def select(resident: Resident, trials: Sequence[TrialRun], on_batch: Callable[[]
             samples = _of_rank(first, together=resident.loaded.passes.together)
             if metric == "loss":
                 for number in numbers:
-                    losses = _merged(_losses(resident, trials[number], pack, number, samples))
+                    trial = trials[number]
+                    losses = _merged(
+                        answer_losses(
+                            resident, trial.manifest, samples, pack, number, span=trial.config.loss_span,
+                            pixels=trial.facts.trains_vision,
+                        )
+                    )  # fmt: skip
                     mean = sum(losses.values()) / len(losses)
                     scores[number] = {"selection_loss": mean, "objective": -mean}
                 continue
@@ -64,16 +72,27 @@ def _merged(of_rank: dict[Any, Any]) -> dict[Any, Any]:
 
 
 @torch.no_grad()
-def _losses(
-    resident: Resident, trial: TrialRun, pack: Pack, number: int, samples: Sequence[Sample]
-) -> dict[Any, float]:
-    """Return the cross-entropy of every sample's answer, by id, with the adapter `number` of the pack."""
+def answer_losses(
+    resident: Resident, manifest: Manifest, samples: Sequence[Sample], pack: Pack, number: int = 0, *,
+    span: TrainedSpan = "answer", pixels: bool = False,
+) -> dict[Any, float]:  # fmt: skip
+    """Return the cross-entropy of every sample's answer, by id, with the adapter `number` of the pack.
+
+    Args:
+        resident: the backbone in memory.
+        manifest: that the samples are of.
+        samples: the questions with their answers.
+        pack: attached to the backbone.
+        number: of the adapter.
+        span: which tokens count.
+        pixels: the adapter is in the vision tower too.
+    """
     model = resident.loaded.model
     losses: dict[Any, float] = {}
-    prompts = resident.alone(trial.manifest, samples, answer=True)
+    prompts = resident.alone(manifest, samples, answer=True)
 
     def of_rows(chunk: Sequence[Encoded]) -> list[tuple[Any, float]]:
-        batch = resident.batch(chunk, trial.manifest, span=trial.config.loss_span, pixels=trial.facts.trains_vision)
+        batch = resident.batch(chunk, manifest, span=span, pixels=pixels)
         pack.use(PackRows((number,) * len(batch), batch.image_counts))
         with told(resident.device, padded=False):
             hidden = model.model(**batch.model_inputs(resident.loaded), use_cache=False).last_hidden_state

@@ -270,10 +270,13 @@ def test_costs_and_distances_are_measured_and_traced(copy, capfd):
                  "methods": {"hificl": hificl_row, "mimic": None}},
         "latent": {**small, "title": "Distance", "measure": "latent_distance", "measured": {"num_shots": 2},
                    "methods": {"zero-shot": None, "icl-2": shots, "mimic": None}},
+        "inside": {**small, "title": "Inside", "measure": "virtual_tokens", "measured": {"num_samples": 8},
+                   "metrics": ["loss", "loss_without_all"],
+                   "methods": {"zero-shot": None, "mimic": None, "hificl": hificl_row}},
     }  # fmt: skip
     copy.change(lambda raw: raw["studies"].update(studies))
     forget()
-    status, found, line = hificl(capfd, "study", "cost", "latent")
+    status, found, line = hificl(capfd, "study", "cost", "latent", "inside")
     assert status == 0, line
     cells = {
         (study, cell["row"]): cell
@@ -284,6 +287,12 @@ def test_costs_and_distances_are_measured_and_traced(copy, capfd):
     assert cells["cost", "hificl"]["value"] == 1 and cost["flops"] > 1.5  # a teacher with two demonstrations
     assert cost["gpu_memory"] > 0 and cost["milliseconds_per_sample"] > 0
     assert cells["latent", "icl-2"]["value"] == 0 < cells["latent", "mimic"]["value"]
+    assert cells["inside", "zero-shot"]["value"] is None and cells["inside", "zero-shot"]["status"] == "done"
+    for row in ("mimic", "hificl"):
+        seen = cells["inside", row]["metrics"]
+        assert 0 < cells["inside", row]["value"] < 1 and seen["loss_without_one"] > 0
+    seen = cells["inside", "mimic"]["metrics"]  # one virtual token a head
+    assert seen["loss_without_one"] == seen["loss_without_all"] != seen["loss"]
     assert "Cost" in Path(found["page"]).read_text()
     status, found, line = hificl(capfd, "trace", "--study", "latent", "--cell", "mimic:vqav2")
     assert status == 0 and "measurement" in {check["what"] for check in found["checks"]}, line
