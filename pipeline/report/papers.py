@@ -32,6 +32,7 @@ class Metric(_Frozen):
         unit: that the papers print it in.
         measured_in: the unit that it is measured in.
         lower_is_better: as for a loss or a time.
+        ranked: one value is better than another; else no best one is marked.
         counted: without error, as FLOPs and an allocator's bytes are: one number says all.
     """
 
@@ -39,6 +40,7 @@ class Metric(_Frozen):
     unit: str | None = None
     measured_in: str | None = None
     lower_is_better: bool = False
+    ranked: bool = True
     counted: bool = False
 
 

@@ -233,9 +233,9 @@ def _value(cell: CellResult, metric: str | None) -> float | None:
 def _mark(entries: Iterable[TableEntry]) -> None:
     """Mark best and second as they are printed: numbers that look equal share the mark."""
     known = [entry for entry in entries if entry.value is not None]
-    if len(known) < 2:
+    if len(known) < 2 or not papers.metric_facts(known[0].metric).ranked:
         return
-    lower = bool(papers.metric_facts(known[0].metric).lower_is_better)
+    lower = papers.metric_facts(known[0].metric).lower_is_better
     shown = {id(entry): round(entry.value or 0.0, papers.decimals(entry.unit)) for entry in known}
     places = sorted(set(shown.values()), reverse=not lower)
     for entry in known:
