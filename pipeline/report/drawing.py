@@ -198,9 +198,9 @@ def legend(figure: Figure, handles: Mapping[str, Any]) -> None:
         made.remove()
 
 
-def wrapped(text: str) -> str:
+def wrapped(text: str, letters: int = _LABEL) -> str:
     """Return a label on as many lines as it needs."""
-    return "\n".join(textwrap.wrap(text, _LABEL, break_on_hyphens=False)) or text
+    return "\n".join(textwrap.wrap(text, letters, break_on_hyphens=False)) or text
 
 
 def metric_words(entry: TableEntry, reference: str = "") -> str:

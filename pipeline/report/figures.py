@@ -272,6 +272,7 @@ def _words(lines: Sequence[Line], columns: Sequence[Column]) -> str:
 
 
 _ACROSS = 4  # panels in a row at most
+_LETTER = 0.08  # of a title, in inches
 _ROOM = 1.3  # axis length over the longest bar's: its number is written behind it
 
 
@@ -313,8 +314,12 @@ def bar_figure(table: Table, lines: Sequence[Line]) -> Figure:
     titles = [wrapped(line.title) for line in lines]
     beside = 0.5 + 0.075 * max(len(part) for title in titles for part in title.splitlines())
     tall = 0.1 * len(lines) + 0.155 * sum(1 + title.count("\n") for title in titles)
+    wide = max(1.75, min(3.6, 5.4 / across))
+    reference = next((line.label for line in lines if line.row == table.reference), "")
+    heads = [[wrapped(metric_words(panel.entry, reference), int(wide / _LETTER)) for panel in row] for row in rows]
+    above = sum(0.155 * max(head.count("\n") for head in row) for row in heads)
     made = Figure(
-        figsize=(beside + max(1.75, min(3.6, 5.4 / across)) * across, 0.3 + (0.8 + tall) * len(rows)),
+        figsize=(beside + wide * across, 0.3 + (0.8 + tall) * len(rows) + above),
         layout=ConstrainedLayoutEngine(h_pad=0.07, w_pad=0.05),
     )
     grid = made.subplots(len(rows), across, squeeze=False)
@@ -324,14 +329,12 @@ def bar_figure(table: Table, lines: Sequence[Line]) -> Figure:
     look = looks(table, lambda line: (line.row, line.vary))
     styles = [look[line.row, line.vary] for line in lines]
     strong = {place for place, line in enumerate(lines) if line.row == table.reference and len(lines) > 1}
-    reference = next((line.label for line in lines if line.row == table.reference), "")
     for place, (axes_row, row) in enumerate(zip(grid, rows, strict=True)):
         begins = place == 0 or rows[place - 1][0].printed != row[0].printed
-        for axes, panel in zip(axes_row, row, strict=False):
+        for axes, panel, head in zip(axes_row, row, heads[place], strict=False):
             _bars(axes, panel, styles, ends[panel.quantity] or 1.0, strong)
             task = papers.label("tasks", panel.column.paper_task if panel.printed else panel.column.task)
-            title = f"{task}\n{metric_words(panel.entry, reference)}"
-            axes.set_title("\n\n" * begins + title, fontweight="normal", fontsize=9.5)
+            axes.set_title("\n\n" * begins + f"{task}\n{head}", fontweight="normal", fontsize=9.5)
             axes.set_yticks(range(len(lines)), titles if axes is axes_row[0] else [""] * len(lines))
         for axes in axes_row[len(row) :]:
             axes.set_axis_off()

@@ -198,8 +198,15 @@ def test_every_text_of_a_figure_is_inside_it_and_runs_into_no_other(maker: Any) 
     maker.study("miniature-rank", cells)
     maker.study("hificl-figure10", cost_cells(maker))
     maker.table("hificl-table1", seeds=2)
+    long = ["virtual_share_images", "virtual_share_text", "virtual_share_answer", "loss", "loss_without_one",
+            "loss_without_layer", "loss_without_all"]  # fmt: skip
+    numbers = dict.fromkeys(("virtual_share", *long), 0.3)
+    measured = {"metric": "virtual_share", "unit": "fraction", "value": 0.3, "metrics": numbers,
+                "units": dict.fromkeys(numbers, "fraction"), "measurement": "m.json"}  # fmt: skip
+    maker.study("miniature-inside", [maker.cell(row, "mini-vqa", 0) | measured for row in ("hificl", "mimic")])
     known = maker.params(
         **{
+            "miniature-inside": maker.definition(paper=None, layout="bars", metrics=long),
             "miniature-rank": maker.definition(paper=None, layout="curve"),
             "hificl-figure10": maker.definition(
                 paper="hificl.figure10", metrics=["flops", "gpu_memory", "milliseconds_per_sample"]
@@ -209,7 +216,8 @@ def test_every_text_of_a_figure_is_inside_it_and_runs_into_no_other(maker: Any) 
     )
     tables = {study: load_table(study, known, maker.folder) for study in known.studies}
     drawn = [figures.curve_figure(tables["miniature-rank"], "rank")]
-    drawn += [figures.bar_figure(tables[study], tables[study].lines) for study in ("hificl-figure10", "hificl-table1")]
+    barred = ("hificl-figure10", "hificl-table1", "miniature-inside")
+    drawn += [figures.bar_figure(tables[study], tables[study].lines) for study in barred]
     for figure in drawn:
         figure.draw_without_rendering()
         boxes = [(text.get_text(), text.get_window_extent()) for text in texts(figure)]
