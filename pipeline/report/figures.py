@@ -339,7 +339,8 @@ def bar_figure(table: Table, lines: Sequence[Line]) -> Figure:
         for axes in axes_row[len(row) :]:
             axes.set_axis_off()
         if begins:
-            _write_name(axes_row[0], lines[0], row[0].printed, both=rows[-1][0].printed)
+            lines_more = max(head.count("\n") for head in heads[place])
+            _write_name(axes_row[0], lines[0], row[0].printed, both=rows[-1][0].printed, height=33 + 11.4 * lines_more)
     return made
 
 
@@ -404,11 +405,19 @@ def _beside(axes: Axes, value: float, place: int, text: str, weight: str, **font
     )
 
 
-def _write_name(axes: Axes, line: Line, printed: bool, *, both: bool) -> None:
-    """Write whose numbers follow, and of which model, into the room that the titles leave: it may run over panels."""
+def _write_name(axes: Axes, line: Line, printed: bool, *, both: bool, height: float) -> None:
+    """Write whose numbers follow, and of which model, into the room that the titles leave: it may run over panels.
+
+    Args:
+        axes: the first panel.
+        line: of the model.
+        printed: the paper's numbers follow.
+        both: ours and the paper's are in the figure.
+        height: above the panel, in points.
+    """
     name = papers.label("backbones", line.paper_backbone if printed else line.backbone)
     whose = ("Paper: " if printed else "Ours: ") if both else ""
     axes.annotate(
-        whose + name, (0, 1), xytext=(0, 33), xycoords="axes fraction", textcoords="offset points",
+        whose + name, (0, 1), xytext=(0, height), xycoords="axes fraction", textcoords="offset points",
         fontsize=11, fontweight="bold",
     ).set_in_layout(False)  # fmt: skip

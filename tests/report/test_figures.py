@@ -225,7 +225,12 @@ def test_every_text_of_a_figure_is_inside_it_and_runs_into_no_other(maker: Any) 
         assert all(inside.containsx(box.x0) and inside.containsx(box.x1) for _, box in boxes)
         assert all(inside.containsy(box.y0) and inside.containsy(box.y1) for _, box in boxes)
         # a title that begins with empty lines leaves room for the model's name above it
-        labels = [(text, box) for text, box in boxes if re.search("^[^\n].*[a-z]|^[0-9]+$", text)]
+        below_it = [
+            (text, box.from_extents(box.x0, box.y0, box.x1, box.y1 - box.height * 2 / len(text.split("\n"))))
+            if text.startswith("\n\n") else (text, box)
+            for text, box in boxes
+        ]  # fmt: skip
+        labels = [(text, box) for text, box in below_it if re.search("[a-z]|^[0-9]+$", text)]
         clash = [
             (one, other)
             for place, (one, box) in enumerate(labels)
