@@ -61,7 +61,8 @@ class LatentDistance(Measure):
                 demonstrations = self._demonstrations(job, manifest, samples)
                 targets[key] = _states(self.point, resident, manifest, samples, demonstrations)
             with _in_place(job, resident, manifest, samples) as shown:
-                states = _states(self.point, resident, manifest, samples, shown)
+                pixels = methods.facts(config).trains_vision
+                states = _states(self.point, resident, manifest, samples, shown, pixels=pixels)
             distances.append({"latent_distance": (states - targets[key]).norm(dim=-1).mean().item()})
         return distances
 
@@ -91,16 +92,20 @@ def _in_place(
 
 @torch.no_grad()
 def _states(
-    point: State, resident: Resident, manifest: Manifest, samples: Sequence[Sample], shots: Sequence[Sequence[Sample]]
-) -> Tensor:
-    """Return the states at the last prompt token, [N, L, D], in fp32."""
+    point: State, resident: Resident, manifest: Manifest, samples: Sequence[Sample],
+    shots: Sequence[Sequence[Sample]], *, pixels: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return the states at the last prompt token, [N, L, D], in fp32; `pixels`: the vision tower is adapted too."""
     loaded, root = resident.loaded, manifest.image_root
     encoded = resident.prompts(manifest, samples, shots, answer=False)
     spec = decoder_of(loaded.model)
 
     def of_rows(rows: Sequence[Encoded]) -> list[Tensor]:
-        visual = resident.visual.get([image for row in rows for image in row.images], root)
-        batch = collate(rows, loaded, side="left", visual=visual).to(loaded.device)
+        batch = collate(
+            rows, loaded, side="left",
+            visual=None if pixels else resident.visual.get([image for row in rows for image in row.images], root),
+            pixels=resident.visual.pixels([row.images for row in rows], root) if pixels else None,
+        ).to(loaded.device)  # fmt: skip
         with recorded(spec, point, lambda state: state[:, -1].clone()) as states:
             loaded.model.model(**batch.model_inputs(loaded), use_cache=False)
         return list(torch.stack([state.float().cpu() for state in states], dim=1))
@@ -146,13 +151,13 @@ class VirtualTokens(Measure):
         if not any(parts_of([adapter], AttentionAdapter)):
             return {}
         manifest = resident.manifest(job.request)
-        samples = manifest.splits[job.evaluation.split][: self.num_samples]
+        samples, pixels = manifest.splits[job.evaluation.split][: self.num_samples], adapter.facts.trains_vision
         with adapters.attach(model, adapter.eval()) as pack:
-            shares, (layers, tokens) = _shares(resident, manifest, samples, pack)
+            shares, (layers, tokens) = _shares(resident, manifest, samples, pack, pixels)
 
             def loss(absent: Tensor | None) -> float:
                 pack.without = absent
-                losses = answer_losses(resident, manifest, samples, pack)
+                losses = answer_losses(resident, manifest, samples, pack, pixels=pixels)
                 return sum(losses.values()) / len(losses)
 
             every = torch.ones(layers, tokens, dtype=torch.bool)
@@ -166,7 +171,7 @@ class VirtualTokens(Measure):
 
 @torch.no_grad()
 def _shares(
-    resident: Resident, manifest: Manifest, samples: Sequence[Sample], pack: Pack
+    resident: Resident, manifest: Manifest, samples: Sequence[Sample], pack: Pack, pixels: bool
 ) -> tuple[Numbers, tuple[int, int]]:
     """Return the shares by kind of token, and how many layers and virtual tokens there are."""
     loaded, prompts = resident.loaded, resident.alone(manifest, samples, answer=True)
@@ -174,7 +179,7 @@ def _shares(
 
     def of_rows(rows: Sequence[Encoded]) -> list[Tensor]:
         """Return the sum of the shares and how many tokens there are, of every row and kind, [kinds, 2]."""
-        batch = resident.batch(rows, manifest)
+        batch = resident.batch(rows, manifest, pixels=pixels)
         pack.use(PackRows((0,) * len(batch), batch.image_counts))
         with told(resident.device, padded=False):
             loaded.model.model(**batch.model_inputs(loaded), use_cache=False)

@@ -1,0 +1,68 @@
+"""What is measured inside a model, against adapters that are written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import adapters
+from pipeline.config.trial import EvaluationConfig
+from pipeline.measure import MeasureJob, Numbers, create_measure
+from pipeline.train.workbench import Workbench
+
+
+@pytest.fixture(scope="module")
+def bench() -> Workbench:
+    return Workbench(device="cpu")
+
+
+def measured(bench: Workbench, name: str, requests: list, **settings: int) -> list[Numbers]:
+    jobs = []
+    for request in requests:
+        evaluation = EvaluationConfig(trial=request.config.key, max_new_tokens=8)
+        jobs.append(MeasureJob("row", request, evaluation, None, ""))  # type: ignore[arg-type]
+    return create_measure(name, settings, "a study").run(bench, jobs)
+
+
+def written(bench: Workbench, request, part: str) -> None:
+    """Write an adapter of which only the parameters of one part of the model do anything."""
+    model = bench.resident(request).loaded.model
+    adapter = adapters.create(request.config.method, model, **request.config.options)
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            parameter.normal_(std=0.2) if part in name else parameter.zero_()
+    adapter.save_pretrained(Path(request.folder) / "adapter")
+
+
+def test_an_adapted_vision_tower_sees_the_pictures_themselves(bench, trial, tmp_path):
+    lora, without = trial("lora", tmp_path, rank=2), trial("zero-shot", tmp_path)
+    written(bench, lora, "vision")
+    adapted, base = measured(bench, "latent_distance", [lora, without], num_shots=1, num_samples=4)
+    assert adapted["latent_distance"] != pytest.approx(base["latent_distance"], rel=1e-3)
+
+
+def test_what_a_virtual_token_is_worth(bench, trial, tmp_path):
+    requests = []
+    for worth in ((0.0, 3.0), (0.0,), (3.0,)):  # both, and each alone
+        request = trial(
+            "hificl", tmp_path, seed=len(requests), num_virtual_tokens=len(worth), lowrank_k=False, lowrank_v=False
+        )
+        adapter = adapters.create("hificl", bench.resident(request).loaded.model, **request.config.options)
+        with torch.no_grad():
+            adapter.k.zero_()
+            adapter.v.copy_(torch.tensor(worth)[:, None].expand_as(adapter.v))
+        adapter.save_pretrained(Path(request.folder) / "adapter")
+        requests.append(request)
+    both, *alone = measured(bench, "virtual_tokens", requests, num_samples=6)
+    assert both["loss_without_one"] == pytest.approx(max(each["loss"] for each in alone), rel=1e-6)
+    assert all(each["loss_without_all"] == pytest.approx(both["loss_without_all"], rel=1e-6) for each in alone)
+    shares = [value for name, value in both.items() if name.startswith("virtual_share")]
+    assert len(shares) == 4 and all(0 < share < 1 for share in shares)
+    kinds = sorted((both["virtual_share_images"], both["virtual_share_text"]))
+    assert kinds[0] < both["virtual_share"] < kinds[1]
+    assert alone[0]["virtual_share"] < both["virtual_share"]
+    lora = trial("lora", tmp_path, rank=2)
+    written(bench, lora, "vision")
+    assert measured(bench, "virtual_tokens", [trial("zero-shot", tmp_path), lora], num_samples=6) == [{}, {}]
