@@ -37,6 +37,7 @@ class Measure(BaseModel):
         metric: name of the cell's number; None: the score itself.
         units: of every number that it gives.
         ratios: numbers that become a ratio to the reference row's, by the name of what they are made from.
+        revision: of the way it measures; with a higher one what was measured before is measured again.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,6 +45,7 @@ class Measure(BaseModel):
     metric: ClassVar[str | None] = None
     units: ClassVar[Mapping[str, str]] = {}
     ratios: ClassVar[Mapping[str, str]] = {}
+    revision: ClassVar[int] = 1
 
     def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Numbers]:
         """Measure jobs of one backbone and task side by side; return numbers by name, one mapping a job."""

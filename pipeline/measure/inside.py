@@ -46,6 +46,7 @@ class LatentDistance(Measure):
     point: Literal["mlp", "residual"] = "mlp"
     metric: ClassVar[str | None] = "latent_distance"
     units: ClassVar[dict[str, str]] = {"latent_distance": "l2"}
+    revision: ClassVar[int] = 2  # 1: visual tokens of the tower without its adapter
 
     def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Numbers]:
         """Return each job's distance to the same in-context states."""

@@ -278,6 +278,7 @@ def _key(name: str, kind: Measure, evaluation: EvaluationConfig, rows: Sequence[
     """Return the name of a measured trial; it holds who was measured beside it, as another study's rows are others."""
     beside = sorted(row.evaluation.key for row in rows)
     of = {"measure": name, "settings": kind.model_dump(mode="json"), "evaluation": evaluation.key, "beside": beside}
+    of |= {"revision": str(kind.revision)} if kind.revision > 1 else {}
     return digest(of)[:KEY_LENGTH]
 
 

@@ -10,6 +10,8 @@ import torch
 from pipeline import adapters
 from pipeline.config.trial import EvaluationConfig
 from pipeline.measure import MeasureJob, Numbers, create_measure
+from pipeline.measure.inside import LatentDistance
+from pipeline.sweep.evaluate import _key
 from pipeline.train.workbench import Workbench
 
 
@@ -66,3 +68,13 @@ def test_what_a_virtual_token_is_worth(bench, trial, tmp_path):
     lora = trial("lora", tmp_path, rank=2)
     written(bench, lora, "vision")
     assert measured(bench, "virtual_tokens", [trial("zero-shot", tmp_path), lora], num_samples=6) == [{}, {}]
+
+
+def test_what_was_measured_by_an_earlier_revision_is_measured_again(monkeypatch):
+    evaluation = EvaluationConfig(trial="0" * 16, max_new_tokens=8)
+    kind = create_measure("latent_distance", {}, "a study")
+    keys = []
+    for revision in (1, 2, 3):
+        monkeypatch.setattr(LatentDistance, "revision", revision)
+        keys.append(_key("latent_distance", kind, evaluation, []))
+    assert len(set(keys)) == 3
