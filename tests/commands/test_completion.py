@@ -31,7 +31,7 @@ def completed(line: str, tmp_path) -> set[str]:
         ("hificl sweep --st", {"--study"}),
         ("hificl sweep --study hificl-table1", {"hificl-table1"}),
         ("hificl study hificl-table1 hificl-figure1", {"hificl-figure10"}),
-        ("hificl doctor --profile real", {"real", "real-check", "real-weights", "real-weights-captions"}),
+        ("hificl doctor --profile real", {"real", "real-check", "real-weights", "real-weights-words"}),
         ("hificl score cap", {"caption"}),
         ("hificl bench --device cu", {"cuda"}),
     ],

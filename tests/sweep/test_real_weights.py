@@ -1,4 +1,4 @@
-"""The profile `real-weights`: what it plans without package and data, and a share of it where both are here."""
+"""The profiles of real weights: what they plan without package and data, and a share where both are here."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _nothing_declared():
     registry.declare("backbone", {})
 
 
-@pytest.mark.parametrize("profile", ["real-weights", "real-weights-captions"])
+@pytest.mark.parametrize("profile", ["real-weights", "real-weights-words"])
 def test_every_method_has_three_seeds_and_as_many_trials(profile: str) -> None:
     params = load(ROOT / "params.yaml", profile=profile)
     for study in params.run.studies:
@@ -55,7 +55,7 @@ def test_the_captioned_questions_are_asked_and_scored_as_vqa(tmp_path: Path) -> 
     (tmp_path / "data/real/text").mkdir(parents=True)
     file = tmp_path / "data/real/text/okvqa_captions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    params = load(ROOT / "params.yaml", profile="real-weights-captions")
+    params = load(ROOT / "params.yaml", profile="real-weights")
     given = params.task_files["captioned-okvqa"]
     registry.declare("task", {"captioned-okvqa": (given, tmp_path / "data/real")})
     task = tasks.get("captioned-okvqa")
