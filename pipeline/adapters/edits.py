@@ -92,14 +92,13 @@ class AttentionEdit:
         if self.pack.without is not None:
             absent = torch.where(self.pack.without[layer].to(q.device), float("-inf"), 0.0)
             bias = absent if bias is None else bias + absent
-        given: dict[str, Any] = {
-            "keys": tokens["keys"], "bias": bias, "mask": self._prepared(mask, q), "scale": scale, "causal": causal,
-        }  # fmt: skip
-        if self.pack.watch is not None:
-            self.pack.watch(layer, _virtual_weights(q, k, **given))
-        return virtual_attention(
-            q, k, v, **given, values=tokens["values"], per_query=per_query, replaces=replaces
+        attended = partial(
+            virtual_attention, q, k, keys=tokens["keys"], bias=bias, mask=self._prepared(mask, q), scale=scale,
+            causal=causal,
         )  # fmt: skip
+        if self.pack.watch is not None:
+            self.pack.watch(layer, _virtual_weights(attended, tokens["keys"], v))
+        return attended(v, values=tokens["values"], per_query=per_query, replaces=replaces)
 
     def _routes(self, q: Tensor) -> Tensor:
         """Return whose adapter has a router, [B]."""
@@ -115,16 +114,21 @@ class AttentionEdit:
         return self._mask[2]
 
 
-def _virtual_weights(q: Tensor, k: Tensor, *, keys: Tensor, **given: Any) -> Tensor:
-    """Return the attention that each virtual token gets, [B, H, T, n]: what comes out where token i's value is e_i."""
+def _virtual_weights(attended: Callable[..., Tensor], keys: Tensor, v: Tensor) -> Tensor:
+    """Return the attention that each virtual token gets, [B, H, T, n]: what comes out where token i's value is e_i.
+
+    Args:
+        attended: `virtual_attention` of the context's values, given the virtual ones.
+        keys: of the virtual tokens, [H, n, d] or [B, H, n, d].
+        v: the context's values, which count for nothing here.
+    """
     n, size = keys.shape[-2:]
-    basis, nothing = torch.eye(n, device=q.device, dtype=q.dtype), torch.zeros_like(k)
-    parts = []
+    basis, parts = torch.eye(n, device=v.device, dtype=v.dtype), []
     for start in range(0, n, size):  # a value has as many places as a head is wide
         values = basis[:, start : start + size]
         width = values.shape[1]
         values = torch.nn.functional.pad(values, (0, size - width)).expand(*keys.shape[:-1], size)
-        parts.append(virtual_attention(q, k, nothing, keys=keys, values=values, **given)[..., :width])
+        parts.append(attended(torch.zeros_like(v), values=values)[..., :width])
     return torch.cat(parts, -1)
 
 

@@ -22,7 +22,6 @@ from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import Sample
 from pipeline.evaluate.score import fitted
 from pipeline.measure import Measure, MeasureJob, Numbers, measures
-from pipeline.prompts.collate import collate
 from pipeline.prompts.prompt import Encoded, draw_demos
 from pipeline.resident.resident import Resident
 from pipeline.train.selection import answer_losses
@@ -97,16 +96,12 @@ def _states(
     shots: Sequence[Sequence[Sample]], *, pixels: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return the states at the last prompt token, [N, L, D], in fp32; `pixels`: the vision tower is adapted too."""
-    loaded, root = resident.loaded, manifest.image_root
+    loaded = resident.loaded
     encoded = resident.prompts(manifest, samples, shots, answer=False)
     spec = decoder_of(loaded.model)
 
     def of_rows(rows: Sequence[Encoded]) -> list[Tensor]:
-        batch = collate(
-            rows, loaded, side="left",
-            visual=None if pixels else resident.visual.get([image for row in rows for image in row.images], root),
-            pixels=resident.visual.pixels([row.images for row in rows], root) if pixels else None,
-        ).to(loaded.device)  # fmt: skip
+        batch = resident.batch(rows, manifest, pixels=pixels, side="left")
         with recorded(spec, point, lambda state: state[:, -1].clone()) as states:
             loaded.model.model(**batch.model_inputs(loaded), use_cache=False)
         return list(torch.stack([state.float().cpu() for state in states], dim=1))

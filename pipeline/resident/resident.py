@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -141,14 +141,16 @@ class Resident:
     def batch(
         self, encoded: Sequence[Encoded], manifest: Manifest | Sequence[Manifest], *,
         span: TrainedSpan | Sequence[TrainedSpan] = "answer", pixels: bool = False,
+        side: Literal["left", "right"] = "right",
     ) -> Batch:  # fmt: skip
-        """Return a right-padded batch on the device, with cached visual tokens or, where vision is trained, pixels.
+        """Return a padded batch on the device, with cached visual tokens or, where vision is trained, pixels.
 
         Args:
             encoded: the rows.
             manifest: of all rows, or one a row.
             span: which tokens are trained, for all rows or one a row.
             pixels: give the vision tower pixels.
+            side: where rows are padded.
         """
         if isinstance(manifest, Manifest):
             root, images = str(manifest.image_root), [e.images for e in encoded]
@@ -161,6 +163,7 @@ class Resident:
         batch = collate(
             encoded,
             self.loaded,
+            side=side,
             span=span,
             visual=None if pixels else self.visual.get([image for row in images for image in row], root),
             pixels=self.visual.pixels(images, root) if pixels else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from pipeline import adapters
 from pipeline.adapters import edits
+from pipeline.attention.virtual import virtual_attention
 from tests.adapters.conftest import logits, stirred
 
 
@@ -20,7 +22,8 @@ def test_weights_are_the_softmax_over_virtual_tokens_and_context(n: int, size: i
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     q, k, keys, bias = drawn(2, 4, 5, size), drawn(2, 2, 5, size), drawn(4, n, size), drawn(4, 1, n)
-    seen = edits._virtual_weights(q, k, keys=keys, bias=bias, mask=None, scale=0.3, causal=True)
+    attended = partial(virtual_attention, q, k, keys=keys, bias=bias, scale=0.3)
+    seen = edits._virtual_weights(attended, keys, torch.ones_like(k))
     scores = 0.3 * q @ k.repeat_interleave(2, 1).transpose(-1, -2)
     scores = scores.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), float("-inf"))
     virtual = 0.3 * q @ keys.transpose(-1, -2) + bias
