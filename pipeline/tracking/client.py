@@ -50,6 +50,7 @@ from pipeline.tracking.store import StoreAway
 for _name in ("alembic", "mlflow.system_metrics", "mlflow.store.db"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a retry is no news: what comes of it is said
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # its tracebacks are of errors that it raises too
 logger = logging.getLogger(__name__)
 
 PROVENANCE, DIFF = "provenance/provenance.json", "provenance/uncommitted.diff"

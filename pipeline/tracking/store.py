@@ -38,6 +38,7 @@ _LOCATIONS = {
     "experiments": ("artifact_location",), "runs": ("artifact_uri",), "logged_models": ("artifact_location",),
     "model_versions": ("source", "storage_location"),
 }  # fmt: skip
+_HINT = "(raised as a result of Query-invoked autoflush"  # SQLAlchemy's line before the cause
 _LOCK_SECONDS = 60  # for other writers
 _CONNECT_TIMEOUT = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}
 
@@ -144,7 +145,8 @@ def talking(uri: str, kind: type[InputError] | type[WorkError] = WorkError) -> I
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise  # a file of ours, not the store
-        address, cause = shown(uri), (str(error).strip() or type(error).__name__).splitlines()[0]
+        lines = [line for line in str(error).strip().splitlines() if not line.startswith(_HINT)]
+        address, cause = shown(uri), (lines or [type(error).__name__])[0]
         if "out-of-date database schema" in str(error):
             raise InputError(
                 "the store was written by another version of MLflow",

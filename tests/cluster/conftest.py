@@ -89,7 +89,8 @@ class Cluster:
 
     def __init__(self, lab: Lab, project: Project) -> None:
         self.lab, self.project = lab, project
-        self.attached: subprocess.CompletedProcess | None = None
+        self.submitted: subprocess.CompletedProcess | None = None  # the sweep, after the head was lost
+        self.before: dict[str, int] = {}  # which trials had ended by then, and when
         (project.folder / "runs").mkdir()
         lab.share()
         self.head, self.workers = lab.machine("head"), [lab.machine("worker-1"), lab.machine("worker-2")]

@@ -94,7 +94,7 @@ def test_a_node_with_other_code_is_named_and_nothing_is_started(up):
 
 @pytest.fixture(scope="module")
 def swept(up: Cluster) -> Cluster:
-    """A sweep whose connection is cut, whose follower goes away, and whose cluster loses a node."""
+    """A sweep whose connection is cut, whose follower goes away, and whose cluster loses a node and then its head."""
     log = up.lab.folder / "submit.log"
     submit = up.start("submit", "cluster.yaml", "sweep", log=log)
     wait(lambda: "is Ray job" in log.read_text(), "the job", log)
@@ -104,8 +104,37 @@ def swept(up: Cluster) -> Cluster:
     for pid in ray_processes(up.workers[0]):
         os.kill(pid, signal.SIGKILL)  # the node is gone, with all that ran on it
     wait_for_end_of_following(up)
-    up.attached = up.ray("submit", "cluster.yaml", "sweep", "--attach", check=False, timeout=3 * PATIENCE)
+    up.wait_for_nodes(3)  # Ray has started the node again
+    wait(lambda: trains(up, world_size=2), "an epoch of a trial on two nodes", log)
+    up.before = ends(up)
+    lose_head(up)
+    up.submitted = up.ray("submit", "cluster.yaml", "sweep", check=False, timeout=3 * PATIENCE)
     return up
+
+
+def trains(up: Cluster, world_size: int) -> bool:
+    """Return whether a trial of so many ranks has an epoch behind it and none of them has ended."""
+    for path in (up.project.folder / "runs").glob("*/metrics.jsonl"):
+        config = json.loads((path.parent / "config.json").read_text())["config"]
+        if config["world_size"] == world_size and path.parent.name not in ends(up):
+            return True
+    return False
+
+
+def ends(up: Cluster) -> dict[str, int]:
+    """Return when each trial ended, by its file's time."""
+    files = (up.project.folder / "runs").glob("*/done.json")
+    return {path.parent.name: path.stat().st_mtime_ns for path in files}
+
+
+def lose_head(up: Cluster) -> None:
+    """Pull the head's plug, with Ray, the sweep, MLflow and PostgreSQL on it; have it boot, and `ray up` again."""
+    up.head.kill()
+    up.head.boot()
+    up.postgres.start()
+    up.postgres.query("select 1")
+    up.ray("up", "cluster.yaml", "--yes", "--no-config-cache")
+    up.wait_for_nodes(3)
 
 
 def wait(condition, what: str, log: Path, seconds: float = PATIENCE) -> None:
@@ -136,9 +165,11 @@ def wait_for_end_of_following(up: Cluster) -> None:
 
 
 def test_the_sweep_ends_well_and_says_so_to_who_attaches(swept):
-    said = swept.attached.stdout + swept.attached.stderr
-    assert swept.attached.returncode == 0, said[-6000:]
+    said = swept.submitted.stdout + swept.submitted.stderr
+    assert swept.submitted.returncode == 0, said[-6000:]
     assert "succeeded" in said
+    assert 0 < len(swept.before) < 4  # the head was lost in the middle
+    assert swept.before.items() <= ends(swept).items()  # what had ended was not touched
     again = swept.on_head("hificl", "sweep", "--attach")
     assert again.returncode == 0 and "succeeded" in again.stderr
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import pytest
 from pipeline.core.errors import InputError
 from pipeline.tracking import server, store
 from pipeline.tracking.client import Tracker
-from pipeline.tracking.records import FINISHED, KILLED
+from pipeline.tracking.records import FINISHED, KILLED, MetricPoint, TrialRunStart
 from pipeline.tracking.registry import log_adapter
 from tests.conftest import ROOT
 from tests.support import odd_paths
@@ -119,6 +120,16 @@ def test_a_file_that_is_no_database_is_named_and_left_alone(tmp_path: Path) -> N
     with pytest.raises(InputError, match="not a database"):
         Tracker("sqlite:///mlflow.db", tmp_path).prepare(["study"])
     assert file.read_text().startswith("not a database, but")
+
+
+def test_a_store_that_fails_in_the_middle_is_an_error_and_no_traceback(tracker: Tracker, root: Path, capfd) -> None:
+    parent = tracker.open_sweep("study", tags={"sweep_key": "s1"}, description="")
+    run = tracker.open_trial("study", parent, TrialRunStart(key="abc", name="n"))
+    with sqlite3.connect(root / "mlflow.db") as database:
+        database.execute("alter table metrics rename to gone")
+    with pytest.raises(store.StoreAway, match="no such table: metrics"):
+        tracker.log_metrics(run, [MetricPoint("loss", 1, 1.0)])
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_password_is_in_no_message(tmp_path: Path) -> None:
