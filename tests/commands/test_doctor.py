@@ -147,11 +147,15 @@ def test_a_store_is_read_whole(params, tmp_path, monkeypatch):
     assert finding(doctor._store(params, tmp_path), "runs").detail == "0 trials, 0 ended; 0 studies evaluated"
     shutil.copytree(ROOT / "tests/golden/records/runs", tmp_path / "runs")
     assert finding(doctor._store(params, tmp_path), "runs").state == doctor.OK
-    with held(tmp_path / "runs/.lock", "a sweep"), (tmp_path / "mlflow.db.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        checks = list(doctor._store(params, tmp_path))
-        assert f"is held by a sweep, pid {os.getpid()} on" in finding(checks, "runs' lock").detail
-        assert f"held by another process, pid {os.getpid()}" in finding(checks, "the MLflow store's lock").detail
+    elsewhere = params.model_copy(
+        update={"tracking": params.tracking.model_copy(update={"uri": "sqlite:///elsewhere.db"})}
+    )
+    for of_project, name in ((params, "mlflow.db"), (elsewhere, "elsewhere.db")):
+        with held(tmp_path / "runs/.lock", "a sweep"), (tmp_path / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            checks = [*doctor._store(of_project, tmp_path), *doctor._mlflow(of_project, tmp_path)]
+            assert f"is held by a sweep, pid {os.getpid()} on" in finding(checks, "runs' lock").detail
+            assert f"held by another process, pid {os.getpid()}" in finding(checks, "the MLflow store's lock").detail
     (name,) = {path.parent.name for path in (tmp_path / "runs").glob("*/metrics.jsonl")}
     (tmp_path / "runs" / name / "done.json").write_text('{"schema": 99}')
     check = finding(doctor._store(params, tmp_path), "runs")
