@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.core.errors import WorkError
 from pipeline.pool import supervisor
-from pipeline.pool.messages import TrialEnded, Watcher
+from pipeline.pool.messages import PROXY_DIED, TrialEnded, Watcher
 from pipeline.pool.supervisor import Training
 from pipeline.records.store import Displaced, TrialFolder, TrialStore
 from pipeline.records.trial import TrialEnd
@@ -78,6 +78,21 @@ def test_progress_is_that_of_the_sweeps_own_trials(tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     monkeypatch.setattr(supervisor.TrialStore, "all_keys", lambda self: pytest.fail("reads the whole store"))
     play(runs, monkeypatch, [Played(runs, {"a": None}, set())], ["a"])
+
+
+class Orphaned(Played):
+    """A driver whose dispatcher died: Tune gives up the actors that wait for it, and the trials are open."""
+
+    def messages(self, work: Training) -> Iterator[TrialEnded]:
+        yield from (TrialEnded(key, PROXY_DIED) for key in work.keys)
+
+
+def test_a_trial_whose_actor_died_has_not_ended(tmp_path, monkeypatch):
+    """Else the display counts it twice, and as failed: seven of four were done, three of them failed."""
+    runs = tmp_path / "runs"
+    drivers = [Orphaned(runs, {}, set()), Played(runs, {"a": None, "b": None}, {"a", "b"})]
+    heard, errors = play(runs, monkeypatch, drivers, ["a", "b"])
+    assert heard.ends == [("a", None), ("b", None)] and errors == {} and not drivers
 
 
 class Stopping(Played):
