@@ -131,6 +131,28 @@ def test_a_tiny_folder_for_ray_is_refused(params, monkeypatch):
     )
 
 
+def test_little_shared_memory_is_noted(params, monkeypatch):
+    """Ray goes on by the disk, which is slower and gives the same."""
+    for free, state in ((1 << 16, doctor.NOTE), (1 << 30, None)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path, free=free: SimpleNamespace(free=free))
+        checks = {check.name: check for check in doctor._ray(params, ROOT)}
+        assert (checks["shared memory"].state if state else checks.get("shared memory")) == state
+        assert not state or "--shm-size" in checks["shared memory"].way_out
+
+
+def test_a_user_without_a_name_gets_one(monkeypatch):
+    """A container's random uid, which MLflow asks for the name of."""
+
+    def unknown():
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setenv("LOGNAME", "")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
+    monkeypatch.setattr("getpass.getuser", unknown)
+    machine.home()
+    assert os.environ["LOGNAME"] == f"uid-{os.getuid()}"
+
+
 def test_few_open_files_become_as_many_as_are_allowed():
     code = "import resource; from pipeline.core import machine; print(machine.open_files(), resource.getrlimit(7)[0])"
     done = subprocess.run(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.errors import WorkError
+from pipeline.core.errors import InputError, WorkError
 from pipeline.pool import supervisor
 from pipeline.pool.messages import PROXY_DIED, TrialEnded, Watcher
 from pipeline.pool.supervisor import Training
@@ -150,6 +150,16 @@ def test_who_holds_the_store_is_looked_for_once_a_second(tmp_path, monkeypatch):
     monkeypatch.setattr(TrialStore, "check_held", lambda self: looks.append(clock[0]))
     play(runs, monkeypatch, [Speaking(runs, {}, set())], ["a"])
     assert looks == [100.25 + second for second in range(10)]
+
+
+def test_a_machine_that_ray_cannot_start_on_is_refused_before_a_driver_is_started(monkeypatch):
+    def refused() -> None:
+        raise InputError("too few open files")
+
+    monkeypatch.setattr(supervisor.machine, "require", refused)
+    monkeypatch.setattr(supervisor.subprocess, "Popen", lambda *_, **__: pytest.fail("a driver was started"))
+    with pytest.raises(InputError, match="too few open files"), supervisor.ahead(wanted=True):
+        pass
 
 
 class Aborting:
