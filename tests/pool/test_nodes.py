@@ -1,4 +1,4 @@
-"""A worker works in the project's folder, wherever its node's Ray was started, and meets the others of its slot alone."""
+"""A worker works in the project's folder, wherever its Ray was started, and meets the others of its slot alone."""
 
 from __future__ import annotations
 
