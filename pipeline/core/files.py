@@ -141,14 +141,13 @@ def folder_atomic(target: Path, within: Path | None = None) -> Iterator[Path]:
         temporary.mkdir()
         mode = temporary.stat().st_mode
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                path.chmod(mode & 0o666)  # safetensors' files only their owner may read
-                handle = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+        for path in files_below(temporary):
+            path.chmod(mode & 0o666)  # safetensors' files only their owner may read
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
         if target.exists():
             old = _beside(target, within)
             os.replace(target, old)
@@ -193,13 +192,29 @@ def stamp(path: Path) -> tuple[int, ...]:
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Return the files in a folder and below it, sorted; none where there is no folder.
+
+    Raises:
+        OSError: a folder cannot be read, which `Path.rglob` takes for an empty one.
+    """
+    files: list[Path] = []
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                files += files_below(Path(entry.path))
+            elif entry.is_file():
+                files.append(Path(entry.path))
+    return sorted(files)
+
+
 def folder_digest(folder: Path) -> str | None:
     """Return the sha256 (hex) over names and bytes of a folder's files; None where there is no file.
 
     Raises:
-        OSError: a file cannot be read.
+        OSError: a file or folder cannot be read.
     """
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = files_below(folder)
     content = hashlib.sha256()
     for file in files:
         content.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
