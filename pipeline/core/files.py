@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.core.errors import InputError, WorkError
+from pipeline.core.errors import HificlError, InputError, WorkError
 
 GONE = ".gone."  # begins the name of a folder that is being removed
 _TRIES = 100
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM)
 
 # how safetensors and torch.save say that a write failed, which they raise as no OSError
 WRITERS = ("No space left on device", "PytorchStreamWriter failed")
@@ -121,6 +122,11 @@ def disk_error(error: OSError, path: Path) -> WorkError:
     """Explain a failed write."""
     way_out = "Finished trials are kept; free some space (or fix the permissions) and run the same command again"
     return WorkError(f"cannot be written: {error.strerror or error}", where=str(path), way_out=way_out)
+
+
+def read_error(error: OSError, what: str, where: str, way_out: str) -> HificlError:
+    """Explain a failed read of the user's files: wrong as they are, or, where it may pass, work to be tried again."""
+    return (WorkError if error.errno in _PASSING else InputError)(what, where=where, way_out=way_out)
 
 
 @contextmanager
