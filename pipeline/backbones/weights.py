@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pipeline.backbones.base import IMAGE_BACKEND, Backbone
 from pipeline.backbones.decoder import decoder_of
 from pipeline.core.errors import InputError, WorkError, require_known
-from pipeline.core.files import stamp, write_atomic
+from pipeline.core.files import read_error, stamp, write_atomic
 from pipeline.core.locks import held
 from pipeline.core.plain_yaml import Json
 
@@ -137,7 +137,8 @@ def _read_json(path: Path, backbone: Backbone) -> Json:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path.name} is missing", where=str(path.parent), way_out=_way_out(backbone)) from error
+        problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise read_error(error, f"{path.name} {problem}", str(path.parent), _way_out(backbone)) from error
     except ValueError as error:
         raise InputError(f"no valid JSON ({error})", where=str(path), way_out=_way_out(backbone)) from error
     if not isinstance(value, dict):

@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,7 +265,6 @@ def _machine(params: Params, root: Path) -> Iterator[Finding]:
 
 def _store(params: Params, root: Path) -> Iterator[Finding]:
     """Whether runs/ and evaluations/ can be written, are free and are of this version."""
-    from pipeline.core import locks
     from pipeline.plan.plan import places
     from pipeline.records.evaluation import Evaluations
     from pipeline.records.store import TrialStore
@@ -283,9 +283,14 @@ def _store(params: Params, root: Path) -> Iterator[Finding]:
         return f"{len(ended)} trials, {len(ended) - ended.count(None)} ended; {len(studies)} studies evaluated"
 
     yield _tried("runs", readable)
-    for name, file in (("runs' lock", runs / ".lock"), ("the MLflow store's lock", root / "mlflow.db.lock")):
-        if (holder := locks.holder(file)) is not None:
-            yield Finding(name, NOTE, f"{file} is held by {holder}", "Wait for it to end, or stop it")
+    yield from _lock("runs' lock", runs / ".lock")
+
+
+def _lock(name: str, file: Path) -> Iterator[Finding]:
+    from pipeline.core import locks
+
+    if (holder := locks.holder(file)) is not None:
+        yield Finding(name, NOTE, f"{file} is held by {holder}", "Wait for it to end, or stop it")
 
 
 def _ray(params: Params, root: Path) -> Iterator[Finding]:
@@ -311,19 +316,26 @@ def _mlflow(params: Params, root: Path) -> Iterator[Finding]:
     from pipeline.core.copies import main_checkout
     from pipeline.tracking import store
 
+    def address() -> str:
+        given = params.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+        return store.resolve_address(given, main_checkout(root))
+
     def reached() -> str:
-        uri = store.resolve_address(
-            params.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None, main_checkout(root)
-        )
+        uri = address()
         file = store.sqlite_file(uri)
         if file is not None and not file.exists():  # looking must not make it
             if not os.access(file.parent, os.W_OK):
                 raise InputError("the folder cannot be written", where=str(file.parent))
             return f"{store.shown(uri)} (made at the first run)"
+        if file is not None and store.is_half_made(file):
+            return f"{store.shown(uri)} (its making has not ended; an interrupted one begins anew at the next run)"
         store.probe(uri)
         return store.shown(uri)
 
     yield _tried("mlflow", reached)
+    with suppress(InputError):  # said above
+        if (file := store.sqlite_file(address())) is not None:
+            yield from _lock("the MLflow store's lock", file.with_name(f"{file.name}.lock"))
 
 
 def _disk(params: Params, root: Path) -> Iterator[Finding]:

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.core.errors import InputError, WorkError
+from pipeline.core.errors import HificlError, InputError, WorkError
 
 GONE = ".gone."  # begins the name of a folder that is being removed
 _TRIES = 100
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM)
 
 # how safetensors and torch.save say that a write failed, which they raise as no OSError
 WRITERS = ("No space left on device", "PytorchStreamWriter failed")
@@ -123,6 +124,11 @@ def disk_error(error: OSError, path: Path) -> WorkError:
     return WorkError(f"cannot be written: {error.strerror or error}", where=str(path), way_out=way_out)
 
 
+def read_error(error: OSError, what: str, where: str, way_out: str) -> HificlError:
+    """Explain a failed read of the user's files: wrong as they are, or, where it may pass, work to be tried again."""
+    return (WorkError if error.errno in _PASSING else InputError)(what, where=where, way_out=way_out)
+
+
 @contextmanager
 def folder_atomic(target: Path, within: Path | None = None) -> Iterator[Path]:
     """Give a temporary folder to fill, which takes the place of `target` when the block ends well.
@@ -141,14 +147,13 @@ def folder_atomic(target: Path, within: Path | None = None) -> Iterator[Path]:
         temporary.mkdir()
         mode = temporary.stat().st_mode
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                path.chmod(mode & 0o666)  # safetensors' files only their owner may read
-                handle = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+        for path in files_below(temporary):
+            path.chmod(mode & 0o666)  # safetensors' files only their owner may read
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
         if target.exists():
             old = _beside(target, within)
             os.replace(target, old)
@@ -193,13 +198,29 @@ def stamp(path: Path) -> tuple[int, ...]:
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Return the files in a folder and below it, sorted; none where there is no folder.
+
+    Raises:
+        OSError: a folder cannot be read, which `Path.rglob` takes for an empty one.
+    """
+    files: list[Path] = []
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                files += files_below(Path(entry.path))
+            elif entry.is_file():
+                files.append(Path(entry.path))
+    return sorted(files)
+
+
 def folder_digest(folder: Path) -> str | None:
     """Return the sha256 (hex) over names and bytes of a folder's files; None where there is no file.
 
     Raises:
-        OSError: a file cannot be read.
+        OSError: a file or folder cannot be read.
     """
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = files_below(folder)
     content = hashlib.sha256()
     for file in files:
         content.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())

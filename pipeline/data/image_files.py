@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.core.errors import InputError, of_an_extra
+from pipeline.core.files import read_error
 from pipeline.data import MAX_PIXELS
 from pipeline.data.parquet import cell_bytes, is_cell, shard_order
 from pipeline.data.sample import ImageRef
@@ -285,13 +286,13 @@ def read_image(image: ImageSource, root: Path | str = "") -> bytes:
 
     Raises:
         InputError: it is missing, cannot be read, or is no longer what was drawn.
+        WorkError: the system does not let it be read now.
     """
     path = located(image, root)
     try:
         data = read_image_bytes(path)
     except OSError as error:
-        way_out = "Check the data root, or get it again"
-        raise InputError(os_problem(error), where=str(path), way_out=way_out) from error
+        raise read_error(error, os_problem(error), str(path), "Check the data root, or get it again") from error
     wanted = _key(image)
     if wanted and (actual := hashlib.sha256(data).hexdigest()) != wanted:
         raise InputError(

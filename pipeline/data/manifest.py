@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
-from pipeline.core.files import write_atomic
+from pipeline.core.files import read_error, write_atomic
 from pipeline.core.plain_yaml import Json
 from pipeline.data.image_files import changed, check_images, problems_error
 from pipeline.data.sample import PromptStyle, Sample
@@ -149,6 +149,7 @@ class Manifest:
         Raises:
             InputError: the file is missing, no manifest, of another format, or not what was written; the
                 line or the sample that differs is named.
+            WorkError: the system does not let it be read now.
         """
         place = str(path)
         again = "Draw it again with the subsample stage"
@@ -156,7 +157,7 @@ class Manifest:
             text = Path(path).read_bytes().decode("utf-8")
             record = json.loads(text)
         except OSError as error:
-            raise InputError(f"the manifest cannot be read ({error.strerror})", where=place, way_out=again) from error
+            raise read_error(error, f"the manifest cannot be read ({error.strerror})", place, again) from error
         except UnicodeDecodeError as error:
             raise InputError(f"is not UTF-8 (byte {error.start})", where=place, way_out=again) from error
         except (ValueError, RecursionError) as error:

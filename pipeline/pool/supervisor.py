@@ -251,7 +251,7 @@ def train(
         driver, first = first or Driver(), None
         lost = Lost("its process died")
         ends: dict[str, str | None] = {}  # of the trials whose end it has told of
-        stopping = set[str]()  # by the scheduler, and their slot has yet to write so
+        unwritten = set[str]()  # stopped by the scheduler, or nobody waits for them any more: the store will say
         try:
             for message in driver.messages(Training(plan, todo, params, store)):
                 if time.monotonic() >= check_at:
@@ -260,17 +260,17 @@ def train(
                 for event in journal.news():
                     for watcher in watchers:
                         watcher.on_event(event)
-                if stopping:
-                    told_now = _tell(store, stopping, watchers)
+                if unwritten:
+                    told_now = _tell(store, unwritten, watchers)
                     ends |= dict.fromkeys(told_now)
-                    stopping -= told_now
+                    unwritten -= told_now
                 if message is None or isinstance(message, Outcome):
                     continue
                 keys.add(message.key)  # those that a searcher asked for included
-                if isinstance(message, TrialEnded) and message.error is None and store.done(message.key) is None:
-                    stopping.add(message.key)
-                    continue
-                if isinstance(message, TrialEnded) and message.error != PROXY_DIED:
+                if isinstance(message, TrialEnded):
+                    if message.error == PROXY_DIED or (message.error is None and store.done(message.key) is None):
+                        unwritten.add(message.key)
+                        continue
                     ends[message.key] = message.error
                 for watcher in watchers:
                     watcher.hear(message)

@@ -146,8 +146,18 @@ class TrialStore:
         return self.trial(key).epochs()
 
     def all_keys(self) -> list[str]:
-        """Return the keys of all trials, open and done."""
-        return sorted(p.parent.name for p in self.root.glob("*/config.json"))
+        """Return the keys of all trials, open and done.
+
+        Raises:
+            Unreadable: the system does not let the folder be read now.
+        """
+        try:
+            names = [path.name for path in self.root.iterdir()]  # `glob` takes one that cannot be read for an empty one
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise Unreadable.of(error, self.root) from error
+        return sorted(name for name in names if self.trial(name).begun)
 
     @contextmanager
     def lock(self, what: str, *, wait: bool = False) -> Iterator[None]:
@@ -362,7 +372,7 @@ class TrialFolder:
 
     def finish(self, end: TrialEnd) -> None:
         """Close the trial, with the digests of what it leaves; the last thing that is written."""
-        digests = {"adapter_digest": folder_digest(self.adapter)}
+        digests = {"adapter_digest": self._adapter_digest()}
         if end.final:  # of another the files may still change
             files = {"metrics_digest": self.metrics, "losses_digest": self._losses}
             digests |= {name: file_digest(path) for name, path in files.items() if path.exists()}
@@ -373,14 +383,15 @@ class TrialFolder:
 
         Raises:
             InputError: it is damaged, or another one.
+            Unreadable: the system does not let it be read now.
             Unseen: this machine does not see it yet.
         """
         end = self.end()
         wanted = end.adapter_digest if end else None
-        if wanted is None or folder_digest(self.adapter) == wanted:
+        if wanted is None or self._adapter_digest() == wanted:
             return
         list(self.path.iterdir())  # as in `end`: it may have been there, and not seen
-        if (present := folder_digest(self.adapter)) != wanted:
+        if (present := self._adapter_digest()) != wanted:
             if present is None:
                 self._may_be_hidden(self.adapter)
             raise InputError(
@@ -388,6 +399,12 @@ class TrialFolder:
                 f"{wanted[:12]}): damaged or exchanged",
                 where=str(self.adapter), way_out="Put it back from a copy. Or r" + AGAIN[1:],
             )  # fmt: skip
+
+    def _adapter_digest(self) -> str | None:
+        try:
+            return folder_digest(self.adapter)
+        except OSError as error:
+            raise Unreadable.of(error, self.adapter) from error
 
     def reopen(self) -> None:
         """Take back the end of a trial that was stopped or failed, so that it is continued."""

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
@@ -165,14 +166,11 @@ def data_digests(root: Path | str) -> DataDigests:
             written.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
         params = written.hexdigest()
     outs: dict[str, str] = {}
-    try:
-        lock = read_file(root / LOCK)
-    except (FileNotFoundError, InputError):
-        lock = None
-    stages = lock.get("stages") if isinstance(lock, dict) else None
-    for stage in (stages or {}).values() if isinstance(stages, dict) else ():
-        for out in stage.get("outs") or []:
-            outs[out["path"]] = out.get("md5") or out.get("etag") or ""
+    # DVC's own file, which DVC itself refuses where it is damaged
+    with suppress(FileNotFoundError, InputError, AttributeError, KeyError, TypeError):
+        for stage in read_file(root / LOCK)["stages"].values():
+            for out in stage.get("outs") or []:
+                outs[str(out["path"])] = str(out.get("md5") or out.get("etag") or "")
     return DataDigests(params=params, outs=dict(sorted(outs.items())))
 
 

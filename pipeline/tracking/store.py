@@ -17,6 +17,7 @@ from sqlalchemy.engine import URL, make_url
 
 from pipeline.core.errors import InputError, WorkError
 from pipeline.core.locks import held
+from pipeline.core.progress import say
 
 _AWAY_CODES = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}  # MLflow's
 
@@ -162,6 +163,8 @@ def talking(uri: str, kind: type[InputError] | type[WorkError] = WorkError) -> I
 def creation_lock(uri: str) -> Iterator[None]:
     """Let one process at a time create the tables of a SQLite file: several at once fail on a new one.
 
+    One that is killed meanwhile leaves a file that MLflow never opens again; the next one begins anew.
+
     Raises:
         Unreachable: the folder cannot be written, or another process holds the lock for too long; the message names it.
     """
@@ -171,12 +174,39 @@ def creation_lock(uri: str) -> Iterator[None]:
         return
     with ExitStack() as stack:
         try:
-            stack.enter_context(held(file.with_name(f"{file.name}.lock"), "the opening of a store", wait=_LOCK_SECONDS))
+            lock, waits = file.with_name(f"{file.name}.lock"), f"waiting {_LOCK_SECONDS} s at most for {file}, held by "
+            stack.enter_context(
+                held(lock, "the opening of a store", wait=_LOCK_SECONDS, waits=lambda by: say(waits + by))
+            )
         except WorkError as error:
             raise _unreachable(uri, error, f"Make {file.parent} a folder that can be written. {_DEFAULT}") from None
         except InputError as error:
             raise _unreachable(uri, f"{error.where} is {error.what}", f"{error.way_out}") from None
+        if is_half_made(file):
+            for part in ("", "-wal", "-shm", "-journal"):
+                file.with_name(f"{file.name}{part}").unlink(missing_ok=True)
+        is_new = not file.exists()
+        if is_new:
+            _making(file).touch()
         yield
+        if is_new:
+            _making(file).unlink(missing_ok=True)
+
+
+def is_half_made(file: Path) -> bool:
+    """Whether a process was killed while it created the tables of a SQLite file; one that holds a run is whole."""
+    if not (_making(file).exists() and file.exists()):
+        return False
+    try:
+        with closing(sqlite3.connect(file)) as connection:
+            return connection.execute("select 1 from runs").fetchone() is None
+    except sqlite3.Error as error:
+        return "no such table" in str(error)
+
+
+def _making(file: Path) -> Path:
+    """Return what lies beside a SQLite file while its tables are created."""
+    return file.with_name(f"{file.name}.making")
 
 
 def tune_sqlite() -> None:

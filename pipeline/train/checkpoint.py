@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.core.errors import InputError, WorkError
-from pipeline.core.files import file_digest, folder_atomic, folder_digest, remove_folder
+from pipeline.core.files import file_digest, files_below, folder_atomic, folder_digest, remove_folder
 from pipeline.records import NewerRecord, Unreadable
 from pipeline.records.trial import AGAIN, CheckpointState
 
@@ -46,7 +46,7 @@ def save(
                 raise WorkError(f"the adapter of epoch {state.best.epoch} is damaged", where=str(folder))
             best = state.best.model_copy(update={"adapter_digest": digest})
             state = state.model_copy(update={"best": best})
-        files = {str(p.relative_to(temporary)): file_digest(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
+        files = {str(path.relative_to(temporary)): file_digest(path) for path in files_below(temporary)}
         state = state.model_copy(update={"files": files})
         (temporary / "state.json").write_text(state.text(indent=None), encoding="utf-8")
     steps = [position for position in _positions(folder) if position[1] and position != (state.epoch, step)]

@@ -5,7 +5,6 @@ What it does is written down as a profile and a study in a workspace of its own,
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -31,7 +30,7 @@ from pipeline.core.terminal import Answer, table
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Sample
 from pipeline.plan.plan import places
-from pipeline.records import as_written
+from pipeline.records import Count, Record, as_written
 from pipeline.records.evaluation import CellResult
 from pipeline.records.store import TrialStore
 from pipeline.report.tables import TableEntry
@@ -43,7 +42,7 @@ from pipeline.tasks.file_rows import completed
 from pipeline.tasks.file_task import FileTask
 from pipeline.workspace import LINKS, draw_samples, lay_out, report_on, stages_of
 
-PLAN = "adapt.json"  # what was asked for and what it came to, beside params.yaml
+PLAN = "adapt.json"  # a `LaidOut`
 _TIMING, _TIMED, _TIMED_SCORED = "timing", 16, 8  # a study that only tells seconds; samples that it trains on, scores
 _SHOTS = 4
 _RATES = (1.0, 3.0, 10.0, 0.3)  # times a method's own learning rate: the points of its search, in this order
@@ -88,16 +87,24 @@ class Budget:
         evaluation: samples that are reported on.
     """
 
-    points: int
-    epochs: int
-    train: int
-    selection: int
-    evaluation: int
+    points: Count
+    epochs: Count
+    train: Count
+    selection: Count
+    evaluation: Count
 
     def words(self) -> str:
         """Return what each method gets."""
         searched = f"{self.points} learning rates, each with" if self.points > 1 else "one learning rate,"
         return f"{searched} {self.train} samples for {self.epochs} epoch{'' if self.epochs == 1 else 's'}"
+
+
+class LaidOut(Record):
+    """What was asked for and what it came to, so that the same command goes on: adapt.json beside params.yaml."""
+
+    asked: Json
+    guessed: tuple[str, ...] = ()
+    budget: Budget
 
 
 def budget(seconds: Seconds, left: float, rows: Mapping[str, int], slots: int, baselines: int) -> Budget:
@@ -217,8 +224,8 @@ def adapt(asked: Asked, out: Path) -> Adapted:
     if kept is None:
         given = work.measure(rows)
         work.make(given)
-        record = {"asked": asdict(asked), "guessed": task.guessed, "budget": asdict(given)}
-        write_atomic(out / PLAN, json.dumps(record, indent=1) + "\n")
+        record = LaidOut(asked=as_written(asdict(asked)), guessed=tuple(task.guessed), budget=given)
+        write_atomic(out / PLAN, record.text() + "\n")
     return work.run()
 
 
@@ -244,13 +251,13 @@ def _kept(out: Path, asked: Asked) -> Budget | None:
         if out.is_dir() and any(out.iterdir()) and not (out / ".dvc").is_dir():
             raise InputError("is a folder with other things in it", where=str(out), way_out="Give another --out")
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    changed = [key for key, value in as_written(asdict(asked)).items() if record["asked"].get(key) != value]
+    record = LaidOut.read(path, "Give another --out, or remove it")
+    changed = [key for key, value in as_written(asdict(asked)).items() if record.asked.get(key) != value]
     if changed:
         raise InputError(
             f"was made with another {', '.join(changed)}", where=str(path), way_out="Give another --out, or remove it"
         )
-    return Budget(**record["budget"])
+    return record.budget
 
 
 def _task(name: str, asked: Asked) -> tuple[FileTask, Path]:

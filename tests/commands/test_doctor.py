@@ -131,6 +131,28 @@ def test_a_tiny_folder_for_ray_is_refused(params, monkeypatch):
     )
 
 
+def test_little_shared_memory_is_noted(params, monkeypatch):
+    """Ray goes on by the disk, which is slower and gives the same."""
+    for free, state in ((1 << 16, doctor.NOTE), (1 << 30, None)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path, free=free: SimpleNamespace(free=free))
+        checks = {check.name: check for check in doctor._ray(params, ROOT)}
+        assert (checks["shared memory"].state if state else checks.get("shared memory")) == state
+        assert not state or "--shm-size" in checks["shared memory"].way_out
+
+
+def test_a_user_without_a_name_gets_one(monkeypatch):
+    """A container's random uid, which MLflow asks for the name of."""
+
+    def unknown():
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setenv("LOGNAME", "")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "given")
+    monkeypatch.setattr("getpass.getuser", unknown)
+    machine.home()
+    assert os.environ["LOGNAME"] == f"uid-{os.getuid()}"
+
+
 def test_few_open_files_become_as_many_as_are_allowed():
     code = "import resource; from pipeline.core import machine; print(machine.open_files(), resource.getrlimit(7)[0])"
     done = subprocess.run(
@@ -147,11 +169,15 @@ def test_a_store_is_read_whole(params, tmp_path, monkeypatch):
     assert finding(doctor._store(params, tmp_path), "runs").detail == "0 trials, 0 ended; 0 studies evaluated"
     shutil.copytree(ROOT / "tests/golden/records/runs", tmp_path / "runs")
     assert finding(doctor._store(params, tmp_path), "runs").state == doctor.OK
-    with held(tmp_path / "runs/.lock", "a sweep"), (tmp_path / "mlflow.db.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        checks = list(doctor._store(params, tmp_path))
-        assert f"is held by a sweep, pid {os.getpid()} on" in finding(checks, "runs' lock").detail
-        assert f"held by another process, pid {os.getpid()}" in finding(checks, "the MLflow store's lock").detail
+    elsewhere = params.model_copy(
+        update={"tracking": params.tracking.model_copy(update={"uri": "sqlite:///elsewhere.db"})}
+    )
+    for of_project, name in ((params, "mlflow.db"), (elsewhere, "elsewhere.db")):
+        with held(tmp_path / "runs/.lock", "a sweep"), (tmp_path / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            checks = [*doctor._store(of_project, tmp_path), *doctor._mlflow(of_project, tmp_path)]
+            assert f"is held by a sweep, pid {os.getpid()} on" in finding(checks, "runs' lock").detail
+            assert f"held by another process, pid {os.getpid()}" in finding(checks, "the MLflow store's lock").detail
     (name,) = {path.parent.name for path in (tmp_path / "runs").glob("*/metrics.jsonl")}
     (tmp_path / "runs" / name / "done.json").write_text('{"schema": 99}')
     check = finding(doctor._store(params, tmp_path), "runs")

@@ -18,8 +18,8 @@ from pipeline import adapters, backbones
 from pipeline.adapters.base import Score
 from pipeline.cli import main
 from pipeline.records.evaluation import CellResult, Evaluations, StudyFile
-from pipeline.records.store import TrialStore
-from pipeline.records.trial import Provenance
+from pipeline.records.store import TrialFolder, TrialStore
+from pipeline.records.trial import Provenance, TrialEnd
 from tests.conftest import ROOT
 
 BACKBONE = "mini-llava"
@@ -83,6 +83,22 @@ def test_another_backbone_than_the_folder_names_is_refused_by_every_verb(
         status, _, line = hificl(capfd, verb, "--adapter", folder, "--backbone", "mini-idefics2", *more)
         problem = f"the adapter in {folder} was trained on {BACKBONE}. Leave --backbone out"
         assert status == 2 and line.strip() == f"error: --backbone mini-idefics2: {problem}", verb
+    assert not (tmp_path / "out").exists() and not (tmp_path / "hub").exists()
+
+
+def test_an_adapter_that_is_not_the_one_of_its_training_is_refused_by_every_verb(
+    folder: Path, tmp_path: Path, capfd: Any
+) -> None:
+    TrialFolder(tmp_path).finish(TrialEnd(status="finished"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "extra": {**config["extra"], "trial": "other"}}))
+    for verb, *more in (
+        ("predict", "--question", "Which colour?"),
+        ("export", "--to", "peft", "--out", tmp_path / "out"),
+        ("push", "--to", "lab/colours", "--hub", tmp_path / "hub"),
+    ):
+        status, _, line = hificl(capfd, verb, "--adapter", folder, *more)
+        assert status == 2 and f"{folder}: not the adapter that the training ended with" in line, verb
     assert not (tmp_path / "out").exists() and not (tmp_path / "hub").exists()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import WorkError
-from pipeline.core.files import folder_atomic, write_atomic
+from pipeline.core.files import folder_atomic, folder_digest, write_atomic
 
 
 @pytest.fixture(params=[0o022, 0o077], ids=["shared", "private"])
@@ -61,3 +63,28 @@ def test_the_newest_folder_takes_the_place_of_the_old(tmp_path: Path) -> None:
         with folder_atomic(tmp_path / "folder") as folder:
             (folder / text).write_text(text)
     assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["new"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Else an adapter is kept without its digest, or taken for a damaged one."""
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/y").write_text("2")
+    (tmp_path / "a/x").write_text("1")
+    assert folder_digest(tmp_path / "a") == hashlib.sha256(b"b/y\x002x\x001").hexdigest()
+    assert folder_digest(tmp_path / "none") is folder_digest(tmp_path / "a/x") is None
+    scan = os.scandir
+
+    def fails(path: Path | int) -> object:
+        if not isinstance(path, int) and path.name == "b":
+            raise OSError(number, os.strerror(number))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        folder_digest(tmp_path / "a")
+    with pytest.raises(WorkError, match=os.strerror(number)), folder_atomic(tmp_path / "c") as folder:
+        (folder / "b").mkdir()
+    assert names(tmp_path) == ["a"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from pipeline.core.errors import InputError
+from pipeline.core.errors import InputError, WorkError
+from pipeline.data.image_files import read_image
 from pipeline.data.manifest import Manifest, Source
 from pipeline.data.sample import ImageRef, Sample
 
@@ -136,3 +139,18 @@ def test_images_that_changed_since_the_draw_are_named(manifest, tmp_path):
         manifest.verify_images()
     assert "its bytes changed since the draw" in str(caught.value)
     assert json.dumps(str(tmp_path / "images/8.png")).strip('"') in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES])
+def test_what_may_be_read_a_moment_later_is_no_wrong_input(manifest, tmp_path, monkeypatch, number):
+    """A sweep tries a trial again after a WorkError, and gives it up at once after an InputError."""
+    manifest.save(tmp_path / "manifest.json")
+
+    def fails(_path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    kind = InputError if number == errno.EACCES else WorkError
+    for read in (lambda: Manifest.load(tmp_path / "manifest.json"), lambda: read_image("1.png", tmp_path)):
+        with pytest.raises(kind, match=rf"cannot be read \({os.strerror(number)}\)"):
+            read()

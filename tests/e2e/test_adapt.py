@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -20,12 +21,14 @@ from PIL import Image
 from pipeline.adapters import read_config
 from pipeline.cli import INTERRUPTED, main
 from pipeline.config.schema import TaskFile
+from pipeline.core.errors import InputError
 from pipeline.miniature.world import write_world
+from pipeline.records import as_written
 from pipeline.sweep.draw import draw_manifest
 from pipeline.tasks import tasks
 from pipeline.tasks.file_rows import completed
 from pipeline.tasks.file_task import FileTask
-from pipeline.workspace.adapt import Budget, Seconds, _rows, budget
+from pipeline.workspace.adapt import PLAN, Asked, Budget, LaidOut, Seconds, _kept, _rows, budget
 from tests.conftest import ROOT
 from tests.e2e.conftest import environment
 from tests.support.tiny_hub import make
@@ -125,6 +128,19 @@ def test_minutes_pay_for_the_same_for_each_method() -> None:
         assert given.points * given.epochs * per_epoch / 2 <= 0.6 * minutes * 60
     least = budget(seconds, 0.1, rows, slots=1, baselines=2)
     assert least == Budget(points=1, epochs=1, train=16, selection=8, evaluation=20)
+
+
+def test_what_an_earlier_call_laid_out_is_gone_on_with_or_refused_in_a_line(tmp_path: Path) -> None:
+    asked, given = Asked("/own.jsonl", "mini-idefics2", ("lora",), 1.5, 0, {}), Budget(4, 5, 400, 100, 600)
+    record = LaidOut(asked=as_written(asdict(asked)), budget=given)
+    (tmp_path / PLAN).write_text(record.text())
+    assert _kept(tmp_path, asked) == given
+    with pytest.raises(InputError, match=r"adapt.json: was made with another minutes. Give another --out"):
+        _kept(tmp_path, replace(asked, minutes=2.0))
+    for text in ("{", "[]", '{"asked": []}', record.text().replace("400", '"all"')):
+        (tmp_path / PLAN).write_text(text)
+        with pytest.raises(InputError, match=r"adapt.json: .*Give another --out, or remove it"):
+            _kept(tmp_path, asked)
 
 
 @pytest.mark.parametrize("names", [None, ["train"] * 57 + ["test"] * 15, ["train"] * 41 + ["val"] * 13 + ["test"] * 18])

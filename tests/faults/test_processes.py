@@ -70,6 +70,7 @@ def test_a_trials_actor(sweep, reference, fault):
         ("raylet/raylet", "raylet"),
         ("gcs/gcs_server", "head"),
         ("pipeline.pool.driver", "driver"),
+        ("ray::Dispatcher", "dispatcher"),
     ],
 )
 def test_ray_itself(sweep, reference, fault, part, kind):
@@ -79,6 +80,8 @@ def test_ray_itself(sweep, reference, fault, part, kind):
     seconds = next_epoch_after(sweep, killed)
     assert sweep.ended() == 0, sweep.log
     survived(sweep, reference)
+    last = [line for line in sweep.log.splitlines() if line.startswith("trials:")][-1]
+    assert last.startswith("trials: 4 of 4 done") and "failed" not in last, sweep.log
     (lost,) = sweep.events("the driver of stage train is lost")
     assert lost["attempt"] == 1
     fault(kind, again=seconds)

@@ -1,7 +1,8 @@
-"""A worker works in the project's folder, wherever its node's Ray was started."""
+"""A worker works in the project's folder, wherever its Ray was started, and meets the others of its slot alone."""
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import ray
 
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
+from pipeline.pool import slot
 from pipeline.pool.cluster import work_in
 from pipeline.pool.tuner import cluster
 
@@ -30,3 +32,15 @@ def test_it_goes_there_and_a_node_without_the_folder_is_named(tmp_path, monkeypa
         assert ray.get(worked_in.remote(str(tmp_path))) == str(tmp_path)
         with pytest.raises(InputError, match=f"node .*{tmp_path}/gone is not there"):
             ray.get(worked_in.remote(str(tmp_path / "gone")))
+
+
+def test_ranks_meet_at_the_first_ones_own_address_or_in_a_folder_of_their_owners(monkeypatch):
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.2")
+    worker = slot.Worker.__ray_metadata__.modified_class
+    first = worker(0, 2, 0.0)
+    meeting = first.meeting(False)
+    with first.listener as listener:
+        assert listener.getsockname()[0] == "127.0.0.2" and meeting == f"tcp://127.0.0.2:{listener.getsockname()[1]}"
+    together = Path(first.meeting(True)).parent
+    assert stat.S_IMODE(together.stat().st_mode) == 0o700 and together.owner() == Path.home().owner()
+    assert worker(1, 2, 0.0).meeting(False) == worker(0, 1, 0.0).meeting(True) == ""

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.errors import WorkError
+from pipeline.core.errors import InputError, WorkError
 from pipeline.pool import supervisor
-from pipeline.pool.messages import TrialEnded, Watcher
+from pipeline.pool.messages import PROXY_DIED, TrialEnded, Watcher
 from pipeline.pool.supervisor import Training
 from pipeline.records.store import Displaced, TrialFolder, TrialStore
 from pipeline.records.trial import TrialEnd
@@ -80,6 +80,21 @@ def test_progress_is_that_of_the_sweeps_own_trials(tmp_path, monkeypatch):
     play(runs, monkeypatch, [Played(runs, {"a": None}, set())], ["a"])
 
 
+class Orphaned(Played):
+    """A driver whose dispatcher died: Tune gives up the actors that wait for it, and the trials are open."""
+
+    def messages(self, work: Training) -> Iterator[TrialEnded]:
+        yield from (TrialEnded(key, PROXY_DIED) for key in work.keys)
+
+
+def test_a_trial_whose_actor_died_has_not_ended(tmp_path, monkeypatch):
+    """Else the display counts it twice, and as failed: seven of four were done, three of them failed."""
+    runs = tmp_path / "runs"
+    drivers = [Orphaned(runs, {}, set()), Played(runs, {"a": None, "b": None}, {"a", "b"})]
+    heard, errors = play(runs, monkeypatch, drivers, ["a", "b"])
+    assert heard.ends == [("a", None), ("b", None)] and errors == {} and not drivers
+
+
 class Stopping(Played):
     """A driver whose scheduler stops a trial, which its slot writes a moment later."""
 
@@ -135,6 +150,16 @@ def test_who_holds_the_store_is_looked_for_once_a_second(tmp_path, monkeypatch):
     monkeypatch.setattr(TrialStore, "check_held", lambda self: looks.append(clock[0]))
     play(runs, monkeypatch, [Speaking(runs, {}, set())], ["a"])
     assert looks == [100.25 + second for second in range(10)]
+
+
+def test_a_machine_that_ray_cannot_start_on_is_refused_before_a_driver_is_started(monkeypatch):
+    def refused() -> None:
+        raise InputError("too few open files")
+
+    monkeypatch.setattr(supervisor.machine, "require", refused)
+    monkeypatch.setattr(supervisor.subprocess, "Popen", lambda *_, **__: pytest.fail("a driver was started"))
+    with pytest.raises(InputError, match="too few open files"), supervisor.ahead(wanted=True):
+        pass
 
 
 class Aborting:

@@ -358,6 +358,26 @@ def test_what_the_system_does_not_let_be_read_is_no_damage(tmp_path, monkeypatch
         folder.end()
 
 
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES])
+def test_an_adapter_that_the_system_does_not_let_be_read_is_no_other(tmp_path, monkeypatch, error):
+    folder = TrialFolder(tmp_path)
+    folder.adapter.mkdir()
+    (folder.adapter / "weights").write_text("w")
+
+    def fails(_):
+        raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as patched, pytest.raises(Unreadable, match="adapter: cannot be read"):
+        patched.setattr(os, "scandir", fails)
+        folder.finish(TrialEnd(status="finished"))  # it would have no digest
+    assert folder.end() is None
+    folder.finish(TrialEnd(status="finished"))
+    with monkeypatch.context() as patched, pytest.raises(Unreadable, match="adapter: cannot be read"):
+        patched.setattr(os, "scandir", fails)
+        folder.check_adapter()
+    folder.check_adapter()
+
+
 def test_a_trial_that_other_code_goes_on_with_keeps_the_commits_that_began_it():
     first, second, third = (TrialRecord(config={}, provenance=Provenance(commit=name)) for name in "abc")
     assert first.resumed(second).resumed(third).earlier_commits == ("a", "b")

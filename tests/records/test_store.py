@@ -1,5 +1,6 @@
 import errno
 import multiprocessing
+import os
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.core.files import Superseded
+from pipeline.records import Unreadable
 from pipeline.records import store as stores
 from pipeline.records.store import Displaced, TrialStore
 from pipeline.records.trial import Provenance, TrialEnd
@@ -123,3 +125,17 @@ def test_a_disk_that_is_full_or_sick_takes_no_store_away(tmp_path, monkeypatch):
             with monkeypatch.context() as broken:
                 broken.setattr(Path, "touch", fails)
                 store.check_held()
+
+
+def test_a_store_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
+    store = TrialStore(tmp_path)
+    assert TrialStore(tmp_path / "none").all_keys() == []
+    store.open(CONFIG)
+
+    def fails(_):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched, pytest.raises(Unreadable, match="cannot be read: Permission denied"):
+        patched.setattr(os, "listdir", fails)
+        store.all_keys()
+    assert store.all_keys() == [CONFIG.key]

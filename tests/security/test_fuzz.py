@@ -33,10 +33,14 @@ from pipeline.data.manifest import Manifest
 from pipeline.evaluate.answerer import Answerer
 from pipeline.plan.plan import make_plan
 from pipeline.plan.space import Digests, cells
+from pipeline.records import Record
 from pipeline.records.evaluation import Evaluations
 from pipeline.records.store import Journal, TrialFolder
+from pipeline.records.trial import Attempts, Best, CheckpointState, EpochReport, EpochSoFar
 from pipeline.sweep.recorded import read_recorded
+from pipeline.tracking.provenance import data_digests
 from pipeline.train import checkpoint
+from pipeline.workspace.adapt import Budget, LaidOut
 from tests.conftest import ROOT
 
 NUMBER = int(os.environ.get("HIFICL_FUZZ", "12"))
@@ -171,9 +175,34 @@ def test_records(tmp_path, quiet, name):
     survives(lambda random: (changed(random, text), tmp_path / name), lambda: RECORDS[name](tmp_path), name)
 
 
-def test_a_checkpoints_state(tmp_path):
-    from pipeline.records.trial import Best, CheckpointState, EpochReport
+OTHERS: dict[str, Record] = {
+    "adapt.json": LaidOut(asked={"data": "/x", "methods": ["lora"], "minutes": 1.5}, budget=Budget(1, 2, 3, 4, 5)),
+    f"runs/.leases/{KEY}.tried": Attempts(attempts=2, at="epoch-0001", error="a worker died"),
+    "so-far-rank0000.json": EpochSoFar(
+        steps=2, sums={"train_loss": 0.5}, losses=(0.5, 0.25), gradient_norm=1.0, learning_rate_scale=0.5, seconds=3.0
+    ),
+}
 
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_records(tmp_path, name):
+    example, path = OTHERS[name], tmp_path / "file"
+    assert type(example).parse(example.text(), name, "") == example
+    survives(lambda random: (changed(random, example.text()), path), lambda: type(example).read(path, "x"), name)
+
+
+def test_dvcs_lock(tmp_path):
+    lock = yaml.safe_load((ROOT / "dvc.lock").read_text())
+    assert "checkpoints/mini-idefics2" in data_digests(ROOT).outs
+
+    def make(random):
+        text = yaml.safe_dump(forged(random, lock)).encode("utf-8", "surrogatepass")
+        return damaged(random, text) if random.random() < 0.5 else text, tmp_path / "dvc.lock"
+
+    survives(make, lambda: data_digests(tmp_path), "dvc.lock")
+
+
+def test_a_checkpoints_state(tmp_path):
     state = CheckpointState(epoch=1, rows=(EpochReport(epoch=1, objective=0.5),), best=Best(epoch=1, objective=0.5))
 
     def make(random):

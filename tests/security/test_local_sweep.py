@@ -20,6 +20,7 @@ import pytest
 from pipeline.core.errors import InputError
 from pipeline.pool import ensure_token
 from tests.conftest import ROOT
+from tests.support.free_port import free_port
 
 
 @pytest.fixture
@@ -181,6 +182,34 @@ def test_the_mlflow_server_listens_to_no_whole_world(tmp_path, host):
     with pytest.raises(InputError, match="every interface"):
         start(tmp_path / "t", host=host, port=5999, database=None, artifacts=None, detach=True)
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("given", [None, "of-the-environment"])
+def test_the_mlflow_servers_password_is_in_its_file_or_the_environment_alone(home, monkeypatch, given):
+    from pipeline.tracking import server
+
+    started = []
+    monkeypatch.setattr(server.subprocess, "run", lambda command, env, **_: started.append((command, env)))
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD", raising=False)
+    if given:
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", given)
+    server.start(home / "t", host="127.0.0.1", port=free_port(), database=None, artifacts=None, detach=False)
+    ((command, environment),) = started
+    file = home / "t/password"
+    password = given or file.read_text()
+    assert environment["MLFLOW_AUTH_ADMIN_PASSWORD"] == password and len(password) > 16
+    assert password not in " ".join(command) and file.exists() is (given is None)
+    assert {mode(path) for path in (file, home / ".mlflow/credentials") if path.exists()} == {0o600}
+
+
+def test_a_job_is_not_submitted_with_a_password_in_the_stores_address(monkeypatch):
+    from pipeline.pool import cluster
+
+    monkeypatch.setattr(cluster, "_client", lambda: None)  # a job would be asked of it
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://admin:hunter2@127.0.0.1:5000")
+    with pytest.raises(InputError, match="an address with a password") as refused:
+        cluster.submit([])
+    assert "hunter2" not in str(refused.value)
 
 
 def test_a_password_in_an_address_is_refused_before_anything_sees_it(home, monkeypatch):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pipeline.config.trial import EvaluationConfig
+from pipeline.core.errors import InputError
 from pipeline.pool import supervisor
 from pipeline.records.evaluation import Evaluation, Evaluations, Prediction
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import TrialEnd
 from pipeline.sweep import evaluate as evaluation
+from pipeline.sweep import train as training
 from pipeline.sweep.mlflow_sync import MlflowSync
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import FINISHED, TrialRunStart
@@ -121,3 +124,14 @@ def test_scores_that_mlflow_lacks_are_shown_by_their_files(scored):
     found_done = scored.tracker.read_run(later)  # by another sweep, which had no descriptions yet
     assert found_done.metrics["test_CIDEr"] == 0.333333
     assert "trained on 1000 samples" in found_done.tags["mlflow.note.content"]
+
+
+def test_neither_a_sweep_nor_an_evaluation_begins_while_another_holds_the_store(scored, monkeypatch):
+    monkeypatch.setattr(training, "unheard", lambda *_: [])
+    with scored.store.lock("another one"):
+        for begin in (
+            lambda: evaluation.evaluate(None, ["study"], scored.folder),
+            lambda: training._swept(None, ["study"], scored.folder, scored.plan),
+        ):
+            with pytest.raises(InputError, match=f"held by another one, pid {os.getpid()} on .*Wait for it"):
+                begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -15,6 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+from pipeline.commands import doctor
+from pipeline.config.load import load
 from pipeline.core.errors import InputError
 from pipeline.tracking import server, store
 from pipeline.tracking.client import Tracker
@@ -54,6 +57,19 @@ for number in range(4):
         os._exit(0)
     children.append(child)
 sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+KILLED_MAKER = """
+import os, signal, sys
+import sqlalchemy
+
+@sqlalchemy.event.listens_for(sqlalchemy.engine.Engine, "after_cursor_execute")
+def executed(connection, cursor, statement, *_):
+    if "ADD COLUMN" in statement:  # of a migration, whose version is written behind it
+        os.kill(os.getpid(), signal.SIGKILL)
+
+from pipeline.tracking.client import Tracker
+Tracker(None, sys.argv[1]).prepare([])
 """
 
 
@@ -112,6 +128,38 @@ def test_an_unreachable_store_is_said_at_once(tmp_path: Path, uri: str, words: l
         Tracker(uri, tmp_path).prepare(["study"])
     assert time.monotonic() - began < 10
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_store_whose_making_was_interrupted_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow itself says of its file for ever that a column or a table is there already."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert start(KILLED_MAKER, tmp_path).wait(timeout=300) == -signal.SIGKILL
+    params = load(ROOT / "params.yaml")
+    assert "its making has not ended" in next(doctor._mlflow(params, tmp_path)).detail
+    Tracker(None, tmp_path).prepare(["study"])
+    assert ("study",) in ask(tmp_path, "select name from experiments")
+    assert not list(tmp_path.glob("*.making"))
+    (check,) = doctor._mlflow(params, tmp_path)
+    assert check.state == doctor.OK and check.detail.endswith("/mlflow.db")
+
+
+def test_a_store_that_holds_a_run_is_never_begun_anew(tracker: Tracker, root: Path) -> None:
+    parent, _ = open_both(tracker)
+    (root / "mlflow.db.making").touch()
+    assert Tracker(None, root).read_run(parent).run_id == parent
+
+
+def test_who_keeps_a_store_from_being_opened_is_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(store, "_LOCK_SECONDS", 0.2)
+    with (root / "mlflow.db.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        holder = f"held by another process, pid {os.getpid()}"
+        with pytest.raises(InputError, match=f"mlflow.db.lock is {holder}.*Wait for it to end"):
+            Tracker(None, root).prepare([])
+    assert f"waiting 0.2 s at most for {root / 'mlflow.db'}, {holder}\n" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_database_is_named_and_left_alone(tmp_path: Path) -> None:

@@ -103,6 +103,11 @@ def oracle(one_rank):
     return found
 
 
+def test_a_rank_alone_listens_on_loopback(one_rank):
+    listening = {c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    assert listening <= {"127.0.0.1"}
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_gives_the_losses_of_plain_torch(oracle, stage):
     linear = torch.nn.functional.linear
