@@ -87,6 +87,18 @@ class Evaluation(Record):
         return [str(line) for line in lines] if isinstance(lines, list) else []
 
 
+class LayerValues(Frozen):
+    """What was measured layer by layer, by the names of the numbers that they are parts of, in their units.
+
+    Attributes:
+        by_layer: a value a layer, [L].
+        by_token: a value a layer and virtual token, [L, n].
+    """
+
+    by_layer: dict[str, tuple[Number, ...]] = {}
+    by_token: dict[str, tuple[tuple[Number, ...], ...]] = {}
+
+
 class Measurement(Record):
     """One trial, measured as something else than its score: evaluations/measures/<key>.json.
 
@@ -94,7 +106,10 @@ class Measurement(Record):
         measure: its name, and `settings`.
         evaluation: how the trial was scored.
         numbers: by name.
+        layers: the same layer by layer, where the measure tells.
     """
+
+    schema_number: ClassVar[int] = 2  # 1: without `layers`
 
     trial: str
     measure: str
@@ -102,6 +117,7 @@ class Measurement(Record):
     evaluation: Json
     run_id: str | None = None
     numbers: dict[str, Number]
+    layers: LayerValues | None = None
     machine: Machine = Machine()
 
 
@@ -132,6 +148,7 @@ class CellResult(Frozen):
         candidates: the trials that were tried; `trial` is the chosen one.
         evaluation: key of the score, and the digest of its file; `measurement` that of a measurement, if it is one.
         value: in `unit`; `metrics` stand beside it, in `units` where theirs is another.
+        layers: of the measurement.
         status: whether there is a number.
         epochs: of the chosen trial.
     """
@@ -158,6 +175,7 @@ class CellResult(Frozen):
     value: Number | None = None
     metrics: dict[str, Number | None] = {}
     units: dict[str, str] = {}
+    layers: LayerValues | None = None
     run_id: str | None = None
     status: Literal["done", "missing", "failed"] = "done"
     error: str | None = None
@@ -194,7 +212,7 @@ class StudyFile(Record):
         provenance: the code and machine that chose and scored; without the diff, which the trials' runs have.
     """
 
-    schema_number: ClassVar[int] = 2
+    schema_number: ClassVar[int] = 3  # 2: cells without `layers`
     upgrades: ClassVar = {1: _without_unread}
 
     study: str

@@ -14,7 +14,7 @@ from pipeline.core import copies
 from pipeline.core.errors import WorkError
 from pipeline.core.files import file_digest
 from pipeline.core.progress import bar, say
-from pipeline.measure import Measure, MeasureJob, Numbers, create_measure
+from pipeline.measure import Measure, Measured, MeasureJob, create_measure
 from pipeline.plan.plan import Plan, all_cells, make_plan, places
 from pipeline.plan.space import Cell, Point, tried
 from pipeline.pool import supervisor
@@ -263,8 +263,8 @@ def measured(
             if isinstance(result, Exception):
                 problems |= dict.fromkeys(names, str(result))
                 continue
-            for cell_name, job, numbers in zip(names, jobs[number], result, strict=True):
-                _keep(name, kind, job, numbers, keys[cell_name], evaluations, sync.tracker.provenance.machine)
+            for cell_name, job, of_job in zip(names, jobs[number], result, strict=True):
+                _keep(name, kind, job, of_job, keys[cell_name], evaluations, sync.tracker.provenance.machine)
     for key in keys.values():
         if evaluations.measurement_path(key).exists():
             sync.measurement(key)
@@ -288,13 +288,13 @@ def _job(params: Params, row: ScoredCell, evaluations: Evaluations) -> MeasureJo
 
 
 def _keep(
-    name: str, kind: Measure, job: MeasureJob, numbers: Numbers, key: str, evaluations: Evaluations, machine: Machine
+    name: str, kind: Measure, job: MeasureJob, of_job: Measured, key: str, evaluations: Evaluations, machine: Machine
 ) -> None:
     """Write what a trial was measured as."""
     measurement = Measurement(
         trial=job.request.key, measure=name, settings=kind.model_dump(mode="json"),
-        evaluation=job.evaluation.model_dump(mode="json"), run_id=job.scored.run_id, numbers=numbers,
-        machine=machine,
+        evaluation=job.evaluation.model_dump(mode="json"), run_id=job.scored.run_id,
+        numbers=of_job.numbers, layers=of_job.layers, machine=machine,
     )  # fmt: skip
     evaluations.write_measurement(key, measurement)
 
@@ -305,7 +305,8 @@ def _related(
 ) -> dict[str, CellResult]:  # fmt: skip
     """Return a group's results by cell name, each number beside its ratio to the reference row's."""
     kept = {row.cell.name: evaluations.find_measurement(keys[row.cell.name]) for row in rows}
-    numbers = {key: dict(was.numbers) for key, was in kept.items() if was is not None and key not in problems}
+    known = {key: was for key, was in kept.items() if was is not None and key not in problems}
+    numbers = {key: dict(was.numbers) for key, was in known.items()}
     base_row = reference or rows[0].cell.row
     base = next((numbers.get(row.cell.name) for row in rows if row.cell.row == base_row), None)
     main = str(kind.metric)
@@ -319,6 +320,7 @@ def _related(
                 "measurement": str(path.relative_to(evaluations.root.parent)), "measurement_digest": file_digest(path),
                 "metric": main, "unit": kind.units[main], "value": related.get(main),
                 "metrics": {**row.result.metrics, **related}, "units": dict(kind.units),
+                "layers": known[row.cell.name].layers,
             }  # fmt: skip
         else:
             error = problems.get(row.cell.name, "not measured")
