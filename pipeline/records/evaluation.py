@@ -80,6 +80,11 @@ class Evaluation(Record):
     adapter_digest: str | None = None
     scored_by: CodeVersion | None = None
 
+    def logged_as(self, metric: str) -> str:
+        """Return a metric's name in the trial's run, which has other tasks' scores beside its own."""
+        task = self.evaluation.get("task")
+        return f"test_{task}_{metric}" if task else f"test_{metric}"
+
     @property
     def left_out(self) -> list[str]:
         """What the task could not score, in sentences."""

@@ -88,7 +88,7 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore)
             if cell.study == study
         }
         scored = [
-            ScoredCell(cell, results[cell.name], plan.request_of(jobs[scoring[cell.name].key][0]), scoring[cell.name])
+            ScoredCell(cell, results[cell.name], plan.request_of(*jobs[scoring[cell.name].key]), scoring[cell.name])
             for cell in cells
             if cell.name in results and results[cell.name].status == "done"
         ]
@@ -159,9 +159,10 @@ def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
     given = {name: getattr(settings.generation, name) for name in ("num_beams", "length_penalty", "max_new_tokens")}
     decoding = {name: getattr(published, name) if value == "published" else value for name, value in given.items()}
     decoding["max_new_tokens"] = decoding["max_new_tokens"] or task.max_new_tokens
+    target = {"task": cell.task, "manifest_digest": cell.digests.manifests[cell.task]} if cell.source else {}
     return EvaluationConfig(
-        trial=trial, num_samples=settings.num_evaluation_samples, **decoding, vqa_normalise=settings.vqa_normalise,
-        drop_incomplete_batch=settings.drop_incomplete_batch,
+        trial=trial, **target, **decoding, num_samples=settings.num_evaluation_samples,
+        vqa_normalise=settings.vqa_normalise, drop_incomplete_batch=settings.drop_incomplete_batch,
         stem_predictions=settings.stem_predictions and isinstance(task, VqaTask) and task.stemmed_references,
     )  # fmt: skip
 
@@ -175,7 +176,7 @@ def _score(
     configs = {evaluation.key: config for config, evaluation in todo}
     with bar("evaluate") as progress:
         progress(0, len(todo))
-        jobs = [(plan.request_of(config), evaluation) for config, evaluation in todo]
+        jobs = [(plan.request_of(config, evaluation), evaluation) for config, evaluation in todo]
         for number, (key, result) in enumerate(supervisor.score_all(params, jobs, driver), start=1):
             progress(number, len(todo))
             if isinstance(result, Exception):

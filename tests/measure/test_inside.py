@@ -78,7 +78,10 @@ def test_what_a_virtual_token_is_worth(bench, trial, tmp_path):
     assert max(layers.by_layer["loss_without_layer"]) == both["loss_without_layer"]
     lora = trial("lora", tmp_path, rank=2)
     written(bench, lora, "vision")
-    assert measured(bench, "virtual_tokens", [trial("zero-shot", tmp_path), lora], num_samples=6) == [Measured({}), Measured({})]
+    assert measured(bench, "virtual_tokens", [trial("zero-shot", tmp_path), lora], num_samples=6) == [
+        Measured({}),
+        Measured({}),
+    ]
 
 
 def test_what_was_measured_by_an_earlier_revision_is_measured_again(monkeypatch):
