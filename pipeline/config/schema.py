@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core.errors import validate
 
+SOURCE_TASK = "source_task"  # of a study's `vary`: the task that a row is trained on, whichever it is scored on
 Scalar = bool | int | float | str | None
 
 
@@ -327,7 +328,7 @@ class Study(Section):
     backbones: list[str] = Field(min_length=1)  # the papers' names; the profile says what stands for them
     tasks: list[str] = Field(min_length=1)
     methods: dict[str, StudyMethod] = Field(min_length=1)
-    vary: dict[str, list[Any]] = {}  # every value is a point of the report
+    vary: dict[str, list[Any]] = {}  # every value is a point of the report; `source_task`: tasks to train on
     seeds: list[int] = Field([0], min_length=1)
     budget: Budget | None = None
     train: dict[str, Any] = {}
@@ -350,6 +351,11 @@ class Study(Section):
         for row in self.without:
             if row not in self.methods:
                 raise ValueError(f"without names '{row}', which is no row; the rows are {', '.join(self.methods)}")
+        for name in self.vary.get(SOURCE_TASK, []):
+            if name not in self.tasks:
+                raise ValueError(f"vary.{SOURCE_TASK} names '{name}', which is none of the study's tasks")
+        if SOURCE_TASK in self.vary and self.measure != "score":
+            raise ValueError(f"vary.{SOURCE_TASK} goes with scores alone, not with the measure {self.measure}")
         for name in self.smallest_effect:
             if name not in (*self.tasks, *self.metrics):
                 known = ", ".join((*self.tasks, *self.metrics))

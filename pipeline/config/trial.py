@@ -114,9 +114,14 @@ class TrialConfig(_Config):
 
 
 class EvaluationConfig(_Config):
-    """How a trial is scored on the evaluation split; with the trial's key it decides the printed number."""
+    """How a trial is scored on the evaluation split; with the trial's key it decides the printed number.
+
+    `task` and the digest of its samples are there where they are not those that the trial was trained on: its target.
+    """
 
     trial: str
+    task: str | None = None
+    manifest_digest: str | None = None
     split: Literal["evaluation", "selection"] = "evaluation"
     num_samples: int | None = None
     num_beams: int = 1
@@ -126,7 +131,9 @@ class EvaluationConfig(_Config):
     drop_incomplete_batch: int | None = None
     stem_predictions: bool = False
 
-    later: ClassVar[frozenset[str]] = frozenset({"drop_incomplete_batch", "stem_predictions"})
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"drop_incomplete_batch", "stem_predictions", "task", "manifest_digest"}
+    )
 
 
 def engine_packs(config: TrialConfig) -> bool:

@@ -122,7 +122,10 @@ def _newest_score(tracker: Tracker, run_id: str, metrics: dict[str, float]) -> E
         text = tracker.read_artifact(run_id, path) or "{}"
         if _is_measurement(text):
             continue
-        newest = Evaluation.parse(text, f"{run_id} {path}", _OTHER_RUN)
+        read = Evaluation.parse(text, f"{run_id} {path}", _OTHER_RUN)
+        if read.evaluation.get("task"):  # another task's score of the same adapter
+            continue
+        newest = read
         logged = metrics.get(f"test_{newest.metric}")
         if logged is not None and newest.value is not None and rounded(logged) == rounded(newest.value):
             return newest

@@ -117,8 +117,10 @@ class _Walk:
     def chain(self, cell: CellResult) -> Chain:
         """Return the way of one seed's number."""
         evaluation = self._evaluation(cell)
-        run = self._run(cell)
+        run = self._run(cell, evaluation)
         config = self._trial(cell, evaluation)
+        if evaluation and (target := evaluation.evaluation.get("task")):  # it is scored on another task's samples
+            self.manifest(str(target), str(evaluation.evaluation.get("manifest_digest")))
         origin = None
         if config is not None:
             origin = MadeFrom(
@@ -154,7 +156,7 @@ class _Walk:
         self.checks.compare("evaluation's trial", place, cell.trial, evaluation.trial)
         return evaluation
 
-    def _run(self, cell: CellResult) -> NamedRun | None:
+    def _run(self, cell: CellResult, evaluation: Evaluation | None) -> NamedRun | None:
         if cell.run_id is None:
             self.checks.add(Check("run", cell.trial or "", None, None, MISSING))
             return None
@@ -165,7 +167,8 @@ class _Walk:
             return NamedRun(cell.run_id)
         self.checks.compare("run's trial", cell.run_id, cell.trial, run.tags.get("trial_key"))
         if not cell.measurement:
-            logged = run.metrics.get(f"test_{cell.metric}")
+            metric = str(cell.metric)
+            logged = run.metrics.get(evaluation.logged_as(metric) if evaluation else f"test_{metric}")
             shown = None if cell.value is None else rounded(cell.value)  # as MLflow's metrics are
             self.checks.compare("run's metric", cell.run_id, shown, None if logged is None else rounded(logged))
         return TracedRun(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -13,10 +13,17 @@ from pipeline.config.load import TrialRequest
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import validate
 from pipeline.core.registry import Registry
-from pipeline.records.evaluation import Evaluation
+from pipeline.records.evaluation import Evaluation, LayerValues
 from pipeline.train.workbench import Workbench
 
 Numbers = dict[str, float]
+
+
+class Measured(NamedTuple):
+    """What a trial was measured as: numbers by name and, where the measure tells, the same layer by layer."""
+
+    numbers: Numbers
+    layers: LayerValues | None = None
 
 
 @dataclass(frozen=True)
@@ -47,9 +54,9 @@ class Measure(BaseModel):
     ratios: ClassVar[Mapping[str, str]] = {}
     revision: ClassVar[int] = 1
 
-    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Numbers]:
-        """Measure jobs of one backbone and task side by side; return numbers by name, one mapping a job."""
-        return [{} for _ in jobs]
+    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Measured]:
+        """Measure jobs of one backbone and task side by side, one result a job."""
+        return [Measured({}) for _ in jobs]
 
     def relate(self, numbers: Numbers, reference: Numbers | None) -> Numbers:
         """Add the ratios to the reference row's numbers."""

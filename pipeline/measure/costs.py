@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from pipeline.config.load import TrialRequest
 from pipeline.core.errors import WorkError
-from pipeline.measure import Measure, MeasureJob, Numbers, measures, middle
+from pipeline.measure import Measure, Measured, MeasureJob, Numbers, measures, middle
 from pipeline.records.trial import TrialReport
 from pipeline.train.workbench import Workbench
 
@@ -47,7 +47,7 @@ class TrainingCost(Measure):
         "time": "milliseconds_per_sample", "flops": "flops_per_sample", "gpu_memory": "peak_bytes",
     }  # fmt: skip
 
-    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Numbers]:
+    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Measured]:
         """Return the rows' costs; nothing for rows without training."""
         times: list[list[float]] = [[] for _ in jobs]
         costs: list[Numbers] = [{} for _ in jobs]
@@ -67,7 +67,7 @@ class TrainingCost(Measure):
         for numbers, seconds_by_round in zip(costs, times, strict=True):
             if numbers:
                 numbers["milliseconds_per_sample"] = 1000 * middle(seconds_by_round[1:])
-        return costs
+        return [Measured(numbers) for numbers in costs]
 
     def _short(self, request: TrialRequest, folder: Path) -> TrialRequest:
         """Return the trial with few samples, enough epochs, and one selection sample."""
@@ -174,7 +174,7 @@ class InferenceCost(Measure):
     units: ClassVar[dict[str, str]] = {"speed_up": "times", "milliseconds_per_sample": "ms"}
     ratios: ClassVar[dict[str, str]] = {"speed_up": "milliseconds_per_sample"}
 
-    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Numbers]:
+    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Measured]:
         """Return the rows' milliseconds a sample."""
         times: list[list[float]] = [[] for _ in jobs]
         for _ in range(self.rounds + 1):
@@ -182,4 +182,4 @@ class InferenceCost(Measure):
                 few = min(self.num_samples, job.evaluation.num_samples or self.num_samples)
                 evaluation = bench.score(job.request, job.evaluation.model_copy(update={"num_samples": few}))
                 times[index].append((evaluation.seconds or 0.0) / evaluation.num_samples)
-        return [{"milliseconds_per_sample": 1000 * middle(row[1:])} for row in times]
+        return [Measured({"milliseconds_per_sample": 1000 * middle(row[1:])}) for row in times]

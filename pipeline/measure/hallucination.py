@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipeline.core.errors import InputError
-from pipeline.measure import Measure, MeasureJob, Numbers, measures
+from pipeline.measure import Measure, Measured, MeasureJob, measures
 from pipeline.tasks import tasks
 from pipeline.tasks.caption_files import CaptionTask
 from pipeline.train.workbench import Workbench
@@ -21,7 +21,7 @@ class Hallucination(Measure):
     metric: ClassVar[str | None] = "chair_s"
     units: ClassVar[dict[str, str]] = {"chair_s": "fraction", "chair_i": "fraction", "recall": "fraction"}
 
-    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Numbers]:
+    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Measured]:
         """Return the scores of each job's captions.
 
         Raises:
@@ -29,7 +29,7 @@ class Hallucination(Measure):
         """
         return [self._scores(job) for job in jobs]
 
-    def _scores(self, job: MeasureJob) -> Numbers:
+    def _scores(self, job: MeasureJob) -> Measured:
         task = tasks.get(job.request.config.task)
         if not isinstance(task, CaptionTask):
             raise InputError("has no annotated objects", where=task.name, way_out="Use a task of COCO captions")
@@ -37,4 +37,4 @@ class Hallucination(Measure):
         captions = {key: answer.prediction for key, answer in answers.items()}
         references = {key: answer.references for key, answer in answers.items()}
         score = task.chair(Path(job.data_root), "evaluation", captions, references)
-        return {"chair_s": score.CHAIRs, "chair_i": score.CHAIRi, "recall": score.recall}
+        return Measured({"chair_s": score.CHAIRs, "chair_i": score.CHAIRi, "recall": score.recall})

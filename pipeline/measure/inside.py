@@ -21,8 +21,9 @@ from pipeline.config.trial import State
 from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import Sample
 from pipeline.evaluate.score import fitted
-from pipeline.measure import Measure, MeasureJob, Numbers, measures
+from pipeline.measure import Measure, Measured, MeasureJob, measures
 from pipeline.prompts.prompt import Encoded, draw_demos
+from pipeline.records.evaluation import LayerValues
 from pipeline.resident.resident import Resident
 from pipeline.train.selection import answer_losses
 from pipeline.train.workbench import Workbench
@@ -32,7 +33,7 @@ _BATCH = 16
 
 @measures.register
 class LatentDistance(Measure):
-    """mean over samples x and layers l of || h_l(x) - h_l([k demonstrations ; x]) ||_2.
+    """mean over samples x and layers l of || h_l(x) - h_l([k demonstrations ; x]) ||_2; by layer: over samples alone.
 
     h_l is what layer l's FFN gives (`point: mlp`), or the residual stream behind it (`residual`), at the position that
     the first answer token is generated from. The demonstrations are drawn for each query by the trial's seed, the same
@@ -45,12 +46,12 @@ class LatentDistance(Measure):
     point: Literal["mlp", "residual"] = "mlp"
     metric: ClassVar[str | None] = "latent_distance"
     units: ClassVar[dict[str, str]] = {"latent_distance": "l2"}
-    revision: ClassVar[int] = 2  # 1: visual tokens of the tower without its adapter
+    revision: ClassVar[int] = 3  # 1: visual tokens of the tower without its adapter; 2: no values by layer
 
-    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Numbers]:
+    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Measured]:
         """Return each job's distance to the same in-context states."""
         targets: dict[tuple[Any, ...], Tensor] = {}
-        distances: list[Numbers] = []
+        distances: list[Measured] = []
         for job in jobs:
             config = job.request.config
             resident = bench.resident(job.request)
@@ -63,7 +64,9 @@ class LatentDistance(Measure):
             with _in_place(job, resident, manifest, samples) as shown:
                 pixels = methods.facts(config).trains_vision
                 states = _states(self.point, resident, manifest, samples, shown, pixels=pixels)
-            distances.append({"latent_distance": (states - targets[key]).norm(dim=-1).mean().item()})
+            of_layers = (states - targets[key]).norm(dim=-1).mean(0)
+            layers = LayerValues(by_layer={self.name: tuple(of_layers.tolist())})
+            distances.append(Measured({self.name: of_layers.mean().item()}, layers))
         return distances
 
     def _demonstrations(self, job: MeasureJob, manifest: Manifest, samples: Sequence[Sample]) -> list[list[Sample]]:
@@ -124,6 +127,7 @@ class VirtualTokens(Measure):
     kinds, `_answer` where the first answer token is generated from. `loss` is the cross-entropy of the answers;
     `loss_without_one` without the virtual token that is missed most (the i-th of every head and layer is removed at
     once), `loss_without_layer` without those of the layer that is missed most, `loss_without_all` without any.
+    By layer: each layer's shares, and the loss without it; by layer and token: the share of the i-th, mean over heads.
     """
 
     name = "virtual_tokens"
@@ -134,22 +138,24 @@ class VirtualTokens(Measure):
         "virtual_share_answer": "fraction", "loss": "nats", "loss_without_one": "nats", "loss_without_layer": "nats",
         "loss_without_all": "nats",
     }  # fmt: skip
+    revision: ClassVar[int] = 2  # 1: no values by layer
 
-    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Numbers]:
+    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Measured]:
         """Return each job's shares and losses; nothing for methods without virtual tokens."""
         return [self._of(job, bench.resident(job.request)) for job in jobs]
 
-    def _of(self, job: MeasureJob, resident: Resident) -> Numbers:
+    def _of(self, job: MeasureJob, resident: Resident) -> Measured:
         config, model = job.request.config, resident.loaded.model
         if not methods.is_trained(config.method):
-            return {}
+            return Measured({})
         adapter = adapters.load(Path(job.request.folder) / "adapter", model)
         if not any(parts_of([adapter], AttentionAdapter)):
-            return {}
+            return Measured({})
         manifest = resident.manifest(job.request)
         samples, pixels = manifest.splits[job.evaluation.split][: self.num_samples], adapter.facts.trains_vision
         with adapters.attach(model, adapter.eval()) as pack:
-            shares, (layers, tokens) = _shares(resident, manifest, samples, pack, pixels)
+            shares = _shares(resident, manifest, samples, pack, pixels)
+            layers, tokens = shares["virtual_share"].shape
 
             def loss(absent: Tensor | None) -> float:
                 pack.without = absent
@@ -157,45 +163,53 @@ class VirtualTokens(Measure):
                 return sum(losses.values()) / len(losses)
 
             every = torch.ones(layers, tokens, dtype=torch.bool)
-            one_each = [every & (torch.arange(tokens) == i) for i in range(tokens)]
-            of_layer = [every & (torch.arange(layers) == i)[:, None] for i in range(layers)]
-            return shares | {
-                "loss": loss(None), "loss_without_one": max(map(loss, one_each)),
-                "loss_without_layer": max(map(loss, of_layer)), "loss_without_all": loss(every),
+            without_one = [loss(every & (torch.arange(tokens) == i)) for i in range(tokens)]
+            without_layer = [loss(every & (torch.arange(layers) == i)[:, None]) for i in range(layers)]
+            by_layer = {name: tuple(share.sum(-1).tolist()) for name, share in shares.items()}
+            by_token = {name: tuple(map(tuple, share.tolist())) for name, share in shares.items()}
+            numbers = {name: share.sum(-1).mean().item() for name, share in shares.items()} | {
+                "loss": loss(None), "loss_without_one": max(without_one), "loss_without_layer": max(without_layer),
+                "loss_without_all": loss(every),
             }  # fmt: skip
+            by_layer["loss_without_layer"] = tuple(without_layer)
+            return Measured(numbers, LayerValues(by_layer=by_layer, by_token=by_token))
 
 
 @torch.no_grad()
 def _shares(
     resident: Resident, manifest: Manifest, samples: Sequence[Sample], pack: Pack, pixels: bool
-) -> tuple[Numbers, tuple[int, int]]:
-    """Return the shares by kind of token, and how many layers and virtual tokens there are."""
+) -> dict[str, Tensor]:
+    """Return the share of each virtual token by kind of token that attends, [L, n], mean over heads and tokens."""
     loaded, prompts = resident.loaded, resident.alone(manifest, samples, answer=True)
-    weights: dict[int, Tensor] = {}  # by layer, [B, H, T, n]
 
-    def of_rows(rows: Sequence[Encoded]) -> list[Tensor]:
-        """Return the sum of the shares and how many tokens there are, of every row and kind, [kinds, 2]."""
+    def of_rows(rows: Sequence[Encoded]) -> list[tuple[Tensor, Tensor]]:
+        """Return of every row the sum of the shares, [kinds, L, n], and how many tokens there are, [kinds]."""
         batch = resident.batch(rows, manifest, pixels=pixels)
-        pack.use(PackRows((0,) * len(batch), batch.image_counts))
-        with told(resident.device, padded=False):
-            loaded.model.model(**batch.model_inputs(loaded), use_cache=False)
-        share = torch.stack([each.sum(-1).mean(1).double().cpu() for each in weights.values()]).mean(0)
-        places = torch.arange(share.shape[1])
+        places = torch.arange(batch.input_ids.shape[1])
         real = places < batch.lengths[:, None]
         images = batch.input_ids.cpu() == loaded.image_token_id
         first = (batch.labels != -100).int().argmax(1)[:, None]  # of the answer
-        kinds = torch.stack([real, real & images, real & ~images, places == first - 1], 1)
-        return list(torch.stack([(share[:, None] * kinds).sum(-1), kinds.sum(-1).double()], -1))
+        kinds = torch.stack([real, real & images, real & ~images, places == first - 1], 1).double()
+        sums: dict[int, Tensor] = {}  # by layer: what virtual tokens weigh is [B, H, T, n], too much to keep
 
-    total = torch.zeros(4, 2, dtype=torch.float64)
-    pack.watch = weights.__setitem__
+        def note(layer: int, weights: Tensor) -> None:
+            sums[layer] = torch.einsum("bkt,btn->bkn", kinds, weights.double().mean(1).cpu())
+
+        pack.watch = note
+        pack.use(PackRows((0,) * len(batch), batch.image_counts))
+        with told(resident.device, padded=False):
+            loaded.model.model(**batch.model_inputs(loaded), use_cache=False)
+        of_layers = torch.stack([sums[layer] for layer in sorted(sums)], 2)
+        return list(zip(of_layers, kinds.sum(-1), strict=True))
+
+    totals: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(prompts), _BATCH):
         rows = loaded.passes.run(
             "virtual tokens", prompts[start : start + _BATCH], of_rows, width=len, device=loaded.device,
             bytes_of=lambda tokens: bytes_of_row(loaded.model, tokens, caches=0),
         )  # fmt: skip
-        total += torch.stack(rows).sum(0)
+        totals.append((torch.stack([row[0] for row in rows]).sum(0), torch.stack([row[1] for row in rows]).sum(0)))
     pack.watch = None
+    shares, counts = (torch.stack(parts).sum(0) for parts in zip(*totals, strict=True))
     names = ("virtual_share", "virtual_share_images", "virtual_share_text", "virtual_share_answer")
-    shares = {name: float(of / count) for name, (of, count) in zip(names, total, strict=True) if count}
-    return shares, (len(weights), next(iter(weights.values())).shape[-1])
+    return {name: of / count for name, of, count in zip(names, shares, counts, strict=True) if count}

@@ -12,7 +12,15 @@ from typing import Any
 
 from pipeline import backbones, methods
 from pipeline.config.load import Params, TrialRequest
-from pipeline.config.trial import KEY_LENGTH, Kind, TrialConfig, canonical, digest, engine_packs
+from pipeline.config.trial import (
+    KEY_LENGTH,
+    EvaluationConfig,
+    Kind,
+    TrialConfig,
+    canonical,
+    digest,
+    engine_packs,
+)
 from pipeline.core.errors import InputError
 from pipeline.core.plain_yaml import Json
 from pipeline.data.manifest import Manifest
@@ -44,12 +52,14 @@ class Plan:
         point = {name: value for name, value in tune_config.items() if name != "cell"}
         return self.request_of(self.cells[tune_config["cell"]].trial(point))
 
-    def request_of(self, config: TrialConfig) -> TrialRequest:
-        """Return where the trial and its data lie."""
+    def request_of(self, config: TrialConfig, evaluation: EvaluationConfig | None = None) -> TrialRequest:
+        """Return where the trial and its data lie: those that it is trained on, or that an `evaluation` is of."""
+        target = evaluation.task if evaluation else None
         return TrialRequest(
             config=config,
             folder=str(self.places.runs / config.key),
-            manifest=str(self.places.manifest(config.task)),
+            manifest=str(self.places.manifest(target or config.task)),
+            manifest_digest=evaluation.manifest_digest if evaluation else None,
             source=self.params.backbone_source(config.backbone),
             cache=str(self.places.cache) if self.places.cache else None,
             pack_key=pack_key(config),

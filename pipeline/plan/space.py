@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from pipeline import backbones, methods
 from pipeline.adapters.options import Facts
 from pipeline.config.load import Params, Study, StudyMethod, Train
-from pipeline.config.schema import Budget
+from pipeline.config.schema import SOURCE_TASK, Budget
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core.errors import InputError, nearest, require_known
 from pipeline.core.plain_yaml import Json
@@ -57,6 +57,12 @@ class Cell:
     overruled: Mapping[str, str] = field(default_factory=dict, repr=False)  # explicit settings, and what wins over them
     recorded: TrialConfig | None = None  # the trial, where the study's row holds it whole
     evaluation: EvaluationConfig | None = None  # and how it is scored
+    source: str | None = None  # the task that it is trained on, where that is not `task`
+
+    @property
+    def source_task(self) -> str:
+        """The task that it is trained on; `task` is the one that it is scored on."""
+        return self.source or self.task
 
     @property
     def method(self) -> str:
@@ -85,12 +91,13 @@ class Cell:
             used = self._trained(train, settings)
         else:
             used = train.model_dump(include={"precision", "quantize", *(TO_CHOOSE if options.selects() else ())})
-        if train.num_train_samples < self.digests.train_sizes[self.task]:
+        if train.num_train_samples < self.digests.train_sizes[self.source_task]:
             used["sample_draw"] = train.sample_draw
         return TrialConfig.model_validate({
             **used, "backbone": self.backbone, "backbone_digest": self.digests.backbones[self.backbone],
-            "task": self.task, "manifest_digest": self.digests.manifests[self.task], "method": self.method,
-            "options": options.plain(), "seed": self.seed, "num_train_samples": train.num_train_samples,
+            "task": self.source_task, "manifest_digest": self.digests.manifests[self.source_task],
+            "method": self.method, "options": options.plain(), "seed": self.seed,
+            "num_train_samples": train.num_train_samples,
         })  # fmt: skip
 
     def _trained(self, train: Train, settings: Settings) -> Json:
@@ -114,11 +121,11 @@ class Cell:
 
     def _check_pool(self, settings: Settings) -> None:
         """See that the pool holds what is asked for: it would be found out only after hours of training else."""
-        train, available = settings.train, self.digests.train_sizes[self.task]
+        train, available = settings.train, self.digests.train_sizes[self.source_task]
         pool = train.num_train_samples
         if pool > available:
             raise InputError(
-                f"{pool} training samples are asked for, {self.task} has {available}", where=self.name,
+                f"{pool} training samples are asked for, {self.source_task} has {available}", where=self.name,
                 way_out=f"Raise subsample.num_train to {pool}, or lower num_train_samples",
             )  # fmt: skip
         facts = settings.options.facts()  # nothing is shown to those that do not train
@@ -128,22 +135,22 @@ class Cell:
             return
         if shots > (pool - 1 if teacher else pool):  # a training sample is never among its own demonstrations
             raise InputError(
-                f"{shots} demonstrations are asked for, the pool of {self.task} has {pool} samples", where=self.name,
-                way_out=f"Raise num_train_samples above {shots}, lower num_shots, or name the row under `without` "
-                "in the profile's study_changes",
+                f"{shots} demonstrations are asked for, the pool of {self.source_task} has {pool} samples",
+                where=self.name, way_out=f"Raise num_train_samples above {shots}, lower num_shots, or name the row "
+                "under `without` in the profile's study_changes",
             )  # fmt: skip
 
     def _within_selection(self, train: Train, point: Point) -> Train:
         """Return `train` with no more samples to choose by than are drawn; what the user asks for must be there."""
-        asked, drawn = train.num_selection_samples, self.digests.selection_sizes.get(self.task)
+        asked, drawn = train.num_selection_samples, self.digests.selection_sizes.get(self.source_task)
         if drawn is None or asked <= drawn or train.selection == "test":  # which takes the whole evaluation split
             return train
         name = "num_selection_samples"
         if name in point or name in self.vary or self.sources.get(name) == EXPLICIT:
             raise InputError(
-                f"{asked} selection samples are asked for, {self.task} has {drawn}", where=self.name,
-                way_out=f"Raise subsample.num_selection (or subsample.tasks.{self.task}.num_selection) to {asked}, or "
-                f"lower {name}",
+                f"{asked} selection samples are asked for, {self.source_task} has {drawn}", where=self.name,
+                way_out=f"Raise subsample.num_selection (or subsample.tasks.{self.source_task}.num_selection) to "
+                f"{asked}, or lower {name}",
             )  # fmt: skip
         return train.model_copy(update={name: drawn})
 
@@ -205,16 +212,18 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
     for name in (*params.subsample.tasks, *params.subsample.splits):
         tasks.get(name)
     check_methods(params)
+    sources = {paper_task: task for *_, task, paper_task in reversed(pairs)}  # the first that plays each
     every = (
         _recorded(study_name, row_name, row, row.trial, pair, digests)
         if row.trial is not None
-        else _cell(params, study_name, row_name, row, pair, vary, seed, digests)
+        else _cell(params, study_name, row_name, row, pair, vary, seed, digests, sources)
         for pair in pairs
         for row_name, row in study.methods.items()
         if row_name not in study.without
         if pair[1] in (row.backbones or study.backbones) and pair[3] in (row.tasks or study.tasks)
         if row.trial is None or (row.trial.backbone, row.trial.task) == (pair[0], pair[2])
         for vary in _grid(study.vary)
+        if vary.get(SOURCE_TASK) in (None, *sources)  # as tasks to score on, those that the profile has
         for seed in study.seeds
     )
     # a varied field that a method does not have (rank of zero-shot) would repeat its cell under other names
@@ -265,10 +274,11 @@ def _part(params: Params, name: str, own: str, asked: list[str]) -> str | None:
 
 def _cell(
     params: Params, study: str, row_name: str, row: StudyMethod, pair: tuple[str, str, str, str], vary: Point,
-    seed: int, digests: Digests,
+    seed: int, digests: Digests, tasks_by_part: Mapping[str, str],
 ) -> Cell:  # fmt: skip
     backbone, paper_backbone, task, paper_task = pair
-    known = Settings(row.method).known
+    known, part = Settings(row.method).known, vary.get(SOURCE_TASK) if methods.is_trained(row.method) else None
+    source = tasks_by_part[part] if part else None
     vary = {name: value for name, value in vary.items() if name in known}
     for name in row.search:
         if name not in known:
@@ -276,13 +286,13 @@ def _cell(
                 f"search over unknown field '{name}'", where=f"studies.{study}.methods.{row_name}",
                 way_out=nearest(name, known),
             )  # fmt: skip
-    resolved = resolve(params, study, row_name, paper_backbone, paper_task, vary)
+    resolved = resolve(params, study, row_name, paper_backbone, part or paper_task, vary)
     return Cell(
         study=study, row=row_name, label=row.label or row_name, backbone=backbone, paper_backbone=paper_backbone,
         task=task, paper_task=paper_task, seed=seed, settings=resolved.settings, digests=digests,
-        vary={name: resolved.settings.value(name) for name in vary},
+        vary={name: resolved.settings.value(name) for name in vary} | ({SOURCE_TASK: source} if source else {}),
         search={name: _distinct(domain) if isinstance(domain, list) else domain for name, domain in row.search.items()},
-        sources=resolved.sources, overruled=resolved.overruled,
+        sources=resolved.sources, overruled=resolved.overruled, source=source if source != task else None,
     )  # fmt: skip
 
 

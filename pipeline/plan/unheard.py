@@ -63,7 +63,7 @@ def _uses(cell: Cell, name: str, layer: Mapping[str, Any]) -> bool:
     if name in methods.option_names(cell.method):  # one that decides nothing beside the others is left out
         return name in cell.settings.options.plain()
     if name == "sample_draw":
-        return cell.train.num_train_samples < cell.digests.train_sizes[cell.task]
+        return cell.train.num_train_samples < cell.digests.train_sizes[cell.source_task]
     if name == "num_selection_samples" and cell.train.selection == "test":  # which takes the whole evaluation split
         return False
     if not methods.is_trained(cell.method):
@@ -83,10 +83,12 @@ def _of_selection(params: Params, cells: Sequence[Cell]) -> Iterator[str]:
     """Say who asks for more to choose by than is drawn; that the user does, is an error (`Cell.trial`)."""
     name, sentences = "num_selection_samples", _Sentences()
     for cell in cells:
-        asked, drawn = cell.train.num_selection_samples, cell.digests.selection_sizes.get(cell.task)
+        asked, drawn = cell.train.num_selection_samples, cell.digests.selection_sizes.get(cell.source_task)
         by_others = cell.sources.get(name, EXPLICIT) != EXPLICIT and name not in {*cell.vary, *cell.search}
         if by_others and drawn is not None and asked > drawn and _uses(cell, name, {}):
-            sentences.of(cell.task, f"{cell.sources[name]} sets {name}={asked}, {drawn} are drawn and all used: {{}}")
+            sentences.of(
+                cell.source_task, f"{cell.sources[name]} sets {name}={asked}, {drawn} are drawn and all used: {{}}"
+            )
     yield from sentences.lines()
 
 

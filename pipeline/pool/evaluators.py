@@ -15,7 +15,7 @@ import ray
 from pipeline.config.load import Params, TrialRequest
 from pipeline.config.trial import EvaluationConfig
 from pipeline.evaluate.generate import Answers, SplitPart
-from pipeline.measure import Measure, MeasureJob
+from pipeline.measure import Measure, Measured, MeasureJob
 from pipeline.pool.cluster import work_in
 from pipeline.pool.evaluation_calls import Calls, EvaluatorCall, Job, Unit
 from pipeline.pool.processes import worker_environment
@@ -55,12 +55,12 @@ class Evaluator:
         """Return the evaluation of a trial that has answered."""
         return self.bench.finish(request, evaluation, parts)
 
-    def measure(self, kind: Measure, jobs: list[MeasureJob]) -> list[dict[str, float]]:
+    def measure(self, kind: Measure, jobs: list[MeasureJob]) -> list[Measured]:
         """Return what the jobs were measured as."""
         return kind.run(self.bench, jobs)
 
 
-def measure_on_cluster(params: Params, kind: Measure, jobs: list[MeasureJob]) -> list[dict[str, float]]:
+def measure_on_cluster(params: Params, kind: Measure, jobs: list[MeasureJob]) -> list[Measured]:
     """Measure jobs on the current cluster, in a process of their own that has its slot for itself.
 
     Raises:

@@ -87,7 +87,7 @@ class Scoring:
 
 @dataclass
 class Measuring:
-    """Groups of trials to measure; tells an `Outcome` by the group's number: the numbers of each trial."""
+    """Groups of trials to measure; tells an `Outcome` by the group's number: what each trial was measured as."""
 
     params: Params
     kind: Measure
@@ -325,7 +325,7 @@ def score_all(
 
 
 def measure_all(params: Params, kind: Measure, groups: Sequence[list[MeasureJob]]) -> Iterator[tuple[int, Any]]:
-    """Yield (number of the group, numbers of each of its trials or error).
+    """Yield (number of the group, what each of its trials was measured as, or error).
 
     Raises:
         InputError, WorkError: as `score_all`.

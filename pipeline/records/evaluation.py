@@ -80,11 +80,28 @@ class Evaluation(Record):
     adapter_digest: str | None = None
     scored_by: CodeVersion | None = None
 
+    def logged_as(self, metric: str) -> str:
+        """Return a metric's name in the trial's run, which has other tasks' scores beside its own."""
+        task = self.evaluation.get("task")
+        return f"test_{task}_{metric}" if task else f"test_{metric}"
+
     @property
     def left_out(self) -> list[str]:
         """What the task could not score, in sentences."""
         lines = self.details.get("left_out")
         return [str(line) for line in lines] if isinstance(lines, list) else []
+
+
+class LayerValues(Frozen):
+    """What was measured layer by layer, by the names of the numbers that they are parts of, in their units.
+
+    Attributes:
+        by_layer: a value a layer, [L].
+        by_token: a value a layer and virtual token, [L, n].
+    """
+
+    by_layer: dict[str, tuple[Number, ...]] = {}
+    by_token: dict[str, tuple[tuple[Number, ...], ...]] = {}
 
 
 class Measurement(Record):
@@ -94,7 +111,10 @@ class Measurement(Record):
         measure: its name, and `settings`.
         evaluation: how the trial was scored.
         numbers: by name.
+        layers: the same layer by layer, where the measure tells.
     """
+
+    schema_number: ClassVar[int] = 2  # 1: without `layers`
 
     trial: str
     measure: str
@@ -102,6 +122,7 @@ class Measurement(Record):
     evaluation: Json
     run_id: str | None = None
     numbers: dict[str, Number]
+    layers: LayerValues | None = None
     machine: Machine = Machine()
 
 
@@ -132,6 +153,7 @@ class CellResult(Frozen):
         candidates: the trials that were tried; `trial` is the chosen one.
         evaluation: key of the score, and the digest of its file; `measurement` that of a measurement, if it is one.
         value: in `unit`; `metrics` stand beside it, in `units` where theirs is another.
+        layers: of the measurement.
         status: whether there is a number.
         epochs: of the chosen trial.
     """
@@ -158,6 +180,7 @@ class CellResult(Frozen):
     value: Number | None = None
     metrics: dict[str, Number | None] = {}
     units: dict[str, str] = {}
+    layers: LayerValues | None = None
     run_id: str | None = None
     status: Literal["done", "missing", "failed"] = "done"
     error: str | None = None
@@ -194,7 +217,7 @@ class StudyFile(Record):
         provenance: the code and machine that chose and scored; without the diff, which the trials' runs have.
     """
 
-    schema_number: ClassVar[int] = 2
+    schema_number: ClassVar[int] = 3  # 2: cells without `layers`
     upgrades: ClassVar = {1: _without_unread}
 
     study: str

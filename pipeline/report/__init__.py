@@ -130,7 +130,7 @@ def _render(study: str, params: Params, evaluations: Path) -> RenderedStudy:
     if key not in _rendered:
         table = tables.build(read, params, evaluations)
         layout = definition.layout if definition else "table"
-        drawn = {**figures.draw_figures(table, layout), **figures.draw_losses(table)}
+        drawn = {**figures.draw_figures(table, layout), **figures.draw_layers(table), **figures.draw_losses(table)}
         answers = answer_table(table, evaluations) if layout == "gallery" else None
         printed = papers.paper_table(definition.paper if definition else None)
         section = page.section_html(table, printed, drawn, answers, page.ui_address(params))

@@ -1,4 +1,4 @@
-"""The figures of a study: bars, curves over what it varies, score against cost, with their words; losses by epoch."""
+"""The figures of a study, with their words: bars, curves over what it varies, score against cost; layers; losses."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
@@ -269,6 +271,113 @@ def loss_figure(table: Table, lines: Sequence[Line], columns: Sequence[Column]) 
 def _words(lines: Sequence[Line], columns: Sequence[Column]) -> str:
     tasks = ", ".join(papers.label("tasks", column.task) for column in columns)
     return f"Training loss of the answers by epoch for {', '.join(line.title for line in lines)} on {tasks}."
+
+
+Layered = dict[tuple[Column, str], dict[Line, list[np.ndarray]]]  # by task and number, a row's values, one a seed
+
+
+def draw_layers(table: Table) -> dict[str, Drawing]:
+    """Return the figures of what was measured layer by layer, by name: curves; of virtual tokens maps."""
+    drawings = {}
+    for backbone, lines in table.groups():
+        for kind, field, draw in (("layers", "by_layer", layer_figure), ("tokens", "by_token", token_figure)):
+            if known := _layered(table, lines, field):
+                numbers = dict.fromkeys(papers.label("metrics", name) for _, name in known)
+                rows = dict.fromkeys(row.title for of_rows in known.values() for row in of_rows)
+                words = f"By layer{' and virtual token' * (kind == 'tokens')}: {', '.join(numbers)}; {', '.join(rows)}"
+                svg = styled_svg(f"{table.study.study} {kind} {backbone}", partial(draw, table, known))
+                drawings[f"{kind}-{safe(backbone)}"] = Drawing(
+                    svg, f"{words} on {papers.label('backbones', backbone)}."
+                )
+    return drawings
+
+
+def _layered(table: Table, lines: Sequence[Line], field: Literal["by_layer", "by_token"]) -> Layered:
+    known: Layered = {}
+    for column, row in ((column, row) for column in _own(table) for row in lines):
+        for cell in table.entries[row, column].cells:
+            for name, values in getattr(cell.layers, field, {}).items():
+                shown = np.array(values) * papers.convert(1.0, cell.units[name], papers.metric_facts(name).unit)
+                known.setdefault((column, name), {}).setdefault(row, []).append(shown)
+    return known
+
+
+def layer_figure(table: Table, known: Layered) -> Figure:
+    """Return curves over the layers: a panel a task and number, a curve a row; panels of one unit share their axis."""
+    across = min(3, len(known))
+    down = -(-len(known) // across)
+    made = Figure(figsize=(max(4.6, 2.8 * across), 2.7 * down), layout=ConstrainedLayoutEngine(w_pad=0.1))
+    panels = made.subplots(down, across, squeeze=False).ravel()
+    look, handles = looks(table, lambda row: (row.row, row.vary)), dict[str, Any]()
+    ends: dict[str | None, list[float]] = {}
+    for panel, ((column, name), of_rows) in zip(panels, known.items(), strict=False):
+        for row, seeds in of_rows.items():
+            mean, spread = np.mean(seeds, 0), np.std(seeds, 0, ddof=1) if len(seeds) > 1 else np.zeros(len(seeds[0]))
+            layers = range(1, len(mean) + 1)
+            handles.setdefault(row.title, line(panel, layers, mean.tolist(), spread.tolist(), look[row.row, row.vary]))
+            ends.setdefault(papers.metric_facts(name).unit, []).extend([*(mean - spread), *(mean + spread)])
+        panel.set_title(f"{papers.label('tasks', column.task)}\n{wrapped(papers.label('metrics', name), 27)}")
+        panel.set_xlabel("layer")
+        panel.set_ylabel(_unit_words(name))
+        panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        panel.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.7)
+    for panel, (_, name) in zip(panels, known, strict=False):
+        heights = ends[papers.metric_facts(name).unit]
+        fit_range(panel, min(heights), max(heights))
+    for panel in panels[len(known) :]:
+        panel.set_axis_off()
+    legend(made, handles)
+    return made
+
+
+def token_figure(table: Table, known: Layered) -> Figure:
+    """Return maps of layers and virtual tokens: a row of maps a task and row of the table, a column a number.
+
+    Each is of the row's first seed: the i-th token of one seed has nothing to do with another seed's. The colours go by
+    the root of the share, so that one token of eight is seen beside a method's only one.
+    """
+    names = list(dict.fromkeys(name for _, name in known))
+    rows = list(dict.fromkeys((column, row) for (column, _), of_rows in known.items() for row in of_rows))
+    every = [seeds[0] for of_rows in known.values() for seeds in of_rows.values()]
+    layers, tokens = (max(values.shape[axis] for values in every) for axis in (0, 1))
+    size = max(1.5, min(2.6, 0.2 * tokens)), max(1.0, min(3.2, 0.2 * layers))
+    made = Figure(
+        figsize=(1.4 + size[0] * len(names), 0.9 + (size[1] + 0.15) * len(rows)), layout=ConstrainedLayoutEngine()
+    )
+    grid = made.subplots(len(rows), len(names), squeeze=False, sharex=True, sharey=True)
+    top = max(values.max() for values in every)
+    ticks = [0, *(tick for power in range(-3, 4) for tick in (10**power, 2 * 10**power, 5 * 10**power))]
+    shades, ticks = PowerNorm(0.5, 0, top), [tick for tick in ticks if not tick or top / 100 <= tick <= top]
+    for panels, (column, row) in zip(grid, rows, strict=True):
+        for panel, name in zip(panels, names, strict=True):
+            panel.spines[:].set_visible(False)
+            panel.tick_params(length=0)
+            values = known.get((column, name), {}).get(row)
+            if values:
+                edges = [np.arange(length + 1) + 0.5 for length in values[0].shape[::-1]]
+                mesh = panel.pcolormesh(*edges, values[0], norm=shades, edgecolors="face", linewidth=0.3)
+        several = len({of.task for of, _ in rows}) > 1
+        head = [row.title, *([papers.label("tasks", column.task)] if several else [])]
+        panels[0].set_ylabel("\n".join([*(wrapped(part, 14) for part in head), "layer"]))
+    for panel, name in zip(grid[0], names, strict=True):
+        panel.set_title(
+            wrapped(papers.label("metrics", name), int(size[0] / _LETTER)), fontsize=9.5, fontweight="normal"
+        )
+    for panel in grid[-1]:
+        panel.set_xlabel("virtual token i")
+    panel.set_xlim(0.5, tokens + 0.5)
+    panel.set_ylim(0.5, layers + 0.5)
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
+    made.colorbar(
+        mesh, ax=grid, ticks=ticks, format="%g", label=f"a token's share ({_unit_words(names[0])})", aspect=30
+    )
+    return made
+
+
+def _unit_words(name: str) -> str:
+    unit = papers.metric_facts(name).unit or ""
+    return papers.sign(unit) or unit
 
 
 _ACROSS = 4  # panels in a row at most

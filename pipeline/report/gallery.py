@@ -15,15 +15,15 @@ from pipeline.report.drawing import safe, standalone
 _FOLDER = "images/gallery"
 _HEAD = """# The report's pictures
 
-The first figure of every study that has been evaluated, as the report shows it; the tables, the qualitative pages
-and the loss curves are in `reports/index.html`. Made by `hificl gallery` from
+The first figure of every study that has been evaluated, and its figures by layer, as the report shows them; the
+tables, the qualitative pages and the loss curves are in `reports/index.html`. Made by `hificl gallery` from
 the evaluations at hand, profile `{profile}`.
 """
 _KEPT = "\nKept from an earlier run: this study was not evaluated in the last one.\n"
 
 
 def write_gallery(params: Params, evaluations: Path, page: Path) -> list[str]:
-    """Write a Markdown page with each evaluated study's first figure, and the figures beside it.
+    """Write a Markdown page with each evaluated study's first figure, those by layer, and the figures beside it.
 
     A study that the page shows and that is not evaluated here keeps its section, which says so.
 
@@ -58,21 +58,21 @@ def write_gallery(params: Params, evaluations: Path, page: Path) -> list[str]:
 
 
 def _section(study: str, params: Params, evaluations: Path, folder: Path) -> str:
-    """Write a study's first figure and return its section; nothing where there is no figure."""
+    """Write a study's first figure, and those by layer, and return its section; nothing where there is none."""
     table = report.load_table(study, params, evaluations)
-    figure = next(iter(figures.draw_figures(table, params.studies[study].layout).items()), None)
-    if figure is None:
-        return ""
-    name, (svg, words) = figure
-    file = folder / f"{study}-{safe(name)}.svg"
-    write_atomic(file, standalone(svg))
+    drawn = [*figures.draw_figures(table, params.studies[study].layout).items()][:1]
+    pictures = ""
+    for name, (svg, words) in [*drawn, *figures.draw_layers(table).items()]:
+        file = folder / f"{study}-{safe(name)}.svg"
+        write_atomic(file, standalone(svg))
+        alt = " ".join(words.replace("[", "(").replace("]", ")").split())
+        pictures += f"\n![{alt}]({_FOLDER}/{file.name})\n"
     note = f"\n{table.note}\n" if table.note else ""
-    alt = " ".join(words.replace("[", "(").replace("]", ")").split())
-    return f"## {table.study.title}\n\n![{alt}]({_FOLDER}/{file.name})\n{note}"
+    return f"## {table.study.title}\n{pictures}{note}" if pictures else ""
 
 
 def _section_of_before(study: str, before: str) -> str:
-    of_study = re.compile(rf"\({_FOLDER}/{re.escape(study)}-(bars|over)-")
+    of_study = re.compile(rf"\({_FOLDER}/{re.escape(study)}-(bars|over|cost)-")
     section = next((part for part in re.split(r"(?m)^(?=## )", before) if of_study.search(part)), "")
     return section and section.replace(_KEPT, "").rstrip("\n") + "\n" + _KEPT
 

@@ -333,6 +333,8 @@ def _head(table: Table, column: Column) -> Head:
 
 
 def _caption(table: Table, name: str) -> str:
+    if name.startswith("tokens-"):
+        return "Mean over heads and tokens, of the first seed; the i-th of another layer or seed is another token."
     bars = name.startswith("bars-")
     shown_here = [entry for entry in table.entries.values() if f"bars-{safe(entry.line.backbone)}" == name]
     printed = [entry for entry in shown_here if entry.paper is not None]

@@ -259,8 +259,8 @@ def _compare(table: Table, scores: ScoreLookup) -> None:
     for (line, column), entry in table.entries.items():
         if column.metric is not None or line.row == table.reference or entry.value is None:
             continue
-        wanted = (line.backbone, line.vary, table.reference)
-        reference = next((row for row in table.lines if (row.backbone, row.vary, row.row) == wanted), None)
+        of_row = (row for row in table.lines if (row.backbone, row.row) == (line.backbone, table.reference))
+        reference = next((row for row in of_row if set(row.vary) <= set(line.vary)), None)  # or it has no such axis
         if reference is not None:
             against = table.entries[reference, column]
             entry.difference = contrast(((1.0, entry), (-1.0, against)), scores, over_samples=True)

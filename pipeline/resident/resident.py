@@ -99,12 +99,12 @@ class Resident:
         return Zero(config.offload) if config.zero_stage == 3 and torch.distributed.is_initialized() else None
 
     def manifest(self, request: TrialRequest) -> Manifest:
-        """Return the manifest of a trial's task, read once.
+        """Return the manifest of a trial's task, or of the one that it is scored on, read once.
 
         Raises:
-            InputError: it is not the one that the trial was made for.
+            InputError: it is not the one that the trial, or its score, was made for.
         """
-        path, digest = Path(request.manifest), request.config.manifest_digest
+        path, digest = Path(request.manifest), request.manifest_digest or request.config.manifest_digest
         if path not in self._manifests or self._manifests[path].digest != digest:
             manifest = Manifest.load(path)
             way_out = "Draw the old sample again, or run the sweep again for the new one"

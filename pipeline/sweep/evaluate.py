@@ -14,7 +14,7 @@ from pipeline.core import copies
 from pipeline.core.errors import WorkError
 from pipeline.core.files import file_digest
 from pipeline.core.progress import bar, say
-from pipeline.measure import Measure, MeasureJob, Numbers, create_measure
+from pipeline.measure import Measure, Measured, MeasureJob, create_measure
 from pipeline.plan.plan import Plan, all_cells, make_plan, places
 from pipeline.plan.space import Cell, Point, tried
 from pipeline.pool import supervisor
@@ -88,7 +88,7 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore)
             if cell.study == study
         }
         scored = [
-            ScoredCell(cell, results[cell.name], plan.request_of(jobs[scoring[cell.name].key][0]), scoring[cell.name])
+            ScoredCell(cell, results[cell.name], plan.request_of(*jobs[scoring[cell.name].key]), scoring[cell.name])
             for cell in cells
             if cell.name in results and results[cell.name].status == "done"
         ]
@@ -159,9 +159,10 @@ def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
     given = {name: getattr(settings.generation, name) for name in ("num_beams", "length_penalty", "max_new_tokens")}
     decoding = {name: getattr(published, name) if value == "published" else value for name, value in given.items()}
     decoding["max_new_tokens"] = decoding["max_new_tokens"] or task.max_new_tokens
+    target = {"task": cell.task, "manifest_digest": cell.digests.manifests[cell.task]} if cell.source else {}
     return EvaluationConfig(
-        trial=trial, num_samples=settings.num_evaluation_samples, **decoding, vqa_normalise=settings.vqa_normalise,
-        drop_incomplete_batch=settings.drop_incomplete_batch,
+        trial=trial, **target, **decoding, num_samples=settings.num_evaluation_samples,
+        vqa_normalise=settings.vqa_normalise, drop_incomplete_batch=settings.drop_incomplete_batch,
         stem_predictions=settings.stem_predictions and isinstance(task, VqaTask) and task.stemmed_references,
     )  # fmt: skip
 
@@ -175,7 +176,7 @@ def _score(
     configs = {evaluation.key: config for config, evaluation in todo}
     with bar("evaluate") as progress:
         progress(0, len(todo))
-        jobs = [(plan.request_of(config), evaluation) for config, evaluation in todo]
+        jobs = [(plan.request_of(config, evaluation), evaluation) for config, evaluation in todo]
         for number, (key, result) in enumerate(supervisor.score_all(params, jobs, driver), start=1):
             progress(number, len(todo))
             if isinstance(result, Exception):
@@ -263,8 +264,8 @@ def measured(
             if isinstance(result, Exception):
                 problems |= dict.fromkeys(names, str(result))
                 continue
-            for cell_name, job, numbers in zip(names, jobs[number], result, strict=True):
-                _keep(name, kind, job, numbers, keys[cell_name], evaluations, sync.tracker.provenance.machine)
+            for cell_name, job, of_job in zip(names, jobs[number], result, strict=True):
+                _keep(name, kind, job, of_job, keys[cell_name], evaluations, sync.tracker.provenance.machine)
     for key in keys.values():
         if evaluations.measurement_path(key).exists():
             sync.measurement(key)
@@ -288,13 +289,13 @@ def _job(params: Params, row: ScoredCell, evaluations: Evaluations) -> MeasureJo
 
 
 def _keep(
-    name: str, kind: Measure, job: MeasureJob, numbers: Numbers, key: str, evaluations: Evaluations, machine: Machine
+    name: str, kind: Measure, job: MeasureJob, of_job: Measured, key: str, evaluations: Evaluations, machine: Machine
 ) -> None:
     """Write what a trial was measured as."""
     measurement = Measurement(
         trial=job.request.key, measure=name, settings=kind.model_dump(mode="json"),
-        evaluation=job.evaluation.model_dump(mode="json"), run_id=job.scored.run_id, numbers=numbers,
-        machine=machine,
+        evaluation=job.evaluation.model_dump(mode="json"), run_id=job.scored.run_id,
+        numbers=of_job.numbers, layers=of_job.layers, machine=machine,
     )  # fmt: skip
     evaluations.write_measurement(key, measurement)
 
@@ -305,7 +306,8 @@ def _related(
 ) -> dict[str, CellResult]:  # fmt: skip
     """Return a group's results by cell name, each number beside its ratio to the reference row's."""
     kept = {row.cell.name: evaluations.find_measurement(keys[row.cell.name]) for row in rows}
-    numbers = {key: dict(was.numbers) for key, was in kept.items() if was is not None and key not in problems}
+    known = {key: was for key, was in kept.items() if was is not None and key not in problems}
+    numbers = {key: dict(was.numbers) for key, was in known.items()}
     base_row = reference or rows[0].cell.row
     base = next((numbers.get(row.cell.name) for row in rows if row.cell.row == base_row), None)
     main = str(kind.metric)
@@ -319,6 +321,7 @@ def _related(
                 "measurement": str(path.relative_to(evaluations.root.parent)), "measurement_digest": file_digest(path),
                 "metric": main, "unit": kind.units[main], "value": related.get(main),
                 "metrics": {**row.result.metrics, **related}, "units": dict(kind.units),
+                "layers": known[row.cell.name].layers,
             }  # fmt: skip
         else:
             error = problems.get(row.cell.name, "not measured")

@@ -9,6 +9,7 @@ from functools import partial
 
 from pipeline import methods
 from pipeline.config.load import Params
+from pipeline.config.schema import SOURCE_TASK
 from pipeline.config.trial import TrialConfig, canonical, digest
 from pipeline.core.errors import HificlError, WorkError
 from pipeline.core.files import folder_digest
@@ -279,10 +280,12 @@ class MlflowSync(Watcher):
 
     def _log_score(self, config: TrialConfig, key: str, run_ids: Iterable[str]) -> None:
         evaluation, file = self.evaluations.read(key), self.evaluations.path(key)
-        scores = {f"test_{name}": value for name, value in evaluation.metrics.items()}
+        scores = {evaluation.logged_as(name): value for name, value in evaluation.metrics.items()}
         end = self.store.done(config.key)
         costs = {name: float(value) for name in COSTS if (value := getattr(end, name, None))}
-        samples = scored_by(config, self.plan.places, str(evaluation.evaluation["split"]), evaluation.num_samples)
+        target = {name: value for name in ("task", "manifest_digest") if (value := evaluation.evaluation.get(name))}
+        on, split = config.model_copy(update=target), str(evaluation.evaluation["split"])
+        samples = scored_by(on, self.plan.places, split, evaluation.num_samples)
         for run_id in run_ids:
             self.tracker.log_scores(run_id, {**scores, **costs}, file)
             self.tracker.log_answers(run_id, file, samples, trial_note(self.plan, config))
@@ -337,8 +340,9 @@ def run_name(cell: Cell, config: TrialConfig, *, with_backbone: bool) -> str:
 def name_parts(cell: Cell, config: TrialConfig) -> dict[str, str]:
     """Return what a trial is told apart by, kind by kind: its row, its task, ..., what varies and is searched, seed."""
     values = {**config.model_dump(mode="json"), **config.options}
-    points = {**cell.vary, **{name: values[name] for name in cell.search if name in values}}
-    named = {"row": cell.row, "task": cell.task, "backbone": cell.backbone, "study": cell.study}
+    vary = {name: value for name, value in cell.vary.items() if name != SOURCE_TASK}  # the trial's own task
+    points = {**vary, **{name: values[name] for name in cell.search if name in values}}
+    named = {"row": cell.row, "task": config.task, "backbone": cell.backbone, "study": cell.study}
     varied = {name: f"{name}={_short(value)}" for name, value in points.items()}
     return {**named, **varied, "seed": f"seed={config.seed}"}
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from pipeline import tasks
+from pipeline import adapters, tasks
 from pipeline.config.trial import EvaluationConfig
+from pipeline.core.errors import InputError
 from pipeline.data.manifest import Manifest
 from pipeline.miniature.world import object_synonyms
 from pipeline.records.evaluation import Evaluation
@@ -74,6 +77,24 @@ def test_the_evaluation_record_carries_chair(small_world, trial, tmp_path):
     assert all(set(row.hallucinated) <= set(row.prediction.lower().split()) for row in record.predictions)
     assert not record.left_out
     assert Evaluation.parse(record.text(), "file", "") == record
+
+
+def test_an_adapter_of_one_task_answers_the_questions_of_another(trial, tmp_path):
+    bench = Workbench(device="cpu")
+    captions = trial("zero-shot", tmp_path, task="mini-coco")
+    request = trial("lora", tmp_path, rank=2)  # of mini-vqa; its second factor is zero, so that it changes nothing
+    adapter = adapters.create("lora", bench.resident(request).loaded.model, **request.config.options)
+    adapter.save_pretrained(Path(request.folder) / "adapter")
+    digest = captions.config.manifest_digest
+    asked = EvaluationConfig(trial=request.key, task="mini-coco", manifest_digest=digest, max_new_tokens=8)
+    on_target = replace(request, manifest=captions.manifest, manifest_digest=digest)
+    record = bench.score(on_target, asked)
+    base = bench.score(captions, EvaluationConfig(trial=captions.key, max_new_tokens=8))
+    assert (record.trial, record.config["task"], record.metric) == (request.key, "mini-vqa", "CIDEr")
+    assert record.predictions == base.predictions and record.value == base.value
+    assert (record.logged_as("CIDEr"), base.logged_as("CIDEr")) == ("test_mini-coco_CIDEr", "test_CIDEr")
+    with pytest.raises(InputError, match="the data changed"):
+        bench.score(replace(on_target, manifest_digest=None), asked)
 
 
 def test_the_miniatures_objects_are_named_as_its_lexicon_names_them():

@@ -10,6 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -218,6 +219,10 @@ def test_every_text_of_a_figure_is_inside_it_and_runs_into_no_other(maker: Any) 
     drawn = [figures.curve_figure(tables["miniature-rank"], "rank")]
     barred = ("hificl-figure10", "hificl-table1", "miniature-inside")
     drawn += [figures.bar_figure(tables[study], tables[study].lines) for study in barred]
+    for layers, tokens in ((4, 8), (32, 16)):
+        table = layered_table(maker, layers=layers, tokens=tokens)
+        drawn.append(figures.layer_figure(table, figures._layered(table, table.lines, "by_layer")))
+        drawn.append(figures.token_figure(table, figures._layered(table, table.lines, "by_token")))
     for figure in drawn:
         figure.draw_without_rendering()
         boxes = [(text.get_text(), text.get_window_extent()) for text in texts(figure)]
@@ -244,6 +249,63 @@ def test_every_text_of_a_figure_is_inside_it_and_runs_into_no_other(maker: Any) 
     assert sorted(shown) == sorted(
         f"HiFICL, {axes[0]} = {rate}, {axes[1]} = {tokens}" for rate in (0.002, 0.05) for tokens in (1, 8)
     )
+
+
+def inside_cells(maker: Any, seeds: int = 2, layers: int = 4, tokens: int = 8) -> list[dict[str, Any]]:
+    """Cells of three rows, whose i-th virtual token gets (i + seed) of a hundred in every layer, and of one without."""
+    cells = []
+    for row, count in (("hificl", tokens), ("prefix", tokens), ("mimic", 1), ("lora-r16", 0)):
+        for seed in range(seeds):
+            names = ("virtual_share", "virtual_share_images", "virtual_share_text", "virtual_share_answer")
+            of_tokens = [[(i + seed) / 100 for i in range(1, count + 1)]] * layers
+            by_layer = dict.fromkeys(names, [sum(of_tokens[0])] * layers)
+            by_layer["loss_without_layer"] = [0.5 + layer / 10 for layer in range(layers)]
+            known = {"by_layer": by_layer, "by_token": dict.fromkeys(names, of_tokens)} if count else None
+            cells.append(
+                maker.cell(row, "mini-vqa", seed)
+                | {
+                    "metric": "virtual_share",
+                    "unit": "fraction",
+                    "value": 0.3,
+                    "measurement": "m.json",
+                    "layers": known,
+                }
+                | {"units": {**dict.fromkeys(names, "fraction"), "loss_without_layer": "nats"}}
+            )
+    return cells
+
+
+def layered_table(maker: Any, **more: int) -> Any:
+    maker.study("miniature-inside", inside_cells(maker, **more))
+    known = maker.params(**{"miniature-inside": maker.definition(paper=None, layout="bars")})
+    return load_table("miniature-inside", known, maker.folder)
+
+
+def test_what_was_measured_by_layer_is_curves_with_the_spread_over_seeds_and_maps_of_one_seed(maker: Any) -> None:
+    table = layered_table(maker)
+    drawn = figures.draw_layers(table)
+    assert list(drawn) == ["layers-mini-idefics2", "tokens-mini-idefics2"]
+    assert all("attention of text" in words and "MimIC" in words for _, words in drawn.values())
+    figure = figures.layer_figure(table, figures._layered(table, table.lines, "by_layer"))
+    shares, *_, losses = [axes for axes in figure.axes if axes.axison]
+    assert [one.get_color() for one in shares.get_lines()] == [
+        of_method(name)[0] for name in ("hificl", "prefix", "mimic")
+    ]
+    assert list(shares.get_lines()[2].get_ydata()) == pytest.approx([1.5] * 4)  # percent; of (1, 2)
+    assert max(shares.collections[2].get_paths()[0].vertices[:, 1]) == pytest.approx(1.5 + 0.5**0.5)
+    assert list(losses.get_lines()[0].get_xdata()) == [1, 2, 3, 4] and losses.get_ylabel() == "nats"
+    assert len({axes.get_ylim() for axes in figure.axes if axes.get_ylabel() == "%"}) == 1
+    figure = figures.token_figure(table, figures._layered(table, table.lines, "by_token"))
+    maps = [axes.collections[0].get_array() for axes in figure.axes[:12]]
+    assert maps[0].tolist() == pytest.approx(np.array([[1, 2, 3, 4, 5, 6, 7, 8]] * 4))  # of the first seed, in percent
+    assert maps[8].tolist() == pytest.approx(np.array([[1]] * 4))
+    assert len({mesh.norm.vmax for axes in figure.axes[:12] for mesh in axes.collections}) == 1
+
+
+def test_a_study_of_before_or_of_plain_scores_has_no_figures_by_layer(maker: Any) -> None:
+    maker.table("hificl-table1", seeds=1)
+    table = load_table("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
+    assert figures.draw_layers(table) == {}
 
 
 def test_losses_have_the_studys_colours_and_their_spread(maker: Any) -> None:

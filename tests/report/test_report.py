@@ -186,6 +186,21 @@ def test_differences_are_paired_and_left_out_where_the_score_is_no_mean(maker: A
     assert [entry.difference for entry in table.entries.values()] == [None] * len(maker.rows)
 
 
+def test_a_reference_without_an_axis_is_every_points(maker: Any) -> None:
+    points = [("zero-shot", {}), *(("hificl", {"source_task": task}) for task in ("mini-vqa", "mini-coco"))]
+    cells = [maker.cell(row, "mini-vqa", seed, vary=vary) for row, vary in points for seed in range(3)]
+    maker.study("miniature-transfer", cells)
+    known = maker.params(**{"miniature-transfer": maker.definition(paper=None, reference="zero-shot")})
+    table = load_table("miniature-transfer", known, maker.folder)
+    base, *others = table.entries.values()
+    assert [entry.line.title for entry in others] == [
+        f"HiFICL (trained on = {task})" for task in ("mini-vqa", "mini-coco")
+    ]
+    for entry in others:
+        assert entry.difference is not None
+        assert entry.difference.mean == pytest.approx((entry.value or 0.0) - (base.value or 0.0))
+
+
 def test_the_page_stands_alone(main: dict[str, Any]) -> None:
     text = (main["out"] / "index.html").read_text()
     page = Page(text)

@@ -8,10 +8,13 @@ from types import SimpleNamespace
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import WorkError
 from pipeline.core.files import file_digest
+from pipeline.measure import Measured
 from pipeline.pool import supervisor
-from pipeline.records.evaluation import CellResult, Evaluation, Evaluations
+from pipeline.records.evaluation import CellResult, Evaluation, Evaluations, LayerValues
 from pipeline.records.trial import Provenance
 from pipeline.sweep import evaluate as measures
+
+LAYERS = LayerValues(by_layer={"time": (1.0, 2.0)}, by_token={"time": ((0.5, 0.5), (1.5, 0.5))})
 
 
 def scored(row: str, evaluations: Evaluations) -> measures.ScoredCell:
@@ -38,7 +41,7 @@ def test_a_row_of_two_studies_keeps_both_numbers(tmp_path, monkeypatch):
     def measure_all(params, kind, groups):
         same = {"flops_per_sample": 2.0, "peak_bytes": 3.0}
         for number, jobs in enumerate(groups):
-            yield number, [{"milliseconds_per_sample": float(next(seconds)), **same} for _ in jobs]
+            yield number, [Measured({"milliseconds_per_sample": float(next(seconds)), **same}, LAYERS) for _ in jobs]
 
     monkeypatch.setattr(supervisor, "measure_all", measure_all)
     monkeypatch.setattr(measures, "data_root", lambda params: tmp_path)
@@ -56,6 +59,7 @@ def test_a_row_of_two_studies_keeps_both_numbers(tmp_path, monkeypatch):
     second = run("second", hificl, lora)
     for found in (*first.values(), *second.values()):
         assert file_digest(tmp_path / found.measurement) == found.measurement_digest
+        assert found.layers == LAYERS
         assert found.metric == "time" and found.metrics["accuracy"] == 50.0 and found.value == found.metrics["time"]
     assert first["hificl"].measurement != second["hificl"].measurement
     assert run("first", mimic, hificl) == first, "measured again, though nothing is new"
