@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from pipeline.pool.messages import PROXY_DIED
 from pipeline.records.trial import TrialReport
 
 
@@ -25,9 +26,12 @@ class TrialProxy(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Return the next epoch's report; the dispatcher knows what the configuration stands for."""
-        if self._key is None:
-            self._key = ray.get(self._dispatcher.submit.remote(self._trial_config))
-        report: TrialReport = ray.get(self._dispatcher.next.remote(self._key, self._seen))
+        try:
+            if self._key is None:
+                self._key = ray.get(self._dispatcher.submit.remote(self._trial_config))
+            report: TrialReport = ray.get(self._dispatcher.next.remote(self._key, self._seen))
+        except ray.exceptions.ActorDiedError:  # Tune would print it, and start actors anew that find none either
+            return {"epoch": self._seen, "done": True, "error": PROXY_DIED}
         if report.error is None:
             self._seen += 1
         # an exception would make Tune try again what the dispatcher has given up

@@ -76,13 +76,29 @@ class _Events(tune.Callback):
             self._tell(EpochEnded(self._key(trial), report))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        key = self._key(trial)
-        ray.get(self._dispatcher.stop.remote(key))
-        self._tell(TrialEnded(key, (trial.last_result or {}).get("error")))
+        key, error = self._key(trial), (trial.last_result or {}).get("error")
+        if error != PROXY_DIED:
+            ray.get(self._dispatcher.stop.remote(key))
+        self._tell(TrialEnded(key, error))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # its proxy died more often than is normal; the trial's state is in the store, for the next driver
         self._tell(TrialEnded(self._key(trial), PROXY_DIED))
+
+
+class _Orphaned(tune.Stopper):
+    """Ends all trials once one has found the dispatcher dead."""
+
+    def __init__(self) -> None:
+        self._dead = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        self._dead |= result.get("error") == PROXY_DIED
+        return False
+
+    def stop_all(self) -> bool:
+        """See `tune.Stopper`."""
+        return self._dead
 
 
 @contextmanager
@@ -247,7 +263,7 @@ def _run(
                     reuse_actors=True,
                 ),
                 run_config=tune.RunConfig(
-                    name="sweep", storage_path=str(plan.places.runs / ".tune"), verbose=0,
+                    name="sweep", storage_path=str(plan.places.runs / ".tune"), verbose=0, stop=_Orphaned(),
                     callbacks=[_Events(plan, tell, dispatcher, limit if grows else None)],
                     # a proxy that dies asks again for what it has seen; what fails for good is no failure to Tune
                     failure_config=tune.FailureConfig(max_failures=params.sweep.retry.max_attempts),
@@ -255,6 +271,9 @@ def _run(
                 ),
             )  # fmt: skip
             tuner.fit()
+            ray.get(dispatcher.num_slots.remote())
+    except ray.exceptions.ActorDiedError:
+        raise WorkError("the dispatcher died") from None
     except tune.TuneError as error:
         raise WorkError(f"Ray Tune gave up: {error}") from error
     finally:

@@ -17,7 +17,7 @@ KINDS = {
     "raylet": ("SIGKILL of the raylet", "a new driver with a new cluster goes on, in the same command"),
     "head": ("SIGKILL of Ray's head (GCS)", "as for the raylet"),
     "driver": ("SIGKILL of the driver", "as for the raylet"),
-    "dispatcher": ("SIGKILL of the dispatcher", "as for the raylet; who waits for it gives up first"),
+    "dispatcher": ("SIGKILL of the dispatcher", "as for the raylet"),
     "stage": ("SIGKILL of the stage", "nothing outlives it; the next `dvc repro` goes on"),
     "dvc": ("SIGKILL of dvc", "the stage below it ends by itself; the next `dvc repro` goes on"),
     "SIGINT": ("SIGINT", "the sweep ends in order, open runs KILLED; the next `dvc repro` goes on"),

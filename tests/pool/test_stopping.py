@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -12,11 +13,12 @@ import pytest
 import ray
 
 from pipeline.config.load import load
+from pipeline.core.errors import WorkError
 from pipeline.plan.plan import as_given, make_plan, places
 from pipeline.plan.space import cells
 from pipeline.pool import tuner
 from pipeline.pool.dispatcher import Dispatcher
-from pipeline.pool.messages import Result, TrialEnded
+from pipeline.pool.messages import PROXY_DIED, Result, TrialEnded
 from pipeline.pool.proxy import TrialProxy
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import EpochReport, TrialEnd, TrialReport
@@ -142,3 +144,23 @@ def test_a_process_that_tune_throws_away_before_its_first_step_has_handed_over_n
     proxy = TrialProxy.__new__(TrialProxy)
     proxy.setup({"trial": "a"}, dispatcher=None)  # a call would fail
     assert proxy.reset_config({"trial": "b"})
+
+
+@ray.remote(num_cpus=0, max_concurrency=10000)
+class Dying(Dispatcher.__ray_metadata__.modified_class):
+    async def next(self, key: str, seen: int) -> TrialReport:
+        os._exit(1)
+
+
+@pytest.mark.slow
+def test_a_dispatcher_that_dies_ends_the_work_at_once_and_no_trial(tmp_path, cluster, capfd):
+    """Before, Tune started each actor three times anew, and printed as many tracebacks of each."""
+    params = load(ROOT / "params.yaml", ["sweep.slots=1", "sweep.pack=1"])
+    made = [cell for cell in cells(params, "miniature-search", as_given(params)) if cell.search and cell.task in BEST]
+    plan = make_plan(params, made[:2], places(tmp_path))
+    told: list[Result] = []
+    with pytest.raises(WorkError, match="^the dispatcher died$"):
+        tuner.run_trials(plan, list(plan.trials), params, told.append, TrialStore(plan.places.runs), Dying)
+    ended = [message for message in told if isinstance(message, TrialEnded)]
+    assert {message.error for message in ended} == {PROXY_DIED} and len(ended) < len(plan.trials)
+    assert "Traceback" not in capfd.readouterr().err
