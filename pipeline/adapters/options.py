@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -11,6 +13,23 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 from pipeline.config.trial import Kind, State
 from pipeline.core.errors import validate
 from pipeline.core.plain_yaml import Json
+
+_COUNTS = ContextVar("counts", default=False)
+
+
+@contextmanager
+def counted_only() -> Iterator[None]:
+    """Let options inside the block be believed where a package that takes seconds to import would check them."""
+    token = _COUNTS.set(True)
+    try:
+        yield
+    finally:
+        _COUNTS.reset(token)
+
+
+def are_counted_only() -> bool:
+    """Return whether this is inside `counted_only`."""
+    return _COUNTS.get()
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from pipeline.adapters.base import (
     WeightsAdapter,
     parts_of,
 )
-from pipeline.adapters.options import Facts, Options, TeacherOptions
+from pipeline.adapters.options import Facts, Options, TeacherOptions, are_counted_only
 from pipeline.backbones.decoder import DecoderSpec, decoder_of
 from pipeline.backbones.states import modules_at
 from pipeline.backbones.weights import is_quantized
@@ -79,14 +79,14 @@ class PeftOptions(TeacherOptions):
     @field_validator("tuner")
     @classmethod
     def _known(cls, tuner: str) -> str:
-        if tuner not in _VARIANTS:  # to ask PEFT takes seconds
+        if tuner not in _VARIANTS and not are_counted_only():  # to ask PEFT takes seconds
             _type(tuner)
         return tuner
 
     @field_validator("config")
     @classmethod
     def _fits(cls, config: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
-        if config and "tuner" in info.data:
+        if config and "tuner" in info.data and not are_counted_only():
             _config(info.data["tuner"], config, [])
         return config
 

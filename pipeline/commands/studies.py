@@ -178,10 +178,12 @@ class Overview(Answer):
 
 def overview(params: Params) -> Overview:
     """Return how far the trials of every study are, under the current profile."""
+    from pipeline.adapters.options import counted_only
     from pipeline.plan.plan import Inputs, places
 
     inputs = Inputs(params, places())
-    return Overview(params.profile, {name: _state(name, inputs) for name in params.studies})
+    with counted_only():
+        return Overview(params.profile, {name: _state(name, inputs) for name in params.studies})
 
 
 def _state(name: str, inputs: Inputs) -> StudyState:

@@ -24,24 +24,22 @@ def test_the_stage_and_the_driver_import_what_they_need(module: str, not_needed:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "not_needed"),
+    ("commands", "not_needed"),
     [
-        ("--help", "torch pydantic rich yaml numpy"),
-        ("--help", "torch rich numpy pydantic ruamel transformers mlflow ray argcomplete"),
-        ("where", "torch rich numpy pydantic ruamel"),
-        ("tasks", "torch rich"),
-        ("studies", "ray mlflow transformers deepspeed matplotlib"),  # a method's options stand beside its modules
-        ("methods", "ray mlflow transformers deepspeed matplotlib"),
-        ("backbones", "ray mlflow transformers deepspeed matplotlib"),
-        ("trials", "ray mlflow transformers deepspeed matplotlib"),
+        (["--help"], "torch rich yaml numpy pydantic ruamel transformers mlflow ray argcomplete"),
+        (["where"], "torch rich numpy pydantic ruamel"),
+        (["tasks"], "torch rich"),
+        # a method's options stand beside its modules
+        (["studies", "methods", "backbones", "trials"], "ray mlflow transformers deepspeed matplotlib"),
     ],
 )
-def test_a_command_that_lists_imports_what_it_needs(words: str, not_needed: str) -> None:
+def test_a_command_that_lists_imports_what_it_needs(commands: list[str], not_needed: str) -> None:
     code = (
         "import contextlib, io, sys; from pipeline.cli import main\n"
-        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
-        f"    main({words.split()})\n"
-        f"print(*[name for name in '{not_needed}'.split() if name in sys.modules])"
+        f"for command in {commands}:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "        main([command])\n"
+        f"    print(*[f'{{command}}: {{name}}' for name in '{not_needed}'.split() if name in sys.modules], sep='\\n')"
     )
     said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
     assert said.split() == []
