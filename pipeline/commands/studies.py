@@ -53,7 +53,7 @@ _NODES = """\
 export PATH={bin}:"$PATH" RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_enable_autoscaler_v2=0
 export DASHBOARD_METRIC_PORT=-1 AUTOSCALER_METRIC_PORT=-1 RAY_enable_metrics_collection=0
 export RAY_TMPDIR="${{RAY_TMPDIR:-/tmp/ray-$UID}}" RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT={wait} {keep}={seconds}
-ulimit -Sn 65536
+ulimit -Sn 65536 2> /dev/null
 pid={folder}/$SLURM_JOB_ID.pid
 rm -f "$pid"
 trap 'rm -f "$pid"' EXIT
@@ -64,7 +64,7 @@ trap : TERM  # which SLURM sends to every process
 srun --nodes={nodes} --ntasks-per-node=1 --cpu-bind=none bash -c 'ray stop --force > /dev/null 2>&1; exec "$@"' - \\
   {ray} symmetric-run --address "$head" --min-nodes {nodes} --num-cpus={cpus} --num-gpus={gpus} --dashboard-host=127.0.0.1 -- \\
   bash -c 'echo $$ > "$0" && exec "$@"' "$pid" {sweep} --set "sweep.address=$head" &
-while kill -0 $! 2> /dev/null; do wait $!; done
+while kill -0 $! 2> /dev/null; do sleep 1; done  # `wait` misses a signal that comes just before it
 wait $!
 """
 _MOST_TASKS = 16  # where no number is asked for
