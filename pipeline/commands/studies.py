@@ -4,7 +4,7 @@
 place of the batch script, so SLURM's signals reach it: at USR1 (before the time limit) and TERM (preemption,
 requeueing) it keeps the trial's last step, and puts itself back into the queue where SLURM does not. With `--nodes` it
 is one job of several nodes, which `ray symmetric-run` makes a cluster of; `hificl sweep` runs on the first, and hears
-USR1 from the batch script.
+USR1 from the batch script, which puts the job back into the queue.
 """
 
 from __future__ import annotations
@@ -48,24 +48,30 @@ _ADDRESS = r"""import re, socket, sys
 s = socket.socket(type=socket.SOCK_DGRAM)
 s.connect((re.search(r"NodeAddr=(\S+)", sys.stdin.read())[1], 9))
 print(s.getsockname()[0])"""
-# Ray's settings are those of cluster/cluster.yaml, its `ray stop` too. Its folder is the user's: only one owns /tmp/ray.
+# Ray's settings are those of cluster/cluster.yaml, and its `ray stop`; its folder is the user's, for /tmp/ray is one's.
 _NODES = """\
 export PATH={bin}:"$PATH" RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 RAY_enable_autoscaler_v2=0
 export DASHBOARD_METRIC_PORT=-1 AUTOSCALER_METRIC_PORT=-1 RAY_enable_metrics_collection=0
 export RAY_TMPDIR="${{RAY_TMPDIR:-/tmp/ray-$UID}}" RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT={wait} {keep}={seconds}
+unset RAY_ADDRESS
 ulimit -Sn 65536 2> /dev/null
 pid={folder}/$SLURM_JOB_ID.pid
 rm -f "$pid"
 trap 'rm -f "$pid"' EXIT
 head=$(scontrol show node "$(scontrol show hostnames | tail -n 1)" | {python} -c {address}) || exit 1
 head=$head:$((20000 + SLURM_JOB_ID % 10000))
-trap 'kill -USR1 "$(<"$pid")" || scontrol requeue "$SLURM_JOB_ID"' USR1  # the sweep keeps the step and requeues
-trap : TERM  # which SLURM sends to every process
-srun --nodes={nodes} --ntasks-per-node=1 --cpu-bind=none bash -c 'ray stop --force > /dev/null 2>&1; exec "$@"' - \\
-  {ray} symmetric-run --address "$head" --min-nodes {nodes} --num-cpus={cpus} --num-gpus={gpus} --dashboard-host=127.0.0.1 -- \\
+trap 'told=yes; kill -USR1 "$(<"$pid")" || kill $!' USR1  # the sweep keeps the step, or has not begun
+trap 'told=' TERM  # SLURM ends every process, and puts the job back into the queue or not
+srun --nodes={nodes} --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \\
+  bash -c 'ray stop --force > /dev/null 2>&1; exec "$@"' - \\
+  {ray} symmetric-run --address "$head" --min-nodes {nodes} \\
+  --num-cpus={cpus} --num-gpus={gpus} --dashboard-host=127.0.0.1 -- \\
   bash -c 'echo $$ > "$0" && exec "$@"' "$pid" {sweep} --set "sweep.address=$head" &
 while kill -0 $! 2> /dev/null; do sleep 1; done  # `wait` misses a signal that comes just before it
 wait $!
+status=$?
+[ "$told" ] && [ $status != 0 ] && scontrol requeue "$SLURM_JOB_ID" && exit
+exit $status
 """
 _MOST_TASKS = 16  # where no number is asked for
 _ANSWER_SECONDS = 30.0  # of SLURM's programs
@@ -250,14 +256,9 @@ def _sweep(args: argparse.Namespace) -> None:
 
         chosen = [*_repeated("--study", args.study or []), *_repeated("--set", args.set)]
         sys.exit(cluster.attach_to_sweep() if args.attach else cluster.submit(chosen))
-    from pipeline.pool.processes import KEEP_SECONDS
     from pipeline.sweep.train import sweep
 
-    try:
-        sweep(params, args.study or params.run.studies)
-    except KeyboardInterrupt:
-        if KEEP_SECONDS not in os.environ or not requeued():  # which a job of `hificl submit slurm --nodes` sets
-            raise
+    sweep(params, args.study or params.run.studies)
 
 
 def _repeated(flag: str, values: list[str]) -> list[str]:

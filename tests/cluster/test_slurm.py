@@ -239,7 +239,6 @@ def spans_nodes(sweep: Sweep, system: Slurm, machines: list[Machine]) -> None:
     os.kill(rank, signal.SIGCONT)
     system.until(lambda: job.restarts(job.job) == 1, "a restart")
     (kept,) = job.kept()
-    assert "is back in the queue" in job.logs
 
     rank = caught(int(kept[len("epoch-") :][:4]) + 1)
     system.ask("scontrol", "requeue", job.job)  # TERM to every process

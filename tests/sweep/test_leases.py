@@ -303,15 +303,21 @@ def test_the_script_of_a_job_of_nodes():
 """
     )
     sweep = f"{sys.executable} -m pipeline sweep --set 'x=$(rm -r .)' --set \"sweep.address=$head\" &"
-    for part in (sweep, "--min-nodes 3 --num-cpus=3 --num-gpus=2", "HIFICL_KEEP_SECONDS=100", "RAY_AUTH_MODE=token"):
+    for part in (
+        sweep,
+        "--min-nodes 3 ",
+        "--num-cpus=3 --num-gpus=2",
+        "HIFICL_KEEP_SECONDS=100",
+        "RAY_AUTH_MODE=token",
+    ):
         assert part in script
     exporters = {"DASHBOARD_METRIC_PORT=-1", "AUTOSCALER_METRIC_PORT=-1", "RAY_enable_metrics_collection=0"}
     assert exporters <= set(script.split())
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
-def test_the_batch_script_passes_usr1_on_to_the_sweep_and_requeues_where_there_is_none_yet(tmp_path):
-    """With SLURM's programs and Ray's played."""
+def test_the_batch_script_passes_usr1_on_to_the_sweep_and_puts_the_job_back_into_the_queue(tmp_path):
+    """With SLURM's programs and Ray's played, whose srun is in the place of what it runs."""
     args = asked("--nodes", "2")
     (tmp_path / "bin").mkdir()
     (tmp_path / "runs/.slurm").mkdir(parents=True)
@@ -320,14 +326,16 @@ def test_the_batch_script_passes_usr1_on_to_the_sweep_and_requeues_where_there_i
             case "$1 $2" in
                 "show hostnames") echo a; echo b ;;
                 "show node") echo "NodeName=$3 NodeAddr=127.0.0.1 Port=1" ;;
-                *) echo "$1 $2"; kill "$(<srun.pid)" ;;
+                *) echo "$1 $2" ;;
             esac""",
-        "srun": 'echo $$ > srun.pid; until [ "$1" = bash ]; do shift; done; [ -e early ] && exec sleep 60; exec "$@"',
-        "ray": '[ $1 = stop ] && exit; echo "$1 $3"; until [ "$1" = -- ]; do shift; done; shift; "$@"',
+        "srun": 'until [ "$1" = bash ]; do shift; done; [ -e early ] && touch begun && exec sleep 60; exec "$@"',
+        "ray": '[ $1 = stop ] && exit; echo "$1 $3"; until [ "$1" = -- ]; do shift; done; shift; exec "$@"',
         "python": """
             [ "$1" = -c ] && exec python3 "$@"
             trap "echo told; exit 7" USR1
+            trap "echo ended; exit 5" TERM
             echo "$@"
+            touch begun
             while :; do sleep 0.1; done""",
     }
     for name, body in played.items():
@@ -337,26 +345,28 @@ def test_the_batch_script_passes_usr1_on_to_the_sweep_and_requeues_where_there_i
         patched.setattr(sys, "executable", str(tmp_path / "bin/python"))
         text = slurm_script(load(ROOT / "params.yaml"), [], 1, args, tmp_path)
     environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "412345"}
-    for early in (False, True):
-        if early:
-            (tmp_path / "early").touch()
+
+    def ended(*signals: int) -> tuple[int, list[str]]:
+        (tmp_path / "begun").unlink(missing_ok=True)
         batch = subprocess.Popen(["bash", "-c", text], stdout=subprocess.PIPE, text=True, env=environment)
-        awaited = tmp_path / ("srun.pid" if early else "runs/.slurm/412345.pid")
         end = time.monotonic() + 60
-        while not awaited.exists() or not awaited.read_text():
+        while not (tmp_path / "begun").exists():
             assert time.monotonic() < end and batch.poll() is None
             time.sleep(0.05)
-        time.sleep(0.5)
-        batch.send_signal(signal.SIGTERM)  # every process gets it; what the sweep does of it is its own
-        batch.send_signal(signal.SIGUSR1)
-        status, said = batch.wait(30), batch.stdout.read()
-        if early:
-            assert said == "requeue 412345\n" and status == 128 + signal.SIGTERM
-        else:
-            sweep = "-m pipeline sweep --set sweep.address=127.0.0.1:22345"
-            assert said == f"symmetric-run 127.0.0.1:22345\n{sweep}\ntold\n" and status == 7
+        for number in signals:
+            batch.send_signal(number)
+            time.sleep(1.5)
+        if signal.SIGUSR1 not in signals:
+            os.kill(int((tmp_path / "runs/.slurm/412345.pid").read_text()), signal.SIGTERM)  # as SLURM does
+        said = batch.communicate(timeout=30)[0].splitlines()
         assert list((tmp_path / "runs/.slurm").iterdir()) == []
-        (tmp_path / "srun.pid").unlink()
+        return batch.returncode, said
+
+    begun = ["symmetric-run 127.0.0.1:22345", "-m pipeline sweep --set sweep.address=127.0.0.1:22345"]
+    assert ended(signal.SIGUSR1) == (0, [*begun, "told", "requeue 412345"])
+    assert ended(signal.SIGTERM) == (5, [*begun, "ended"])
+    (tmp_path / "early").touch()  # Ray has not come up
+    assert ended(signal.SIGUSR1) == (0, ["requeue 412345"])
 
 
 def test_a_job_of_nodes_holds_trials_of_several_ranks_and_what_compares_them(lab, monkeypatch):
