@@ -12,15 +12,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.cluster import lab
-from tests.cluster.lab import Lab, Machine
+from tests.cluster.lab import HERE, Lab, Machine
 from tests.cluster.slurm import Slurm, missing
+from tests.conftest import ROOT
 from tests.faults.checks import mlflow_problems, results
-from tests.faults.sweeps import EPOCHS, Sweep, make_sweep
+from tests.faults.sweeps import EPOCHS, STEPS, Sweep, make_sweep
 
 pytestmark = [
     pytest.mark.slurm,
@@ -201,13 +203,23 @@ def test_a_trial_over_two_nodes_keeps_its_step_is_requeued_and_ends_as_on_one_ma
     folder.mkdir()
     system = Slurm(folder, machines)
     (folder / "home").mkdir()
-    system.environment |= {"HOME": str(folder / "home"), "RAY_TMPDIR": "/tmp/ray"}  # each machine has one of its own
+    (sweep.folder / "steps").mkdir()
+    system.environment |= {
+        "HOME": str(folder / "home"), "RAY_TMPDIR": "/tmp/ray",  # each machine has one of its own
+        "PYTHONPATH": f"{HERE / 'counting'}:{ROOT}", "HIFICL_STEPS": str(sweep.folder / "steps"),
+    }  # fmt: skip
     try:
         spans_nodes(sweep, system, machines)
     finally:
         system.close()
     assert results(sweep) == wanted
     assert mlflow_problems(sweep.folder / "mlflow.db", dict.fromkeys(wanted, "FINISHED"), LONGER) == []
+
+
+def trained(sweep: Sweep) -> Counter[int]:
+    """How often each step was trained, by any rank (`counting`)."""
+    lines = [line for file in (sweep.folder / "steps").iterdir() for line in file.read_text().splitlines()]
+    return Counter(int(line.split()[1]) for line in lines)
 
 
 def spans_nodes(sweep: Sweep, system: Slurm, machines: list[Machine]) -> None:
@@ -218,29 +230,28 @@ def spans_nodes(sweep: Sweep, system: Slurm, machines: list[Machine]) -> None:
     def running(machine: Machine, name: str) -> list[int]:
         return [pid for pid, line in machine.processes().items() if name in line]
 
-    def caught(epoch: int) -> int:
-        """Stop a rank when the trial has so many epochs behind it: then the other waits for it."""
-
-        def kept() -> bool:
-            assert "PENDING" in (state := system.state(job.job)) or "RUNNING" in state, state + job.logs
-            return bool(list(sweep.runs.glob(f"*/checkpoint/epoch-{epoch:04d}/state.json")))
-
-        system.until(kept, f"epoch {epoch}", 400)
+    def caught(step: int) -> int:
+        """Stop a rank early in an epoch, with so many steps behind it: then the other waits for it."""
+        end = time.monotonic() + 400
+        while not [at for at in trained(sweep) if at >= step and at % STEPS == 0]:
+            assert time.monotonic() < end, job.logs + system.logs()
+            time.sleep(0.005)
         (rank,) = running(machines[1], "ray::Worker")
         os.kill(rank, signal.SIGSTOP)
         assert not sweep.ends(), "it was caught too late"
         return rank
 
-    rank = caught(1)
+    rank = caught(STEPS)
     assert len(running(machines[0], "ray::Worker")) == 1
     listening(*machines)
     system.ask("scancel", "--signal=USR1", "--batch", job.job)  # as before a time limit
     system.until(lambda: not running(machines[0], "ray::TrialProxy"), "the end of the sweep's driver")
     os.kill(rank, signal.SIGCONT)
     system.until(lambda: job.restarts(job.job) == 1, "a restart")
-    (kept,) = job.kept()
-
-    rank = caught(int(kept[len("epoch-") :][:4]) + 1)
+    assert job.kept(), job.logs
+    rank = caught(3 * STEPS)
+    counts = trained(sweep)
+    assert {count for step, count in counts.items() if step < max(counts)} == {2}, "a step was trained again"
     system.ask("scontrol", "requeue", job.job)  # TERM to every process
     system.until(lambda: "RUNNING" not in system.state(job.job), "the requeueing")
     os.kill(rank, signal.SIGCONT)
