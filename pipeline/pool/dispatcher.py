@@ -126,11 +126,13 @@ class Dispatcher:
         """Return the process ids of every slot's workers."""
         return [slot.pids for slot in self.slots]
 
-    async def close(self) -> None:
-        """End what was stopped last, and all workers."""
+    async def close(self, seconds: float = 0.0) -> None:
+        """End what was stopped last, and all workers, which have so long to keep their last step."""
         for loop in self.loops:
             loop.cancel()
         await asyncio.gather(*self.loops, return_exceptions=True)
+        if seconds:
+            await asyncio.gather(*(slot.keep(seconds) for slot in self.slots))
         for slot, state in zip(self.slots, self.queue.slots, strict=True):
             self._carry_out(self.queue.release_stopped(state))
             slot.drop()

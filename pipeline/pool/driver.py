@@ -20,7 +20,16 @@ import psutil
 
 from pipeline.core.errors import HificlError
 from pipeline.pool.messages import Alive, Message, Stop, Work, WorkEnded, WorkLost, WorkRefused
-from pipeline.pool.processes import CLUSTER_SECONDS, ENDING_SECONDS, LIFE_SECONDS, MARK, alive, reap
+from pipeline.pool.processes import (
+    CLUSTER_SECONDS,
+    ENDING_SECONDS,
+    LIFE_SECONDS,
+    MARK,
+    alive,
+    allow_keeping,
+    keep_seconds,
+    reap,
+)
 
 CLUSTER = ("gcs_server", "raylet")
 
@@ -73,9 +82,9 @@ def _do(work: Work, relay: Relay) -> None:
 def _end_with_supervisor(pipe: Connection) -> None:
     """Wait for the supervisor's word, or for its death, and end in order, or without it."""
     with suppress(EOFError, OSError):
-        pipe.recv()
+        allow_keeping(pipe.recv().seconds)
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(ENDING_SECONDS)
+    time.sleep(ENDING_SECONDS + keep_seconds())
     reap(os.environ[MARK])
     os._exit(1)
 

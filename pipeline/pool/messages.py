@@ -75,7 +75,9 @@ class WorkLost:
 
 @dataclass(frozen=True)
 class Stop:
-    """The stage's only word after the work: end in order."""
+    """The stage's only word after the work: end in order, within so many seconds with the last step kept."""
+
+    seconds: float = 0.0
 
 
 TrialMessage = TrialStarted | EpochEnded | TrialEnded

@@ -40,6 +40,8 @@ STOPPING_SECONDS = ENDING_SECONDS + 2  # for the driver to end by itself, its ki
 PARENT_SECONDS = 1.0  # between two looks at dvc; with STOPPING_SECONDS 7 s, below the 10 s that are promised
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: its terminal was closed, or ssh has ended
+KEEPING = signal.SIGUSR1  # ends too, with the last step kept: SLURM's word some time before it ends a job
+KEEP_SECONDS = "HIFICL_KEEP_SECONDS"  # in the environment: how long that may take
 MARK = "HIFICL_SWEEP"  # in the environment of all processes of one driver
 REAPING = 10  # passes: what is killed may have started another in between
 
@@ -86,18 +88,29 @@ def reap(mark: str) -> None:
 
 
 _heard: list[int] = []  # the signals of this block
+_keep: list[float] = []  # seconds, once somebody was told to keep the last step
+
+
+def allow_keeping(seconds: float) -> None:
+    """Let trials that are ended have so long to keep their last step."""
+    _keep[:] = [seconds]
+
+
+def keep_seconds() -> float:
+    """Return how long trials that are ended have to keep their last step; 0: they are ended at once."""
+    return sum(_keep)
 
 
 @contextmanager
 def in_order() -> Iterator[None]:
-    """End the block with KeyboardInterrupt at a signal (`ENDING`), and when the `dvc` above this process is gone."""
+    """End the block with KeyboardInterrupt at a signal (`as_interrupt`), and when the `dvc` above is gone."""
     with as_interrupt(), _ended_with_parent():
         yield
 
 
 @contextmanager
 def as_interrupt() -> Iterator[None]:
-    """Turn the signals that end a process into KeyboardInterrupt for the time of the block.
+    """Turn the signals that end a process into KeyboardInterrupt for the time of the block (`ENDING`, `KEEPING`).
 
     Python drops an exception that a handler raises while a finaliser or a weak reference's callback runs. So the signal
     is noted too, and the sweep's loop asks with `raise_dropped_interrupt` whether one was dropped; nothing is printed.
@@ -105,6 +118,8 @@ def as_interrupt() -> Iterator[None]:
 
     def interrupt(number: int, *_: Any) -> None:
         _heard.append(number)
+        if number == KEEPING:
+            allow_keeping(float(os.environ.get(KEEP_SECONDS, "60")))
         raise KeyboardInterrupt
 
     def dropped(unraisable: sys.UnraisableHookArgs) -> None:
@@ -114,6 +129,7 @@ def as_interrupt() -> Iterator[None]:
     before = sys.unraisablehook
     with kept_handlers() as handlers, ExitStack() as stack:
         _heard.clear()
+        _keep.clear()
         sys.unraisablehook = dropped
         stack.callback(setattr, sys, "unraisablehook", before)
         for number, handler in handlers.items():
@@ -124,14 +140,14 @@ def as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def kept_handlers() -> Iterator[dict[int, Any]]:
-    """Put the handlers of `ENDING` back at the end of the block, whoever sets others in it.
+    """Put the handlers of those signals back at the end of the block, whoever sets others in it.
 
     Yields:
         The handlers by signal; none outside the main thread, where nobody may set any.
     """
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in ENDING}
+        before = {number: signal.getsignal(number) for number in (*ENDING, KEEPING)}
     try:
         yield dict(before)
     finally:

@@ -36,6 +36,7 @@ class Slot:
         self.near: list[int] = []  # those of this machine
         self.nodes: set[str] = set()  # that the workers are on
         self.keys: set[str] = set()  # of the trials that its workers hold
+        self.work: asyncio.Future[list[Any]] | None = None  # what they do
 
     async def build(self) -> None:
         """Start the workers, connect them, load what every trial needs."""
@@ -96,19 +97,19 @@ class Slot:
         """Run one round; give up when the step counter stands still for `hang_seconds`.
 
         Raises:
-            SlotLeft: a node of the slot is to be taken away; one rank alone has kept its last step before.
+            SlotLeft: a node of the slot is to be taken away; the last step was kept before.
             SlotLost: a worker died or hangs.
         """
         if await self._leaving():
             raise SlotLeft("its node is to be taken away")
         hang = self.sweep.retry.hang_seconds
-        work = asyncio.ensure_future(self._all("advance"))
+        work = self.work = asyncio.ensure_future(self._all("advance"))
         last, since, left = -1, time.monotonic(), False
         while True:
             finished, _ = await asyncio.wait({work}, timeout=min(STEP_SECONDS, hang))
             if finished:
                 return work.result()[0]
-            if not left and self.world_size == 1 and await self._leaving():  # several ranks stand at different steps
+            if not left and await self._leaving():
                 left = True
                 await self._all("stop", limit=hang)
             try:
@@ -121,6 +122,15 @@ class Slot:
             elif time.monotonic() - since > hang:
                 work.cancel()
                 raise SlotLost(f"no step for {hang:.0f} s")
+
+    async def keep(self, seconds: float) -> None:
+        """Let what trains end behind its next step, which is kept, where that takes no longer than `seconds`."""
+        if self.work is None or self.work.done():
+            return
+        with suppress(Exception):  # `SlotLeft` where it went well; the sweep ends in any case
+            async with asyncio.timeout(seconds):
+                await self._all("stop")
+                await self.work
 
     async def _leaving(self) -> bool:
         return not self.nodes.isdisjoint(await draining())

@@ -45,6 +45,7 @@ from pipeline.pool.processes import (
     POLL_SECONDS,
     STARTING_SECONDS,
     STOPPING_SECONDS,
+    keep_seconds,
     reap,
 )
 from pipeline.records.evaluation import Evaluation
@@ -186,11 +187,11 @@ class Driver:
         if not self.works:
             self.process.kill()  # it has only imported so far
         with suppress(OSError):
-            self.pipe.send(Stop())
+            self.pipe.send(Stop(keep_seconds()))
         self.pipe.close()
         self.written.close()
         try:
-            self.process.wait(STOPPING_SECONDS)
+            self.process.wait(STOPPING_SECONDS + keep_seconds())
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

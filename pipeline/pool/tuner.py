@@ -28,7 +28,7 @@ from pipeline.pool import ensure_token
 from pipeline.pool.cluster import check_nodes
 from pipeline.pool.dispatcher import Dispatcher
 from pipeline.pool.messages import PROXY_DIED, EpochEnded, Tell, TrialEnded, TrialStarted
-from pipeline.pool.processes import GROW_SECONDS, NODES_SECONDS, kept_handlers
+from pipeline.pool.processes import GROW_SECONDS, NODES_SECONDS, keep_seconds, kept_handlers
 from pipeline.pool.proxy import TrialProxy
 from pipeline.pool.queue import Queue
 from pipeline.pool.schedule import PerCellOptuna, make_scheduler
@@ -278,5 +278,5 @@ def _run(
         raise WorkError(f"Ray Tune gave up: {error}") from error
     finally:
         with suppress(ray.exceptions.RayError):  # it may be what was lost
-            ray.get(dispatcher.close.remote(), timeout=30)
+            ray.get(dispatcher.close.remote(keep_seconds()), timeout=30 + keep_seconds())
             ray.kill(dispatcher)

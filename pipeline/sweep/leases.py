@@ -21,14 +21,14 @@ from pipeline.core.files import Superseded
 from pipeline.core.progress import say
 from pipeline.plan.plan import Places, Plan, all_cells, make_plan, places
 from pipeline.plan.space import Cell
-from pipeline.pool.processes import ENDING
+from pipeline.pool.processes import ENDING, KEEPING
 from pipeline.records.store import Journal, TrialStore
 from pipeline.records.trial import Attempts, Provenance, TrialEnd
 from pipeline.sweep.train import check_open_engines
 from pipeline.tracking.provenance import provenance
 from pipeline.train.workbench import Stopped, Workbench, device_for, join_group, use_threads
 
-SIGNALS = (signal.SIGUSR1, *ENDING)
+SIGNALS = (KEEPING, *ENDING)
 
 
 class Broken(Exception):
@@ -67,7 +67,8 @@ def leasable(params: Params, cells: Iterable[Cell], folders: Places) -> Plan:
     }
     for setting, why in needs.items():
         if why is not None:
-            raise InputError(f"{why}, which needs a head", where=setting, way_out="Run `hificl sweep` in an allocation")
+            way_out = "`hificl submit slurm --nodes N` has one, and so has `hificl sweep`"
+            raise InputError(f"{why}, which needs a head", where=setting, way_out=way_out)
     return plan
 
 

@@ -138,6 +138,7 @@ class TrialRun:
         self._kept = self.folder.adapter  # where the best epoch's adapter is
         self.packed = 1  # most trials, this one included, that it has shared a forward pass with
         self.due = False  # whether it is time for a checkpoint within the epoch
+        self.asked = self.leaving = False  # whether this rank was told to stop, and what the ranks have agreed on
         self._keep_seconds, self._kept_at = keep_seconds, time.monotonic()
         self._epoch = self._resume()
         self._epoch.seconds += started
@@ -214,9 +215,10 @@ class TrialRun:
         epoch.gradient_norm, epoch.learning_rate_scale = gradient_norm, self.learning_rate_scale
         epoch.seconds += seconds
         self.packed = max(self.packed, pack_size)
-        diverged, self.due = self._of_any_rank(
+        diverged, self.due, self.leaving = self._of_any_rank(
             not math.isfinite(losses["train_loss"]),
             0 < self._keep_seconds <= time.monotonic() - self._kept_at,
+            self.asked,
         )  # fmt: skip
         if diverged:
             self.error = f"the loss is not finite at step {self.step + 1} (epoch {self.epoch_number})"

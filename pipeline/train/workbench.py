@@ -183,9 +183,14 @@ class Workbench:
 
     def _count(self) -> None:
         self.steps += 1
-        if self.stopping and self.loop is not None:
-            self.loop.keep(self.loop.trials)
+        if self.loop is None:
+            return
+        trials = self.loop.trials
+        if (self.stopping and all(trial.world == 1 for trial in trials)) or any(trial.leaving for trial in trials):
+            self.loop.keep(trials)
             raise Stopped
+        for trial in trials:  # several ranks hear of it at different steps: behind the next one they agree
+            trial.asked = self.stopping
 
     def score(self, request: TrialRequest, evaluation: EvaluationConfig) -> Evaluation:
         """Let a trial answer a split and score it."""

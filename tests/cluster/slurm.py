@@ -1,4 +1,7 @@
-"""A SLURM of its own on loopback: munged, slurmctld and two slurmd with settings, keys and folders below one folder."""
+"""A SLURM of its own: munged, slurmctld and two slurmd with settings, keys and folders below one folder.
+
+They run on loopback, or each slurmd on a machine of the lab's (`lab.Machine`), where the first has slurmctld too.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from tests.cluster.lab import Machine
 from tests.support.free_port import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel", "sinfo")
@@ -19,7 +24,7 @@ SEARCHED = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/s
 NODES = ("one", "two")
 SETTINGS = """
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
 CredType=cred/munge
@@ -64,8 +69,8 @@ def missing() -> str | None:
 class Slurm:
     """Daemons, and what is asked of them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.daemons = folder, list[subprocess.Popen]()
+    def __init__(self, folder: Path, machines: Sequence[Machine] = ()) -> None:
+        self.folder, self.machines, self.daemons = folder, machines, list[subprocess.Popen]()
         ports = [free_port() for _ in range(1 + len(NODES))]
         folder.chmod(0o755)
         for name in ("state", *(f"spool-{node}" for node in NODES)):
@@ -73,25 +78,30 @@ class Slurm:
         key = folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o600)
-        host = socket.gethostname()
+        hosts = [(each.name, each.address) for each in machines] or [(socket.gethostname(), "127.0.0.1")] * len(NODES)
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 State=UNKNOWN"
-            for node, port in zip(NODES, ports[1:], strict=True)
+            f"NodeName={node} NodeHostname={host} NodeAddr={address} Port={port} CPUs=1 State=UNKNOWN"
+            for node, (host, address), port in zip(NODES, hosts, ports[1:], strict=True)
         )
         settings, user = folder / "slurm.conf", pwd.getpwuid(os.geteuid()).pw_name
-        settings.write_text(SETTINGS.format(folder=folder, host=host, ports=ports, nodes=nodes, user=user))
+        filled = {"folder": folder, "host": hosts[0][0], "address": hosts[0][1], "ports": ports, "user": user}
+        settings.write_text(SETTINGS.format(**filled, nodes=nodes))
         self.environment = {**os.environ, "PATH": SEARCHED, "SLURM_CONF": str(settings)}
         self._start("munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket",
                     f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log",
                     f"--seed-file={folder}/munge.seed")  # fmt: skip
         self.until((folder / "munge.socket").exists, "munged")
-        self._start("slurmctld", "-D")
-        for node in NODES:
-            self._start("slurmd", "-D", "-N", node)
+        self._start(*self.on(0, "slurmctld", "-D"))
+        for number, node in enumerate(NODES):
+            self._start(*self.on(number, "slurmd", "-D", "-N", node))
         self.until(lambda: self.ask("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == str(len(NODES)), "slurmd")
 
+    def on(self, number: int, *words: str) -> list[str]:
+        """Return the command that runs `words` on a node."""
+        return self.machines[number].command(*words) if self.machines else list(words)
+
     def _start(self, *words: str) -> None:
-        with (self.folder / f"{len(self.daemons)}-{words[0]}.out").open("w") as file:
+        with (self.folder / f"{len(self.daemons)}.out").open("w") as file:
             daemon = subprocess.Popen(
                 words, env=self.environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True
             )
@@ -99,7 +109,8 @@ class Slurm:
 
     def ask(self, *words: str, cwd: Path | None = None) -> str:
         """Run one of SLURM's programs; return what it says."""
-        done = subprocess.run(words, env=self.environment, cwd=cwd, capture_output=True, text=True, check=False)
+        command = self.on(0, *words)
+        done = subprocess.run(command, env=self.environment, cwd=cwd, capture_output=True, text=True, check=False)
         return done.stdout + done.stderr
 
     def state(self, job: str) -> str:
@@ -111,7 +122,7 @@ class Slurm:
         """Wait for something."""
         end = time.monotonic() + seconds
         while not holds():
-            dead = [daemon.args[0] for daemon in self.daemons if daemon.poll() is not None]
+            dead = [daemon.args for daemon in self.daemons if daemon.poll() is not None]
             assert not dead, f"{dead} ended: {self.logs()}"
             assert time.monotonic() < end, f"no {what} after {seconds:.0f} s: {self.ask('squeue')}{self.logs()}"
             time.sleep(0.3)

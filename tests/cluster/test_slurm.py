@@ -1,4 +1,7 @@
-"""A sweep under a real SLURM: tasks lease trials, are signalled, requeued, preempted and run out of time."""
+"""A sweep under a real SLURM: tasks lease trials, are signalled, requeued, preempted and run out of time.
+
+And one whose trial spans two nodes, each a machine of the lab's.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,20 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.cluster import lab
+from tests.cluster.lab import HERE, Lab, Machine
 from tests.cluster.slurm import Slurm, missing
+from tests.conftest import ROOT
 from tests.faults.checks import mlflow_problems, results
-from tests.faults.sweeps import EPOCHS, Sweep, make_sweep
+from tests.faults.sweeps import EPOCHS, STEPS, Sweep, make_sweep
 
 pytestmark = [
     pytest.mark.slurm,
@@ -31,16 +39,18 @@ def system(tmp_path_factory):
 
 
 class Submitted:
-    """An array job of a workspace."""
+    """A job of a workspace."""
 
     def __init__(self, sweep: Sweep, system: Slurm, *words: str) -> None:
         self.sweep, self.system = sweep, system
         sweep.environment |= system.environment
-        sweep.begin("-m", "pipeline", "submit", "slurm", "--json", *words, log="submit.json")
-        assert sweep.ended() == 0, (sweep.folder / "submit.json").read_text()
-        said = (sweep.folder / "submit.json").read_text()
-        self.answer = json.JSONDecoder().raw_decode(said[said.index("{") :])[0]
-        self.job, sweep.stage = self.answer["job"], None
+        command = system.on(0, sys.executable, "-m", "pipeline", "submit", "slurm", "--json", *words)
+        done = subprocess.run(
+            command, cwd=sweep.folder, env=sweep.environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        self.answer = json.loads(done.stdout)
+        self.job = self.answer["job"]
 
     @property
     def logs(self) -> str:
@@ -149,3 +159,103 @@ def test_what_is_cancelled_keeps_its_step_and_stays_cancelled(tmp_path, system):
     assert "CANCELLED" in system.state(task) and job.restarts(task) == 0
     assert "SIGTERM: the last step is kept" in job.logs and len(sweep.ends()) < 4
     assert sys.executable in (sweep.runs / ".slurm/array.sh").read_text()
+
+
+LONGER = 2 * EPOCHS
+TWO_RANKS = {"method": "hificl", "rank": 2, "micro_batch_size": 2, "accumulation": 1, "world_size": 2, "zero_stage": 2}
+
+
+@pytest.fixture
+def machines(tmp_path_factory):
+    if (why := lab.missing()) is not None:
+        pytest.skip(f"no machines: {why}")
+    made = Lab(tmp_path_factory.mktemp("lab"))
+    yield [made.machine("node-1"), made.machine("node-2")]
+    made.close()
+
+
+def listening(head: Machine, other: Machine) -> None:
+    """What is to listen on a cluster: nothing beyond loopback that answers without a token."""
+    sockets = head.listening()
+    assert {host for host, port in sockets if port == 8265} == {"127.0.0.1"}  # the dashboard
+    everywhere = {port for host, port in sockets if host in ("0.0.0.0", "::")}
+    assert any(20000 <= port < 30000 for port in everywhere), everywhere  # Ray's GCS, which gRPC gives no address
+    for port in everywhere:
+        asked = other.run("curl", "-s", "-m", "5", "--http1.1", f"http://{head.address}:{port}/metrics", check=False)
+        assert asked.returncode, f"port {port} answers everybody: {asked.stdout[:300]}"
+
+
+def test_a_trial_over_two_nodes_keeps_its_step_is_requeued_and_ends_as_on_one_machine(tmp_path, machines):
+    sweep = make_sweep(tmp_path / "template")
+
+    def edit(raw):
+        raw["profiles"]["tiny"]["train"]["epochs_below_1000"] = LONGER
+        raw["studies"]["small"]["methods"] = {"two": TWO_RANKS}
+
+    sweep.change(edit)
+    reference = sweep.copy(tmp_path / "reference")
+    reference.again()
+    wanted = results(reference)
+    assert [(row["status"], len(row["rows"])) for row in wanted.values()] == [("finished", LONGER)]
+
+    machines[0].lab.cwd = sweep.folder
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    system = Slurm(folder, machines)
+    (folder / "home").mkdir()
+    (sweep.folder / "steps").mkdir()
+    system.environment |= {
+        "HOME": str(folder / "home"), "RAY_TMPDIR": "/tmp/ray",  # each machine has one of its own
+        "PYTHONPATH": f"{HERE / 'counting'}:{ROOT}", "HIFICL_STEPS": str(sweep.folder / "steps"),
+    }  # fmt: skip
+    try:
+        spans_nodes(sweep, system, machines)
+    finally:
+        system.close()
+    assert results(sweep) == wanted
+    assert mlflow_problems(sweep.folder / "mlflow.db", dict.fromkeys(wanted, "FINISHED"), LONGER) == []
+
+
+def trained(sweep: Sweep) -> Counter[int]:
+    """How often each step was trained, by any rank (`counting`)."""
+    lines = [line for file in (sweep.folder / "steps").iterdir() for line in file.read_text().splitlines()]
+    return Counter(int(line.split()[1]) for line in lines)
+
+
+def spans_nodes(sweep: Sweep, system: Slurm, machines: list[Machine]) -> None:
+    """Let a job of two nodes train, be told to end, be requeued, and come to its end."""
+    job = Submitted(sweep, system, "--nodes", "2", "--time", "00:20:00")
+    assert (job.answer["nodes"], job.answer["open"]) == (2, 1)
+
+    def running(machine: Machine, name: str) -> list[int]:
+        return [pid for pid, line in machine.processes().items() if name in line]
+
+    def caught(step: int) -> int:
+        """Stop a rank early in an epoch, with so many steps behind it: then the other waits for it."""
+        end = time.monotonic() + 400
+        while not [at for at in trained(sweep) if at >= step and at % STEPS == 0]:
+            assert time.monotonic() < end, job.logs + system.logs()
+            time.sleep(0.005)
+        (rank,) = running(machines[1], "ray::Worker")
+        os.kill(rank, signal.SIGSTOP)
+        assert not sweep.ends(), "it was caught too late"
+        return rank
+
+    rank = caught(STEPS)
+    assert len(running(machines[0], "ray::Worker")) == 1
+    listening(*machines)
+    system.ask("scancel", "--signal=USR1", "--batch", job.job)  # as before a time limit
+    system.until(lambda: not running(machines[0], "ray::TrialProxy"), "the end of the sweep's driver")
+    os.kill(rank, signal.SIGCONT)
+    system.until(lambda: job.restarts(job.job) == 1, "a restart")
+    assert job.kept(), job.logs
+    rank = caught(3 * STEPS)
+    counts = trained(sweep)
+    assert {count for step, count in counts.items() if step < max(counts)} == {2}, "a step was trained again"
+    system.ask("scontrol", "requeue", job.job)  # TERM to every process
+    system.until(lambda: "RUNNING" not in system.state(job.job), "the requeueing")
+    os.kill(rank, signal.SIGCONT)
+    system.until(lambda: job.restarts(job.job) == 2, "a restart")
+    system.until(lambda: "COMPLETED" in system.state(job.job), "the end of the job", 400)
+    for machine in machines:
+        assert not running(machine, "raylet"), machine.processes()

@@ -1,8 +1,9 @@
-"""A slot whose node is to be taken away: one rank keeps its step, several leave before their next epoch."""
+"""A slot whose node is to be taken away, or whose sweep ends: its ranks are told to stop, and keep their step."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -60,10 +61,6 @@ def advanced(monkeypatch, ranks: int, leaving: list[set[str]]) -> tuple[list[Ran
         workers = [Rank() for _ in range(ranks)]
         slot.workers, slot.nodes = workers, {"a", "b"}
         work = asyncio.ensure_future(slot.advance())
-        if ranks > 1:
-            await asyncio.sleep(0.2)
-            for worker in workers:
-                worker.stopped.set()
         with pytest.raises(SlotLeft) as left:
             await work
         return workers, str(left.value)
@@ -71,9 +68,10 @@ def advanced(monkeypatch, ranks: int, leaving: list[set[str]]) -> tuple[list[Ran
     return asyncio.run(go())
 
 
-def test_one_rank_is_told_once_and_keeps_its_step(monkeypatch):
-    (rank,), why = advanced(monkeypatch, 1, [set(), {"c"}, {"b", "c"}, {"b"}, {"b"}])
-    assert rank.calls == ["advance", "stop"] and why == "its last step is kept"
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_each_rank_is_told_once_and_keeps_its_step(monkeypatch, ranks):
+    workers, why = advanced(monkeypatch, ranks, [set(), {"c"}, {"b", "c"}, {"b"}, {"b"}])
+    assert [rank.calls for rank in workers] == [["advance", "stop"]] * ranks and why == "its last step is kept"
 
 
 def test_a_slot_on_a_drained_node_begins_nothing(monkeypatch):
@@ -81,9 +79,22 @@ def test_a_slot_on_a_drained_node_begins_nothing(monkeypatch):
     assert rank.calls == [] and "taken away" in why
 
 
-def test_several_ranks_stand_at_different_steps_and_are_not_stopped(monkeypatch):
-    ranks, _ = advanced(monkeypatch, 2, [set(), *[{"a"}] * 9])
-    assert [rank.calls for rank in ranks] == [["advance"]] * 2
+def test_a_sweep_that_ends_in_order_lets_its_slots_keep_their_step_in_the_time_there_is(monkeypatch):
+    async def go(worker: Rank, seconds: float) -> Rank:
+        slot = Slot(load(ROOT / "params.yaml").sweep, 1, ".")
+        await slot.keep(seconds)  # it has not begun
+        slot.workers = [worker]
+        slot.work = asyncio.ensure_future(slot._all("advance"))
+        await asyncio.sleep(0.01)
+        await slot.keep(seconds)
+        return worker
+
+    assert asyncio.run(go(Rank(), 5)).calls == ["advance", "stop"]
+    deaf = Rank()
+    deaf.stopped = asyncio.Event()
+    deaf.stop = Call(lambda: asyncio.sleep(60))
+    started = time.monotonic()
+    assert asyncio.run(go(deaf, 0.1)).calls == ["advance"] and time.monotonic() - started < 3
 
 
 def test_the_notice_is_read_with_a_token_and_says_how_long_is_left(metadata, monkeypatch):

@@ -162,7 +162,10 @@ def test_an_error_that_may_have_broken_the_process_is_counted_and_ends_it(plan, 
     ("given", "what"),
     [
         (["sweep.scheduler=asha"], "sweep.scheduler: asha: compares trials while they train, which needs a head"),
-        (["train.world_size=2"], "train.world_size: 2: makes a trial of several processes"),
+        (
+            ["train.world_size=2"],
+            "train.world_size: 2: makes a trial of several processes.*`hificl submit slurm --nodes N`",
+        ),
     ],
 )
 def test_what_needs_a_head_is_refused(given, what, monkeypatch, tmp_path):
@@ -274,6 +277,129 @@ exec {sys.executable} -m pipeline work --set 'x=$(rm -r .)'  # in the shell's pl
 """
     )
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_the_script_of_a_job_of_nodes():
+    given = ["sweep.gpus_per_worker=1", "sweep.threads_per_worker=4", "sweep.cpus_per_worker=1.5"]
+    args = asked("--nodes", "3", "--grace", "120")
+    text = slurm_script(
+        load(ROOT / "params.yaml", overrides=given), ["--set", "x=$(rm -r .)"], 2, args, Path("/my lab")
+    )
+    head, script = text.split("cd '/my lab' || exit 1\n")
+    assert (
+        head
+        == """#!/bin/bash
+#SBATCH --job-name=hificl
+#SBATCH --nodes=3
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --cpus-per-task=8
+#SBATCH --gres=gpu:2
+#SBATCH --time=01:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=runs/.slurm/%j.log
+"""
+    )
+    sweep = f"{sys.executable} -m pipeline sweep --set 'x=$(rm -r .)' --set \"sweep.address=$head\" &"
+    for part in (
+        sweep,
+        "--min-nodes 3 ",
+        "--num-cpus=3 --num-gpus=2",
+        "HIFICL_KEEP_SECONDS=100",
+        "RAY_AUTH_MODE=token",
+    ):
+        assert part in script
+    exporters = {"DASHBOARD_METRIC_PORT=-1", "AUTOSCALER_METRIC_PORT=-1", "RAY_enable_metrics_collection=0"}
+    assert exporters <= set(script.split())
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_the_batch_script_passes_usr1_on_to_the_sweep_and_puts_the_job_back_into_the_queue(tmp_path):
+    """With SLURM's programs and Ray's played, whose srun is in the place of what it runs."""
+    args = asked("--nodes", "2")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "runs/.slurm").mkdir(parents=True)
+    played = {
+        "scontrol": """
+            case "$1 $2" in
+                "show hostnames") echo a; echo b ;;
+                "show node") echo "NodeName=$3 NodeAddr=127.0.0.1 Port=1" ;;
+                *) echo "$1 $2" ;;
+            esac""",
+        "srun": 'until [ "$1" = bash ]; do shift; done; [ -e early ] && touch begun && exec sleep 60; exec "$@"',
+        "ray": '[ $1 = stop ] && exit; echo "$1 $3"; until [ "$1" = -- ]; do shift; done; shift; exec "$@"',
+        "python": """
+            [ "$1" = -c ] && exec python3 "$@"
+            trap "echo told; exit 7" USR1
+            trap "echo ended; exit 5" TERM
+            echo "$@"
+            touch begun
+            while :; do sleep 0.1; done""",
+    }
+    for name, body in played.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "executable", str(tmp_path / "bin/python"))
+        text = slurm_script(load(ROOT / "params.yaml"), [], 1, args, tmp_path)
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "412345"}
+
+    def ended(*signals: int) -> tuple[int, list[str]]:
+        (tmp_path / "begun").unlink(missing_ok=True)
+        batch = subprocess.Popen(["bash", "-c", text], stdout=subprocess.PIPE, text=True, env=environment)
+        end = time.monotonic() + 60
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < end and batch.poll() is None
+            time.sleep(0.05)
+        for number in signals:
+            batch.send_signal(number)
+            time.sleep(1.5)
+        if signal.SIGUSR1 not in signals:
+            os.kill(int((tmp_path / "runs/.slurm/412345.pid").read_text()), signal.SIGTERM)  # as SLURM does
+        said = batch.communicate(timeout=30)[0].splitlines()
+        assert list((tmp_path / "runs/.slurm").iterdir()) == []
+        return batch.returncode, said
+
+    begun = ["symmetric-run 127.0.0.1:22345", "-m pipeline sweep --set sweep.address=127.0.0.1:22345"]
+    assert ended(signal.SIGUSR1) == (0, [*begun, "told", "requeue 412345"])
+    assert ended(signal.SIGTERM) == (5, [*begun, "ended"])
+    (tmp_path / "early").touch()  # Ray has not come up
+    assert ended(signal.SIGUSR1) == (0, ["requeue 412345"])
+
+
+def test_a_job_of_nodes_holds_trials_of_several_ranks_and_what_compares_them(lab, monkeypatch):
+    monkeypatch.chdir(lab.folder)
+    two = ("--set", "train.world_size=2", "--set", "train.zero_stage=2", "--set", "sweep.scheduler=asha")
+    for words, cpus in ((("--nodes", "2"), 1), (("--nodes", "1"), 2), (("--nodes", "2", "--per-node", "3"), 3)):
+        args = asked("--dry-run", *two, *words)
+        submission = args.func(args)
+        assert (submission.open, submission.nodes) == (2, int(words[1])) and submission.job is None
+        assert f"--num-cpus={cpus} " in submission.text
+    args = asked("--dry-run", "--nodes", "1", "--per-node", "1", *two)
+    with pytest.raises(
+        InputError, match=r"world_size: 2: a trial has 2 ranks.*hold 1\. Give --per-node 2, or --nodes 2"
+    ):
+        args.func(args)
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("--nodes", "2", "--tasks", "4"), r"--tasks: 4: --nodes makes one job.*Leave --tasks out"),
+        (("--nodes", "2", "--at-once", "1"), r"--at-once: 1: --nodes makes one job"),
+        (("--per-node", "2"), r"--per-node: 2: it is of a job of nodes\. Give --nodes too"),
+        (("--nodes", "0"), r"--nodes: 0 is no number of it\. Give 1 or more"),
+        (("--nodes", "1", "--per-node", "0"), r"--per-node: 0 is no number"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(lab, monkeypatch, words, what):
+    monkeypatch.chdir(lab.folder)
+    args = asked(*words)
+    with pytest.raises(InputError, match=what):
+        args.func(args)
+    assert not (lab.folder / "runs/.slurm").exists()
 
 
 def test_where_slurm_is_missing_the_script_is_shown_and_nothing_submitted_or_written(lab, monkeypatch):
