@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -292,7 +292,7 @@ def draw_layers(table: Table) -> dict[str, Drawing]:
     return drawings
 
 
-def _layered(table: Table, lines: Sequence[Line], field: Literal["by_layer", "by_token"]) -> Layered:
+def _layered(table: Table, lines: Sequence[Line], field: str) -> Layered:
     known: Layered = {}
     for column, row in ((column, row) for column in _own(table) for row in lines):
         for cell in table.entries[row, column].cells:
