@@ -277,7 +277,8 @@ def _cell(
     seed: int, digests: Digests, tasks_by_part: Mapping[str, str],
 ) -> Cell:  # fmt: skip
     backbone, paper_backbone, task, paper_task = pair
-    known, part = Settings(row.method).known, vary.get(SOURCE_TASK) if methods.is_trained(row.method) else None
+    known = Settings(row.method).known
+    part = str(vary[SOURCE_TASK]) if SOURCE_TASK in vary and methods.is_trained(row.method) else None
     source = tasks_by_part[part] if part else None
     vary = {name: value for name, value in vary.items() if name in known}
     for name in row.search:

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -292,14 +292,16 @@ def draw_layers(table: Table) -> dict[str, Drawing]:
     return drawings
 
 
-def _layered(table: Table, lines: Sequence[Line], field: Literal["by_layer", "by_token"]) -> Layered:
+def _layered(table: Table, lines: Sequence[Line], field: str) -> Layered:
     known: Layered = {}
     for column, row in ((column, row) for column in _own(table) for row in lines):
         for cell in table.entries[row, column].cells:
             for name, values in getattr(cell.layers, field, {}).items():
                 shown = np.array(values) * papers.convert(1.0, cell.units[name], papers.metric_facts(name).unit)
                 known.setdefault((column, name), {}).setdefault(row, []).append(shown)
-    return known
+    order = [entry.metric for entry in table.row(lines[0])]  # a file has its names by the alphabet
+    place = {name: order.index(name) if name in order else len(order) for _, name in known}
+    return dict(sorted(known.items(), key=lambda item: (table.columns.index(item[0][0]), place[item[0][1]])))
 
 
 def layer_figure(table: Table, known: Layered) -> Figure:
@@ -315,8 +317,10 @@ def layer_figure(table: Table, known: Layered) -> Figure:
             mean, spread = np.mean(seeds, 0), np.std(seeds, 0, ddof=1) if len(seeds) > 1 else np.zeros(len(seeds[0]))
             layers = range(1, len(mean) + 1)
             handles.setdefault(row.title, line(panel, layers, mean.tolist(), spread.tolist(), look[row.row, row.vary]))
-            ends.setdefault(papers.metric_facts(name).unit, []).extend([*(mean - spread), *(mean + spread)])
-        panel.set_title(f"{papers.label('tasks', column.task)}\n{wrapped(papers.label('metrics', name), 27)}")
+            ends.setdefault(papers.metric_facts(name).unit, []).extend(
+                [*np.maximum(mean - spread, 0), *(mean + spread)]
+            )
+        panel.set_title(f"{papers.label('tasks', column.task)}\n{wrapped(papers.label('metrics', name), 22)}")
         panel.set_xlabel("layer")
         panel.set_ylabel(_unit_words(name))
         panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))

@@ -256,7 +256,7 @@ def inside_cells(maker: Any, seeds: int = 2, layers: int = 4, tokens: int = 8) -
     cells = []
     for row, count in (("hificl", tokens), ("prefix", tokens), ("mimic", 1), ("lora-r16", 0)):
         for seed in range(seeds):
-            names = ("virtual_share", "virtual_share_images", "virtual_share_text", "virtual_share_answer")
+            names = ("virtual_share_answer", "virtual_share_images", "virtual_share", "virtual_share_text")
             of_tokens = [[(i + seed) / 100 for i in range(1, count + 1)]] * layers
             by_layer = dict.fromkeys(names, [sum(of_tokens[0])] * layers)
             by_layer["loss_without_layer"] = [0.5 + layer / 10 for layer in range(layers)]
@@ -277,7 +277,8 @@ def inside_cells(maker: Any, seeds: int = 2, layers: int = 4, tokens: int = 8) -
 
 def layered_table(maker: Any, **more: int) -> Any:
     maker.study("miniature-inside", inside_cells(maker, **more))
-    known = maker.params(**{"miniature-inside": maker.definition(paper=None, layout="bars")})
+    metrics = ["virtual_share_images", "virtual_share_text", "virtual_share_answer", "loss_without_layer"]
+    known = maker.params(**{"miniature-inside": maker.definition(paper=None, layout="bars", metrics=metrics)})
     return load_table("miniature-inside", known, maker.folder)
 
 
@@ -287,7 +288,18 @@ def test_what_was_measured_by_layer_is_curves_with_the_spread_over_seeds_and_map
     assert list(drawn) == ["layers-mini-idefics2", "tokens-mini-idefics2"]
     assert all("attention of text" in words and "MimIC" in words for _, words in drawn.values())
     figure = figures.layer_figure(table, figures._layered(table, table.lines, "by_layer"))
-    shares, *_, losses = [axes for axes in figure.axes if axes.axison]
+    shares, *others, losses = [axes for axes in figure.axes if axes.axison]
+    titles = [axes.get_title(loc="left").replace("\n", " ") for axes in (shares, *others, losses)]
+    assert titles == [
+        f"mini-vqa {papers.label('metrics', name)}"
+        for name in (
+            "virtual_share",
+            "virtual_share_images",
+            "virtual_share_text",
+            "virtual_share_answer",
+            "loss_without_layer",
+        )
+    ]  # as the table has them
     assert [one.get_color() for one in shares.get_lines()] == [
         of_method(name)[0] for name in ("hificl", "prefix", "mimic")
     ]
