@@ -126,7 +126,8 @@ class PlayedRun(TrialRun):
         self.reports, self.best, self.error = [], None, None
         self.keeping, self.peak, self.packed = 0.0, 0, 1
         self._kept = self.folder.adapter
-        self.due, self._keep_seconds, self._kept_at = False, KEEP_SECONDS, time.monotonic()
+        self.due = self.asked = self.leaving = False
+        self._keep_seconds, self._kept_at = KEEP_SECONDS, time.monotonic()
         self._epoch = self._resume()
         self._kept_step = self.step
 
