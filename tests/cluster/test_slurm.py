@@ -245,7 +245,8 @@ def spans_nodes(sweep: Sweep, system: Slurm, machines: list[Machine]) -> None:
     assert len(running(machines[0], "ray::Worker")) == 1
     listening(*machines)
     system.ask("scancel", "--signal=USR1", "--batch", job.job)  # as before a time limit
-    system.until(lambda: not running(machines[0], "ray::TrialProxy"), "the end of the sweep's driver")
+    system.until(lambda: running(machines[0], "ray::Dispatcher.close"), "the end of the sweep's driver")
+    time.sleep(3)  # until the rank that is not stopped has heard of it
     os.kill(rank, signal.SIGCONT)
     system.until(lambda: job.restarts(job.job) == 1, "a restart")
     assert job.kept(), job.logs
