@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 SLURM = Path("runs/.slurm")  # script and logs of tasks
 _GRACE = (30, 600)  # seconds that a step, a checkpoint and scontrol take at least, and more than anyone needs
 _END_SECONDS = 20  # of these: what a sweep needs beside the step, and scontrol
+# The other nodes end by themselves soon after the head: a kill that came late would meet the restarted job's step.
+_HEAD_SECONDS = 10
 _CLUSTER_SECONDS = 300  # for all nodes' Ray, which is read from the shared path
 # The address that this node speaks from to a node whose record it is given: its own name may stand for loopback here.
 _ADDRESS = r"""import re, socket, sys
@@ -62,8 +64,10 @@ head=$(scontrol show node "$(scontrol show hostnames | tail -n 1)" | {python} -c
 head=$head:$((20000 + SLURM_JOB_ID % 10000))
 trap 'told=yes; kill -USR1 "$(<"$pid")" || kill $!' USR1  # the sweep keeps the step, or has not begun
 trap 'told=' TERM  # SLURM ends every process, and puts the job back into the queue or not
-srun --nodes={nodes} --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \\
-  bash -c 'ray stop --force > /dev/null 2>&1; exec "$@"' - \\
+srun --nodes={nodes} --ntasks-per-node=1 --cpu-bind=none --wait={least} \\
+  bash -c 'ray stop --force &> /dev/null
+    [ "$SLURM_NODEID" = 0 ] || export RAY_gcs_rpc_server_reconnect_timeout_s={gone}
+    exec "$@"' - \\
   {ray} symmetric-run --address "$head" --min-nodes {nodes} \\
   --num-cpus={cpus} --num-gpus={gpus} --dashboard-host=127.0.0.1 -- \\
   bash -c 'echo $$ > "$0" && exec "$@"' "$pid" {sweep} --set "sweep.address=$head" &
@@ -390,8 +394,9 @@ def slurm_script(params: Params, arguments: list[str], count: int, args: argpars
         programs, python = Path(sys.executable).parent, shlex.quote(sys.executable)
         go = _NODES.format(
             bin=shlex.quote(str(programs)), python=python, ray=shlex.quote(str(programs / "ray")), folder=SLURM,
-            wait=_CLUSTER_SECONDS, keep=KEEP_SECONDS, seconds=args.grace - _END_SECONDS, address=shlex.quote(_ADDRESS),
-            nodes=nodes, cpus=math.ceil(workers * sweep.cpus_per_worker), gpus=gpus, sweep=command,
+            wait=_CLUSTER_SECONDS, gone=_HEAD_SECONDS, least=6 * _HEAD_SECONDS, keep=KEEP_SECONDS,
+            seconds=args.grace - _END_SECONDS, address=shlex.quote(_ADDRESS), nodes=nodes, gpus=gpus, sweep=command,
+            cpus=math.ceil(workers * sweep.cpus_per_worker),
         )  # fmt: skip
     return "\n".join([*lines, f"cd {shlex.quote(str(home))} || exit 1", go])
 
