@@ -127,7 +127,7 @@ def _register_adapt(line: CommandLine) -> None:
 
 
 def _register_tasks(line: CommandLine) -> None:
-    text = "an array job whose tasks lease the open trials, or a job of several nodes"
+    text = "a job whose tasks lease the open trials, or one of N nodes"
     parser = line.verb("run", "submit", _submit, text, answers=True)
     parser.add_argument("system", choices=["slurm"], help="the queueing system: slurm")
     study_names(parser.add_argument("--study", action="append", metavar="S", help="a study (default: the profile's)"))
