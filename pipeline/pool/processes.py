@@ -132,6 +132,7 @@ def as_interrupt() -> Iterator[None]:
         _keep.clear()
         sys.unraisablehook = dropped
         stack.callback(setattr, sys, "unraisablehook", before)
+        stack.callback(_heard.clear)  # or the next loop in this process would take it for its own
         for number, handler in handlers.items():
             if handler is not signal.SIG_IGN:  # as a shell does with SIGINT for the background, and nohup with SIGHUP
                 signal.signal(number, interrupt)
