@@ -123,7 +123,7 @@ def _newest_score(tracker: Tracker, run_id: str, metrics: dict[str, float]) -> E
         if _is_measurement(text):
             continue
         read = Evaluation.parse(text, f"{run_id} {path}", _OTHER_RUN)
-        if read.evaluation.get("task"):  # another task's score of the same adapter
+        if read.target:  # another task's score of the same adapter
             continue
         newest = read
         logged = metrics.get(f"test_{newest.metric}")

@@ -119,8 +119,8 @@ class _Walk:
         evaluation = self._evaluation(cell)
         run = self._run(cell, evaluation)
         config = self._trial(cell, evaluation)
-        if evaluation and (target := evaluation.evaluation.get("task")):  # it is scored on another task's samples
-            self.manifest(str(target), str(evaluation.evaluation.get("manifest_digest")))
+        if evaluation and evaluation.target:  # it is scored on another task's samples
+            self.manifest(*evaluation.target)
         origin = None
         if config is not None:
             origin = MadeFrom(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pipeline.core.errors import InputError, nearest
 from pipeline.core.files import write_atomic
@@ -48,6 +48,13 @@ class CodeVersion(Frozen):
     dirty: Flag | None = None
 
 
+class Target(NamedTuple):
+    """A task, and the digest of its samples."""
+
+    task: str
+    manifest_digest: str
+
+
 class Evaluation(Record):
     """One trial, scored: evaluations/<key>.json.
 
@@ -82,8 +89,13 @@ class Evaluation(Record):
 
     def logged_as(self, metric: str) -> str:
         """Return a metric's name in the trial's run, which has other tasks' scores beside its own."""
+        return "_".join(["test", *([self.target.task] if self.target else []), metric])
+
+    @property
+    def target(self) -> Target | None:
+        """The task that the trial is scored on, where that is not the one that it was trained on."""
         task = self.evaluation.get("task")
-        return f"test_{task}_{metric}" if task else f"test_{metric}"
+        return Target(str(task), str(self.evaluation.get("manifest_digest"))) if task else None
 
     @property
     def left_out(self) -> list[str]:

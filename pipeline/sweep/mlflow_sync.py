@@ -283,8 +283,9 @@ class MlflowSync(Watcher):
         scores = {evaluation.logged_as(name): value for name, value in evaluation.metrics.items()}
         end = self.store.done(config.key)
         costs = {name: float(value) for name in COSTS if (value := getattr(end, name, None))}
-        target = {name: value for name in ("task", "manifest_digest") if (value := evaluation.evaluation.get(name))}
-        on, split = config.model_copy(update=target), str(evaluation.evaluation["split"])
+        on, split = config, str(evaluation.evaluation["split"])
+        if evaluation.target:
+            on = config.model_copy(update=evaluation.target._asdict())
         samples = scored_by(on, self.plan.places, split, evaluation.num_samples)
         for run_id in run_ids:
             self.tracker.log_scores(run_id, {**scores, **costs}, file)
