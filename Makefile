@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup repro repro-real test test-experiments test-faults test-harness test-rehearsal test-simulation test-cluster test-chaos test-slurm test-models test-image mutation real-weights check bench clean pictures pins
+.PHONY: help setup repro repro-real test test-experiments test-faults test-harness test-long test-simulation test-cluster test-chaos test-slurm test-models test-image mutation real-weights check bench clean pictures pins
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -74,8 +74,8 @@ test-harness: setup  ## lmms-eval and lm-evaluation-harness from the package ind
 	VIRTUAL_ENV="$$PWD/.venv" $(BIN)/uv pip install --quiet --no-deps --target $(HARNESS) -r tests/harness.txt
 	PYTHONPATH="$$PWD/$(HARNESS)" $(BIN)/python -m pytest -m harness tests/evaluate/test_harness.py
 
-test-rehearsal: setup  ## the long benchmarks, those of a GPU too, in small sizes on the CPU
-	$(BIN)/python -m pytest -n 2 -m rehearsal tests/bench
+test-long: setup  ## whole benchmarks in small sizes, a GPU's on the CPU, and whole runs in rarer places
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m long
 
 test-experiments: setup  ## DVC's experiments, copies and queue, on a real clone
 	$(BIN)/python -m pytest -m experiments tests/e2e/test_experiments.py

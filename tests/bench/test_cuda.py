@@ -74,7 +74,7 @@ def test_a_step_of_every_method_and_a_pack(tmp_path: Path) -> None:
     assert result["ratios"]["pack_over_alone_idefics2-8b-base"] < 1e-4
 
 
-@pytest.mark.rehearsal
+@pytest.mark.long
 def test_ratios_of_random_models(tmp_path: Path) -> None:
     name = "idefics2"
     items = [f"{item}-{name}" for item in ("step", "packs", "decode", "reuse")]
@@ -88,14 +88,14 @@ def test_ratios_of_random_models(tmp_path: Path) -> None:
     assert all(value > 0 for value in result["ratios"].values())
 
 
-@pytest.mark.rehearsal
+@pytest.mark.long
 def test_cached_decoding_and_a_layers_growth(tmp_path: Path) -> None:
     result = rehearse(tmp_path, "exact-decoding", "layers")
     assert result["failed"] == result["wrong"] == [] and result["checked"] == 6
     assert "step_over_floor_T16" in result["ratios"]
 
 
-@pytest.mark.rehearsal
+@pytest.mark.long
 def test_weights_in_few_bits_are_exact_and_measured(tmp_path: Path) -> None:
     result = rehearse(tmp_path, "exact-quantized", "quantized-idefics2")
     assert result["failed"] == result["wrong"] == [] and result["checked"] == 2 * 2 * len(exact.METHODS) + 2
@@ -179,7 +179,7 @@ def test_what_is_given_is_checked(tmp_path: Path) -> None:
             benchmarks.run("cuda", minutes=1.0, out=tmp_path)
 
 
-@pytest.mark.rehearsal
+@pytest.mark.long
 def test_a_bare_machine_is_enough(tmp_path: Path) -> None:
     """From the repository's root, as a program, with the other packages hidden; JSON alone on standard output."""
     (tmp_path / "sitecustomize.py").write_text(

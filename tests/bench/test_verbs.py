@@ -181,7 +181,7 @@ def test_serve() -> None:
     check(serve.run(sizes=sizes, workload=tiny("idefics2")), names)
 
 
-@pytest.mark.rehearsal
+@pytest.mark.long
 def test_overhead() -> None:
     result = overhead.run(
         ranks=(1, 2), num_virtual_tokens=(2,), learning_rates=(0.005,), num_train_samples=16, noop_repeats=1
@@ -189,7 +189,7 @@ def test_overhead() -> None:
     assert result["ratios"]["sweep_over_bare_loops"] > 0 and result["ratios"]["noop_repro_seconds"] > 0
 
 
-@pytest.mark.rehearsal
+@pytest.mark.long
 def test_scale() -> None:
     result = scale.run(num_trials=60, nodes=4, tune_trials=(4,), measured_runs=4, other_nodes=(2,))
     names = ["decision_ms", "dispatcher_ms_per_trial", "driver_mib", "ledger_kib_per_trial", "sqlite_trial_ms_full",

@@ -236,6 +236,7 @@ def test_text_alone_and_a_command_that_is_interrupted(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_any_checkpoint_in_the_hubs_layout_on_real_pictures(tmp_path: Path, shared_data: Path) -> None:
     official, rows = tasks.get("vqav2"), []

@@ -13,7 +13,7 @@ import pytest
 
 from tests.e2e.conftest import environment, make_project
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 
 # Python runs it at its start. The first driver finds a file in the place of Ray's folder, the second takes it away.
 IN_THE_WAY = """

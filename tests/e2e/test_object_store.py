@@ -18,7 +18,7 @@ from tests.e2e.conftest import make_project
 from tests.support.free_port import free_port
 from tests.tracking.test_models import LOAD, QUESTION
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 KEY, SECRET = "an-access-key", "a-secret-that-nothing-may-show"
 
 

@@ -14,7 +14,7 @@ import pytest
 from tests.e2e.conftest import environment, make_project
 from tests.support import odd_paths
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 
 # MLflow decodes a model's path even where it is no address, so below a `%` it is asked for a copy elsewhere.
 LOADED = """
