@@ -278,9 +278,11 @@ def _store(params: Params, root: Path) -> Iterator[Finding]:
                 "cannot be written", where=str(there), way_out="Mend its permissions, or mount it writable"
             )
         store, evaluations = TrialStore(runs), Evaluations(root / "evaluations")
-        ended = [store.done(key) for key in store.all_keys() if store.record(key)]
+        ended = [store.done(key) for key in store.all_keys() if store.record(key) and store.epochs(key) is not None]
+        scores = [evaluations.read(key) for key in evaluations.scored()]
         studies = [evaluations.study(name) for name in evaluations.studies()]
-        return f"{len(ended)} trials, {len(ended) - ended.count(None)} ended; {len(studies)} studies evaluated"
+        done = len(ended) - ended.count(None)
+        return f"{len(ended)} trials, {done} ended; {len(scores)} scores, {len(studies)} studies"
 
     yield _tried("runs", readable)
     yield from _lock("runs' lock", runs / ".lock")

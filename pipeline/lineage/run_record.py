@@ -84,8 +84,12 @@ def read_record(tracker: Tracker, run_id: str) -> RunRecord:
         why = tags.get("error")
         raise InputError(f"the run ended as {run.status}{f' ({why})' if why else ''}", where=run_id)
     text = tags.get("trial_config")
-    config = json.loads(text) if text else _from_params(run.params)
-    if key_of(TrialConfig, config, tags["trial_key"]) != tags["trial_key"]:
+    try:
+        config = json.loads(text) if text else _from_params(run.params)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"its configuration is damaged: {error}", where=run_id, way_out=_OTHER_RUN) from None
+    stated = tags.get("trial_key", "")
+    if key_of(TrialConfig, config, stated) != stated:
         raise InputError(
             "the run's params do not give its key: they were changed, or another version of the code wrote them",
             where=run_id,

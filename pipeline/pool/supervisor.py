@@ -235,7 +235,8 @@ def train(
     """Train the trials `todo`, and those that an adaptive searcher asks for, with as many drivers as that takes.
 
     Returns:
-        The errors of trials that failed, by key; most stand in the trial store too.
+        The errors of trials that failed, by key; most stand in the trial store too. A point that a searcher asked for
+        and that has no end counts as one.
 
     Raises:
         InputError: as the driver's.
@@ -290,7 +291,8 @@ def train(
         now = _progress(store, keys)
         attempts.lost(lost, progress=now > behind)
         behind = now
-    return errors
+    left = sorted(key for key in keys - errors.keys() if store.done(key) is None)
+    return errors | dict.fromkeys(left, PROXY_DIED)
 
 
 def _tell(store: TrialStore, keys: set[str], watchers: Sequence[Watcher]) -> set[str]:

@@ -275,6 +275,10 @@ class Evaluations:
             raise InputError("no such evaluation", where=str(self.path(key)), way_out="Run dvc repro evaluate")
         return evaluation
 
+    def scored(self) -> list[str]:
+        """Return the keys of all scored trials, sorted."""
+        return sorted(file.stem for file in self.root.glob("*.json") if _KEY.fullmatch(file.stem))
+
     def write(self, key: str, evaluation: Evaluation) -> None:
         """Keep a scored trial."""
         write_atomic(self.path(key), evaluation.text(indent=0))

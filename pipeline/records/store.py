@@ -151,13 +151,7 @@ class TrialStore:
         Raises:
             Unreadable: the system does not let the folder be read now.
         """
-        try:
-            names = [path.name for path in self.root.iterdir()]  # `glob` takes one that cannot be read for an empty one
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise Unreadable.of(error, self.root) from error
-        return sorted(name for name in names if self.trial(name).begun)
+        return sorted(path.name for path in _entries(self.root) if self.trial(path.name).begun)
 
     @contextmanager
     def lock(self, what: str, *, wait: bool = False) -> Iterator[None]:
@@ -238,7 +232,7 @@ class TrialStore:
 
     def _leases(self) -> list[Path]:
         """Return the leases that are held, or were when their process was killed: what is let go is empty."""
-        return [path for path in (self.root / LEASES).glob("*") if not path.suffix and path.stat().st_size]
+        return [path for path in _entries(self.root / LEASES) if not path.suffix and path.stat().st_size]
 
     def tried(self, key: str) -> Attempts:
         """Return how often processes that leased a trial have ended without a word, or by an error."""
@@ -256,6 +250,20 @@ class TrialStore:
 
     def _tried(self, key: str) -> Path:
         return self.root / LEASES / f"{key}.tried"
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return what lies in a folder; nothing where there is none.
+
+    Raises:
+        Unreadable: the system does not let it be read now; `glob` takes such a folder for an empty one.
+    """
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise Unreadable.of(error, folder) from error
 
 
 def check_adapter(folder: Path) -> None:

@@ -81,7 +81,7 @@ def _swept(params: Params, studies: list[str], root: Path | None, plan: Plan) ->
     if failed:
         key, why = next(iter(failed.items()))
         raise WorkError(
-            f"{len(failed)} of {len(plan.trials)} trials failed; the first, {key}: {why}",
+            f"{len(failed)} of {len(plan.trials.keys() | failed)} trials failed; the first, {key}: {why}",
             where="train",
             way_out="Finished trials are kept; mend the cause and run the same command again",
         )
@@ -106,13 +106,22 @@ def _sweep(plan: Plan, store: TrialStore, sync: MlflowSync, driver: Driver | Non
         with View(plan, todo, points) as view:
             errors = train(plan, todo, params, store, [sync, view], driver, adaptive=bool(points))
         Journal(store.root).note("sweep ended", trials=len(todo), seconds=time.monotonic() - started)
+    failed = failures(known, store, errors)
+    sync.close_sweeps(failed=bool(failed))
+    return failed
+
+
+def failures(planned: Iterable[str], store: TrialStore, errors: dict[str, str]) -> dict[str, str]:
+    """Return why trials failed, by key: the `planned` ones, and points of a search that were left open.
+
+    A point that failed in order is what the search learnt of its values, and no failure of the sweep.
+    """
     failed = {}
-    for key in known:
+    for key in planned:
         done = store.done(key)
         if done is None or done.status == "failed":
             failed[key] = (done.error if done else None) or errors.get(key, "it did not end")
-    sync.close_sweeps(failed=bool(failed))
-    return failed
+    return {key: error for key, error in errors.items() if store.done(key) is None} | failed
 
 
 def check_engines(trials: Iterable[TrialConfig]) -> str:

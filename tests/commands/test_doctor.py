@@ -166,7 +166,7 @@ def test_few_open_files_become_as_many_as_are_allowed():
 def test_a_store_is_read_whole(params, tmp_path, monkeypatch):
     """What newer code has written, what cannot be written, and who holds a lock; with its process."""
     monkeypatch.setattr(plan, "places", lambda root: SimpleNamespace(runs=tmp_path / "runs"))
-    assert finding(doctor._store(params, tmp_path), "runs").detail == "0 trials, 0 ended; 0 studies evaluated"
+    assert finding(doctor._store(params, tmp_path), "runs").detail == "0 trials, 0 ended; 0 scores, 0 studies"
     shutil.copytree(ROOT / "tests/golden/records/runs", tmp_path / "runs")
     assert finding(doctor._store(params, tmp_path), "runs").state == doctor.OK
     elsewhere = params.model_copy(
@@ -178,9 +178,14 @@ def test_a_store_is_read_whole(params, tmp_path, monkeypatch):
             checks = [*doctor._store(of_project, tmp_path), *doctor._mlflow(of_project, tmp_path)]
             assert f"is held by a sweep, pid {os.getpid()} on" in finding(checks, "runs' lock").detail
             assert f"held by another process, pid {os.getpid()}" in finding(checks, "the MLflow store's lock").detail
-    (name,) = {path.parent.name for path in (tmp_path / "runs").glob("*/metrics.jsonl")}
-    (tmp_path / "runs" / name / "done.json").write_text('{"schema": 99}')
-    check = finding(doctor._store(params, tmp_path), "runs")
-    assert check.state == doctor.MISSING and "schema 99 was written by newer code" in check.detail
+    shutil.copytree(ROOT / "tests/golden/records/evaluations", tmp_path / "evaluations")
+    assert finding(doctor._store(params, tmp_path), "runs").state == doctor.OK
+    (metrics,), (score,) = (tmp_path / "runs").glob("*/metrics.jsonl"), (tmp_path / "evaluations").glob("*.json")
+    for newer in (metrics, metrics.with_name("done.json"), score):
+        before = newer.read_text()
+        newer.write_text('{"schema": 99}\n')
+        check = finding(doctor._store(params, tmp_path), "runs")
+        assert check.state == doctor.MISSING and "schema 99 was written by newer code" in check.detail
+        newer.write_text(before)
     monkeypatch.setattr(os, "access", lambda _path, _how: False)
     assert finding(doctor._store(params, tmp_path), "runs").detail == f"{tmp_path / 'runs'}: cannot be written"

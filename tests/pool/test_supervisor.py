@@ -12,10 +12,11 @@ import pytest
 
 from pipeline.core.errors import InputError, WorkError
 from pipeline.pool import supervisor
-from pipeline.pool.messages import PROXY_DIED, TrialEnded, Watcher
+from pipeline.pool.messages import PROXY_DIED, TrialEnded, TrialStarted, Watcher
 from pipeline.pool.supervisor import Training
 from pipeline.records.store import Displaced, TrialFolder, TrialStore
 from pipeline.records.trial import TrialEnd
+from pipeline.sweep.train import failures
 
 
 class Heard(Watcher):
@@ -47,13 +48,15 @@ class Played:
         pass
 
 
-def play(root, monkeypatch, drivers: list[Played], todo: list[str]) -> tuple[Heard, dict[str, str]]:
+def play(
+    root, monkeypatch, drivers: list[Played], todo: list[str], *, adaptive: bool = False
+) -> tuple[Heard, dict[str, str]]:
     root.mkdir(exist_ok=True)
     plan: Any = SimpleNamespace(places=SimpleNamespace(runs=root))
     params: Any = SimpleNamespace(sweep=SimpleNamespace(retry=SimpleNamespace(max_attempts=2)))
     heard = Heard()
     monkeypatch.setattr(supervisor, "Driver", lambda: drivers.pop(0))
-    return heard, supervisor.train(plan, todo, params, TrialStore(plan.places.runs), [heard], None, adaptive=False)
+    return heard, supervisor.train(plan, todo, params, TrialStore(plan.places.runs), [heard], None, adaptive=adaptive)
 
 
 def test_ends_that_died_with_the_driver_are_told(tmp_path, monkeypatch):
@@ -93,6 +96,27 @@ def test_a_trial_whose_actor_died_has_not_ended(tmp_path, monkeypatch):
     drivers = [Orphaned(runs, {}, set()), Played(runs, {"a": None, "b": None}, {"a", "b"})]
     heard, errors = play(runs, monkeypatch, drivers, ["a", "b"])
     assert heard.ends == [("a", None), ("b", None)] and errors == {} and not drivers
+
+
+class Searching(Played):
+    """A driver whose search asks for two points, and gives up the actor of one."""
+
+    def messages(self, work: Training) -> Iterator[TrialStarted | TrialEnded]:
+        yield TrialStarted("well")
+        yield TrialStarted("left")
+        TrialFolder(self.root / "well").finish(TrialEnd(status="finished", epochs=1))
+        yield TrialEnded("well", None)
+        yield TrialEnded("left", PROXY_DIED)
+
+
+def test_a_point_of_a_search_that_is_left_open_is_an_error(tmp_path, monkeypatch):
+    """No plan names it, so nothing else would say that the same command has more to do."""
+    runs = tmp_path / "runs"
+    heard, errors = play(runs, monkeypatch, [Searching(runs, {}, set())], [], adaptive=True)
+    assert heard.ends == [("well", None)] and errors == {"left": PROXY_DIED}
+    TrialFolder(runs / "bad").finish(TrialEnd(status="failed", error="no memory"))
+    assert failures(["well"], TrialStore(runs), {**errors, "bad": "no memory"}) == {"left": PROXY_DIED}
+    assert failures(["well", "bad", "open"], TrialStore(runs), {}) == {"bad": "no memory", "open": "it did not end"}
 
 
 class Stopping(Played):

@@ -139,3 +139,7 @@ def test_a_store_that_cannot_be_read_is_not_an_empty_one(tmp_path, monkeypatch):
         patched.setattr(os, "listdir", fails)
         store.all_keys()
     assert store.all_keys() == [CONFIG.key]
+    with store.lease(CONFIG.key, "work"), monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", fails)
+        with pytest.raises(Unreadable, match="cannot be read: Permission denied"), store.lock("a sweep"):
+            pass

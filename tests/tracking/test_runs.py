@@ -143,6 +143,15 @@ def test_a_run_is_looked_for_in_a_store_that_is_there(tmp_path: Path, monkeypatc
     assert not (tmp_path / "mlflow.db").exists()
 
 
+def test_a_trials_run_whose_record_was_changed_is_refused(tracker: Tracker) -> None:
+    _, child = open_both(tracker)
+    tracker.close(child, FINISHED)
+    for tags in ({"trial_config": "{"}, {"trial_config": "[]"}, {"trial_key": "other"}):
+        tracker.tag(child, tags)
+        with pytest.raises(InputError, match=f"{child}: (its configuration is damaged|the run's params do not give)"):
+            read_record(tracker, child)
+
+
 def test_uncommitted_changes_are_kept_with_the_sweep(root: Path) -> None:
     (root / ".gitignore").write_text("ml*\nedited\n")
     (root / "new.py").write_text("a new file\n")
