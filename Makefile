@@ -66,8 +66,8 @@ test-chaos: setup  ## such a cluster, on which something is killed every 15 s fo
 	HIFICL_FAULTS_TABLE="$$TABLE" HIFICL_CHAOS_MINUTES="$$MINUTES" HIFICL_CHAOS_SEED="$$SEED" \
 		$(BIN)/python -m pytest -m chaos tests/cluster -rs -s
 
-test-slurm: setup  ## a real SLURM on loopback: tasks that lease trials, signalled, requeued, preempted (needs root)
-	$(BIN)/python -m pytest -m slurm tests/cluster/test_slurm.py -rs
+test-slurm: setup  ## a real SLURM on loopback: tasks that lease trials, signalled, requeued, preempted: TABLE= (needs root)
+	HIFICL_FAULTS_TABLE="$$TABLE" $(BIN)/python -m pytest -m slurm tests/cluster/test_slurm.py -rs
 
 HARNESS := work/harness
 test-harness: setup  ## lmms-eval and lm-evaluation-harness from the package index, in a folder of their own on top of .venv

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import PACKAGE
 from pipeline.core import machine
-from pipeline.core.errors import InputError, WorkError
+from pipeline.core.errors import HificlError, InputError, WorkError
 from pipeline.core.progress import say
 from pipeline.pool import ensure_token
 
@@ -94,38 +94,48 @@ def work_in(home: str) -> None:
         ) from None
 
 
-def check_nodes() -> int:
-    """Ask every node of the cluster for its version; return how many nodes there are.
+def _nodes() -> dict[str, str]:
+    """Return the address of every node that lives, by Ray's name of it."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def check_nodes() -> None:
+    """Ask every node of the cluster for its version. One that dies meanwhile is none; whoever joins later is asked by
+    its slot (`require`).
 
     Raises:
         InputError: a node has another version, or does not answer; nothing was started.
+        WorkError: Ray lost a node's answer; it can be asked again.
     """
     expected = code_version()
-    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    nodes = _nodes()
     read = ray.remote(num_cpus=0, max_retries=0)(_reader(PACKAGES))
     asked = {
         read.options(scheduling_strategy=NodeAffinitySchedulingStrategy(key, soft=False)).remote(): key for key in nodes
     }
     ready, waiting = ray.wait(list(asked), num_returns=len(asked), timeout=SECONDS)
     if waiting:
-        name = nodes[asked[waiting[0]]]["NodeManagerAddress"]
         raise InputError(
-            f"gave no answer within {SECONDS:.0f} s", where=f"node {name}", way_out="Look at its log with `ray logs`"
-        )
+            f"gave no answer within {SECONDS:.0f} s", where=f"node {nodes[asked[waiting[0]]]}",
+            way_out="Look at its log with `ray logs`",
+        )  # fmt: skip
     for answer in ready:
-        name = nodes[asked[answer]]["NodeManagerAddress"]
-        version = _answer(name, answer)
+        name = nodes[asked[answer]]
+        try:
+            version = ray.get(answer)
+        except ray.exceptions.RayError as error:
+            if asked[answer] in _nodes():
+                raise unanswered(name, error) from None
+            continue
         _compare(name, version, expected)
         machine.require_plain(version["executable"], f"node {name}")
-    return len(nodes)
 
 
-def _answer(name: str, answer: Any) -> Version:
-    try:
-        return ray.get(answer)
-    except ray.exceptions.RayError as error:
-        cause = str(error).strip().splitlines()[-1]
-        raise InputError(f"could not say which code it has ({cause})", where=f"node {name}", way_out=_WAY_OUT) from None
+def unanswered(name: str, error: ray.exceptions.RayError) -> HificlError:
+    """Explain why a node could not say which code it has: the code that it has, or Ray, which may know soon."""
+    of_node = isinstance(error, ray.exceptions.RayTaskError | ray.exceptions.RuntimeEnvSetupError)
+    what = f"could not say which code it has ({str(error).strip().splitlines()[-1]})"
+    return (InputError if of_node else WorkError)(what, where=f"node {name}", way_out=_WAY_OUT if of_node else None)
 
 
 def _compare(name: str, version: Version, expected: Version) -> None:

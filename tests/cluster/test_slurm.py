@@ -23,12 +23,26 @@ from tests.cluster.slurm import Slurm, missing
 from tests.conftest import ROOT
 from tests.faults.checks import mlflow_problems, results
 from tests.faults.sweeps import EPOCHS, STEPS, Sweep, make_sweep
+from tests.faults.table import publish
 
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(missing() is not None, reason=f"no SLURM here: {missing()}"),
 ]
+
+
+MARKS = "<!-- slurm, {}: written by `make test-slurm TABLE=docs/faults.md` -->", "<!-- end of slurm, {} -->"
+
+
+def tell(name: str, rows: list[tuple[str, float, int]], counts: Counter[str]) -> None:
+    """Publish what was done to tasks: how long until the trial was taken up again, and the steps that were kept."""
+    again = sum(counts.values()) - len(counts)
+    lines = ["| what | trains again after | steps kept |", "|---|---|---|"]
+    lines += [f"| {what} | {seconds:.0f} s | {kept} |" for what, seconds, kept in rows]
+    lines += ["", f"Of {len(counts)} steps, {again} were trained again; the numbers are those of an undisturbed sweep."]
+    record = {"rows": rows, "steps": len(counts), "again": again}
+    publish(*(mark.format(name) for mark in MARKS), lines, f"slurm-{name.replace(' ', '-')}-cpu.json", record)
 
 
 @pytest.fixture
@@ -106,6 +120,20 @@ class Submitted:
     def kept(self) -> set[str]:
         return {path.name for path in self.sweep.runs.glob("*/checkpoint/epoch-*-step-*")}
 
+    def leased(self) -> int:
+        return len(self.sweep.events("trial leased"))
+
+
+def counting(sweep: Sweep, system: Slurm) -> None:
+    """Have each step noted that a process of the sweep trains."""
+    (sweep.folder / "steps").mkdir()
+    system.environment |= {"PYTHONPATH": f"{HERE / 'counting'}:{ROOT}", "HIFICL_STEPS": str(sweep.folder / "steps")}
+
+
+def trained(sweep: Sweep) -> Counter[str]:
+    """How often each step of each trial was trained, by any rank."""
+    return Counter(line for file in (sweep.folder / "steps").iterdir() for line in file.read_text().splitlines())
+
 
 def test_a_sweep_of_leased_trials_survives_signals_requeueing_preemption_and_time_limits(tmp_path, system):
     sweep = make_sweep(tmp_path / "template")
@@ -114,35 +142,49 @@ def test_a_sweep_of_leased_trials_survives_signals_requeueing_preemption_and_tim
     wanted = results(reference)
     assert len(wanted) == 4 and {row["status"] for row in wanted.values()} == {"finished"}
 
+    counting(sweep, system)
     job = Submitted(sweep, system, "--tasks", "2", "--time", "00:20:00", "--grace", "60")
     assert (job.answer["open"], job.answer["tasks"]) == (4, 2)
-    kept = []
-    for disturb, number in (
-        (lambda task: ("scontrol", "requeue", task), signal.SIGTERM),
-        (lambda task: ("scontrol", "update", f"JobId={task}", f"TimeLimit={job.minutes(task) + 2}"), signal.SIGUSR1),
-        (lambda task: ("sbatch", "-p", "high", "-n2", "--wrap", "sleep 1", "-o", "/dev/null"), signal.SIGTERM),
+    rows = []
+    for name, disturb, number in (
+        ("requeued: `scontrol requeue` (TERM)", lambda task: ("scontrol", "requeue", task), signal.SIGTERM),
+        (
+            "its time limit (USR1 60 s before)",
+            lambda task: ("scontrol", "update", f"JobId={task}", f"TimeLimit={job.minutes(task) + 2}"),
+            signal.SIGUSR1,
+        ),
+        (
+            "preempted by a job of a higher partition (TERM)",
+            lambda _: ("sbatch", "-p", "high", "-n2", "--wrap", "sleep 1", "-o", "/dev/null"),
+            signal.SIGTERM,
+        ),
     ):
         pid, task = job.caught()
-        before = job.restarts(task)
+        before, kept_before, leased = job.restarts(task), job.kept(), job.leased()
         system.ask(*disturb(task), cwd=sweep.folder)
         job.go_on(pid, task, number)
-        kept.append(job.kept())
+        kept, ended = job.kept() - kept_before, time.monotonic()
         system.until(lambda task=task, before=before: job.restarts(task) > before, "a restart")
         if number == signal.SIGUSR1:
             system.ask("scontrol", "update", f"JobId={task}", "TimeLimit=20")
+        system.until(lambda leased=leased: job.leased() > leased or len(sweep.ends()) == 4, "a trial that goes on", 300)
+        rows.append((name, time.monotonic() - ended, len(kept)))
     system.until(lambda: len(sweep.ends()) == 4, "the end of all trials", 600)
     system.until(lambda: not system.ask("squeue", "-h").strip(), "the end of all tasks", 300)
 
     assert results(sweep) == wanted
     epochs = re.findall(r"^(\w{16}): epoch (\d+)", job.logs, re.MULTILINE)
     assert sorted(epochs) == sorted((key, str(epoch)) for key in wanted for epoch in range(1, EPOCHS + 1))  # each once
-    assert any(kept), "no step was kept"
+    assert any(kept for _, _, kept in rows), "no step was kept"
     assert job.logs.count("the last step is kept") >= 3
     assert "SIGUSR1: the last step is kept" in job.logs and "is back in the queue" in job.logs
 
     sweep.again("-m", "pipeline", "sweep")  # brings MLflow in line, and trains nothing
     assert mlflow_problems(sweep.folder / "mlflow.db", dict.fromkeys(wanted, "FINISHED")) == []
     assert results(sweep) == wanted and not list(sweep.runs.glob("*/checkpoint/*-step-*"))
+    counts = trained(sweep)
+    assert len(counts) == len(wanted) * EPOCHS * STEPS
+    tell("array", rows, counts)
 
 
 def test_what_is_cancelled_keeps_its_step_and_stays_cancelled(tmp_path, system):
@@ -203,37 +245,44 @@ def test_a_trial_over_two_nodes_keeps_its_step_is_requeued_and_ends_as_on_one_ma
     folder.mkdir()
     system = Slurm(folder, machines)
     (folder / "home").mkdir()
-    (sweep.folder / "steps").mkdir()
-    system.environment |= {
-        "HOME": str(folder / "home"), "RAY_TMPDIR": "/tmp/ray",  # each machine has one of its own
-        "PYTHONPATH": f"{HERE / 'counting'}:{ROOT}", "HIFICL_STEPS": str(sweep.folder / "steps"),
-    }  # fmt: skip
+    counting(sweep, system)
+    system.environment |= {"HOME": str(folder / "home"), "RAY_TMPDIR": "/tmp/ray"}  # each machine has one of its own
     try:
-        spans_nodes(sweep, system, machines)
+        rows = spans_nodes(sweep, system, machines)
     finally:
         system.close()
     assert results(sweep) == wanted
     assert mlflow_problems(sweep.folder / "mlflow.db", dict.fromkeys(wanted, "FINISHED"), LONGER) == []
+    tell("two nodes", rows, Counter({step: count // 2 for step, count in trained(sweep).items()}))
 
 
-def trained(sweep: Sweep) -> Counter[int]:
-    """How often each step was trained, by any rank (`counting`)."""
-    lines = [line for file in (sweep.folder / "steps").iterdir() for line in file.read_text().splitlines()]
-    return Counter(int(line.split()[1]) for line in lines)
-
-
-def spans_nodes(sweep: Sweep, system: Slurm, machines: list[Machine]) -> None:
-    """Let a job of two nodes train, be told to end, be requeued, and come to its end."""
+def spans_nodes(sweep: Sweep, system: Slurm, machines: list[Machine]) -> list[tuple[str, float, int]]:
+    """Let a job of two nodes train, be told to end, be requeued, and come to its end; return the rows of the table."""
     job = Submitted(sweep, system, "--nodes", "2", "--time", "00:20:00")
     assert (job.answer["nodes"], job.answer["open"]) == (2, 1)
 
     def running(machine: Machine, name: str) -> list[int]:
         return [pid for pid, line in machine.processes().items() if name in line]
 
+    def steps() -> Counter[int]:
+        """How often each step was trained, by any rank."""
+        return Counter({int(line.split()[1]): count for line, count in trained(sweep).items()})
+
+    def goes_on(what: str, rank: int) -> None:
+        """Let a stopped rank hear of its end, and wait until the restarted job trains."""
+        kept, at = job.kept(), time.monotonic()
+        os.kill(rank, signal.SIGCONT)
+        system.until(lambda: job.restarts(job.job) == len(rows) + 1, "a restart")
+        new, before = len(job.kept() - kept), steps().total()
+        system.until(lambda: steps().total() > before or bool(sweep.ends()), "a step", 400)
+        rows.append((what, time.monotonic() - at, new))
+
+    rows: list[tuple[str, float, int]] = []
+
     def caught(step: int) -> int:
         """Stop a rank early in an epoch, with so many steps behind it: then the other waits for it."""
         end = time.monotonic() + 400
-        while not [at for at in trained(sweep) if at >= step and at % STEPS == 0]:
+        while not [at for at in steps() if at >= step and at % STEPS == 0]:
             assert time.monotonic() < end, job.logs + system.logs()
             time.sleep(0.005)
         (rank,) = running(machines[1], "ray::Worker")
@@ -247,16 +296,15 @@ def spans_nodes(sweep: Sweep, system: Slurm, machines: list[Machine]) -> None:
     system.ask("scancel", "--signal=USR1", "--batch", job.job)  # as before a time limit
     system.until(lambda: running(machines[0], "ray::Dispatcher.close"), "the end of the sweep's driver")
     time.sleep(3)  # until the rank that is not stopped has heard of it
-    os.kill(rank, signal.SIGCONT)
-    system.until(lambda: job.restarts(job.job) == 1, "a restart")
-    assert job.kept(), job.logs
+    goes_on("its time limit (USR1)", rank)
+    assert rows[0][2] == 1, job.logs
     rank = caught(3 * STEPS)
-    counts = trained(sweep)
+    counts = steps()
     assert {count for step, count in counts.items() if step < max(counts)} == {2}, "a step was trained again"
     system.ask("scontrol", "requeue", job.job)  # TERM to every process
     system.until(lambda: "RUNNING" not in system.state(job.job), "the requeueing")
-    os.kill(rank, signal.SIGCONT)
-    system.until(lambda: job.restarts(job.job) == 2, "a restart")
+    goes_on("requeued: `scontrol requeue` (TERM)", rank)
     system.until(lambda: "COMPLETED" in system.state(job.job), "the end of the job", 400)
     for machine in machines:
         assert not running(machine, "raylet"), machine.processes()
+    return rows

@@ -203,6 +203,7 @@ def test_pictures_are_not_for_a_text_decoder(tmp_path: Path, monkeypatch, capsys
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_text_alone_and_a_command_that_is_interrupted(tmp_path: Path) -> None:
     """Ctrl-C loses nothing that was done, and the same command goes on; how far it is stands in lines meanwhile."""

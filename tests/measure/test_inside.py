@@ -10,23 +10,11 @@ import torch
 
 from pipeline import adapters
 from pipeline.config.trial import EvaluationConfig
-from pipeline.measure import Measured, MeasureJob, create_measure
+from pipeline.measure import Measured, create_measure
 from pipeline.measure.inside import LatentDistance
 from pipeline.sweep.evaluate import _key
 from pipeline.train.workbench import Workbench
-
-
-@pytest.fixture(scope="module")
-def bench() -> Workbench:
-    return Workbench(device="cpu")
-
-
-def measured(bench: Workbench, name: str, requests: list, **settings: int) -> list[Measured]:
-    jobs = []
-    for request in requests:
-        evaluation = EvaluationConfig(trial=request.config.key, max_new_tokens=8)
-        jobs.append(MeasureJob("row", request, evaluation, None, ""))  # type: ignore[arg-type]
-    return create_measure(name, settings, "a study").run(bench, jobs)
+from tests.measure.conftest import measured
 
 
 def written(bench: Workbench, request, part: str) -> None:

@@ -9,17 +9,14 @@ import psutil
 import pytest
 import torch
 
+from pipeline.measure import create_measure
 from pipeline.measure.costs import CountedFlops
 from pipeline.records.store import TrialFolder
 from pipeline.records.trial import TrialEnd
 from pipeline.train.cost import Memory
 from pipeline.train.loop import TrainingLoop
 from pipeline.train.workbench import Workbench
-
-
-@pytest.fixture(scope="module")
-def bench() -> Workbench:
-    return Workbench(device="cpu")
+from tests.measure.conftest import measured
 
 
 def spent(bench: Workbench, request) -> tuple[float, TrialEnd]:
@@ -47,6 +44,16 @@ def test_the_peak_of_memory_is_the_trials_own(bench, trial, tmp_path):
     _, end = spent(bench, request)
     weights = sum(parameter.nbytes for parameter in bench.resident(request).loaded.model.parameters())
     assert weights < end.peak_memory_bytes < weights + held.nbytes // 2
+
+
+def test_a_teacher_and_its_demonstrations_are_part_of_the_cost(bench, trial, tmp_path):
+    plain, taught = trial("hificl", tmp_path, rank=2), trial("mimic", tmp_path, num_shots=2)
+    without = trial("zero-shot", tmp_path, epochs=0)
+    student, teacher, untrained = measured(bench, "training_cost", [plain, taught, without], num_samples=4, rounds=1)
+    kind = create_measure("training_cost", {}, "a study")
+    ratios = kind.relate(dict(teacher.numbers), dict(student.numbers))
+    assert ratios["flops"] > 1.5 and ratios["time"] > 0 and ratios["gpu_memory"] > 0
+    assert kind.relate(dict(student.numbers), dict(student.numbers))["time"] == 1 and untrained.numbers == {}
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators give their pages back by themselves")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 
 import pytest
@@ -12,59 +11,11 @@ import ray
 from pipeline.config.load import BackboneSource, TrialRequest, load
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core.errors import InputError
-from pipeline.evaluate.generate import Answers
 from pipeline.pool import evaluators, slot
 from pipeline.pool.tuner import cluster
+from tests.support.told_actors import Looking, Told
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@ray.remote(max_restarts=0)
-class Told:
-    """An evaluator without a backbone: a file `die-CALL` ends its process, one of `fail-NAME` raises."""
-
-    def __init__(self, batch_size: int, home: str, gpus: float) -> None:
-        pass
-
-    def answer(self, requests, evaluation, part):
-        self._called("answer", requests)
-        return [Answers({}, 0.0) for _ in requests]
-
-    def score(self, request, evaluation, parts):
-        self._called("score", [request])
-        return f"record of {request.folder}"
-
-    def _called(self, what, requests) -> None:
-        here = Path(requests[0].manifest)
-        names = "".join(request.folder for request in requests)
-        with (here / "calls").open("a") as file:
-            file.write(f"{what} {names}\n")
-        orders = sorted(here.glob(f"die-{what}-*"))
-        if orders:
-            orders[0].unlink()
-            os._exit(1)
-        if what == "answer" and any((here / f"fail-{name}").exists() for name in names):
-            raise ValueError(names)
-
-
-@ray.remote(max_restarts=0)
-class Looking:
-    """A slot's worker, or an evaluator, that says which GPUs it is shown."""
-
-    def __init__(self, *_) -> None:
-        pass
-
-    def address(self):
-        return ray.util.get_node_ip_address(), "node", os.getpid()
-
-    def meeting(self, _) -> str:
-        return ""
-
-    def connect(self, *_) -> None:
-        pass
-
-    def sees(self) -> str | None:
-        return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,13 @@ import pytest
 import ray
 
 from pipeline.config.load import load
-from pipeline.core.errors import InputError
+from pipeline.core.errors import InputError, WorkError
 from pipeline.pool import slot
-from pipeline.pool.cluster import work_in
+from pipeline.pool.cluster import unanswered
 from pipeline.pool.tuner import cluster
+from tests.support.told_actors import worked_in
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@ray.remote(num_cpus=0)
-def worked_in(home: str) -> str:
-    work_in(home)
-    return str(Path.cwd())
 
 
 def test_it_goes_there_and_a_node_without_the_folder_is_named(tmp_path, monkeypatch):
@@ -32,6 +27,16 @@ def test_it_goes_there_and_a_node_without_the_folder_is_named(tmp_path, monkeypa
         assert ray.get(worked_in.remote(str(tmp_path))) == str(tmp_path)
         with pytest.raises(InputError, match=f"node .*{tmp_path}/gone is not there"):
             ray.get(worked_in.remote(str(tmp_path / "gone")))
+
+
+def test_a_node_that_raises_has_other_code_and_one_whose_answer_ray_lost_is_asked_again():
+    """A node that dies while it is asked refuses no sweep: the next driver asks those that are there then."""
+    raised = ray.exceptions.RayTaskError("read", "Traceback\nModuleNotFoundError: no torch", ModuleNotFoundError())
+    assert isinstance(error := unanswered("10.0.0.2", raised), InputError)
+    assert str(error).startswith("node 10.0.0.2: could not say which code it has (") and "same version" in str(error)
+    for lost in (ray.exceptions.TaskUnschedulableError("the node doesn't exist any more"),
+                 ray.exceptions.WorkerCrashedError()):  # fmt: skip
+        assert isinstance(unanswered("10.0.0.2", lost), WorkError)
 
 
 def test_ranks_meet_at_the_first_ones_own_address_or_in_a_folder_of_their_owners(monkeypatch):
