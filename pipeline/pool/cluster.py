@@ -134,8 +134,8 @@ def check_nodes() -> None:
 def unanswered(name: str, error: ray.exceptions.RayError) -> HificlError:
     """Explain why a node could not say which code it has: the code that it has, or Ray, which may know soon."""
     of_node = isinstance(error, ray.exceptions.RayTaskError | ray.exceptions.RuntimeEnvSetupError)
-    what = f"could not say which code it has ({str(error).strip().splitlines()[-1]})"
-    return (InputError if of_node else WorkError)(what, where=f"node {name}", way_out=_WAY_OUT if of_node else None)
+    text = f"could not say which code it has ({str(error).strip().splitlines()[-1]})"
+    return (InputError if of_node else WorkError)(text, where=f"node {name}", way_out=_WAY_OUT if of_node else None)
 
 
 def _compare(name: str, version: Version, expected: Version) -> None:

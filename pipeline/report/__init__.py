@@ -1,4 +1,4 @@
-"""The report: every study's table and figures beside the paper's, as HTML, Markdown, CSV and JSON."""
+"""The report: every study's table and figures beside the paper's, as HTML, Markdown, LaTeX, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.core.progress import console, say
 from pipeline.records.evaluation import Evaluations
 from pipeline.report import figures, findings, page, papers, tables, writers
 from pipeline.report.answers import answer_table
-from pipeline.report.drawing import Drawing, standalone
+from pipeline.report.drawing import PRINTED, Drawing, standalone
 from pipeline.report.sections import notes
 from pipeline.report.writers import Results
 
@@ -43,7 +43,9 @@ def load_table(study: str, params: Params, evaluations: Path) -> tables.Table:
 
 
 def write_study(study: str, params: Params, evaluations: Path, out: Path) -> None:
-    """Write a study's report: `<study>.md`, `<study>.csv`, `figures/<study>/*.svg` and `metrics/<study>.json`.
+    """Write a study's report: `<study>.md`, `.tex`, `.csv`, `metrics/<study>.json`, and `figures/<study>/`.
+
+    Each figure is there as SVG for the screen, and as PDF and PNG for a paper.
 
     Equal inputs give equal bytes.
 
@@ -52,15 +54,18 @@ def write_study(study: str, params: Params, evaluations: Path, out: Path) -> Non
     """
     table, drawn, _ = _render(study, params, evaluations)
     pictures = out / "figures" / study
-    for stale in pictures.glob("*.svg"):
+    for stale in pictures.glob("*"):
         stale.unlink()
     for folder in (pictures, out / "metrics"):
         folder.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{study}.csv", writers.to_csv(table))
     write_atomic(out / f"{study}.md", writers.to_markdown(table, notes(table)))
+    write_atomic(out / f"{study}.tex", writers.to_latex(table))
     write_atomic(out / "metrics" / f"{study}.json", writers.to_metrics(table))
-    for name, (svg, _) in drawn.items():
-        write_atomic(pictures / f"{name}.svg", standalone(svg))
+    for name, drawing in drawn.items():
+        write_atomic(pictures / f"{name}.svg", standalone(drawing.svg))
+        for kind in PRINTED:
+            (pictures / f"{name}.{kind}").write_bytes(drawing.printed(kind))
 
 
 def write_numbers(params: Params, evaluations: Path, out: Path) -> None:

@@ -10,7 +10,7 @@ import re
 import textwrap
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -19,7 +19,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from pipeline.report import papers
-from pipeline.report.tables import Line, Table, TableEntry
+from pipeline.report.tables import Line, Table
 
 QUIET = "#9aa5b1"
 INK = "#010203"  # stands for currentColor, which Matplotlib cannot write: replaced in the SVG
@@ -49,6 +49,8 @@ _STANDALONE = (
     "<style>svg{color:#1d2430;background:#fff}"
     "@media (prefers-color-scheme:dark){svg{color:#e4e8ee;background:#12161c}}</style>"
 )
+PrintedKind = Literal["pdf", "png"]
+PRINTED: tuple[PrintedKind, ...] = ("pdf", "png")
 MARKERS = "os^DXPv<>hp*d8H"
 # of series that are not methods, such as a miniature's losses by kind of document
 SERIES = ("#1872f7", "#b15c08", "#2e9e7b", "#c234b5", "#336877", "#de8308", "#983648", "#9f97b9")
@@ -59,17 +61,33 @@ _LABEL = 34  # letters a line
 _PANEL, _LETTER = 2.0, 0.11  # inches: a panel's least width, a letter's width in a tick label with its space
 
 
-class Drawing(NamedTuple):
-    """A figure as SVG text, and what it shows in words."""
+@dataclass(frozen=True)
+class Drawing:
+    """A figure in the report's style, and what it shows in words; drawn for each format that is asked for.
 
-    svg: str
+    Attributes:
+        name: of the figure among all; the ids in its SVG come from it.
+        draw: makes it.
+        words: for who cannot see it.
+    """
+
+    name: str
+    draw: Callable[[], Figure]
     words: str
 
+    @functools.cached_property
+    def svg(self) -> str:
+        """SVG text, for the page."""
+        with mpl.rc_context({**STYLE, "svg.hashsalt": self.name}):
+            return to_svg(self.draw())
 
-def styled_svg(salt: str, draw: Callable[[], Figure]) -> str:
-    """Return what `draw` gives as SVG text in the report's style; the ids in it come from the salt."""
-    with mpl.rc_context({**STYLE, "svg.hashsalt": salt}):
-        return to_svg(draw())
+    def printed(self, kind: PrintedKind) -> bytes:
+        """Return the figure for a paper: vectors with their fonts inside, or 300 dots an inch on white."""
+        buffer = io.BytesIO()
+        with mpl.rc_context({**STYLE, "pdf.fonttype": 42}):  # TrueType, which journals ask for
+            nothing = {"Creator": None, "Producer": None, "CreationDate": None} if kind == "pdf" else {"Software": None}
+            self.draw().savefig(buffer, format=kind, dpi=300, metadata=nothing)
+        return buffer.getvalue()
 
 
 def to_svg(figure: Figure) -> str:
@@ -201,9 +219,3 @@ def legend(figure: Figure, handles: Mapping[str, Any]) -> None:
 def wrapped(text: str, letters: int = _LABEL) -> str:
     """Return a label on as many lines as it needs."""
     return "\n".join(textwrap.wrap(text, letters, break_on_hyphens=False)) or text
-
-
-def metric_words(entry: TableEntry, reference: str = "") -> str:
-    """Return the name of an entry's metric with its unit; a factor's with what it is a factor of."""
-    sign = f"× {reference}" if entry.unit == "times" and reference else papers.sign(entry.unit)
-    return papers.label("metrics", entry.metric) + (f" ({sign})" if sign else "")

@@ -26,13 +26,11 @@ from pipeline.report.drawing import (
     legend,
     line,
     looks,
-    metric_words,
     safe,
     spaced,
-    styled_svg,
     wrapped,
 )
-from pipeline.report.tables import Column, Cost, Line, Table, TableEntry, costs_of
+from pipeline.report.tables import Column, Cost, Line, Table, TableEntry, costs_of, metric_words
 
 Name = tuple[str, tuple[tuple[str, Any], ...]]  # a curve: its row, and the varied axes that it does not run along
 
@@ -43,18 +41,18 @@ def draw_figures(table: Table, layout: str) -> dict[str, Drawing]:
     if layout == "pareto":
         return {
             f"cost-{safe(backbone)}": Drawing(
-                styled_svg(f"{study} cost {backbone}", partial(cost_figure, table, lines)), _cost_words(table, lines)
+                f"{study} cost {backbone}", partial(cost_figure, table, lines), _cost_words(table, lines)
             )
             for backbone, lines in table.groups()
             if any(_priced(table, lines, column, cost) for column in _own(table) for cost in costs_of(table))
         }
     if table.axes and layout != "table":
         axis = max(table.axes, key=lambda name: len({dict(line.vary).get(name) for line in table.lines}))
-        curves = styled_svg(f"{study} {axis}", partial(curve_figure, table, axis))
-        return {f"over-{safe(axis)}": Drawing(curves, _curve_words(table, axis))}
+        curves = Drawing(f"{study} {axis}", partial(curve_figure, table, axis), _curve_words(table, axis))
+        return {f"over-{safe(axis)}": curves}
     return {
         f"bars-{safe(backbone)}": Drawing(
-            styled_svg(f"{study} {backbone}", partial(bar_figure, table, lines)), _bar_words(table, lines)
+            f"{study} {backbone}", partial(bar_figure, table, lines), _bar_words(table, lines)
         )
         for backbone, lines in table.groups()
         if any(entry.value is not None for line in lines for entry in table.row(line))
@@ -229,8 +227,8 @@ def draw_losses(table: Table) -> dict[str, Drawing]:
         columns = [c for c in table.columns if c.metric is None and any(_curve(table.entries[i, c]) for i in lines)]
         if columns:
             rows = [line for line in lines if any(_curve(table.entries[line, column]) for column in columns)]
-            losses = styled_svg(f"{table.study.study} losses {backbone}", partial(loss_figure, table, rows, columns))
-            drawings[f"loss-{safe(backbone)}"] = Drawing(losses, _words(rows, columns))
+            name, draw = f"{table.study.study} losses {backbone}", partial(loss_figure, table, rows, columns)
+            drawings[f"loss-{safe(backbone)}"] = Drawing(name, draw, _words(rows, columns))
     return drawings
 
 
@@ -285,10 +283,9 @@ def draw_layers(table: Table) -> dict[str, Drawing]:
                 numbers = dict.fromkeys(papers.label("metrics", name) for _, name in known)
                 rows = dict.fromkeys(row.title for of_rows in known.values() for row in of_rows)
                 words = f"By layer{' and virtual token' * (kind == 'tokens')}: {', '.join(numbers)}; {', '.join(rows)}"
-                svg = styled_svg(f"{table.study.study} {kind} {backbone}", partial(draw, table, known))
-                drawings[f"{kind}-{safe(backbone)}"] = Drawing(
-                    svg, f"{words} on {papers.label('backbones', backbone)}."
-                )
+                words += f" on {papers.label('backbones', backbone)}."
+                name = f"{table.study.study} {kind} {backbone}"
+                drawings[f"{kind}-{safe(backbone)}"] = Drawing(name, partial(draw, table, known), words)
     return drawings
 
 

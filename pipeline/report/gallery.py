@@ -62,10 +62,10 @@ def _section(study: str, params: Params, evaluations: Path, folder: Path) -> str
     table = report.load_table(study, params, evaluations)
     drawn = [*figures.draw_figures(table, params.studies[study].layout).items()][:1]
     pictures = ""
-    for name, (svg, words) in [*drawn, *figures.draw_layers(table).items()]:
+    for name, drawing in [*drawn, *figures.draw_layers(table).items()]:
         file = folder / f"{study}-{safe(name)}.svg"
-        write_atomic(file, standalone(svg))
-        alt = " ".join(words.replace("[", "(").replace("]", ")").split())
+        write_atomic(file, standalone(drawing.svg))
+        alt = " ".join(drawing.words.replace("[", "(").replace("]", ")").split())
         pictures += f"\n![{alt}]({_FOLDER}/{file.name})\n"
     note = f"\n{table.note}\n" if table.note else ""
     return f"## {table.study.title}\n{pictures}{note}" if pictures else ""

@@ -15,8 +15,19 @@ from pipeline.records.evaluation import CellResult
 from pipeline.records.trial import Provenance
 from pipeline.report import papers
 from pipeline.report.answers import AnswerTable
-from pipeline.report.drawing import Drawing, metric_words, safe
-from pipeline.report.tables import Column, Cost, Line, Table, TableEntry, cost_of, cost_values, costs_of, problems_of
+from pipeline.report.drawing import Drawing, safe
+from pipeline.report.tables import (
+    Column,
+    Cost,
+    Line,
+    Table,
+    TableEntry,
+    cost_of,
+    cost_values,
+    costs_of,
+    metric_words,
+    problems_of,
+)
 from pipeline.report.writers import format_value, to_csv
 
 
@@ -245,8 +256,8 @@ def study_section(
             for backbone, lines in table.groups()
         ],
         figures=[
-            CaptionedFigure(Markup(svg), words, _caption(table, name))  # noqa: S704 - our own SVG
-            for name, (svg, words) in figures.items()
+            CaptionedFigure(Markup(drawing.svg), drawing.words, _caption(table, name))  # noqa: S704 - our own SVG
+            for name, drawing in figures.items()
         ],
         width=len(table.columns) + 1 + len(columns),
         figures_first=bool(table.axes),

@@ -378,6 +378,12 @@ def _sample_scores(key: str, evaluations: Path, *_version: int) -> SampleScores:
     return SampleScores(evaluation.unit, samples, values, images, own_draw)
 
 
+def metric_words(entry: TableEntry, reference: str = "") -> str:
+    """Return the name of an entry's metric with its unit; a factor's with what it is a factor of."""
+    sign = f"× {reference}" if entry.unit == "times" and reference else papers.sign(entry.unit)
+    return papers.label("metrics", entry.metric) + (f" ({sign})" if sign else "")
+
+
 def problems_of(cells: Sequence[CellResult]) -> list[str]:
     """Return which cells have no number and why, one sentence for all seeds with the same problem."""
     seeds: dict[tuple[str, str], list[int]] = {}

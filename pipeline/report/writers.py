@@ -1,4 +1,4 @@
-"""A study's table as text: CSV, Markdown, the numbers of `dvc metrics` and `dvc plots`, and the terminal's."""
+"""A study's table as text: CSV, Markdown, LaTeX, the numbers of `dvc metrics` and `dvc plots`, and the terminal's."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from rich.text import Text
 from pipeline.core import terminal
 from pipeline.core.terminal import BAD, QUIET, Answer
 from pipeline.report import papers
-from pipeline.report.tables import Column, Line, Table, TableEntry, cost_of, costs_of, problems_of
+from pipeline.report.tables import Column, Line, Table, TableEntry, cost_of, costs_of, metric_words, problems_of
 
 COLUMNS = ("backbone", "task", "method", "metric", "value", "std", "seeds", "paper", "run_ids")
+_TEX = {  # of what a name or a unit may hold
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$",
+    "≤": r"$\le$", "≥": r"$\ge$", "→": r"$\to$", "−": "$-$", "Δ": r"$\Delta$", "λ": r"$\lambda$", "²": "$^2$",
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+}  # fmt: skip
 Tree = dict[str, "Tree | float"]  # numbers by name, nested as `dvc metrics` shows them
 
 SCORES = ("study", "backbone", "task", "metric", "unit", "method", "value")
@@ -61,6 +66,30 @@ def to_markdown(table: Table, notes: list[str]) -> str:
             + (f": {_md(cell.error)}" if cell.error else "")
         )
     return "\n".join(out).rstrip() + "\n"
+
+
+def to_latex(table: Table) -> str:
+    """Return the table as a LaTeX `tabular` in the style of booktabs, to be read into a paper.
+
+    The best of a column is bold, the second underlined; a value has its standard deviation over seeds behind it. The
+    paper's own figures are left out.
+    """
+    costs = costs_of(table)
+    entries, reference = table.row(table.lines[0]), table.reference_label
+    heads = [(papers.label("tasks", e.column.task), metric_words(e, reference)) for e in entries]
+    heads += [(cost.title, cost.below) for cost in costs]
+    rows = [["Method", *(_tex(title) for title, _ in heads)], ["", *(_tex(below) for _, below in heads)]]
+    out = [f"% {' '.join(table.study.title.split())}; needs the package booktabs",
+           rf"\begin{{tabular}}{{@{{}}l{'r' * len(heads)}@{{}}}}", r"\toprule", *map(_tex_row, rows)]  # fmt: skip
+    for backbone, lines in table.groups():
+        out.append(r"\midrule")
+        if len(table.groups()) > 1:
+            name = _tex(papers.label("backbones", backbone))
+            out.append(rf"\multicolumn{{{len(heads) + 1}}}{{@{{}}l}}{{\emph{{{name}}}}} \\")
+        for line in lines:
+            spent = [_tex(cost_of(cost, table, line) or "-") for cost in costs]
+            out.append(_tex_row([_tex(line.title), *map(_tex_entry, table.row(line)), *spent]))
+    return "\n".join([*out, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
 def to_metrics(table: Table) -> str:
@@ -155,6 +184,23 @@ def _md_entry(entry: TableEntry) -> str:
         spread = f" ± {format_value(entry.std, entry.unit)}" if entry.std is not None else ""
         text = {"best": f"**{value}**", "second": f"<u>{value}</u>"}.get(entry.mark, value) + spread
     return text if entry.paper is None else f"{text} (paper {format_value(entry.paper, entry.unit)})"
+
+
+def _tex_entry(entry: TableEntry) -> str:
+    if entry.value is None:
+        return "-"
+    marked = {"best": r"\textbf{%s}", "second": r"\underline{%s}"}.get(entry.mark or "", "%s")
+    value = marked % format_value(entry.value, entry.unit)
+    return value if entry.std is None else rf"{value} {{\scriptsize$\pm${format_value(entry.std, entry.unit)}}}"
+
+
+def _tex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _tex(text: str) -> str:
+    """Return text that LaTeX prints as it is."""
+    return "".join(_TEX.get(letter, letter) for letter in " ".join(text.split()))
 
 
 def _md(text: str) -> str:

@@ -8,13 +8,16 @@ import hashlib
 import html
 import json
 import re
+import shutil
 import statistics
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
 from pipeline.core.errors import InputError
 from pipeline.report import forget, load_table, study_page, write_index, write_numbers, write_study
@@ -116,7 +119,11 @@ def test_varied_axes_and_further_metrics_are_rows(maker: Any) -> None:
     ]
     assert [row["value"] for row in rows if row["metric"] == "chair_s"] == ["4", "4"]
     pictures = maker.folder.parent / "figures/hificl-figure7"
-    assert [file.name for file in pictures.iterdir()] == ["over-rank.svg"]
+    assert sorted(file.name for file in pictures.iterdir()) == ["over-rank.pdf", "over-rank.png", "over-rank.svg"]
+    printed = (pictures / "over-rank.pdf").read_bytes()
+    assert printed.startswith(b"%PDF-") and b"/FontFile2" in printed and b"/Type3" not in printed
+    with Image.open(pictures / "over-rank.png") as image:
+        assert image.width > 1000 and image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     metrics = json.loads((maker.folder.parent / "metrics/hificl-figure7.json").read_text())
     assert metrics["mini-coco"]["chair_s"] == {"hificl rank=1": 4.0, "hificl rank=8": 4.0}
 
@@ -372,13 +379,38 @@ def test_hostile_text_is_shown_not_run(maker: Any) -> None:
     assert rows_of(out / "hificl-table1.csv")[0]["task"] == HOSTILE
 
 
+def test_a_paper_reads_the_table_in_as_it_is(main: dict[str, Any]) -> None:
+    text = (main["out"] / "hificl-table1.tex").read_text()
+    begin, *_, end = lines = text.splitlines()[1:]
+    columns = re.fullmatch(r"\\begin\{tabular\}\{@\{\}l(r+)@\{\}\}", begin)
+    rows = [line for line in lines if line.endswith(r" \\")]
+    assert columns and end == r"\end{tabular}"
+    assert {row.count(" & ") for row in rows} == {len(columns[1])}
+    methods = {row["method"] for row in rows_of(main["out"] / "hificl-table1.csv")}
+    assert len(rows) == 2 + len(methods) and text.count(r"\textbf{") >= 1
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
+def test_latex_takes_a_table_whatever_its_names_hold(maker: Any, tmp_path: Path) -> None:
+    special = r"50% of $x_i & #1 {a} \b ~c^d ± × ≤ λ"
+    maker.study("hificl-table1", [maker.cell(special, "mini-vqa", seed) for seed in (0, 1)], title=special)
+    write_study("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder, tmp_path)
+    (tmp_path / "paper.tex").write_text(
+        "\\documentclass{article}\\usepackage{booktabs}\\usepackage{graphicx}\\begin{document}\\input{hificl-table1}"
+        "\n\n\\includegraphics[width=8cm]{figures/hificl-table1/bars-mini-idefics2}\\end{document}"
+    )
+    words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and (tmp_path / "paper.pdf").exists(), done.stdout[-2000:]
+
+
 def test_the_same_inputs_give_the_same_bytes(main: dict[str, Any], tmp_path: Path) -> None:
     forget()
     again = tmp_path / "again"
     write_study("hificl-table1", main["params"], main["maker"].folder, again)
     write_index(main["params"], main["maker"].folder, again)
     files = {file.relative_to(again): file.read_bytes() for file in again.rglob("*") if file.is_file()}
-    assert len(files) == 6
+    assert len(files) == 9
     before = {file.relative_to(main["out"]): file.read_bytes() for file in main["out"].rglob("*") if file.is_file()}
     assert files == before
 
