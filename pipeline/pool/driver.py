@@ -58,8 +58,8 @@ def main(pipe: Connection) -> None:
         return
     if isinstance(work, Stop):  # before there was work
         return
-    threading.Thread(target=_end_with_supervisor, args=(pipe,), daemon=True, name="supervisor").start()
-    with suppress(KeyboardInterrupt):  # the stage's word; it may come while the last message is under way
+    with suppress(KeyboardInterrupt):  # the stage's word, or its death: at any moment from the thread's first on
+        threading.Thread(target=_end_with_supervisor, args=(pipe,), daemon=True, name="supervisor").start()
         _do(work, relay)
     with suppress(KeyboardInterrupt):
         reap(os.environ[MARK])

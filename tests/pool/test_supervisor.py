@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import InputError, WorkError
-from pipeline.pool import supervisor
+from pipeline.pool import driver, supervisor
 from pipeline.pool.messages import PROXY_DIED, TrialEnded, TrialStarted, Watcher
 from pipeline.pool.supervisor import Training
 from pipeline.records.store import Displaced, TrialFolder, TrialStore
@@ -206,3 +208,37 @@ def test_what_rays_library_writes_as_it_dies_is_kept_off_the_terminal(capfd):
     assert "a stack of addresses" in lost.value.__notes__[0]
     terminal = capfd.readouterr().err
     assert "said by Python" in terminal and "addresses" not in terminal
+
+
+class Idle:
+    """Work that is never begun."""
+
+    def run(self, tell) -> None:
+        raise AssertionError("begun")
+
+
+def test_a_driver_whose_supervisor_is_dead_before_its_work_begins_ends_without_a_word(monkeypatch, capfd):
+    """The thread that waits for it then interrupts the driver from its first moment on."""
+
+    class Thread:
+        def __init__(self, **_) -> None: ...
+
+        def start(self) -> None:
+            raise KeyboardInterrupt
+
+    def leaves(status: int) -> None:
+        raise SystemExit(status)
+
+    handler = signal.getsignal(signal.SIGINT)
+    here, there = multiprocessing.Pipe()
+    here.send(Idle())
+    monkeypatch.setattr(driver.threading, "Thread", Thread)
+    monkeypatch.setattr(driver, "reap", lambda mark: None)
+    monkeypatch.setattr(driver.os, "_exit", leaves)
+    monkeypatch.setenv(driver.MARK, "mark")
+    try:
+        with pytest.raises(SystemExit) as ended:
+            driver.main(there)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert ended.value.code == 0 and capfd.readouterr().err == ""
