@@ -10,7 +10,7 @@ import pytest
 from pipeline import adapters
 from tests.e2e.conftest import make_project
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(600)]
 METHODS = {"zero-shot": None, "icl-2": {"method": "icl-k", "num_shots": 2}, "hificl": {"rank": 1}, "mimic": None}
 
 

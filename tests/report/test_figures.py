@@ -286,7 +286,7 @@ def test_what_was_measured_by_layer_is_curves_with_the_spread_over_seeds_and_map
     table = layered_table(maker)
     drawn = figures.draw_layers(table)
     assert list(drawn) == ["layers-mini-idefics2", "tokens-mini-idefics2"]
-    assert all("attention of text" in words and "MimIC" in words for _, words in drawn.values())
+    assert all("attention of text" in one.words and "MimIC" in one.words for one in drawn.values())
     figure = figures.layer_figure(table, figures._layered(table, table.lines, "by_layer"))
     shares, *others, losses = [axes for axes in figure.axes if axes.axison]
     titles = [axes.get_title(loc="left").replace("\n", " ") for axes in (shares, *others, losses)]
@@ -339,7 +339,8 @@ def test_losses_have_the_studys_colours_and_their_spread(maker: Any) -> None:
 def test_a_picture_has_a_size_and_may_shrink(maker: Any) -> None:
     maker.table("hificl-table1", seeds=1)
     table = load_table("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
-    for svg, _ in figures.draw_figures(table, "table").values():
+    for drawing in figures.draw_figures(table, "table").values():
+        svg = drawing.svg
         picture = ElementTree.fromstring(svg)  # noqa: S314 - our own
         _, _, width, height = map(float, (picture.get("viewBox") or "").split())
         assert int(picture.get("width") or 0) == pytest.approx(width * 96 / 72, abs=1) and width > 300

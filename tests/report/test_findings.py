@@ -277,6 +277,7 @@ def test_losses_are_drawn_where_epochs_are_known(maker: Any) -> None:
     cells = [maker.cell(row, "mini-vqa", seed) | {"epochs": epochs} for row in ("mimic", "hificl") for seed in (0, 1)]
     maker.study("hificl-table1", [*cells, maker.cell("zero-shot", "mini-vqa", 0)])
     table = load_table("hificl-table1", maker.params(**{"hificl-table1": maker.definition()}), maker.folder)
-    ((name, (svg, words)),) = figures.draw_losses(table).items()
+    ((name, drawing),) = figures.draw_losses(table).items()
+    svg, words = drawing.svg, drawing.words
     assert name == "loss-mini-idefics2" and "currentColor" in svg
     assert "MimIC" in words and "Zero-shot" not in words
