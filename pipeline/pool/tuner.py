@@ -161,7 +161,8 @@ def _on_loopback() -> Iterator[None]:
 def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
     """Return how many slots fit the cluster (or are asked for), no more than there are trials.
 
-    The nodes of a cluster join one after the other, when it is new or its head was lost; the first is waited for.
+    The nodes of a cluster join one after the other, when it is new or its head was lost; the first is waited for. So is
+    one that was lost, where no slot fits what is left.
 
     Raises:
         InputError: not even one slot fits.
@@ -172,6 +173,10 @@ def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
         while not (have := ray.cluster_resources()).get("CPU") and time.monotonic() < until:
             time.sleep(1)
     fit = _fits(sweep, have, world_size)
+    if sweep.address is not None and have.get("CPU") and fit < 1 and not all(node["Alive"] for node in ray.nodes()):
+        say(f"a node of the cluster at {sweep.address} was lost, and no slot fits without it; waiting for it")
+        while (fit := room(sweep, world_size)) < 1 and time.monotonic() < until:
+            time.sleep(1)
     if fit < 1:
         raise InputError(
             f"a slot needs {world_size} x {sweep.cpus_per_worker} CPU and {sweep.gpus_per_worker} GPU, the cluster has "

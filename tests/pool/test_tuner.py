@@ -83,3 +83,24 @@ def test_the_first_node_of_a_cluster_is_waited_for(monkeypatch, joins, slots):
         asked.clear()
         count_slots(Sweep(), 1, 9)
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("lost", "back", "looks"), [(True, True, 3), (True, False, 8), (False, False, 1)])
+def test_a_lost_node_without_which_no_slot_fits_is_waited_for(monkeypatch, lost, back, looks):
+    """The trials of one rank have ended on what was left, and those of two begin before it is back."""
+    now, asked = [0.0], []
+
+    def resources():
+        asked.append(now[0])
+        return {"CPU": 2.0 if back and len(asked) > 2 else 1.0}
+
+    monkeypatch.setattr("ray.cluster_resources", resources)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": not lost}])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.sleep", lambda _: now.__setitem__(0, now[0] + NODES_SECONDS / 6))
+    if back:
+        assert count_slots(Sweep(address="auto"), 2, 9) == 1
+    else:
+        with pytest.raises(InputError, match="a slot needs 2 x 1 CPU"):
+            count_slots(Sweep(address="auto"), 2, 9)
+    assert len(asked) == looks
