@@ -278,11 +278,11 @@ def _store(params: Params, root: Path) -> Iterator[Finding]:
                 "cannot be written", where=str(there), way_out="Mend its permissions, or mount it writable"
             )
         store, evaluations = TrialStore(runs), Evaluations(root / "evaluations")
-        ended = [store.done(key) for key in store.all_keys() if store.record(key) and store.epochs(key) is not None]
+        trials = [(store.record(key), store.epochs(key), store.done(key)) for key in store.all_keys()]
         scores = [evaluations.read(key) for key in evaluations.scored()]
         studies = [evaluations.study(name) for name in evaluations.studies()]
-        done = len(ended) - ended.count(None)
-        return f"{len(ended)} trials, {done} ended; {len(scores)} scores, {len(studies)} studies"
+        ended = sum(end is not None for *_, end in trials)
+        return f"{len(trials)} trials, {ended} ended; {len(scores)} scores, {len(studies)} studies"
 
     yield _tried("runs", readable)
     yield from _lock("runs' lock", runs / ".lock")

@@ -28,12 +28,12 @@ class Superseded(WorkError):
     """Another process has taken up what this one was working on."""
 
 
-def write_atomic(path: Path, text: str, within: Path | None = None) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the whole new one, also after a crash.
+def write_atomic(path: Path, content: str | bytes, within: Path | None = None) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the whole new one, also after a crash.
 
     Args:
         path: the file.
-        text: its content.
+        content: its bytes, or its text, written as UTF-8.
         within: the folder of this process alone that the file is written in first, on the same disk; None: beside it.
 
     Raises:
@@ -44,8 +44,8 @@ def write_atomic(path: Path, text: str, within: Path | None = None) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # not by `tempfile`, whose files only their owner may read: reports and adapters are for a team
-        with temporary.open("x", encoding="utf-8") as f:
-            f.write(text)
+        with temporary.open("xb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)

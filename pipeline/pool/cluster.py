@@ -100,8 +100,9 @@ def _nodes() -> dict[str, str]:
 
 
 def check_nodes() -> None:
-    """Ask every node of the cluster for its version. One that dies meanwhile is none; whoever joins later is asked by
-    its slot (`require`).
+    """Ask every node of the cluster for its version.
+
+    One that dies meanwhile is none; one that joins later is asked by its slot (`require`).
 
     Raises:
         InputError: a node has another version, or does not answer; nothing was started.

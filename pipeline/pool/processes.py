@@ -27,7 +27,7 @@ BUILD_SECONDS = 300.0  # a slot that takes longer to start is given up
 # -- the driver, which watches its cluster
 LIFE_SECONDS = 2.0  # between two signs of life: short beside every limit here, and rare enough to cost nothing
 CLUSTER_SECONDS = 60.0  # a cluster that does not answer: Ray itself gives up a head after as long
-NODES_SECONDS = 300.0  # for the first node that trains, on a cluster that has none yet
+NODES_SECONDS = 300.0  # for a cluster's nodes, where no slot fits those that are there
 GROW_SECONDS = 30.0  # between two looks for nodes that have joined
 ENDING_SECONDS = 4.0  # an ordered end, which takes 1 to 2 s; then everything is killed
 

@@ -161,22 +161,18 @@ def _on_loopback() -> Iterator[None]:
 def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
     """Return how many slots fit the cluster (or are asked for), no more than there are trials.
 
-    The nodes of a cluster join one after the other, when it is new or its head was lost; the first is waited for. So is
-    one that was lost, where no slot fits what is left.
+    The nodes of a cluster join one after the other, when it is new or its head was lost, and one that was lost may come
+    back: where no slot fits those that are there, they are waited for.
 
     Raises:
         InputError: not even one slot fits.
     """
     have, until = ray.cluster_resources(), time.monotonic() + NODES_SECONDS
-    if sweep.address is not None and not have.get("CPU"):
-        say(f"the cluster at {sweep.address} has no processor yet; waiting for its first node that trains")
-        while not (have := ray.cluster_resources()).get("CPU") and time.monotonic() < until:
+    if sweep.address is not None and _fits(sweep, have, world_size) < 1 and _are_awaited(have):
+        say(f"no slot fits the nodes of the cluster at {sweep.address} that are there; waiting for more")
+        while _fits(sweep, have := ray.cluster_resources(), world_size) < 1 and time.monotonic() < until:
             time.sleep(1)
     fit = _fits(sweep, have, world_size)
-    if sweep.address is not None and have.get("CPU") and fit < 1 and not all(node["Alive"] for node in ray.nodes()):
-        say(f"a node of the cluster at {sweep.address} was lost, and no slot fits without it; waiting for it")
-        while (fit := room(sweep, world_size)) < 1 and time.monotonic() < until:
-            time.sleep(1)
     if fit < 1:
         raise InputError(
             f"a slot needs {world_size} x {sweep.cpus_per_worker} CPU and {sweep.gpus_per_worker} GPU, the cluster has "
@@ -185,6 +181,11 @@ def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:
             way_out="Lower sweep.cpus_per_worker, sweep.gpus_per_worker or train.world_size",
         )
     return max(1, min(fit if sweep.slots == "auto" else sweep.slots, trials))
+
+
+def _are_awaited(have: Mapping[str, float]) -> bool:
+    """Whether nodes of a shared cluster are still to come: none that trains has joined yet, or one was lost."""
+    return not have.get("CPU") or not all(node["Alive"] for node in ray.nodes())
 
 
 def room(sweep: Sweep, world_size: int) -> int:

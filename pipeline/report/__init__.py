@@ -42,12 +42,11 @@ def load_table(study: str, params: Params, evaluations: Path) -> tables.Table:
     return tables.build(Evaluations(evaluations).study(study), params, evaluations)
 
 
-def write_study(study: str, params: Params, evaluations: Path, out: Path) -> None:
-    """Write a study's report: `<study>.md`, `.tex`, `.csv`, `metrics/<study>.json`, and `figures/<study>/`.
+def write_study(study: str, params: Params, evaluations: Path, out: Path, *, for_paper: bool = True) -> None:
+    """Write a study's report: `<study>.md`, `.csv`, `metrics/<study>.json`, and its figures in `figures/<study>/`.
 
-    Each figure is there as SVG for the screen, and as PDF and PNG for a paper.
-
-    Equal inputs give equal bytes.
+    `for_paper` adds what a paper takes: `<study>.tex`, and each figure as PDF and PNG beside SVG. Equal inputs give
+    equal bytes.
 
     Raises:
         InputError: the study has not been evaluated, or its file breaks the schema.
@@ -60,12 +59,15 @@ def write_study(study: str, params: Params, evaluations: Path, out: Path) -> Non
         folder.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{study}.csv", writers.to_csv(table))
     write_atomic(out / f"{study}.md", writers.to_markdown(table, notes(table)))
-    write_atomic(out / f"{study}.tex", writers.to_latex(table))
     write_atomic(out / "metrics" / f"{study}.json", writers.to_metrics(table))
     for name, drawing in drawn.items():
         write_atomic(pictures / f"{name}.svg", standalone(drawing.svg))
+    if not for_paper:
+        return
+    write_atomic(out / f"{study}.tex", writers.to_latex(table))
+    for name, drawing in drawn.items():
         for kind in PRINTED:
-            (pictures / f"{name}.{kind}").write_bytes(drawing.printed(kind))
+            write_atomic(pictures / f"{name}.{kind}", drawing.printed(kind))
 
 
 def write_numbers(params: Params, evaluations: Path, out: Path) -> None:

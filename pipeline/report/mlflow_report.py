@@ -33,7 +33,7 @@ def log(params: Params, evaluations: Path, root: Path) -> list[str]:
             table, html = study_page(study, params, evaluations)
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder)
-                write_study(study, params, evaluations, out)
+                write_study(study, params, evaluations, out, for_paper=False)
                 write_atomic(out / f"{study}.html", html)
                 shutil.rmtree(out / "metrics")  # for DVC; a reader of MLflow has no use for them
                 if reporter.log(study, out, _numbers(table), _means(table)):

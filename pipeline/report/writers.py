@@ -19,14 +19,14 @@ from pipeline.report import papers
 from pipeline.report.tables import Column, Line, Table, TableEntry, cost_of, costs_of, metric_words, problems_of
 
 COLUMNS = ("backbone", "task", "method", "metric", "value", "std", "seeds", "paper", "run_ids")
+Tree = dict[str, "Tree | float"]  # numbers by name, nested as `dvc metrics` shows them
+
+SCORES = ("study", "backbone", "task", "metric", "unit", "method", "value")
 _TEX = {  # of what a name or a unit may hold
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$",
     "≤": r"$\le$", "≥": r"$\ge$", "→": r"$\to$", "−": "$-$", "Δ": r"$\Delta$", "λ": r"$\lambda$", "²": "$^2$",
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
 }  # fmt: skip
-Tree = dict[str, "Tree | float"]  # numbers by name, nested as `dvc metrics` shows them
-
-SCORES = ("study", "backbone", "task", "metric", "unit", "method", "value")
 
 
 def to_csv(table: Table) -> str:

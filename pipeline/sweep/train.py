@@ -121,7 +121,7 @@ def failures(planned: Iterable[str], store: TrialStore, errors: dict[str, str]) 
         done = store.done(key)
         if done is None or done.status == "failed":
             failed[key] = (done.error if done else None) or errors.get(key, "it did not end")
-    return {key: error for key, error in errors.items() if store.done(key) is None} | failed
+    return failed | {key: why for key, why in errors.items() if key not in failed and store.done(key) is None}
 
 
 def check_engines(trials: Iterable[TrialConfig]) -> str:

@@ -22,7 +22,7 @@ import pytest
 
 from tests.cluster.lab import HERE, Lab, Machine, missing
 from tests.conftest import ROOT
-from tests.faults.checks import mlflow_problems, results
+from tests.faults.checks import mlflow_problems, results, steps_trained
 from tests.faults.sweeps import STEPS, Sweep, make_sweep, set_sweep
 from tests.faults.table import publish
 
@@ -118,10 +118,6 @@ class Site:
         """Return the steps of the epochs that the store holds."""
         return STEPS * sum(path.read_bytes().count(b"\n") for path in self.sweep.runs.glob("*/metrics.jsonl"))
 
-    def trained(self) -> Counter[str]:
-        """Return how often each step of each trial was trained."""
-        return Counter(line for file in self.steps.iterdir() for line in file.read_text().splitlines())
-
 
 SERVER = (sys.executable, "-m", "pipeline", "tracking-server")
 
@@ -198,7 +194,7 @@ def test_the_store_is_that_of_an_undisturbed_sweep(site, tmp_path):
     assert adapters(sweep) == adapters(reference)
     database = cluster.head.home / ".hificl/tracking/mlflow.db"
     assert mlflow_problems(database, dict.fromkeys(wanted, "FINISHED"), EPOCHS) == []
-    trained = cluster.trained()
+    trained = steps_trained(cluster.steps)
     steps = STEPS * EPOCHS * len(wanted)
     assert len(trained) == steps
     assert "Traceback" not in cluster.log.read_text()

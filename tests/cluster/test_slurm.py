@@ -21,7 +21,7 @@ from tests.cluster import lab
 from tests.cluster.lab import HERE, Lab, Machine
 from tests.cluster.slurm import Slurm, missing
 from tests.conftest import ROOT
-from tests.faults.checks import mlflow_problems, results
+from tests.faults.checks import mlflow_problems, results, steps_trained
 from tests.faults.sweeps import EPOCHS, STEPS, Sweep, make_sweep
 from tests.faults.table import publish
 
@@ -151,11 +151,6 @@ def counting(sweep: Sweep, system: Slurm) -> None:
     system.environment |= {"PYTHONPATH": f"{HERE / 'counting'}:{ROOT}", "HIFICL_STEPS": str(sweep.folder / "steps")}
 
 
-def trained(sweep: Sweep) -> Counter[str]:
-    """How often each step of each trial was trained, by any rank."""
-    return Counter(line for file in (sweep.folder / "steps").iterdir() for line in file.read_text().splitlines())
-
-
 def test_a_sweep_of_leased_trials_survives_signals_requeueing_preemption_and_time_limits(tmp_path, system):
     sweep = make_sweep(tmp_path / "template")
     reference = sweep.copy(tmp_path / "reference")
@@ -206,7 +201,7 @@ def test_a_sweep_of_leased_trials_survives_signals_requeueing_preemption_and_tim
     sweep.again("-m", "pipeline", "sweep")  # brings MLflow in line, and trains nothing
     assert mlflow_problems(sweep.folder / "mlflow.db", dict.fromkeys(wanted, "FINISHED")) == []
     assert results(sweep) == wanted and not list(sweep.runs.glob("*/checkpoint/*-step-*"))
-    counts = trained(sweep)
+    counts = steps_trained(sweep.folder / "steps")
     assert len(counts) == len(wanted) * EPOCHS * STEPS
     tell("array", rows, counts)
 
@@ -278,7 +273,9 @@ def test_a_trial_over_two_nodes_keeps_its_step_is_requeued_and_ends_as_on_one_ma
         system.close()
     assert results(sweep) == wanted
     assert mlflow_problems(sweep.folder / "mlflow.db", dict.fromkeys(wanted, "FINISHED"), LONGER) == []
-    tell("two nodes", rows, Counter({step: count // 2 for step, count in trained(sweep).items()}))
+    tell(
+        "two nodes", rows, Counter({step: count // 2 for step, count in steps_trained(sweep.folder / "steps").items()})
+    )
 
 
 def spans_nodes(sweep: Sweep, system: Slurm, machines: list[Machine]) -> list[tuple[str, float, int]]:
@@ -291,7 +288,7 @@ def spans_nodes(sweep: Sweep, system: Slurm, machines: list[Machine]) -> list[tu
 
     def steps() -> Counter[int]:
         """How often each step was trained, by any rank."""
-        return Counter({int(line.split()[1]): count for line, count in trained(sweep).items()})
+        return Counter({int(line.split()[1]): count for line, count in steps_trained(sweep.folder / "steps").items()})
 
     def goes_on(what: str, rank: int) -> None:
         """Let a stopped rank hear of its end, and wait until the restarted job trains."""

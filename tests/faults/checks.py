@@ -7,6 +7,7 @@ import json
 import os
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,11 @@ import pytest
 from tests.faults.sweeps import EPOCHS, STEPS, Sweep, cmdline
 
 SECONDS = {"seconds", "train_seconds"}  # what may differ between two runs of a trial
+
+
+def steps_trained(folder: Path) -> Counter[str]:
+    """How often each step of each trial was trained, by any rank, as `tests/cluster/counting` has noted in a folder."""
+    return Counter(line for file in folder.iterdir() for line in file.read_text().splitlines())
 
 
 def results(sweep: Sweep) -> dict[str, Any]:
