@@ -57,8 +57,9 @@ test-faults: setup  ## every kind of fault, injected into a real sweep; TABLE=do
 test-simulation: setup  ## ten thousand schedules of random faults in virtual time, on simulated disks and nodes
 	$(BIN)/python -m tests.simulation 10000
 
-test-cluster: setup  ## a cluster of network namespaces: ray up, a sweep with a node lost, ray down (needs root)
-	$(BIN)/python -m pytest -m cluster tests/cluster -rs
+export LOAD ?=
+test-cluster: setup  ## a cluster of network namespaces, a node and the head lost; LOAD=25 keeps the machine that busy (needs root)
+	HIFICL_TEST_LOAD="$$LOAD" $(BIN)/python -m pytest -m cluster tests/cluster -rs --durations=12
 
 export MINUTES ?=
 export SEED ?=

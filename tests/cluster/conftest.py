@@ -171,7 +171,18 @@ class Cluster:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def load():
+    """Processes that keep the machine busy until the end (`make test-cluster LOAD=25`), so that every wait is a long one."""
+    count = int(os.environ.get("HIFICL_TEST_LOAD") or 0)
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    yield
+    for process in spinning:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory, load):
     """The machines, before `ray up`."""
     why = missing()
     if why:
