@@ -36,6 +36,7 @@ POLL_SECONDS = 0.5  # between two looks at the journal, so that a loss is printe
 HELD_SECONDS = 1.0  # between two looks at who holds the store, each a file made and removed
 DRIVER_SECONDS = 2 * CLUSTER_SECONDS  # without a sign of life: the driver would have said by then that Ray is silent
 STARTING_SECONDS = 600.0  # until the first sign, which comes after Ray's start: 120 s a process on a busy machine
+AGAIN_SECONDS = 20.0  # before another driver, once two in turn did nothing: a head comes back in so long; then 40, ...
 STOPPING_SECONDS = ENDING_SECONDS + 2  # for the driver to end by itself, its killing included
 PARENT_SECONDS = 1.0  # between two looks at dvc; with STOPPING_SECONDS 7 s, below the 10 s that are promised
 

@@ -39,6 +39,7 @@ from pipeline.pool.messages import (
     WorkRefused,
 )
 from pipeline.pool.processes import (
+    AGAIN_SECONDS,
     DRIVER_SECONDS,
     HELD_SECONDS,
     MARK,
@@ -210,22 +211,29 @@ def ahead(wanted: bool) -> Iterator[Driver | None]:
 
 
 class Attempts:
-    """Counts and notes how often the driver of a stage was lost with nothing done in between."""
+    """Counts and notes how often the driver of a stage was lost with nothing done in between.
+
+    The first loss is made good at once, the others after a wait that grows: where the cluster's head is starting again,
+    one driver after the other would be lost to the same cause.
+    """
 
     def __init__(self, params: Params, stage: str, note: Callable[..., None]) -> None:
         self.count, self.most, self.stage, self.note = 0, params.sweep.retry.max_attempts, stage, note
 
     def lost(self, why: Lost, *, progress: bool) -> None:
-        """Count and note a loss.
+        """Count and note a loss, and wait until another driver may start.
 
         Raises:
             WorkError: it was one too many.
         """
         self.count = 1 if progress else self.count + 1
-        self.note(f"the driver of stage {self.stage} is lost", why=str(why), attempt=self.count)
-        if self.count >= self.most:
+        seconds, given_up = AGAIN_SECONDS * (self.count - 1), self.count >= self.most
+        wait = {"next_after": f"{seconds:.0f} s"} if seconds and not given_up else {}
+        self.note(f"the driver of stage {self.stage} is lost", why=str(why), attempt=self.count, **wait)
+        if given_up:
             way_out = "What had finished is kept; mend the cause and run the same command again"
             raise WorkError(f"gave up after {self.count} attempts: {why}", where=self.stage, way_out=way_out) from why
+        time.sleep(seconds)  # a signal ends it
 
 
 def train(

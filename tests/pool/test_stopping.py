@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import sys
@@ -12,7 +13,8 @@ from dataclasses import replace
 import pytest
 import ray
 
-from pipeline.config.load import load
+from pipeline.config.load import BackboneSource, TrialRequest, load
+from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import WorkError
 from pipeline.plan.plan import as_given, make_plan, places
 from pipeline.plan.space import cells
@@ -20,12 +22,17 @@ from pipeline.pool import tuner
 from pipeline.pool.dispatcher import Dispatcher
 from pipeline.pool.messages import PROXY_DIED, Result, TrialEnded
 from pipeline.pool.proxy import TrialProxy
+from pipeline.pool.queue import Queue
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import EpochReport, TrialEnd, TrialReport
 from tests.conftest import ROOT
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the dispatcher's process does not find this file
 EPOCHS, POINTS = 3, 3
+BAD, GOOD = (
+    TrialConfig(backbone="b", backbone_digest="0", task="mini-vqa", manifest_digest="1", method="hificl", seed=seed)
+    for seed in (1, 2)
+)
 BEST = {"mini-vqa": 1.0, "mini-coco": 0.1}  # of each task's first trial; whoever comes later has half of it, and so on
 
 
@@ -38,7 +45,8 @@ class Slot:
 
     async def build(self) -> None: ...
 
-    def drop(self) -> None: ...
+    def drop(self) -> None:
+        self.keys.clear()
 
     async def room(self) -> int:
         return 1 - len(self.keys)
@@ -113,6 +121,48 @@ class Growing(Dispatcher.__ray_metadata__.modified_class):
         super().__init__(*args)
         self.slots = [Slow(self.store) for _ in self.slots]
         self.another = lambda: Slow(self.store)
+
+
+class Failing(Slot):
+    async def advance(self) -> list[TrialReport]:
+        if self.keys & {BAD.key}:
+            raise RuntimeError("no memory")
+        return await super().advance()
+
+
+def test_an_end_that_cannot_be_written_leaves_its_trial_open_and_the_slot_served(tmp_path, monkeypatch):
+    """`EMFILE` there ended the loop that serves the slot, and the sweep waited for ever."""
+    store = TrialStore(tmp_path)
+    requests = {config.key: TrialRequest(config, "", "", BackboneSource()) for config in (BAD, GOOD)}
+
+    def full(self: TrialStore, key: str, end: TrialEnd) -> None:
+        if key == BAD.key:
+            raise OSError(errno.EMFILE, "Too many open files")
+        finish(self, key, end)
+
+    finish = TrialStore.finish
+    monkeypatch.setattr(TrialStore, "finish", full)
+
+    async def go() -> list[TrialReport]:
+        dispatcher = Dispatcher.__ray_metadata__.modified_class(
+            lambda given: requests[given["key"]], store, Queue(1, 2, run_ahead=True), [Failing(store)]
+        )
+        await dispatcher.start()
+        for key in requests:
+            await dispatcher.submit({"key": key})
+        ends = [await asyncio.wait_for(dispatcher.next(key, seen), 5) for key, seen in zip(requests, (0, EPOCHS - 1))]
+        await dispatcher.close()
+        return ends
+
+    assert [report.end for report in asyncio.run(go())] == ["failed", "finished"]
+    first, second = requests
+    assert store.done(first) is None and store.done(second).status == "finished"
+    (event,) = [
+        event
+        for event in map(json.loads, (tmp_path / "journal.jsonl").read_text().splitlines())
+        if event["event"] == "end not written"
+    ]
+    assert event["trial"] == first and "Too many open files" in event["why"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -51,11 +52,11 @@ class Played:
 
 
 def play(
-    root, monkeypatch, drivers: list[Played], todo: list[str], *, adaptive: bool = False
+    root, monkeypatch, drivers: list[Played], todo: list[str], *, adaptive: bool = False, most: int = 2
 ) -> tuple[Heard, dict[str, str]]:
     root.mkdir(exist_ok=True)
     plan: Any = SimpleNamespace(places=SimpleNamespace(runs=root))
-    params: Any = SimpleNamespace(sweep=SimpleNamespace(retry=SimpleNamespace(max_attempts=2)))
+    params: Any = SimpleNamespace(sweep=SimpleNamespace(retry=SimpleNamespace(max_attempts=most)))
     heard = Heard()
     monkeypatch.setattr(supervisor, "Driver", lambda: drivers.pop(0))
     return heard, supervisor.train(plan, todo, params, TrialStore(plan.places.runs), [heard], None, adaptive=adaptive)
@@ -76,6 +77,17 @@ def test_a_driver_that_is_lost_again_and_again_is_given_up(tmp_path, monkeypatch
     with pytest.raises(WorkError, match="gave up after 2 attempts: its cluster died"):
         play(runs, monkeypatch, drivers, ["a"])
     assert len(drivers) == 1
+
+
+def test_the_next_driver_waits_once_two_in_turn_did_nothing(tmp_path, monkeypatch):
+    """A head that starts again takes 20 s: three drivers that followed each other at once were all lost to it."""
+    runs, waits = tmp_path / "runs", []
+    monkeypatch.setattr(supervisor.time, "sleep", waits.append)
+    lost = [Played(runs, {}, set()) for _ in range(3)]
+    play(runs, monkeypatch, [*lost, Played(runs, {"a": None}, set())], ["a"], most=4)
+    assert waits == [0, supervisor.AGAIN_SECONDS, 2 * supervisor.AGAIN_SECONDS]
+    journal = (runs / "journal.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("next_after") for line in journal] == [None, "20 s", "40 s"]
 
 
 def test_progress_is_that_of_the_sweeps_own_trials(tmp_path, monkeypatch):
