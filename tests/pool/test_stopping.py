@@ -150,7 +150,7 @@ def test_an_end_that_cannot_be_written_leaves_its_trial_open_and_the_slot_served
         await dispatcher.start()
         for key in requests:
             await dispatcher.submit({"key": key})
-        ends = [await asyncio.wait_for(dispatcher.next(key, seen), 5) for key, seen in zip(requests, (0, EPOCHS - 1))]
+        ends = [await asyncio.wait_for(dispatcher.next(key, seen), 60) for key, seen in zip(requests, (0, EPOCHS - 1))]
         await dispatcher.close()
         return ends
 
