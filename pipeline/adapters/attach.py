@@ -12,8 +12,9 @@ checkpointing and what a trainer reads off a model are transformers' own. What i
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.base import Adapter, AttentionAdapter, HiddenAdapter, WeightsAdapter, parts_of
 from pipeline.adapters.edits import AttentionEdit, HiddenEdit, WeightsEdit, edited_weights
-from pipeline.adapters.pack import Pack, PackRows
+from pipeline.adapters.pack import Pack, PackRows, joined
 from pipeline.attention.kernels import prepare_mask
 from pipeline.backbones.decoder import DecoderSpec, check_hooks, decoder_of, eager, is_eager
 from pipeline.backbones.states import modules_at
@@ -77,7 +78,13 @@ def attach(
                 stack.enter_context(part.injected(model))
         elif weights:
             stack.enter_context(edited_weights(model, WeightsEdit(weights, pack, spec)))
-        if attention:
+        if pack.apart:
+            edits = {
+                i: AttentionEdit({0: part}, Pack(pack.adapters[i]), spec, partial(_prefill, spec))
+                for i, part in attention.items()
+            }
+            stack.enter_context(_apart_attention(spec, edits, pack))
+        elif attention:
             stack.enter_context(_edited_attention(spec, AttentionEdit(attention, pack, spec, partial(_prefill, spec))))
         if hidden:
             stack.enter_context(_edited_hidden(spec, hidden, pack))
@@ -138,6 +145,22 @@ def _edited_attention(spec: DecoderSpec, edit: AttentionEdit) -> Iterator[None]:
 
     with edited_attention(spec, edit.layers), _hooks() as hooks:
         hooks.append(spec.decoder.register_forward_pre_hook(eager(refresh), with_kwargs=True))
+        yield
+
+
+@contextmanager
+def _apart_attention(spec: DecoderSpec, edits: Mapping[int, AttentionEdit], pack: Pack) -> Iterator[None]:
+    """Let each adapter's rows attend by themselves, with its own edit or as the model does."""
+
+    def refresh(module: nn.Module, args: object) -> None:
+        for edit in edits.values():
+            edit.refresh()
+
+    masks = _Masks(pack)
+    layers = range(spec.num_attentions)
+    parts = [_Apart(pack, {i: edit.layers[layer] for i, edit in edits.items()}, masks) for layer in layers]
+    with edited_attention(spec, parts), _hooks() as hooks:
+        hooks.append(spec.decoder.register_forward_pre_hook(eager(refresh)))
         yield
 
 
@@ -228,7 +251,36 @@ def _hooks() -> Iterator[list[torch.utils.hooks.RemovableHandle]]:
 
 # edit(q, k, v, mask, scale=, causal=) -> [B, H, T, d]
 LayerEdit = Callable[..., Tensor]
-_EDITS: WeakKeyDictionary[nn.Module, LayerEdit] = WeakKeyDictionary()
+
+
+class _Masks:
+    """Each adapter's part of a mask, made once for all layers: they are handed the same tensor."""
+
+    def __init__(self, pack: Pack) -> None:
+        self.pack = pack
+        self._made: tuple[object, Tensor, list[Tensor]] | None = None
+
+    def __call__(self, mask: Tensor | None) -> list[Tensor | None]:
+        """Return the parts of a mask [B or 1, H or 1, T, T] in the rows' order."""
+        if mask is None:
+            return [None] * len(set(self.pack.numbers))
+        if self._made is None or self._made[0] is not self.pack.rows or self._made[1] is not mask:
+            whole = mask.expand(len(self.pack.numbers), -1, -1, -1)
+            parts = [part[..., : part.shape[2]] for _, part in self.pack.split(whole, tokens=2)]
+            self._made = (self.pack.rows, mask, parts)
+        return list(self._made[2])
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """What stands in the place of an edit where each adapter's rows attend by themselves."""
+
+    pack: Pack
+    edits: Mapping[int, LayerEdit]  # by the adapter's number
+    masks: _Masks
+
+
+_EDITS: WeakKeyDictionary[nn.Module, LayerEdit | _Apart] = WeakKeyDictionary()
 
 
 def attention_forward(
@@ -244,6 +296,26 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Attend with the edit of `module`; the signature and the returned [B, T, H, d] are transformers'."""
     edit = _EDITS.get(module)
+    if not isinstance(edit, _Apart):
+        return _attend(
+            edit, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal,
+            **kwargs,
+        )  # fmt: skip
+    rows = zip(*(edit.pack.split(x, tokens=2) for x in (query, key, value)), edit.masks(attention_mask), strict=True)
+    attended = [
+        _attend(
+            edit.edits.get(number), module, q, k, v, mask, scaling=scaling, dropout=dropout, is_causal=is_causal,
+            **kwargs,
+        )[0]
+        for (number, q), (_, k), (_, v), mask in rows
+    ]  # fmt: skip
+    return joined(attended, query.shape[2]), None
+
+
+def _attend(
+    edit: LayerEdit | None, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    *, scaling: float | None, dropout: float, is_causal: bool | None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     if edit is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -301,7 +373,7 @@ def _register() -> None:
 
 
 @contextmanager
-def edited_attention(spec: DecoderSpec, edits: list[LayerEdit]) -> Iterator[None]:
+def edited_attention(spec: DecoderSpec, edits: Sequence[LayerEdit | _Apart]) -> Iterator[None]:
     """Give each layer's attention its edit, and set the text configuration to call it; undone on leaving.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.adapters.base import AttentionAdapter, HiddenAdapter, Prefill
-from pipeline.adapters.pack import Pack
+from pipeline.adapters.pack import Pack, joined
 from pipeline.attention.kernels import PreparedMask, prepare_mask
 from pipeline.attention.softmax import no_autocast, product
 from pipeline.attention.virtual import virtual_attention
@@ -189,9 +189,15 @@ class HiddenEdit:
         self.layer_of = {module: layer for layer, module in enumerate(modules)}
         self.edited = next(iter(self.parts.values())).edited
         self._tensors: dict[str, tuple[Tensor, ...]] | None = None
+        alone = self.parts if pack.apart else {}
+        self.apart = {i: HiddenEdit({0: part}, Pack(pack.adapters[i]), modules) for i, part in alone.items()}
 
     def refresh(self) -> None:
         """Compute all layers' tensors from the parameters as they are now."""
+        for edit in self.apart.values():
+            edit.refresh()
+        if self.apart:
+            return
         self._tensors = self.pack.once(("hidden", self.edited, *self.layer_of), self._made)
 
     def _made(self) -> dict[str, tuple[Tensor, ...]]:
@@ -221,6 +227,9 @@ class HiddenEdit:
 
     def of_layer(self, layer: int, h: Tensor) -> Tensor:
         """Return the edited state [B, T, D], in the dtype of `h`."""
+        if self.apart:
+            parts = self.pack.split(h, tokens=1)
+            return joined([self.apart[i].of_layer(layer, x) if i in self.apart else x for i, x in parts], h.shape[1])
         if self._tensors is None:
             self.refresh()
         given = {name: values[layer].to(h.device) for name, values in (self._tensors or {}).items()}
@@ -279,10 +288,22 @@ class WeightsEdit:
         rows = self.pack.of_rows(x.shape[0], x.device) if inside else self.pack.of_images(x.shape[0], x.device)
         if rows is None:
             raise InputError("a single adapter is PEFT's to compute", way_out="Use `LoRA.injected`")
+        if self.pack.apart:
+            x = self._dropped(x, inside)
+            parts = self.pack.split(x, tokens=1 if inside else None)
+            return joined([self._of_part(number, name, linear, part) for number, part in parts], x.shape[1])
         a, b = self.pack.once(("weights", name), lambda: self._of(name, linear))
         x = self._dropped(x, inside)
         low = torch.einsum("ntd,nrd->ntr", x.to(a.dtype), a.index_select(0, rows))
         return torch.einsum("ntr,nor->nto", low, b.index_select(0, rows))
+
+    def _of_part(self, number: int, name: str, linear: nn.Linear, x: Tensor) -> Tensor:
+        """Return what one adapter's update adds, by the products of PEFT's own layer."""
+        part = self.parts.get(number)
+        if part is None or name not in part.module_names():
+            return x.new_zeros(*x.shape[:2], linear.out_features)
+        a, b = (matrix.to(x.device) for matrix in part.matrices(name))
+        return nn.functional.linear(nn.functional.linear(x.to(a.dtype), a), b) * part.scaling
 
     def _of(self, name: str, linear: nn.Linear) -> tuple[Tensor, Tensor]:
         """Return all adapters' A [K, r, in] and s B [K, out, r] of one module."""

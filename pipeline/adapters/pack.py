@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import groupby, repeat
 from typing import Any
 
 import torch
@@ -22,8 +22,7 @@ class PackRows:
     Attributes:
         adapters: the number in the pack of each row's adapter. In `generate` with beams a row's beams follow it.
         images: how many images each row has, for adapters of a vision tower; () says one each.
-        widths: by adapter, the length that its own rows are padded to where it is alone: its dropout masks have that
-            shape.
+        widths: by adapter, the length of its rows where it is alone; what is longer here is padding.
 
     Raises:
         InputError: another number of rows in `images`.
@@ -45,6 +44,8 @@ class Pack:
         adapters: one, or several of packable methods (methods, sizes and variants may differ).
         rows: of the first forward passes; none is needed with a single adapter.
         fixed: the parameters stay as they are, so that what is made of them is made once; for a server.
+        apart: each adapter computes on its own rows, by the operators and in the shapes that it has alone; rows of one
+            adapter stand together. Only the frozen modules see all rows.
 
     Attributes:
         watch: is shown what virtual tokens weigh in each layer of a pass: (layer, [B, H, T, n]).
@@ -59,7 +60,7 @@ class Pack:
 
     def __init__(
         self, adapters: Adapter | Sequence[Adapter], rows: PackRows | Sequence[int] | None = None, *,
-        fixed: bool = False,
+        fixed: bool = False, apart: bool = False,
     ) -> None:  # fmt: skip
         self.adapters: list[Adapter] = [adapters] if isinstance(adapters, Adapter) else list(adapters)
         if not self.adapters:
@@ -68,6 +69,7 @@ class Pack:
             for adapter in self.adapters:
                 if not adapter.packable:
                     raise InputError(f"method '{adapter.name}' does not pack", way_out="Attach it alone")
+        self.apart = apart and len(self.adapters) > 1
         self._rows: PackRows | None = None
         self._placed: dict[Hashable, Tensor] = {}  # of the rows, on their devices
         self._made: dict[Hashable, Any] | None = {} if fixed else None
@@ -96,6 +98,11 @@ class Pack:
             last = len(self.adapters) - 1
             raise InputError(f"rows must be adapter numbers from 0 to {last}, one for each row of the batch")
         self._rows, self._placed = rows, {}
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The adapter of each row of the next forward passes."""
+        return () if self._rows is None else self._rows.adapters
 
     @property
     def state(self) -> tuple[Hashable, object]:
@@ -181,6 +188,27 @@ class Pack:
             return []
         return [number for number, n in zip(rows.adapters, rows.images or repeat(1), strict=False) for _ in range(n)]
 
+    def split(self, x: Tensor, tokens: int | None = None) -> list[tuple[int, Tensor]]:
+        """Return each adapter's number and its rows of x [B, ...], in the length that they have alone.
+
+        Args:
+            x: of all rows, or, where nothing is padded, of all images.
+            tokens: the dimension that is padded.
+
+        Raises:
+            InputError: x has other rows than the pack was told of.
+        """
+        numbers = self._numbers(x.shape[0]) if tokens is not None else self._image_numbers()
+        counts = [(number, len(list(rows))) for number, rows in groupby(numbers)]
+        if self._rows is None or sum(count for _, count in counts) != x.shape[0]:
+            raise InputError(f"the pack was told of {len(numbers)} rows or images, and {x.shape[0]} are there")
+        parts = x.split([count for _, count in counts])
+        if tokens is None:
+            return [(number, part) for (number, _), part in zip(counts, parts, strict=True)]
+        lengths = [self.width_of(number, x.shape[tokens]) for number, _ in counts]
+        cut = [part.narrow(tokens, 0, n) for part, n in zip(parts, lengths, strict=True)]
+        return [(number, part) for (number, _), part in zip(counts, cut, strict=True)]
+
     def of_images(self, count: int, device: torch.device) -> Tensor:
         """Return the adapter of each image of a batch of `count`, [count].
 
@@ -197,3 +225,13 @@ class Pack:
         if key not in self._placed:
             self._placed[key] = placed(torch.tensor(numbers), device)
         return self._placed[key]
+
+
+def joined(parts: Sequence[Tensor], width: int) -> Tensor:
+    """Return what `Pack.split` gave, [B_k, T_k, ...], as one tensor [B, width, ...], zeros behind the shorter rows."""
+    missing = [width - part.shape[1] for part in parts]
+    padded = [
+        torch.nn.functional.pad(part, (*(0, 0) * (part.dim() - 2), 0, n)) if n else part
+        for part, n in zip(parts, missing, strict=True)
+    ]
+    return torch.cat(padded)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -177,6 +178,57 @@ def _is_compiled(module: nn.Module) -> bool:
         return True
     forward = vars(module).get("forward")
     return hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
+
+
+_ALIKE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_COMPANY = (4, 5, 7, 16, 33, 61, 96, 130, 257)  # rows of a product
+
+
+def rows_are_alike(model: nn.Module) -> bool:
+    """Whether what a decoder computes of a token by itself has the same bits, however many tokens are computed with it.
+
+    Tried, once a model: on every kind of linear module, norm and feed-forward net, forward and backward. Matrix
+    libraries may add up a row's product in another order where the other rows are more or fewer. Fewer than four rows
+    are another algorithm everywhere; a training step has more.
+    """
+    if model not in _ALIKE:
+        _ALIKE[model] = all(map(_gives_alike, _kinds_of_parts(decoder_of(model))))
+    return _ALIKE[model]
+
+
+def _kinds_of_parts(spec: DecoderSpec) -> Iterator[tuple[nn.Module, int]]:
+    """Yield what a layer computes token by token, once a kind, with the width of its input."""
+    seen = set()
+    for layer in spec.layers:
+        attention = self_attention(layer, spec.model_type)
+        parts = [(child, spec.hidden_size) for child in layer.children() if child is not attention]
+        linears = () if attention is None else (m for m in attention.modules() if isinstance(m, nn.Linear))
+        for module, width in [*parts, *((linear, linear.in_features) for linear in linears)]:
+            kind = (type(module), *(tuple(parameter.shape) for parameter in module.parameters()))
+            if kind not in seen:
+                seen.add(kind)
+                yield module, width
+
+
+def _gives_alike(part: tuple[nn.Module, int]) -> bool:
+    """Try a module on some numbers of rows."""
+    module, width = part
+    like = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if like is None:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, max(_COMPANY), width, generator=generator).to(like.device, like.dtype)
+    results: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for rows in (*_COMPANY, max(_COMPANY)):
+            given = x[:, :rows].clone().requires_grad_()
+            with torch.enable_grad():
+                out = module(given)
+            results.append((out.detach(), torch.autograd.grad(out.square().sum(), given)[0]))
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        return False  # it asks for more than a state
+    whole = results[-1]
+    return all(torch.equal(a, b[:, : a.shape[1]]) for of in results for a, b in zip(of, whole, strict=True))
 
 
 @contextmanager

@@ -179,7 +179,7 @@ def _same_weights(record: RunRecord, params: Params) -> None:
 def _tolerance(record: RunRecord) -> float:
     # `packed` is with how many trials it really shared a pass; runs of before it was kept say what was allowed
     packed = record.tags.get("packed") or record.tags.get("pack", "1")
-    alone = record.config.get("world_size", 1) == 1 and packed == "1"
+    alone = record.config.get("world_size", 1) == 1 and record.tags.get("exact", str(packed == "1")) == "True"
     gpus = record.provenance.machine.gpus
     same_card = bool(record.config.get("deterministic")) and gpus == this_machine().gpus
     solo = alone and (same_card if gpus else _other_processor(record) is None)

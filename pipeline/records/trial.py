@@ -27,13 +27,14 @@ class TrialEnd(Record):
         objective: of that epoch.
         train_seconds: of training; `seconds` with scoring, `keeping_seconds` of checkpoints and the ledger.
         packed: most trials, this one included, that it has shared a forward pass with.
+        exact: whether all its sums were those that it has alone; None: of before that was kept.
         train_flops: by formula.
         adapter_digest: of the adapter's folder.
         metrics_digest: of metrics.jsonl, and `losses_digest` of losses.jsonl, where the trial ended by itself.
         attempts: after how many it was given up.
     """
 
-    schema_number: ClassVar[int] = 2
+    schema_number: ClassVar[int] = 3  # 2: without `exact`
     sealed: ClassVar[bool] = True
 
     status: Status
@@ -46,6 +47,7 @@ class TrialEnd(Record):
     seconds: Number | None = None
     keeping_seconds: Number | None = None
     packed: Count | None = None
+    exact: Flag | None = None
     peak_memory_bytes: Count | None = None
     train_flops: Number | None = None
     adapter_digest: str | None = None
@@ -151,24 +153,28 @@ class CheckpointState(Record):
         epoch: how many are behind it.
         rows: their metrics.
         best: the best of them.
-        packed: see `TrialEnd`.
+        packed: see `TrialEnd`, also of `exact`.
         keeping: seconds spent on checkpoints and the ledger.
         peak: bytes of memory.
         files: the digests of the other files, by path.
     """
 
-    schema_number: ClassVar[int] = 2
+    schema_number: ClassVar[int] = 3
     sealed: ClassVar[bool] = True
 
     epoch: Count
     rows: tuple[EpochReport, ...] = ()
     best: Best | None = None
     packed: Count = 1
+    exact: Flag = True
     keeping: Number = 0.0
     peak: Count = 0
     files: dict[str, str] = {}
 
-    upgrades: ClassVar = {0: lambda fields: {**fields, "best": fields.get("best") or None}}
+    upgrades: ClassVar = {
+        0: lambda fields: {**fields, "best": fields.get("best") or None},
+        2: lambda fields: {**fields, "exact": fields.get("packed", 1) == 1},
+    }
 
 
 class Attempts(Record):

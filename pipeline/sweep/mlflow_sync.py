@@ -254,7 +254,7 @@ class MlflowSync(Watcher):
         if reports:
             self.tracker.log_ledger(run_id, trial.metrics)
         if end.packed is not None:
-            self.tracker.tag(run_id, {"packed": end.packed})
+            self.tracker.tag(run_id, {"packed": end.packed} | ({} if end.exact is None else {"exact": end.exact}))
         self.tracker.close(run_id, ENDS[end.status], end.error)
         self._ended[key] = end
 

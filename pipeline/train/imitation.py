@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import DecoderSpec
 from pipeline.backbones.states import recorded
 from pipeline.config.trial import State
@@ -19,83 +18,66 @@ from pipeline.train.prefix_sharing import PrefixLayout
 from pipeline.train.trial_run import MicroBatch
 
 
-@dataclass(frozen=True)
-class _Compared:
-    """What of a batch is compared in one state, for all trials at once.
+class Imitation:
+    """What the samples of one forward pass are compared with: their teachers' targets.
 
-    Attributes:
-        numbers: in the pack, of each sample's trial.
-        targets: of the samples.
-        places: of the samples' tokens, one sample after another, in the flattened batch.
+    Args:
+        chunk: the samples, trial by trial.
+        batch: of all of them.
+        layout: where their tokens stand in the decoder's rows, if not in rows of their own.
     """
 
-    numbers: list[int]
-    targets: list[Tensor]
-    places: Tensor
-
-
-class Imitation:
-    """What the samples of one forward pass are compared with: their teachers' targets."""
-
-    def __init__(self, chunk: Sequence[MicroBatch], batch: Batch) -> None:
+    def __init__(self, chunk: Sequence[MicroBatch], batch: Batch, layout: PrefixLayout | None) -> None:
         self.chunk = chunk
-        self.compared: dict[State, _Compared] = {}
-        self.states: dict[State, list[Tensor]] = {}  # the students', layer by layer, at the compared places
-        samples: dict[State, list[tuple[int, int, Tensor]]] = {}  # number in the pack, row of the batch, target
-        first = 0
-        for part in chunk:
-            for row, target in enumerate(part.targets, start=first):
-                if target.hidden is not None:
-                    samples.setdefault(part.trial.facts.state, []).append((part.number, row, target.hidden))
-            first += len(part.ids)
-        for state, of_state in samples.items():
-            rows, targets = [row for _, row, _ in of_state], [target for *_, target in of_state]
-            ends, counts = batch.lengths[rows].tolist(), [target.shape[1] for target in targets]
-            places = loss.tails(rows, ends, counts, batch.input_ids.shape[1], batch.input_ids.device)
-            self.compared[state] = _Compared([number for number, *_ in of_state], targets, places)
+        self.rows = [1 if layout else len(part.ids) for part in chunk]  # of the decoder, of each part
+        self.places: list[Tensor | None] = []  # of the compared tokens, in the part's own rows one after another
+        self.states: dict[State, list[list[Tensor]]] = {}  # the students', layer by layer, of each part
+        width, first = batch.input_ids.shape[1], 0
+        for number, part in enumerate(chunk):
+            last, hidden = first + len(part.ids), [t.hidden for t in part.targets if t.hidden is not None]
+            places = None
+            if hidden:
+                ends, counts = batch.lengths[first:last].tolist(), [target.shape[1] for target in hidden]
+                places = loss.tails(range(first, last), ends, counts, width, batch.input_ids.device)
+                places = places - first * width if layout is None else layout.where(places) - number * layout.length
+            self.places.append(places)
+            first = last
 
     @contextmanager
-    def recording(self, spec: DecoderSpec, layout: PrefixLayout | None, *, again: bool) -> Iterator[None]:
+    def recording(self, spec: DecoderSpec, *, again: bool) -> Iterator[None]:
         """Record the students' states while the model runs.
 
         Args:
             spec: the decoder.
-            layout: says where the states stand.
             again: layers are computed again in the backward pass, when nobody records: what is taken of a state is
                 taken outside them.
         """
-        takes = {
-            state: loss.at(compared.places if layout is None else layout.where(compared.places))
-            for state, compared in self.compared.items()
-        }
+        of_parts = zip(self.chunk, self.places, strict=True)
         with ExitStack() as stack:
-            for state, take in takes.items():
-                kept = recorded(spec, state) if again else recorded(spec, state, take)
-                self.states[state] = stack.enter_context(kept)
+            seen: dict[State, list[Any]] = {
+                state: stack.enter_context(recorded(spec, state) if again else recorded(spec, state, self._taken))
+                for state in {part.trial.facts.state for part, places in of_parts if places is not None}
+            }
             yield
-        if again:
-            self.states = {state: list(map(takes[state], whole)) for state, whole in self.states.items()}
+        for state, layers in seen.items():
+            self.states[state] = [self._taken(x) for x in layers] if again else layers
 
-    def distances(self, logits: Tensor, rows: Tensor) -> dict[int, Tensor]:
-        """Return each taught trial's distance to its teacher, summed over its samples, by its number in the pack.
+    def _taken(self, hidden: Tensor) -> list[Tensor]:
+        """Return what is compared of a layer's states [B, T, D]: [N, D] of each part, N = 0 without a teacher."""
+        pieces = zip(hidden.split(self.rows), self.places, strict=True)
+        return [own.flatten(0, 1)[[] if at is None else at.to(own.device)] for own, at in pieces]
+
+    def distance(self, number: int, logits: Tensor, rows: Tensor) -> Tensor:
+        """Return a taught part's distance to its teacher, summed over its samples.
 
         Args:
-            logits: the students', of the answers' tokens, [N, V].
-            rows: of the batch, [N], on the CPU.
+            number: of the part in the chunk.
+            logits: the student's, of the answers' tokens, [N, V].
+            rows: the sample of each of these, [N].
         """
-        distances: dict[int, Tensor] = {}
-        start = 0
-        for part in self.chunk:
-            end = start + len(part.ids)
-            if part.trial.facts.teacher == "logits":
-                taught_rows = ((rows >= start) & (rows < end)).nonzero()[:, 0]
-                taught = torch.cat([target.logits for target in part.targets if target.logits is not None])
-                of_part, samples = (placed(x, logits.device) for x in (taught_rows, rows[taught_rows] - start))
-                distances[part.number] = loss.divergence(logits[of_part], taught, samples, end - start).sum()
-            start = end
-        for state, compared in self.compared.items():
-            of_samples = loss.alignment(self.states[state], compared.targets)
-            for number in set(compared.numbers):
-                of_trial = torch.tensor([i for i, taught in enumerate(compared.numbers) if taught == number])
-                distances[number] = of_samples[placed(of_trial, of_samples.device)].sum()
-        return distances
+        part = self.chunk[number]
+        if part.trial.facts.teacher == "logits":
+            taught = torch.cat([target.logits for target in part.targets if target.logits is not None])
+            return loss.divergence(logits, taught, rows, len(part.ids)).sum()
+        states = [of_layer[number] for of_layer in self.states[part.trial.facts.state]]
+        return loss.alignment(states, [t.hidden for t in part.targets if t.hidden is not None]).sum()

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from pipeline import adapters
-from pipeline.adapters.base import WeightsAdapter, parts_of
+from pipeline.adapters.base import Adapter, WeightsAdapter, parts_of
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.base import placed
-from pipeline.backbones.decoder import checkpointed_layers, compiled_parts, decoder_of, told
+from pipeline.backbones.decoder import checkpointed_layers, compiled_parts, decoder_of, rows_are_alike, told
 from pipeline.backbones.passes import is_out_of_memory
 from pipeline.prompts.collate import Batch
 from pipeline.records.trial import TrialReport
@@ -29,7 +29,7 @@ from pipeline.resident.resident import TEACHER_BYTES, Resident
 from pipeline.train import loss
 from pipeline.train.cost import Capacity
 from pipeline.train.imitation import Imitation
-from pipeline.train.prefix_sharing import PrefixLayout, sharing_prefix
+from pipeline.train.prefix_sharing import PrefixLayout, row_pays, sharing_prefix
 from pipeline.train.selection import select
 from pipeline.train.trial_run import MicroBatch, TrialRun
 
@@ -58,9 +58,21 @@ class TrainingLoop:
         """Of one forward pass in training, once the memory has run out."""
         return self.passes.most.get(TRAINING)
 
+    @property
+    def exact(self) -> bool:
+        """Whether every trial has the bits that it has alone: on a CPU, and where nothing may depend on chance."""
+        return self.resident.device == "cpu" or any(trial.config.deterministic for trial in self.trials)
+
     def room(self) -> int:
         """Return how many trials may join those that are here."""
-        return 0 if self.max_rows is not None else self.capacity.room(len(self.trials))
+        if self.max_rows is not None or (self.exact and not self._packs_exactly()):
+            return 0
+        return self.capacity.room(len(self.trials))
+
+    def _packs_exactly(self) -> bool:
+        """Whether the frozen modules give a trial's rows the same bits, whoever shares the pass."""
+        changed = any(trial.facts.trains_vision or trial.config.compile for trial in self.trials)
+        return not changed and rows_are_alike(self.resident.loaded.model)
 
     def evict(self, key: str) -> None:
         """Drop a trial."""
@@ -86,7 +98,7 @@ class TrainingLoop:
             window = self.next_steps(num_steps - done)
             # dropout is drawn in training alone
             learners = [trial.adapter.train() for trial in self.trials]
-            with self._compiled(), self._checkpointed(), adapters.attach(self.resident.loaded.model, learners) as pack:
+            with self._compiled(), self._checkpointed(), self._attached(learners) as pack:
                 for number, step in enumerate(window):
                     self._make_ready(window[number : number + 2])
                     self._step(pack, step)
@@ -107,6 +119,9 @@ class TrainingLoop:
 
     def _diverged(self) -> list[TrialRun]:
         return [trial for trial in self.trials if trial.error]
+
+    def _attached(self, learners: Sequence[Adapter]) -> AbstractContextManager[Pack]:
+        return adapters.attach(self.resident.loaded.model, Pack(learners, apart=self.exact))
 
     def _compiled(self) -> AbstractContextManager[None]:
         """Let the frozen parts run compiled, where it is asked for and the weights stay what they are."""
@@ -174,11 +189,12 @@ class TrainingLoop:
         # one transfer a step: asking for each value would wait for the device each time
         values = iter(torch.stack([value.double() for of_trial in losses for value in of_trial.values()]).tolist())
         seconds = time.perf_counter() - started
+        exact = self.max_rows is None and (len(step) == 1 or (self.exact and self._packs_exactly()))
         samples = [sum(len(part.ids) for part in micro_batches) for micro_batches in step]
         for trial, of_trial, count in zip(self.trials, losses, samples, strict=True):
             known = {name: next(values) for name in of_trial}
             norm = known.pop(_NORM)
-            trial.finish_step(known, norm, seconds * count / sum(samples), pack_size=len(step))
+            trial.finish_step(known, norm, seconds * count / sum(samples), pack_size=len(step), exact=exact)
 
     def _gradients(self, pack: Pack, step: Step) -> list[Losses]:
         """Add up the gradients of one step; return each trial's losses."""
@@ -186,12 +202,17 @@ class TrainingLoop:
         sums: list[Losses] = [{} for _ in step]
         for index in range(max(map(len, step))):
             micro_batch = [micro_batches[index] for micro_batches in step if index < len(micro_batches)]
-            for chunk in cut(micro_batch, self.max_rows):
+            for chunk in self._chunks(micro_batch):
                 for part, losses in zip(chunk, self._backward(pack, chunk), strict=True):
                     total = sums[part.number]
                     for name, value in losses.items():
                         total[name] = total[name] + value if name in total else value
         return sums
+
+    def _chunks(self, micro_batch: Sequence[MicroBatch]) -> list[list[MicroBatch]]:
+        """Return which samples share a forward pass: what memory holds, trials whose samples share rows apart."""
+        alike = [[part for part in micro_batch if self._shares_prefix(part) is shares] for shares in (True, False)]
+        return [chunk for parts in alike if parts for chunk in cut(parts, self.max_rows)]
 
     def _seed_dropout(self, pack: Pack, step: Step) -> None:
         """Draw dropout as a function of trial, step and rank: the same after a resume, and in a pack as alone."""
@@ -234,29 +255,32 @@ class TrainingLoop:
         batch = self._batch(chunk)
         layout = self._prefix_layout(chunk, batch)
         pack.use(rows_of(chunk, batch, layout))
-        imitation = Imitation(chunk, batch)
+        imitation = Imitation(chunk, batch, layout)
         again = any(part.trial.config.gradient_checkpointing for part in chunk)
         with (
             told(self.resident.loaded.device, padded=False),
-            imitation.recording(spec, layout, again=again),
+            imitation.recording(spec, again=again),
             sharing_prefix(spec, layout),
         ):
             hidden = model.model(**batch.model_inputs(self.resident.loaded), use_cache=False).last_hidden_state
-        answers = loss.shifted(batch.labels)
-        rows, positions, targets = (placed(x, hidden.device) for x in answers)
-        logits = loss.logits_at(model, hidden, rows, positions)
-        ground_truth = loss.cross_entropy(logits, targets, rows, len(batch)).split([len(part.ids) for part in chunk])
-        distances = imitation.distances(logits, answers[0])
-        losses = []
-        for part, of_samples in zip(chunk, ground_truth, strict=True):
-            config, truth = part.trial.config, of_samples.sum() * part.weight
-            total, terms = config.ground_truth_weight * truth, {"ground_truth_loss": truth.detach()}
-            if part.trial.teacher is not None:
-                alignment = distances[part.number] * part.weight
-                total = total + config.alignment_weight * alignment
-                terms["alignment_loss"] = alignment.detach()
-            losses.append({"train_loss": total, **terms})
-        return losses
+        counts = [len(part.ids) for part in chunk]
+        parts = zip(chunk, hidden.split(counts), batch.labels.split(counts), strict=True)
+        return [self._loss(imitation, number, *of_part) for number, of_part in enumerate(parts)]
+
+    def _loss(self, imitation: Imitation, number: int, part: MicroBatch, hidden: Tensor, labels: Tensor) -> Losses:
+        """Return a part's loss; of its own samples, states [B, T, D] and labels [B, T] alone, so that none depends on
+        who shares the pass.
+        """
+        config = part.trial.config
+        rows, positions, targets = (placed(x, hidden.device) for x in loss.shifted(labels))
+        logits = loss.logits_at(self.resident.loaded.model, hidden, rows, positions)
+        truth = loss.cross_entropy(logits, targets, rows, len(part.ids)).sum() * part.weight
+        total, terms = config.ground_truth_weight * truth, {"ground_truth_loss": truth.detach()}
+        if part.trial.teacher is not None:
+            alignment = imitation.distance(number, logits, rows) * part.weight
+            total = total + config.alignment_weight * alignment
+            terms["alignment_loss"] = alignment.detach()
+        return {"train_loss": total, **terms}
 
     def _batch(self, chunk: Sequence[MicroBatch]) -> Batch:
         manifests = [part.trial.manifest for part in chunk for _ in part.ids]
@@ -268,14 +292,20 @@ class TrainingLoop:
             pixels=chunk[0].trial.facts.trains_vision,
         )
 
+    def _shares_prefix(self, part: MicroBatch) -> bool:
+        """Whether a trial's samples stand in one row; whoever else is in the pack."""
+        if not self.resident.loaded.family.shares_prefix or part.trial.facts.drops or len(part.ids) < 2:
+            return False
+        return row_pays([len(prompt) for prompt in part.prompts], part.trial.prefix_length)
+
     def _prefix_layout(self, chunk: Sequence[MicroBatch], batch: Batch) -> PrefixLayout | None:
         """Return how the decoder's rows share prefixes, or None where every sample has a row of its own."""
-        if not self.resident.loaded.family.shares_prefix or any(part.trial.facts.drops for part in chunk):
+        if not self._shares_prefix(chunk[0]):
             return None
         lengths = iter(batch.lengths.tolist())  # which are the host's
         return PrefixLayout.of(
             [[next(lengths) for _ in part.ids] for part in chunk],
-            [part.trial.prefix_length if len(part.ids) > 1 else 0 for part in chunk],
+            [part.trial.prefix_length for part in chunk],
             batch.input_ids.shape[1],
             like=self.resident.loaded.model.get_input_embeddings().weight,
         )
@@ -303,7 +333,8 @@ class TrainingLoop:
         reports = [self._let_go(trial, trial.diverged_report()) for trial in diverged]
         if complete:
             started = time.perf_counter()
-            scores = select(self.resident, complete, self.on_step)
+            together = [[trial] for trial in complete] if self.exact else [complete]
+            scores = [score for trials in together for score in select(self.resident, trials, self.on_step)]
             seconds = (time.perf_counter() - started) / len(complete)
             for trial, score in zip(complete, scores, strict=True):
                 reports.append(self._let_go(trial, trial.finish_epoch(score, seconds)))
@@ -323,7 +354,9 @@ def rows_of(chunk: Sequence[MicroBatch], batch: Batch, layout: PrefixLayout | No
         widths = {part.number: max(map(len, part.prompts)) for part in chunk}
         return PackRows(numbers, batch.image_counts, widths)
     images = iter(batch.image_counts)
-    return PackRows(tuple(part.number for part in chunk), tuple(sum(next(images) for _ in part.ids) for part in chunk))
+    numbers = tuple(part.number for part in chunk)
+    counts = tuple(sum(next(images) for _ in part.ids) for part in chunk)
+    return PackRows(numbers, counts, dict(zip(numbers, layout.sizes, strict=True)))
 
 
 def cut(parts: Sequence[MicroBatch], most: int | None) -> list[list[MicroBatch]]:

@@ -41,6 +41,12 @@ def shared_prefix_length(prompts: Sequence[Sequence[int]], stop: int) -> int:
     return min(len(lowest), len(highest))
 
 
+def row_pays(lengths: Sequence[int], prefix: int) -> bool:
+    """Whether samples of these lengths, which begin with `prefix` tokens in common, are better off in one row."""
+    size = prefix + sum(length - prefix for length in lengths)
+    return size <= MOST_TOKENS and size <= (1 - LEAST_SAVED) * max(lengths) * len(lengths)
+
+
 @dataclass(frozen=True)
 class PrefixLayout:
     """Where every token of a batch stands in the shared rows, and back.
@@ -50,18 +56,23 @@ class PrefixLayout:
         places: [B, T], the batch's tokens as places in the flattened shared rows, K x L; pads take place 0.
         positions: [K, L], a token's position in its own sample.
         mask: [K, 1, L, L], additive: 0 where a query (third) sees a key (fourth), else -inf.
+        sizes: the lengths of the shared rows without pads.
     """
 
     taken: Tensor
     places: Tensor
     positions: Tensor
     mask: Tensor
+    sizes: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return max(self.sizes)
 
     @classmethod
-    def of(
-        cls, lengths: Sequence[Sequence[int]], prefixes: Sequence[int], width: int, like: Tensor
-    ) -> PrefixLayout | None:
-        """Return the layout of a batch, or None where the plain rows are the better ones.
+    def of(cls, lengths: Sequence[Sequence[int]], prefixes: Sequence[int], width: int, like: Tensor) -> PrefixLayout:
+        """Return the layout of a batch, of whose trials each is better off so (`row_pays`).
 
         Args:
             lengths: for each trial the lengths of its samples; the batch has them in this order.
@@ -74,8 +85,6 @@ class PrefixLayout:
             for of_trial, prefix in zip(lengths, prefixes, strict=True)
         ]
         rows, longest = len(sizes), max(sizes)
-        if longest > MOST_TOKENS or rows * longest > (1 - LEAST_SAVED) * width * sum(map(len, lengths)):
-            return None
         taken: list[int] = []
         places: list[int] = []
         positions: list[int] = []
@@ -100,7 +109,8 @@ class PrefixLayout:
         mask = torch.zeros(rows, 1, longest, longest, dtype=like.dtype).masked_fill_(~seen.tril()[:, None], _HIDDEN)
         made = [torch.tensor(x) for x in (taken, places, positions)]
         shaped = (made[0].view(shape), made[1].view(-1, width), made[2].view(shape), mask)
-        return cls(*(placed(x, like.device) for x in shaped))
+        on_device = [placed(x, like.device) for x in shaped]
+        return cls(on_device[0], on_device[1], on_device[2], on_device[3], tuple(sizes))
 
     def where(self, places: Tensor) -> Tensor:
         """Return where tokens of the flattened batch, B x T, stand in the flattened shared rows."""

@@ -136,6 +136,7 @@ class TrialRun:
         self.keeping = 0.0  # seconds spent on checkpoints and the ledger
         self.peak = 0  # bytes of memory
         self._kept = self.folder.adapter  # where the best epoch's adapter is
+        self.exact = True  # whether all its sums were those that it has alone
         self.packed = 1  # most trials, this one included, that it has shared a forward pass with
         self.due = False  # whether it is time for a checkpoint within the epoch
         self.asked = self.leaving = False  # whether this rank was told to stop, and what the ranks have agreed on
@@ -199,7 +200,9 @@ class TrialRun:
         """The schedule's scale on the learning rate at the next step."""
         return cosine_with_warmup(self.step, self.per_epoch * self.config.epochs, self.config.warmup_ratio)
 
-    def finish_step(self, losses: dict[str, float], gradient_norm: float, seconds: float, *, pack_size: int) -> None:
+    def finish_step(
+        self, losses: dict[str, float], gradient_norm: float, seconds: float, *, pack_size: int, exact: bool
+    ) -> None:
         """Take in a step by which the adapter has been updated.
 
         Args:
@@ -207,6 +210,7 @@ class TrialRun:
             gradient_norm: before clipping.
             seconds: what the step took of the trial's share.
             pack_size: trials that shared the step, this one included.
+            exact: whether its sums were those that the trial has alone.
         """
         epoch = self._epoch
         for name, value in losses.items():
@@ -214,7 +218,7 @@ class TrialRun:
         epoch.losses.append(losses["train_loss"])
         epoch.gradient_norm, epoch.learning_rate_scale = gradient_norm, self.learning_rate_scale
         epoch.seconds += seconds
-        self.packed = max(self.packed, pack_size)
+        self.packed, self.exact = max(self.packed, pack_size), self.exact and exact
         diverged, self.due, self.leaving = self._of_any_rank(
             not math.isfinite(losses["train_loss"]),
             0 < self._keep_seconds <= time.monotonic() - self._kept_at,
@@ -366,8 +370,8 @@ class TrialRun:
         self.peak = max(self.peak, self.memory.peak or 0)
         folder, within = self.folder.checkpoint, self.folder.within
         state = CheckpointState(
-            epoch=self.epochs_done, rows=tuple(self.reports), best=self.best, packed=self.packed, keeping=self.keeping,
-            peak=self.peak,
+            epoch=self.epochs_done, rows=tuple(self.reports), best=self.best, packed=self.packed, exact=self.exact,
+            keeping=self.keeping, peak=self.peak,
         )  # fmt: skip
 
         def write(target: Path) -> None:
@@ -411,7 +415,8 @@ class TrialRun:
         if newest is not None:
             path, state = newest
             self.engine.load(path)
-            self.reports, self.best, self.packed = list(state.rows), state.best, state.packed
+            self.reports, self.best = list(state.rows), state.best
+            self.packed, self.exact = state.packed, state.exact
             self.keeping, self.peak = state.keeping, state.peak
             if state.best is not None and state.best.adapter_digest is not None:  # else of before: adapter/ is all
                 self._kept = path / checkpoint.ADAPTER
@@ -443,7 +448,7 @@ class TrialRun:
                     trainable_parameters=self.trainable,
                     train_seconds=sum(report.train_seconds or 0.0 for report in self.reports),
                     seconds=sum(report.seconds or 0.0 for report in self.reports), packed=self.packed,
-                    keeping_seconds=self.keeping, peak_memory_bytes=self.peak or None,
+                    exact=self.exact, keeping_seconds=self.keeping, peak_memory_bytes=self.peak or None,
                     train_flops=self.flops and self.flops[0] * len(self.samples) * self.epochs_done + self.flops[1],
                 )
             )  # fmt: skip

@@ -16,18 +16,27 @@ def scored(unit):
     return Evaluation(**fields, unit=unit, num_samples=0, predictions=())
 
 
-def made(unit="percent", packed="1", world_size=1, **on):
+def made(unit="percent", packed="1", world_size=1, exact=None, **on):
     record = Provenance(machine=this_machine().model_copy(update={"gpus": (), **on}))
-    return RunRecord("id", {"world_size": world_size}, scored(unit), {}, record, {"packed": packed})
+    tags = {"packed": packed} | ({} if exact is None else {"exact": exact})
+    return RunRecord("id", {"world_size": world_size}, scored(unit), {}, record, tags)
 
 
 def test_alone_on_this_processor_it_is_nothing():
     assert _tolerance(made()) == 0.0
+    assert _tolerance(made(packed="4", exact="True")) == 0.0  # with others, each by the sums that it has alone
     assert _tolerance(RunRecord("id", {}, None, {}, Provenance(), {})) == 0.0  # a machine was not recorded
 
 
 @pytest.mark.parametrize(
-    "record", [made(packed="2"), made(world_size=2), made(gpus=("H100",)), made(cpu="another processor")]
+    "record",
+    [
+        made(packed="2"),
+        made(packed="1", exact="False"),
+        made(world_size=2),
+        made(gpus=("H100",)),
+        made(cpu="another processor"),
+    ],
 )
 def test_where_sums_come_in_another_order_it_is_not(record):
     assert _tolerance(record) == 1.0

@@ -124,7 +124,7 @@ class PlayedRun(TrialRun):
         self.global_batch = config.micro_batch_size * config.accumulation
         self.per_epoch = -(-len(self.samples) // self.global_batch)
         self.reports, self.best, self.error = [], None, None
-        self.keeping, self.peak, self.packed = 0.0, 0, 1
+        self.keeping, self.peak, self.packed, self.exact = 0.0, 0, 1, True
         self._kept = self.folder.adapter
         self.due = self.asked = self.leaving = False
         self._keep_seconds, self._kept_at = KEEP_SECONDS, time.monotonic()
@@ -185,7 +185,7 @@ class Worker:
                 loss = run.engine.step(ids)
                 if run.config.seed == self.world.diverges and run.step == run.per_epoch + 1:
                     loss = math.nan
-                run.finish_step({"train_loss": loss}, loss, 0.25, pack_size=1)
+                run.finish_step({"train_loss": loss}, loss, 0.25, pack_size=1, exact=True)
                 if run.due:
                     run.keep_step()
             self.done += 1
