@@ -180,19 +180,21 @@ def _is_compiled(module: nn.Module) -> bool:
     return hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
 
 
-_ALIKE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-_COMPANY = (4, 5, 7, 16, 33, 61, 96, 130, 257)  # rows of a product
+_ALIKE: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+_COMPANY = (*range(1, 40), 61, 96, 130, 257)  # tokens of a pass
 
 
-def rows_are_alike(model: nn.Module) -> bool:
-    """Whether what a decoder computes of a token by itself has the same bits, however many tokens are computed with it.
+def alike_from(model: nn.Module) -> int | None:
+    """Return the tokens of a pass from which on each one's own part of it has the same bits, however many there are.
 
-    Tried, once a model: on every kind of linear module, norm and feed-forward net, forward and backward. Matrix
-    libraries may add up a row's product in another order where the other rows are more or fewer. Fewer than four rows
-    are another algorithm everywhere; a training step has more.
+    None: they never have. Tried, once a model, on every kind of linear module, norm and feed-forward net of the
+    decoder, forward and backward: matrix libraries may add up a row's product in another order where there are more or
+    fewer rows. Of few rows they do.
     """
     if model not in _ALIKE:
-        _ALIKE[model] = all(map(_gives_alike, _kinds_of_parts(decoder_of(model))))
+        fewest = [_alike_from(*part) for part in _kinds_of_parts(decoder_of(model))]
+        known = [few for few in fewest if few is not None]
+        _ALIKE[model] = max(known, default=1) if len(known) == len(fewest) else None
     return _ALIKE[model]
 
 
@@ -210,25 +212,29 @@ def _kinds_of_parts(spec: DecoderSpec) -> Iterator[tuple[nn.Module, int]]:
                 yield module, width
 
 
-def _gives_alike(part: tuple[nn.Module, int]) -> bool:
-    """Try a module on some numbers of rows."""
-    module, width = part
+def _alike_from(module: nn.Module, width: int) -> int | None:
+    """Try a module on some numbers of tokens."""
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
     if like is None:
-        return True
+        return 1
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, max(_COMPANY), width, generator=generator).to(like.device, like.dtype)
+    x = torch.randn(1, _COMPANY[-1], width, generator=generator).to(like.device, like.dtype)
     results: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
-        for rows in (*_COMPANY, max(_COMPANY)):
+        for rows in _COMPANY:
             given = x[:, :rows].clone().requires_grad_()
             with torch.enable_grad():
                 out = module(given)
             results.append((out.detach(), torch.autograd.grad(out.square().sum(), given)[0]))
     except (TypeError, ValueError, AttributeError, RuntimeError):
-        return False  # it asks for more than a state
+        return None  # it asks for more than a state
     whole = results[-1]
-    return all(torch.equal(a, b[:, : a.shape[1]]) for of in results for a, b in zip(of, whole, strict=True))
+    differ = [
+        rows
+        for rows, of_rows in zip(_COMPANY, results, strict=True)
+        if not all(torch.equal(a, b[:, :rows]) for a, b in zip(of_rows, whole, strict=True))
+    ]
+    return next((rows for rows in _COMPANY[:-3] if rows > max(differ, default=0)), None)
 
 
 @contextmanager

@@ -65,7 +65,8 @@ class Imitation:
     def _taken(self, hidden: Tensor) -> list[Tensor]:
         """Return what is compared of a layer's states [B, T, D]: [N, D] of each part, N = 0 without a teacher."""
         pieces = zip(hidden.split(self.rows), self.places, strict=True)
-        return [own.flatten(0, 1)[[] if at is None else at.to(own.device)] for own, at in pieces]
+        flat = ((own.flatten(0, 1), at) for own, at in pieces)
+        return [own[:0] if at is None else own[at.to(own.device)] for own, at in flat]
 
     def distance(self, number: int, logits: Tensor, rows: Tensor) -> Tensor:
         """Return a taught part's distance to its teacher, summed over its samples.

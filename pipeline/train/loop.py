@@ -21,7 +21,7 @@ from pipeline import adapters
 from pipeline.adapters.base import Adapter, WeightsAdapter, parts_of
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.base import placed
-from pipeline.backbones.decoder import checkpointed_layers, compiled_parts, decoder_of, rows_are_alike, told
+from pipeline.backbones.decoder import alike_from, checkpointed_layers, compiled_parts, decoder_of, told
 from pipeline.backbones.passes import is_out_of_memory
 from pipeline.prompts.collate import Batch
 from pipeline.records.trial import TrialReport
@@ -52,6 +52,7 @@ class TrainingLoop:
         self.trials: list[TrialRun] = []
         self.passes = resident.loaded.passes
         self.capacity = Capacity(resident.device)
+        self._alike = False  # whether each trial's sums are its own, whoever shares the pass
 
     @property
     def max_rows(self) -> int | None:
@@ -71,8 +72,10 @@ class TrainingLoop:
 
     def _packs_exactly(self) -> bool:
         """Whether the frozen modules give a trial's rows the same bits, whoever shares the pass."""
-        changed = any(trial.facts.trains_vision or trial.config.compile for trial in self.trials)
-        return not changed and rows_are_alike(self.resident.loaded.model)
+        if any(trial.facts.trains_vision or trial.config.compile for trial in self.trials):
+            return False
+        least = alike_from(self.resident.loaded.model)
+        return least is not None and all(trial.shortest >= least for trial in self.trials)
 
     def evict(self, key: str) -> None:
         """Drop a trial."""
@@ -93,6 +96,7 @@ class TrainingLoop:
         for trial in self.trials:
             trial.memory.note()
         self.capacity.begin()
+        self._alike = self.exact and self._packs_exactly()  # asked of the backbone while nothing is attached
         done, started, pack_size = 0, time.perf_counter(), len(self.trials)
         while done < num_steps and not self._diverged():
             window = self.next_steps(num_steps - done)
@@ -189,7 +193,7 @@ class TrainingLoop:
         # one transfer a step: asking for each value would wait for the device each time
         values = iter(torch.stack([value.double() for of_trial in losses for value in of_trial.values()]).tolist())
         seconds = time.perf_counter() - started
-        exact = self.max_rows is None and (len(step) == 1 or (self.exact and self._packs_exactly()))
+        exact = self.max_rows is None and (len(step) == 1 or self._alike)
         samples = [sum(len(part.ids) for part in micro_batches) for micro_batches in step]
         for trial, of_trial, count in zip(self.trials, losses, samples, strict=True):
             known = {name: next(values) for name in of_trial}

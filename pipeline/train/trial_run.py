@@ -112,6 +112,7 @@ class TrialRun:
         self.prefix_length = shared_prefix_length(
             [prompt.input_ids for prompt in self.prompts], resident.loaded.image_token_id
         )
+        self.shortest = min(map(len, self.prompts))  # the fewest tokens of a pass
         options, model = methods.options(config), resident.loaded.model
         self.facts = options.facts()
         self.adapter = adapters.make(config.method, model, options, seed=config.seed)

@@ -67,8 +67,8 @@ def test_nothing_there_is_nothing(tmp_path):
 def test_one_of_newer_code_stays(tmp_path):
     checkpoint.save(tmp_path, CheckpointState(epoch=1), write("good"))
     state = tmp_path / "epoch-0001/state.json"
-    state.write_text(state.read_text().replace('"schema": 2', '"schema": 3'))
-    with pytest.raises(InputError, match=r"state.json: schema 3 was written by newer code"):
+    state.write_text(state.read_text().replace('"schema": 3', '"schema": 4'))
+    with pytest.raises(InputError, match=r"state.json: schema 4 was written by newer code"):
         checkpoint.newest(tmp_path)
     assert state.exists()
 

@@ -16,7 +16,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from pipeline.adapters.attach import attach
 from pipeline.backbones import decoder
-from pipeline.backbones.decoder import rows_are_alike
+from pipeline.backbones.decoder import alike_from
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import EpochReport
 from pipeline.train.cost import Capacity
@@ -75,7 +75,7 @@ def kept(folder, request) -> tuple:
         for report in trial.epochs()
     ]
     end = TrialStore(folder).done(request.key)
-    return trial.losses(), reports, (end.status, end.chosen_epoch, end.objective, end.adapter_digest, end.exact)
+    return trial.losses(), reports, end.status, end.chosen_epoch, end.objective, end.adapter_digest
 
 
 @pytest.mark.parametrize("name", PACKS)
@@ -87,17 +87,17 @@ def test_a_trial_has_the_same_bits_in_a_pack_as_alone(bench, trial, tmp_path, na
     train(bench, together)
     for request in together:
         assert kept(tmp_path / "together", request) == kept(tmp_path / "alone", request)
-        assert kept(tmp_path / "together", request)[2][-1] is True
-        assert TrialStore(tmp_path / "together").done(request.key).packed == len(together)
+        end = TrialStore(tmp_path / "together").done(request.key)
+        assert end.packed == len(together)
+        assert end.exact is (name == "mixed")  # what a vision tower computes in company is not tried
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_the_bits_do_not_depend_on_who_joins_and_who_leaves(bench, trial, tmp_path, seed):
     """Trials of any methods, sizes and lengths, that come when the dice say so; some are evicted and come again."""
     dice = random.Random(seed)
-    alike = [*MIXED, *LORAS] if seed % 2 else MIXED
     chosen = []
-    for number, (method, given) in enumerate(dice.sample(alike, 5)):
+    for number, (method, given) in enumerate(dice.choices(LORAS if seed % 3 == 2 else MIXED, k=5)):
         changes = {"seed": number, "epochs": dice.choice((1, 2)), "num_train_samples": dice.choice((9, 14, 20))}
         changes |= {"micro_batch_size": dice.choice((1, 2, 5))}
         chosen.append((method, {**given, **changes}))
@@ -121,13 +121,13 @@ def test_where_rows_depend_on_their_company_trials_train_alone(trial, tmp_path, 
     bench = Workbench(device="cpu")
     bench.admit(trial("hificl", tmp_path))
     model = bench.loop.resident.loaded.model
-    assert rows_are_alike(model)
+    assert 1 <= alike_from(model) < 24
     bench.loop.capacity.rates[1] = 1.0
     assert bench.loop.room() > 0
     decoder._ALIKE.clear()
     plain = torch.nn.Linear.forward
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: plain(self, x) + 1e-7 * x.shape[-2])
-    assert not rows_are_alike(model)
+    assert alike_from(model) is None
     assert bench.loop.room() == 0
     decoder._ALIKE.clear()
 

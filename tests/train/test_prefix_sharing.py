@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pipeline import adapters, backbones
 from pipeline.adapters.attach import attach
 from pipeline.backbones.decoder import decoder_of
-from pipeline.train import prefix_sharing
-from pipeline.train.prefix_sharing import PrefixLayout, shared_prefix_length, sharing_prefix
+from pipeline.train import loop
+from pipeline.train.prefix_sharing import PrefixLayout, row_pays, shared_prefix_length, sharing_prefix
 from pipeline.train.workbench import Workbench
 from tests.support.tiny_hub import make
 from tests.train.test_loop import LORAS, MIXED, gap, train
@@ -38,9 +38,8 @@ def test_every_token_sees_its_own_sample_up_to_itself(trials):
     lengths = [[head + rest for rest in rests] for head, rests in trials]
     flat = [length for mine in lengths for length in mine]
     width = max(flat)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix_sharing, "LEAST_SAVED", -100)
-        layout = PrefixLayout.of(lengths, heads, width, like=torch.zeros(1))
+    layout = PrefixLayout.of(lengths, heads, width, like=torch.zeros(1))
+    assert layout.sizes == tuple(head + sum(rests) for head, rests in trials)
     rows, longest = layout.taken.shape
     assert longest == max(head + sum(rests) for head, rests in trials)
     # what a token stands for: its sample's number and place; all samples of a trial have one and the same head
@@ -59,12 +58,11 @@ def test_every_token_sees_its_own_sample_up_to_itself(trials):
 
 
 def test_rows_stay_plain_where_sharing_saves_little_or_grows_long():
-    like = torch.zeros(1)
-    assert PrefixLayout.of([[30] * 8], [16], 30, like) is not None
-    assert PrefixLayout.of([[30] * 8], [2], 30, like) is None  # 226 of 240 tokens
-    assert PrefixLayout.of([[30, 30], [12, 12]], [16, 10], 30, like) is not None
-    assert PrefixLayout.of([[100] * 4], [60], 100, like) is not None
-    assert PrefixLayout.of([[200] * 4], [100], 200, like) is None  # 500 tokens in one row
+    assert row_pays([30] * 8, 16)
+    assert not row_pays([30] * 8, 2)  # 226 of 240 tokens
+    assert row_pays([12, 12], 10)
+    assert row_pays([100] * 4, 60)
+    assert not row_pays([200] * 4, 100)  # 500 tokens in one row
 
 
 FOLDING = [name for name in backbones.names() if backbones.get(name).family.shares_prefix]
@@ -114,8 +112,8 @@ def test_trials_lose_what_they_lose_in_plain_rows(trial, tmp_path, monkeypatch, 
     layout_of = PrefixLayout.of
     monkeypatch.setattr(PrefixLayout, "of", lambda *x, **y: made.append(layout_of(*x, **y)) or made[-1])
     together = run("shared")
-    assert sum(layout is not None for layout in made) > 5
-    monkeypatch.setattr(PrefixLayout, "of", lambda *x, **y: None)
+    assert len(made) > 5
+    monkeypatch.setattr(loop, "row_pays", lambda *_: False)
     assert gap(together, run("plain")) < 1e-7  # norms and angles are fp32
 
 
