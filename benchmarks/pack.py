@@ -22,9 +22,11 @@ def run(
     """Train K HiFICL trials (of different ranks, rates and seeds) together, and the same ones one after another.
 
     Both on the miniature, resident in one process, by the same loop, from data to optimiser; scoring and checkpoints
-    are left out (`train_seconds` of the trials' own records). `packed_over_sequential_K` is in samples per second, for
-    the miniature's own step of 8 samples; `_papers_step` for the papers' step of 2 x 2. `loss_difference` is the
-    largest difference of the epochs' mean losses. On a CPU everything runs on one thread.
+    are left out (`train_seconds` of the trials' own records). On a CPU a pack gives each trial the bits that it has
+    alone; `bits_over_batched_K` is what that takes, its seconds over those of a pack whose trials share attention too.
+    `packed_over_sequential_K` is in samples per second, for the miniature's own step of 8 samples; `_papers_step` for
+    the papers' step of 2 x 2. `loss_difference` is the largest difference of the epochs' mean losses. On a CPU
+    everything runs on one thread.
 
     Args:
         device: cpu or cuda.
@@ -40,6 +42,7 @@ def run(
             for k in num_trials:
                 rounds = both_ways(bench, partial(_requests, made, k, step), repeats)
                 findings.add(f"packed_over_sequential_K{k}{name}", rounds, "alone", "together")
+                findings.add(f"bits_over_batched_K{k}{name}", rounds, "together", "batched")
         findings.file("loss_difference_fp32", [_difference(bench, made, max(num_trials))])
         bench = Workbench(device=device)
         bench.resident(_request(made, 0, "double")).loaded.model.double()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.support.timing import Rounds
 from pipeline import backbones, methods
@@ -17,6 +18,7 @@ from pipeline.miniature.world import write_world
 from pipeline.records.trial import EpochReport
 from pipeline.sweep.draw import draw_manifest
 from pipeline.tasks import tasks
+from pipeline.train.loop import TrainingLoop
 from pipeline.train.workbench import Workbench
 
 BACKBONE, TASK = "mini-idefics2", "mini-vqa"
@@ -86,24 +88,26 @@ def train(bench: Workbench, requests: list[TrialRequest]) -> list[EpochReport]:
 
 
 def both_ways(bench: Workbench, requests: Callable[[str], list[TrialRequest]], repeats: int) -> Rounds:
-    """Train the same trials one after another (`alone`) and side by side (`together`), in rounds.
+    """Train the same trials one after another (`alone`), side by side (`together`), and so without equal bits.
 
-    No training finds the teacher's targets that another one computed.
+    In rounds; the last is `batched`. On a GPU `together` is too. No training finds the teacher's targets that another
+    one computed.
 
     Args:
         bench: where.
         requests: gives the trials, by the name of the place that they are trained in.
         repeats: rounds.
     """
-    seconds: dict[str, list[float]] = {"alone": [], "together": []}
+    seconds: dict[str, list[float]] = {"alone": [], "together": [], "batched": []}
     for _ in range(repeats):
-        one_by_one = [[request] for request in requests("alone")]
-        for way, groups in (("alone", one_by_one), ("together", [requests("together")])):
+        for way, of_way in seconds.items():
+            asked = requests(way)
             reports = []
-            for group in groups:
-                _forget_teacher(bench)
-                reports += train(bench, group)
-            seconds[way].append(sum(report.train_seconds or 0.0 for report in reports))
+            with patch.object(TrainingLoop, "exact", False) if way == "batched" else nullcontext():
+                for group in [[request] for request in asked] if way == "alone" else [asked]:
+                    _forget_teacher(bench)
+                    reports += train(bench, group)
+            of_way.append(sum(report.train_seconds or 0.0 for report in reports))
     return Rounds(seconds)
 
 
