@@ -64,9 +64,11 @@ class Imitation:
 
     def _taken(self, hidden: Tensor) -> list[Tensor]:
         """Return what is compared of a layer's states [B, T, D]: [N, D] of each part, N = 0 without a teacher."""
-        pieces = zip(hidden.split(self.rows), self.places, strict=True)
-        flat = ((own.flatten(0, 1), at) for own, at in pieces)
-        return [own[:0] if at is None else own[at.to(own.device)] for own, at in flat]
+        flat = [part.flatten(0, 1) for part in hidden.split(self.rows)]
+        return [
+            states[:0] if places is None else states[places.to(states.device)]
+            for states, places in zip(flat, self.places, strict=True)
+        ]
 
     def distance(self, number: int, logits: Tensor, rows: Tensor) -> Tensor:
         """Return a taught part's distance to its teacher, summed over its samples.
