@@ -22,6 +22,7 @@ from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import Machine
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.provenance import checkout_state, code_root, this_machine, versions
+from pipeline.tracking.records import text_of
 
 # what a score may differ by where sums come in another order: on a GPU, over ranks, in a pack, on another processor
 TOLERANCES = {"percent": 1.0, "fraction": 0.02}
@@ -177,9 +178,11 @@ def _same_weights(record: RunRecord, params: Params) -> None:
 
 
 def _tolerance(record: RunRecord) -> float:
-    # `packed` is with how many trials it really shared a pass; runs of before it was kept say what was allowed
+    # runs of before `exact` was kept say with how many trials they shared a pass, earlier ones with how many they might
     packed = record.tags.get("packed") or record.tags.get("pack", "1")
-    alone = record.config.get("world_size", 1) == 1 and record.tags.get("exact", str(packed == "1")) == "True"
+    alone = record.config.get("world_size", 1) == 1 and record.tags.get("exact", text_of(packed == "1")) == text_of(
+        True
+    )
     gpus = record.provenance.machine.gpus
     same_card = bool(record.config.get("deterministic")) and gpus == this_machine().gpus
     solo = alone and (same_card if gpus else _other_processor(record) is None)

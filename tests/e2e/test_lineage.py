@@ -159,12 +159,10 @@ def test_a_run_is_reproduced_to_the_bit_from_its_own_record(here, capfd):
     assert status == 0, line
     assert found["reproduced"] and found["predictions"]["samples"] == 4
     key = next(row["trial"] for row in study(here)["cells"] if row["row"] == "mimic")
-    alone = json.loads((here.folder / "runs" / key / "done.json").read_text()).get("packed", 1) == 1
-    loss = found["others"]["train_loss"]
-    assert (found["tolerance"] == 0) == alone and abs(loss["difference"]) < 1e-4
-    if alone:
-        assert found["largest_difference"] == 0 and found["number"]["difference"] == 0
-        assert found["adapter"]["same"] and found["predictions"]["differ"] == 0
+    assert json.loads((here.folder / "runs" / key / "done.json").read_text())["exact"]  # alone or in a pack
+    assert found["tolerance"] == 0 and found["others"]["train_loss"]["difference"] == 0
+    assert found["largest_difference"] == 0 and found["number"]["difference"] == 0
+    assert found["adapter"]["same"] and found["predictions"]["differ"] == 0
     assert found["code"]["ran"] == found["code"]["recorded"]
     assert sorted(path.name for path in (here.folder / "runs").iterdir()) == before
 
@@ -178,8 +176,7 @@ def test_a_trial_is_trained_and_scored_from_its_own_json(copy, capfd):
     assert status == 0, line
     assert (found["trial"], found["evaluation"]) == (row["trial"], f"evaluations/{row['evaluation']}.json")
     digests = [json.loads((folder / "done.json").read_text())["adapter_digest"] for folder in (before, recorded)]
-    alone = json.loads((recorded / "done.json").read_text()).get("packed", 1) == 1
-    assert (digests[0] == digests[1] and found["value"] == json.loads(first.read_text())["value"]) or not alone
+    assert digests[0] == digests[1] and found["value"] == json.loads(first.read_text())["value"]
 
 
 def test_what_cannot_be_reproduced_is_said_before_any_work(copy, capfd):

@@ -55,7 +55,7 @@ def test_trials_share_forward_passes(project):
     project.python("-m", "pipeline", "sweep", "--set", "sweep.pack=3", "--set", "sweep.slots=1")
     ends = [trials(project)[key] for rank in (4, 5, 6) for key in rows(project, rank=rank)]
     assert len(ends) == 3 and {end["status"] for end in ends} == {"finished"}
-    assert max(end["packed"] for end in ends) == 3
+    assert max(end["packed"] for end in ends) == 3 and all(end["exact"] for end in ends)
 
 
 def test_asha_stops_a_trial_that_learns_nothing_by_its_loss_on_the_test_split(project):

@@ -8,6 +8,7 @@ from pipeline.lineage.run_record import RunRecord
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import Provenance
 from pipeline.tracking.provenance import this_machine
+from pipeline.tracking.records import text_of
 from tests.conftest import ROOT
 
 
@@ -18,13 +19,13 @@ def scored(unit):
 
 def made(unit="percent", packed="1", world_size=1, exact=None, **on):
     record = Provenance(machine=this_machine().model_copy(update={"gpus": (), **on}))
-    tags = {"packed": packed} | ({} if exact is None else {"exact": exact})
+    tags = {"packed": packed} | ({} if exact is None else {"exact": text_of(exact)})
     return RunRecord("id", {"world_size": world_size}, scored(unit), {}, record, tags)
 
 
 def test_alone_on_this_processor_it_is_nothing():
     assert _tolerance(made()) == 0.0
-    assert _tolerance(made(packed="4", exact="True")) == 0.0  # with others, each by the sums that it has alone
+    assert _tolerance(made(packed="4", exact=True)) == 0.0  # with others, each by the sums that it has alone
     assert _tolerance(RunRecord("id", {}, None, {}, Provenance(), {})) == 0.0  # a machine was not recorded
 
 
@@ -32,7 +33,7 @@ def test_alone_on_this_processor_it_is_nothing():
     "record",
     [
         made(packed="2"),
-        made(packed="1", exact="False"),
+        made(packed="1", exact=False),
         made(world_size=2),
         made(gpus=("H100",)),
         made(cpu="another processor"),
