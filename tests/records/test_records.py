@@ -183,7 +183,7 @@ def mutations(draw, tree):
         ("done.json", {"objective": "0.5"}, r"objective: Input should be a valid number, got '0.5'"),
         ("done.json", {"epochs": -1}, r"epochs: Input should be greater than or equal to 0, got -1"),
         ("done.json", {"typo": 1}, r"done.json: unknown field 'typo'. Known: adapter_digest,"),
-        ("done.json", {"schema": 3}, r"done.json: schema 3 was written by newer code, this code knows 2. Use the code"),
+        ("done.json", {"schema": 4}, r"done.json: schema 4 was written by newer code, this code knows 3. Use the code"),
         ("done.json", {"schema": True}, r"done.json: .*no schema has such a number"),
         ("config.json", {"config": {"backbone": 3}}, r"config.json: backbone: Input should be a valid string, got 3"),
         ("config.json", {"provenance": {"schema": 9}}, r"schema 9 was written by newer code"),
