@@ -285,13 +285,12 @@ class WeightsEdit:
         if x.dim() != 3:
             raise InputError(f"{name} is fed {x.dim()}-dimensional inputs, whose rows are not known")
         inside = id(linear) in self.inside
+        if self.pack.apart:
+            parts = self.pack.split(self._dropped(x, inside), tokens=1 if inside else None)
+            return joined([self._of_part(number, name, linear, part) for number, part in parts], x.shape[1])
         rows = self.pack.of_rows(x.shape[0], x.device) if inside else self.pack.of_images(x.shape[0], x.device)
         if rows is None:
             raise InputError("a single adapter is PEFT's to compute", way_out="Use `LoRA.injected`")
-        if self.pack.apart:
-            x = self._dropped(x, inside)
-            parts = self.pack.split(x, tokens=1 if inside else None)
-            return joined([self._of_part(number, name, linear, part) for number, part in parts], x.shape[1])
         a, b = self.pack.once(("weights", name), lambda: self._of(name, linear))
         x = self._dropped(x, inside)
         low = torch.einsum("ntd,nrd->ntr", x.to(a.dtype), a.index_select(0, rows))

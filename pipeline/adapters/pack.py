@@ -196,18 +196,15 @@ class Pack:
             tokens: the dimension that is padded.
 
         Raises:
-            InputError: x has other rows than the pack was told of.
+            InputError: as `of_rows`, or `of_images`.
         """
-        numbers = self._numbers(x.shape[0]) if tokens is not None else self._image_numbers()
+        (self.of_images if tokens is None else self.of_rows)(x.shape[0], x.device)  # whether the pack was told of them
+        numbers = self._image_numbers() if tokens is None else self._numbers(x.shape[0])
         counts = [(number, len(list(rows))) for number, rows in groupby(numbers)]
-        if self._rows is None or sum(count for _, count in counts) != x.shape[0]:
-            raise InputError(f"the pack was told of {len(numbers)} rows or images, and {x.shape[0]} are there")
-        parts = x.split([count for _, count in counts])
+        parts = list(zip([number for number, _ in counts], x.split([count for _, count in counts]), strict=True))
         if tokens is None:
-            return [(number, part) for (number, _), part in zip(counts, parts, strict=True)]
-        lengths = [self.width_of(number, x.shape[tokens]) for number, _ in counts]
-        cut = [part.narrow(tokens, 0, n) for part, n in zip(parts, lengths, strict=True)]
-        return [(number, part) for (number, _), part in zip(counts, cut, strict=True)]
+            return parts
+        return [(number, part.narrow(tokens, 0, self.width_of(number, x.shape[tokens]))) for number, part in parts]
 
     def of_images(self, count: int, device: torch.device) -> Tensor:
         """Return the adapter of each image of a batch of `count`, [count].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -180,21 +181,20 @@ def _is_compiled(module: nn.Module) -> bool:
     return hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
 
 
-_ALIKE: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
-_COMPANY = (*range(1, 40), 61, 96, 130, 257)  # tokens of a pass
+_ALIKE: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+_FEW = range(1, 40)  # tokens of a pass: all of these are tried
+_MANY = (61, 96, 130, 257)
 
 
-def alike_from(model: nn.Module) -> int | None:
+def alike_from(model: nn.Module) -> float:
     """Return the tokens of a pass from which on each one's own part of it has the same bits, however many there are.
 
-    None: they never have. Tried, once a model, on every kind of linear module, norm and feed-forward net of the
+    Infinity: they never have. Tried, once a model, on every kind of linear module, norm and feed-forward net of the
     decoder, forward and backward: matrix libraries may add up a row's product in another order where there are more or
     fewer rows. Of few rows they do.
     """
     if model not in _ALIKE:
-        fewest = [_alike_from(*part) for part in _kinds_of_parts(decoder_of(model))]
-        known = [few for few in fewest if few is not None]
-        _ALIKE[model] = max(known, default=1) if len(known) == len(fewest) else None
+        _ALIKE[model] = max(_alike_from(*part) for part in _kinds_of_parts(decoder_of(model)))
     return _ALIKE[model]
 
 
@@ -212,29 +212,30 @@ def _kinds_of_parts(spec: DecoderSpec) -> Iterator[tuple[nn.Module, int]]:
                 yield module, width
 
 
-def _alike_from(module: nn.Module, width: int) -> int | None:
+def _alike_from(module: nn.Module, width: int) -> float:
     """Try a module on some numbers of tokens."""
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
     if like is None:
         return 1
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _COMPANY[-1], width, generator=generator).to(like.device, like.dtype)
+    counts = (*_FEW, *_MANY)
+    x = torch.randn(1, counts[-1], width, generator=generator).to(like.device, like.dtype)
     results: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
-        for rows in _COMPANY:
+        for rows in counts:
             given = x[:, :rows].clone().requires_grad_()
             with torch.enable_grad():
                 out = module(given)
             results.append((out.detach(), torch.autograd.grad(out.square().sum(), given)[0]))
     except (TypeError, ValueError, AttributeError, RuntimeError):
-        return None  # it asks for more than a state
-    whole = results[-1]
+        return math.inf  # it asks for more than a state
     differ = [
         rows
-        for rows, of_rows in zip(_COMPANY, results, strict=True)
-        if not all(torch.equal(a, b[:, :rows]) for a, b in zip(of_rows, whole, strict=True))
+        for rows, of_rows in zip(counts, results, strict=True)
+        if not all(torch.equal(a, b[:, :rows]) for a, b in zip(of_rows, results[-1], strict=True))
     ]
-    return next((rows for rows in _COMPANY[:-3] if rows > max(differ, default=0)), None)
+    least = max(differ, default=0) + 1
+    return least if least in _FEW else math.inf
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def modules_at(spec: DecoderSpec, state: State) -> list[nn.Module]:
 
 
 @contextmanager
-def recorded(spec: DecoderSpec, state: State, keep: Callable[[Tensor], Any] = lambda x: x) -> Iterator[list[Any]]:
+def recorded(spec: DecoderSpec, state: State, keep: Callable[[Tensor], Tensor] = lambda x: x) -> Iterator[list[Tensor]]:
     """Collect a state of every layer, in order of the layers, as it is after any edit.
 
     Args:
@@ -79,7 +79,7 @@ def recorded(spec: DecoderSpec, state: State, keep: Callable[[Tensor], Any] = la
     Raises:
         InputError: as `modules_at`.
     """
-    seen: list[Any] = []
+    seen: list[Tensor] = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         seen.append(keep(output[0] if isinstance(output, tuple) else output))

@@ -53,13 +53,10 @@ def answer(
     samples = _samples(manifest, evaluation)
     if methods.is_trained(first.method):
         trained = [adapters.load(Path(request.folder) / "adapter", model) for request in requests]
-        if resident.device == "cpu" or len(trained) == 1:  # a CPU gains nothing by rows of several, and loses the bits
-            texts = []
-            for adapter in trained:
-                with adapters.attach(model, adapter):
-                    texts.append(predict(resident, manifest, samples, decoding, part=part))
-        else:
-            with adapters.attach(model, trained) as pack:
+        with adapters.attach(model, trained) as pack:
+            if len(trained) == 1:
+                texts = [predict(resident, manifest, samples, decoding, part=part)]
+            else:
                 members = range(len(trained))
                 texts = predict_each(resident, manifest, samples, pack, members, decoding, part=part)
     else:

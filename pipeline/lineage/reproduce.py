@@ -180,12 +180,12 @@ def _same_weights(record: RunRecord, params: Params) -> None:
 def _tolerance(record: RunRecord) -> float:
     # runs of before `exact` was kept say with how many trials they shared a pass, earlier ones with how many they might
     packed = record.tags.get("packed") or record.tags.get("pack", "1")
-    alone = record.config.get("world_size", 1) == 1 and record.tags.get("exact", text_of(packed == "1")) == text_of(
+    own_sums = record.config.get("world_size", 1) == 1 and record.tags.get("exact", text_of(packed == "1")) == text_of(
         True
     )
     gpus = record.provenance.machine.gpus
     same_card = bool(record.config.get("deterministic")) and gpus == this_machine().gpus
-    solo = alone and (same_card if gpus else _other_processor(record) is None)
+    solo = own_sums and (same_card if gpus else _other_processor(record) is None)
     unit = record.evaluation.unit if record.evaluation else "percent"
     return 0.0 if solo else TOLERANCES.get(unit, TOLERANCES["percent"])
 

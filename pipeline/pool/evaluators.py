@@ -8,11 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
 from pipeline.config.load import Params, TrialRequest
+from pipeline.config.schema import Sweep
 from pipeline.config.trial import EvaluationConfig
 from pipeline.evaluate.generate import Answers, SplitPart
 from pipeline.measure import Measure, Measured, MeasureJob
@@ -75,12 +76,18 @@ def measure_on_cluster(params: Params, kind: Measure, jobs: list[MeasureJob]) ->
         ray.kill(alone)
 
 
+def _together(sweep: Sweep) -> int | Literal["auto"]:
+    """Return how many adapters answer in one batch; on a CPU that gains nothing, and alone each has its own bits."""
+    return sweep.pack if sweep.gpus_per_worker else 1
+
+
 def score_on_cluster(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Evaluation | Exception]]:
     """Score trials on the current cluster; yield (evaluation key, evaluation or exception) in the order of completion.
 
     What is called, made again and given up is decided in `evaluation_calls.Calls`.
     """
-    calls = Calls(jobs, count_slots(params.sweep, 1, sys.maxsize), params.sweep.pack, params.sweep.retry.max_attempts)
+    sweep = params.sweep
+    calls = Calls(jobs, count_slots(sweep, 1, sys.maxsize), _together(sweep), sweep.retry.max_attempts)
     idle = [_evaluator(params) for _ in range(calls.slots)]
     working: dict[Any, tuple[Any, EvaluatorCall]] = {}
     while True:

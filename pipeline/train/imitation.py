@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,19 +28,23 @@ class Imitation:
 
     def __init__(self, chunk: Sequence[MicroBatch], batch: Batch, layout: PrefixLayout | None) -> None:
         self.chunk = chunk
-        self.rows = [1 if layout else len(part.ids) for part in chunk]  # of the decoder, of each part
-        self.places: list[Tensor | None] = []  # of the compared tokens, in the part's own rows one after another
-        self.states: dict[State, list[list[Tensor]]] = {}  # the students', layer by layer, of each part
-        width, first = batch.input_ids.shape[1], 0
+        self.states: dict[State, list[Tensor]] = {}  # the students', layer by layer, at the compared places
+        self._spans: dict[int, slice] = {}  # of the places, by the number of a part in the chunk
+        compared: dict[State, tuple[list[int], list[int]]] = {}  # the samples, and how many tokens of each
+        first = 0
         for number, part in enumerate(chunk):
-            last, hidden = first + len(part.ids), [t.hidden for t in part.targets if t.hidden is not None]
-            places = None
-            if hidden:
-                ends, counts = batch.lengths[first:last].tolist(), [target.shape[1] for target in hidden]
-                places = loss.tails(range(first, last), ends, counts, width, batch.input_ids.device)
-                places = places - first * width if layout is None else layout.where(places) - number * layout.length
-            self.places.append(places)
-            first = last
+            counts = [target.hidden.shape[1] for target in part.targets if target.hidden is not None]
+            if counts:
+                samples, before = compared.setdefault(part.trial.facts.state, ([], []))
+                self._spans[number] = slice(sum(before), sum(before) + sum(counts))
+                samples += range(first, first + len(counts))
+                before += counts
+            first += len(part.ids)
+        self._takes = {}
+        for state, (samples, counts) in compared.items():
+            ends = batch.lengths[samples].tolist()
+            places = loss.tails(samples, ends, counts, batch.input_ids.shape[1], batch.input_ids.device)
+            self._takes[state] = loss.at(places if layout is None else layout.where(places))
 
     @contextmanager
     def recording(self, spec: DecoderSpec, *, again: bool) -> Iterator[None]:
@@ -52,23 +55,13 @@ class Imitation:
             again: layers are computed again in the backward pass, when nobody records: what is taken of a state is
                 taken outside them.
         """
-        of_parts = zip(self.chunk, self.places, strict=True)
         with ExitStack() as stack:
-            seen: dict[State, list[Any]] = {
-                state: stack.enter_context(recorded(spec, state) if again else recorded(spec, state, self._taken))
-                for state in {part.trial.facts.state for part, places in of_parts if places is not None}
-            }
+            for state, take in self._takes.items():
+                kept = recorded(spec, state) if again else recorded(spec, state, take)
+                self.states[state] = stack.enter_context(kept)
             yield
-        for state, layers in seen.items():
-            self.states[state] = [self._taken(x) for x in layers] if again else layers
-
-    def _taken(self, hidden: Tensor) -> list[Tensor]:
-        """Return what is compared of a layer's states [B, T, D]: [N, D] of each part, N = 0 without a teacher."""
-        flat = [part.flatten(0, 1) for part in hidden.split(self.rows)]
-        return [
-            states[:0] if places is None else states[places.to(states.device)]
-            for states, places in zip(flat, self.places, strict=True)
-        ]
+        if again:
+            self.states = {state: list(map(self._takes[state], whole)) for state, whole in self.states.items()}
 
     def distance(self, number: int, logits: Tensor, rows: Tensor) -> Tensor:
         """Return a taught part's distance to its teacher, summed over its samples.
@@ -82,5 +75,5 @@ class Imitation:
         if part.trial.facts.teacher == "logits":
             taught = torch.cat([target.logits for target in part.targets if target.logits is not None])
             return loss.divergence(logits, taught, rows, len(part.ids)).sum()
-        states = [of_layer[number] for of_layer in self.states[part.trial.facts.state]]
+        states = [of_layer[self._spans[number]] for of_layer in self.states[part.trial.facts.state]]
         return loss.alignment(states, [t.hidden for t in part.targets if t.hidden is not None]).sum()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline import adapters
-from pipeline.adapters.base import Adapter, WeightsAdapter, parts_of
+from pipeline.adapters.base import WeightsAdapter, parts_of
 from pipeline.adapters.pack import Pack, PackRows
 from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import alike_from, checkpointed_layers, compiled_parts, decoder_of, told
@@ -74,8 +74,7 @@ class TrainingLoop:
         """Whether the frozen modules give a trial's rows the same bits, whoever shares the pass."""
         if any(trial.facts.trains_vision or trial.config.compile for trial in self.trials):
             return False
-        least = alike_from(self.resident.loaded.model)
-        return least is not None and all(trial.shortest >= least for trial in self.trials)
+        return all(trial.shortest >= alike_from(self.resident.loaded.model) for trial in self.trials)
 
     def evict(self, key: str) -> None:
         """Drop a trial."""
@@ -101,8 +100,8 @@ class TrainingLoop:
         while done < num_steps and not self._diverged():
             window = self.next_steps(num_steps - done)
             # dropout is drawn in training alone
-            learners = [trial.adapter.train() for trial in self.trials]
-            with self._compiled(), self._checkpointed(), self._attached(learners) as pack:
+            pack = Pack([trial.adapter.train() for trial in self.trials], apart=self.exact)
+            with self._compiled(), self._checkpointed(), adapters.attach(self.resident.loaded.model, pack):
                 for number, step in enumerate(window):
                     self._make_ready(window[number : number + 2])
                     self._step(pack, step)
@@ -123,9 +122,6 @@ class TrainingLoop:
 
     def _diverged(self) -> list[TrialRun]:
         return [trial for trial in self.trials if trial.error]
-
-    def _attached(self, learners: Sequence[Adapter]) -> AbstractContextManager[Pack]:
-        return adapters.attach(self.resident.loaded.model, Pack(learners, apart=self.exact))
 
     def _compiled(self) -> AbstractContextManager[None]:
         """Let the frozen parts run compiled, where it is asked for and the weights stay what they are."""
@@ -215,8 +211,10 @@ class TrainingLoop:
 
     def _chunks(self, micro_batch: Sequence[MicroBatch]) -> list[list[MicroBatch]]:
         """Return which samples share a forward pass: what memory holds, trials whose samples share rows apart."""
-        alike = [[part for part in micro_batch if self._shares_prefix(part) is shares] for shares in (True, False)]
-        return [chunk for parts in alike if parts for chunk in cut(parts, self.max_rows)]
+        alike: dict[bool, list[MicroBatch]] = {}
+        for part in micro_batch:
+            alike.setdefault(self._shares_prefix(part), []).append(part)
+        return [chunk for parts in alike.values() for chunk in cut(parts, self.max_rows)]
 
     def _seed_dropout(self, pack: Pack, step: Step) -> None:
         """Draw dropout as a function of trial, step and rank: the same after a resume, and in a pack as alone."""
@@ -272,9 +270,7 @@ class TrainingLoop:
         return [self._loss(imitation, number, *of_part) for number, of_part in enumerate(parts)]
 
     def _loss(self, imitation: Imitation, number: int, part: MicroBatch, hidden: Tensor, labels: Tensor) -> Losses:
-        """Return a part's loss; of its own samples, states [B, T, D] and labels [B, T] alone, so that none depends on
-        who shares the pass.
-        """
+        """Return a part's loss, of its own samples' states [B, T, D] and labels [B, T], whoever shares the pass."""
         config = part.trial.config
         rows, positions, targets = (placed(x, hidden.device) for x in loss.shifted(labels))
         logits = loss.logits_at(self.resident.loaded.model, hidden, rows, positions)

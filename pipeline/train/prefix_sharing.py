@@ -52,23 +52,18 @@ class PrefixLayout:
     """Where every token of a batch stands in the shared rows, and back.
 
     Attributes:
+        sizes: the lengths of the shared rows without pads.
         taken: [K, L], the shared rows' tokens as places in the flattened batch, B x T; pads take place 0.
         places: [B, T], the batch's tokens as places in the flattened shared rows, K x L; pads take place 0.
         positions: [K, L], a token's position in its own sample.
         mask: [K, 1, L, L], additive: 0 where a query (third) sees a key (fourth), else -inf.
-        sizes: the lengths of the shared rows without pads.
     """
 
+    sizes: tuple[int, ...]
     taken: Tensor
     places: Tensor
     positions: Tensor
     mask: Tensor
-    sizes: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        """L."""
-        return max(self.sizes)
 
     @classmethod
     def of(cls, lengths: Sequence[Sequence[int]], prefixes: Sequence[int], width: int, like: Tensor) -> PrefixLayout:
@@ -109,8 +104,7 @@ class PrefixLayout:
         mask = torch.zeros(rows, 1, longest, longest, dtype=like.dtype).masked_fill_(~seen.tril()[:, None], _HIDDEN)
         made = [torch.tensor(x) for x in (taken, places, positions)]
         shaped = (made[0].view(shape), made[1].view(-1, width), made[2].view(shape), mask)
-        on_device = [placed(x, like.device) for x in shaped]
-        return cls(on_device[0], on_device[1], on_device[2], on_device[3], tuple(sizes))
+        return cls(tuple(sizes), *(placed(x, like.device) for x in shaped))
 
     def where(self, places: Tensor) -> Tensor:
         """Return where tokens of the flattened batch, B x T, stand in the flattened shared rows."""

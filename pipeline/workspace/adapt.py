@@ -357,7 +357,7 @@ class _Workspace:
                 "num_train_samples": given.train, "num_selection_samples": given.selection, "epochs": given.epochs,
                 "num_shots": _SHOTS, "micro_batch_size": 8, "accumulation": 1, "precision": "bf16" if gpu else "fp32",
             },
-            "sweep": {"gpus_per_worker": 1} if gpu else {"pack": 1},
+            **({"sweep": {"gpus_per_worker": 1}} if gpu else {}),
             "evaluate": {"num_evaluation_samples": given.evaluation, "generation": {"batch_size": 32}},
         }  # fmt: skip
         return profile

@@ -31,6 +31,7 @@ def params():
 def score(params, tmp_path, monkeypatch):
     """`score(names)` scores trials of these names; gives results by name, and the calls."""
     monkeypatch.setattr(evaluators, "Evaluator", Told)
+    monkeypatch.setattr(evaluators, "_together", lambda sweep: sweep.pack)  # as on a GPU
     source = BackboneSource(variant="tiny")
     config = TrialConfig.model_construct(backbone="b", task="t", manifest_digest="m")
 

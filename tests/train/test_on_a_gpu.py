@@ -29,7 +29,7 @@ STEPS = [
     ("idefics2-8b-base", [MIMIC], 1, 1400),
     ("idefics2-8b-base", [LIVE], 1, 1220),
     ("idefics2-8b-base", [LORA], 1, 1800),
-    ("idefics2-8b-base", [HIFICL, MIMIC, LIVE, ("hificl", {"rank": 4, "teacher": True})], 1, 2650),
+    ("idefics2-8b-base", [HIFICL, MIMIC, LIVE, ("hificl", {"rank": 4, "teacher": True})], 1, 2600),
     ("idefics2-8b-base", [LORA, ("lora", {"scope": "decoder", "rank": 8})], 1, 2920),
     ("llava-interleave-7b", [HIFICL], 1, 1250),
 ]
