@@ -104,6 +104,7 @@ def register(line: CommandLine) -> None:
     text = "score it as this evaluations/KEY.json was (default: as params.yaml has it)"
     parser.add_argument("--evaluation", metavar="FILE", help=text)
     parser.add_argument("--train-only", action="store_true", help="do not score it")
+    parser.add_argument("--stop-after", type=int, metavar="N", help="stop it after epoch N, as it was stopped")
     settable(parser)
     _register_adapt(line)
     _register_tasks(line)
@@ -278,7 +279,7 @@ def _run_trial(args: argparse.Namespace) -> Answer:
 
     trial = recorded.read_recorded(Path(args.file), Path(args.evaluation) if args.evaluation else None)
     params, root = load(overrides=args.set), Path.cwd()
-    recorded.train_recorded(trial, params, root)
+    recorded.train_recorded(trial, params, root, stop_after=args.stop_after)
     fields: Json = {"trial": trial.config.key, "folder": f"runs/{trial.config.key}"}
     if not args.train_only:
         key, score = recorded.score_recorded(trial, params, root)
@@ -434,11 +435,11 @@ def _submit(args: argparse.Namespace) -> Submission:
     arguments = [*_repeated("--study", args.study or []), *_repeated("--set", args.set)]
     if args.nodes is not None:
         plan = make_plan(params, cells, folders, store.objective)
-        todo = plan.open_keys(store.finished)
+        todo = plan.open_keys(store.settled)
         tasks, text = 1, slurm_script(params, arguments, _workers(plan, args.nodes, args.per_node), args, Path.cwd())
     else:
         plan = leasable(params, cells, folders)
-        todo = plan.open_keys(store.finished)
+        todo = plan.open_keys(store.settled)
         tasks = max(1, min(len(todo), _MOST_TASKS)) if args.tasks is None else args.tasks
         text = slurm_script(params, arguments, tasks, args, Path.cwd())
     if args.dry_run:

@@ -1,5 +1,6 @@
 """`hificl workspace`: a folder beside this one that runs another profile; `hificl gc`: what no report refers to.
 
+`hificl stop`, `resume`, `clone`, `extend`, `acts`: what is done to its trials by hand.
 `hificl world` and `hificl pretrain`: what the miniature's workspaces are made of, its pictures and its backbones.
 """
 
@@ -8,16 +9,19 @@ from __future__ import annotations
 import argparse
 import shutil
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands.parser import CommandLine, profile_name
+from pipeline.commands.parser import CommandLine, Parser, profile_name
 from pipeline.core.errors import HificlError, InputError
-from pipeline.core.terminal import Answer, Fields
+from pipeline.core.terminal import Answer, Fields, Rows
 
 if TYPE_CHECKING:
     from pipeline.config.load import Params
     from pipeline.records.evaluation import Evaluations
+    from pipeline.records.store import TrialStore
+    from pipeline.records.trial import Act
 
 
 def register(line: CommandLine) -> None:
@@ -29,7 +33,30 @@ def register(line: CommandLine) -> None:
 
     parser = line.verb("check", "gc", _gc, "show what no report refers to; --yes removes it", answers=True)
     parser.add_argument("--yes", action="store_true", help="remove what is shown")
+    _register_acts(line)
     _register_miniature(line)
+
+
+def _register_acts(line: CommandLine) -> None:
+    parser = line.verb("by hand", "stop", _stop, "stop trials behind the epoch in which they are", answers=True)
+    _trials(parser)
+    parser.add_argument("--after", type=int, metavar="N", help="behind epoch N instead")
+    _trials(line.verb("by hand", "resume", _resume, "let trials go on that were stopped by hand", answers=True))
+    text = "a trial like another, but for what --set changes: a row of study by-hand"
+    parser = line.verb("by hand", "clone", _clone, text, answers=True)
+    _trials(parser, several=False)
+    text = "an option of its method, or a training setting; several times"
+    parser.add_argument("--set", action="append", required=True, metavar="NAME=VALUE", help=text)
+    text = "a trial that goes on where another ended: a row of study by-hand"
+    parser = line.verb("by hand", "extend", _extend, text, answers=True)
+    _trials(parser, several=False)
+    parser.add_argument("--epochs", type=int, required=True, metavar="N", help="in all, those of the other included")
+    line.verb("by hand", "acts", _acts, "what was done to trials by hand, oldest first", answers=True)
+
+
+def _trials(parser: Parser, *, several: bool = True) -> None:
+    text = "a trial's key, or how it begins"
+    parser.add_argument("trial", nargs="+" if several else None, metavar="KEY", help=text)
 
 
 def _register_miniature(line: CommandLine) -> None:
@@ -63,6 +90,70 @@ def _gc(args: argparse.Namespace) -> Answer:
     from pipeline.config.load import load
 
     return Fields(asdict(collect(load(), Path.cwd(), remove=args.yes)))
+
+
+def _stop(args: argparse.Namespace) -> Rows:
+    """Write it down; a sweep that runs hears of it before the next epoch."""
+    from pipeline.sweep import recorded
+
+    if args.after is not None and args.after < 1:
+        raise InputError(f"{args.after} is no epoch", where="--after", way_out="Give 1 or more")
+    store = _store()
+    keys = [recorded.full_key(store, begun) for begun in args.trial]
+    return _told([recorded.stop(store, key, args.after) for key in keys])
+
+
+def _resume(args: argparse.Namespace) -> Rows:
+    """Write it down; they go on behind the sweep that runs, or in the next one."""
+    from pipeline.sweep import recorded
+
+    store = _store()
+    keys = [recorded.full_key(store, begun) for begun in args.trial]
+    return _told([recorded.resume(store, key) for key in keys])
+
+
+def _clone(args: argparse.Namespace) -> Rows:
+    """Add the row; the sweep that runs trains it at its end, or `hificl study by-hand` does."""
+    from pipeline.config.load import load
+    from pipeline.core.plain_yaml import read
+    from pipeline.sweep import recorded
+
+    changes = {}
+    for change in args.set:
+        name, equals, value = change.partition("=")
+        if not (name and equals):
+            raise InputError(f"'{change}' is not of the form name=value", where="--set", way_out="Such as --set rank=8")
+        changes[name] = read(value, f"--set {name}")
+    key = recorded.full_key(_store(), args.trial)
+    return _told([recorded.clone(Path.cwd(), load(), key, changes)])
+
+
+def _extend(args: argparse.Namespace) -> Rows:
+    """Add the row, as `_clone` does."""
+    from pipeline.config.load import load
+    from pipeline.sweep import recorded
+
+    key = recorded.full_key(_store(), args.trial)
+    return _told([recorded.extend(Path.cwd(), load(), key, args.epochs)])
+
+
+def _acts(args: argparse.Namespace) -> Rows:
+    """Read the current folder's ledger."""
+    return _told(_store().acts())
+
+
+def _store() -> TrialStore:
+    from pipeline.plan.plan import places
+    from pipeline.records.store import TrialStore
+
+    return TrialStore(places().runs)
+
+
+def _told(acts: list[Act]) -> Rows:
+    rows = [act.model_dump(exclude={"schema", "check"}) | {"told": act.told} for act in acts]
+    for row in rows:
+        row["at"] = datetime.fromtimestamp(row["time"], UTC).isoformat(" ", "seconds")
+    return Rows(rows, {"trial": "trial", "told": "by hand", "at": "at"})
 
 
 @dataclass(frozen=True)
@@ -149,10 +240,12 @@ def _referred(evaluations: Evaluations) -> tuple[set[str], set[str]]:
 def _planned(params: Params, root: Path) -> set[str]:
     from pipeline.plan.plan import all_cells, make_plan, places
     from pipeline.records.store import TrialStore
+    from pipeline.sweep.train import BY_HAND
 
     folders = places(root)
+    by_hand = [name for name in (BY_HAND,) if name in params.studies]
     try:
-        cells = all_cells(params, params.run.studies, folders)
+        cells = all_cells(params, [*params.run.studies, *by_hand], folders)
         return set(make_plan(params, cells, folders, TrialStore(folders.runs).objective).trials)
     except HificlError as error:
         # what is planned cannot be told, so nothing may be taken away

@@ -68,6 +68,7 @@ __all__ = [
     "data_root",
     "load",
     "merge",
+    "with_study",
 ]
 
 PARAMS = "params.yaml"
@@ -107,6 +108,18 @@ def load(path: Path | str = PARAMS, overrides: Sequence[str] = (), profile: str 
     for item in overrides:
         _override(raw, item)
     return _resolved(raw, str(path))
+
+
+def with_study(params: Params, name: str, root: Path) -> Params:
+    """Return parameters with a study as its file has it now; where there is none, they are as they were.
+
+    Raises:
+        InputError: as `load`.
+    """
+    path = root / FOLDERS["studies"] / f"{name}.yaml"
+    if not path.exists():
+        return params
+    return params.model_copy(update={"studies": {**params.studies, name: validate(Study, _mapping(path), str(path))}})
 
 
 def _resolved(raw: dict[str, Any], where: str) -> Params:

@@ -77,11 +77,12 @@ class TrialConfig(_Config):
     deterministic: bool = False
     quantize: Literal["none", "int8", "nf4"] = "none"
     sample_draw: Literal["first", "by-seed"] = "first"
+    parent: str = ""  # the key of the trial whose last epoch this one goes on from; its epochs count as this one's
 
     later: ClassVar[frozenset[str]] = frozenset(
         {
             "demonstration_draw", "compile", "sample_draw", "gradient_checkpointing", "deterministic",
-            "quantize",
+            "quantize", "parent",
         }
     )  # fmt: skip
 

@@ -138,7 +138,9 @@ def reproduce_run(
         InputError: said before any work: data, weights or code are not what the run recorded.
         WorkError: the second run failed.
     """
-    record = read_record(Tracker(params.tracking.uri, root), run_id)
+    tracker = Tracker(params.tracking.uri, root)
+    record = read_record(tracker, run_id)
+    parents = _parents(tracker, record)
     manifest = _same_data(record, root)
     _same_weights(record, params)
     repository = code_root(root)
@@ -151,11 +153,23 @@ def reproduce_run(
     say(f"training {record.config['method']} on {record.task} again, seed {record.config['seed']}")
     with _folder(keep) as private:
         if here:
-            again = rerun(record, params, manifest, repository, private / "store")
+            again = rerun(record, params, manifest, repository, private / "store", parents)
         else:
             with checked_out(repository, record.provenance, private / "code") as code:
-                again = rerun(record, params, manifest, code, private / "store")
+                again = rerun(record, params, manifest, code, private / "store", parents)
     return _compared(record, again, allowed, environment)
+
+
+def _parents(tracker: Tracker, record: RunRecord) -> list[Json]:
+    """Return the configurations of the trials that a trial goes on from, the first one first."""
+    parents: list[Json] = []
+    while parent := record.config.get("parent"):
+        run_id = tracker.find_run(str(parent))
+        if run_id is None:
+            raise InputError(f"goes on from trial {parent}, which has no run", where=record.run_id)
+        record = read_record(tracker, run_id)
+        parents.insert(0, record.config)
+    return parents
 
 
 def _same_data(record: RunRecord, root: Path) -> Manifest:

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,8 +59,18 @@ class Again:
     commit: str | None
 
 
-def rerun(record: RunRecord, params: Params, manifest: Manifest, code: Path, folder: Path) -> Again:
+def rerun(
+    record: RunRecord, params: Params, manifest: Manifest, code: Path, folder: Path, parents: Sequence[Json] = ()
+) -> Again:
     """Train and evaluate a recorded trial in `folder`, with the code in `code`.
+
+    Args:
+        record: the trial's.
+        params: where weights lie.
+        manifest: its samples.
+        code: the project's folder at its commit.
+        folder: where all of it is done.
+        parents: the configurations of the trials that it goes on from, the first one first.
 
     Raises:
         WorkError: it failed; its last line is in the message.
@@ -77,8 +87,13 @@ def rerun(record: RunRecord, params: Params, manifest: Manifest, code: Path, fol
     written = plain_yaml.write(raw if whole else study_params(record, raw))
     (folder / "params.yaml").write_text(written, encoding="utf-8")
     if whole:
+        for number, config in enumerate(parents):
+            (folder / f"parent{number}.json").write_text(json.dumps(config), encoding="utf-8")
+            _run(folder, code, "pipeline", "run-trial", f"parent{number}.json", "--train-only")
         (folder / "trial.json").write_text(json.dumps(record.config), encoding="utf-8")
         how = ["--train-only"]
+        if record.stopped_after is not None:
+            how += ["--stop-after", str(record.stopped_after)]
         if record.evaluation is not None:
             (folder / "evaluation.json").write_text(json.dumps(record.evaluation.evaluation), encoding="utf-8")
             how = ["--evaluation", "evaluation.json"]
@@ -86,7 +101,7 @@ def rerun(record: RunRecord, params: Params, manifest: Manifest, code: Path, fol
     else:
         for stage in _STAGES if scored else _STAGES[:1]:
             _run(folder, code, stage)
-    return _result(folder, scored=scored)
+    return _result(folder, record.key if parents else None, scored=scored)
 
 
 def surroundings(record: RunRecord, params: Params) -> Json:
@@ -122,8 +137,8 @@ def _run(folder: Path, code: Path, module: str, *arguments: str) -> None:
         raise WorkError(f"{words} ended with status {done.returncode}; its own message stands above", where=str(folder))
 
 
-def _result(folder: Path, *, scored: bool) -> Again:
-    (done,) = (folder / "runs").glob("*/done.json")
+def _result(folder: Path, key: str | None, *, scored: bool) -> Again:
+    (done,) = (folder / "runs").glob(f"{key or '*'}/done.json")
     key = done.parent.name
     tracker = Tracker(store.sqlite_uri(folder / "mlflow.db"), folder)
     run_id = tracker.find_run(key)

@@ -18,7 +18,7 @@ from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import EpochReport, Provenance
 from pipeline.tracking import store
 from pipeline.tracking.client import LEDGER_FILE, Tracker
-from pipeline.tracking.records import FINISHED, rounded
+from pipeline.tracking.records import FINISHED, KILLED, rounded
 
 _SCORED = "evaluation"  # the artifact folder of scores
 _OTHER_RUN = "Give another run"
@@ -26,7 +26,7 @@ _OTHER_RUN = "Give another run"
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A finished trial by its run's own record.
+    """A trial that finished, or was stopped after an epoch, by its run's own record.
 
     Attributes:
         run_id: of the run.
@@ -35,6 +35,7 @@ class RunRecord:
         metrics: last values by name, with all their digits.
         provenance: of its code and machine; empty where nothing was recorded.
         tags: the run's tags.
+        stopped_after: the epoch after which it was stopped, by hand or by a scheduler; None: it was not.
     """
 
     run_id: str
@@ -43,6 +44,7 @@ class RunRecord:
     metrics: dict[str, float]
     provenance: Provenance
     tags: dict[str, str]
+    stopped_after: int | None = None
 
     @property
     def key(self) -> str:
@@ -80,7 +82,8 @@ def read_record(tracker: Tracker, run_id: str) -> RunRecord:
             f"the run is a {tags.get('kind') or 'run of something else'}, not a trial",
             where=run_id, way_out="Give a child run: the report's CSV and `hificl trace` name them",
         )  # fmt: skip
-    if run.status != FINISHED:
+    stopped = int(tags["stopped_after"]) if run.status == KILLED and "stopped_after" in tags else None
+    if run.status != FINISHED and not stopped:
         why = tags.get("error")
         raise InputError(f"the run ended as {run.status}{f' ({why})' if why else ''}", where=run_id)
     text = tags.get("trial_config")
@@ -96,7 +99,7 @@ def read_record(tracker: Tracker, run_id: str) -> RunRecord:
         )
     evaluation = _newest_score(tracker, run_id, run.metrics)
     metrics = exact(tracker, run_id, run.metrics, evaluation)
-    return RunRecord(run_id, config, evaluation, metrics, tracker.provenance_of(run_id), tags)
+    return RunRecord(run_id, config, evaluation, metrics, tracker.provenance_of(run_id), tags, stopped)
 
 
 def exact(tracker: Tracker, run_id: str, metrics: dict[str, float], evaluation: Evaluation | None) -> dict[str, float]:

@@ -134,6 +134,7 @@ class _Walk:
             seed=cell.seed, value=cell.value, run=run, trial=cell.trial,
             evaluation=f"evaluations/{cell.evaluation}.json",
             scored_by=evaluation.scored_by if evaluation else None, origin=origin,
+            by_hand=[act.told for act in self.store.acts(str(cell.trial))],
         )  # fmt: skip
 
     def _evaluation(self, cell: CellResult) -> Evaluation | None:

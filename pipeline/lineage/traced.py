@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.core.terminal import Answer, short, table
@@ -112,6 +112,7 @@ class Chain:
         trial: its key.
         evaluation: the score's file, and the code that scored.
         origin: None where the trial's record cannot be read.
+        by_hand: what was done to the trial by hand, oldest first.
     """
 
     seed: int
@@ -121,6 +122,7 @@ class Chain:
     evaluation: str
     scored_by: CodeVersion | None
     origin: MadeFrom | None
+    by_hand: list[str] = field(default_factory=list)
 
     def record(self) -> Json:
         """Return the stations that there are."""
@@ -129,6 +131,7 @@ class Chain:
             "seed": self.seed, "value": self.value, "run": asdict(self.run) if self.run else {}, "trial": self.trial,
             "evaluation": self.evaluation, "scored_by": self.scored_by.model_dump() if self.scored_by else None,
             **{name: station for name, station in origin.items() if station is not None},
+            **({"by_hand": self.by_hand} if self.by_hand else {}),
         }  # fmt: skip
 
     def stations(self) -> Iterator[tuple[str, str]]:
@@ -139,6 +142,7 @@ class Chain:
         elif self.run:
             yield "run", self.run.run_id
         yield "trial", f"runs/{self.trial}"
+        yield from (("by hand", act) for act in self.by_hand)
         if self.origin is None:
             return
         adapter, data, backbone, code = self.origin.adapter, self.origin.data, self.origin.backbone, self.origin.code

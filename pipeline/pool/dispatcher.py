@@ -18,7 +18,7 @@ from typing import Any
 import ray
 
 from pipeline.config.load import TrialRequest
-from pipeline.core.errors import WorkError
+from pipeline.core.errors import HificlError, WorkError
 from pipeline.pool.processes import GROW_SECONDS
 from pipeline.pool.queue import (
     Decision,
@@ -28,13 +28,15 @@ from pipeline.pool.queue import (
     SlotLeft,
     SlotState,
     Stopped,
+    Trial,
     is_of_one_trial,
     said,
 )
 from pipeline.pool.slot import Slot
-from pipeline.records import Unseen
+from pipeline.records import Unreadable, Unseen
 from pipeline.records.store import Displaced, Journal, TrialStore
 from pipeline.records.trial import EpochReport, TrialEnd, TrialReport, replayed
+from pipeline.train import checkpoint
 
 Resolve = Callable[[dict[str, Any]], TrialRequest]
 
@@ -183,19 +185,35 @@ class Dispatcher:
 
     async def _round(self, slot: Slot, state: SlotState) -> None:
         """Let the slot's trials train until one of them completes an epoch."""
+        self._halt(state)
+        await self._release(slot, state)
         await self._admit(slot, state)
         if self.queue.partners(state):
             self.queue.join(state, await slot.room())
+            self._halt(state)
+            await self._release(slot, state)
             await self._admit(slot, state)
         while self.queue.must_wait(state):
             await asyncio.sleep(0.01)
-        stopped = self.queue.release_stopped(state)
-        self._carry_out(stopped)
-        for decision in stopped:
-            await slot.evict(decision.trial.key)
+        await self._release(slot, state)
         if state.trials:
             self._deliver(await slot.advance())
         slot.keys.difference_update(trial.key for trial in self.queue.release_ended(state))
+
+    def _halt(self, state: SlotState) -> None:
+        """Stop those of a slot's trials that were stopped by hand; a ledger that cannot be read now is read later."""
+        with suppress(Unreadable):
+            for key in [trial.key for trial in state.trials if not trial.stopped and self.store.halted(trial.key)]:
+                self.journal.note("trial stopped by hand", trial=key)
+                self._carry_out(self.queue.stop(key))
+
+    async def _release(self, slot: Slot, state: SlotState) -> None:
+        """End those of a slot's trials that were stopped."""
+        stopped = self.queue.release_stopped(state)
+        self._carry_out(stopped)
+        for key in [decision.trial.key for decision in stopped]:
+            if key in slot.keys:
+                await slot.evict(key)
 
     async def _seen_epochs(self, key: str) -> list[EpochReport]:
         """Return the epochs of a trial that has ended, once this machine sees them; after a minute they are damaged."""
@@ -238,11 +256,19 @@ class Dispatcher:
                 case Requeued():
                     self.queued.set()
                 case Stopped():
-                    self._finish(key, TrialEnd(status="stopped", epochs=trial.reports))
+                    self._finish(key, self._stopped(trial))
+                    self._put(TrialReport(key, trial.reports, end="stopped"))
                 case Failed(why=why):
                     self.journal.note("trial failed", trial=key, why=why, attempts=trial.attempts)
                     self._finish(key, TrialEnd(status="failed", error=why, attempts=trial.attempts))
                     self._put(TrialReport(key, trial.reports, end="failed", error=why))
+
+    def _stopped(self, trial: Trial) -> TrialEnd:
+        """Return the end of a trial that was stopped, by its checkpoint; or by what it reported, where none is seen."""
+        end = TrialEnd(status="stopped", epochs=0)
+        with suppress(HificlError):
+            end = checkpoint.stopped(self.store.trial(trial.key).checkpoint)
+        return end if (end.epochs or 0) >= trial.reports else TrialEnd(status="stopped", epochs=trial.reports)
 
     def _finish(self, key: str, end: TrialEnd) -> None:
         try:

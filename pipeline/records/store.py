@@ -7,6 +7,8 @@ checkpoint/      the last two epochs' states, for resuming (`train.checkpoint`)
 adapter/         the chosen epoch's adapter
 done.json        written last, by an atomic rename: the trial is done
 
+Beside them, acts.jsonl has what was done to trials by hand, and journal.jsonl what happened to a sweep.
+
 All but the checkpoints' engine files and the adapter are written here, each whole. Resume goes by this ledger and never
 by Ray's history, which offers finished trials again.
 
@@ -46,7 +48,7 @@ from pipeline.core.files import (
 from pipeline.core.locks import held, holder
 from pipeline.core.progress import say
 from pipeline.records import Json, Number, Record, Unreadable, Unseen, lines
-from pipeline.records.trial import AGAIN, Attempts, EpochReport, Provenance, StepLosses, TrialEnd, TrialRecord
+from pipeline.records.trial import AGAIN, Act, Attempts, EpochReport, Provenance, StepLosses, TrialEnd, TrialRecord
 
 _CACHED_SECONDS = 60.0  # NFS' acdirmax
 WRITING = ".writing"  # what the process that trains a trial writes in
@@ -55,6 +57,7 @@ LOSSES = "losses.jsonl"
 LEASES = ".leases"  # a lock a trial, for processes that share the store
 _POLL_SECONDS = 0.5
 _FREE = "Wait for it to end, or stop it, and run again"
+_NO_ACT = "Remove the line to undo what it says"
 
 
 class Displaced(Superseded):
@@ -115,6 +118,41 @@ class TrialStore:
         """Whether the trial ended in a way that training again would repeat."""
         end = self.done(key)
         return end is not None and end.final
+
+    def settled(self, key: str) -> bool:
+        """Whether a sweep has nothing to do for the trial: it is finished, or was stopped by hand."""
+        return self.finished(key) or self.halted(key)
+
+    def halted(self, key: str) -> bool:
+        """Whether the trial was stopped by hand, and has no epoch left that it may train."""
+        stops = [act for act in self.acts(key) if act.act in ("stop", "resume")]
+        if not stops or stops[-1].act == "resume":
+            return False
+        return stops[-1].after is None or len(self.epochs(key)) >= stops[-1].after
+
+    def acts(self, key: str | None = None) -> list[Act]:
+        """Return what was done by hand, oldest first: to one trial, or to all.
+
+        Raises:
+            InputError: a line is damaged, and not just the last one torn.
+            Unreadable: the system does not let it be read now.
+        """
+        return [act for act in lines(Act, self._acts, _NO_ACT) if key in (None, act.trial)]
+
+    def act(self, act: Act) -> None:
+        """Keep what was done by hand; a sweep that runs looks before each epoch.
+
+        Raises:
+            InputError: another process writes an act at the same time, or the ledger is damaged.
+            WorkError: it cannot be written.
+        """
+        with held(self.root / ".acts", "an act by hand"):
+            acts = [*self.acts(), act]
+            write_atomic(self._acts, "".join(act.text(indent=None) + "\n" for act in acts))
+
+    @property
+    def _acts(self) -> Path:
+        return self.root / "acts.jsonl"
 
     def objective(self, key: str) -> float | None:
         """Return what a trial is chosen by, below every other where it diverged; None where it has not ended."""

@@ -211,6 +211,43 @@ class EpochSoFar(Record):
     seconds: Number
 
 
+class Act(Record):
+    """What somebody did to a trial by hand: a line of runs/acts.jsonl. What does not belong to the kind of act is None.
+
+    Attributes:
+        time: in seconds since 1970.
+        act: a trial is stopped, may go on, or is made from another one, its parent.
+        trial: the trial's key; of a clone or an extension, the new one's.
+        after: the epoch after which a trial is stopped; None: after the one in which it is, or before its first.
+        parent: the key of the trial that it was made from.
+        changes: what is not as in the parent, by the settings' names.
+    """
+
+    sparse: ClassVar[bool] = True
+    sealed: ClassVar[bool] = True
+
+    time: Number
+    act: Literal["stop", "resume", "clone", "extend"]
+    trial: str
+    after: Count | None = None
+    parent: str | None = None
+    changes: Json | None = None
+
+    @property
+    def told(self) -> str:
+        """The act in a few words."""
+        changes = ", ".join(f"{name} {value}" for name, value in (self.changes or {}).items())
+        match self.act:
+            case "stop":
+                return "stopped" if self.after is None else f"stopped after epoch {self.after}"
+            case "resume":
+                return "may go on"
+            case "clone":
+                return f"a clone of {self.parent} with {changes}"
+            case "extend":
+                return f"{self.parent} trained on, with {changes}"
+
+
 Status = Literal["finished", "diverged", "stopped", "failed"]  # how a trial ended
 
 

@@ -32,12 +32,17 @@ from pipeline.tracking.records import KILLED
 
 @dataclass(frozen=True)
 class Choice:
-    """The trial of the candidates that a cell is scored with, its point of the row's search, or why there is none."""
+    """The trial of the candidates that a cell is scored with, its point of the row's search, or why there is none.
+
+    Attributes:
+        halted: whether there is none because a trial was stopped by hand.
+    """
 
     candidates: tuple[Candidate, ...]
     trial: str | None
     searched: Point
     error: str | None
+    halted: bool = False
 
 
 def evaluate(params: Params, studies: list[str], root: Path | None = None) -> None:
@@ -94,7 +99,12 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore)
         ]
         numbers = measured(params, study, scored, evaluations, sync)
         results |= {row.cell.name: result for row, result in zip(scored, numbers, strict=True)}
-        missing |= {name: row.error or row.status for name, row in results.items() if row.status != "done"}
+        without = {name: row.error or row.status for name, row in results.items() if row.status != "done"}
+        for name, why in without.items():
+            if chosen[name].halted:
+                say(f"note: {name} has no number: {why}")
+            else:
+                missing[name] = why
         store.check_held()  # or an older result would take the place of another evaluation's
         evaluations.write_study(
             StudyFile(
@@ -135,7 +145,7 @@ def candidates(params: Params, cell: Cell, store: TrialStore) -> list[tuple[Poin
 
 def _choose(params: Params, cell: Cell, store: TrialStore) -> Choice:
     """Return the cell's candidates and the one with the best objective on the selection set."""
-    rows, problem = [], None
+    rows, problem, halted = [], None, False
     best, best_objective = None, float("-inf")
     for point, config in candidates(params, cell, store):
         end = store.done(config.key)
@@ -143,12 +153,15 @@ def _choose(params: Params, cell: Cell, store: TrialStore) -> Choice:
         status = end.status if end else "missing"
         row = Candidate(trial=config.key, searched=point, selection_score=objective, status=status)
         rows.append(row)
-        if end is None or end.status not in ("finished", "stopped"):
+        if not (end and end.final) and store.halted(config.key):
+            halted = True  # its number would stand beside those of whole trainings
+            problem = problem or f"trial {config.key} was stopped by hand; `hificl resume {config.key}` lets it go on"
+        elif end is None or end.status not in ("finished", "stopped"):
             problem = problem or (end.error if end else None) or f"trial {config.key} is {status}"
         elif best is None or (objective is not None and objective > best_objective):
             best, best_objective = row, objective if objective is not None else float("-inf")
     if best is None:
-        return Choice(tuple(rows), None, {}, problem or "no trial")
+        return Choice(tuple(rows), None, {}, problem or "no trial", halted)
     return Choice(tuple(rows), best.trial, dict(best.searched), None)
 
 

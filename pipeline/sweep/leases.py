@@ -26,6 +26,7 @@ from pipeline.records.store import Journal, TrialStore
 from pipeline.records.trial import Attempts, Provenance, TrialEnd
 from pipeline.sweep.train import check_open_engines
 from pipeline.tracking.provenance import provenance
+from pipeline.train import checkpoint
 from pipeline.train.workbench import Stopped, Workbench, device_for, join_group, use_threads
 
 SIGNALS = (KEEPING, *ENDING)
@@ -74,7 +75,7 @@ def leasable(params: Params, cells: Iterable[Cell], folders: Places) -> Plan:
 
 def open_again(plan: Plan, store: TrialStore) -> list[str]:
     """Take back the ends of trials that failed or were stopped; return all that are open."""
-    todo = plan.open_keys(store.finished)
+    todo = plan.open_keys(store.settled)
     for key in todo:
         if store.done(key) is not None:
             store.reopen(key)
@@ -147,7 +148,7 @@ class _Worker:
     def _next(self, plan: Plan, store: TrialStore, origin: Provenance) -> bool:
         """Train an open trial that nobody holds; return whether there was one."""
         for key in plan.open_keys(self.over.__contains__):
-            if store.done(key) is None:
+            if store.done(key) is None and not store.halted(key):
                 bench = self._bench()  # a GPU that does not work is no trial's fault
                 with store.lease(key, "a process that trains leased trials") as free:
                     if free and store.done(key) is None:
@@ -205,10 +206,13 @@ class _Worker:
         self.training, end = True, None
         if self.worked.signal is not None:  # whose exception Python has dropped, as in a finaliser
             bench.stopping = True
-        while end is None:
+        while end is None and not store.halted(key):
             for report in bench.advance():
-                end = report.end
+                end, behind = report.end, report.epoch
                 say(f"{key}: epoch {report.epoch}{f', {end}' if end else ''}")
+        if end is None:
+            store.finish(key, checkpoint.stopped(store.trial(key).checkpoint))
+            say(f"{key}: stopped by hand after epoch {behind}")
 
     def _fail(self, store: TrialStore, key: str, why: str, attempts: int) -> None:
         store.finish(key, TrialEnd(status="failed", error=why, attempts=attempts))

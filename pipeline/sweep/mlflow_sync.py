@@ -255,6 +255,10 @@ class MlflowSync(Watcher):
             self.tracker.log_ledger(run_id, trial.metrics)
         if end.packed is not None:
             self.tracker.tag(run_id, {"packed": end.packed} | ({} if end.exact is None else {"exact": end.exact}))
+        if end.status == "stopped":
+            self.tracker.tag(run_id, {"stopped_after": end.epochs})
+        if acts := self.store.acts(key):
+            self.tracker.tag(run_id, {"by_hand": "; ".join(act.told for act in acts)})
         self.tracker.close(run_id, ENDS[end.status], end.error)
         self._ended[key] = end
 
@@ -374,7 +378,8 @@ def trial_note(plan: Plan, config: TrialConfig) -> str:
         step = config.micro_batch_size * config.accumulation * config.world_size
         rate = _short(config.learning_rate)
         samples = f"trained on {config.num_train_samples} samples for {config.epochs} epochs"
-        done = f"{samples}, {step} a step, learning rate {rate}"
+        begun = f", the first of them those of trial {config.parent}" if config.parent else ""
+        done = f"{samples}{begun}, {step} a step, learning rate {rate}"
     else:
         shots = methods.options(config).shots
         done = f"nothing is trained; {f'{shots} demonstrations' if shots else 'no demonstration'} before each question"
@@ -387,7 +392,8 @@ def trial_note(plan: Plan, config: TrialConfig) -> str:
 def parameters(config: TrialConfig) -> dict[str, object]:
     """Return the configuration as MLflow params: the method's options beside the other fields, same names."""
     record = config.model_dump(mode="json")
-    return {**{name: value for name, value in record.items() if name != "options"}, **record["options"]}
+    unsaid = {"options", *(() if config.parent else ("parent",))}
+    return {**{name: value for name, value in record.items() if name not in unsaid}, **record["options"]}
 
 
 def used_by(config: TrialConfig, places: Places) -> list[RunInput]:

@@ -1,21 +1,43 @@
-"""One recorded trial by itself: trained and scored from its own JSON, without any setting of a study or a profile."""
+"""Recorded trials: one by itself, trained and scored from its own JSON; and what is done to one by hand.
+
+A trial can be stopped and let go on, also while a sweep trains it, which looks at the ledger before each epoch. One
+that is made from another is a row of the study `by-hand`, which holds it whole. Every act stands in the ledger.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import backbones
-from pipeline.config.load import Explicit, Params, Study, StudyMethod
+from pydantic import JsonValue
+
+from pipeline import backbones, methods
+from pipeline.config.load import FOLDERS, Explicit, Params, Study, StudyMethod, Train, with_study
 from pipeline.config.trial import EvaluationConfig, TrialConfig
-from pipeline.core.errors import validate
+from pipeline.core import plain_yaml
+from pipeline.core.errors import InputError, nearest, validate
+from pipeline.core.files import write_atomic
+from pipeline.core.locks import held
+from pipeline.plan.plan import places
 from pipeline.records import part_of
 from pipeline.records.evaluation import Evaluation, Evaluations
+from pipeline.records.store import Journal, TrialStore
+from pipeline.records.trial import Act
 from pipeline.sweep.evaluate import evaluate
-from pipeline.sweep.train import sweep
+from pipeline.sweep.train import BY_HAND, sweep
 from pipeline.tasks import tasks
+from pipeline.tracking.provenance import provenance
+from pipeline.train import checkpoint
 
 STUDY = "again"  # what the trial's one row stands in
+_SHORTEST = 4  # digits that may stand for a key
+# settings that a clone may change; the others decide which samples, weights or machine a trial has
+_CHANGED = (
+    "seed", "epochs", "learning_rate", "weight_decay", "warmup_ratio", "gradient_clip", "micro_batch_size",
+    "accumulation", "alignment_weight", "ground_truth_weight",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,13 +75,17 @@ def params_of(recorded: Recorded, params: Params) -> Params:
     )
 
 
-def train_recorded(recorded: Recorded, params: Params, root: Path | None = None) -> None:
-    """Train the trial, unless the store has it.
+def train_recorded(
+    recorded: Recorded, params: Params, root: Path | None = None, *, stop_after: int | None = None
+) -> None:
+    """Train the trial, unless the store has it; where it was stopped, no further than it was.
 
     Raises:
         InputError: weights, samples or cluster are not in order, or not those of the record.
         WorkError: it failed.
     """
+    if stop_after is not None:
+        stop(TrialStore(places(root).runs), recorded.config.key, stop_after)
     sweep(params_of(recorded, params), [STUDY], root)
 
 
@@ -76,3 +102,142 @@ def score_recorded(recorded: Recorded, params: Params, root: Path | None = None)
     (cell,) = evaluations.study(STUDY).cells
     key = cell.evaluation or ""
     return key, evaluations.read(key)
+
+
+def full_key(store: TrialStore, begun: str) -> str:
+    """Return the key of the one trial that begins so.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    keys = [key for key in store.all_keys() if key.startswith(begun)] if len(begun) >= _SHORTEST else []
+    if len(keys) == 1:
+        return keys[0]
+    why = f"{len(keys)} trials begin so" if keys else "no such trial"
+    way_out = f"Give {_SHORTEST} digits or more of a folder's name; `hificl trials` lists the keys of studies"
+    raise InputError(why, where=f"{store.root}/{begun}", way_out=way_out)
+
+
+def stop(store: TrialStore, key: str, after: int | None = None) -> Act:
+    """Stop a trial behind the epoch in which it is, or behind epoch `after`.
+
+    Raises:
+        InputError: it has ended.
+        WorkError: the ledger cannot be written.
+    """
+    end = store.done(key)
+    if end is not None and end.final:
+        raise InputError(f"has ended: {end.status}", where=f"{store.root}/{key}")
+    return _kept(store, Act(time=time.time(), act="stop", trial=key, after=after))
+
+
+def resume(store: TrialStore, key: str) -> Act:
+    """Let a trial go on that was stopped by hand: in the sweep that runs, or in the next one.
+
+    Raises:
+        InputError: it was not stopped.
+        WorkError: the ledger cannot be written.
+    """
+    stops = [act.act for act in store.acts(key) if act.act in ("stop", "resume")]
+    if stops[-1:] != ["stop"]:
+        raise InputError("was not stopped by hand", where=f"{store.root}/{key}")
+    return _kept(store, Act(time=time.time(), act="resume", trial=key))
+
+
+def clone(root: Path, params: Params, key: str, changes: Mapping[str, JsonValue]) -> Act:
+    """Add a trial like another but for `changes` to the study `by-hand`.
+
+    Args:
+        root: the project's folder.
+        params: the project's.
+        key: of the trial that is changed.
+        changes: values of the method's options and of training settings, by name.
+
+    Raises:
+        InputError: a change that there cannot be, or none.
+        WorkError: the study or the ledger cannot be written.
+    """
+    config = TrialStore(places(root).runs).config(key)
+    return _made(root, params, config, changed(config, changes), "clone", dict(changes))
+
+
+def extend(root: Path, params: Params, key: str, epochs: int) -> Act:
+    """Add a trial that goes on where another one ended, to `epochs` in all, to the study `by-hand`.
+
+    Its learning rate is that of a trial of so many epochs, at the same steps.
+
+    Raises:
+        InputError: the trial has not finished, has as many epochs, or has no checkpoint of its last one.
+        WorkError: the study or the ledger cannot be written.
+    """
+    store = TrialStore(places(root).runs)
+    config, end, where = store.config(key), store.done(key), f"{store.root}/{key}"
+    if end is None or end.status != "finished" or not config.trained:
+        why = "needs no training" if not config.trained else "open" if end is None else end.status
+        raise InputError(f"has no last epoch to go on from: {why}", where=where)
+    if epochs <= config.epochs:
+        raise InputError(f"the trial has {config.epochs}", where=f"--epochs {epochs}", way_out="Give more of them")
+    if config.epochs not in checkpoint.epochs(store.trial(key).checkpoint):
+        raise InputError("its last checkpoint is gone", where=where, way_out="Clone it with more epochs instead")
+    child = config.model_copy(update={"epochs": epochs, "parent": key})
+    return _made(root, params, config, child, "extend", {"epochs": epochs})
+
+
+def changed(config: TrialConfig, changes: Mapping[str, JsonValue]) -> TrialConfig:
+    """Return a trial with other settings.
+
+    Raises:
+        InputError: no such setting, a value that it cannot have, or one that changes what the trial has a teacher for.
+    """
+    options = methods.option_names(config.method)
+    own = [name for name in _CHANGED if config.trained or name == "seed"]
+    for name in changes:
+        if name not in (*options, *own):
+            raise InputError(f"no setting '{name}' to change", where="--set", way_out=nearest(name, {*options, *own}))
+    given = {name: value for name, value in changes.items() if name in options}
+    parsed = methods.parse(config.method, {**config.options, **given})
+    settings = {name: value for name, value in changes.items() if name not in options and name != "seed"}
+    checked = validate(Train, settings, "--set").model_dump(include=set(settings))
+    fields = {**config.model_dump(), **checked, "options": parsed.plain(), "parent": ""}
+    fields |= {"seed": changes["seed"]} if "seed" in changes else {}
+    child = validate(TrialConfig, fields, "--set", noun="field")
+    if methods.facts(child).teacher != methods.facts(config).teacher or (
+        "alignment_weight" in changes and not methods.facts(config).teacher
+    ):
+        raise InputError("another teacher needs settings that the trial does not have", where="--set",
+                         way_out="Write a study (docs/studies.md)")  # fmt: skip
+    return child
+
+
+def _made(
+    root: Path, params: Params, parent: TrialConfig, child: TrialConfig, act: str, changes: dict[str, JsonValue]
+) -> Act:
+    """Add a trial to the study of what was made by hand, and to the ledger."""
+    store = TrialStore(places(root).runs)
+    done = Act.model_validate({
+        "time": time.time(), "act": act, "trial": child.key, "parent": parent.key, "changes": changes,
+    })  # fmt: skip
+    with held(store.root / ".by-hand", "an act by hand"):  # two at once would lose a row
+        study = with_study(params, BY_HAND, root).studies.get(BY_HAND)
+        rows = study.methods if study else {}
+        if child.key in rows or child.key == parent.key:
+            raise InputError(f"is trial {child.key} as it stands", where=f"{store.root}/{parent.key}")
+        label = f"{parent.method}: {done.told}"
+        rows = {**rows, child.key: StudyMethod(method=child.method, label=label, trial=child)}
+        trials = [row.trial for row in rows.values() if row.trial is not None]
+        study = Study(
+            title="Made by hand from other trials", methods=rows,
+            backbones=sorted({backbones.get(trial.backbone).stands_for or trial.backbone for trial in trials}),
+            tasks=sorted({tasks.get(trial.task).stands_for for trial in trials}),
+        )  # fmt: skip
+        fields = study.model_dump(mode="json", exclude_defaults=True)
+        write_atomic(root / FOLDERS["studies"] / f"{BY_HAND}.yaml", plain_yaml.write(fields))
+        store.open(child, provenance(root))
+    return _kept(store, done)
+
+
+def _kept(store: TrialStore, act: Act) -> Act:
+    """Write an act down, and tell a sweep that runs."""
+    store.act(act)
+    Journal(store.root).note("by hand", trial=act.trial, act=act.told)
+    return act

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline import backbones
 from pipeline.backbones.weights import check_quantization
-from pipeline.config.load import Params
+from pipeline.config.load import Params, with_study
 from pipeline.config.trial import TrialConfig
 from pipeline.core import copies
 from pipeline.core.errors import InputError, WorkError
@@ -31,7 +31,9 @@ from pipeline.sweep.mlflow_sync import MlflowSync, experiment_note
 from pipeline.sweep.view import View
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import KILLED
+from pipeline.train import checkpoint
 
+BY_HAND = "by-hand"  # the study of the trials that were made from others by hand (`sweep.recorded`)
 _NAMED = 5  # pictures of one message
 
 
@@ -45,16 +47,23 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
         WorkError: some trials failed; the others are done.
     """
     folders = places(root)
+    store = TrialStore(folders.runs)
     cells = all_cells(params, studies, folders)
-    before: set[str] | None = None
+    known: set[str] | None = None
     while True:
-        plan = make_plan(params, cells, folders, TrialStore(folders.runs).objective)
-        if before is not None and plan.trials.keys() <= before:
+        plan = make_plan(params, cells, folders, store.objective)
+        if known is not None and plan.trials.keys() <= known:
             return
+        acts = len(store.acts())
         _swept(params, studies, root, plan)
-        if not any((budget := params.studies[study].budget) and budget.widen for study in studies):
+        meanwhile = store.acts()[acts:]  # done by hand while this one trained
+        if any(act.parent for act in meanwhile):
+            params, studies = with_study(params, BY_HAND, folders.runs.parent), [*dict.fromkeys([*studies, BY_HAND])]
+            cells = all_cells(params, studies, folders)
+        elif not meanwhile and not any((budget := params.studies[study].budget) and budget.widen for study in studies):
             return
-        before = set(plan.trials)  # what they came out as may ask for more
+        # what they came out as may ask for more, and what may go on was not trained to its end
+        known = plan.trials.keys() - {act.trial for act in meanwhile if act.act == "resume"}
 
 
 def _swept(params: Params, studies: list[str], root: Path | None, plan: Plan) -> None:
@@ -65,7 +74,7 @@ def _swept(params: Params, studies: list[str], root: Path | None, plan: Plan) ->
     with in_order(), store.lock("a sweep", wait=copies.is_copy(folders.runs.parent)):
         check_open_engines(plan, store)
         check_open_pictures(plan, store)
-        with ahead(bool(plan.open_keys(store.finished) or plan.searched)) as driver:
+        with ahead(bool(plan.open_keys(store.settled) or plan.searched)) as driver:
             tracker = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
             tracker.prepare(studies, {study: experiment_note(params, study, plan.cells.values()) for study in studies})
             if tracker.provenance.note:
@@ -91,14 +100,16 @@ def _sweep(plan: Plan, store: TrialStore, sync: MlflowSync, driver: Driver | Non
     params, points = plan.params, len(plan.searched) * plan.params.sweep.num_samples
     known = [key for key, config in plan.trials.items() if config.trained]
     untrained = plan.trials.keys() - set(known)
-    todo = plan.open_keys(store.finished)
+    todo = plan.open_keys(store.settled)
     counted = f"{len(known)} trials in {len(plan.cells)} cells of {len(sync.studies)} studies"
     say(f"{counted}; {len(known) - len(todo)} are done")
     sync.open_sweeps()
-    for key in [*todo, *(key for key in plan.trials if key in untrained and store.done(key) is None)]:
+    for key in [*todo, *(key for key in plan.trials if key not in todo and store.done(key) is None)]:
         store.open(plan.trials[key], sync.tracker.provenance)
         if key in untrained:
             store.finish(key, TrialEnd(status="finished", epochs=0, trainable_parameters=0))
+        elif key not in todo:  # stopped by hand while nothing trained it
+            store.finish(key, checkpoint.stopped(store.trial(key).checkpoint))
     sync.record_done(plan.trials.keys() - set(todo))
     errors: dict[str, str] = {}
     if todo or points:
@@ -150,7 +161,7 @@ def check_open_engines(plan: Plan, store: TrialStore) -> None:
     Raises:
         InputError: see `check_engines`.
     """
-    check_engines([*(plan.trials[key] for key in plan.open_keys(store.finished)), *plan.examples])
+    check_engines([*(plan.trials[key] for key in plan.open_keys(store.settled)), *plan.examples])
 
 
 def has_rules(backbone: str) -> bool:
@@ -188,7 +199,7 @@ def check_open_pictures(plan: Plan, store: TrialStore) -> None:
     Raises:
         InputError: see `check_pictures`.
     """
-    pairs = {(config.backbone, config.task) for key, config in plan.trials.items() if not store.finished(key)}
+    pairs = {(config.backbone, config.task) for key, config in plan.trials.items() if not store.settled(key)}
     for backbone, task in sorted(pairs | {(cell.backbone, cell.task) for cell in plan.searched}):
         if has_rules(backbone):
             check_pictures(plan.places.manifest(task), backbone)

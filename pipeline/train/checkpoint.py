@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.core.errors import InputError, WorkError
 from pipeline.core.files import file_digest, files_below, folder_atomic, folder_digest, remove_folder
 from pipeline.records import NewerRecord, Unreadable
-from pipeline.records.trial import AGAIN, CheckpointState
+from pipeline.records.trial import AGAIN, CheckpointState, TrialEnd
 
 ADAPTER, START = "adapter", "start"
 KEPT = 2  # the newest, and one generation back in case the newest is damaged
@@ -106,6 +106,23 @@ def newest(folder: Path, within: Path | None = None) -> tuple[Path, CheckpointSt
             return path, state
         remove_folder(path, within)
     return None
+
+
+def stopped(folder: Path) -> TrialEnd:
+    """Return the end of a trial that is stopped: what its newest undamaged checkpoint tells.
+
+    Raises:
+        InputError, Unreadable: see `newest`.
+    """
+    states = (_intact(place(folder, epoch)) for epoch in reversed(epochs(folder)))
+    state = next((state for state in states if state is not None), None)
+    if state is None:
+        return TrialEnd(status="stopped", epochs=0)
+    return TrialEnd(
+        status="stopped", epochs=state.epoch, packed=state.packed, exact=state.exact, keeping_seconds=state.keeping,
+        train_seconds=sum(row.train_seconds or 0.0 for row in state.rows), peak_memory_bytes=state.peak or None,
+        seconds=sum(row.seconds or 0.0 for row in state.rows),
+    )  # fmt: skip
 
 
 def _intact(path: Path) -> CheckpointState | None:

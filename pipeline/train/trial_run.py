@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pipeline import adapters, methods
 from pipeline.adapters.base import WEIGHTS_FILE
 from pipeline.config.trial import Kind, TrialConfig
-from pipeline.core.errors import WorkError
+from pipeline.core.errors import InputError, WorkError
 from pipeline.core.files import folder_atomic, folder_digest, remove_folder
 from pipeline.core.plain_yaml import Json
 from pipeline.data.manifest import Manifest, training_samples
@@ -102,6 +102,7 @@ class TrialRun:
                 f"the trial asks for {config.world_size} ranks, this slot has {self.world}", where=config.key
             )
         self.folder = self._taken(TrialFolder(folder))
+        self._go_on_from_parent()
         self.task = of_manifest(manifest)
         self.samples = training_samples(manifest, config)
         split = "evaluation" if config.selection == "test" else "selection"
@@ -312,6 +313,29 @@ class TrialRun:
         return time.perf_counter() - started
 
     # -- keeping -----------------------------------------------------------------------------------------------------
+
+    def _go_on_from_parent(self) -> None:
+        """Give a trial that has no checkpoint its parent's last one, and the curves until then.
+
+        Raises:
+            InputError: the parent has none.
+        """
+        folder, within, parent = self.folder.checkpoint, self.folder.within, self.config.parent
+        if not parent:
+            return
+        if self.rank == 0 and checkpoint.newest(folder, within) is None:
+            before = TrialFolder(self.folder.path.parent / parent)
+            newest = checkpoint.newest(before.checkpoint)
+            if newest is None:
+                way_out = f"Train {parent} again, then this one"
+                raise InputError("no checkpoint to go on from", where=str(before.checkpoint), way_out=way_out)
+            path, state = newest
+            for epoch, losses in before.losses().items():
+                self.folder.add_losses(epoch, losses)
+            with folder_atomic(checkpoint.place(folder, state.epoch), within) as temporary:
+                shutil.copytree(path, temporary, dirs_exist_ok=True)
+        if self.world > 1:
+            dist.barrier()
 
     def _taken(self, folder: TrialFolder) -> TrialFolder:
         """Take the trial's folder up, for all ranks of this slot."""

@@ -27,6 +27,8 @@ NOT_RUN: dict[str, str] = {
     r"(hificl serve|curl) .*": "a server and its clients: run by tests/commands/test_serve.py",
     r"hificl work .*": "trains: run by tests/sweep/test_leases.py",
     r"hificl (reproduce|run-trial) .*": "trains: run by tests/e2e/test_lineage.py",
+    r"hificl (stop|resume|clone|extend) .*": "changes trials: run by tests/e2e/test_lineage.py",
+    r"hificl study by-hand": "trains: run by tests/e2e/test_lineage.py",
     r"hificl study (sink-beside-hificl)": "run by tests/docs/test_extending.py",
     r"hificl params .*--method sink .*": "run by tests/docs/test_extending.py",
     r"hificl predict .*Which colour.*": "the same as the one with a shape",

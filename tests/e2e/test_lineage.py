@@ -14,6 +14,7 @@ from pipeline.config.load import FOLDERS
 from pipeline.report import forget
 from tests.conftest import ROOT
 from tests.e2e.conftest import Project, copied
+from tests.e2e.test_pipeline import query
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -177,6 +178,38 @@ def test_a_trial_is_trained_and_scored_from_its_own_json(copy, capfd):
     assert (found["trial"], found["evaluation"]) == (row["trial"], f"evaluations/{row['evaluation']}.json")
     digests = [json.loads((folder / "done.json").read_text())["adapter_digest"] for folder in (before, recorded)]
     assert digests[0] == digests[1] and found["value"] == json.loads(first.read_text())["value"]
+
+
+def run_of(copy, key: str) -> str:
+    return query(copy, f"select run_uuid from tags where key='trial_key' and value='{key}'")[0][0]
+
+
+def test_what_is_done_by_hand_is_trained_shown_and_done_again_by_reproduce(copy, capfd):
+    parent = next(row["trial"] for row in study(copy)["cells"] if row["row"] == "hificl")
+    status, (act,), _ = hificl(capfd, "clone", parent[:6], "--set", "rank=1", "--set", "seed=5", "--set", "epochs=3")
+    clone = act["trial"]
+    assert status == 0 and act["parent"] == parent and clone != parent
+    assert hificl(capfd, "stop", clone[:6], "--after", "2")[0] == 0
+    said = copy.python("-m", "pipeline", "study", "by-hand").stderr
+    end = json.loads((copy.folder / "runs" / clone / "done.json").read_text())
+    assert (end["status"], end["epochs"], end["exact"]) == ("stopped", 2, True)
+    assert f"`hificl resume {clone}` lets it go on" in said
+    status, found, line = hificl(capfd, "reproduce", run_of(copy, clone), "--here")
+    assert status == 0 and found["tolerance"] == found["largest_difference"] == 0, line
+    assert found["adapter"]["same"] and found["others"]["train_loss"]["difference"] == 0
+    assert hificl(capfd, "resume", clone)[0] == 0
+    status, (act,), line = hificl(capfd, "extend", parent, "--epochs", "3")
+    extended = act["trial"]
+    copy.python("-m", "pipeline", "study", "by-hand")
+    shown = hificl(capfd, "trace", "--study", "by-hand", "--cell", f"{clone}:vqav2")[1]
+    assert shown["intact"] and shown["chain"][0]["by_hand"] == [
+        f"a clone of {parent} with rank 1, seed 5, epochs 3", "stopped after epoch 2", "may go on",
+    ]  # fmt: skip
+    ledger = [(row["act"], row["trial"]) for row in hificl(capfd, "acts")[1]]
+    assert ledger == [("clone", clone), ("stop", clone), ("resume", clone), ("extend", extended)]
+    status, found, line = hificl(capfd, "reproduce", run_of(copy, extended), "--here")
+    assert status == 0 and found["tolerance"] == found["largest_difference"] == 0, line
+    assert found["predictions"]["differ"] == 0 and found["adapter"]["same"]
 
 
 def test_what_cannot_be_reproduced_is_said_before_any_work(copy, capfd):

@@ -24,7 +24,7 @@ from pipeline.pool.messages import PROXY_DIED, Result, TrialEnded
 from pipeline.pool.proxy import TrialProxy
 from pipeline.pool.queue import Queue
 from pipeline.records.store import TrialStore
-from pipeline.records.trial import EpochReport, TrialEnd, TrialReport
+from pipeline.records.trial import Act, EpochReport, TrialEnd, TrialReport
 from tests.conftest import ROOT
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the dispatcher's process does not find this file
@@ -105,6 +105,23 @@ def test_asha_ends_the_worse_of_a_task_after_the_grace_epoch_and_spares_another_
         for task, best in BEST.items()
         for number in range(POINTS)
     }
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_stopped_by_hand_while_it_trains_gives_its_slot_to_the_next(tmp_path, cluster):
+    settings = {"train.epochs": EPOCHS, "sweep.slots": 1, "sweep.pack": 1}
+    params = load(ROOT / "params.yaml", [f"{name}={value}" for name, value in settings.items()])
+    made = [cell for cell in cells(params, "miniature-search", as_given(params)) if cell.search and cell.task in BEST]
+    plan = make_plan(params, made[:2], places(tmp_path))
+    store, (begun, waiting, *others) = TrialStore(plan.places.runs), plan.trials
+    store.act(Act(time=0.0, act="stop", trial=begun, after=1))
+    store.act(Act(time=0.0, act="stop", trial=waiting))
+    told: list[Result] = []
+    tuner.run_trials(plan, list(plan.trials), params, told.append, store, Played)
+    assert sorted(message.key for message in told if isinstance(message, TrialEnded)) == sorted(plan.trials)
+    ends = {key: (store.done(key).status, store.done(key).epochs) for key in plan.trials}
+    assert ends == {begun: ("stopped", 1), waiting: ("stopped", 0)} | dict.fromkeys(others, ("finished", EPOCHS))
+    assert others and store.halted(begun) and store.halted(waiting)
 
 
 class Slow(Slot):

@@ -36,7 +36,7 @@ from pipeline.plan.space import Digests, cells
 from pipeline.records import Record
 from pipeline.records.evaluation import Evaluations
 from pipeline.records.store import Journal, TrialFolder
-from pipeline.records.trial import Attempts, Best, CheckpointState, EpochReport, EpochSoFar
+from pipeline.records.trial import Act, Attempts, Best, CheckpointState, EpochReport, EpochSoFar
 from pipeline.sweep.recorded import read_recorded
 from pipeline.tracking.provenance import data_digests
 from pipeline.train import checkpoint
@@ -177,6 +177,7 @@ def test_records(tmp_path, quiet, name):
 
 OTHERS: dict[str, Record] = {
     "adapt.json": LaidOut(asked={"data": "/x", "methods": ["lora"], "minutes": 1.5}, budget=Budget(1, 2, 3, 4, 5)),
+    "runs/acts.jsonl": Act(time=1.5, act="clone", trial=KEY, parent="0" * 16, changes={"rank": 3}),
     f"runs/.leases/{KEY}.tried": Attempts(attempts=2, at="epoch-0001", error="a worker died"),
     "so-far-rank0000.json": EpochSoFar(
         steps=2, sums={"train_loss": 0.5}, losses=(0.5, 0.25), gradient_norm=1.0, learning_rate_scale=0.5, seconds=3.0
