@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -43,7 +44,14 @@ def placed(x: Tensor, device: torch.device | str) -> Tensor:
 
 def import_deepspeed() -> Any:
     """Return DeepSpeed, imported when it is first needed."""
-    import deepspeed
+    without_mlflow = {"deepspeed", "mlflow"}.isdisjoint(sys.modules)
+    if without_mlflow:  # its autotuner takes MLflow along where that is there: two seconds of a worker's start
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+    finally:
+        if without_mlflow:
+            del sys.modules["mlflow"]
 
     # An all-reduce in C++ for several ranks on one CPU, compiled when first used: minutes, and a compiler to have.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

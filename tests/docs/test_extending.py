@@ -72,7 +72,7 @@ def extended(site, tmp_path_factory):
         raw["profiles"]["tiny"] = {
             **TINY, "backbones": ["idefics2-8b"], "tasks": ["pets-vqa"], "studies": [name],
             "sources": {"idefics2-8b": {"variant": "tiny"}},
-            "train": {**TINY["train"], "epochs_below_1000": 1},
+            "train": {**TINY["train"], "epochs_below_1000": 1}, "sweep": {"slots": 1},
         }  # fmt: skip
 
     made.change(edit)

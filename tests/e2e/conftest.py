@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -96,8 +98,24 @@ class Project:
     def change(self, edit) -> None:
         change(self.folder, edit)
 
+    def draw(self, task: str) -> None:
+        """Do in this process what stage `subsample` does."""
+        from pipeline.config.load import PARAMS, load
+        from pipeline.sweep.draw import draw_task
 
-def make_project(folder: Path) -> Project:
+        with chdir(self.folder):
+            draw_task(load(PARAMS), task)
+
+    def one_slot(self) -> None:
+        """Let sweeps have one slot from now on, as `make_project(folder, slots=1)`."""
+        self.change(lambda raw: raw["profiles"]["tiny"].update(sweep={"slots": 1}))
+
+
+def make_project(folder: Path, **sweep: Any) -> Project:
+    """Make a project of the tiny profile, with settings of its sweeps.
+
+    `slots=1` is for a test to which trials side by side are no question: each slot's two processes take ten seconds.
+    """
     from pipeline.workspace import make_workspace
 
     data = folder.parent / f"{folder.name}-data"
@@ -115,7 +133,7 @@ def make_project(folder: Path) -> Project:
 
     def edit(raw):
         raw["profile"] = "tiny"
-        raw["profiles"] = {"tiny": TINY}
+        raw["profiles"] = {"tiny": {**TINY, "sweep": sweep}}
         raw["studies"] = {"small": STUDY}
         raw["tracking"]["system_metrics"] = False
 

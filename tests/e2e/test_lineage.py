@@ -30,6 +30,7 @@ def here(project, monkeypatch):
 def copy(project, tmp_path, monkeypatch) -> Project:
     """A copy that a test may spoil; its MLflow artifacts are the project's own."""
     made = copied(project, tmp_path / "copy")
+    made.one_slot()
     monkeypatch.chdir(made.folder)
     return made
 

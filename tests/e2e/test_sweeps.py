@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    made = make_project(tmp_path_factory.mktemp("sweeps") / "project")
-    made.python("-m", "stages.subsample", "vqav2")
+    made = make_project(tmp_path_factory.mktemp("sweeps") / "project", slots=1)
+    made.draw("vqav2")
     return made
 
 
@@ -34,14 +34,15 @@ def rows(project, **wanted) -> dict[str, list[dict]]:
     return found
 
 
-def only(project, **row) -> None:
-    project.change(lambda raw: raw["studies"]["small"].update(methods={"hificl": {"method": "hificl", **row}}))
+def only(project, *rows) -> None:
+    methods = {f"hificl-{number}": {"method": "hificl", **row} for number, row in enumerate(rows)}
+    project.change(lambda raw: raw["studies"]["small"].update(methods=methods))
 
 
 def test_two_ranks_with_zero_2_give_the_losses_of_one(project):
-    only(project, set={"micro_batch_size": 4, "accumulation": 1, "rank": 2})
-    project.python("-m", "stages.train")
-    only(project, set={"micro_batch_size": 2, "accumulation": 1, "rank": 2, "world_size": 2, "zero_stage": 2})
+    step = {"accumulation": 1, "rank": 2}
+    ranks = {"micro_batch_size": 2, "world_size": 2, "zero_stage": 2}
+    only(project, {"set": {**step, "micro_batch_size": 4}}, {"set": {**step, **ranks}})
     project.python("-m", "stages.train")
     one, two = (next(iter(rows(project, world_size=n).values())) for n in (1, 2))
     for a, b in zip(one, two, strict=True):
@@ -51,7 +52,8 @@ def test_two_ranks_with_zero_2_give_the_losses_of_one(project):
 
 def test_trials_share_forward_passes(project):
     """That they lose what they lose alone is in tests/train/test_loop.py; here the pool and Tune let them meet."""
-    only(project, search={"rank": [4, 5, 6]}, set={"micro_batch_size": 2, "accumulation": 1, "zero_stage": 0})
+    step = {"micro_batch_size": 2, "accumulation": 1, "zero_stage": 0}
+    only(project, {"search": {"rank": [4, 5, 6]}, "set": step})
     project.python("-m", "pipeline", "sweep", "--set", "sweep.pack=3", "--set", "sweep.slots=1")
     ends = [trials(project)[key] for rank in (4, 5, 6) for key in rows(project, rank=rank)]
     assert len(ends) == 3 and {end["status"] for end in ends} == {"finished"}
@@ -60,10 +62,8 @@ def test_trials_share_forward_passes(project):
 
 def test_asha_stops_a_trial_that_learns_nothing_by_its_loss_on_the_test_split(project):
     """Whom a scheduler stops is in tests/pool/test_schedule.py; here its word ends a training, in DVC's ledger too."""
-    only(
-        project, search={"learning_rate": [0.01, 1e-12]},
-        set={"rank": 7, "offload": "cpu", "zero_stage": 1, "selection_metric": "loss", "selection": "test"},
-    )  # fmt: skip
+    given = {"rank": 7, "offload": "cpu", "zero_stage": 1, "selection_metric": "loss", "selection": "test"}
+    only(project, {"search": {"learning_rate": [0.01, 1e-12]}, "set": given})
     settings = ["sweep.scheduler=asha", "sweep.grace_epochs=1", "sweep.reduction_factor=2", "sweep.slots=1"]
     project.python("-m", "pipeline", "sweep", *(part for s in settings for part in ("--set", s)))
     (learns, kept), (idle, cut) = (next(iter(rows(project, rank=7, learning_rate=lr).items())) for lr in (0.01, 1e-12))

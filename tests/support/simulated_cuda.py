@@ -7,7 +7,7 @@ attention operators are CUDA's, with their preconditions. What it cannot show is
 from __future__ import annotations
 
 import math
-import traceback
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -74,6 +74,16 @@ _INDEXES = {
 _MAY_MIX = {aten.copy_.default, aten._to_copy.default, aten.lift_fresh.default, *_INDEXES}
 
 
+def _mapped(change: Callable, x):
+    """Change what stands in lists, tuples and mappings, as operators take and give them; pytree is much slower."""
+    if type(x) in (list, tuple):
+        return type(x)([_mapped(change, one) for one in x])
+    return {name: _mapped(change, one) for name, one in x.items()} if type(x) is dict else change(x)
+
+
+_name = cache(str)  # of an operator
+
+
 class SimulatedGpu(TorchDispatchMode):
     """What has happened on the device.
 
@@ -100,13 +110,14 @@ class SimulatedGpu(TorchDispatchMode):
 
     def run(self, operator, args, kwargs):
         """Count one operator, refuse what CUDA refuses, and compute it on the CPU."""
-        leaves = pytree.tree_leaves((args, kwargs))
+        leaves: list = []
+        _mapped(leaves.append, [args, kwargs])
         ours = [x for x in leaves if isinstance(x, _OnGpu)]
         device = kwargs.get("device")
         to_gpu = device is not None and torch.device(device).type == NAME
         if not ours and not to_gpu:
             return operator(*args, **kwargs)
-        self.operators[str(operator)] += 1
+        self.operators[_name(operator)] += 1
         self._count(operator, args, kwargs, to_gpu)
         if ours and operator not in _MAY_MIX:
             mixed = [tuple(x.shape) for x in leaves if isinstance(x, Tensor) and not isinstance(x, _OnGpu) and x.dim()]
@@ -115,7 +126,7 @@ class SimulatedGpu(TorchDispatchMode):
         if device is not None:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         kwargs.pop("pin_memory", None)
-        held_args, held_kwargs = pytree.tree_map(lambda x: x.held if isinstance(x, _OnGpu) else x, (args, kwargs))
+        held_args, held_kwargs = _mapped(lambda x: x.held if isinstance(x, _OnGpu) else x, [args, kwargs])
         if operator in _EMULATED:
             result = _EMULATED[operator](self, *held_args, **held_kwargs)
         else:
@@ -129,7 +140,7 @@ class SimulatedGpu(TorchDispatchMode):
             result = result.clone()
         known = {id(x.held): x for x in ours}
         wrap = lambda x: known.get(id(x)) or _OnGpu(x) if isinstance(x, Tensor) else x  # noqa: E731
-        return pytree.tree_map(lambda x: known[id(x)] if id(x) in known else wrap(x), result)
+        return _mapped(lambda x: known[id(x)] if id(x) in known else wrap(x), result)
 
     def _count(self, operator, args, kwargs, to_gpu: bool) -> None:
         waits = operator in _WAITS
@@ -168,10 +179,12 @@ class SimulatedGpu(TorchDispatchMode):
 def _place() -> str:
     """Return the line that asked: the innermost of ours, of transformers' or of torch's optimisers."""
     ours = other = ""
-    for frame in reversed(traceback.extract_stack()):
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        name = frame.f_code.co_filename
         for part in ("/pipeline/", "/transformers/", "/torch/optim/", "/torch/nn/utils/", "/peft/"):
-            if part in frame.filename:
-                text = part.strip("/") + "/" + frame.filename.split(part)[-1] + f":{frame.lineno}"
+            if part in name:
+                text = part.strip("/") + "/" + name.split(part)[-1] + f":{frame.f_lineno}"
                 ours, other = (ours or text, other) if part == "/pipeline/" else (ours, other or text)
         if ours:
             break

@@ -45,6 +45,7 @@ LORAS = [
     ("lora", {"dropout": 0.3, "task": "mini-coco"}),
 ]
 PACKS = {"mixed": MIXED, "lora": LORAS}
+FEW = {"num_train_samples": 12}  # three steps an epoch are enough to part ways in
 
 
 def train(bench: Workbench, requests, *, double: bool = False) -> dict[str, list[EpochReport]]:
@@ -82,10 +83,11 @@ def kept(folder, request) -> tuple:
 
 @pytest.mark.parametrize("name", PACKS)
 def test_a_trial_has_the_same_bits_in_a_pack_as_alone(bench, trial, tmp_path, name):
-    for method, given in PACKS[name]:
+    chosen = [(method, {**FEW, **given}) for method, given in PACKS[name]]
+    for method, given in chosen:
         train(bench, [trial(method, tmp_path / "alone", **given)])
         bench.loop.resident.targets.clear()  # each computes its teacher's targets anew
-    together = [trial(method, tmp_path / "together", **given) for method, given in PACKS[name]]
+    together = [trial(method, tmp_path / "together", **given) for method, given in chosen]
     train(bench, together)
     for request in together:
         assert kept(tmp_path / "together", request) == kept(tmp_path / "alone", request)
@@ -100,7 +102,7 @@ def test_the_bits_do_not_depend_on_who_joins_and_who_leaves(bench, trial, tmp_pa
     dice = random.Random(seed)
     chosen = []
     for number, (method, given) in enumerate(dice.choices(LORAS if seed % 3 == 2 else MIXED, k=5)):
-        changes = {"seed": number, "epochs": dice.choice((1, 2)), "num_train_samples": dice.choice((9, 14, 20))}
+        changes = {"seed": number, "epochs": dice.choice((1, 2)), "num_train_samples": dice.choice((5, 9, 14))}
         changes |= {"micro_batch_size": dice.choice((1, 2, 5))}
         chosen.append((method, {**given, **changes}))
     for method, given in chosen:
@@ -140,7 +142,7 @@ def test_in_double_precision_a_pack_loses_the_same(trial, tmp_path, monkeypatch)
     monkeypatch.setattr(MistralRMSNorm, "forward", normed)
     bench = Workbench(device="cpu")
     model = bench.resident(trial("hificl", tmp_path)).loaded.model.double()
-    chosen = [(method, given) for method, given in MIXED if given.get("task") is None][:4]
+    chosen = [(method, {**FEW, **given}) for method, given in MIXED if given.get("task") is None][:4]
     alone: dict = {}
     for method, given in chosen:
         alone |= train(bench, [trial(method, tmp_path / "alone", **given)], double=True)

@@ -264,11 +264,17 @@ def test_long_rows_states_are_compared_in_groups_of_layers(monkeypatch):
     torch.testing.assert_close(others, grads, rtol=1e-2, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def benches() -> dict[str, Workbench]:
+    """One for each precision, whose backbone is read once."""
+    return {precision: Workbench(device="cpu") for precision in ("fp32", "bf16")}
+
+
 @pytest.mark.parametrize("method", adapters.names())
-def test_a_trial_in_bf16_loses_what_it_loses_in_fp32(trial, tmp_path, method):
+def test_a_trial_in_bf16_loses_what_it_loses_in_fp32(benches, trial, tmp_path, method):
     losses, answered = {}, {}
-    for precision in ("fp32", "bf16"):
-        bench, request = Workbench(device="cpu"), trial(method, tmp_path, precision=precision, epochs=1)
+    for precision, bench in benches.items():
+        request = trial(method, tmp_path, precision=precision, epochs=1)
         bench.admit(request)
         (report,) = bench.advance()
         losses[precision] = report.metrics.train_loss

@@ -24,6 +24,12 @@ def llava() -> MemoryOf:
     return MemoryOf("llava-interleave-7b", "bf16")
 
 
+@pytest.fixture(scope="module")
+def hificl(llava) -> StepMemory:
+    """A step of HiFICL, with which others are compared."""
+    return llava.step(config("hificl"))
+
+
 def test_storages_count_while_they_live():
     model = torch.nn.Linear(1024, 1024, device="meta")
     with _Living(model) as living:
@@ -35,9 +41,9 @@ def test_storages_count_while_they_live():
         assert living.now == 0 and living.peak == 2 << 20
 
 
-def test_weights_and_a_step_at_full_size(llava):
+def test_weights_and_a_step_at_full_size(llava, hificl):
     assert llava.weights == 2 * backbones.get("llava-interleave-7b").parameters
-    step = llava.step(config("hificl"))
+    step = hificl
     assert step.step / GIB == pytest.approx(6.1, abs=0.3)  # B = 2, T = 755; docs/gpu.md
     assert step.checkpointed < 0.15 * step.step and step.teacher == 0
     mimic = llava.step(config("mimic"))
@@ -46,8 +52,8 @@ def test_weights_and_a_step_at_full_size(llava):
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt", "bottleneck", "m2iv", "i2cl", "peft"])
-def test_a_baselines_step_is_counted(llava, method):
-    step, hificl = (llava.step(config(name)) for name in (method, "hificl"))
+def test_a_baselines_step_is_counted(llava, hificl, method):
+    step = llava.step(config(method))
     assert 0.9 * hificl.step < step.step < 3 * hificl.step and step.checkpointed < step.step
     assert (step.teacher > 0) == (method in ("m2iv", "i2cl"))
 
@@ -112,10 +118,10 @@ def test_what_a_card_took_in_few_bits_is_what_is_counted(kind, weights, beside):
     assert counter.step(config("hificl")).step / GIB == pytest.approx(beside, rel=0.03)
 
 
-def test_few_bits_leave_room_for_trials_and_each_product_makes_its_weight(llava):
-    step, wide = llava.step(config("hificl")), MemoryOf("llava-interleave-7b", "bf16", "int8")
+def test_few_bits_leave_room_for_trials_and_each_product_makes_its_weight(llava, hificl):
+    wide = MemoryOf("llava-interleave-7b", "bf16", "int8")
     few = wide.step(config("hificl"))
-    assert few.step - step.step == wide.passing == 2 * 4096 * 11008
+    assert few.step - hificl.step == wide.passing == 2 * 4096 * 11008
     assert 0.55 < wide.weights / llava.weights < 0.65  # embeddings, output and the tower are as they were
 
 

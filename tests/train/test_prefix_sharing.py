@@ -14,7 +14,7 @@ from pipeline.train import loop
 from pipeline.train.prefix_sharing import PrefixLayout, row_pays, shared_prefix_length, sharing_prefix
 from pipeline.train.workbench import Workbench
 from tests.support.tiny_hub import make
-from tests.train.test_loop import LORAS, MIXED, gap, train
+from tests.train.test_loop import FEW, LORAS, MIXED, gap, train
 
 IMAGE = 9
 
@@ -102,7 +102,7 @@ def test_a_text_decoder_that_embeds_tokens_itself_gives_the_states_of_plain_rows
 def test_trials_lose_what_they_lose_in_plain_rows(trial, tmp_path, monkeypatch, step):
     bench = Workbench(device="cpu")
     bench.resident(trial("hificl", tmp_path)).loaded.model.double()
-    chosen = [(method, {**step, **options}) for method, options in MIXED if "micro_batch_size" not in options]
+    chosen = [(method, {**FEW, **step, **options}) for method, options in MIXED if "micro_batch_size" not in options]
 
     def run(name):
         requests = [trial(method, tmp_path / name, **options) for method, options in chosen]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pipeline import adapters, methods
 from pipeline.config.load import TrialRequest
 from pipeline.records.store import TrialStore
 from pipeline.train.workbench import Stopped, Workbench, join_group
+from tests.support.ranks import fresh_processes
 
 SHORT = {"epochs": 1, "num_train_samples": 7, "num_selection_samples": 3}  # the last batch leaves one rank without
 
@@ -48,7 +48,7 @@ def _rank(rank: int, meeting: str, work, requests: list[TrialRequest], queue) ->
 
 def of_two_ranks(work, requests: list[TrialRequest], meeting: Path):
     """Let two ranks do `work(requests, rank)`; return what the first has found."""
-    context = mp.get_context("spawn")
+    context = fresh_processes()
     queue = context.Queue()
     ranks = [context.Process(target=_rank, args=(rank, str(meeting), work, requests, queue)) for rank in range(2)]
     for process in ranks:

@@ -11,7 +11,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.utils._pytree as pytree
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
@@ -23,6 +22,7 @@ from pipeline.records.store import TrialStore
 from pipeline.train import engine
 from pipeline.train.counting import _Living
 from pipeline.train.workbench import Workbench, join_group
+from tests.support.ranks import fresh_processes
 
 SHORT = {
     "epochs": 2, "num_train_samples": 5, "num_selection_samples": 3, "micro_batch_size": 2, "accumulation": 1,
@@ -125,7 +125,7 @@ def of_ranks(trial, tmp_path_factory) -> dict[int, dict]:
     """What two ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
     requests = [replace(trial(name, folder, **SHORT, **given), pack_key=None) for name, given in TRIALS.items()]
-    context = mp.get_context("spawn")
+    context = fresh_processes()
     queue = context.Queue()
     given = (str(folder / "meeting"), folder, requests, queue)
     processes = [context.Process(target=_rank, args=(rank, *given), daemon=True) for rank in range(2)]
