@@ -171,14 +171,14 @@ def extend(root: Path, params: Params, key: str, epochs: int) -> Act:
         WorkError: the study or the ledger cannot be written.
     """
     store = TrialStore(places(root).runs)
-    config, end, where = store.config(key), store.done(key), f"{store.root}/{key}"
+    config, end, folder = store.config(key), store.done(key), f"{store.root}/{key}"
     if end is None or end.status != "finished" or not config.trained:
         why = "needs no training" if not config.trained else "open" if end is None else end.status
-        raise InputError(f"has no last epoch to go on from: {why}", where=where)
+        raise InputError(f"has no last epoch to go on from: {why}", where=folder)
     if epochs <= config.epochs:
         raise InputError(f"the trial has {config.epochs}", where=f"--epochs {epochs}", way_out="Give more of them")
     if config.epochs not in checkpoint.epochs(store.trial(key).checkpoint):
-        raise InputError("its last checkpoint is gone", where=where, way_out="Clone it with more epochs instead")
+        raise InputError("its last checkpoint is gone", where=folder, way_out="Clone it with more epochs instead")
     child = config.model_copy(update={"epochs": epochs, "parent": key})
     return _made(root, params, config, child, "extend", {"epochs": epochs})
 
@@ -190,10 +190,11 @@ def changed(config: TrialConfig, changes: Mapping[str, JsonValue]) -> TrialConfi
         InputError: no such setting, a value that it cannot have, or one that changes what the trial has a teacher for.
     """
     options = methods.option_names(config.method)
-    own = [name for name in _CHANGED if config.trained or name == "seed"]
+    training = [name for name in _CHANGED if config.trained or name == "seed"]
+    known = {*options, *training}
     for name in changes:
-        if name not in (*options, *own):
-            raise InputError(f"no setting '{name}' to change", where="--set", way_out=nearest(name, {*options, *own}))
+        if name not in known:
+            raise InputError(f"no setting '{name}' to change", where="--set", way_out=nearest(name, known))
     given = {name: value for name, value in changes.items() if name in options}
     parsed = methods.parse(config.method, {**config.options, **given})
     settings = {name: value for name, value in changes.items() if name not in options and name != "seed"}
