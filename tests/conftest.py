@@ -37,9 +37,7 @@ SHARING = (
     "tests/docs/", "tests/e2e/test_lineage.py", "tests/e2e/test_pipeline.py", "tests/tracking/test_models.py",
     "tests/tracking/test_ui.py",
 )  # fmt: skip
-LONG = (
-    "tests/e2e/", "tests/bench/", "tests/security/test_local_sweep.py", "tests/pool/test_stopping.py", "tests/train/",
-)  # fmt: skip
+LONG = ("tests/e2e/", "tests/bench/", "tests/security/test_local_sweep.py", "tests/pool/test_stopping.py")
 
 
 def pytest_collection_modifyitems(config, items):

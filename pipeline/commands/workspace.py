@@ -42,12 +42,12 @@ def _register_acts(line: CommandLine) -> None:
     _trials(parser)
     parser.add_argument("--after", type=int, metavar="N", help="behind epoch N instead")
     _trials(line.verb("by hand", "resume", _resume, "let trials go on that were stopped by hand", answers=True))
-    text = "a trial like another, but for what --set changes: a row of study by-hand"
+    text = "a trial like another but for --set (study by-hand)"
     parser = line.verb("by hand", "clone", _clone, text, answers=True)
     _trials(parser, several=False)
     text = "an option of its method, or a training setting; several times"
     parser.add_argument("--set", action="append", required=True, metavar="NAME=VALUE", help=text)
-    text = "a trial that goes on where another ended: a row of study by-hand"
+    text = "a trial that goes on where another ended (study by-hand)"
     parser = line.verb("by hand", "extend", _extend, text, answers=True)
     _trials(parser, several=False)
     parser.add_argument("--epochs", type=int, required=True, metavar="N", help="in all, those of the other included")

@@ -76,7 +76,7 @@ def test_help_lists_every_command_once_in_a_line_of_its_group():
     verbs = command_line()._subparsers._group_actions[0].choices
     for verb in verbs:
         assert len([line for line in lines if line.startswith(f"  {verb} ")]) == 1, verb
-    for group in ("run:", "look:", "check:", "names:", "numbers:", "miniature:", "cluster:", "options:"):
+    for group in ("run:", "look:", "check:", "names:", "numbers:", "miniature:", "cluster:", "by hand:", "options:"):
         assert group in lines
     assert {"sweep", "studies", "score", "params", "workspace", "pretrain", "bench", "ui"} <= verbs.keys()
 
