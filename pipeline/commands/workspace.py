@@ -96,8 +96,6 @@ def _stop(args: argparse.Namespace) -> Rows:
     """Write it down; a sweep that runs hears of it before the next epoch."""
     from pipeline.sweep import recorded
 
-    if args.after is not None and args.after < 1:
-        raise InputError(f"{args.after} is no epoch", where="--after", way_out="Give 1 or more")
     store = _store()
     keys = [recorded.full_key(store, begun) for begun in args.trial]
     return _told([recorded.stop(store, key, args.after) for key in keys])
@@ -243,9 +241,8 @@ def _planned(params: Params, root: Path) -> set[str]:
     from pipeline.sweep.train import BY_HAND
 
     folders = places(root)
-    by_hand = [name for name in (BY_HAND,) if name in params.studies]
     try:
-        cells = all_cells(params, [*params.run.studies, *by_hand], folders)
+        cells = all_cells(params, [*params.run.studies, *({BY_HAND} & params.studies.keys())], folders)
         return set(make_plan(params, cells, folders, TrialStore(folders.runs).objective).trials)
     except HificlError as error:
         # what is planned cannot be told, so nothing may be taken away

@@ -185,14 +185,10 @@ class Dispatcher:
 
     async def _round(self, slot: Slot, state: SlotState) -> None:
         """Let the slot's trials train until one of them completes an epoch."""
-        self._halt(state)
-        await self._release(slot, state)
-        await self._admit(slot, state)
+        await self._let_in(slot, state)
         if self.queue.partners(state):
             self.queue.join(state, await slot.room())
-            self._halt(state)
-            await self._release(slot, state)
-            await self._admit(slot, state)
+            await self._let_in(slot, state)
         while self.queue.must_wait(state):
             await asyncio.sleep(0.01)
         await self._release(slot, state)
@@ -200,12 +196,14 @@ class Dispatcher:
             self._deliver(await slot.advance())
         slot.keys.difference_update(trial.key for trial in self.queue.release_ended(state))
 
-    def _halt(self, state: SlotState) -> None:
-        """Stop those of a slot's trials that were stopped by hand; a ledger that cannot be read now is read later."""
+    async def _let_in(self, slot: Slot, state: SlotState) -> None:
+        """Admit a slot's trials but for those that were stopped by hand; a ledger that cannot be read is read later."""
         with suppress(Unreadable):
             for key in [trial.key for trial in state.trials if not trial.stopped and self.store.halted(trial.key)]:
                 self.journal.note("trial stopped by hand", trial=key)
                 self._carry_out(self.queue.stop(key))
+        await self._release(slot, state)
+        await self._admit(slot, state)
 
     async def _release(self, slot: Slot, state: SlotState) -> None:
         """End those of a slot's trials that were stopped."""

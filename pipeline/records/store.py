@@ -76,6 +76,8 @@ class TrialStore:
 
     def __init__(self, root: Path | str = "runs", within: Path | None = None) -> None:
         self.root, self.within = Path(root), within
+        self._acts = self.root / "acts.jsonl"
+        self._ledger: tuple[tuple[int, int], list[Act]] | None = None  # as the file was, and what was read of it
 
     def folder(self, key: str) -> Path:
         """Return the folder of the trial `key`."""
@@ -125,19 +127,31 @@ class TrialStore:
 
     def halted(self, key: str) -> bool:
         """Whether the trial was stopped by hand, and has no epoch left that it may train."""
-        stops = [act for act in self.acts(key) if act.act in ("stop", "resume")]
-        if not stops or stops[-1].act == "resume":
-            return False
-        return stops[-1].after is None or len(self.epochs(key)) >= stops[-1].after
+        stop = self.stop_of(key)
+        return stop is not None and (stop.after is None or len(self.epochs(key)) >= stop.after)
+
+    def stop_of(self, key: str) -> Act | None:
+        """Return the act by which the trial is stopped, if it is."""
+        acts = [act for act in self.acts(key) if act.act in ("stop", "resume")]
+        return acts[-1] if acts and acts[-1].act == "stop" else None
 
     def acts(self, key: str | None = None) -> list[Act]:
-        """Return what was done by hand, oldest first: to one trial, or to all.
+        """Return what was done by hand, oldest first: to one trial, or to all. A ledger is read once for many trials.
 
         Raises:
             InputError: a line is damaged, and not just the last one torn.
             Unreadable: the system does not let it be read now.
         """
-        return [act for act in lines(Act, self._acts, _NO_ACT) if key in (None, act.trial)]
+        try:
+            state = self._acts.stat()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise Unreadable.of(error, self._acts) from error
+        seen = state.st_ino, state.st_mtime_ns  # each act makes a file anew
+        if self._ledger is None or self._ledger[0] != seen:
+            self._ledger = seen, list(lines(Act, self._acts, _NO_ACT))
+        return [act for act in self._ledger[1] if key in (None, act.trial)]
 
     def act(self, act: Act) -> None:
         """Keep what was done by hand; a sweep that runs looks before each epoch.
@@ -149,10 +163,6 @@ class TrialStore:
         with held(self.root / ".acts", "an act by hand"):
             acts = [*self.acts(), act]
             write_atomic(self._acts, "".join(act.text(indent=None) + "\n" for act in acts))
-
-    @property
-    def _acts(self) -> Path:
-        return self.root / "acts.jsonl"
 
     def objective(self, key: str) -> float | None:
         """Return what a trial is chosen by, below every other where it diverged; None where it has not ended."""

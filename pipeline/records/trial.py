@@ -176,6 +176,14 @@ class CheckpointState(Record):
         2: lambda fields: {**fields, "exact": fields.get("packed", 1) == 1},
     }
 
+    def end(self, status: Status, **known: Any) -> TrialEnd:
+        """Return the end of a trial in this state: what it took, and what else is `known` of it."""
+        return TrialEnd(
+            status=status, epochs=self.epoch, packed=self.packed, exact=self.exact, keeping_seconds=self.keeping,
+            peak_memory_bytes=self.peak or None, train_seconds=sum(row.train_seconds or 0.0 for row in self.rows),
+            seconds=sum(row.seconds or 0.0 for row in self.rows), **known,
+        )  # fmt: skip
+
 
 class Attempts(Record):
     """How often a leased trial was tried with nothing kept in between: .leases/KEY.tried, while it is not settled.

@@ -122,9 +122,11 @@ def stop(store: TrialStore, key: str, after: int | None = None) -> Act:
     """Stop a trial behind the epoch in which it is, or behind epoch `after`.
 
     Raises:
-        InputError: it has ended.
+        InputError: it has ended, or there is no such epoch.
         WorkError: the ledger cannot be written.
     """
+    if after is not None and after < 1:
+        raise InputError(f"{after} is no epoch", where="--after", way_out="Give 1 or more")
     end = store.done(key)
     if end is not None and end.final:
         raise InputError(f"has ended: {end.status}", where=f"{store.root}/{key}")
@@ -138,8 +140,7 @@ def resume(store: TrialStore, key: str) -> Act:
         InputError: it was not stopped.
         WorkError: the ledger cannot be written.
     """
-    stops = [act.act for act in store.acts(key) if act.act in ("stop", "resume")]
-    if stops[-1:] != ["stop"]:
+    if store.stop_of(key) is None:
         raise InputError("was not stopped by hand", where=f"{store.root}/{key}")
     return _kept(store, Act(time=time.time(), act="resume", trial=key))
 
@@ -197,10 +198,9 @@ def changed(config: TrialConfig, changes: Mapping[str, JsonValue]) -> TrialConfi
             raise InputError(f"no setting '{name}' to change", where="--set", way_out=nearest(name, known))
     given = {name: value for name, value in changes.items() if name in options}
     parsed = methods.parse(config.method, {**config.options, **given})
-    settings = {name: value for name, value in changes.items() if name not in options and name != "seed"}
-    checked = validate(Train, settings, "--set").model_dump(include=set(settings))
-    fields = {**config.model_dump(), **checked, "options": parsed.plain(), "parent": ""}
-    fields |= {"seed": changes["seed"]} if "seed" in changes else {}
+    settings = {name: value for name, value in changes.items() if name not in options}
+    validate(Train, {name: value for name, value in settings.items() if name != "seed"}, "--set")  # their ranges
+    fields = {**config.model_dump(), **settings, "options": parsed.plain(), "parent": ""}
     child = validate(TrialConfig, fields, "--set", noun="field")
     if methods.facts(child).teacher != methods.facts(config).teacher or (
         "alignment_weight" in changes and not methods.facts(config).teacher

@@ -116,13 +116,7 @@ def stopped(folder: Path) -> TrialEnd:
     """
     states = (_intact(place(folder, epoch)) for epoch in reversed(epochs(folder)))
     state = next((state for state in states if state is not None), None)
-    if state is None:
-        return TrialEnd(status="stopped", epochs=0)
-    return TrialEnd(
-        status="stopped", epochs=state.epoch, packed=state.packed, exact=state.exact, keeping_seconds=state.keeping,
-        train_seconds=sum(row.train_seconds or 0.0 for row in state.rows), peak_memory_bytes=state.peak or None,
-        seconds=sum(row.seconds or 0.0 for row in state.rows),
-    )  # fmt: skip
+    return TrialEnd(status="stopped", epochs=0) if state is None else state.end("stopped")
 
 
 def _intact(path: Path) -> CheckpointState | None:

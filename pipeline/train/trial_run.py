@@ -23,7 +23,7 @@ from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import Sample
 from pipeline.prompts.prompt import Encoded, template_of
 from pipeline.records.store import WRITING, TrialFolder
-from pipeline.records.trial import AGAIN, Best, CheckpointState, EpochReport, EpochSoFar, Status, TrialEnd, TrialReport
+from pipeline.records.trial import AGAIN, Best, CheckpointState, EpochReport, EpochSoFar, Status, TrialReport
 from pipeline.resident.resident import Resident, Target
 from pipeline.tasks import of_manifest
 from pipeline.train import checkpoint
@@ -386,6 +386,14 @@ class TrialRun:
             self.keeping += time.perf_counter() - started
 
     @property
+    def _state(self) -> CheckpointState:
+        """What the trial has behind it."""
+        return CheckpointState(
+            epoch=self.epochs_done, rows=tuple(self.reports), best=self.best, packed=self.packed, exact=self.exact,
+            keeping=self.keeping, peak=self.peak,
+        )  # fmt: skip
+
+    @property
     def _so_far(self) -> str:
         return f"so-far-rank{self.rank:04d}.json"
 
@@ -394,10 +402,7 @@ class TrialRun:
         started = time.perf_counter()
         self.peak = max(self.peak, self.memory.peak or 0)
         folder, within = self.folder.checkpoint, self.folder.within
-        state = CheckpointState(
-            epoch=self.epochs_done, rows=tuple(self.reports), best=self.best, packed=self.packed, exact=self.exact,
-            keeping=self.keeping, peak=self.peak,
-        )  # fmt: skip
+        state = self._state
 
         def write(target: Path) -> None:
             self.engine.save(target)
@@ -466,14 +471,9 @@ class TrialRun:
         """Write the trial's end."""
         if self.rank == 0:
             self.folder.finish(
-                TrialEnd(
-                    status=status, error=error, epochs=self.epochs_done,
-                    chosen_epoch=self.best.epoch if self.best else None,
-                    objective=self.best.objective if self.best else None,
-                    trainable_parameters=self.trainable,
-                    train_seconds=sum(report.train_seconds or 0.0 for report in self.reports),
-                    seconds=sum(report.seconds or 0.0 for report in self.reports), packed=self.packed,
-                    exact=self.exact, keeping_seconds=self.keeping, peak_memory_bytes=self.peak or None,
+                self._state.end(
+                    status, error=error, chosen_epoch=self.best.epoch if self.best else None,
+                    objective=self.best.objective if self.best else None, trainable_parameters=self.trainable,
                     train_flops=self.flops and self.flops[0] * len(self.samples) * self.epochs_done + self.flops[1],
                 )
             )  # fmt: skip

@@ -15,14 +15,14 @@ from pipeline.sweep import leases, recorded
 from pipeline.train.trial_run import cosine_with_warmup
 from pipeline.train.workbench import Workbench
 from tests.conftest import ROOT
-from tests.sweep.test_leases import SHORT, plan, worked  # noqa: F401 - a fixture
+from tests.sweep.conftest import SHORT, worked
 
 
-def store_of(plan) -> TrialStore:  # noqa: F811
+def store_of(plan) -> TrialStore:
     return TrialStore(plan.places.runs)
 
 
-def test_a_trial_stopped_by_hand_waits_until_it_may_go_on_and_ends_with_the_bits_of_one_that_was_not(plan):  # noqa: F811
+def test_a_trial_stopped_by_hand_waits_until_it_may_go_on_and_ends_with_the_bits_of_one_that_was_not(plan):
     store, (first, second) = store_of(plan), plan.trials
     for key in plan.trials:
         store.open(plan.trials[key])

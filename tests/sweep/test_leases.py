@@ -15,18 +15,18 @@ from pathlib import Path
 import pytest
 
 from pipeline.commands.studies import slurm_script
-from pipeline.config.load import BackboneSource, load
+from pipeline.config.load import load
 from pipeline.core.errors import InputError
-from pipeline.plan.plan import Inputs, Places, Plan, all_cells, as_given, places
+from pipeline.plan.plan import Inputs, all_cells, as_given, places
 from pipeline.records.store import LEASES, Journal, TrialStore
-from pipeline.records.trial import Attempts, Provenance
+from pipeline.records.trial import Attempts
 from pipeline.sweep import leases
 from pipeline.train.workbench import Workbench
 from pipeline.workspace import make_workspace
 from tests.conftest import ROOT
 from tests.e2e.conftest import Project
+from tests.sweep.conftest import SHORT, worked
 
-SHORT = {"rank": 2, "epochs": 2, "num_train_samples": 8, "num_selection_samples": 1}  # two steps an epoch
 HOLD = """
 import sys, time
 from pipeline.records.store import TrialStore
@@ -35,26 +35,6 @@ with store.lease(sys.argv[2], "another task") if len(sys.argv) > 2 else store.lo
     print("held", flush=True)
     time.sleep(600)
 """
-
-
-@pytest.fixture
-def plan(trial, small_world, tmp_path) -> Plan:
-    """Two trials; the store is empty."""
-    params = load(ROOT / "params.yaml")
-    requests = [trial("lora", tmp_path, seed=seed, **SHORT) for seed in (0, 1)]
-    sources = {"mini-idefics2": BackboneSource(weights=requests[0].source.weights)}
-    made = Plan(params.model_copy(update={"backbones": sources}), Places(tmp_path / "runs", small_world, None))
-    made.trials.update({request.key: request.config for request in requests})
-    return made
-
-
-def worked(plan: Plan) -> leases.Worked:
-    """What a new process does; its process group is this one's."""
-    worker = leases._Worker(plan.params)
-    worker.bench = Workbench("cpu")
-    with worker.listening():
-        worker.run(plan, Provenance())
-    return worker.worked
 
 
 @pytest.fixture
