@@ -7,6 +7,7 @@ python -m tests.simulation --seed 4711      one again, with all that happened in
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
@@ -34,6 +35,8 @@ def main() -> int:
     began, faults, failed, operations = time.perf_counter(), Counter[str](), [], 0
     cpu = 0.0
     seeds = range(given.first, given.first + given.schedules)
+    gc.collect()
+    gc.freeze()  # what was imported, half a million objects, would be gone through again and again
     with multiprocessing.get_context("fork").Pool(given.jobs) as pool:
         for outcome in pool.imap_unordered(play_one, seeds, chunksize=10):
             seed, problem, kinds, count, took = outcome

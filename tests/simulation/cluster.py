@@ -45,7 +45,6 @@ from pipeline.train.trial_run import TrialRun
 from tests.simulation.world import Host, Killed, Loop, Pipe, Process, Signal, World
 
 STEP_SECONDS = 0.3
-KEEP_SECONDS = 0.5  # of the four steps of an epoch one or two are kept
 WEIGHTS = "weights.bin"
 
 
@@ -112,7 +111,7 @@ class Adapter:
 class PlayedRun(TrialRun):
     """A trial whose steps are hashes; what is kept of it, and how, is the real class's."""
 
-    def __init__(self, config: Any, folder: Path) -> None:
+    def __init__(self, config: Any, folder: Path, keep_seconds: float) -> None:
         self.config, self.rank, self.world = config, 0, 1
         self.resident = SimpleNamespace(device="cpu", loaded=SimpleNamespace(backbone=backbones.get("mini-idefics2")))
         self.manifest, self.task = SimpleNamespace(prompt="papers", definition=None), tasks.get("mini-vqa")
@@ -127,7 +126,7 @@ class PlayedRun(TrialRun):
         self.keeping, self.peak, self.packed, self.exact = 0.0, 0, 1, True
         self._kept = self.folder.adapter
         self.due = self.asked = self.leaving = False
-        self._keep_seconds, self._kept_at = KEEP_SECONDS, time.monotonic()
+        self._keep_seconds, self._kept_at = keep_seconds, time.monotonic()
         self._epoch = self._resume()
         self._kept_step = self.step
 
@@ -161,7 +160,7 @@ class Worker:
         if request.config.seed == self.world.poison:
             self.process.end(-9)
             raise Killed
-        run = PlayedRun(request.config, Path(request.folder))
+        run = PlayedRun(request.config, Path(request.folder), self.world.keep)
         self.world.trains.append((request.key, run.epochs_done, self.process))
         self.runs.append(run)
         return run.epochs_done

@@ -11,13 +11,14 @@ from __future__ import annotations
 import builtins
 import errno
 import fcntl
+import functools
 import io
+import math
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 from tests.simulation.world import Host, Process, World
@@ -49,6 +50,11 @@ class Node:
         return whole
 
 
+@functools.lru_cache(maxsize=10_000)
+def _parts(path: str) -> tuple[str, ...]:
+    return tuple(part for part in path[len(HOME) :].split("/") if part and part != ".")
+
+
 def _put(whole: bytearray, at: int, part: bytes) -> None:
     if len(whole) < at:
         whole.extend(bytes(at - len(whole)))
@@ -67,20 +73,18 @@ class Disk:
 
     def __init__(self, world: World, *, shared: bool, memory: float, locks: str, slow: float) -> None:
         self.world, self.shared, self.memory, self.locks, self.slow = world, shared, memory, locks, slow
+        self.pace = 1 / slow  # operations a second
         self.numbers = 0
         self.root = Node(self, folder=True)
         self.undo: list[tuple[list[tuple[Node, str, Node | None]], set[int]]] = []
         self.unsynced: dict[int, Node] = {}
         self.known: dict[Host, dict[tuple[int, str], tuple[Node | None, float]]] = {}
         self.full = False
-        self.sick: Callable[[Process, str], int | None] = lambda process, what: None  # an errno, now and then
+        self.sick: Callable[[Process, str], int | None] | None = None  # an errno, now and then
         self.hears: list[Callable[[str, str], None]] = []  # who is told of renames and removals
         self.numbers_of_files = _FIRST
 
     # -- finding -------------------------------------------------------------------------------------------------------
-
-    def parts(self, path: str) -> list[str]:
-        return [part for part in path[len(HOME) :].split("/") if part and part != "."]
 
     def look(self, host: Host, folder: Node, name: str, *, fresh: bool = False) -> Node | None:
         if not folder.folder:
@@ -100,16 +104,27 @@ class Disk:
 
     def parent(self, host: Host, path: str) -> tuple[Node, str]:
         """Return the folder that a name stands in, and the name."""
-        *above, name = self.parts(path)
+        *above, name = _parts(path)
         return self._walk(host, above, path), name
 
     def find(self, host: Host, path: str, *, fresh: bool = False) -> Node:
-        above = self.parts(path)
+        above = _parts(path)
         if not above:
             return self.root
         return self._walk(host, above, path, fresh=fresh)
 
-    def _walk(self, host: Host, names: list[str], path: str, *, fresh: bool = False) -> Node:
+    def _walk(self, host: Host, names: Sequence[str], path: str, *, fresh: bool = False) -> Node:
+        if not self.shared or not self.memory:  # as below, where nobody remembers a name: most of all walks
+            node = self.root
+            for name in names:
+                if not node.folder or node.dead:
+                    break
+                below = node.entries.get(name)
+                if below is None:
+                    raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+                node = below
+            else:
+                return node
         for again in (False, True):
             node = self.root
             try:
@@ -134,7 +149,7 @@ class Disk:
     def truth(self, path: str) -> Node | None:
         """Return what really is at a path, whatever machines remember."""
         node: Node | None = self.root
-        for name in self.parts(path):
+        for name in _parts(path):
             node = node.entries.get(name) if node is not None and node.folder else None
         return node
 
@@ -225,9 +240,10 @@ class OpenFile:
             _put(self.node.data, at, part)
 
     def close_by_kernel(self) -> None:
-        if self.process.host.up:
+        if self.process.host.up and self.disk.shared:
             self.send()
-        self.node.locks = [(file, alone) for file, alone in self.node.locks if file is not self]
+        if self.node.locks:
+            self.node.locks = [(file, alone) for file, alone in self.node.locks if file is not self]
 
     def truncate(self, size: int) -> None:
         self.send()
@@ -283,6 +299,16 @@ class Raw(io.RawIOBase):
         """Nothing: a process that was killed closes no file, the system does."""
 
 
+@functools.cache
+def _mode(mode: str) -> tuple[bool, str, bool, int]:
+    """Return whether a mode of `open` is for text, the mode without that, whether it has a plus, and its flags."""
+    bare = mode.replace("b", "").replace("t", "")
+    plus = "+" in bare
+    flags = {"r": 0, "w": os.O_CREAT | os.O_TRUNC, "x": os.O_CREAT | os.O_EXCL, "a": os.O_CREAT | os.O_APPEND}[bare[0]]
+    flags |= os.O_RDWR if plus else (os.O_RDONLY if bare[0] == "r" else os.O_WRONLY)
+    return "b" not in mode, bare, plus, flags
+
+
 class Files:
     """`os`, `open` and `flock` for paths below `HOME`."""
 
@@ -294,14 +320,14 @@ class Files:
         """Let time go by, and let the disk fail where the dice say so."""
         world, disk = self.world, self.disk
         process = world.process
-        world.sleep(world.rng.expovariate(1 / disk.slow))
+        world.sleep(-math.log(1.0 - world.rng.random()) / disk.pace)  # `expovariate`, without its call
         while process.host.cut_from_disk:  # a hard mount waits
             world.sleep(0.5)
         if writes and disk.full:
             raise OSError(errno.ENOSPC, "No space left on device", path)
         if what == "open" and process.starved_until > world.now:
             raise OSError(errno.EMFILE, "Too many open files", path)
-        if (number := disk.sick(process, what)) is not None:
+        if disk.sick is not None and (number := disk.sick(process, what)) is not None:
             raise OSError(number, os.strerror(number), path)
         return process.host
 
@@ -312,7 +338,7 @@ class Files:
         host = self._begin("open", path)
         for again in (False, True):
             try:
-                folder, name = disk.parent(host, path) if disk.parts(path) else (disk.root, "")
+                folder, name = disk.parent(host, path) if _parts(path) else (disk.root, "")
                 if flags & os.O_CREAT:
                     if flags & os.O_EXCL and name in folder.entries:
                         raise FileExistsError(errno.EEXIST, "File exists", path)
@@ -417,19 +443,14 @@ class Files:
         self, file: Any, mode: str = "r", buffering: int = -1, encoding: str | None = None,
         errors: str | None = None, newline: str | None = None, closefd: bool = True, opener: Any = None,
     ) -> Any:  # fmt: skip
-        text = "b" not in mode
-        mode = mode.replace("b", "").replace("t", "")
-        plus = "+" in mode
-        flags = {"r": 0, "w": os.O_CREAT | os.O_TRUNC, "x": os.O_CREAT | os.O_EXCL, "a": os.O_CREAT | os.O_APPEND}[
-            mode[0]
-        ]
-        flags |= os.O_RDWR if plus else (os.O_RDONLY if mode[0] == "r" else os.O_WRONLY)
-        raw = Raw(self, self.os_open(os.fspath(file), flags), mode)
+        text, mode, plus, flags = _mode(mode)
+        path = os.fspath(file)
+        raw = Raw(self, self.os_open(path, flags), mode)
         if mode[0] == "a":
             raw.seek(0, 2)
         if self.open[raw.number].node.folder:
             raw.close()
-            raise IsADirectoryError(errno.EISDIR, "Is a directory", os.fspath(file))
+            raise IsADirectoryError(errno.EISDIR, "Is a directory", path)
         if buffering == 0:
             return raw
         buffered: Any
@@ -479,18 +500,8 @@ class Files:
     def os_scandir(self, path: str = ".") -> Iterator[Iterator[Any]]:
         host, names = self.world.process.host, self.os_listdir(path)
         folder = self.disk.find(host, path)
-        entries = []
-        for name in names:
-            node = folder.entries.get(name)
-            if node is None:
-                continue
-            is_folder, place = node.folder, f"{path}/{name}"
-            entries.append(SimpleNamespace(
-                name=name, path=place, is_dir=lambda f=is_folder, **_: f, is_file=lambda f=is_folder, **_: not f,
-                is_symlink=lambda: False, is_junction=lambda: False, inode=lambda n=node: n.number,
-                stat=lambda p=place, **_: self.os_stat(p), __fspath__=lambda p=place: p,
-            ))  # fmt: skip
-        yield iter([Entry(entry) for entry in entries])
+        found = [(name, folder.entries[name]) for name in names if name in folder.entries]
+        yield iter([Entry(self, f"{path}/{name}", name, node) for name, node in found])
 
     def os_mkdir(self, path: str, mode: int = 0o777, *, dir_fd: Any = None) -> None:
         host = self._begin("mkdir", path, writes=True)
@@ -629,8 +640,28 @@ class Files:
 class Entry:
     """What `os.scandir` gives."""
 
-    def __init__(self, facts: SimpleNamespace) -> None:
-        self.__dict__.update({name: value for name, value in facts.__dict__.items() if name != "__fspath__"})
+    __slots__ = ("_files", "_folder", "_number", "name", "path")
+
+    def __init__(self, files: Files, path: str, name: str, node: Node) -> None:
+        self._files, self.path, self.name, self._folder, self._number = files, path, name, node.folder, node.number
+
+    def is_dir(self, **_: Any) -> bool:
+        return self._folder
+
+    def is_file(self, **_: Any) -> bool:
+        return not self._folder
+
+    def is_symlink(self) -> bool:
+        return False
+
+    def is_junction(self) -> bool:
+        return False
+
+    def inode(self) -> int:
+        return self._number
+
+    def stat(self, **_: Any) -> os.stat_result:
+        return self._files.os_stat(self.path)
 
     def __fspath__(self) -> str:
         return self.path
@@ -649,7 +680,7 @@ def turned(files: Callable[[], Files | None]) -> dict[tuple[Any, str], Any]:
     """Return what takes the place of Python's own file functions: the simulation for its paths, else as before."""
 
     def by_path(name: str) -> Callable[..., Any]:
-        real, own = REAL[name], f"os_{name}"
+        real, own = REAL[name], getattr(Files, f"os_{name}")
 
         def call(path: Any = ".", *args: Any, **kwargs: Any) -> Any:
             if type(path) is not str:
@@ -659,25 +690,27 @@ def turned(files: Callable[[], Files | None]) -> dict[tuple[Any, str], Any]:
                     return real(path, *args, **kwargs)
                 path = os.fspath(path)
             if isinstance(path, str) and path.startswith(HOME):
-                return getattr(files(), own)(path, *args, **kwargs)
+                return own(files(), path, *args, **kwargs)
             return real(path, *args, **kwargs)
 
         call.__name__ = name
         return call
 
     def by_number(name: str) -> Callable[..., Any]:
-        real, own = REAL[name], f"os_{name}"
+        real, own = REAL[name], getattr(Files, f"os_{name}")
 
         def call(number: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(number, int) and number >= _FIRST:
-                return getattr(files(), own)(number, *args, **kwargs)
+                return own(files(), number, *args, **kwargs)
             return real(number, *args, **kwargs)
 
         return call
 
     def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(file, int) and os.fspath(file).__class__ is str and os.fspath(file).startswith(HOME):
-            return files().builtin_open(file, *args, **kwargs)
+        if not isinstance(file, int):
+            path = os.fspath(file)
+            if type(path) is str and path.startswith(HOME):
+                return files().builtin_open(path, *args, **kwargs)
         return _REAL_OPEN(file, *args, **kwargs)
 
     own: dict[tuple[Any, str], Any] = {(os, name): by_path(name) for name in _BY_PATH}

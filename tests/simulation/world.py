@@ -167,7 +167,8 @@ class World:
         if not process.alive:
             return
         self.current = strand
-        asyncio._set_running_loop(strand.loop)
+        if strand.loop is not None:
+            asyncio._set_running_loop(strand.loop)
         strand.greenlet.switch()
         asyncio._set_running_loop(None)
         self.current = None
@@ -207,7 +208,9 @@ class World:
 
     def sleep(self, seconds: float) -> None:
         """Give way for some seconds of virtual time."""
-        strand, process = self.current, self.process
+        strand = self.current
+        assert strand is not None, "no process runs"
+        process = strand.process
         if not process.alive:
             raise Killed
         self.count += 1
@@ -217,7 +220,8 @@ class World:
             strike(process)
             if not process.alive:
                 raise Killed
-        seconds = max(0.0, seconds)
+        if seconds < 0.0:
+            seconds = 0.0
         if process.frozen_until <= self.now and (not self.queue or self.now + seconds < self.queue[0][0]):
             self.now += seconds  # nobody else's turn
             return
