@@ -292,15 +292,15 @@ def train(
         errors |= {key: error for key, error in ends.items() if error is not None}
         told |= ends.keys()
         told |= _tell(store, keys - told, watchers)
-        # a trial that failed has its end too, unless the disk is full; one without lost its way, not its state
-        todo = [key for key in todo if store.done(key) is None and key not in errors]
+        # by what was told and not by another look, which may find an end that nobody was told of; a trial that failed
+        # has its end too, unless the disk is full; one without lost its way, not its state
+        todo = [key for key in todo if key not in told]
         if not todo and not adaptive:
             break
         now = _progress(store, keys)
         attempts.lost(lost, progress=now > behind)
         behind = now
-    left = sorted(key for key in keys - errors.keys() if store.done(key) is None)
-    return errors | dict.fromkeys(left, PROXY_DIED)
+    return errors | dict.fromkeys(sorted(keys - told), PROXY_DIED)
 
 
 def _tell(store: TrialStore, keys: set[str], watchers: Sequence[Watcher]) -> set[str]:

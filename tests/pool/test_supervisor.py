@@ -71,6 +71,20 @@ def test_ends_that_died_with_the_driver_are_told(tmp_path, monkeypatch):
     assert not drivers
 
 
+def test_an_end_that_is_seen_as_the_driver_is_lost_is_told(tmp_path, monkeypatch):
+    """What only a second look found done was trained no more, and MLflow never heard of it (the simulation found it)."""
+    runs, done, looks = tmp_path / "runs", TrialStore.done, iter([None])
+
+    def late(store, key):
+        """See nothing at the first look, as over NFS, or beside a worker that goes on for a moment."""
+        return next(looks, done(store, key))
+
+    monkeypatch.setattr(supervisor, "_progress", lambda store, keys: (0, 0))
+    monkeypatch.setattr(TrialStore, "done", late)
+    heard, errors = play(runs, monkeypatch, [Played(runs, {"a": None}, set()), Played(runs, {}, set())], ["a"])
+    assert heard.ends == [("a", None)] and errors == {}
+
+
 def test_a_driver_that_is_lost_again_and_again_is_given_up(tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     drivers = [Played(runs, {}, set()), Played(runs, {}, set()), Played(runs, {"a": None}, set())]
