@@ -12,8 +12,6 @@ import ipaddress
 import json
 import os
 import re
-import signal
-import socket
 import threading
 import time
 import uuid
@@ -24,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -34,6 +31,7 @@ from starlette.exceptions import HTTPException
 
 from pipeline.adapters.base import Adapter
 from pipeline.backbones.load import DTYPES, Loaded
+from pipeline.core import machine
 from pipeline.core.errors import HificlError, InputError, nearest, validate
 from pipeline.core.files import secret
 from pipeline.core.plain_yaml import Json
@@ -547,37 +545,17 @@ def serve(
     first = next(iter(adapters.values()), None)
     project = Path() if first is None else project_around(first)
     origin = {} if first is None else Answerer(first, project=project, backbone=backbone).origin
-    with _listening(host, port) as listening:
+    with machine.listening(host, port) as listening:
         loaded = load_backbone(backbone, project, origin)
         service = Service(backbone, loaded, project=project, root=root, most_rows=most_rows, most_waiting=most_waiting)
         service.engine.start()
         for name, folder in adapters.items():
             service.add(name, folder)
-        config = uvicorn.Config(
-            application(service, secrets), log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_SECONDS,
-        )  # fmt: skip
         port = listening.getsockname()[1]
         say(f"serving {', '.join(service.served) or 'no adapter yet'} on {backbone}: http://{_shown(host)}:{port}/v1")
         say(secrets.says)
-        before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            uvicorn.Server(config).run(sockets=[listening])  # it raises the signal that ended it once more
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        machine.answer(application(service, secrets), listening, grace=GRACE_SECONDS)
 
 
 def _shown(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """Return a socket at the address; it takes connections when the server is ready."""
-    try:
-        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(kind)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-    except OSError as error:
-        raise InputError(error.strerror or str(error), where=f"{host}:{port}", way_out="Give another --port") from None
-    return listening

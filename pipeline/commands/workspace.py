@@ -1,6 +1,6 @@
 """`hificl workspace`: a folder beside this one that runs another profile; `hificl gc`: what no report refers to.
 
-`hificl stop`, `resume`, `clone`, `extend`, `acts`: what is done to its trials by hand.
+`hificl stop`, `resume`, `clone`, `extend`, `acts`, `steer`: what is done to its trials by hand.
 `hificl world` and `hificl pretrain`: what the miniature's workspaces are made of, its pictures and its backbones.
 """
 
@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands.parser import CommandLine, Parser, profile_name
+from pipeline.commands.parser import CommandLine, Parser, profile_name, study_names
 from pipeline.core.errors import HificlError, InputError
 from pipeline.core.terminal import Answer, Fields, Rows
 
@@ -46,12 +46,18 @@ def _register_acts(line: CommandLine) -> None:
     parser = line.verb("by hand", "clone", _clone, text, answers=True)
     _trials(parser, several=False)
     text = "an option of its method, or a training setting; several times"
-    parser.add_argument("--set", action="append", required=True, metavar="NAME=VALUE", help=text)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=text)
+    text = "one such trial for each value, of several settings for each point"
+    parser.add_argument("--grid", action="append", default=[], metavar="NAME=A,B", help=text)
     text = "a trial that goes on where another ended (study by-hand)"
     parser = line.verb("by hand", "extend", _extend, text, answers=True)
     _trials(parser, several=False)
     parser.add_argument("--epochs", type=int, required=True, metavar="N", help="in all, those of the other included")
     line.verb("by hand", "acts", _acts, "what was done to trials by hand, oldest first", answers=True)
+    text = "a page on loopback: trials, their curves, and buttons for all this"
+    parser = line.verb("by hand", "steer", _steer, text)
+    study_names(parser.add_argument("--study", action="append", metavar="S", help="a study (default: the profile's)"))
+    parser.add_argument("--port", type=int, default=0, help="to listen at (default: a free one)")
 
 
 def _trials(parser: Parser, *, several: bool = True) -> None:
@@ -116,14 +122,22 @@ def _clone(args: argparse.Namespace) -> Rows:
     from pipeline.core.plain_yaml import read
     from pipeline.sweep import recorded
 
-    changes = {}
-    for change in args.set:
-        name, equals, value = change.partition("=")
+    grid = recorded.grid_of(_named(args.grid, "--grid", "learning_rate=0.01,0.02"), "--grid")
+    grid |= {name: [read(value, f"--set {name}")] for name, value in _named(args.set, "--set", "rank=8").items()}
+    if not grid:
+        raise InputError("nothing is to be changed", where="hificl clone", way_out="Give --set rank=8, or --grid")
+    return _told(recorded.clones(Path.cwd(), load(), recorded.full_key(_store(), args.trial), grid))
+
+
+def _named(given: list[str], option: str, example: str) -> dict[str, str]:
+    """Return what stands behind each name."""
+    texts = {}
+    for text in given:
+        name, equals, value = text.partition("=")
         if not (name and equals):
-            raise InputError(f"'{change}' is not of the form name=value", where="--set", way_out="Such as --set rank=8")
-        changes[name] = read(value, f"--set {name}")
-    key = recorded.full_key(_store(), args.trial)
-    return _told([recorded.clone(Path.cwd(), load(), key, changes)])
+            raise InputError(f"'{text}' is not of the form name=value", where=option, way_out=f"{option} {example}")
+        texts[name] = value
+    return texts
 
 
 def _extend(args: argparse.Namespace) -> Rows:
@@ -138,6 +152,15 @@ def _extend(args: argparse.Namespace) -> Rows:
 def _acts(args: argparse.Namespace) -> Rows:
     """Read the current folder's ledger."""
     return _told(_store().acts())
+
+
+def _steer(args: argparse.Namespace) -> None:
+    """Serve the page of the current folder's trials until Ctrl-C."""
+    from pipeline.config.load import load
+    from pipeline.sweep.steering import steer
+
+    params = load()
+    steer(params, args.study or params.run.studies, Path.cwd(), args.port)
 
 
 def _store() -> TrialStore:

@@ -1,7 +1,7 @@
 """What a sweep needs of its machine beside data and weights: room, files, a token, paths that every program takes.
 
 Looked at before anything starts, and by `hificl doctor`: Ray finds out after minutes, in three attempts or never. And
-how long the machine stays, where it is a spot instance.
+how long the machine stays, where it is a spot instance. And the sockets on which `hificl` itself is asked.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import os
 import re
 import resource
 import shutil
+import signal
+import socket
 import stat
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.errors import InputError, WorkError
 from pipeline.core.files import disk_error
@@ -266,3 +269,32 @@ def notice() -> float | None:
         except (requests.RequestException, ValueError, KeyError, TypeError) as error:
             way_out = "Run this on a spot instance of EC2; AWS_EC2_METADATA_SERVICE_ENDPOINT names another address"
             raise WorkError(f"no notice can be read: {error}", where=place, way_out=way_out) from None
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """Return a socket at an address (port 0: a free one); it takes connections when the server is ready.
+
+    Raises:
+        InputError: there is no such address, or it is in use.
+    """
+    try:
+        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(kind)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        raise InputError(error.strerror or str(error), where=f"{host}:{port}", way_out="Give another --port") from None
+    return made
+
+
+def answer(application: Any, listening: socket.socket, *, grace: int) -> None:
+    """Answer with an ASGI application until SIGINT or SIGTERM, and then for `grace` seconds what is under way."""
+    import uvicorn
+
+    config = uvicorn.Config(application, log_config=None, access_log=False, timeout_graceful_shutdown=grace)
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        uvicorn.Server(config).run(sockets=[listening])  # it raises the signal that ended it once more
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,19 +1,22 @@
-"""What a measure is: what it is given, what it gives back, and the measures that count nothing."""
+"""What a measure is: what it is given, what it gives back, and the measures that need no model."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.config.load import TrialRequest
 from pipeline.config.trial import EvaluationConfig
-from pipeline.core.errors import validate
+from pipeline.core.errors import InputError, validate
 from pipeline.core.registry import Registry
 from pipeline.records.evaluation import Evaluation, LayerValues
+from pipeline.tasks import tasks
+from pipeline.tasks.caption_files import CaptionTask
 from pipeline.train.workbench import Workbench
 
 Numbers = dict[str, float]
@@ -87,6 +90,33 @@ class Qualitative(Measure):
     """Answers side by side (layout `gallery`); the score stands with them."""
 
     name = "qualitative"
+
+
+@measures.register
+class Hallucination(Measure):
+    """CHAIR_s, CHAIR_i and recall of objects in the captions that were scored, by COCO's instances (HiFICL Table 3)."""
+
+    name = "hallucination"
+    metric: ClassVar[str | None] = "chair_s"
+    units: ClassVar[dict[str, str]] = {"chair_s": "fraction", "chair_i": "fraction", "recall": "fraction"}
+
+    def run(self, bench: Workbench, jobs: Sequence[MeasureJob]) -> list[Measured]:
+        """Return the scores of each job's captions.
+
+        Raises:
+            InputError: the task has no annotated objects, or objects that CHAIR does not know.
+        """
+        return [self._scores(job) for job in jobs]
+
+    def _scores(self, job: MeasureJob) -> Measured:
+        task = tasks.get(job.request.config.task)
+        if not isinstance(task, CaptionTask):
+            raise InputError("has no annotated objects", where=task.name, way_out="Use a task of COCO captions")
+        answers = {str(answer.sample_id): answer for answer in job.scored.predictions}
+        captions = {key: answer.prediction for key, answer in answers.items()}
+        references = {key: answer.references for key, answer in answers.items()}
+        score = task.chair(Path(job.data_root), "evaluation", captions, references)
+        return Measured({"chair_s": score.CHAIRs, "chair_i": score.CHAIRi, "recall": score.recall})
 
 
 def create_measure(name: str, settings: Mapping[str, Any], where: str) -> Measure:

@@ -6,8 +6,9 @@ that is made from another is a row of the study `by-hand`, which holds it whole.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,6 +161,39 @@ def clone(root: Path, params: Params, key: str, changes: Mapping[str, JsonValue]
     """
     config = TrialStore(places(root).runs).config(key)
     return _made(root, params, config, changed(config, changes), "clone", dict(changes))
+
+
+def clones(root: Path, params: Params, key: str, grid: Mapping[str, Sequence[JsonValue]]) -> list[Act]:
+    """Add a trial like another for each point of a grid, as `clone` does; those that are there are passed over.
+
+    Args:
+        root: the project's folder.
+        params: the project's.
+        key: of the trial that is changed.
+        grid: the values of each setting.
+
+    Raises:
+        InputError: a setting has no value, a point cannot be (nothing is added then), or all of them are there.
+        WorkError: as `clone`.
+    """
+    store, study = TrialStore(places(root).runs), with_study(params, BY_HAND, root).studies.get(BY_HAND)
+    if empty := [name for name, values in grid.items() if not values]:
+        raise InputError("no value", where=f"--grid {empty[0]}", way_out="Such as --grid learning_rate=0.01,0.02")
+    config, there = store.config(key), {key, *(study.methods if study else ())}
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    new = {child.key: point for point in points if (child := changed(config, point)).key not in there}
+    if not new:
+        raise InputError(f"all {len(points)} of them are there", where=f"{store.root}/{key}")
+    return [clone(root, params, key, point) for point in new.values()]
+
+
+def grid_of(values: Mapping[str, str], place: str) -> dict[str, list[JsonValue]]:
+    """Return the values of each setting from a text that has commas between them.
+
+    Raises:
+        InputError: one is no YAML.
+    """
+    return {name: plain_yaml.read(f"[{text}]", f"{place} {name}") for name, text in values.items()}
 
 
 def extend(root: Path, params: Params, key: str, epochs: int) -> Act:

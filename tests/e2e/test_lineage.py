@@ -187,7 +187,7 @@ def run_of(copy, key: str) -> str:
 
 def test_what_is_done_by_hand_is_trained_shown_and_done_again_by_reproduce(copy, capfd):
     parent = next(row["trial"] for row in study(copy)["cells"] if row["row"] == "hificl")
-    status, (act,), _ = hificl(capfd, "clone", parent[:6], "--set", "rank=1", "--set", "seed=5", "--set", "epochs=3")
+    status, (act,), _ = hificl(capfd, "clone", parent[:6], "--grid", "rank=1", "--set", "seed=5", "--set", "epochs=3")
     clone = act["trial"]
     assert status == 0 and act["parent"] == parent and clone != parent
     assert hificl(capfd, "stop", clone[:6], "--after", "2")[0] == 0

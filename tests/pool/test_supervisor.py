@@ -72,7 +72,7 @@ def test_ends_that_died_with_the_driver_are_told(tmp_path, monkeypatch):
 
 
 def test_an_end_that_is_seen_as_the_driver_is_lost_is_told(tmp_path, monkeypatch):
-    """What only a second look found done was trained no more, and MLflow never heard of it (the simulation found it)."""
+    """What only a second look found done was trained no more, and MLflow never heard of it (found by simulation)."""
     runs, done, looks = tmp_path / "runs", TrialStore.done, iter([None])
 
     def late(store, key):
