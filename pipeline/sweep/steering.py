@@ -28,7 +28,7 @@ from pipeline.core import machine
 from pipeline.core.errors import HificlError, InputError
 from pipeline.core.plain_yaml import Json
 from pipeline.core.progress import say
-from pipeline.plan.plan import TrialRow, places, trial_rows
+from pipeline.plan.plan import Inputs, TrialRow, places, trial_rows
 from pipeline.records.store import Journal, TrialStore, sentence
 from pipeline.records.trial import Act
 from pipeline.sweep import recorded
@@ -94,7 +94,7 @@ class Board:
         root: the project's folder.
 
     Raises:
-        InputError: weights or samples are not here yet, so that no trial has a key.
+        InputError: weights or samples are missing.
     """
 
     def __init__(self, params: Params, studies: list[str], root: Path) -> None:
@@ -143,10 +143,8 @@ class Board:
         if self._planned is None or self._planned[0] != age:
             params = with_study(self.params, BY_HAND, self.root)
             studies = [*self.studies, *([BY_HAND] if age else [])]
-            rows = trial_rows(params, studies, places(self.root), lambda key: False)
-            if any(row.key is None for row in rows):
-                raise InputError("weights or samples are not here yet", where=str(self.root), way_out="Run dvc repro")
-            self._planned = age, rows
+            Inputs(params, places(self.root)).digests(studies)  # raises where `trial_rows` would give no keys
+            self._planned = age, trial_rows(params, studies, places(self.root), lambda key: False)
         return self._planned[1]
 
     def _row(self, planned: TrialRow, key: str) -> BoardRow:

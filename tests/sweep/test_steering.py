@@ -114,7 +114,7 @@ def test_what_the_page_shows_and_does_is_what_the_command_line_does(address, par
 
 def test_a_project_without_samples_is_refused(params, tmp_path):
     (tmp_path / "data/manifests").unlink()
-    with pytest.raises(InputError, match="not here yet. Run dvc repro"):
+    with pytest.raises(InputError, match="no manifest. Run .* first"):
         Board(params, ["steered"], tmp_path)
 
 
