@@ -1,4 +1,4 @@
-"""benchmarks/*.json as Markdown."""
+"""benchmarks/*.json as Markdown: each result as a table, and what was set out for beside what was reached."""
 
 from __future__ import annotations
 
@@ -7,13 +7,31 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import InputError
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.core import plain_yaml
+from pipeline.core.errors import InputError, validate
 from pipeline.core.files import fill
 
 OPEN, CLOSE = "<!-- measured: written by `make bench` -->", "<!-- end of what was measured -->"
 MARKS = re.compile(
     rf"(?P<open><!-- measured( (?P<verb>\w+))?: written by `make bench` -->)\n.*?(?P<close>{CLOSE})", re.DOTALL
 )
+
+
+GOALS = Path(__file__).resolve().parents[1] / "goals.yaml"
+
+
+class _Goal(BaseModel):
+    """A ratio of a result, and what it is meant to be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    what: str
+    result: str
+    ratio: str
+    at_least: float | None = None
+    at_most: float | None = None
 
 
 def render(folder: Path, verb: str = "*") -> str:
@@ -35,22 +53,58 @@ def render(folder: Path, verb: str = "*") -> str:
 def write_into(path: Path, folder: Path) -> None:
     """Replace what stands between the two marks of a document by `render(folder)`.
 
-    A first mark that names a verb, `<!-- measured faults: ...`, has that verb's results alone.
+    A first mark that names a verb, `<!-- measured faults: ...`, has that verb's results alone; `goals` has `goals`.
 
     Raises:
         InputError: the document is missing or has no marks, or as `render`.
     """
     way_out = f"Add lines {OPEN} and {CLOSE}, one below the other"
-    fill(path, MARKS, way_out, lambda match: render(folder, match["verb"] or "*"))
+    fill(
+        path,
+        MARKS,
+        way_out,
+        lambda match: goals(folder) if match["verb"] == "goals" else render(folder, match["verb"] or "*"),
+    )
 
 
-def _section(path: Path) -> str:
+def goals(folder: Path, file: Path = GOALS) -> str:
+    """Return a Markdown table of what was set out for, what was reached, and whether that is enough.
+
+    Args:
+        folder: of the results.
+        file: the goals.
+
+    Raises:
+        InputError: a goal is none, or a result is no verb's.
+    """
+    lines = ["| what | asked | reached | |", "|---|---:|---:|---|"]
+    for number, raw in enumerate(plain_yaml.read_file(file)):
+        goal = validate(_Goal, raw, f"{file}:{number + 1}", noun="field")
+        path = folder / f"{goal.result}.json"
+        value = _read(path)["ratios"].get(goal.ratio) if path.exists() else None
+        low, high = goal.at_least, goal.at_most
+        asked = f"≥ {low:g}" if low is not None else f"≤ {high:g}"
+        met = value is not None and (low is None or value >= low) and (high is None or value <= high)
+        verdict = "not measured" if value is None else "reached" if met else "**missed**"
+        lines.append(
+            f"| {goal.what} (`{goal.ratio}`) | {asked} | {'-' if value is None else _number(value)} | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        ratios, spread = result["ratios"], result["spread"]
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        result["ratios"], result["spread"]  # noqa: B018 - both are there
     except (OSError, ValueError, KeyError, TypeError):
         way_out = "Remove it, or measure again"
         raise InputError("not a result of hificl bench", where=str(path), way_out=way_out) from None
+    return result
+
+
+def _section(path: Path) -> str:
+    result = _read(path)
+    ratios, spread = result["ratios"], result["spread"]
     lines = [f"### {path.stem}", "", "| what | value | quartiles |", "|---|---|---|"]
     lines += [f"| {name} | {_number(value)} | {_spread(spread.get(name))} |" for name, value in sorted(ratios.items())]
     for name, row in sorted((result.get("growth") or {}).items()):

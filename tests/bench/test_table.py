@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import benchmarks
-from benchmarks.support.table import CLOSE, OPEN
+from benchmarks.support.table import CLOSE, OPEN, goals
 from pipeline.core.errors import InputError
 from tests.conftest import ROOT
 
@@ -68,6 +68,28 @@ def test_a_mark_that_names_a_verb_has_that_verbs_results_alone(tmp_path: Path) -
     text = document.read_text(encoding="utf-8")
     assert text.startswith("before\n<!-- measured faults:") and text.endswith(f"{CLOSE}\nafter\n")
     assert "old" not in text and text.count("### faults-") == 2 and "### attention" not in text
+
+
+def test_goals_stand_beside_what_was_reached(tmp_path: Path) -> None:
+    (tmp_path / "x-cpu.json").write_text(json.dumps(RESULT), encoding="utf-8")
+    file = tmp_path / "goals.yaml"
+    rows = [("a_over_b", "at_least: 1.2"), ("a_over_b", "at_most: 1.2"), ("seconds", "at_most: 2"), ("c", "at_most: 1")]
+    file.write_text("".join(f"- {{what: w, result: x-cpu, ratio: {name}, {asked}}}\n" for name, asked in rows))
+    assert [line.split(" | ")[1:] for line in goals(tmp_path, file).splitlines()[2:]] == [
+        ["≥ 1.2", "1.235", "reached |"],
+        ["≤ 1.2", "1.235", "**missed** |"],
+        ["≤ 2", "2", "reached |"],
+        ["≤ 1", "-", "not measured |"],
+    ]
+    file.write_text("- {what: w, result: x-cpu, ratio: a, atmost: 1}\n")
+    with pytest.raises(InputError, match=r"goals\.yaml:1: unknown field 'atmost'"):
+        goals(tmp_path, file)
+
+
+def test_the_goals_table_of_the_documentation_is_that_of_the_committed_results() -> None:
+    table = goals(ROOT / "benchmarks")
+    assert table in (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert table.count("reached |") > 3 and "not measured" not in table
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
