@@ -42,7 +42,7 @@ def _register_acts(line: CommandLine) -> None:
     _trials(parser)
     parser.add_argument("--after", type=int, metavar="N", help="behind epoch N instead")
     _trials(line.verb("by hand", "resume", _resume, "let trials go on that were stopped by hand", answers=True))
-    text = "a trial like another but for --set (study by-hand)"
+    text = "trials like another but for --set or --grid (by-hand)"
     parser = line.verb("by hand", "clone", _clone, text, answers=True)
     _trials(parser, several=False)
     text = "an option of its method, or a training setting; several times"
@@ -54,7 +54,7 @@ def _register_acts(line: CommandLine) -> None:
     _trials(parser, several=False)
     parser.add_argument("--epochs", type=int, required=True, metavar="N", help="in all, those of the other included")
     line.verb("by hand", "acts", _acts, "what was done to trials by hand, oldest first", answers=True)
-    text = "a page on loopback: trials, their curves, and buttons for all this"
+    text = "a page on loopback: trials, curves, buttons for all this"
     parser = line.verb("by hand", "steer", _steer, text)
     study_names(parser.add_argument("--study", action="append", metavar="S", help="a study (default: the profile's)"))
     parser.add_argument("--port", type=int, default=0, help="to listen at (default: a free one)")
