@@ -64,7 +64,7 @@ class BoardRow:
         row: of the study, with what varies, what is searched, and the seed.
         task: that it is trained on.
         backbone: that it is trained on.
-        state: waiting, in training, to be stopped; or how it ended.
+        state: waiting, begun (whether it trains now is in the journal), to be stopped; or how it ended.
         epochs: those that are behind it, and of how many.
         score: of the last epoch, on the selection split, or the loss there.
         losses: of its steps, or means of some.
@@ -156,7 +156,7 @@ class Board:
             return known[1]
         reports = trial.epochs()
         stop, final = self.store.stop_of(key), end is not None and end.final
-        state = end.status if end else "to be stopped" if stop else "in training" if reports else "waiting"
+        state = end.status if end else "to be stopped" if stop else "begun" if reports else "waiting"
         may = {"stop": trial.begun and not (final or stop), "resume": stop is not None, "clone": trial.begun,
                "extend": end is not None and end.status == "finished"}  # fmt: skip
         last = reports[-1] if reports else None
