@@ -81,8 +81,8 @@ def test_goals_stand_beside_what_was_reached(tmp_path: Path) -> None:
         ["≤ 2", "2", "reached |"],
         ["≤ 1", "-", "not measured |"],
     ]
-    file.write_text("- {what: w, result: x-cpu, ratio: a, atmost: 1}\n")
-    with pytest.raises(InputError, match=r"goals\.yaml:1: unknown field 'atmost'"):
+    file.write_text("- {what: w, result: x-cpu, ratio: a, limit: 1}\n")
+    with pytest.raises(InputError, match=r"goals\.yaml:1: unknown field 'limit'"):
         goals(tmp_path, file)
 
 
