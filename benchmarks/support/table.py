@@ -81,10 +81,12 @@ def goals(folder: Path, file: Path = GOALS) -> str:
     for number, raw in enumerate(plain_yaml.read_file(file)):
         goal = validate(_Goal, raw, f"{file}:{number + 1}", noun="field")
         path = folder / f"{goal.result}.json"
-        value = _read(path)["ratios"].get(goal.ratio) if path.exists() else None
+        value = _read(path)[1].get(goal.ratio) if path.exists() else None
         low, high = goal.at_least, goal.at_most
+        if (low is None) == (high is None):
+            raise InputError("needs at_least or at_most", where=f"{file}:{number + 1}")
         asked = f"≥ {low:g}" if low is not None else f"≤ {high:g}"
-        met = value is not None and (low is None or value >= low) and (high is None or value <= high)
+        met = value is not None and (value >= low if low is not None else value <= (high or 0.0))
         verdict = "not measured" if value is None else "reached" if met else "**missed**"
         lines.append(
             f"| {goal.what} (`{goal.ratio}`) | {asked} | {'-' if value is None else _number(value)} | {verdict} |"
@@ -92,19 +94,18 @@ def goals(folder: Path, file: Path = GOALS) -> str:
     return "\n".join(lines)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, float], dict[str, Any]]:
+    """Return a result, its ratios and their spread."""
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        result["ratios"], result["spread"]  # noqa: B018 - both are there
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result, result["ratios"], result["spread"]
     except (OSError, ValueError, KeyError, TypeError):
         way_out = "Remove it, or measure again"
         raise InputError("not a result of hificl bench", where=str(path), way_out=way_out) from None
-    return result
 
 
 def _section(path: Path) -> str:
-    result = _read(path)
-    ratios, spread = result["ratios"], result["spread"]
+    result, ratios, spread = _read(path)
     lines = [f"### {path.stem}", "", "| what | value | quartiles |", "|---|---|---|"]
     lines += [f"| {name} | {_number(value)} | {_spread(spread.get(name))} |" for name, value in sorted(ratios.items())]
     for name, row in sorted((result.get("growth") or {}).items()):

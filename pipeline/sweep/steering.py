@@ -150,11 +150,11 @@ class Board:
     def _row(self, planned: TrialRow, key: str) -> BoardRow:
         trial, done = self.store.trial(key), self.store.folder(key) / "done.json"
         age = done.stat().st_mtime_ns if done.exists() else 0
-        place, config, end = (planned.study, key), planned.trial, self.store.done(key)
+        place, config = (planned.study, key), planned.trial
         known = self._ended.get(place)
         if known is not None and known[0] == age:
             return known[1]
-        reports = trial.epochs()
+        end, reports = trial.end(), trial.epochs()
         stop, final = self.store.stop_of(key), end is not None and end.final
         state = end.status if end else "to be stopped" if stop else "begun" if reports else "waiting"
         may = {"stop": trial.begun and not (final or stop), "resume": stop is not None, "clone": trial.begun,

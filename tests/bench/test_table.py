@@ -84,6 +84,9 @@ def test_goals_stand_beside_what_was_reached(tmp_path: Path) -> None:
     file.write_text("- {what: w, result: x-cpu, ratio: a, limit: 1}\n")
     with pytest.raises(InputError, match=r"goals\.yaml:1: unknown field 'limit'"):
         goals(tmp_path, file)
+    file.write_text("- {what: w, result: x-cpu, ratio: a}\n")
+    with pytest.raises(InputError, match="needs at_least or at_most"):
+        goals(tmp_path, file)
 
 
 def test_the_goals_table_of_the_documentation_is_that_of_the_committed_results() -> None:
