@@ -47,8 +47,10 @@ real-weights: setup  ## every method on a pre-trained decoder and real questions
 	$(BIN)/hificl workspace "work/$$PROFILE" --profile "$$PROFILE" --data "$$DATA"
 	cd "work/$$PROFILE" && .venv/bin/dvc repro && .venv/bin/hificl where --table
 
+# a worker that dies ends the run and is named: the one in its place may wait for ever (xdist)
+IN_TWO := -n 2 --dist loadscope --max-worker-restart=0
 test: setup      ## the test suite, two workers side by side
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m pytest $(IN_TWO)
 
 export TABLE ?=
 test-faults: setup  ## every kind of fault, injected into a real sweep; TABLE=docs/faults.md keeps what was seen
@@ -76,7 +78,7 @@ test-harness: setup  ## lmms-eval and lm-evaluation-harness from the package ind
 	PYTHONPATH="$$PWD/$(HARNESS)" $(BIN)/python -m pytest -m harness tests/evaluate/test_harness.py
 
 test-long: setup  ## whole benchmarks in small sizes, a GPU's on the CPU, and whole runs in rarer places
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m long
+	$(BIN)/python -m pytest $(IN_TWO) -m long
 
 test-experiments: setup  ## DVC's experiments, copies and queue, on a real clone
 	$(BIN)/python -m pytest -m experiments tests/e2e/test_experiments.py

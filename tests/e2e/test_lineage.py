@@ -169,6 +169,7 @@ def test_a_run_is_reproduced_to_the_bit_from_its_own_record(here, capfd):
     assert sorted(path.name for path in (here.folder / "runs").iterdir()) == before
 
 
+@pytest.mark.long  # which `reproduce` does too
 def test_a_trial_is_trained_and_scored_from_its_own_json(copy, capfd):
     row = next(cell for cell in study(copy)["cells"] if cell["row"] == "mimic")
     before, score = copy.folder / "runs" / row["trial"], copy.folder / f"evaluations/{row['evaluation']}.json"
@@ -185,7 +186,8 @@ def run_of(copy, key: str) -> str:
     return query(copy, f"select run_uuid from tags where key='trial_key' and value='{key}'")[0][0]
 
 
-def test_what_is_done_by_hand_is_trained_shown_and_done_again_by_reproduce(copy, capfd):
+@pytest.mark.parametrize("reproduced", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_what_is_done_by_hand_is_trained_shown_and_done_again_by_reproduce(copy, capfd, reproduced):
     parent = next(row["trial"] for row in study(copy)["cells"] if row["row"] == "hificl")
     status, (act,), _ = hificl(capfd, "clone", parent[:6], "--grid", "rank=1", "--set", "seed=5", "--set", "epochs=3")
     clone = act["trial"]
@@ -195,9 +197,10 @@ def test_what_is_done_by_hand_is_trained_shown_and_done_again_by_reproduce(copy,
     end = json.loads((copy.folder / "runs" / clone / "done.json").read_text())
     assert (end["status"], end["epochs"], end["exact"]) == ("stopped", 2, True)
     assert f"`hificl resume {clone}` lets it go on" in said
-    status, found, line = hificl(capfd, "reproduce", run_of(copy, clone), "--here")
-    assert status == 0 and found["tolerance"] == found["largest_difference"] == 0, line
-    assert found["adapter"]["same"] and found["others"]["train_loss"]["difference"] == 0
+    if reproduced:
+        status, found, line = hificl(capfd, "reproduce", run_of(copy, clone), "--here")
+        assert status == 0 and found["tolerance"] == found["largest_difference"] == 0, line
+        assert found["adapter"]["same"] and found["others"]["train_loss"]["difference"] == 0
     assert hificl(capfd, "resume", clone)[0] == 0
     status, (act,), line = hificl(capfd, "extend", parent, "--epochs", "3")
     extended = act["trial"]
@@ -208,9 +211,10 @@ def test_what_is_done_by_hand_is_trained_shown_and_done_again_by_reproduce(copy,
     ]  # fmt: skip
     ledger = [(row["act"], row["trial"]) for row in hificl(capfd, "acts")[1]]
     assert ledger == [("clone", clone), ("stop", clone), ("resume", clone), ("extend", extended)]
-    status, found, line = hificl(capfd, "reproduce", run_of(copy, extended), "--here")
-    assert status == 0 and found["tolerance"] == found["largest_difference"] == 0, line
-    assert found["predictions"]["differ"] == 0 and found["adapter"]["same"]
+    if reproduced:
+        status, found, line = hificl(capfd, "reproduce", run_of(copy, extended), "--here")
+        assert status == 0 and found["tolerance"] == found["largest_difference"] == 0, line
+        assert found["predictions"]["differ"] == 0 and found["adapter"]["same"]
 
 
 def test_what_cannot_be_reproduced_is_said_before_any_work(copy, capfd):

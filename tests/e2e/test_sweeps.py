@@ -50,6 +50,7 @@ def test_two_ranks_with_zero_2_give_the_losses_of_one(project):
         assert b["selection_score"] == pytest.approx(a["selection_score"], abs=1e-9)
 
 
+@pytest.mark.long
 def test_trials_share_forward_passes(project):
     """That they lose what they lose alone is in tests/train/test_loop.py; here the pool and Tune let them meet."""
     step = {"micro_batch_size": 2, "accumulation": 1, "zero_stage": 0}

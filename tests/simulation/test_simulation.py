@@ -145,6 +145,7 @@ BREAKS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "a digest is not checked": _no_digest,
 }
 WITHIN = 3000  # schedules, of which the first that finds it is enough: one in some hundred finds the rarest
+FINDS = {"no fencing at a rename": 471, "a digest is not checked": 220}  # played first; where it finds nothing, all are
 
 
 @pytest.mark.parametrize("name", BREAKS)
@@ -154,7 +155,8 @@ def test_a_fault_put_into_the_code_is_found(name: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         BREAKS[name](patch)
         known.forget()
-        seed = next((seed for seed in range(WITHIN) if play(seed).problem), None)
+        seeds = (FINDS.get(name, 0), *range(WITHIN))
+        seed = next((seed for seed in seeds if play(seed).problem), None)
     known.forget()
     assert seed is not None, f"not found by {WITHIN} schedules"
     assert play(seed).problem is None  # by what was broken alone

@@ -35,6 +35,7 @@ def test_the_profile_names_all_tasks_of_the_papers():
 LEFT = {"mme": 1_274, "seed-bench": 12_733, "mmmu-pro": 630}  # of the one test set, as docs/tasks.md says
 
 
+@pytest.mark.long  # a gigabyte of files
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_a_data_set_of_the_official_size_is_drawn(name, project, monkeypatch):
     monkeypatch.chdir(project)
