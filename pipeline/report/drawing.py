@@ -50,12 +50,14 @@ _STANDALONE = (
     "@media (prefers-color-scheme:dark){svg{color:#e4e8ee;background:#12161c}}</style>"
 )
 PrintedKind = Literal["pdf", "png"]
+Fill = Literal["full", "none", "left", "bottom"]
 PRINTED: tuple[PrintedKind, ...] = ("pdf", "png")
 MARKERS = "os^DXPv<>hp*d8H"
 # of series that are not methods, such as a miniature's losses by kind of document
 SERIES = ("#1872f7", "#b15c08", "#2e9e7b", "#c234b5", "#336877", "#de8308", "#983648", "#9f97b9")
 _SHADES = ((0.0, "white"), (0.45, "white"), (0.3, "black"))  # of a method's rows: its colour, lighter, darker
 DASHES = ("-", "--", ":", "-.")
+_FILLS: tuple[Fill, ...] = ("full", "none") * 3 + ("left", "bottom") * 3  # with the shades: twelve rows of a method
 _LEAST_SPAN = 0.2  # of the highest value: what an axis shows at least, so that a small difference looks small
 _LABEL = 34  # letters a line
 _PANEL, _LETTER = 2.0, 0.11  # inches: a panel's least width, a letter's width in a tick label with its space
@@ -124,7 +126,7 @@ class Look:
     colour: str
     marker: str
     dash: str
-    filled: bool
+    fill: Fill
 
 
 @functools.cache
@@ -164,7 +166,7 @@ def _look(method: str, turn: int) -> Look:
     colour, marker = of_method(method)
     share, toward = _SHADES[turn % len(_SHADES)]
     red, green, blue = (a + share * (b - a) for a, b in zip(to_rgb(colour), to_rgb(toward), strict=True))
-    return Look(to_hex((red, green, blue)), marker, DASHES[turn % len(DASHES)], filled=turn % 2 == 0)
+    return Look(to_hex((red, green, blue)), marker, DASHES[turn % len(DASHES)], _FILLS[turn % len(_FILLS)])
 
 
 def line(axes: Axes, xs: Sequence[Any], values: Sequence[float], spread: Sequence[float], look: Look) -> Any:
@@ -172,10 +174,9 @@ def line(axes: Axes, xs: Sequence[Any], values: Sequence[float], spread: Sequenc
     low = [value - std for value, std in zip(values, spread, strict=True)]
     high = [value + std for value, std in zip(values, spread, strict=True)]
     axes.fill_between(xs, low, high, color=look.colour, alpha=0.18, linewidth=0)
-    face = look.colour if look.filled else "none"
     (drawn,) = axes.plot(
         xs, values, color=look.colour, linestyle=look.dash, linewidth=1.7,
-        marker=look.marker, markersize=5.5, markerfacecolor=face,
+        marker=look.marker, markersize=5.5, fillstyle=look.fill,
     )  # fmt: skip
     return drawn
 

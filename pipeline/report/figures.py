@@ -181,7 +181,7 @@ def cost_figure(table: Table, lines: Sequence[Line]) -> Figure:
             if row in points:
                 drawn = panel.errorbar(
                     points[row][0], entry.value, yerr=entry.std or None, color=style.colour, marker=style.marker,
-                    markersize=6, markerfacecolor=style.colour if style.filled else "none", linestyle="none",
+                    markersize=6, fillstyle=style.fill, linestyle="none",
                     elinewidth=1, capsize=2,
                 )  # fmt: skip
             else:

@@ -63,6 +63,14 @@ def test_a_methods_rows_are_shades_and_the_reference_row_has_the_colour_itself(m
     assert found["with-teacher"].dash != found["hificl"].dash
 
 
+def test_twelve_rows_of_a_method_are_twelve_markers(maker: Any) -> None:
+    cells = [maker.cell(f"lora-{rank}", "mini-vqa", 0) | {"method": "lora"} for rank in range(12)]
+    maker.study("hificl-table2", cells)
+    table = load_table("hificl-table2", maker.params(**{"hificl-table2": maker.definition(paper=None)}), maker.folder)
+    found = looks(table, lambda line: line.row).values()
+    assert len({(look.colour, look.marker, look.fill) for look in found}) == 12
+
+
 def test_rows_that_share_no_backbone_share_the_colour(maker: Any) -> None:
     other = {"backbone": "mini-llava", "paper_backbone": "idefics-9b"}
     cells = [maker.cell("mimic", "mini-vqa", 0), maker.cell("lora-r16", "mini-vqa", 0) | {"method": "lora"}]
