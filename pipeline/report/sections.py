@@ -144,13 +144,17 @@ def _budget(tried: Sequence[TriedSetting]) -> Iterator[str]:
         yield f"Of {next(iter(trials.values()))} trials for each number of {rows}, the selection split chose one."
     else:
         yield f"Trials for each number: {', '.join(f'{row} {count}' for row, count in trials.items())}."
-    at_ends: dict[str, list[str]] = {}
+    at_ends: dict[str, dict[str, list[str]]] = {}  # by row, and by setting with its values: the tasks
     for row in tried:
-        for value in row.ends:
-            name = f"{row.line.label}, {papers.label('axes', row.setting)} = {value}"
-            at_ends.setdefault(name, []).append(papers.label("tasks", row.task))
+        if 0 < len(row.ends) < len(row.values):  # where each value was the best of some seed, none points farther
+            setting = f"{papers.label('axes', row.setting)} = {' and '.join(row.ends)}"
+            tasks = at_ends.setdefault(row.line.label, {}).setdefault(setting, [])
+            tasks.append(papers.label("tasks", row.task))
     if at_ends:
-        listed = "; ".join(f"{name} ({', '.join(dict.fromkeys(of))})" for name, of in at_ends.items())
+        listed = "; ".join(
+            f"{label}, " + ", ".join(f"{setting} ({', '.join(dict.fromkeys(of))})" for setting, of in settings.items())
+            for label, settings in at_ends.items()
+        )
         yield f"At an end of what was tried, so that more might help: {listed}."
 
 
