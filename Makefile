@@ -47,8 +47,9 @@ real-weights: setup  ## every method on a pre-trained decoder and real questions
 	$(BIN)/hificl workspace "work/$$PROFILE" --profile "$$PROFILE" --data "$$DATA"
 	cd "work/$$PROFILE" && .venv/bin/dvc repro && .venv/bin/hificl where --table
 
-# a worker that dies ends the run and is named: the one in its place may wait for ever (xdist)
-IN_TWO := -n 2 --dist loadscope --max-worker-restart=0
+# A worker that dies ends the run and is named: the one in its place may wait for ever (xdist). What waits in C for so long, where no
+# signal's handler runs, is such a death; no test of these has more than 900 s.
+IN_TWO := -n 2 --dist loadscope --max-worker-restart=0 -o faulthandler_timeout=1000 -o faulthandler_exit_on_timeout=true
 test: setup      ## the test suite, two workers side by side
 	$(BIN)/python -m pytest $(IN_TWO)
 
