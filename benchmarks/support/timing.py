@@ -127,6 +127,10 @@ class Findings:
         """File the median and the quartiles of some measurements of one thing under `label`."""
         self.ratios[label], self.spread[label] = statistics.median(values), quartiles(list(values))
 
+    def mean(self, label: str, values: Sequence[float]) -> None:
+        """File the mean and the quartiles of what some repetitions gave under `label`."""
+        self.ratios[label], self.spread[label] = statistics.fmean(values), quartiles(list(values))
+
     def take(self, other: Findings, name: str, label: str) -> None:
         """File what another measurement found under `name` under `label`."""
         self.ratios[label], self.spread[label] = other.ratios[name], other.spread[name]

@@ -34,18 +34,21 @@ class Trials:
         backbone: which one is trained.
         source: where its weights lie; None: the miniature's.
         num_shots: demonstrations of a teacher.
+        num_selection: samples that an epoch is scored on, at most, and `num_evaluation` that a trial is.
     """
 
     def __init__(
         self, folder: Path, num_samples: int, backbone: str = BACKBONE, source: BackboneSource | None = None,
-        num_shots: int = 8,
+        num_shots: int = 8, num_selection: int = 8, num_evaluation: int = 4,
     ) -> None:  # fmt: skip
         self.folder, self.num_samples, self.backbone, self.num_shots = folder, num_samples, backbone, num_shots
         self.source = source or BackboneSource(weights=str(CHECKPOINTS / BACKBONE))
-        write_world(folder / "data", num_train_images=2 * num_samples + 40, num_val_images=10)
+        images = max(2 * num_samples + 40, num_samples + 2 * num_selection)
+        write_world(folder / "data", num_train_images=images, num_val_images=num_evaluation + 6)
         self.manifest = draw_manifest(
-            tasks.get(TASK), folder / "data", seed=0, num_train=num_samples, num_selection=8, num_evaluation=4
-        )
+            tasks.get(TASK), folder / "data", seed=0, num_train=num_samples, num_selection=num_selection,
+            num_evaluation=num_evaluation,
+        )  # fmt: skip
         self.manifest.save(folder / "manifest.json")
         self.digest = backbones.digest_of(backbone, self.source)
 

@@ -305,6 +305,7 @@ class TrialRequest:
         teacher_key: trials with the same key have the same teacher's pass; None: it has no teacher.
         kinds: of targets that the sweep's trials with the same teacher's pass are compared with.
         keep_seconds: the state is kept within an epoch after so long; 0: only at its end.
+        compared_after: points, in epochs, at which the trial stops to be compared with others of its search.
         manifest_digest: of the samples, where they are not those that the trial is trained on; None: they are.
     """
 
@@ -317,6 +318,7 @@ class TrialRequest:
     teacher_key: str | None = None
     kinds: tuple[Kind, ...] = ()
     keep_seconds: float = 0.0
+    compared_after: tuple[float, ...] = ()
     manifest_digest: str | None = None
 
     @property

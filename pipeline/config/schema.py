@@ -110,6 +110,21 @@ class Retry(Section):
     hang_seconds: float = Field(1800, gt=0)  # no sign of life for so long: the worker is replaced
 
 
+class EarlyExit(Section):
+    """Which trials of a search end before it: at each point those whose training loss is not among the best."""
+
+    after: tuple[Annotated[float, Field(gt=0)], ...] = ()  # in epochs, 0.5: within the first; none: nobody is compared
+    keep: float = Field(0.5, gt=0, lt=1)  # what share of the trials that are compared goes on
+    group: int = Field(8, ge=2)  # so many trials of a cell are compared with each other, at most
+
+    @field_validator("after")
+    @classmethod
+    def _one_after_another(cls, after: tuple[float, ...]) -> tuple[float, ...]:
+        if list(after) != sorted(set(after)):
+            raise ValueError("points come one after another")
+        return after
+
+
 class Sweep(Section):
     """How Ray Tune runs the trials."""
 
@@ -119,6 +134,7 @@ class Sweep(Section):
     scheduler: Literal["fifo", "asha", "median"] = "fifo"
     grace_epochs: int = Field(1, ge=1)
     reduction_factor: int = Field(3, ge=2)
+    early_exit: EarlyExit = EarlyExit()
     slots: int | Literal["auto"] = "auto"  # pools of workers that train at the same time
     pack: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # most trials that share one forward pass in a slot
     cpus_per_worker: float = Field(1, gt=0)

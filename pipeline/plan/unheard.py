@@ -154,10 +154,14 @@ def _of_search(params: Params, cells: Sequence[Cell]) -> Iterator[str]:
         reasons["reduction_factor"] = f"sweep.scheduler is {sweep.scheduler}, it is for asha"
     if sweep.scheduler == "fifo":
         reasons["grace_epochs"] = "sweep.scheduler is fifo, which lets every trial end"
+    if sweep.early_exit.after and sweep.search == "optuna":
+        reasons["early_exit"] = "Optuna asks for points one after another, so that none has others to be compared with"
+    elif not sweep.early_exit.after:
+        reasons["early_exit"] = "sweep.early_exit.after names no point, so that nobody is compared"
     if sweep.search == "grid":
         reasons |= dict.fromkeys(("num_samples", "seed"), "sweep.search is grid, which takes every point")
     if not any(cell.search for cell in cells):  # a scheduler compares the trials of one search
-        of_searches = ("search", "num_samples", "seed", "scheduler", "grace_epochs", "reduction_factor")
+        of_searches = ("search", "num_samples", "seed", "scheduler", "grace_epochs", "reduction_factor", "early_exit")
         reasons |= dict.fromkeys(of_searches, "no row of these studies is searched")
     if sweep.pack != 1 and not any(map(_packs, cells)):
         reasons["pack"] = "no two trials of these studies can share a pass"

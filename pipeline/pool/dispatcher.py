@@ -23,6 +23,7 @@ from pipeline.pool.processes import GROW_SECONDS
 from pipeline.pool.queue import (
     Decision,
     Failed,
+    Halving,
     Queue,
     Requeued,
     SlotLeft,
@@ -61,6 +62,7 @@ class Dispatcher:
         slots: one for each that the queue knows, not built yet.
         room: how many slots fit the cluster now, which is asked again and again; None: there will be no more.
         another: makes a slot.
+        halving: which trials leave their search early.
     """
 
     grow_seconds = GROW_SECONDS
@@ -68,7 +70,10 @@ class Dispatcher:
     def __init__(
         self, resolve: Resolve, store: TrialStore, queue: Queue, slots: Sequence[Slot],
         room: Callable[[], int] | None = None, another: Callable[[], Slot] | None = None,
+        halving: Halving | None = None,
     ) -> None:  # fmt: skip
+        self.halving = halving or Halving()
+        self.left: dict[str, str] = {}  # why trials have left their search, to which none comes back
         self.resolve, self.queue, self.slots, self.room, self.another = resolve, queue, list(slots), room, another
         self.store, self.journal = store, Journal(store.root)
         self.queued = asyncio.Event()
@@ -95,7 +100,7 @@ class Dispatcher:
         """
         request = self.resolve(tune_config)
         key = request.key
-        if self.queue.is_open(key):
+        if self.queue.is_open(key) or key in self.left:
             return key
         self.store.check_held()
         self.store.open(request.config)
@@ -193,8 +198,28 @@ class Dispatcher:
             await asyncio.sleep(0.01)
         await self._release(slot, state)
         if state.trials:
-            self._deliver(await slot.advance())
+            await self._take_in(slot, state, await slot.advance())
         slot.keys.difference_update(trial.key for trial in self.queue.release_ended(state))
+
+    async def _take_in(self, slot: Slot, state: SlotState, reports: Sequence[TrialReport]) -> None:
+        """Hand over what a slot reports; trials that have to wait for those they are compared with free their places."""
+        for report in reports:
+            for loss in report.compared:
+                self.halving.tell(report.key, loss.after, loss.loss)
+        self._deliver(reports)
+        self._compare()
+        for trial in [trial for trial in state.trials if not trial.stopped and self.halving.waits(trial.key)]:
+            self.queue.park(state, trial)
+            await slot.evict(trial.key)
+
+    def _compare(self) -> None:
+        """Stop the trials that leave their search; let those go on that need not wait any more."""
+        for key, why in self.halving.leaving().items():
+            self.journal.note("trial leaves its search", trial=key, why=why)
+            self.left[key] = why
+            self._carry_out(self.queue.stop(key))
+        if self.queue.unpark(self.halving.waits):
+            self.queued.set()
 
     async def _let_in(self, slot: Slot, state: SlotState) -> None:
         """Admit a slot's trials but for those that were stopped by hand; a ledger that cannot be read is read later."""
@@ -260,13 +285,18 @@ class Dispatcher:
                     self.journal.note("trial failed", trial=key, why=why, attempts=trial.attempts)
                     self._finish(key, TrialEnd(status="failed", error=why, attempts=trial.attempts))
                     self._put(TrialReport(key, trial.reports, end="failed", error=why))
+            if trial.ended:
+                self.halving.end(key)
+                self._compare()
 
     def _stopped(self, trial: Trial) -> TrialEnd:
         """Return the end of a trial that was stopped, by its checkpoint; or by what it reported, where none is seen."""
         end = TrialEnd(status="stopped", epochs=0)
         with suppress(HificlError):
             end = checkpoint.stopped(self.store.trial(trial.key).checkpoint)
-        return end if (end.epochs or 0) >= trial.reports else TrialEnd(status="stopped", epochs=trial.reports)
+        if (end.epochs or 0) < trial.reports:
+            end = TrialEnd(status="stopped", epochs=trial.reports)
+        return end.model_copy(update={"error": self.left.get(trial.key)})
 
     def _finish(self, key: str, end: TrialEnd) -> None:
         try:
@@ -276,8 +306,12 @@ class Dispatcher:
 
     def _deliver(self, reports: Iterable[TrialReport]) -> None:
         for report in reports:
+            if report.metrics is None and report.end is None:  # it is compared, which concerns nobody else
+                continue
             if self.queue.report(report.key, report.epoch, done=report.end is not None):
                 self._put(report)
+            if report.end is not None:
+                self.halving.end(report.key)
 
     def _put(self, report: TrialReport) -> None:
         mail = self.mail[report.key]

@@ -1,11 +1,12 @@
-"""Which trial trains where, who shares a slot, and what becomes of the trials of a lost one: decisions, nothing else.
+"""Which trial trains where, who shares a slot, what becomes of a lost one's trials, who leaves: decisions, nothing else.
 
 Nothing here knows Ray, a clock, a file or a process. The dispatcher asks, and does what it is told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.config.load import TrialRequest
@@ -122,6 +123,7 @@ class Queue:
         self.max_attempts, self.run_ahead = max_attempts, run_ahead
         self.trials: dict[str, Trial] = {}
         self.waiting: list[Trial] = []
+        self.parked: list[Trial] = []  # kept where they are compared, until the others have come so far
         self._position = {key: position for position, key in enumerate(order)}
         self.slots = [SlotState() for _ in range(slots)]
 
@@ -135,10 +137,14 @@ class Queue:
         """Take a trial up; one that the ledger knows as done does not wait for a slot."""
         trial = self.trials[request.key] = Trial(request)
         if not done:
-            self.waiting.append(trial)
-            last = len(self._position)
-            self.waiting.sort(key=lambda t: (not t.attempts, self._position.get(t.request.key, last)))
+            self._wait([trial])
         return trial
+
+    def _wait(self, trials: Sequence[Trial]) -> None:
+        """Let trials wait for a slot, those that were lost first, then in the plan's order."""
+        last = len(self._position)
+        self.waiting += trials
+        self.waiting.sort(key=lambda t: (not t.attempts, self._position.get(t.request.key, last)))
 
     def allow(self, key: str, epochs: int) -> None:
         """Note that the scheduler asks for a trial's first `epochs` reports."""
@@ -146,15 +152,28 @@ class Queue:
         trial.allowed = max(trial.allowed, epochs)
 
     def stop(self, key: str) -> list[Decision]:
-        """Stop a trial: at once where it waits, before its next epoch where it trains (`release_stopped`)."""
+        """Stop a trial: at once where it waits or is parked, before its slot's next round else (`release_stopped`)."""
         if not self.is_open(key):
             return []
         trial = self.trials[key]
         trial.stopped = True
-        if trial not in self.waiting:
-            return []
-        self.waiting.remove(trial)
-        return [self._stop(trial)]
+        for place in (self.waiting, self.parked):
+            if trial in place:
+                place.remove(trial)
+                return [self._stop(trial)]
+        return []
+
+    def park(self, slot: SlotState, trial: Trial) -> None:
+        """Take a trial out of its slot until it is known whether it goes on."""
+        slot.trials.remove(trial)
+        self.parked.append(trial)
+
+    def unpark(self, waits: Callable[[str], bool]) -> bool:
+        """Let those that nobody has to wait for any more go on; return whether there are any."""
+        free = [trial for trial in self.parked if not waits(trial.key)]
+        self.parked = [trial for trial in self.parked if trial not in free]
+        self._wait(free)
+        return bool(free)
 
     # -- what a slot asks for ------------------------------------------------------------------------------------------
 
@@ -285,3 +304,75 @@ class Queue:
     def _fail(trial: Trial, why: str) -> Failed:
         trial.ended = True
         return Failed(trial, why)
+
+
+@dataclass(eq=False)
+class _Group:
+    """Trials of one search that are compared with each other.
+
+    Attributes:
+        keys: of those that came through all points before, in the plan's order.
+        at: number of the point at which they are compared next.
+    """
+
+    keys: list[str]
+    at: int = 0
+
+
+class Halving:
+    """Which trials of a search leave it at which point: successive halving (Jamieson and Talwalkar, 2016) by groups.
+
+    At each point a group's trials are compared once each of those that came so far has its loss there, or has ended:
+    the best share goes on. So who goes on hangs on losses alone, and never on which trial was first.
+
+    Args:
+        after: the points, in epochs, one after another.
+        keep: what share goes on, rounded up.
+        groups: the keys of those that are compared with each other; of equal losses the first in its group wins.
+    """
+
+    def __init__(self, after: Sequence[float] = (), keep: float = 0.5, groups: Iterable[Sequence[str]] = ()) -> None:
+        self._after, self._keep = after, keep
+        self._groups = [_Group(list(keys)) for keys in groups]
+        self._group_of = {key: group for group in self._groups for key in group.keys}
+        self._losses: dict[tuple[str, float], float | None] = {}
+        self._ended: set[str] = set()
+
+    def tell(self, key: str, after: float, loss: float | None) -> None:
+        """Take in a trial's loss at a point; None: it is past it, and nothing is known."""
+        self._losses.setdefault((key, after), loss)
+
+    def end(self, key: str) -> None:
+        """Note that a trial has ended, so that nobody waits for it."""
+        self._ended.add(key)
+
+    def waits(self, key: str) -> bool:
+        """Whether a trial has come to a point at which others are still to come."""
+        group = self._group_of.get(key)
+        if group is None or key in self._ended or key not in group.keys or group.at == len(self._after):
+            return False
+        return (key, self._after[group.at]) in self._losses
+
+    def leaving(self) -> dict[str, str]:
+        """Compare the groups that are complete; return the trials that leave, and why."""
+        out: dict[str, str] = {}
+        for group in self._groups:
+            while group.at < len(self._after) and all(self._is_there(key, self._after[group.at]) for key in group.keys):
+                out |= self._compared(group, self._after[group.at])
+                group.at += 1
+        return {key: why for key, why in out.items() if key not in self._ended}
+
+    def _is_there(self, key: str, after: float) -> bool:
+        return key in self._ended or (key, after) in self._losses
+
+    def _compared(self, group: _Group, after: float) -> dict[str, str]:
+        """Take those out of a group that are not among the best at a point; return them, and why."""
+        known = [(loss, key) for key in group.keys if (loss := self._losses.get((key, after))) is not None]
+        ranked = sorted(known, key=lambda pair: pair[0])
+        kept = math.ceil(self._keep * len(ranked))
+        out = {
+            key: f"left the search after {after:g} epochs: a loss of {loss:.4g}, number {place} of {len(ranked)}"
+            for place, (loss, key) in enumerate(ranked[kept:], start=kept + 1)
+        }
+        group.keys = [key for key in group.keys if key not in out]
+        return out

@@ -6,8 +6,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from pipeline.pool.dispatcher import Dispatcher
 from pipeline.pool.messages import PROXY_DIED, EpochEnded, Tell, TrialEnded, TrialStarted
 from pipeline.pool.processes import GROW_SECONDS, NODES_SECONDS, keep_seconds, kept_handlers
 from pipeline.pool.proxy import TrialProxy
-from pipeline.pool.queue import Queue
+from pipeline.pool.queue import Halving, Queue
 from pipeline.pool.schedule import PerCellOptuna, make_scheduler
 from pipeline.pool.slot import Slot
 from pipeline.records.store import TrialStore
@@ -198,11 +199,15 @@ def _fits(sweep: Sweep, have: Mapping[str, float], world_size: int) -> int:
 
 
 def most_in_progress(sweep: Sweep, slots: int) -> int:
-    """Return how many trials Tune may have in progress: what the slots' packs hold, and some that wait ready."""
+    """Return how many trials Tune may have in progress: what the slots' packs hold, and some that wait ready.
+
+    All those that are compared with each other have to be there, for they wait for each other.
+    """
     device = "cuda" if sweep.gpus_per_worker else "cpu"
     together = MOST_PACKED[device] if sweep.pack == "auto" else sweep.pack
     waiting = min(slots, MOST_WAITING)
-    return max(slots, min(slots * together, MOST_PROXIES)) + waiting
+    group = sweep.early_exit.group if sweep.early_exit.after else 0
+    return max(max(slots, min(slots * together, MOST_PROXIES)) + waiting, group)
 
 
 def run_trials(
@@ -234,14 +239,60 @@ def by_world_size(plan: Plan, keys: list[str]) -> list[tuple[int, list[str], lis
     ]
 
 
+def compared_groups(plan: Plan, world_size: int) -> list[list[str]]:
+    """Return the trials that `sweep.early_exit` compares with each other, those of one cell and ranks, evenly cut.
+
+    What Optuna asks for comes one after another, so nobody could tell whom to wait for.
+    """
+    early = plan.params.sweep.early_exit
+    if not early.after or plan.searched:
+        return []
+    of_cell: dict[str, list[str]] = {}
+    for key, cell in plan.cell_of.items():
+        config = plan.trials[key]
+        if plan.cells[cell].search and config.trained and config.world_size == world_size:
+            of_cell.setdefault(cell, []).append(key)
+    groups = []
+    for keys in of_cell.values():
+        count = -(-len(keys) // early.group)
+        groups += [keys[i * len(keys) // count : (i + 1) * len(keys) // count] for i in range(count)]
+    return [group for group in groups if len(group) > 1]
+
+
+def side_by_side(order: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
+    """Return `order` with the trials of each group one after another, where its first one stands.
+
+    So of the trials that Tune has in progress, at most one group's are not all there.
+    """
+    group_of = {key: number for number, group in enumerate(groups) for key in group}
+    places: dict[int | str, list[str]] = {}  # a group's, or a trial's own
+    for key in order:
+        places.setdefault(group_of.get(key, key), []).append(key)
+    return [key for together in places.values() for key in together]
+
+
+def halving_of(groups: Sequence[Sequence[str]], keys: Collection[str], sweep: Sweep, store: TrialStore) -> Halving:
+    """Return who leaves early, told what earlier sweeps saw of the trials that are not among the open `keys`."""
+    halving = Halving(sweep.early_exit.after, sweep.early_exit.keep, groups)
+    for key in (key for group in groups for key in group if key not in keys):
+        for loss in store.trial(key).compared():
+            halving.tell(key, loss.after, loss.loss)
+        halving.end(key)
+    return halving
+
+
 def _run(
     plan: Plan, keys: list[str], adaptive: list[Cell], params: Params, tell: Tell, store: TrialStore, world: int,
     actor: Any,
 ) -> None:  # fmt: skip
     slots = count_slots(params.sweep, world, len(keys) + len(adaptive) * params.sweep.num_samples)
     run_ahead = params.sweep.scheduler == "fifo"
-    resolve = plan.request if adaptive else Requests({key: plan.request_of(plan.trials[key]) for key in keys})
-    order = in_lanes(plan, keys, slots)
+    groups, after = compared_groups(plan, world), params.sweep.early_exit.after
+    compared = {key for group in groups for key in group}
+    requests = {key: plan.request_of(plan.trials[key]) for key in keys}
+    requests |= {key: replace(requests[key], compared_after=after) for key in compared & requests.keys()}
+    resolve = plan.request if adaptive else Requests(requests)
+    order = side_by_side(in_lanes(plan, keys, slots), groups)
     queue = Queue(slots, params.sweep.retry.max_attempts, run_ahead=run_ahead, order=order)
     another = partial(Slot, params.sweep, world, str(Path.cwd()))
     grows = params.sweep.slots == "auto" and params.sweep.address is not None
@@ -250,7 +301,8 @@ def _run(
         store,
         queue,
         [another() for _ in range(slots)],
-        *([partial(room, params.sweep, world), another] * grows),
+        *(partial(room, params.sweep, world), another) if grows else (None, None),
+        halving_of(groups, set(keys), params.sweep, store),
     )
     try:
         ray.get(dispatcher.start.remote())

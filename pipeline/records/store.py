@@ -3,6 +3,7 @@
 config.json      the configuration and where it came from
 metrics.jsonl    one line an epoch
 losses.jsonl     one line an epoch: the training loss of every step
+compared.jsonl   one line a point at which the trials of its search were compared: the loss there
 checkpoint/      the last two epochs' states, for resuming (`train.checkpoint`)
 adapter/         the chosen epoch's adapter
 done.json        written last, by an atomic rename: the trial is done
@@ -26,7 +27,7 @@ import math
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,17 @@ from pipeline.core.files import (
 from pipeline.core.locks import held, holder
 from pipeline.core.progress import say
 from pipeline.records import Json, Number, Record, Unreadable, Unseen, lines
-from pipeline.records.trial import AGAIN, Act, Attempts, EpochReport, Provenance, StepLosses, TrialEnd, TrialRecord
+from pipeline.records.trial import (
+    AGAIN,
+    Act,
+    Attempts,
+    ComparedLoss,
+    EpochReport,
+    Provenance,
+    StepLosses,
+    TrialEnd,
+    TrialRecord,
+)
 
 _CACHED_SECONDS = 60.0  # NFS' acdirmax
 WRITING = ".writing"  # what the process that trains a trial writes in
@@ -336,7 +347,7 @@ class TrialFolder:
     def __init__(self, path: Path, within: Path | None = None) -> None:
         self.path, self.within = path, within
         self.adapter, self.checkpoint = path / "adapter", path / "checkpoint"
-        self.metrics, self._losses = path / "metrics.jsonl", path / LOSSES
+        self.metrics, self._losses, self._compared = path / "metrics.jsonl", path / LOSSES, path / "compared.jsonl"
         self._config, self._done = path / "config.json", path / "done.json"
 
     def take(self) -> TrialFolder:
@@ -514,6 +525,18 @@ class TrialFolder:
     def add_losses(self, epoch: int, losses: Sequence[float]) -> None:
         """Keep an epoch's training loss of every step, with the seven digits that a sum of fp32 numbers has."""
         self._write_losses({**self.losses(), epoch: tuple(float(f"{value:.7g}") for value in losses)})
+
+    def compared(self) -> list[ComparedLoss]:
+        """Return the losses that the trial was compared by.
+
+        Raises:
+            InputError: a line is damaged, and not just the last one torn.
+        """
+        return list(lines(ComparedLoss, self._compared, AGAIN))
+
+    def write_compared(self, losses: Iterable[ComparedLoss]) -> None:
+        """Write the losses that the trial is compared by."""
+        write_atomic(self._compared, "".join(loss.text(indent=None) + "\n" for loss in losses), self.within)
 
     def forget_losses(self, after: int) -> None:
         """Drop the curves of epochs that a trial is going to train again."""

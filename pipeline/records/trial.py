@@ -21,7 +21,7 @@ class TrialEnd(Record):
 
     Attributes:
         status: how.
-        error: why it diverged or failed.
+        error: why it diverged or failed, or left its search.
         epochs: how many it has behind it.
         chosen_epoch: whose adapter is kept.
         objective: of that epoch.
@@ -205,15 +205,18 @@ class EpochSoFar(Record):
     Attributes:
         steps: that are behind it.
         sums: of the losses, each step's share of the epoch's mean.
-        losses: of each step.
+        losses: of each step, and the answers' cross-entropy alone in `ground_truth`.
         gradient_norm: of the last step, before clipping.
         learning_rate_scale: of the last step.
         seconds: of training.
     """
 
+    schema_number: ClassVar[int] = 2  # 1: without `ground_truth`
+
     steps: Count
     sums: dict[str, Number]
     losses: tuple[Number, ...] = Field(strict=False)
+    ground_truth: tuple[Number, ...] = Field((), strict=False)
     gradient_norm: Number
     learning_rate_scale: Number
     seconds: Number
@@ -298,6 +301,23 @@ class EpochReport(Record):
         return {name: value for name, value in values.items() if value is not None}
 
 
+class ComparedLoss(Record):
+    """A trial's loss at a point at which those of its search are compared: a line of compared.jsonl.
+
+    Attributes:
+        after: the point, in epochs.
+        step: how many steps were behind the trial.
+        loss: the answers' mean cross-entropy over the last tenth of an epoch; None: the trial was past the point
+            before it was asked for.
+    """
+
+    sealed: ClassVar[bool] = True
+
+    after: Number
+    step: Count
+    loss: Number | None = None
+
+
 class StepLosses(Record):
     """The training loss of every step of one epoch: a line of losses.jsonl."""
 
@@ -310,7 +330,7 @@ class StepLosses(Record):
 
 @dataclass(frozen=True)
 class TrialReport:
-    """What a slot says of a trial: an epoch that is complete, or its end, or both.
+    """What a slot says of a trial: an epoch that is complete, its end, what it is compared by, or several of these.
 
     Attributes:
         key: the trial's.
@@ -318,6 +338,7 @@ class TrialReport:
         metrics: the epoch's; None where it ended without completing one.
         end: how it ended; None while it goes on.
         error: why it failed.
+        compared: its losses at points at which it is compared, where it has just come to one.
     """
 
     key: str
@@ -325,6 +346,7 @@ class TrialReport:
     metrics: EpochReport | None = None
     end: Status | None = None
     error: str | None = None
+    compared: tuple[ComparedLoss, ...] = ()
 
 
 def replayed(key: str, epochs: Sequence[EpochReport], end: Status | None = None) -> list[TrialReport]:

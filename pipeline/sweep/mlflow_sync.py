@@ -256,10 +256,11 @@ class MlflowSync(Watcher):
         if end.packed is not None:
             self.tracker.tag(run_id, {"packed": end.packed} | ({} if end.exact is None else {"exact": end.exact}))
         if end.status == "stopped":
-            self.tracker.tag(run_id, {"stopped_after": end.epochs})
+            left = {"left_search": end.error} if end.error else {}
+            self.tracker.tag(run_id, {"stopped_after": end.epochs} | left)
         if acts := self.store.acts(key):
             self.tracker.tag(run_id, {"by_hand": "; ".join(act.told for act in acts)})
-        self.tracker.close(run_id, ENDS[end.status], end.error)
+        self.tracker.close(run_id, ENDS[end.status], None if end.status == "stopped" else end.error)
         self._ended[key] = end
 
     def _run(self, key: str) -> str:

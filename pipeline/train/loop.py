@@ -83,15 +83,17 @@ class TrainingLoop:
             trial.close()
 
     def advance(self) -> list[TrialReport]:
-        """Train until a trial completes an epoch, diverges, or turns out to be complete; return the reports.
+        """Train until a trial completes an epoch, diverges or is to be compared, or is all that already; report it.
 
         Raises:
             WorkError: one sample alone does not fit the memory.
         """
+        if untold := [trial for trial in self.trials if trial.is_untold]:
+            return [trial.compared_report() for trial in untold]
         complete = [trial for trial in self.trials if trial.finished]
         if complete:
             return [self._let_go(trial, trial.closed_report()) for trial in complete]
-        num_steps = min(trial.steps_left for trial in self.trials)
+        num_steps = min(trial.steps_to_halt for trial in self.trials)
         for trial in self.trials:
             trial.memory.note()
         self.capacity.begin()
@@ -327,10 +329,12 @@ class TrainingLoop:
     # -- the end of an epoch -------------------------------------------------------------------------------------------
 
     def _end_epoch(self) -> list[TrialReport]:
-        """Report the trials that have diverged; score those whose epoch is complete, keep and report them."""
+        """Report the trials that have diverged or are compared; score, keep and report those whose epoch is complete."""
         diverged = self._diverged()
         complete = [trial for trial in self.trials if not trial.error and trial.steps_left == 0]
         reports = [self._let_go(trial, trial.diverged_report()) for trial in diverged]
+        within = [trial for trial in self.trials if not trial.error and trial.steps_left and trial.at_a_point]
+        reports += [trial.compared_report() for trial in within]
         if complete:
             started = time.perf_counter()
             together = [[trial] for trial in complete] if self.exact else [complete]

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,16 @@ from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import Sample
 from pipeline.prompts.prompt import Encoded, template_of
 from pipeline.records.store import WRITING, TrialFolder
-from pipeline.records.trial import AGAIN, Best, CheckpointState, EpochReport, EpochSoFar, Status, TrialReport
+from pipeline.records.trial import (
+    AGAIN,
+    Best,
+    CheckpointState,
+    ComparedLoss,
+    EpochReport,
+    EpochSoFar,
+    Status,
+    TrialReport,
+)
 from pipeline.resident.resident import Resident, Target
 from pipeline.tasks import of_manifest
 from pipeline.train import checkpoint
@@ -31,6 +40,9 @@ from pipeline.train.cost import Memory, flops_per_sample
 from pipeline.train.engine import ENGINES, Student
 from pipeline.train.prefix_sharing import shared_prefix_length
 from pipeline.train.teacher import Demonstrations, Teacher
+
+
+_WINDOW = 0.1  # of an epoch: the steps over which the loss is averaged by which trials are compared
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ class _Epoch:
     order: list[list[int]]
     sums: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)  # of each step
+    ground_truth: list[float] = field(default_factory=list)  # the cross-entropy alone, unweighted
     steps: int = 0
     gradient_norm: float = 0.0
     learning_rate_scale: float = 0.0
@@ -87,13 +100,14 @@ class TrialRun:
         manifest: the task's samples.
         kinds: of teacher's targets that trials with the same demonstrations will ask for, here or later.
         keep_seconds: after so long the state is kept within an epoch (`due`); 0: only at its end.
+        compared_after: points, in epochs, at which the trial stops to be compared with others of its search.
     """
 
     _starts = False  # whether the adapter starts from demonstrations
 
     def __init__(
         self, config: TrialConfig, folder: Path, resident: Resident, manifest: Manifest, kinds: Collection[Kind] = (),
-        keep_seconds: float = 0.0,
+        keep_seconds: float = 0.0, compared_after: Sequence[float] = (),
     ) -> None:  # fmt: skip
         self.config, self.resident, self.manifest = config, resident, manifest
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -146,6 +160,7 @@ class TrialRun:
         self._epoch = self._resume()
         self._epoch.seconds += started
         self._kept_step = self.step
+        self._set_points(compared_after)
 
     @property
     def epochs_done(self) -> int:
@@ -166,6 +181,11 @@ class TrialRun:
     def steps_left(self) -> int:
         """Steps to the end of the epoch in progress."""
         return self.per_epoch - self._epoch.steps
+
+    @property
+    def steps_to_halt(self) -> int:
+        """Steps to the next report: the end of the epoch, or a point at which the trial is compared before it."""
+        return min([self.steps_left, *(step - self.step for step in self._points.values() if step > self.step)])
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -218,6 +238,7 @@ class TrialRun:
         for name, value in losses.items():
             epoch.sums[name] = epoch.sums.get(name, 0.0) + value / self.per_epoch
         epoch.losses.append(losses["train_loss"])
+        epoch.ground_truth.append(losses["ground_truth_loss"])
         epoch.gradient_norm, epoch.learning_rate_scale = gradient_norm, self.learning_rate_scale
         epoch.seconds += seconds
         self.packed, self.exact = max(self.packed, pack_size), self.exact and exact
@@ -254,11 +275,12 @@ class TrialRun:
         report = EpochReport.model_validate({"epoch": self.epoch_number, **means, **selected, **last, **took})
         if self.best is None or objective > self.best.objective:
             self.best = Best(epoch=self.epoch_number, objective=objective)
+        self._compare()  # before its checkpoint, as `_save_losses`
         self.reports.append(report)
         self._save_losses(self._over_ranks(epoch.losses))
         self._save_checkpoint()
         self._epoch = self._next_epoch()
-        return self._ended("finished") if self.finished else self._report()
+        return self._ended("finished") if self.finished else replace(self._report(), compared=self._tell())
 
     def diverged_report(self) -> TrialReport:
         """End a trial whose loss is not finite."""
@@ -288,7 +310,59 @@ class TrialRun:
         A step that was not finite is not kept: what goes on from the one before ends there again.
         """
         if self.error is None and self.step != self._kept_step:
+            self._compare()
             self._save_checkpoint(self._epoch.steps)
+
+    # -- within a search ---------------------------------------------------------------------------------------------
+
+    def _set_points(self, after: Sequence[float]) -> None:
+        """Note at which steps the trial is compared, and what is known of those that are behind it."""
+        total = self.per_epoch * self.config.epochs
+        steps = {point: max(1, round(point * self.per_epoch)) for point in after}
+        self._points = {point: step for point, step in steps.items() if step < total}
+        self._compared: dict[float, ComparedLoss] = {}
+        self._told: set[float] = set()  # points that this process has reported
+        known = {loss.after: loss for loss in self.folder.compared()} if self._points else {}
+        for point, step in self._points.items():
+            if step <= self.step:
+                unknown = ComparedLoss(after=point, step=step)
+                loss = known.get(point, unknown)
+                self._compared[point] = loss if loss.step == step else unknown
+
+    @property
+    def at_a_point(self) -> bool:
+        """Whether the trial has just come to a point at which it is compared."""
+        return any(step == self.step and point not in self._told for point, step in self._points.items())
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether nobody was told of a loss that the trial is compared by."""
+        return not self._compared.keys() <= self._told
+
+    def _compare(self) -> None:
+        """Keep the losses at the points that the trial has just come to (every rank calls it).
+
+        A point's loss is the mean cross-entropy of the answers over the last tenth of an epoch, or what of the epoch
+        is behind the trial: what alignment and the weights add says nothing of which trial answers better.
+        """
+        points = [point for point, step in self._points.items() if step == self.step and point not in self._compared]
+        if not points:
+            return
+        last = self._over_ranks(self._epoch.ground_truth[-max(1, round(_WINDOW * self.per_epoch)) :])
+        loss = float(f"{sum(last) / len(last):.7g}") if last else None
+        self._compared |= {point: ComparedLoss(after=point, step=self.step, loss=loss) for point in points}
+        if self.rank == 0:
+            self.folder.write_compared(self._compared.values())
+
+    def _tell(self) -> tuple[ComparedLoss, ...]:
+        new = tuple(loss for point, loss in self._compared.items() if point not in self._told)
+        self._told.update(self._compared)
+        return new
+
+    def compared_report(self) -> TrialReport:
+        """Report what the trial is compared by, at a point that it has come to, whose state is kept, and before."""
+        self.keep_step()
+        return TrialReport(self.config.key, self.epochs_done, compared=self._tell())
 
     def _over_ranks(self, values: list[float]) -> list[float]:
         """Add up what each rank's share has given."""
@@ -409,8 +483,9 @@ class TrialRun:
             if step:
                 epoch = self._epoch
                 so_far = EpochSoFar(
-                    steps=step, sums=epoch.sums, losses=tuple(epoch.losses), gradient_norm=epoch.gradient_norm,
-                    learning_rate_scale=epoch.learning_rate_scale, seconds=epoch.seconds,
+                    steps=step, sums=epoch.sums, losses=tuple(epoch.losses), ground_truth=tuple(epoch.ground_truth),
+                    gradient_norm=epoch.gradient_norm, learning_rate_scale=epoch.learning_rate_scale,
+                    seconds=epoch.seconds,
                 )  # fmt: skip
                 (target / self._so_far).write_text(so_far.text(indent=None), encoding="utf-8")
             with self.engine.whole():
@@ -454,6 +529,7 @@ class TrialRun:
                 so_far = EpochSoFar.read(path / self._so_far, AGAIN)
                 epoch = self._next_epoch()
                 epoch.sums, epoch.losses, epoch.steps = dict(so_far.sums), list(so_far.losses), so_far.steps
+                epoch.ground_truth = list(so_far.ground_truth)
                 epoch.gradient_norm, epoch.learning_rate_scale = so_far.gradient_norm, so_far.learning_rate_scale
                 epoch.seconds = so_far.seconds
         self._settle()

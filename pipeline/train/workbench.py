@@ -157,12 +157,12 @@ class Workbench:
         self.evict(request.key)
         manifest = resident.manifest(request)
         folder, keep = Path(request.folder), request.keep_seconds
-        run = TrialRun(request.config, folder, resident, manifest, request.kinds, keep)
+        run = TrialRun(request.config, folder, resident, manifest, request.kinds, keep, request.compared_after)
         self.loop.trials.append(run)
         return run.epochs_done
 
     def advance(self) -> list[TrialReport]:
-        """Train the admitted trials until one of them completes an epoch; return the reports.
+        """Train the admitted trials until one of them has something to report; see `TrainingLoop.advance`.
 
         Raises:
             Stopped: `stopping` was set meanwhile.

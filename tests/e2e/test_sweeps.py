@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -59,6 +60,21 @@ def test_trials_share_forward_passes(project):
     ends = [trials(project)[key] for rank in (4, 5, 6) for key in rows(project, rank=rank)]
     assert len(ends) == 3 and {end["status"] for end in ends} == {"finished"}
     assert max(end["packed"] for end in ends) == 3 and all(end["exact"] for end in ends)
+
+
+def test_a_search_whose_worse_half_leaves_within_the_first_epoch_says_so_everywhere(project):
+    alone = {"micro_batch_size": 1, "accumulation": 1}
+    only(project, {"search": {"learning_rate": [1e-9, 0.01, 0.02, 1e-12]}, "set": {"rank": 9, **alone}})
+    project.python("-m", "pipeline", "sweep", "--set", "sweep.early_exit.after=[0.5]")
+    ended = trials(project)
+    ends = {lr: ended[next(iter(rows(project, rank=9, learning_rate=lr)))] for lr in (1e-9, 0.01, 0.02, 1e-12)}
+    assert [ends[lr]["status"] for lr in (0.01, 0.02)] == ["finished"] * 2
+    for rate in (1e-9, 1e-12):
+        assert (ends[rate]["status"], ends[rate]["epochs"]) == ("stopped", 0)
+        assert re.match(r"left the search after 0.5 epochs: a loss of \S+, number [34] of 4$", ends[rate]["error"])
+    project.python("-m", "stages.evaluate")  # chooses among those that stayed
+    told = "select count(*) from tags where key='left_search' and value like 'left the search after 0.5 epochs%'"
+    assert query(project, told) == [(2,)]
 
 
 def test_asha_stops_a_trial_that_learns_nothing_by_its_loss_on_the_test_split(project):

@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pipeline.config.load import BackboneSource, TrialRequest
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError, WorkError
-from pipeline.pool.queue import Failed, Queue, Requeued, SlotLost, SlotState, Stopped, Trial, is_of_one_trial
+from pipeline.pool.queue import (
+    Failed,
+    Halving,
+    Queue,
+    Requeued,
+    SlotLost,
+    SlotState,
+    Stopped,
+    Trial,
+    is_of_one_trial,
+)
 
 WRONG, TRANSIENT, NO_PLACE = InputError("no such file"), WorkError("no memory"), OSError("no place")
 
@@ -271,6 +281,87 @@ def test_a_stopped_trial_leaves_its_slot_before_its_next_epoch_and_the_queue_at_
     assert queue.lose(slot, TRANSIENT) == [Stopped(b)] and queue.waiting == []
 
 
+def test_a_parked_trial_frees_its_slot_and_goes_on_in_the_plans_order_or_ends_at_once():
+    requests = [request(n, pack="p") for n in range(4)]
+    queue = Queue(1, 3, run_ahead=True, order=[r.key for r in requests])
+    a, b, c, d = (queue.submit(r, done=False) for r in requests)
+    (slot,) = queue.slots
+    queue.take(slot)
+    queue.join(slot, 2)
+    for trial in (b, a, c):
+        queue.park(slot, trial)
+    assert slot.trials == [] and queue.waiting == [d] and queue.is_open(a.key)
+    assert queue.stop(c.key) == [Stopped(c)] and not queue.is_open(c.key)
+    assert not queue.unpark(lambda key: True) and queue.parked == [b, a]
+    assert queue.unpark(lambda key: key == b.key) and queue.parked == [b] and queue.waiting == [a, d]
+    assert queue.unpark(lambda key: False) and queue.waiting == [a, b, d]
+
+
+# -- who leaves its search ---------------------------------------------------------------------------------------------
+
+
+def test_the_best_share_of_those_that_came_so_far_goes_on_once_all_are_there():
+    halving = Halving((0.5, 1.0), 0.5, [list("abcde"), list("xy")])
+    for key, loss in zip("dcba", (0.1, 0.2, 0.4, 0.4), strict=True):
+        halving.tell(key, 0.5, loss)
+        assert halving.waits(key) and halving.leaving() == {}
+    halving.tell("e", 0.5, 0.3)
+    halving.tell("e", 0.5, 9.0)  # what is told again changes nothing
+    assert halving.leaving() == {
+        "a": "left the search after 0.5 epochs: a loss of 0.4, number 4 of 5",
+        "b": "left the search after 0.5 epochs: a loss of 0.4, number 5 of 5",
+    }, "three of five go on; of equal losses the first in the plan is better"
+    assert not any(map(halving.waits, "abcdexy")) and halving.leaving() == {}
+    halving.tell("x", 0.5, 1.0)
+    halving.tell("c", 1.0, 0.2)
+    halving.end("d")  # without a loss there: failed, or stopped by hand
+    assert halving.waits("c") and halving.waits("x") and not halving.waits("stranger")
+    halving.tell("e", 1.0, 0.1)
+    assert halving.leaving() == {"c": "left the search after 1 epochs: a loss of 0.2, number 2 of 2"}
+    halving.end("y")
+    assert halving.leaving() == {} and not halving.waits("x"), "nobody is left to compare it with"
+
+
+def test_a_trial_that_was_past_the_point_already_is_neither_ranked_nor_waited_for():
+    halving = Halving((0.5,), 0.5, [list("abc")])
+    for key, loss in zip("abc", (None, 2.0, 1.0), strict=True):
+        halving.tell(key, 0.5, loss)
+    assert list(halving.leaving()) == ["b"] and not halving.waits("a")
+
+
+@given(st.data())
+def test_who_leaves_hangs_on_losses_alone_and_nobody_waits_for_ever(data):
+    """Groups told in any order, some trials ending on the way, against a plain loop over points."""
+    points = data.draw(st.sampled_from([(0.5,), (0.25, 1.0), (0.5, 1.0, 2.5)]))
+    keep = data.draw(st.sampled_from([0.25, 0.34, 0.5, 0.9]))
+    sizes = data.draw(st.lists(st.integers(2, 6), min_size=1, max_size=3))
+    groups = [[f"{number}{letter}" for letter in "abcdef"[:size]] for number, size in enumerate(sizes)]
+    keys = [key for group in groups for key in group]
+    losses = {(key, point): float(data.draw(st.integers(0, 4))) for key in keys for point in points}
+    fails = set(data.draw(st.lists(st.sampled_from(keys), unique=True, max_size=2)))  # before the first point
+
+    left = set()
+    for group in groups:
+        there = [key for key in group if key not in fails]
+        for point in points:
+            ranked = sorted(there, key=lambda key: losses[key, point])
+            left |= set(ranked[-int(-keep * len(ranked) // 1) :])
+            there = [key for key in there if key not in left]
+
+    halving, out, at = Halving(points, keep, groups), set(), dict.fromkeys(keys, 0)
+    while moving := [key for key in keys if key not in out and at[key] < len(points) and not halving.waits(key)]:
+        key = data.draw(st.sampled_from(moving))
+        if key in fails:
+            halving.end(key)
+            at[key] = len(points)
+        else:
+            halving.tell(key, points[at[key]], losses[key, points[at[key]]])
+            at[key] += 1
+        out |= halving.leaving().keys()
+    assert out == left
+    assert all(at[key] == len(points) for key in keys if key not in out), "nobody waits for ever"
+
+
 # -- reports and the ledger --------------------------------------------------------------------------------------------
 
 
@@ -419,6 +510,20 @@ class Pool(RuleBasedStateMachine):
     def allow(self, data, epochs: int) -> None:
         self.queue.allow(data.draw(st.sampled_from(self.trials)).key, epochs)
 
+    @rule(data=st.data())
+    def park(self, data) -> None:
+        if (slot := self.slot(data, empty=False)) is not None:
+            trial = data.draw(st.sampled_from(slot.trials))
+            if not trial.stopped:  # as the dispatcher has it
+                self.queue.park(slot, trial)
+
+    @rule(data=st.data())
+    def unpark(self, data) -> None:
+        stay = set(data.draw(st.lists(st.sampled_from([t.key for t in self.queue.parked or self.trials] or [""]))))
+        parked = list(self.queue.parked)
+        assert self.queue.unpark(lambda key: key in stay) is any(trial.key not in stay for trial in parked)
+        assert self.queue.parked == [trial for trial in parked if trial.key in stay]
+
     @precondition(lambda self: self.trials)
     @rule(data=st.data())
     def stop(self, data) -> None:
@@ -426,7 +531,7 @@ class Pool(RuleBasedStateMachine):
 
     @invariant()
     def every_open_trial_is_in_one_place_and_every_ended_one_in_none(self) -> None:
-        places = Counter([*self.queue.waiting, *(trial for slot in self.queue.slots for trial in slot.trials)])
+        places = Counter([*self.queue.waiting, *self.queue.parked, *(trial for slot in self.queue.slots for trial in slot.trials)])
         for trial in self.trials:
             assert places[trial] == (not trial.ended)
             assert self.ends[trial] == trial.ended
@@ -438,7 +543,7 @@ class Pool(RuleBasedStateMachine):
             if len(slot.trials) > 1:
                 (key,) = {trial.pack_key for trial in slot.trials}
                 assert key is not None
-        assert not any(trial.stopped for trial in self.queue.waiting)
+        assert not any(trial.stopped for trial in (*self.queue.waiting, *self.queue.parked))
         for trial in self.trials:
             assert trial.attempts <= self.queue.max_attempts and (trial.ended or trial.attempts == self.failures[trial])
 
@@ -447,6 +552,7 @@ class Pool(RuleBasedStateMachine):
         for slot in self.queue.slots:
             if not slot.built:
                 self.queue.built(slot)
+        self.queue.unpark(lambda key: False)
         for trial in self.trials:
             self.queue.allow(trial.key, EPOCHS)
         rounds = EPOCHS * len(self.trials) + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -24,7 +25,7 @@ from pipeline.pool.messages import PROXY_DIED, Result, TrialEnded
 from pipeline.pool.proxy import TrialProxy
 from pipeline.pool.queue import Queue
 from pipeline.records.store import TrialStore
-from pipeline.records.trial import Act, EpochReport, TrialEnd, TrialReport
+from pipeline.records.trial import Act, ComparedLoss, EpochReport, TrialEnd, TrialReport
 from tests.conftest import ROOT
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the dispatcher's process does not find this file
@@ -105,6 +106,55 @@ def test_asha_ends_the_worse_of_a_task_after_the_grace_epoch_and_spares_another_
         for task, best in BEST.items()
         for number in range(POINTS)
     }
+
+
+class Comparing(Slot):
+    """Comes to each point at which its trial is compared, with a loss by its learning rate, then to the end."""
+
+    def __init__(self, store: TrialStore) -> None:
+        super().__init__(store)
+        self.points: dict[str, list[float]] = {}
+        self.rate: dict[str, float] = {}
+
+    async def admit(self, request) -> int:
+        self.points.setdefault(request.key, list(request.compared_after))
+        self.rate[request.key] = request.config.learning_rate
+        return await super().admit(request)
+
+    async def advance(self) -> list[TrialReport]:
+        (key,) = self.keys
+        if not self.points[key]:
+            return await super().advance()
+        loss = ComparedLoss(after=self.points[key].pop(0), step=1, loss=abs(math.log(self.rate[key] / 0.01)))
+        return [TrialReport(key, self.epochs[key], compared=(loss,))]
+
+
+@ray.remote(num_cpus=0, max_concurrency=10000)
+class Compared(Dispatcher.__ray_metadata__.modified_class):
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.slots = [Comparing(self.store) for _ in self.slots]
+
+
+@pytest.mark.slow
+def test_trials_of_a_search_leave_it_within_an_epoch_by_their_losses_alone(tmp_path, cluster):
+    """One slot that holds one trial, so that of two in progress both would wait for ever for those to come."""
+    settings = {"train.epochs": EPOCHS, "sweep.slots": 1, "sweep.pack": 1, "sweep.early_exit.after": "[0.25, 0.5]"}
+    params = load(ROOT / "params.yaml", [f"{name}={value}" for name, value in settings.items()])
+    rates = [0.2, 0.003, 0.008, 0.05, 0.0001, 0.03]
+    made = [cell for cell in cells(params, "miniature-search", as_given(params)) if cell.search]
+    made = [replace(next(cell for cell in made if cell.task == task), search={"learning_rate": rates}) for task in BEST]
+    plan = make_plan(params, made, places(tmp_path))
+    told: list[Result] = []
+    store = TrialStore(plan.places.runs)
+    tuner.run_trials(plan, list(plan.trials), params, told.append, store, Compared)
+    assert sorted(message.key for message in told if isinstance(message, TrialEnded)) == sorted(plan.trials)
+    for task in BEST:
+        ends = {c.learning_rate: store.done(key) for key, c in plan.trials.items() if c.task == task}
+        assert {rate for rate, end in ends.items() if end.status == "finished"} == {0.008, 0.03}
+        assert {end.status for rate, end in ends.items() if rate not in (0.008, 0.03)} == {"stopped"}
+        assert ends[0.003].error == "left the search after 0.5 epochs: a loss of 1.204, number 3 of 3"
+        assert ends[0.05].error == "left the search after 0.25 epochs: a loss of 1.609, number 4 of 6"
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,7 @@ from pipeline.pool.messages import (
     WorkRefused,
 )
 from pipeline.pool.queue import Queue, SlotLeft
+from pipeline.pool.tuner import halving_of
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.store import TrialFolder, check_adapter
 from pipeline.tasks import tasks
@@ -45,6 +47,7 @@ from pipeline.train.trial_run import TrialRun
 from tests.simulation.world import Host, Killed, Loop, Pipe, Process, Signal, World
 
 STEP_SECONDS = 0.3
+COMPARED_AFTER = (0.5, 1.5)  # of two steps an epoch the first
 WEIGHTS = "weights.bin"
 
 
@@ -111,7 +114,7 @@ class Adapter:
 class PlayedRun(TrialRun):
     """A trial whose steps are hashes; what is kept of it, and how, is the real class's."""
 
-    def __init__(self, config: Any, folder: Path, keep_seconds: float) -> None:
+    def __init__(self, config: Any, folder: Path, keep_seconds: float, compared_after: Any) -> None:
         self.config, self.rank, self.world = config, 0, 1
         self.resident = SimpleNamespace(device="cpu", loaded=SimpleNamespace(backbone=backbones.get("mini-idefics2")))
         self.manifest, self.task = SimpleNamespace(prompt="papers", definition=None), tasks.get("mini-vqa")
@@ -129,6 +132,7 @@ class PlayedRun(TrialRun):
         self._keep_seconds, self._kept_at = keep_seconds, time.monotonic()
         self._epoch = self._resume()
         self._kept_step = self.step
+        self._set_points(compared_after)
 
 
 class Worker:
@@ -160,7 +164,7 @@ class Worker:
         if request.config.seed == self.world.poison:
             self.process.end(-9)
             raise Killed
-        run = PlayedRun(request.config, Path(request.folder), self.world.keep)
+        run = PlayedRun(request.config, Path(request.folder), self.world.keep, request.compared_after)
         self.world.trains.append((request.key, run.epochs_done, self.process))
         self.runs.append(run)
         return run.epochs_done
@@ -174,17 +178,20 @@ class Worker:
         self.stopping = True
 
     def advance(self) -> list[Any]:
+        if untold := [run for run in self.runs if run.is_untold]:
+            return [run.compared_report() for run in untold]
         complete = [run for run in self.runs if run.finished]
         if complete:
             return [self._let_go(run, run.closed_report()) for run in complete]
-        while self.runs and not any(run.steps_left == 0 for run in self.runs):
+        while self.runs and not any(run.steps_left == 0 or run.at_a_point for run in self.runs):
             self.world.sleep(self.world.rng.uniform(0.5, 1.5) * STEP_SECONDS)
             for run in self.runs:
                 ids = [number for part in run.micro_batches(0, ahead=0) for number in part.ids]
                 loss = run.engine.step(ids)
                 if run.config.seed == self.world.diverges and run.step == run.per_epoch + 1:
                     loss = math.nan
-                run.finish_step({"train_loss": loss}, loss, 0.25, pack_size=1, exact=True)
+                both = {"train_loss": loss, "ground_truth_loss": loss}
+                run.finish_step(both, loss, 0.25, pack_size=1, exact=True)
                 if run.due:
                     run.keep_step()
             self.done += 1
@@ -196,6 +203,7 @@ class Worker:
                         run.keep_step()
                 raise SlotLeft("its last step is kept")
         reports = [self._let_go(run, run.diverged_report()) for run in self.runs if run.error]
+        reports += [run.compared_report() for run in self.runs if not run.error and run.steps_left and run.at_a_point]
         for run in [run for run in self.runs if not run.error and run.steps_left == 0]:
             score = run.engine.number
             reports.append(self._let_go(run, run.finish_epoch({"selection_score": score, "objective": score}, 0.25)))
@@ -467,13 +475,25 @@ class Cluster:
     async def _tune(self, work: Any, send: Callable[[Any], None]) -> None:
         """What Ray Tune does: waits for reports, stops trials, and its actors die now and then."""
         world, plan, sweep = self.world, work.plan, work.params.sweep
-        table = Requests({key: plan.request_of(plan.trials[key]) for key in work.keys})
+        early = sweep.early_exit.model_copy(update={"after": COMPARED_AFTER if world.exits else ()})
+        table = Requests(
+            {key: replace(plan.request_of(plan.trials[key]), compared_after=early.after) for key in work.keys}
+        )
+        groups = [list(plan.trials)] if world.exits else []
+        leaves = halving_of(groups, work.keys, sweep.model_copy(update={"early_exit": early}), work.store)
         run_ahead = not world.stops
         plain = dispatching.Dispatcher.__ray_metadata__.modified_class
         slots = max(1, min(len(work.keys), self.room * len(self.hosts)))
         queue = Queue(slots, sweep.retry.max_attempts, run_ahead=run_ahead, order=work.keys)
         pool = [slot.Slot(sweep, 1, "") for _ in range(slots)]
-        dispatcher = plain(table, work.store, queue, pool)
+        dispatcher = plain(table, work.store, queue, pool, halving=leaves)
+        note = dispatcher.journal.note
+
+        def noted(event: str, **facts: Any) -> None:
+            world.gave_up |= event == "trial failed"
+            note(event, **facts)
+
+        dispatcher.journal.note = noted
         await dispatcher.start()
 
         def gone(loop: Any) -> None:
@@ -520,7 +540,8 @@ class Cluster:
                         error = PROXY_DIED
                 send(TrialEnded(key, error))
 
-        await asyncio.gather(*(proxy() for _ in range(slots + 2)))
+        most = max(slots + 2, len(work.keys) if world.exits else 0)  # as `pool.tuner` has it
+        await asyncio.gather(*(proxy() for _ in range(most)))
         with suppress(TimeoutError):
             await asyncio.wait_for(dispatcher.close(), 30)  # as `pool.tuner` does
 

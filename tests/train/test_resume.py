@@ -114,6 +114,52 @@ def test_a_trial_that_is_stopped_within_an_epoch_goes_on_behind_its_last_step(
     assert sorted(path.name for path in (Path(cut.folder) / "checkpoint").iterdir()) == ["epoch-0002", "epoch-0003"]
 
 
+@pytest.mark.parametrize("name", ["dropout", "a teacher"])
+def test_a_trial_that_is_compared_within_an_epoch_goes_on_from_there_with_the_bits_of_one_that_is_not(
+    bench, trial, tmp_path, monkeypatch, name
+):
+    """Of 5 steps an epoch after 2, where its process is also told to stop; after 5, an epoch's end; and after 8."""
+    method, given = TRIALS[name]
+    whole, cut = (trial(method, tmp_path / place, epochs=EPOCHS, **given) for place in ("whole", "cut"))
+    cut = replace(cut, compared_after=(0.4, 1.0, 1.5, 3.0))
+    go_on(bench, whole, EPOCHS)
+    process = stopped_behind(monkeypatch, 2)
+    with pytest.raises(Stopped):
+        go_on(process, cut, 1)
+    process.loop.evict(cut.key)
+    told, epochs, end = {}, [], None
+    while end is None:
+        bench.admit(cut)
+        for _ in range(2):  # what it has behind it, then what is next
+            for report in bench.advance():
+                told |= {loss.after: loss for loss in report.compared}
+                epochs += [report.epoch] if report.metrics else []
+                end = report.end
+            if end or not report.compared or len(report.compared) < len(told):
+                break
+        bench.evict(cut.key)
+        torch.manual_seed(99)
+    folder = TrialFolder(Path(cut.folder))
+    assert epochs == [1, 2, 3] and list(told) == [0.4, 1.0, 1.5], "at its end nobody compares it"
+    assert folder.compared() == list(told.values())
+    assert [loss.step for loss in told.values()] == [2, 5, 8]
+    assert whole_state(Path(cut.folder)) == whole_state(Path(whole.folder))
+    if name == "dropout":  # without a teacher the training loss is the answers' cross-entropy; a tenth of 5 steps is one
+        losses = [loss for epoch in folder.losses().values() for loss in epoch]
+        assert [loss.loss for loss in told.values()] == [losses[loss.step - 1] for loss in told.values()]
+
+
+def test_a_trial_that_was_past_a_point_before_it_was_asked_for_says_so(bench, trial, tmp_path):
+    request = trial("hificl", tmp_path, epochs=2)
+    go_on(bench, request, 1)
+    bench.admit(replace(request, compared_after=(0.4, 1.6)))
+    (first,), (second,) = bench.advance(), bench.advance()
+    bench.evict(request.key)
+    assert [(loss.after, loss.loss is None) for loss in (*first.compared, *second.compared)] == [
+        (0.4, True), (1.6, False),
+    ]  # fmt: skip
+
+
 def test_steps_are_kept_by_time_and_a_damaged_one_costs_its_epoch_alone(bench, trial, tmp_path, monkeypatch):
     whole = trial("lora", tmp_path / "whole", epochs=EPOCHS, **TRIALS["dropout"][1])
     go_on(bench, whole, EPOCHS)
