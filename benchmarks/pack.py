@@ -7,19 +7,29 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.support.timing import Findings, main, one_thread, report
+from benchmarks.support.shapes import DecoderShape, decoder
+from benchmarks.support.timing import Findings, alternate, main, one_thread, report
 from benchmarks.support.trials import BACKBONE, Trials, both_ways, train, trials
+from pipeline import adapters
+from pipeline.adapters.base import Adapter
+from pipeline.adapters.pack import Pack, PackRows
+from pipeline.backbones.decoder import told
 from pipeline.config.load import TrialRequest
 from pipeline.train.workbench import Workbench
 
 RANKS = (8, 4, 2, 1)
+# the curve's decoders, of four layers each, and its steps as rows x tokens of a row
+WIDTHS = (128, 512)
+STEPS = ((1, 16), (2, 32), (8, 32), (8, 128), (8, 512))
+MOST_TOKENS = {"cpu": 2048, "cuda": 65536}  # of one pass
 
 
 def run(
-    device: str = "cpu", *, num_trials: Sequence[int] = (2, 4, 8), num_samples: int = 64, repeats: int = 3
-) -> dict[str, Any]:
+    device: str = "cpu", *, num_trials: Sequence[int] = (2, 4, 8), num_samples: int = 64, repeats: int = 3,
+    curve_trials: Sequence[int] = (2, 4, 8, 16, 32), widths: Sequence[int] = WIDTHS,
+) -> dict[str, Any]:  # fmt: skip
     """Train K HiFICL trials (of different ranks, rates and seeds) together, and the same ones one after another.
 
     Both on the miniature, resident in one process, by the same loop, from data to optimiser; scoring and checkpoints
@@ -27,14 +37,18 @@ def run(
     alone; `bits_over_batched_K` is what that takes, its seconds over those of a pack whose trials share attention too.
     `packed_over_sequential_K` is in samples per second, for the miniature's own step of 8 samples; `_papers_step` for
     the papers' step of 2 x 2. `loss_difference` is the largest difference of the epochs' mean losses, and
-    `packed_equals_solo` 1 where, in fp32, every bit of losses and adapters is the same. On a CPU everything runs on
-    one thread.
+    `packed_equals_solo` 1 where, in fp32, every bit of losses and adapters is the same. `packed_over_sequential_DxTy` is
+    where packs pay: HiFICL on random decoders of width x and four layers, y tokens a trial's step, by the number of
+    trials, without data and bookkeeping; what exceeds 2,048 tokens a pass on a CPU is left out. On a CPU everything
+    runs on one thread.
 
     Args:
         device: cpu or cuda.
         num_trials: K.
         num_samples: of each trial.
         repeats: rounds.
+        curve_trials: K of the curve.
+        widths: of its decoders.
     """
     findings = Findings()
     with one_thread(device), trials(num_samples) as made:
@@ -51,8 +65,62 @@ def run(
         bench = Workbench(device=device)
         bench.resident(_request(made, 0, "double")).loaded.model.double()
         findings.file("loss_difference_fp64", [_compared(bench, made, max(num_trials), torch.float64)[0]])
+    with one_thread(device):
+        growth = {
+            f"packed_over_sequential_D{width}T{rows * length}": _curve(device, width, rows, length, curve_trials, repeats)
+            for width in widths
+            for rows, length in STEPS
+        }
     sizes = {"num_trials": list(num_trials), "num_samples": num_samples, "repeats": repeats, "backbone": BACKBONE}
-    return report(findings, device=device, method=run.__doc__, sizes=sizes)
+    return report(findings, device=device, method=run.__doc__, sizes=sizes, growth=growth)
+
+
+def _curve(
+    device: str, width: int, rows: int, length: int, num_trials: Sequence[int], repeats: int
+) -> dict[str, float]:
+    """Return the samples a second of so many trials in one pass over those of one after another, by their number."""
+    heads = width // 32
+    shape = DecoderShape(width, 7 * width // 2, 4, heads, max(1, heads // 4))
+    model = decoder(shape, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    found = {}
+    for k in num_trials:
+        if k * rows * length > MOST_TOKENS[device]:
+            break
+        trained = [adapters.create("hificl", model) for _ in range(k)]
+        optimizers = [torch.optim.AdamW(adapter.parameters(), lr=1e-4, fused=True) for adapter in trained]
+        ids = torch.randint(0, shape.vocabulary, (k, rows, length), device=device)
+        step = partial(_step, model, device)
+        timed = alternate(
+            {
+                "alone": lambda step=step, trained=trained, optimizers=optimizers, ids=ids: [
+                    step([adapter], [optimizer], part[None])
+                    for adapter, optimizer, part in zip(trained, optimizers, ids, strict=True)
+                ],
+                "together": partial(step, trained, optimizers, ids),
+            },
+            repeats, device=device,
+        )  # fmt: skip
+        found[str(k)] = timed.ratio("alone", "together")
+    return found
+
+
+def _step(
+    model: nn.Module, device: str, trained: Sequence[Adapter], optimizers: Sequence[torch.optim.Optimizer], ids: Tensor
+) -> None:
+    """Forward and backward once for the trials' tokens [K, B, T], then clip and update each one's adapter."""
+    pack = Pack(list(trained), apart=device == "cpu")  # as the training loop has it
+    numbers = tuple(number for number in range(len(trained)) for _ in range(ids.shape[1]))
+    pack.use(PackRows(numbers, (0,) * len(numbers), dict.fromkeys(range(len(trained)), ids.shape[2])))
+    with adapters.attach(model, pack), told(device, padded=False):
+        flat = ids.flatten(0, 1)
+        hidden = model.model(input_ids=flat, use_cache=False).last_hidden_state[:, -5:-1]
+        logits = model.lm_head(hidden).float()
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), flat[:, -4:].flatten(), reduction="none")
+        losses.view(len(trained), -1).mean(1).sum().backward()
+    for adapter, optimizer in zip(trained, optimizers, strict=True):
+        torch.nn.utils.clip_grad_norm_(list(adapter.parameters()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def _request(made: Trials, number: int, place: str, **step: Any) -> TrialRequest:

@@ -48,6 +48,7 @@ class SimulatedSlot:
         self.store, self.keys, self.workers, self.pids = store, set[str](), [0], list[int]()
         self.epoch: dict[str, int] = {}
         self.teacher: str | None = None
+        self.why_room = ""
 
     async def build(self) -> None:
         """See `Slot`."""

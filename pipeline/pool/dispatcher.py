@@ -79,6 +79,7 @@ class Dispatcher:
         self.queued = asyncio.Event()
         self.mail: dict[str, _Mailbox] = {}
         self.lost_at: dict[str, float] = {}  # when a trial's slot was lost
+        self.packs: dict[SlotState, tuple[int, bool]] = {}  # what was said of a slot's trials, and whether some joined
         self.loops: list[asyncio.Task] = []
 
     async def start(self) -> None:
@@ -192,7 +193,12 @@ class Dispatcher:
         """Let the slot's trials train until one of them completes an epoch."""
         await self._let_in(slot, state)
         if self.queue.partners(state):
+            before = len(state.trials)
             self.queue.join(state, await slot.room())
+            size = len(state.trials), len(state.trials) > before
+            if slot.why_room and self.packs.get(state) != size:
+                self.journal.note("pack", trials=size[0], room=slot.why_room, pids=slot.pids)
+                self.packs[state] = size
             await self._let_in(slot, state)
         while self.queue.must_wait(state):
             await asyncio.sleep(0.01)

@@ -36,6 +36,7 @@ class Slot:
         self.near: list[int] = []  # those of this machine
         self.nodes: set[str] = set()  # that the workers are on
         self.keys: set[str] = set()  # of the trials that its workers hold
+        self.why_room = ""  # why its workers have room for no more, as they said last
         self.work: asyncio.Future[list[Any]] | None = None  # what they do
 
     async def build(self) -> None:
@@ -68,7 +69,9 @@ class Slot:
         """Return how many more trials may join those that are admitted."""
         if self.sweep.pack != "auto":
             return self.sweep.pack - len(self.keys)
-        return min(await self._all("room", limit=self.sweep.retry.hang_seconds))
+        rooms = await self._all("room", limit=self.sweep.retry.hang_seconds)
+        self.why_room = rooms[0][1]
+        return min(room for room, _ in rooms)
 
     def drop(self) -> None:
         """End the workers."""
@@ -215,9 +218,9 @@ class Worker:
         """Drop a trial."""
         self.bench.evict(key)
 
-    def room(self) -> int:
-        """Return how many more trials fit and pay beside those that are admitted."""
-        return self.bench.room()
+    def room(self) -> tuple[int, str]:
+        """Return how many more trials fit and pay beside those that are admitted, and why."""
+        return self.bench.room(), self.bench.why_room
 
     def steps(self) -> int:
         """Return how many steps and scored batches this process has behind it: the sign of life."""

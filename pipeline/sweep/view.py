@@ -113,7 +113,7 @@ class View(Watcher):
 
     def on_event(self, event: JournalEvent) -> None:
         """Say what went wrong, and how it goes on."""
-        if event.event != "slot built":
+        if event.event not in ("slot built", "pack"):
             say(sentence(event.event, event.facts))
 
     def on_report(self, key: str, report: EpochReport) -> None:

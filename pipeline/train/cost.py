@@ -154,6 +154,22 @@ class Capacity:
             size *= 2
         return size
 
+    @property
+    def why(self) -> str:
+        """Why `best` is what it is, in a line."""
+        best, most = self.best(), MOST_PACKED["cuda" if self.device != "cpu" else "cpu"]
+        known = ", ".join(f"{trials}: {rate:.0f}" for trials, rate in sorted(self.rates.items())) or "none yet"
+        if best not in self.rates:
+            why = f"{best} are tried"
+        elif best == most:
+            why = f"{best} are the most"
+        elif 2 * best in self.rates:
+            gain = self.rates[2 * best] / self.rates[best]
+            why = f"{best}, for {2 * best} bring {gain:.2f} times as many, and {PAYS:g} are asked"
+        else:
+            why = f"{best}, for {2 * best} would not fit the memory"
+        return f"{why}; samples a second by trials in one pass: {known}"
+
     def room(self, trials: int) -> int:
         """Return how many may join `trials` that are there."""
         return max(0, self.best() - trials)

@@ -70,6 +70,15 @@ class TrainingLoop:
             return 0
         return self.capacity.room(len(self.trials))
 
+    @property
+    def why_room(self) -> str:
+        """Why no more, or so many more, trials may join."""
+        if self.max_rows is not None:
+            return f"no more: the memory holds {self.max_rows} rows"
+        if self.exact and not self._packs_exactly():
+            return "1: in a pack a trial would not have the bits that it has alone"
+        return self.capacity.why
+
     def _packs_exactly(self) -> bool:
         """Whether the frozen modules give a trial's rows the same bits, whoever shares the pass."""
         if any(trial.facts.trains_vision or trial.config.compile for trial in self.trials):

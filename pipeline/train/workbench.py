@@ -176,6 +176,11 @@ class Workbench:
         """Return how many trials may join those that are admitted."""
         return self.loop.room() if self.loop is not None else 0
 
+    @property
+    def why_room(self) -> str:
+        """Why so many, in a line."""
+        return self.loop.why_room if self.loop is not None else ""
+
     def evict(self, key: str) -> None:
         """Drop the trial `key`."""
         if self.loop is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention, decode, evaluate, overhead, pack, reuse, scale, serve, step
+from benchmarks import attention, decode, evaluate, exits, overhead, pack, reuse, scale, serve, step
 from benchmarks.support.published import Published, published_attention
 from benchmarks.support.shapes import CPU, LEASE, DecoderShape, Workload, decoder
 from benchmarks.support.steps import Trained
@@ -169,8 +169,27 @@ def test_the_verbs_for_a_gpu_box_import_torch_and_transformers_alone() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_exits() -> None:
+    result = exits.run(seeds=2, num_samples=16, epochs=3, num_evaluation=4)
+    ratios = result["ratios"]
+    for rule, (after, keep) in exits.RULES.items():
+        assert 0 < ratios[f"{rule}_samples"] < 1 and ratios[f"{rule}_rank"] >= 1
+        assert 0 <= ratios[f"{rule}_regret"] <= 100 and 0 <= ratios[f"{rule}_within_a_point"] <= 1
+        left, share = 8, 0.0
+        for before, point in zip((0.0, *after), (*after, 3.0), strict=True):
+            share += left * (point - before) / (8 * 3)
+            left = -int(-left * keep // 1)
+        assert ratios[f"{rule}_samples"] == pytest.approx(share)
+    assert ratios["best_score_of_the_grid"] >= ratios["mean_score_of_the_grid"]
+    json.dumps(result, default=str)
+
+
 def test_pack() -> None:
-    result = pack.run(num_trials=(2,), num_samples=8, repeats=1)
+    result = pack.run(num_trials=(2,), num_samples=8, repeats=1, curve_trials=(2, 4), widths=(32,))
+    assert {name: sorted(points) for name, points in result["growth"].items()} == {
+        f"packed_over_sequential_D32T{tokens}": ["2", "4"][: 2048 // tokens // 2] if tokens > 256 else ["2", "4"]
+        for tokens in (16, 64, 256, 1024, 4096)
+    }
     assert {"packed_over_sequential_K2", "packed_over_sequential_K2_papers_step"} <= result["ratios"].keys()
     assert result["ratios"]["loss_difference_fp32"] == 0 and result["ratios"]["loss_difference_fp64"] <= 1e-8
     assert result["ratios"]["packed_equals_solo"] == 1

@@ -43,6 +43,7 @@ class Slot:
     def __init__(self, store: TrialStore) -> None:
         self.store, self.keys, self.pids = store, set(), []
         self.objective, self.epochs, self.seen = {}, Counter(), Counter()
+        self.why_room = ""
 
     async def build(self) -> None: ...
 

@@ -319,12 +319,17 @@ def test_memory_that_runs_out_halves_the_rows_and_loses_no_step(trial, tmp_path)
 def test_a_pack_grows_while_that_pays():
     capacity = Capacity("cpu")
     assert capacity.room(1) == 0  # measure first
+    assert capacity.why == "1 are tried; samples a second by trials in one pass: none yet"
     capacity.note(1, 100, 1.0, 10)
     assert capacity.best() == 2 and capacity.room(1) == 1
+    assert capacity.why == "2 are tried; samples a second by trials in one pass: 1: 100"
     capacity.note(2, 100, 0.8, 10)
     assert capacity.best() == 4
     capacity.note(4, 100, 0.79, 10)
     assert capacity.best() == 2 and capacity.room(4) == 0
+    assert capacity.why.startswith("2, for 4 bring 1.01 times as many, and 1.05 are asked; samples a second")
+    capacity.note(4, 100, 0.5, 10)
+    assert capacity.why == "4 are the most; samples a second by trials in one pass: 1: 100, 2: 125, 4: 200"
 
 
 BASELINES = [
