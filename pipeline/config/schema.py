@@ -131,6 +131,7 @@ class Sweep(Section):
     search: Literal["grid", "random", "optuna"] = "grid"
     num_samples: int = Field(16, ge=1)  # trials a cell under random and optuna
     seed: int = 0
+    warm_start: int = Field(0, ge=0)  # so many of Optuna's first points are those that were best in other searches
     scheduler: Literal["fifo", "asha", "median"] = "fifo"
     grace_epochs: int = Field(1, ge=1)
     reduction_factor: int = Field(3, ge=2)

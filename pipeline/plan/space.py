@@ -358,6 +358,11 @@ def _budgeted(cell: Cell, params: Params, budget: Budget) -> list[Point]:
     if params.sweep.search == "optuna" and params.sweep.num_samples != count:
         way_out = f"Set sweep.num_samples to {count}"
         raise InputError(f"the study's budget is {count} trials a row", where="sweep.num_samples", way_out=way_out)
+    if params.sweep.search == "optuna" and params.sweep.warm_start:
+        raise InputError(
+            "a row that starts from what runs/ knows of its method has more than the study's budget, and others may not",
+            where="sweep.warm_start", way_out="Set it to 0, or take the budget out of the study",
+        )  # fmt: skip
     known = _grid_points(cell) if params.sweep.search == "grid" else _drawn(cell, params, 50 * count)[:count]
     if len(known) < count:
         raise InputError(
@@ -461,6 +466,15 @@ def draw(domain: JsonValue, generator: random.Random, name: str) -> JsonValue:
     if kind == "loguniform":
         return math.exp(generator.uniform(math.log(low), math.log(high)))
     return generator.uniform(low, high) if kind == "uniform" else generator.randint(int(low), int(high))
+
+
+def is_in(domain: JsonValue, value: JsonValue, name: str) -> bool:
+    """Whether a value is in a search domain: one of a list, or within a range."""
+    if isinstance(domain, list):
+        return value in domain
+    kind, (low, high) = parse_range(domain, name)
+    number = _number(value)
+    return number is not None and low <= number <= high and (kind != "randint" or isinstance(number, int))
 
 
 def parse_range(domain: Any, name: str) -> tuple[str, tuple[float, float]]:

@@ -158,10 +158,13 @@ def _of_search(params: Params, cells: Sequence[Cell]) -> Iterator[str]:
         reasons["early_exit"] = "Optuna asks for points one after another, so that none has others to be compared with"
     elif not sweep.early_exit.after:
         reasons["early_exit"] = "sweep.early_exit.after names no point, so that nobody is compared"
+    if sweep.search != "optuna":
+        reasons["warm_start"] = f"sweep.search is {sweep.search}, it is for optuna"
     if sweep.search == "grid":
         reasons |= dict.fromkeys(("num_samples", "seed"), "sweep.search is grid, which takes every point")
     if not any(cell.search for cell in cells):  # a scheduler compares the trials of one search
-        of_searches = ("search", "num_samples", "seed", "scheduler", "grace_epochs", "reduction_factor", "early_exit")
+        settings = ("num_samples", "seed", "warm_start", "grace_epochs", "reduction_factor", "early_exit")
+        of_searches = ("search", "scheduler", *settings)
         reasons |= dict.fromkeys(of_searches, "no row of these studies is searched")
     if sweep.pack != 1 and not any(map(_packs, cells)):
         reasons["pack"] = "no two trials of these studies can share a pass"

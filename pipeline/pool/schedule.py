@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from pipeline.config.load import Params
+from pipeline.config.trial import TrialConfig, canonical
 from pipeline.core.errors import InputError
 from pipeline.plan.plan import Plan
-from pipeline.plan.space import Cell, parse_range
+from pipeline.plan.space import Cell, Point, is_in, parse_range
 from pipeline.records.trial import EpochReport
 
 METRIC = "objective"  # the selection score, or the negative selection loss: larger is better
@@ -121,15 +123,25 @@ class PerCell(FIFOScheduler):
 
 
 class PerCellOptuna(Searcher):
-    """Optuna's TPE for every cell with a space, the cells in turn, `num_samples` trials each."""
+    """Optuna's TPE for every cell with a space, the cells in turn, `num_samples` trials each.
 
-    def __init__(self, params: Params, cells: list[Cell]) -> None:
+    Args:
+        params: the project's.
+        cells: with a space.
+        known: trials of `runs/` and what they were chosen by, from which `sweep.warm_start` takes first points.
+    """
+
+    def __init__(self, params: Params, cells: list[Cell], known: Iterable[tuple[TrialConfig, float]] = ()) -> None:
         super().__init__(metric=METRIC, mode="max")
         self._left = {cell.name: params.sweep.num_samples for cell in cells}
+        others = [(config, score) for config, score in known if not any(_is_of(cell, config) for cell in cells)]
         self._own = {
-            cell.name: OptunaSearch(space=_optuna_space(cell), metric=METRIC, mode="max", seed=params.sweep.seed)
+            cell.name: OptunaSearch(
+                space=_optuna_space(cell), metric=METRIC, mode="max", seed=params.sweep.seed,
+                points_to_evaluate=best_elsewhere(cell, others)[: params.sweep.warm_start] or None,
+            )
             for cell in cells
-        }
+        }  # fmt: skip
         self._cell: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -159,6 +171,52 @@ class PerCellOptuna(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """See `save`."""
+
+
+def best_elsewhere(cell: Cell, known: Iterable[tuple[TrialConfig, float]]) -> list[Point]:
+    """Return points of a cell's space that were best in other searches of its method on its backbone.
+
+    Trials that differ in the searched settings alone are a search, on another task or with other samples, seeds or
+    settings; only within one are scores compared. First comes the point that was best in most of them.
+
+    Args:
+        cell: with a space.
+        known: trials that are none of this sweep's searches, and what they were chosen by.
+    """
+    searches: dict[str, list[tuple[float, Point]]] = defaultdict(list)
+    for config, score in known:
+        point = _point_of(cell, config)
+        if point is not None:
+            fixed = {name: value for name, value in _settings(config).items() if name not in point}
+            searches[canonical(fixed)].append((score, point))
+    best = [max(tried, key=lambda pair: pair[0]) for tried in searches.values() if len(tried) > 1]
+    texts = Counter(canonical(point) for score, point in best if math.isfinite(score))
+    return [json.loads(text) for text, _ in texts.most_common()]
+
+
+def _settings(config: TrialConfig) -> dict[str, Any]:
+    fields = config.model_dump(mode="json")
+    options = fields.pop("options")
+    return {**fields, **options}
+
+
+def _point_of(cell: Cell, config: TrialConfig) -> Point | None:
+    """Return the values of a trial that a cell searches over; None where they do not lie in its space."""
+    values = _settings(config)
+    if (config.backbone, config.method) != (cell.backbone, cell.method) or not cell.search.keys() <= values.keys():
+        return None
+    if not all(is_in(domain, values[name], name) for name, domain in cell.search.items()):
+        return None
+    return {name: values[name] for name in cell.search}
+
+
+def _is_of(cell: Cell, config: TrialConfig) -> bool:
+    """Whether a trial is a point of the cell itself: of before an interruption, after which the same are asked for."""
+    point = _point_of(cell, config)
+    try:
+        return point is not None and cell.trial(point).key == config.key
+    except InputError:  # the cell has no such trial
+        return False
 
 
 def _optuna_space(cell: Cell) -> dict[str, Any]:

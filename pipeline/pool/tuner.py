@@ -19,7 +19,7 @@ from ray._private import ray_constants
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
 from pipeline.config.load import Params, Requests, Sweep
-from pipeline.config.trial import MOST_PACKED
+from pipeline.config.trial import MOST_PACKED, TrialConfig
 from pipeline.core import machine
 from pipeline.core.errors import InputError, WorkError
 from pipeline.core.progress import say
@@ -259,6 +259,15 @@ def compared_groups(plan: Plan, world_size: int) -> list[list[str]]:
     return [group for group in groups if len(group) > 1]
 
 
+def trained_before(store: TrialStore) -> Iterator[tuple[TrialConfig, float]]:
+    """Give the store's finished trials that this code knows, and what each is chosen by."""
+    for key in store.all_keys():
+        with suppress(InputError):  # of other code, or damaged, which is for `trace` to say
+            score = store.objective(key)
+            if score is not None:
+                yield store.config(key), score
+
+
 def side_by_side(order: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
     """Return `order` with the trials of each group one after another, where its first one stands.
 
@@ -307,7 +316,8 @@ def _run(
     try:
         ray.get(dispatcher.start.remote())
         trainable = tune.with_resources(tune.with_parameters(TrialProxy, dispatcher=dispatcher), ON_HEAD)
-        for space, search in ((keys, None), (adaptive, PerCellOptuna(params, adaptive) if adaptive else None)):
+        known = trained_before(store) if adaptive and params.sweep.warm_start else ()
+        for space, search in ((keys, None), (adaptive, PerCellOptuna(params, adaptive, known) if adaptive else None)):
             if not space:
                 continue
             samples = len(adaptive) * params.sweep.num_samples if search else 1

@@ -200,6 +200,7 @@ def test_a_misspelt_method_or_option_is_refused_though_no_study_here_asks_for_it
         ("miniature-search", "sweep.seed=4", "changes nothing here: sweep.search is grid"),
         ("miniature-search", "sweep.grace_epochs=2", "changes nothing here: sweep.scheduler is fifo"),
         ("miniature-search", "sweep.reduction_factor=2", "sweep.scheduler is fifo, it is for asha"),
+        ("miniature-search", "sweep.warm_start=2", "sweep.search is grid, it is for optuna"),
         ("miniature-search", "sweep.early_exit={keep: 0.3}", "sweep.early_exit.after names no point"),
         ("hificl-table8", "sweep.early_exit={after: [0.5]}", "no row of these studies is searched"),
         ("hificl-table8", "subsample.tasks.mme={num_train: 8}", "none of these studies asks for mme"),
@@ -234,7 +235,8 @@ def test_a_setting_that_does_not_reach_its_trials_is_named_with_the_one_that_win
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["sweep.search=optuna", "sweep.num_samples=4", "sweep.seed=4", "sweep.scheduler=asha", "sweep.grace_epochs=2"],
+        ["sweep.search=optuna", "sweep.num_samples=4", "sweep.seed=4", "sweep.warm_start=2"],
+        ["sweep.search=optuna", "sweep.num_samples=4", "sweep.scheduler=asha", "sweep.grace_epochs=2"],
         ["sweep.early_exit={after: [0.5, 1], keep: 0.3, group: 4}"],
         ["sweep.pack=4", "sweep.scheduler=median", "sweep.grace_epochs=2", "evaluate.num_evaluation_samples=100"],
         ["subsample.num_train=1500", "train.num_train_samples=1500", "subsample.num_selection=200"],
@@ -425,6 +427,7 @@ def test_every_row_that_trains_has_the_budgets_trials(search):
             r"2 points, and every row.*5 trials \(and 5",
         ),
         (SPACES, ["sweep.search=optuna", "sweep.num_samples=2"], "budget is 3 trials a row.*num_samples to 3"),
+        (SPACES, ["sweep.search=optuna", "sweep.num_samples=3", "sweep.warm_start=1"], "warm_start: .*than the study's"),
     ],
 )
 def test_a_budget_that_a_row_cannot_have_is_refused(budget, more, says):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,11 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from pipeline.config.load import Params, load
+from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.plan.plan import Plan, as_given, make_plan, places
 from pipeline.plan.space import Cell, cells
-from pipeline.pool.schedule import PerCell, PerCellOptuna, _optuna_space, make_scheduler
+from pipeline.pool.schedule import PerCell, PerCellOptuna, _optuna_space, best_elsewhere, make_scheduler
 from pipeline.records.trial import EpochReport
 from tests.conftest import ROOT
 
@@ -204,6 +206,37 @@ def searcher() -> tuple[PerCellOptuna, dict[str, Cell]]:
     found = plan_of(params).searched
     assert len(found) > 1
     return PerCellOptuna(params, found), {cell.name: cell for cell in found}
+
+
+def test_a_search_begins_with_what_was_best_in_most_others_of_its_method():
+    """Of three searches on other samples two prefer a rate; one of a single trial, of another method or out of the
+    space says nothing, and neither do the cell's own trials, whatever they came out as."""
+    params = params_with("sweep.search=optuna", f"sweep.num_samples={SAMPLES}", "sweep.seed=5", "sweep.warm_start=2")
+    searched = {"learning_rate": {"loguniform": [0.001, 0.1]}}
+    hificl, mimic = (
+        next(c for c in plan_of(params).searched if c.method == method and c.task == "mini-vqa")
+        for method in ("hificl", "mimic")
+    )
+    cell = replace(hificl, search=searched)
+
+    def trials(seed: int, scores: Mapping[float, float], **other: Any) -> list[tuple[TrialConfig, float]]:
+        made = cell.trial({"learning_rate": 0.01}).model_copy(update={"seed": seed, **other})
+        return [(made.model_copy(update={"learning_rate": rate}), score) for rate, score in scores.items()]
+
+    known = [
+        *trials(7, {0.002: 50.0, 0.02: 60.0, 0.05: 40.0}), *trials(8, {0.002: 71.0, 0.02: 70.0}),
+        *trials(9, {0.02: 1.0, 0.05: 0.5}), *trials(10, {0.09: 99.0}), *trials(11, {0.5: 99.0, 0.6: 98.0}),
+        *trials(12, {0.03: -math.inf, 0.04: -math.inf}), *trials(0, {0.07: 99.0, 0.08: 98.0}),
+        *trials(13, {0.06: 99.0, 0.05: 98.0}, method="mimic"), *trials(14, {0.06: 9.0, 0.05: 8.0}, backbone="other"),
+    ]  # fmt: skip
+    assert hificl.trial({"learning_rate": 0.07}).seed == 0
+    optuna = PerCellOptuna(params, [cell], known)
+    asked = [optuna.suggest(f"trial {number}")["learning_rate"] for number in range(3)]
+    assert asked[:2] == [0.02, 0.002]
+    cold = PerCellOptuna(params_with("sweep.search=optuna", f"sweep.num_samples={SAMPLES}", "sweep.seed=5"), [cell], known)
+    assert cold.suggest("trial")["learning_rate"] == asked[2], "Optuna's own points are as without"
+    assert best_elsewhere(replace(mimic, search=searched), known) == [{"learning_rate": 0.06}]
+    assert best_elsewhere(replace(cell, search={"rank": [2, 4]}), known) == []
 
 
 def test_cells_take_turns_and_ask_for_num_samples_points_each():
