@@ -44,7 +44,12 @@ def track(place: tuple[str, str], plan: Plan, where: Path, measured: int, findin
     findings.file(f"{name}_mib", [_bytes(uri) / 2**20])
     full = _log(sync, keys[-measured:])
     findings.file(f"{name}_trial_ms_full", [1000 * value for value in full])
-    again = _sync(Tracker(uri, where), store, plan, study)
+    start = time.perf_counter()
+    opened = Tracker(uri, where)
+    opened.prepare([study])
+    opened.end_leftovers()
+    again = _sync(opened, store, plan, study)
+    findings.file(f"{name}_ready_seconds", [time.perf_counter() - start])
     start = time.perf_counter()
     for key in keys[: measured // 2]:
         again.on_end(key, None)

@@ -71,10 +71,17 @@ class MlflowSync(Watcher):
         for study, parent in self.parents.items():
             self._bring(f"sweep {study}", partial(self.tracker.close, parent, FAILED if failed else FINISHED))
 
-    def record_done(self, keys: Collection[str]) -> None:
-        """Log trials that the store has done; those whose runs say so already are passed over, a thousand at a look."""
-        if keys:
-            self._bring("trials that are done", partial(self._record_done, frozenset(keys)))
+    def record_done(self, keys: Collection[str], *, later: bool = False) -> None:
+        """Log trials that the store has done; those whose runs say so already are passed over, a thousand at a look.
+
+        With `later` it is done before what is heard next: of 5,000 trials MLflow takes ten seconds to tell what it has,
+        for which no slot should wait.
+        """
+        name, work = "trials that are done", partial(self._record_done, frozenset(keys))
+        if keys and later:
+            self._lacking[name] = work
+        elif keys:
+            self._bring(name, work)
 
     # -- a watcher of `supervisor.train` -----------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ def _sweep(plan: Plan, store: TrialStore, sync: MlflowSync, driver: Driver | Non
             store.finish(key, TrialEnd(status="finished", epochs=0, trainable_parameters=0))
         elif key not in todo:  # stopped by hand while nothing trained it
             store.finish(key, checkpoint.stopped(store.trial(key).checkpoint))
-    sync.record_done(plan.trials.keys() - set(todo))
+    sync.record_done(plan.trials.keys() - set(todo), later=bool(todo or points))
     errors: dict[str, str] = {}
     if todo or points:
         started = time.monotonic()
