@@ -152,6 +152,7 @@ FINDS = {"no fencing at a rename": 471, "a digest is not checked": 220}  # playe
 def test_a_fault_put_into_the_code_is_found(name: str) -> None:
     for stops, diverges, poison in itertools.product((frozenset(), frozenset({1})), (None, 2), (None, 0)):
         undisturbed(stops, diverges, poison)  # before anything is broken
+    undisturbed(frozenset(), None, None, exits=True)
     with pytest.MonkeyPatch.context() as patch:
         BREAKS[name](patch)
         known.forget()

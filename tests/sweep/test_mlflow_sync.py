@@ -185,6 +185,25 @@ def test_what_mlflow_has_is_passed_over_and_what_it_lacks_is_mended(tmp_path: Pa
     assert project.logged(killed) == [1, 2]
 
 
+def test_where_slots_wait_for_work_what_is_done_is_compared_before_what_is_heard_next(tmp_path: Path) -> None:
+    project = Project(tmp_path, 3)
+    *done, begun = project.keys
+    for key in done:
+        project.train(key, EPOCHS, "finished")
+    sync = project.sync()
+    sync.record_done(done, later=True)
+    assert not sync.tracker.ended_trials("study", sync.parents["study"])
+    project.train(begun, 1, None)
+    sync.on_start(begun)
+    runs = sync.tracker.ended_trials("study", sync.parents["study"])
+    assert {key: run.status for key, run in runs.items()} == dict.fromkeys(done, FINISHED)
+    again = project.sync()
+    again.record_done([], later=True)
+    again.record_done(done, later=True)
+    again.settle(60.0)
+    assert not again._lacking and not again._runs
+
+
 @pytest.mark.parametrize(
     ("calls", "carried_out"),
     [(0, True), (3, False), (6, True), (9, True), (12, False), (14, True), (16, True), (18, True), (21, True)],
