@@ -57,9 +57,9 @@ def run(
     """Train a grid of HiFICL on the miniature to its end, seed by seed, and replay rules of `sweep.early_exit` over it.
 
     A trial has the same bits whoever is beside it, so what a rule would have stopped is known from the whole grid: the
-    losses are those that the trials report at the points, the rule is the pool's own. Of a rule, `samples` is the share of
-    the grid's samples that are trained on, `regret` the points of accuracy between the grid's best trial and the best
-    that stayed, `rank` that one's place in the grid, all as means over the seeds; `within_a_point` is the share of
+    losses are those that the trials report at the points, the rule is the pool's own. Of a rule, `samples` is the share
+    of the grid's samples that are trained on, `regret` the points of accuracy between the grid's best trial and the
+    best that stayed, `rank` that one's place in the grid, all as means over the seeds; `within_a_point` is the share of
     seeds whose regret is at most 1. A rule is named by its points in epochs; half of a group stays at each.
 
     Args:
@@ -110,7 +110,7 @@ def _searched(bench: Workbench, made: Trials, seed: int, epochs: int, points: Se
 def _trained(bench: Workbench, request: TrialRequest) -> Trained:
     evaluation = bench.score(request, EvaluationConfig(trial=request.key, max_new_tokens=4))
     losses = {loss.after: loss.loss for loss in TrialFolder(Path(request.folder)).compared()}
-    return Trained(request.key, evaluation.value, losses)
+    return Trained(request.key, evaluation.value or 0.0, losses)
 
 
 def _replayed(search: Sequence[Trained], after: Sequence[float], keep: float, epochs: int) -> Replayed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,8 +37,8 @@ def run(
     alone; `bits_over_batched_K` is what that takes, its seconds over those of a pack whose trials share attention too.
     `packed_over_sequential_K` is in samples per second, for the miniature's own step of 8 samples; `_papers_step` for
     the papers' step of 2 x 2. `loss_difference` is the largest difference of the epochs' mean losses, and
-    `packed_equals_solo` 1 where, in fp32, every bit of losses and adapters is the same. `packed_over_sequential_DxTy` is
-    where packs pay: HiFICL on random decoders of width x and four layers, y tokens a trial's step, by the number of
+    `packed_equals_solo` 1 where, in fp32, every bit of losses and adapters is the same. `packed_over_sequential_DxTy`
+    is where packs pay: HiFICL on random decoders of width x and four layers, y tokens a trial's step, by the number of
     trials, without data and bookkeeping; what exceeds 2,048 tokens a pass on a CPU is left out. On a CPU everything
     runs on one thread.
 
@@ -67,7 +67,9 @@ def run(
         findings.file("loss_difference_fp64", [_compared(bench, made, max(num_trials), torch.float64)[0]])
     with one_thread(device):
         growth = {
-            f"packed_over_sequential_D{width}T{rows * length}": _curve(device, width, rows, length, curve_trials, repeats)
+            f"packed_over_sequential_D{width}T{rows * length}": _curve(
+                device, width, rows, length, curve_trials, repeats
+            )
             for width in widths
             for rows, length in STEPS
         }
@@ -91,21 +93,23 @@ def _curve(
         ids = torch.randint(0, shape.vocabulary, (k, rows, length), device=device)
         step = partial(_step, model, device)
         timed = alternate(
-            {
-                "alone": lambda step=step, trained=trained, optimizers=optimizers, ids=ids: [
-                    step([adapter], [optimizer], part[None])
-                    for adapter, optimizer, part in zip(trained, optimizers, ids, strict=True)
-                ],
-                "together": partial(step, trained, optimizers, ids),
-            },
+            {"alone": partial(_one_by_one, step, trained, optimizers, ids),
+             "together": partial(step, trained, optimizers, ids)},
             repeats, device=device,
         )  # fmt: skip
         found[str(k)] = timed.ratio("alone", "together")
     return found
 
 
+def _one_by_one(
+    step: Callable[..., None], trained: Sequence[Adapter], optimizers: Sequence[torch.optim.Optimizer], ids: Tensor
+) -> None:
+    for adapter, optimizer, part in zip(trained, optimizers, ids, strict=True):
+        step([adapter], [optimizer], part[None])
+
+
 def _step(
-    model: nn.Module, device: str, trained: Sequence[Adapter], optimizers: Sequence[torch.optim.Optimizer], ids: Tensor
+    model: Any, device: str, trained: Sequence[Adapter], optimizers: Sequence[torch.optim.Optimizer], ids: Tensor
 ) -> None:
     """Forward and backward once for the trials' tokens [K, B, T], then clip and update each one's adapter."""
     pack = Pack(list(trained), apart=device == "cpu")  # as the training loop has it

@@ -111,7 +111,7 @@ class Retry(Section):
 
 
 class EarlyExit(Section):
-    """Which trials of a search end before it: at each point those whose training loss is not among the best."""
+    """Who leaves a search before its end: at each point those whose training loss is not among the best."""
 
     after: tuple[Annotated[float, Field(gt=0)], ...] = ()  # in epochs, 0.5: within the first; none: nobody is compared
     keep: float = Field(0.5, gt=0, lt=1)  # what share of the trials that are compared goes on
@@ -121,7 +121,7 @@ class EarlyExit(Section):
     @classmethod
     def _one_after_another(cls, after: tuple[float, ...]) -> tuple[float, ...]:
         if list(after) != sorted(set(after)):
-            raise ValueError("points come one after another")
+            raise ValueError("each point has to lie behind the one before it")
         return after
 
 

@@ -360,7 +360,7 @@ def _budgeted(cell: Cell, params: Params, budget: Budget) -> list[Point]:
         raise InputError(f"the study's budget is {count} trials a row", where="sweep.num_samples", way_out=way_out)
     if params.sweep.search == "optuna" and params.sweep.warm_start:
         raise InputError(
-            "a row that starts from what runs/ knows of its method has more than the study's budget, and others may not",
+            "a row that starts from what runs/ knows of its method has more than the study's budget",
             where="sweep.warm_start", way_out="Set it to 0, or take the budget out of the study",
         )  # fmt: skip
     known = _grid_points(cell) if params.sweep.search == "grid" else _drawn(cell, params, 50 * count)[:count]

@@ -101,9 +101,10 @@ class Dispatcher:
         """
         request = self.resolve(tune_config)
         key = request.key
-        if self.queue.is_open(key) or key in self.left:
+        if self.queue.is_open(key) or (key in self.left and key in self.mail):
             return key
         self.store.check_held()
+        self._compare()  # by what the ledger knows of those that were compared before
         self.store.open(request.config)
         end = self.store.done(key)
         known = await self._seen_epochs(key) if end is not None and end.final else []
@@ -114,6 +115,8 @@ class Dispatcher:
         else:
             self.queue.submit(request, done=False)
             self.store.reopen(key)
+            if key in self.left:
+                self._carry_out(self.queue.stop(key))
             self.queued.set()
         return key
 
@@ -208,7 +211,7 @@ class Dispatcher:
         slot.keys.difference_update(trial.key for trial in self.queue.release_ended(state))
 
     async def _take_in(self, slot: Slot, state: SlotState, reports: Sequence[TrialReport]) -> None:
-        """Hand over what a slot reports; trials that have to wait for those they are compared with free their places."""
+        """Hand over what a slot reports; trials that wait for those they are compared with free their places."""
         for report in reports:
             for loss in report.compared:
                 self.halving.tell(report.key, loss.after, loss.loss)

@@ -1,4 +1,4 @@
-"""Which trial trains where, who shares a slot, what becomes of a lost one's trials, who leaves: decisions, nothing else.
+"""Which trial trains where, who shares a slot, who leaves, what becomes of a lost slot's trials: decisions alone.
 
 Nothing here knows Ray, a clock, a file or a process. The dispatcher asks, and does what it is told.
 """
@@ -333,18 +333,24 @@ class Halving:
 
     def __init__(self, after: Sequence[float] = (), keep: float = 0.5, groups: Iterable[Sequence[str]] = ()) -> None:
         self._after, self._keep = after, keep
-        self._groups = [_Group(list(keys)) for keys in groups]
-        self._group_of = {key: group for group in self._groups for key in group.keys}
+        self._group_of = {key: group for group in map(_Group, map(list, groups)) for key in group.keys}
         self._losses: dict[tuple[str, float], float | None] = {}
         self._ended: set[str] = set()
+        self._news: set[_Group] = set()  # groups that something was told of
 
     def tell(self, key: str, after: float, loss: float | None) -> None:
         """Take in a trial's loss at a point; None: it is past it, and nothing is known."""
         self._losses.setdefault((key, after), loss)
+        self._note(key)
 
     def end(self, key: str) -> None:
         """Note that a trial has ended, so that nobody waits for it."""
         self._ended.add(key)
+        self._note(key)
+
+    def _note(self, key: str) -> None:
+        if key in self._group_of:
+            self._news.add(self._group_of[key])
 
     def waits(self, key: str) -> bool:
         """Whether a trial has come to a point at which others are still to come."""
@@ -356,7 +362,8 @@ class Halving:
     def leaving(self) -> dict[str, str]:
         """Compare the groups that are complete; return the trials that leave, and why."""
         out: dict[str, str] = {}
-        for group in self._groups:
+        while self._news:
+            group = self._news.pop()
             while group.at < len(self._after) and all(self._is_there(key, self._after[group.at]) for key in group.keys):
                 out |= self._compared(group, self._after[group.at])
                 group.at += 1

@@ -281,12 +281,13 @@ def side_by_side(order: Sequence[str], groups: Sequence[Sequence[str]]) -> list[
 
 
 def halving_of(groups: Sequence[Sequence[str]], keys: Collection[str], sweep: Sweep, store: TrialStore) -> Halving:
-    """Return who leaves early, told what earlier sweeps saw of the trials that are not among the open `keys`."""
+    """Return who leaves early, told what earlier sweeps saw; trials that are not among the open `keys` have ended."""
     halving = Halving(sweep.early_exit.after, sweep.early_exit.keep, groups)
-    for key in (key for group in groups for key in group if key not in keys):
+    for key in (key for group in groups for key in group):
         for loss in store.trial(key).compared():
             halving.tell(key, loss.after, loss.loss)
-        halving.end(key)
+        if key not in keys:
+            halving.end(key)
     return halving
 
 

@@ -156,7 +156,7 @@ def _choose(params: Params, cell: Cell, store: TrialStore) -> Choice:
         if not (end and end.final) and store.halted(config.key):
             halted = True  # its number would stand beside those of whole trainings
             problem = problem or f"trial {config.key} was stopped by hand; `hificl resume {config.key}` lets it go on"
-        elif end is None or end.status not in ("finished", "stopped") or (end.status == "stopped" and not end.epochs):
+        elif end is None or not (end.status == "finished" or (end.status == "stopped" and end.epochs)):
             problem = problem or (end.error if end else None) or f"trial {config.key} is {status}"
         elif best is None or (objective is not None and objective > best_objective):
             best, best_objective = row, objective if objective is not None else float("-inf")

@@ -263,8 +263,9 @@ class MlflowSync(Watcher):
         if end.packed is not None:
             self.tracker.tag(run_id, {"packed": end.packed} | ({} if end.exact is None else {"exact": end.exact}))
         if end.status == "stopped":
-            left = {"left_search": end.error} if end.error else {}
-            self.tracker.tag(run_id, {"stopped_after": end.epochs} | left)
+            self.tracker.tag(run_id, {"stopped_after": end.epochs})
+            if end.error:
+                self.tracker.tag(run_id, {"left_search": end.error})
         if acts := self.store.acts(key):
             self.tracker.tag(run_id, {"by_hand": "; ".join(act.told for act in acts)})
         self.tracker.close(run_id, ENDS[end.status], None if end.status == "stopped" else end.error)

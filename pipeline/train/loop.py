@@ -338,7 +338,7 @@ class TrainingLoop:
     # -- the end of an epoch -------------------------------------------------------------------------------------------
 
     def _end_epoch(self) -> list[TrialReport]:
-        """Report the trials that have diverged or are compared; score, keep and report those whose epoch is complete."""
+        """Report who has diverged or is compared; score, keep and report the trials whose epoch is complete."""
         diverged = self._diverged()
         complete = [trial for trial in self.trials if not trial.error and trial.steps_left == 0]
         reports = [self._let_go(trial, trial.diverged_report()) for trial in diverged]

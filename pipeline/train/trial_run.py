@@ -41,7 +41,6 @@ from pipeline.train.engine import ENGINES, Student
 from pipeline.train.prefix_sharing import shared_prefix_length
 from pipeline.train.teacher import Demonstrations, Teacher
 
-
 _WINDOW = 0.1  # of an epoch: the steps over which the loss is averaged by which trials are compared
 
 

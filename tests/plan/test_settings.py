@@ -427,7 +427,11 @@ def test_every_row_that_trains_has_the_budgets_trials(search):
             r"2 points, and every row.*5 trials \(and 5",
         ),
         (SPACES, ["sweep.search=optuna", "sweep.num_samples=2"], "budget is 3 trials a row.*num_samples to 3"),
-        (SPACES, ["sweep.search=optuna", "sweep.num_samples=3", "sweep.warm_start=1"], "warm_start: .*than the study's"),
+        (
+            SPACES,
+            ["sweep.search=optuna", "sweep.num_samples=3", "sweep.warm_start=1"],
+            "warm_start: .*than the study's budget",
+        ),
     ],
 )
 def test_a_budget_that_a_row_cannot_have_is_refused(budget, more, says):

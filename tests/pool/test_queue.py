@@ -531,7 +531,9 @@ class Pool(RuleBasedStateMachine):
 
     @invariant()
     def every_open_trial_is_in_one_place_and_every_ended_one_in_none(self) -> None:
-        places = Counter([*self.queue.waiting, *self.queue.parked, *(trial for slot in self.queue.slots for trial in slot.trials)])
+        places = Counter(
+            [*self.queue.waiting, *self.queue.parked, *(trial for slot in self.queue.slots for trial in slot.trials)]
+        )
         for trial in self.trials:
             assert places[trial] == (not trial.ended)
             assert self.ends[trial] == trial.ended

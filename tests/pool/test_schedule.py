@@ -233,7 +233,9 @@ def test_a_search_begins_with_what_was_best_in_most_others_of_its_method():
     optuna = PerCellOptuna(params, [cell], known)
     asked = [optuna.suggest(f"trial {number}")["learning_rate"] for number in range(3)]
     assert asked[:2] == [0.02, 0.002]
-    cold = PerCellOptuna(params_with("sweep.search=optuna", f"sweep.num_samples={SAMPLES}", "sweep.seed=5"), [cell], known)
+    cold = PerCellOptuna(
+        params_with("sweep.search=optuna", f"sweep.num_samples={SAMPLES}", "sweep.seed=5"), [cell], known
+    )
     assert cold.suggest("trial")["learning_rate"] == asked[2], "Optuna's own points are as without"
     assert best_elsewhere(replace(mimic, search=searched), known) == [{"learning_rate": 0.06}]
     assert best_elsewhere(replace(cell, search={"rank": [2, 4]}), known) == []

@@ -120,6 +120,8 @@ class Comparing(Slot):
     async def admit(self, request) -> int:
         self.points.setdefault(request.key, list(request.compared_after))
         self.rate[request.key] = request.config.learning_rate
+        with (self.store.root / "admitted").open("a") as file:
+            file.write(f"{request.key}\n")
         return await super().admit(request)
 
     async def advance(self) -> list[TrialReport]:
@@ -127,6 +129,7 @@ class Comparing(Slot):
         if not self.points[key]:
             return await super().advance()
         loss = ComparedLoss(after=self.points[key].pop(0), step=1, loss=abs(math.log(self.rate[key] / 0.01)))
+        self.store.trial(key).write_compared([*self.store.trial(key).compared(), loss])
         return [TrialReport(key, self.epochs[key], compared=(loss,))]
 
 
@@ -156,6 +159,12 @@ def test_trials_of_a_search_leave_it_within_an_epoch_by_their_losses_alone(tmp_p
         assert {end.status for rate, end in ends.items() if rate not in (0.008, 0.03)} == {"stopped"}
         assert ends[0.003].error == "left the search after 0.5 epochs: a loss of 1.204, number 3 of 3"
         assert ends[0.05].error == "left the search after 0.25 epochs: a loss of 1.609, number 4 of 6"
+    left = {key: end for key in plan.trials if (end := store.done(key)).status == "stopped"}
+    admitted = (store.root / "admitted").read_text()
+    told.clear()
+    tuner.run_trials(plan, list(left), params, told.append, store, Compared)  # the next sweep: by the ledger alone
+    assert {message.key for message in told if isinstance(message, TrialEnded)} == left.keys()
+    assert {key: store.done(key) for key in left} == left and (store.root / "admitted").read_text() == admitted
 
 
 @pytest.mark.slow

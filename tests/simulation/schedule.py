@@ -789,9 +789,7 @@ Now.real_clock = staticmethod(time.process_time)
 
 
 @functools.cache
-def undisturbed(
-    stops: frozenset[int], diverges: int | None, poison: int | None, exits: bool = False
-) -> dict[str, Any]:
+def undisturbed(stops: frozenset[int], diverges: int | None, poison: int | None, exits: bool = False) -> dict[str, Any]:
     """Return the result of a sweep that nothing disturbs."""
     run = Run(0, Kind(stops=stops, diverges=diverges, poison=poison, exits=exits))
     outcome = run.go(None)

@@ -144,7 +144,7 @@ def test_a_trial_that_is_compared_within_an_epoch_goes_on_from_there_with_the_bi
     assert folder.compared() == list(told.values())
     assert [loss.step for loss in told.values()] == [2, 5, 8]
     assert whole_state(Path(cut.folder)) == whole_state(Path(whole.folder))
-    if name == "dropout":  # without a teacher the training loss is the answers' cross-entropy; a tenth of 5 steps is one
+    if name == "dropout":  # without a teacher it is the training loss; a tenth of 5 steps is one
         losses = [loss for epoch in folder.losses().values() for loss in epoch]
         assert [loss.loss for loss in told.values()] == [losses[loss.step - 1] for loss in told.values()]
 
