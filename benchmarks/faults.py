@@ -9,7 +9,8 @@ from typing import Any
 
 from benchmarks.overhead import prepare, timed
 from benchmarks.support.timing import Findings, quartiles, report
-from pipeline.records.store import Journal, TrialStore
+from pipeline.records.journal import Journal
+from pipeline.records.store import TrialStore
 
 
 def run(

@@ -35,7 +35,8 @@ from pipeline.pool.queue import (
 )
 from pipeline.pool.slot import Slot
 from pipeline.records import Unreadable, Unseen
-from pipeline.records.store import Displaced, Journal, TrialStore
+from pipeline.records.journal import Journal
+from pipeline.records.store import Displaced, TrialStore
 from pipeline.records.trial import EpochReport, TrialEnd, TrialReport, replayed
 from pipeline.train import checkpoint
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.core.errors import HificlError
-from pipeline.records.store import JournalEvent
+from pipeline.records.journal import JournalEvent
 from pipeline.records.trial import EpochReport
 
 if TYPE_CHECKING:  # whoever reads messages needs neither torch nor a plan

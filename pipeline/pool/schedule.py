@@ -194,7 +194,7 @@ def best_elsewhere(cell: Cell, known: Iterable[tuple[TrialConfig, float]]) -> li
     return [json.loads(text) for text, _ in texts.most_common()]
 
 
-def _settings(config: TrialConfig) -> dict[str, Any]:
+def _settings(config: TrialConfig) -> Point:
     fields = config.model_dump(mode="json")
     options = fields.pop("options")
     return {**fields, **options}

@@ -50,7 +50,8 @@ from pipeline.pool.processes import (
     reap,
 )
 from pipeline.records.evaluation import Evaluation
-from pipeline.records.store import Journal, TrialStore, sentence
+from pipeline.records.journal import Journal, sentence
+from pipeline.records.store import TrialStore
 
 if TYPE_CHECKING:
     from pipeline.measure import Measure, MeasureJob

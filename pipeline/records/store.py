@@ -8,7 +8,7 @@ checkpoint/      the last two epochs' states, for resuming (`train.checkpoint`)
 adapter/         the chosen epoch's adapter
 done.json        written last, by an atomic rename: the trial is done
 
-Beside them, acts.jsonl has what was done to trials by hand, and journal.jsonl what happened to a sweep.
+Beside them, acts.jsonl has what was done to trials by hand, and journal.jsonl what happened to a sweep (`journal`).
 
 All but the checkpoints' engine files and the adapter are written here, each whole. Resume goes by this ledger and never
 by Ray's history, which offers finished trials again.
@@ -23,16 +23,12 @@ a folder too, `.holder/<id>/`, through which it ends and reopens trials.
 from __future__ import annotations
 
 import errno
-import math
 import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-from pydantic import ConfigDict, Field, JsonValue
 
 from pipeline.config.trial import TrialConfig
 from pipeline.core.errors import InputError
@@ -48,7 +44,7 @@ from pipeline.core.files import (
 )
 from pipeline.core.locks import held, holder
 from pipeline.core.progress import say
-from pipeline.records import Json, Number, Record, Unreadable, Unseen, lines
+from pipeline.records import Unreadable, Unseen, lines
 from pipeline.records.trial import (
     AGAIN,
     Act,
@@ -547,76 +543,3 @@ class TrialFolder:
     def _write_losses(self, kept: Mapping[int, tuple[float, ...]]) -> None:
         rows = (StepLosses(epoch=number, train_loss=values) for number, values in kept.items())
         write_atomic(self._losses, "".join(row.text(indent=None) + "\n" for row in rows), self.within)
-
-
-_LONGEST = 200  # characters of a fact in a sentence
-
-
-class Journal:
-    """Appends events and reads new ones, with `whole` also those that are there already."""
-
-    def __init__(self, root: Path | str, *, whole: bool = False) -> None:
-        self.path = Path(root) / "journal.jsonl"
-        self._seen = self.path.stat().st_size if self.path.exists() and not whole else 0
-
-    def note(self, event: str, **facts: Any) -> None:
-        """Append an event; a disk that is full must not end the sweep that says so."""
-        line = JournalEvent(time=round(time.time(), 3), event=event, **facts).text(indent=None)
-        try:
-            with self.path.open("ab+") as file:
-                file.seek(max(0, file.tell() - 1))
-                torn = file.read() not in (b"", b"\n")  # by a full disk, or a crash in the middle of a line
-                file.write(("\n" * torn + line + "\n").encode())
-        except OSError:
-            pass
-
-    def news(self) -> list[JournalEvent]:
-        """Return the events since this journal was opened or last asked, whoever wrote them, but for damaged ones."""
-        if not self.path.exists() or self.path.stat().st_size <= self._seen:
-            return []
-        with self.path.open("rb") as file:
-            file.seek(self._seen)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._seen += len(whole)
-        events = []
-        for line in filter(bytes.strip, whole.split(b"\n")):
-            try:
-                events.append(JournalEvent.parse(line, str(self.path), ""))
-            except InputError as error:
-                begun = line[:40].decode(errors="replace")
-                say(f"note: {self.path} has a damaged line, which is passed over: {begun!r} ({error.what})")
-        return events
-
-
-def sentence(event: str, facts: Mapping[str, Any]) -> str:
-    """Return an event with its facts in one line, with the beginning of what others say (Ray says pages)."""
-    whole = {name: str(value) for name, value in facts.items()}
-    begun = {name: text.partition("\n")[0][:_LONGEST] for name, text in whole.items()}
-    more = " (all of it in runs/journal.jsonl)" if begun != whole else ""
-    return f"{event}: " + ", ".join(f"{name} {text}" for name, text in begun.items()) + more
-
-
-class JournalEvent(Record):
-    """One event. Its facts stand beside `time` and `event`, and each kind of event has its own.
-
-    Attributes:
-        time: in seconds since 1970.
-        event: what happened.
-    """
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
-
-    time: Number
-    event: str
-
-    @property
-    def facts(self) -> Json:
-        """What is known of it, by name."""
-        return self.__pydantic_extra__
-
-    def number(self, fact: str) -> float:
-        """Return a fact that is a number; NaN where it is none."""
-        value = self.facts.get(fact)
-        return float(value) if isinstance(value, int | float) else math.nan

@@ -22,7 +22,8 @@ from pipeline.core.progress import say
 from pipeline.plan.plan import Places, Plan, all_cells, make_plan, places
 from pipeline.plan.space import Cell
 from pipeline.pool.processes import ENDING, KEEPING
-from pipeline.records.store import Journal, TrialStore
+from pipeline.records.journal import Journal
+from pipeline.records.store import TrialStore
 from pipeline.records.trial import Attempts, Provenance, TrialEnd
 from pipeline.sweep.train import check_open_engines
 from pipeline.tracking.provenance import provenance

@@ -24,7 +24,8 @@ from pipeline.core.locks import held
 from pipeline.plan.plan import places
 from pipeline.records import part_of
 from pipeline.records.evaluation import Evaluation, Evaluations
-from pipeline.records.store import Journal, TrialStore
+from pipeline.records.journal import Journal
+from pipeline.records.store import TrialStore
 from pipeline.records.trial import Act
 from pipeline.sweep.evaluate import evaluate
 from pipeline.sweep.train import BY_HAND, sweep

@@ -29,7 +29,8 @@ from pipeline.core.errors import HificlError, InputError
 from pipeline.core.plain_yaml import Json
 from pipeline.core.progress import say
 from pipeline.plan.plan import Inputs, TrialRow, places, trial_rows
-from pipeline.records.store import Journal, TrialStore, sentence
+from pipeline.records.journal import Journal, sentence
+from pipeline.records.store import TrialStore
 from pipeline.records.trial import Act
 from pipeline.sweep import recorded
 from pipeline.sweep.mlflow_sync import curve

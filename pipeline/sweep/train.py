@@ -25,7 +25,8 @@ from pipeline.plan.plan import Plan, all_cells, make_plan, places
 from pipeline.plan.unheard import unheard
 from pipeline.pool.processes import in_order
 from pipeline.pool.supervisor import Driver, ahead, train
-from pipeline.records.store import Displaced, Journal, TrialStore
+from pipeline.records.journal import Journal
+from pipeline.records.store import Displaced, TrialStore
 from pipeline.records.trial import TrialEnd
 from pipeline.sweep.mlflow_sync import MlflowSync, experiment_note
 from pipeline.sweep.view import View

@@ -23,7 +23,8 @@ from pipeline.core.progress import console, say
 from pipeline.core.terminal import BAD, QUIET, table
 from pipeline.plan.plan import Plan
 from pipeline.pool.messages import Watcher
-from pipeline.records.store import JournalEvent, TrialStore, sentence
+from pipeline.records.journal import JournalEvent, sentence
+from pipeline.records.store import TrialStore
 from pipeline.records.trial import EpochReport
 from pipeline.sweep.mlflow_sync import name_parts
 from pipeline.tasks import tasks

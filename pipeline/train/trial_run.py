@@ -319,14 +319,10 @@ class TrialRun:
         total = self.per_epoch * self.config.epochs
         steps = {point: max(1, round(point * self.per_epoch)) for point in after}
         self._points = {point: step for point, step in steps.items() if step < total}
-        self._compared: dict[float, ComparedLoss] = {}
+        known = {(loss.after, loss.step): loss for loss in self.folder.compared()} if self._points else {}
+        behind = [ComparedLoss(after=point, step=step) for point, step in self._points.items() if step <= self.step]
+        self._compared = {loss.after: known.get((loss.after, loss.step), loss) for loss in behind}
         self._told: set[float] = set()  # points that this process has reported
-        known = {loss.after: loss for loss in self.folder.compared()} if self._points else {}
-        for point, step in self._points.items():
-            if step <= self.step:
-                unknown = ComparedLoss(after=point, step=step)
-                loss = known.get(point, unknown)
-                self._compared[point] = loss if loss.step == step else unknown
 
     @property
     def at_a_point(self) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.records.store import Journal
+from pipeline.records.journal import Journal
 from tests.conftest import ROOT
 from tests.e2e.conftest import Project
 

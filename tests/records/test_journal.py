@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from pipeline.records.store import Journal, sentence
+from pipeline.records.journal import Journal, sentence
 
 
 def test_a_torn_line_hides_no_event_and_is_named(tmp_path, capsys):

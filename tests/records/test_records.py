@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from pipeline.core.errors import InputError
 from pipeline.records import Record, Unreadable, Unseen, as_written, say_once
 from pipeline.records.evaluation import Evaluation, Evaluations, Measurement, StudyFile
-from pipeline.records.store import JournalEvent, TrialFolder, check_adapter
+from pipeline.records.journal import JournalEvent
+from pipeline.records.store import TrialFolder, check_adapter
 from pipeline.records.trial import CheckpointState, EpochReport, Provenance, StepLosses, TrialEnd, TrialRecord
 
 OLD = Path(__file__).parents[1] / "golden/records"  # as version 1.2 wrote them

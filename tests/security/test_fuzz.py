@@ -35,7 +35,8 @@ from pipeline.plan.plan import make_plan
 from pipeline.plan.space import Digests, cells
 from pipeline.records import Record
 from pipeline.records.evaluation import Evaluations
-from pipeline.records.store import Journal, TrialFolder
+from pipeline.records.journal import Journal
+from pipeline.records.store import TrialFolder
 from pipeline.records.trial import Act, Attempts, Best, CheckpointState, EpochReport, EpochSoFar
 from pipeline.sweep.recorded import read_recorded
 from pipeline.tracking.provenance import data_digests

@@ -13,7 +13,7 @@ import pytest
 from pipeline.core import files
 from pipeline.pool.queue import Queue
 from pipeline.records import store
-from pipeline.records.store import Journal, JournalEvent
+from pipeline.records.journal import Journal, JournalEvent
 from pipeline.records.trial import CheckpointState
 from pipeline.train import checkpoint
 from tests.simulation import known

@@ -18,7 +18,8 @@ from pipeline.commands.studies import slurm_script
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
 from pipeline.plan.plan import Inputs, all_cells, as_given, places
-from pipeline.records.store import LEASES, Journal, TrialStore
+from pipeline.records.journal import Journal
+from pipeline.records.store import LEASES, TrialStore
 from pipeline.records.trial import Attempts
 from pipeline.sweep import leases
 from pipeline.train.workbench import Workbench

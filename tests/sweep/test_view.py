@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from pipeline.records.store import JournalEvent
+from pipeline.records.journal import JournalEvent
 from pipeline.records.trial import EpochReport
 from pipeline.sweep import view
 from pipeline.sweep.view import View
