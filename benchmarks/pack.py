@@ -72,6 +72,7 @@ def run(
             )
             for width in widths
             for rows, length in STEPS
+            if min(curve_trials) * rows * length <= MOST_TOKENS[device]
         }
     sizes = {"num_trials": list(num_trials), "num_samples": num_samples, "repeats": repeats, "backbone": BACKBONE}
     return report(findings, device=device, method=run.__doc__, sizes=sizes, growth=growth)
