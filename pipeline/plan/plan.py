@@ -205,6 +205,38 @@ def in_lanes(plan: Plan, keys: Sequence[str], slots: int) -> list[str]:
     return ordered
 
 
+def compared_groups(plan: Plan, world_size: int) -> list[list[str]]:
+    """Return the trials that `sweep.early_exit` compares with each other, those of one cell and ranks, evenly cut.
+
+    What Optuna asks for comes one after another, so nobody could tell whom to wait for.
+    """
+    early = plan.params.sweep.early_exit
+    if not early.after or plan.searched:
+        return []
+    of_cell: dict[str, list[str]] = {}
+    for key, cell in plan.cell_of.items():
+        config = plan.trials[key]
+        if plan.cells[cell].search and config.trained and config.world_size == world_size:
+            of_cell.setdefault(cell, []).append(key)
+    groups = []
+    for keys in of_cell.values():
+        count = -(-len(keys) // early.group)
+        groups += [keys[i * len(keys) // count : (i + 1) * len(keys) // count] for i in range(count)]
+    return [group for group in groups if len(group) > 1]
+
+
+def side_by_side(order: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
+    """Return `order` with the trials of each group one after another, where its first one stands.
+
+    So of the trials that Tune has in progress, at most one group's are not all there.
+    """
+    group_of = {key: number for number, group in enumerate(groups) for key in group}
+    places: dict[int | str, list[str]] = {}  # a group's, or a trial's own
+    for key in order:
+        places.setdefault(group_of.get(key, key), []).append(key)
+    return [key for together in places.values() for key in together]
+
+
 WHOLE_SPLIT = 10_000  # stands for a split that is evaluated whole, whose size only its files tell
 _AS_GIVEN = "not read: a forecast needs no weights and no data"
 

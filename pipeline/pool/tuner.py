@@ -23,7 +23,7 @@ from pipeline.config.trial import MOST_PACKED, TrialConfig
 from pipeline.core import machine
 from pipeline.core.errors import InputError, WorkError
 from pipeline.core.progress import say
-from pipeline.plan.plan import Plan, in_lanes
+from pipeline.plan.plan import Plan, compared_groups, in_lanes, side_by_side
 from pipeline.plan.space import Cell
 from pipeline.pool import ensure_token
 from pipeline.pool.cluster import check_nodes
@@ -239,26 +239,6 @@ def by_world_size(plan: Plan, keys: list[str]) -> list[tuple[int, list[str], lis
     ]
 
 
-def compared_groups(plan: Plan, world_size: int) -> list[list[str]]:
-    """Return the trials that `sweep.early_exit` compares with each other, those of one cell and ranks, evenly cut.
-
-    What Optuna asks for comes one after another, so nobody could tell whom to wait for.
-    """
-    early = plan.params.sweep.early_exit
-    if not early.after or plan.searched:
-        return []
-    of_cell: dict[str, list[str]] = {}
-    for key, cell in plan.cell_of.items():
-        config = plan.trials[key]
-        if plan.cells[cell].search and config.trained and config.world_size == world_size:
-            of_cell.setdefault(cell, []).append(key)
-    groups = []
-    for keys in of_cell.values():
-        count = -(-len(keys) // early.group)
-        groups += [keys[i * len(keys) // count : (i + 1) * len(keys) // count] for i in range(count)]
-    return [group for group in groups if len(group) > 1]
-
-
 def trained_before(store: TrialStore) -> Iterator[tuple[TrialConfig, float]]:
     """Give the store's finished trials that this code knows, and what each is chosen by."""
     for key in store.all_keys():
@@ -266,18 +246,6 @@ def trained_before(store: TrialStore) -> Iterator[tuple[TrialConfig, float]]:
             score = store.objective(key)
             if score is not None:
                 yield store.config(key), score
-
-
-def side_by_side(order: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
-    """Return `order` with the trials of each group one after another, where its first one stands.
-
-    So of the trials that Tune has in progress, at most one group's are not all there.
-    """
-    group_of = {key: number for number, group in enumerate(groups) for key in group}
-    places: dict[int | str, list[str]] = {}  # a group's, or a trial's own
-    for key in order:
-        places.setdefault(group_of.get(key, key), []).append(key)
-    return [key for together in places.values() for key in together]
 
 
 def halving_of(groups: Sequence[Sequence[str]], keys: Collection[str], sweep: Sweep, store: TrialStore) -> Halving:
