@@ -372,6 +372,11 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def is_edited(spec: DecoderSpec) -> bool:
+    """Whether the attention of some layer is edited."""
+    return any(module in _EDITS for module in spec.attentions)
+
+
 @contextmanager
 def edited_attention(spec: DecoderSpec, edits: Sequence[LayerEdit | _Apart]) -> Iterator[None]:
     """Give each layer's attention its edit, and set the text configuration to call it; undone on leaving.
@@ -379,7 +384,7 @@ def edited_attention(spec: DecoderSpec, edits: Sequence[LayerEdit | _Apart]) -> 
     Raises:
         InputError: the attention of this model is edited already.
     """
-    if any(module in _EDITS for module in spec.attentions):
+    if is_edited(spec):
         way_out = "Leave the first `attach`, or give both to one `attach` with rows"
         raise InputError("an adapter of attention is attached to this model already", way_out=way_out)
     _register()

@@ -116,10 +116,18 @@ def two(
     call: kernels.Call, q: Tensor, keys: Tensor, bias: Tensor | None, values: Tensor, context: Tensor, lse: Tensor,
     replaces: bool | Tensor,
 ) -> Tensor:  # fmt: skip
-    """Attend over the virtual tokens by themselves and return what they and the context's attention give together."""
+    """Attend over the virtual tokens by themselves and return what they and the context's attention give together.
+
+    Virtual tokens [H, n, d] are those of all rows, whose queries are then one row's: a decoded token is one product.
+    """
     mask = None if bias is None else kernels.prepare_mask(bias, q.dtype)
     alone = kernels.Call(call.backend, mask, False, call.scale)
-    virtual, own_lse, _ = kernels.forward(alone, q, *(x.expand(len(q), -1, -1, -1) for x in (keys, values)))
+    if mask is None and keys.dim() == values.dim() == 3:
+        rows = q.transpose(0, 1)
+        virtual, own_lse, _ = kernels.forward(alone, rows.flatten(1, 2)[None], keys[None], values[None])
+        virtual, own_lse = (x[0].unflatten(1, rows.shape[1:3]).transpose(0, 1) for x in (virtual, own_lse))
+    else:
+        virtual, own_lse, _ = kernels.forward(alone, q, *(x.expand(len(q), -1, -1, -1) for x in (keys, values)))
     alpha = (lse - own_lse).sigmoid_()
     if mask is not None and call.mask is not None:
         alpha.nan_to_num_(0.0)  # a row may see no token at all

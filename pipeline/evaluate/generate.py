@@ -1,8 +1,8 @@
 """Text from a backbone for many prompts, and answers for samples: batches of like length, cut at stop strings.
 
-Demonstrations that are the same for every query are computed once: the keys and values of the common head are kept and
-given to every batch, whose rows are then the queries alone. A causal decoder's states of the head do not depend on what
-follows, so the answers are those of the whole prompts.
+What all prompts begin with, an instruction or demonstrations, is computed once: the keys and values of the common head
+are kept and given to every batch, whose rows are then the rest. A causal decoder's states of the head do not depend on
+what follows, so the answers are those of the whole prompts.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.adapters.attach import edited_attention, is_edited
 from pipeline.adapters.pack import Pack, PackRows
+from pipeline.attention.virtual import virtual_attention
 from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import decoder_of, told
 from pipeline.backbones.load import Loaded
@@ -27,7 +31,7 @@ from pipeline.core.errors import InputError
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Sample
 from pipeline.prompts.collate import Batch, collate
-from pipeline.prompts.prompt import Encoded, stop_strings
+from pipeline.prompts.prompt import LEAST_SAVED, Encoded, shared_prefix_length, stop_strings
 from pipeline.resident.resident import Resident
 from pipeline.resident.visual_tokens import VisualTokens
 from pipeline.tasks import of_manifest
@@ -202,12 +206,19 @@ def generate(
     order, count = longest_first(requests), len(experts[0].prompts) if experts else 1
     batch_size = max(1, batch_size // count)
     device = loaded.device
-    # beam search copies images by row, those of the shared head too; in a pack every adapter has its own head
-    shares = loaded.family.shares_prefix and num_beams == 1 and pack is None and not from_pixels and not experts
-    head = common_head(requests) if shares else None
-    heads = [head] if head else []
-    made = loaded.passes.run("generation", heads, lambda _: [Prefix.of(heads[0], loaded, visual_tokens, root)])
+    # beam search copies images by row, those of the shared head too; every adapter of a pack has a head of its own
+    plain = num_beams == 1 and len(set(members)) <= 1 and not experts and loaded.family.shares_prefix
+    head = common_head(requests, loaded.image_token_id) if plain else None
+    heads = [head] if head and not (from_pixels and head.images) else []
+
+    def kept_head(_: Sequence[Encoded]) -> list[Prefix]:
+        if pack is not None:
+            pack.use(PackRows(tuple(members[:1]), (len(heads[0].images),)))
+        return [Prefix.of(heads[0], loaded, visual_tokens, root)]
+
+    made = loaded.passes.run("generation", heads, kept_head)
     prefix = made[0] if made else None
+    beside = prefix is not None and can_stand_beside(loaded)
     settings: dict[str, Any] = {"do_sample": False, "num_beams": num_beams, "max_new_tokens": max_new_tokens}
     if num_beams > 1:
         settings["length_penalty"] = length_penalty
@@ -218,7 +229,7 @@ def generate(
     stops = _Stops(loaded.tokenizer, stop_strings)
 
     def answered(chosen: Sequence[int]) -> list[str]:
-        rows = [without_head(requests[i]) if prefix else requests[i] for i in chosen]
+        rows = [without_head(requests[i], heads[0]) if prefix else requests[i] for i in chosen]
         if experts:
             rows = [prompt for i in chosen for prompt in experts[i].prompts]
         if from_pixels:
@@ -228,7 +239,9 @@ def generate(
         batch = collate(rows, loaded, side="left", **images).to(device)
         if pack is not None:
             pack.use(PackRows(tuple(members[i] for i in chosen), batch.image_counts))
-        inputs = prefix.before(batch, loaded) if prefix else batch.model_inputs(loaded)
+        inputs = batch.model_inputs(loaded)
+        if prefix is not None:
+            inputs = prefix.continued(inputs) if beside else prefix.before(inputs)
         width = inputs["input_ids"].shape[1]
         stop = _StopAt(stops, width, lags=num_beams == 1 and torch.device(device).type != "cpu")
         with told(device, padded=len({len(row) for row in rows}) > 1):
@@ -251,18 +264,19 @@ def generate(
         written = loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [cut_at_stop(text, stop_strings) for text in written]
 
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        later = order[start + batch_size : start + 2 * batch_size]
-        visual_tokens.ahead((image for i in later for image in requests[i].images), root, pixels=from_pixels)
-        answers = loaded.passes.run(
-            "generation", chosen, answered, width=lambda i: count * len(requests[i]), device=device,
-            bytes_of=lambda tokens: bytes_of_row(
-                loaded.model, tokens, new=max_new_tokens, beams=num_beams, caches=1 if greedy is None else 2
-            ),
-        )  # fmt: skip
-        for i, text in zip(chosen, answers, strict=True):
-            texts[i] = text
+    with prefix.beside(loaded) if prefix and beside else nullcontext():
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            later = order[start + batch_size : start + 2 * batch_size]
+            visual_tokens.ahead((image for i in later for image in requests[i].images), root, pixels=from_pixels)
+            answers = loaded.passes.run(
+                "generation", chosen, answered, width=lambda i: count * len(requests[i]), device=device,
+                bytes_of=lambda tokens: bytes_of_row(
+                    loaded.model, tokens, new=max_new_tokens, beams=num_beams, caches=1 if greedy is None else 2
+                ),
+            )  # fmt: skip
+            for i, text in zip(chosen, answers, strict=True):
+                texts[i] = text
     visual_tokens.forget_ahead()
     return texts
 
@@ -354,28 +368,45 @@ class Greedy:
         return rows
 
 
-def common_head(requests: Sequence[Encoded]) -> Encoded | None:
-    """Return what stands before the query in every request, if it is one and the same and holds an image.
+def common_head(requests: Sequence[Encoded], image_token_id: int) -> Encoded | None:
+    """Return what all requests begin with, or None where a pass of it saves too little.
 
-    An instruction alone is not worth a pass of its own; of text alone, what is longer than the first query is.
+    Demonstrations that are the same for all; of prompts that differ there, the text in front of the first image. What
+    the query's own turn begins with is in it, up to the query's image; a token of every request is left.
     """
     if len(requests) < 2:
         return None
     first = requests[0]
-    if not first.query_image and (first.images or 2 * first.query_start <= len(first)):
+    shown, start, image = first.input_ids[: first.query_start], first.query_start, first.query_image
+    shows_same = all(
+        request.query_start == start and request.query_image == image
+        and request.input_ids[:start] == shown and request.images[:image] == first.images[:image]
+        for request in requests
+    )  # fmt: skip
+    if not shows_same:
+        start = image = 0
+    length = start + shared_prefix_length([request.input_ids[start:] for request in requests], image_token_id)
+    length = min(length, *(len(request) - 1 for request in requests))
+    if length < LEAST_SAVED * sum(map(len, requests)) / (len(requests) - 1):
         return None
-    tokens, images = first.input_ids[: first.query_start], first.images[: first.query_image]
-    for request in requests:
-        same = request.query_start == len(tokens) and request.query_image == len(images)
-        if not same or request.input_ids[: len(tokens)] != tokens or request.images[: len(images)] != images:
-            return None
-    return Encoded(tokens, images, 0, None, first.sample_id)
+    return Encoded(first.input_ids[:length], first.images[:image], 0, None, first.sample_id)
 
 
-def without_head(request: Encoded) -> Encoded:
-    """Return the query's own turn of a request."""
-    ids, images = request.input_ids[request.query_start :], request.images[request.query_image :]
+def without_head(request: Encoded, head: Encoded) -> Encoded:
+    """Return what follows the common head in a request."""
+    ids, images = request.input_ids[len(head) :], request.images[len(head.images) :]
     return replace(request, input_ids=ids, images=images, query_start=0, query_image=0)
+
+
+def can_stand_beside(loaded: Loaded) -> bool:
+    """Whether a head's keys and values can be attended to as virtual tokens are, instead of copied to every row.
+
+    That is computed where nothing else is attached to attention and every layer sees all that is before it; on a GPU a
+    recorded pass reads one cache.
+    """
+    spec = decoder_of(loaded.model)
+    hides = any(getattr(spec.text_config, name, None) for name in ("sliding_window", "attn_logit_softcapping"))
+    return torch.device(loaded.device).type == "cpu" and not hides and not is_edited(spec)
 
 
 @dataclass(frozen=True)
@@ -389,26 +420,46 @@ class Prefix:
     @torch.no_grad()
     def of(cls, head: Encoded, loaded: Loaded, visual_tokens: VisualTokens, root: Path | str) -> Prefix:
         """Run the head through the model, with whatever is attached to it."""
-        batch = collate([head], loaded, visual=visual_tokens.get(list(head.images), root)).to(loaded.device)
+        visual = visual_tokens.get(list(head.images), root) if head.images else None
+        batch = collate([head], loaded, visual=visual).to(loaded.device)
         out = loaded.model.model(**batch.model_inputs(loaded), use_cache=True)
         return cls(head.input_ids, out.past_key_values)
 
-    def before(self, batch: Batch, loaded: Loaded) -> dict[str, Any]:
-        """Return `generate`'s arguments for a left-padded batch of queries behind the head.
+    def before(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return `generate`'s arguments for left-padded queries, behind a copy of the head in every row.
 
         The pads of a row stand between the head and the query; the mask hides them, and positions go on from the head.
         """
-        rows, length = len(batch), len(self.tokens)
-        head = torch.tensor(self.tokens, device=batch.input_ids.device).expand(rows, length)
-        inputs = batch.model_inputs(loaded)
+        rows, length = len(inputs["input_ids"]), len(self.tokens)
+        head = torch.tensor(self.tokens, device=inputs["input_ids"].device).expand(rows, length)
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(rows)
-        inputs["past_key_values"] = cache
-        inputs["input_ids"] = torch.cat([head, batch.input_ids], dim=1)
+        inputs = self.continued(inputs) | {"past_key_values": cache}
+        inputs["input_ids"] = torch.cat([head, inputs["input_ids"]], dim=1)
         inputs["attention_mask"] = torch.cat([torch.ones_like(head), inputs["attention_mask"]], dim=1)
         counted = torch.arange(length, device=head.device).expand(rows, length)
-        inputs["position_ids"] = torch.cat([counted, inputs["position_ids"] + length], dim=1)
+        inputs["position_ids"] = torch.cat([counted, inputs["position_ids"]], dim=1)
         return inputs
+
+    def continued(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments with positions that go on from the head."""
+        return {**inputs, "position_ids": inputs["position_ids"] + len(self.tokens)}
+
+    def beside(self, loaded: Loaded) -> AbstractContextManager[None]:
+        """Let every row attend to the head, which stands once, besides its own tokens; inside a block."""
+        spec = decoder_of(loaded.model)
+        groups = spec.num_heads // spec.num_kv_heads
+        kept = [self.cache.layers[attention.layer_idx] for attention in spec.attentions]
+        heads = [tuple(x.repeat_interleave(groups, 1)[0] for x in (layer.keys, layer.values)) for layer in kept]
+        return edited_attention(spec, [partial(_besides, keys, values) for keys, values in heads])
+
+
+def _besides(
+    keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float | None,
+    causal: bool,
+) -> Tensor:  # fmt: skip
+    """Attend to a head's keys and values [H, n, d] and the context."""
+    return virtual_attention(q, k, v, keys=keys, values=values, mask=mask, scale=scale, causal=causal)
 
 
 SplitPart = tuple[int, int]  # (i, n): every n-th batch from the i-th on

@@ -8,7 +8,7 @@ object counts as present if it is annotated as an instance or named in a referen
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -140,10 +140,6 @@ def _singulars(caption: str) -> tuple[str, ...]:
     return tuple(singular(word) for sentence in sentences.tokenize(text) for word in words_of.tokenize(sentence))
 
 
-# Every trial of a task is scored against the same references, five for each generated caption.
-_singulars_of_reference = lru_cache(maxsize=1 << 18)(_singulars)
-
-
 def _objects(singulars: Sequence[str], words: Mapping[str, str] | None) -> CaptionObjects:
     tokens, starts = _join(singulars)
     nodes = synonyms() if words is None else words
@@ -156,6 +152,21 @@ def _objects(singulars: Sequence[str], words: Mapping[str, str] | None) -> Capti
         indices=[start for _, start in named],
         tokens=tokens,
     )
+
+
+@lru_cache(maxsize=4)
+def _of_references(words: tuple[tuple[str, str], ...] | None) -> Callable[[str], tuple[str, ...]]:
+    """Return what gives a reference caption's categories, each once, and remembers them.
+
+    Every trial of a task is scored against the same references, five for each generated caption.
+    """
+    known = None if words is None else dict(words)
+
+    @lru_cache(maxsize=1 << 18)
+    def nodes(caption: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(_objects(_singulars(caption), known).nodes))
+
+    return nodes
 
 
 def _join(words: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -257,10 +268,9 @@ def ground_truth(
         InputError: a category that CHAIR does not know.
     """
     present = {key: {category(name, f"image {key}", words) for name in names} for key, names in categories.items()}
+    nodes_of = _of_references(None if words is None else tuple(words.items()))
     for key, texts in captions.items():
-        present.setdefault(key, set()).update(
-            node for text in texts for node in _objects(_singulars_of_reference(text), words).nodes
-        )
+        present.setdefault(key, set()).update(node for text in texts for node in nodes_of(text))
     return present
 
 

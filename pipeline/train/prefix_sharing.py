@@ -24,21 +24,10 @@ from torch import Tensor
 
 from pipeline.backbones.base import placed
 from pipeline.backbones.decoder import DecoderSpec
+from pipeline.prompts.prompt import LEAST_SAVED
 
 MOST_TOKENS = 256  # L; beyond it the mask costs more than the prefix
-LEAST_SAVED = 0.2  # of B x T
 _HIDDEN = float("-inf")
-
-
-def shared_prefix_length(prompts: Sequence[Sequence[int]], stop: int) -> int:
-    """Return how many tokens all prompts begin with, up to the first `stop` token (an image) in them."""
-    if len(prompts) < 2:
-        return 0
-    lowest, highest = min(map(list, prompts)), max(map(list, prompts))  # what these two share, all share
-    for at, (a, b) in enumerate(zip(lowest, highest, strict=False)):
-        if a != b or a == stop:
-            return at
-    return min(len(lowest), len(highest))
 
 
 def row_pays(lengths: Sequence[int], prefix: int) -> bool:

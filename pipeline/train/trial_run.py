@@ -21,7 +21,7 @@ from pipeline.core.files import folder_atomic, folder_digest, remove_folder
 from pipeline.core.plain_yaml import Json
 from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import Sample
-from pipeline.prompts.prompt import Encoded, template_of
+from pipeline.prompts.prompt import Encoded, shared_prefix_length, template_of
 from pipeline.records.store import WRITING, TrialFolder
 from pipeline.records.trial import (
     AGAIN,
@@ -38,7 +38,6 @@ from pipeline.tasks import of_manifest
 from pipeline.train import checkpoint
 from pipeline.train.cost import Memory, flops_per_sample
 from pipeline.train.engine import ENGINES, Student
-from pipeline.train.prefix_sharing import shared_prefix_length
 from pipeline.train.teacher import Demonstrations, Teacher
 
 _WINDOW = 0.1  # of an epoch: the steps over which the loss is averaged by which trials are compared

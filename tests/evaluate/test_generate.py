@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from pipeline import backbones
+from pipeline import adapters, backbones
 from pipeline.data.sample import ImageRef, Sample
+from pipeline.evaluate import generate as generation
 from pipeline.evaluate.generate import cut_at_stop, generate
-from pipeline.prompts.prompt import encode_all, render, stop_strings
+from pipeline.prompts.prompt import Encoded, encode_all, render, stop_strings
 from pipeline.resident.visual_tokens import VisualTokens
 from pipeline.tasks.vqa import VQA_TEMPLATE as TEMPLATE
 
@@ -67,6 +69,52 @@ def test_shared_demonstrations_are_computed_once(beams, loaded, pictures, monkey
     assert [len(head.images) for head in heads] == once
     assert shared == [generate(loaded, [one], **options)[0] for one in requests]
     assert len(heads) == len(once)  # a prompt alone shares nothing
+
+
+def with_noise(adapter):
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return adapter
+
+
+@pytest.mark.parametrize("method", [None, "hificl", "mimic", "live", "lora"])
+def test_an_instruction_that_all_prompts_begin_with_is_computed_once(method, loaded, pictures, monkeypatch):
+    """Behind it stand other questions of other lengths; with nothing attached, it stands beside the rows, not in them."""
+    questions = ["What is " + "very " * (i % 3) + f"{word}?" for i, word in enumerate(("red", "it", "a dog", "that"))]
+    samples = [Sample("vqav2", i, (ImageRef(f"{i % 2}.png"),), text, "red", ()) for i, text in enumerate(questions)]
+    rendered = [render(TEMPLATE, loaded.backbone, sample) for sample in samples]
+    requests = encode_all(loaded, rendered, image_sizes=[[(56, 56)]] * len(samples))
+    # an image of thousands of tokens behind it leaves the instruction too small a part to share
+    monkeypatch.setattr(generation, "LEAST_SAVED", 0)
+    options = {"max_new_tokens": 5, "visual_tokens": VisualTokens(loaded), "root": pictures, "stop_strings": ()}
+    head = generation.common_head(requests, loaded.image_token_id)
+    assert head is not None and not head.images and len(head) >= requests[0].query_start
+    adapter = with_noise(adapters.create(method, loaded.model)) if method else None
+    with adapters.attach(loaded.model, adapter) if adapter else nullcontext() as pack:
+        shared = generate(loaded, requests, **options, batch_size=3)
+        assert shared == generate(loaded, requests, **options, batch_size=3, from_pixels=True)
+        assert shared == generate(loaded, requests, **options, batch_size=3, pack=pack, members=[0] * 4 if pack else ())
+        monkeypatch.setattr(generation, "can_stand_beside", lambda _: False)
+        assert shared == generate(loaded, requests, **options, batch_size=3)
+        assert shared == [generate(loaded, [request], **options)[0] for request in requests]
+    assert len(set(shared)) > 1
+
+
+def test_the_common_head_of_prompts():
+    def request(ids, images="", query_start=0):
+        return Encoded(tuple(ids), tuple(images), query_start, None, 0, len(images) - 1)
+
+    image = 9
+    two = [request((1, 2, 3, image, 4), "a"), request((1, 2, 3, image, 5, 6), "b")]
+    assert generation.common_head(two, image) == Encoded((1, 2, 3), (), 0, None, 0)
+    assert generation.common_head(two[:1], image) is None  # nobody to share with
+    shown = [request((1, image, 2, 3, image, end), ("a", end), 3) for end in (4, 5)]
+    assert generation.common_head(shown, image) == Encoded((1, image, 2, 3), ("a",), 0, None, 0)
+    others = [request((1, image, 2, 3, image, end), (end, "a"), 3) for end in (4, 5)]
+    assert generation.common_head(others, image) is None  # one token of six
+    assert generation.without_head(shown[1], generation.common_head(shown, image)).input_ids == (image, 5)
+    same = [request((1, 2)), request((1, 2))]
+    assert generation.common_head(same, image) == Encoded((1,), (), 0, None, 0)  # a token of each is left
 
 
 def test_greedy_is_the_arg_max_of_full_forwards(loaded, pictures):

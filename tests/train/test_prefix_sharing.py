@@ -11,7 +11,8 @@ from pipeline import adapters, backbones
 from pipeline.adapters.attach import attach
 from pipeline.backbones.decoder import decoder_of
 from pipeline.train import loop
-from pipeline.train.prefix_sharing import PrefixLayout, row_pays, shared_prefix_length, sharing_prefix
+from pipeline.prompts.prompt import shared_prefix_length
+from pipeline.train.prefix_sharing import PrefixLayout, row_pays, sharing_prefix
 from pipeline.train.workbench import Workbench
 from tests.support.tiny_hub import make
 from tests.train.test_loop import FEW, LORAS, MIXED, gap, train
