@@ -69,19 +69,21 @@ def _register_miniature(line: CommandLine) -> None:
     text = "write its pictures and annotations, in the official formats"
     parser = line.verb("miniature", "world", _world, text)
     parser.add_argument("folder")
+    parser.add_argument("--world", type=int, default=1, help="1, or 2: harder to see and to learn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-train-images", type=int, default=2500)
     parser.add_argument("--num-val-images", type=int, default=2500)
-    parser.add_argument("--difficulty", type=float, default=0.2)
+    parser.add_argument("--difficulty", type=float, help="default: 0.2, of world 2 0.6")
     parser.add_argument("--picture", metavar="FILE", help="also draw the first pictures with their texts, as PNG")
 
     parser = line.verb("miniature", "pretrain", _pretrain, "make one of its backbones from nothing")
     parser.add_argument("backbone")
     parser.add_argument("--out", required=True)
+    parser.add_argument("--world", type=int, default=1, help="1, or 2: harder to see and to learn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", default="small", help="small, or large: 17 million parameters, for a GPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, help="another number than the usual two rounds sums otherwise")
+    parser.add_argument("--threads", type=int, help="another number than the usual one rounds sums otherwise")
 
 
 def _workspace(args: argparse.Namespace) -> None:
@@ -282,7 +284,7 @@ def _world(args: argparse.Namespace) -> Any:
     from pipeline.miniature.world import write_world
 
     written = write_world(
-        Path(args.folder), seed=args.seed, num_train_images=args.num_train_images,
+        Path(args.folder), number=args.world, seed=args.seed, num_train_images=args.num_train_images,
         num_val_images=args.num_val_images, difficulty=args.difficulty,
     )  # fmt: skip
     if args.picture:
@@ -301,7 +303,7 @@ def _pretrain(args: argparse.Namespace) -> None:
 
     with bar(f"pretrain {args.backbone}") as progress:
         training.pretrain(
-            args.backbone, Path(args.out), seed=args.seed, size=args.size, device=args.device,
-            commit=head_commit(), progress=progress, num_threads=args.threads or training.NUM_THREADS,
+            args.backbone, Path(args.out), world=args.world, seed=args.seed, size=args.size, device=args.device,
+            commit=head_commit(), progress=progress, num_threads=args.threads,
         )  # fmt: skip
     draw_emergence(Path(args.out), Path(args.out) / "pretraining.svg")

@@ -72,7 +72,8 @@ def train_decoder(
         parameters, lr=phase.learning_rate, weight_decay=phase.weight_decay, betas=(0.9, 0.98)
     )
     source = DocumentSource(spec, attributes, phase.curriculum, rng)
-    probe = draw_probe(spec, attributes, np.random.default_rng(11), phase.num_probe_documents)
+    pairs = phase.curriculum.num_pairs
+    probe = draw_probe(spec, attributes, np.random.default_rng(11), phase.num_probe_documents, pairs)
     curve: list[dict[str, object]] = []
     losses: dict[str, list[float]] = {}
     model.train()
@@ -121,15 +122,17 @@ class Probe:
     first_word: int
 
 
-def draw_probe(spec: Miniature, attributes: np.ndarray, rng: np.random.Generator, num_documents: int) -> Probe:
-    """Draw VQA documents over a pool of images with `attributes` [N, 8], nine pairs each."""
+def draw_probe(
+    spec: Miniature, attributes: np.ndarray, rng: np.random.Generator, num_documents: int, num_pairs: int = 9
+) -> Probe:
+    """Draw VQA documents over a pool of images with `attributes` [N, 8]."""
     source = DocumentSource(spec, attributes, Curriculum(), rng)
     renderer: Renderer = source.renderer
     documents, shown = [], []
     for _ in range(num_documents):
         convention = draw_convention(rng, redraw=0.0)
-        images = rng.integers(len(attributes), size=9)
-        topics = rng.integers(len(ATTRIBUTES), size=9)
+        images = rng.integers(len(attributes), size=num_pairs)
+        topics = rng.integers(len(ATTRIBUTES), size=num_pairs)
         pieces = []
         for image, topic in zip(images, topics, strict=True):
             pieces += renderer.vqa(attributes[image], int(topic), convention)

@@ -117,6 +117,7 @@ class Curriculum:
         num_pairs: demonstrations a document; every number of shots below it is trained at once.
         redraw: see `draw_convention`.
         one_dialect_share: share of documents in one dialect.
+        num_documents: of a step; `warm_up_documents` with a single image.
         no_prefix_share: share of caption documents without the instruction, as a zero-shot prompt has it.
     """
 
@@ -129,6 +130,7 @@ class Curriculum:
     one_dialect_share: float = 0.1
     no_prefix_share: float = 0.2
     num_documents: int = 16
+    warm_up_documents: int = 16
 
 
 KINDS = ("vqa", "facts", "captions")
@@ -152,7 +154,7 @@ class DocumentSource:
         """
         c, rng = self.curriculum, self.rng
         if done < c.warm_up_share or rng.random() < c.warm_up_rest:
-            kind, documents = "warm-up", [self._single_image() for _ in range(c.num_documents)]
+            kind, documents = "warm-up", [self._single_image() for _ in range(c.warm_up_documents)]
         else:
             kind = KINDS[int(np.searchsorted(np.cumsum(c.kinds)[:-1], rng.random(), side="right"))]
             documents = [self.document(kind) for _ in range(c.num_documents)]

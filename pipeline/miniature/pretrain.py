@@ -23,18 +23,21 @@ from pipeline.miniature.decoder import DecoderPhase, train_decoder
 from pipeline.miniature.documents import Curriculum
 from pipeline.miniature.model import SIZES, Miniature, miniature
 from pipeline.miniature.processor import save_processor
+from pipeline.miniature.render import NOISE
 from pipeline.miniature.vision import Pool, VisionPhase, cache_visual_tokens, train_vision
+from pipeline.miniature.world import WORLDS, world_of
 
 RECORD = "pretraining.json"
-NUM_THREADS = 2  # of the committed checkpoints: sums are rounded otherwise with another number
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is trained; the defaults are what the committed checkpoints had."""
+    """How much is trained, and on what; the defaults are what the committed checkpoints of the first world had."""
 
     num_images: int = 30_000
     num_held_out: int = 1_000
+    pixel_noise: int = NOISE
+    num_threads: int = 2  # sums are rounded otherwise with another number
     vision: VisionPhase = field(default_factory=VisionPhase)
     decoder: DecoderPhase = field(default_factory=DecoderPhase)
 
@@ -46,18 +49,27 @@ class Budget:
             num_held_out=16,
             vision=VisionPhase(steps=steps, batch_size=8, log_every=steps),
             decoder=DecoderPhase(
-                steps=steps, log_every=steps, num_probe_documents=2, curriculum=Curriculum(num_documents=2)
+                steps=steps, log_every=steps, num_probe_documents=2, curriculum=Curriculum(num_documents=2, warm_up_documents=2)
             ),
         )
 
 
-BUDGETS = {
-    "small": Budget(),
-    "large": Budget(  # a first guess, not yet run to its end
-        num_images=100_000,
-        vision=VisionPhase(steps=6000, batch_size=256),
-        decoder=DecoderPhase(steps=9000, learning_rate=1e-3, curriculum=Curriculum(num_documents=64)),
-    ),
+BUDGETS = {  # by world and size
+    1: {
+        "small": Budget(),
+        "large": Budget(  # a first guess, not yet run to its end
+            num_images=100_000,
+            vision=VisionPhase(steps=6000, batch_size=256),
+            decoder=DecoderPhase(steps=9000, learning_rate=1e-3, curriculum=Curriculum(num_documents=64)),
+        ),
+    },
+    2: {
+        "small": Budget(
+            pixel_noise=WORLDS[2].pixel_noise,
+            num_threads=1,
+            decoder=DecoderPhase(curriculum=Curriculum(num_pairs=33, num_documents=6, redraw=0.4)),
+        ),
+    },
 }
 
 
@@ -65,12 +77,13 @@ def pretrain(
     backbone: str,
     out: Path,
     *,
+    world: int = 1,
     seed: int = 0,
     size: str = "small",
     device: str = "cpu",
     budget: Budget | None = None,
     commit: str | None = None,
-    num_threads: int = NUM_THREADS,
+    num_threads: int | None = None,
     progress: Report = lambda done, total=None, note="": None,
 ) -> dict[str, object]:
     """Pre-train `backbone` and write it to `out`.
@@ -81,25 +94,28 @@ def pretrain(
     Args:
         backbone: `mini-idefics2` or `mini-llava`.
         out: a folder; made if missing.
+        world: whose pictures it sees and whose annotators it hears.
         seed: of weights, images and documents.
         size: `small`, as the committed ones, or `large`, for a GPU.
         device: where it is trained. On a GPU sums may be rounded otherwise at each run.
         budget: numbers of steps and images; None: those of the size.
         commit: the code's commit, for the record.
-        num_threads: threads of torch while this runs.
+        num_threads: threads of torch while this runs; None: the budget's.
         progress: gets (steps done, steps of this phase, a line) now and then.
 
     Returns:
         what `pretraining.json` holds.
 
     Raises:
-        InputError: unknown `backbone` or `size`.
+        InputError: unknown `backbone`, `world` or `size`.
     """
     spec = miniature(backbone)
-    if size not in SIZES:
-        raise InputError(f"unknown size '{size}'", way_out=nearest(size, SIZES))
-    budget = budget or BUDGETS[size]
+    world_of(world)
+    if size not in BUDGETS[world]:
+        raise InputError(f"world {world} has no size '{size}'", way_out=nearest(size, BUDGETS[world]))
+    budget = budget or BUDGETS[world][size]
     before = torch.get_num_threads()
+    num_threads = num_threads or budget.num_threads
     torch.set_num_threads(num_threads)
     try:
         model, record = _train(spec, spec.build(seed, SIZES[size]).to(device), seed, budget, progress)
@@ -107,6 +123,7 @@ def pretrain(
         torch.set_num_threads(before)
     record = {
         "backbone": backbone,
+        "world": world,
         "seed": seed,
         "size": size,
         "device": device,
@@ -127,7 +144,7 @@ def _train(
 ) -> tuple[PreTrainedModel, dict[str, object]]:
     start = time.monotonic()
     rng = np.random.default_rng(seed)
-    pool, held_out = Pool.draw(budget.num_images, rng), Pool.draw(budget.num_held_out, rng)
+    pool, held_out = (Pool.draw(size, rng, budget.pixel_noise) for size in (budget.num_images, budget.num_held_out))
     progress(0, budget.vision.steps, f"drew {budget.num_images:,} images")
     drawn = time.monotonic()
     vision = train_vision(spec, model, pool, held_out, budget.vision, rng, progress)

@@ -26,7 +26,7 @@ _FRAME_RGB = _OBJECT_RGB[:6]
 _DOT_RGB = _OBJECT_RGB[:6]
 _CELLS = np.array([(9, 9), (9, 23), (23, 9), (23, 23)], dtype=np.int16)  # where objects stand, (row, column)
 _DOT_PLACES = np.array([(4, 16), (27, 16), (16, 4), (16, 27)], dtype=np.int16)  # by the value of `side`
-_NOISE = 12  # pixels are moved by at most this much, of 255
+NOISE = 12  # pixels are moved by at most this much, of 255
 
 
 def draw_attributes(num_images: int, rng: np.random.Generator) -> np.ndarray:
@@ -34,12 +34,13 @@ def draw_attributes(num_images: int, rng: np.random.Generator) -> np.ndarray:
     return np.stack([rng.integers(0, size, num_images) for size in NUM_VALUES], axis=1)
 
 
-def render_images(attributes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def render_images(attributes: np.ndarray, rng: np.random.Generator, noise: int = NOISE) -> np.ndarray:
     """Draw images.
 
     Args:
         attributes: integers [N, 8] in the order of `lexicon.ATTRIBUTES`.
         rng: places, sizes and pixel noise.
+        noise: pixels are moved by at most this much, of 255.
 
     Returns:
         uint8 [N, 32, 32, 3].
@@ -67,8 +68,8 @@ def render_images(attributes: np.ndarray, rng: np.random.Generator) -> np.ndarra
     images = np.where(near[..., None], _DOT_RGB[attributes[:, DOT]][:, None, None, :], images)
     edge = (row < 2) | (row >= IMAGE_SIZE - 2) | (column < 2) | (column >= IMAGE_SIZE - 2)
     images = np.where(edge[None, ..., None], _FRAME_RGB[attributes[:, FRAME]][:, None, None, :], images)
-    noise = rng.integers(-_NOISE, _NOISE + 1, images.shape)
-    return np.clip(images + noise, 0, 255).astype(np.uint8)
+    moved = images + rng.integers(-noise, noise + 1, images.shape)
+    return np.clip(moved, 0, 255).astype(np.uint8)
 
 
 def _shape(shape: np.ndarray, down: np.ndarray, across: np.ndarray, radius: np.ndarray) -> np.ndarray:

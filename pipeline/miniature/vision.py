@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from pipeline.core.progress import Report
 from pipeline.miniature.lexicon import ATTRIBUTES, NUM_VALUES
 from pipeline.miniature.model import Miniature, encode_images, normalise
-from pipeline.miniature.render import draw_attributes, render_images
+from pipeline.miniature.render import NOISE, draw_attributes, render_images
 
 _CHUNK = 2000
 
@@ -33,10 +33,11 @@ class Pool:
     images: Tensor
 
     @classmethod
-    def draw(cls, size: int, rng: np.random.Generator) -> Pool:
-        """Draw `size` images."""
+    def draw(cls, size: int, rng: np.random.Generator, noise: int = NOISE) -> Pool:
+        """Draw `size` images whose pixels are moved by `noise` at most, of 255."""
         attributes = draw_attributes(size, rng)
-        images = np.concatenate([render_images(attributes[at : at + _CHUNK], rng) for at in range(0, size, _CHUNK)])
+        chunks = [attributes[at : at + _CHUNK] for at in range(0, size, _CHUNK)]
+        images = np.concatenate([render_images(chunk, rng, noise) for chunk in chunks])
         return cls(torch.from_numpy(attributes), torch.from_numpy(images))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,35 +27,66 @@ from pipeline.miniature.lexicon import (
     TOPICS,
     word,
 )
-from pipeline.miniature.render import IMAGE_SIZE, draw_attributes, png_bytes, render_images
+from pipeline.miniature.render import IMAGE_SIZE, NOISE, draw_attributes, png_bytes, render_images
 
 # The image of id 7 in split train2014 is train2014/COCO_train2014_000000000007.png: as COCO, but lossless.
 IMAGE_NAME = "COCO_{subset}_{image_id:012d}.png"
 SUBSETS = ("train2014", "val2014")
 _FIRST_VAL_ID = 500_001
 _OKVQA_TYPES = {"one": "Food", "two": "Home", "three": "Maker", "four": "Season", "other": "Other"}
-_INFO = {"description": "the miniature world", "version": "1.1", "year": 2026, "contributor": "hificl-lab"}
+_INFO = {"description": "the miniature world", "version": "", "year": 2026, "contributor": "hificl-lab"}
 _LICENSE = {"url": "", "name": "made by the program, free of rights"}
+
+
+@dataclass(frozen=True)
+class World:
+    """How hard it is to see in a world, and to learn how its annotators speak.
+
+    Attributes:
+        version: as its files name it.
+        pixel_noise: pixels are moved by at most this much, of 255.
+        difficulty: fraction of the values whose word leaves its topic's dialect, unless `write_world` is told another.
+    """
+
+    version: str
+    pixel_noise: int
+    difficulty: float
+
+
+WORLDS = {1: World("1.1", NOISE, 0.2), 2: World("2.0", 100, 0.6)}
+
+
+def world_of(number: int) -> World:
+    """Return the world of a number.
+
+    Raises:
+        InputError: there is none.
+    """
+    if number not in WORLDS:
+        raise InputError(f"there is no world {number}", way_out=f"There are {', '.join(map(str, WORLDS))}")
+    return WORLDS[number]
 
 
 def write_world(
     folder: Path,
     *,
+    number: int = 1,
     seed: int = 0,
     num_train_images: int = 2500,
     num_val_images: int = 2500,
-    difficulty: float = 0.2,
+    difficulty: float | None = None,
     noise: float = 0.05,
 ) -> dict[str, object]:
     """Write images and annotation files; the same arguments give the same bytes on every machine.
 
     Args:
         folder: made if missing; files of the same names are replaced.
+        number: which of the worlds.
         seed: of convention, images, questions and annotators.
         num_train_images: images of `train2014`, each with one question of either kind and five captions.
         num_val_images: likewise `val2014`.
         difficulty: fraction of the values whose word is drawn again, away from the topic's usual dialect: 0
-            is learned from few samples, 1 leaves nothing that one value tells about another.
+            is learned from few samples, 1 leaves nothing that one value tells about another. None: the world's.
         noise: probability that an annotator uses another dialect's word.
 
     Returns:
@@ -63,6 +95,8 @@ def write_world(
     Raises:
         InputError: an argument is out of range.
     """
+    world = world_of(number)
+    difficulty = world.difficulty if difficulty is None else difficulty
     for name, value in (("difficulty", difficulty), ("noise", noise)):
         if not 0 <= value <= 1:
             raise InputError(f"{name} is {value}", way_out="A fraction from 0 to 1 is needed")
@@ -79,15 +113,17 @@ def write_world(
         image_rng, *text_rngs = (np.random.default_rng(part) for part in subset_seed.spawn(4))
         attributes = draw_attributes(sizes[subset], image_rng)
         image_ids = [first_id + nth for nth in range(sizes[subset])]
-        _write_images(folder, subset, image_ids, render_images(attributes, image_rng))
+        _write_images(folder, subset, image_ids, render_images(attributes, image_rng, world.pixel_noise))
         writers: Sequence[_Writer] = (_vqa_files, _okvqa_files, _coco_files)
         for write, text_rng in zip(writers, text_rngs, strict=True):
             for name, content in write(subset, image_ids, attributes, Annotators(crowd, text_rng)).items():
                 path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+                about = {"info": _INFO | {"version": world.version}}
+                path.write_text(json.dumps(about | content) + "\n", encoding="utf-8")
                 written.append(name)
     return {
+        "world": number,
         "num_images": sizes,
         "files": sorted(written),
         "seed": seed,
@@ -107,7 +143,7 @@ def _write_images(folder: Path, subset: str, image_ids: Sequence[int], images: n
 
 
 def _wrapper(subset: str) -> dict[str, object]:
-    return {"info": _INFO, "license": _LICENSE, "data_type": "mscoco", "data_subtype": subset}
+    return {"license": _LICENSE, "data_type": "mscoco", "data_subtype": subset}
 
 
 def _vqa_files(subset: str, image_ids: list[int], attributes: np.ndarray, annotators: Annotators) -> _Files:
@@ -203,7 +239,7 @@ def _coco_files(subset: str, image_ids: list[int], attributes: np.ndarray, annot
                 "id": image_id * 10,
             }
         )
-    common = {"info": _INFO, "images": images, "licenses": [{"url": "", "id": 1, "name": _LICENSE["name"]}]}
+    common = {"images": images, "licenses": [{"url": "", "id": 1, "name": _LICENSE["name"]}]}
     return {
         f"annotations/captions_{subset}.json": {**common, "annotations": captions},
         f"annotations/instances_{subset}.json": {**common, "categories": _categories(), "annotations": instances},

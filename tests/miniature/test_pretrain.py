@@ -150,7 +150,7 @@ def test_the_large_size_is_the_same_backbone(name: str, tmp_path: Path) -> None:
     assert record["parameters"] > 10 * sum(p.numel() for p in miniature(name).build(0).parameters())
     loaded = backbones.load(name, weights=tmp_path)  # `backbones.<name>.weights` of params.yaml
     assert loaded.model.config.get_text_config().num_hidden_layers == 8
-    assert BUDGETS.keys() == SIZES.keys() and BUDGETS["large"].decoder.steps > BUDGETS["small"].decoder.steps
+    assert BUDGETS[1].keys() == SIZES.keys() and BUDGETS[1]["large"].decoder.steps > BUDGETS[1]["small"].decoder.steps
 
 
 def test_pixels_and_cached_visual_tokens_agree(checkpoint: tuple[str, Path]) -> None:
