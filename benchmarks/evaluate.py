@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from PIL import Image
 
 from benchmarks.support.timing import Findings, Rounds, alternate, main, one_thread, report
 from pipeline import adapters, backbones, tasks
+from pipeline.backbones.load import Loaded
 from pipeline.data.sample import ImageRef, Sample
+from pipeline.evaluate import generate as generation
 from pipeline.evaluate.generate import generate
 from pipeline.prompts.prompt import Encoded, encode_all, render
 from pipeline.resident.visual_tokens import VisualTokens
@@ -40,6 +45,9 @@ class Sizes:
     prompts: int = 48
     batch_size: int = 16
     new_tokens: int = 8
+    split: int = 512
+    split_batch_size: int = 128
+    split_new_tokens: int = 3
     repeats: int = 3
     score_repeats: int = 1
     backbone: str = "mini-idefics2"
@@ -53,7 +61,9 @@ def run(device: str = "cpu", *, sizes: Sizes | None = None) -> dict[str, Any]:
     `cider_again_seconds` is the next epoch's score, new captions against references whose tokens are remembered.
     `chair_seconds` is with the objects at hand, `chair_truth_seconds` finds them in the references. Generation is a
     random miniature with a HiFICL adapter attached, visual tokens at hand; every answer has the same number of tokens.
-    Generation runs on one thread of a CPU.
+    `head` ratios answer a split in its batches: what all prompts begin with (`instruction`, the adapter attached;
+    `demonstrations`, eight, nothing attached) is computed once, over in every prompt (`whole`) or, for demonstrations,
+    over a copy of it in every row (`copied`). Generation runs on one thread of a CPU.
 
     Args:
         device: cpu or cuda; scoring runs on the CPU.
@@ -103,7 +113,7 @@ def _generation(findings: Findings, sizes: Sizes, device: str) -> None:
     adapter = adapters.create("hificl", loaded.model)
     with tempfile.TemporaryDirectory(prefix="hificl-bench-") as folder:
         root = Path(folder)
-        requests = _requests(loaded, root, sizes)
+        requests = _requests(loaded, root, sizes.prompts)
         visual = VisualTokens(loaded)
         visual.prefetch([image for request in requests for image in request.images], root)
 
@@ -116,21 +126,52 @@ def _generation(findings: Findings, sizes: Sizes, device: str) -> None:
 
         callables = {"batched": lambda: write(sizes.batch_size), "single": lambda: write(1)}
         rounds = alternate(callables, sizes.repeats, device=device)
+        _heads(findings, loaded, adapter, root, sizes, device)
     findings.add("batched_over_single_seconds", rounds, "batched", "single")
     for name in callables:
         rates = Rounds({name: [sizes.prompts / seconds for seconds in rounds.seconds[name]]})
         findings.seconds(f"{name}_samples_a_second", rates, name)
 
 
-def _requests(loaded: Any, root: Path, sizes: Sizes) -> list[Encoded]:
+def _heads(findings: Findings, loaded: Loaded, adapter: Any, root: Path, sizes: Sizes, device: str) -> None:
+    def answered(requests: Sequence[Encoded]) -> None:
+        generate(
+            loaded, requests, max_new_tokens=sizes.split_new_tokens, visual_tokens=visual, root=root,
+            batch_size=sizes.split_batch_size, stop_strings=(),
+        )  # fmt: skip
+
+    whole = patch.object(generation, "common_head", lambda *_: None)
+    copied = patch.object(generation, "can_stand_beside", lambda _: False)
+    for name, shots, others in (
+        ("instruction", 0, {"whole": whole}), ("demonstrations", 8, {"whole": whole, "copied": copied}),
+    ):  # fmt: skip
+        requests = _requests(loaded, root, sizes.split, shots)
+        visual = VisualTokens(loaded)
+        visual.prefetch([image for request in requests for image in request.images], root)
+        ways = {"once": nullcontext(), **others}
+        with adapters.attach(loaded.model, adapter) if not shots else nullcontext():
+
+            def one(way: Any, requests: Sequence[Encoded] = requests) -> None:
+                with way:
+                    answered(requests)
+
+            rounds = alternate({way: partial(one, ways[way]) for way in ways}, sizes.repeats, device=device)
+        for way in others:
+            findings.add(f"head_{name}_once_over_{way}_seconds", rounds, "once", way)
+        rates = Rounds({"once": [sizes.split / seconds for seconds in rounds.seconds["once"]]})
+        findings.seconds(f"head_{name}_samples_a_second", rates, "once")
+
+
+def _requests(loaded: Loaded, root: Path, count: int, shots: int = 0) -> list[Encoded]:
     task = tasks.get("mini-vqa")
     samples = []
-    for number in range(sizes.prompts):
+    for number in range(count + shots):
         path = root / f"{number}.png"
         Image.new("RGB", (32, 32), (number * 5 % 256, 90, 160)).save(path)
         question = "what is it" + " made of" * (number % 4)  # prompts of several lengths, as a real split has them
         samples.append(Sample(task.name, number, (ImageRef(path.name),), question, "wood", ("wood",)))
-    rendered = [render(task.template, loaded.backbone, sample) for sample in samples]
+    shown, asked = samples[:shots], samples[shots:]
+    rendered = [render(task.template, loaded.backbone, sample, shown) for sample in asked]
     return encode_all(loaded, rendered, root=root)
 
 

@@ -13,10 +13,11 @@ from stages.common import run
 
 
 def main(params: Params) -> None:
-    name = sys.argv[1]
+    name, world = sys.argv[1], int(sys.argv[2])
+    folder = Path("checkpoints") / ("" if world == 1 else f"world-{world}") / name
     with bar(f"pretrain {name}") as progress:
         pretrain(
-            name, Path("checkpoints") / name, seed=params.miniature.seed, commit=head_commit(), progress=progress,
+            name, folder, world=world, seed=params.miniature.seed, commit=head_commit(), progress=progress,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from stages.common import run
 def main(params: Params) -> None:
     mini = params.miniature
     write_world(
-        Path("data/miniature"), seed=mini.world_seed, num_train_images=mini.num_train_images,
+        Path("data/miniature"), number=params.run.world, seed=mini.world_seed, num_train_images=mini.num_train_images,
         num_val_images=mini.num_val_images, difficulty=mini.difficulty,
     )  # fmt: skip
 

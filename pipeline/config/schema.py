@@ -259,7 +259,7 @@ class MiniatureSettings(Section):
     world_seed: int = 0
     num_train_images: int = Field(2500, ge=10)
     num_val_images: int = Field(2500, ge=10)
-    difficulty: float = Field(0.2, ge=0, le=1)
+    difficulty: float | None = Field(None, ge=0, le=1)  # None: the world's own
 
 
 class Tracking(Section):
@@ -289,6 +289,7 @@ class Profile(Section):
     tasks: list[str] = Field(min_length=1)
     studies: list[str] = Field(min_length=1)
     data_root: str = "data/real"
+    world: Literal[1, 2] = 1  # the miniature's, where it is made here (docs/miniature.md)
     sources: dict[str, dict[str, Any]] = {}  # over `backbones`: where weights come from
     subsample: dict[str, Any] = {}
     train: dict[str, Any] = {}
@@ -356,11 +357,12 @@ class Study(Section):
     # the least difference that a claim is about, by task (the paper's name) or further metric, in the table's unit
     smallest_effect: dict[str, Annotated[float, Field(ge=0)]] = {}
     note: str | None = None  # shown above the table
-    without: dict[str, str] = {}  # rows that a profile cannot run, each with its reason, which the report says
+    # rows that a profile cannot run, each with its reason, which the report says; null: a profile that it extends could not
+    without: dict[str, str | None] = {}
 
     def notes(self) -> str | None:
         """Return the note, with the rows that are left out."""
-        left = "; ".join(f"{self.methods[row].label or row} ({why})" for row, why in self.without.items())
+        left = "; ".join(f"{self.methods[row].label or row} ({why})" for row, why in self.without.items() if why)
         return " ".join(filter(None, [self.note, f"Left out here: {left}." if left else None])) or None
 
     @model_validator(mode="after")

@@ -219,7 +219,7 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
         else _cell(params, study_name, row_name, row, pair, vary, seed, digests, sources)
         for pair in pairs
         for row_name, row in study.methods.items()
-        if row_name not in study.without
+        if not study.without.get(row_name)
         if pair[1] in (row.backbones or study.backbones) and pair[3] in (row.tasks or study.tasks)
         if row.trial is None or (row.trial.backbone, row.trial.task) == (pair[0], pair[2])
         for vary in _grid(study.vary)

@@ -27,6 +27,7 @@ LINKS = (".venv", "pipeline", "stages", "checkpoints", "weights")
 _STANDARD_ERROR = 2
 PAGE = "page.html"  # what `dvc plots` fills, below .dvc
 _REAL, _MADE = "data/real", "data/miniature"
+BACKBONES = {"backbone", "backbone-of-world-2"}  # stages of the project alone: a workspace has links to what they made
 
 
 def make_workspace(folder: Path, *, profile: str, data: Path | None = None) -> None:
@@ -44,7 +45,7 @@ def make_workspace(folder: Path, *, profile: str, data: Path | None = None) -> N
     if data is not None:
         check_links(data)
     made_here, given = params.run.data_root == _MADE, data is not None
-    gone = {"backbone"} | (set() if made_here else {"world"}) | (set() if given else {"official"})
+    gone = BACKBONES | (set() if made_here else {"world"}) | (set() if given else {"official"})
     absent = (set() if made_here else {_MADE, "checkpoints"}) | (set() if given else {_REAL})
     lay_out(folder, root, profile, stages_of(root, gone=gone, absent=absent))
     for name in FOLDERS.values():

@@ -40,7 +40,7 @@ from pipeline.sweep.train import sweep
 from pipeline.tasks import tasks
 from pipeline.tasks.file_rows import completed
 from pipeline.tasks.file_task import FileTask
-from pipeline.workspace import LINKS, draw_samples, lay_out, report_on, stages_of
+from pipeline.workspace import BACKBONES, LINKS, draw_samples, lay_out, report_on, stages_of
 
 PLAN = "adapt.json"  # a `LaidOut`
 _TIMING, _TIMED, _TIMED_SCORED = "timing", 16, 8  # a study that only tells seconds; samples that it trains on, scores
@@ -318,7 +318,7 @@ class _Workspace:
 
     def make(self, given: Budget) -> None:
         """Write profile, study and stages, and link the code."""
-        steps = stages_of(self.root, gone={"backbone", "world", "official"}, absent={"data/real", "data/miniature"})
+        steps = stages_of(self.root, gone={*BACKBONES, "world", "official"}, absent={"data/real", "data/miniature"})
         subsample = steps["stages"]["subsample"]  # type: ignore[index,call-overload]
         subsample["deps"] += self._watched()  # type: ignore[index,call-overload,operator]
         lay_out(self.folder, self.root, self.name, steps)

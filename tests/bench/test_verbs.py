@@ -85,8 +85,11 @@ def test_reuse() -> None:
 
 
 def test_evaluate() -> None:
-    sizes = evaluate.Sizes(answers=20, captions=12, prompts=4, batch_size=2, new_tokens=2, repeats=1)
+    sizes = evaluate.Sizes(
+        answers=20, captions=12, prompts=4, batch_size=2, new_tokens=2, split=6, split_batch_size=3, repeats=1
+    )
     names = ["vqa_seconds_20", "cider_seconds_12", "chair_seconds_12", "batched_over_single_seconds"]
+    names += ["head_instruction_once_over_whole_seconds", "head_demonstrations_once_over_copied_seconds"]
     check(evaluate.run(sizes=sizes), names)
 
 
