@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from pipeline.commands import doctor, numbers, plan, predict, results, studies, workspace
+from pipeline.commands import doctor, numbers, plan, predict, results, slurm, studies, workspace
 from pipeline.commands.parser import CommandLine
 
-VERBS = (studies, doctor, results, plan, predict, numbers, workspace)  # as the help lists them
+VERBS = (studies, slurm, doctor, results, plan, predict, numbers, workspace)  # as the help lists them
 
 
 def register(line: CommandLine) -> None:

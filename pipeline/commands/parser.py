@@ -112,3 +112,8 @@ def profile_name(action: argparse.Action) -> None:
 def _complete_files(action: argparse.Action, folder: str) -> None:
     names = lambda **_: sorted(file.stem for file in Path(folder).glob("*.yaml"))  # noqa: E731 - argcomplete calls it
     setattr(action, "completer", names)  # noqa: B010 - argcomplete's own attribute, which argparse does not declare
+
+
+def flagged(flag: str, values: list[str]) -> list[str]:
+    """Return the words that give a flag each of its values."""
+    return [word for value in values for word in (flag, value)]

@@ -357,7 +357,7 @@ class Study(Section):
     # the least difference that a claim is about, by task (the paper's name) or further metric, in the table's unit
     smallest_effect: dict[str, Annotated[float, Field(ge=0)]] = {}
     note: str | None = None  # shown above the table
-    # rows that a profile cannot run, each with its reason, which the report says; null: a profile that it extends could not
+    # rows that a profile cannot run, each with its reason, which the report says; null: it can, unlike what it extends
     without: dict[str, str | None] = {}
 
     def notes(self) -> str | None:

@@ -30,7 +30,7 @@ from pipeline.backbones.passes import GRAPHS_ON, TokenPass, bytes_of_row, is_out
 from pipeline.core.errors import InputError
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Sample
-from pipeline.prompts.collate import Batch, collate
+from pipeline.prompts.collate import collate
 from pipeline.prompts.prompt import LEAST_SAVED, Encoded, shared_prefix_length, stop_strings
 from pipeline.resident.resident import Resident
 from pipeline.resident.visual_tokens import VisualTokens
@@ -241,7 +241,7 @@ def generate(
             pack.use(PackRows(tuple(members[i] for i in chosen), batch.image_counts))
         inputs = batch.model_inputs(loaded)
         if prefix is not None:
-            inputs = prefix.continued(inputs) if beside else prefix.before(inputs)
+            inputs = prefix.before(inputs, beside=beside)
         width = inputs["input_ids"].shape[1]
         stop = _StopAt(stops, width, lags=num_beams == 1 and torch.device(device).type != "cpu")
         with told(device, padded=len({len(row) for row in rows}) > 1):
@@ -425,25 +425,25 @@ class Prefix:
         out = loaded.model.model(**batch.model_inputs(loaded), use_cache=True)
         return cls(head.input_ids, out.past_key_values)
 
-    def before(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return `generate`'s arguments for left-padded queries, behind a copy of the head in every row.
+    def before(self, inputs: Mapping[str, Any], *, beside: bool) -> dict[str, Any]:
+        """Return `generate`'s arguments for left-padded queries behind the head, whose positions go on from it.
 
-        The pads of a row stand between the head and the query; the mask hides them, and positions go on from the head.
+        In every row stands a copy of the head, if it does not stand `beside` them. The pads of a row are between the
+        head and the query; the mask hides them.
         """
         rows, length = len(inputs["input_ids"]), len(self.tokens)
+        inputs = {**inputs, "position_ids": inputs["position_ids"] + length}
+        if beside:
+            return inputs
         head = torch.tensor(self.tokens, device=inputs["input_ids"].device).expand(rows, length)
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(rows)
-        inputs = self.continued(inputs) | {"past_key_values": cache}
+        inputs["past_key_values"] = cache
         inputs["input_ids"] = torch.cat([head, inputs["input_ids"]], dim=1)
         inputs["attention_mask"] = torch.cat([torch.ones_like(head), inputs["attention_mask"]], dim=1)
         counted = torch.arange(length, device=head.device).expand(rows, length)
         inputs["position_ids"] = torch.cat([counted, inputs["position_ids"]], dim=1)
         return inputs
-
-    def continued(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments with positions that go on from the head."""
-        return {**inputs, "position_ids": inputs["position_ids"] + len(self.tokens)}
 
     def beside(self, loaded: Loaded) -> AbstractContextManager[None]:
         """Let every row attend to the head, which stands once, besides its own tokens; inside a block."""

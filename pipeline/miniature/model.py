@@ -1,9 +1,13 @@
-"""The miniature's two architectures: real transformers classes, a few million times smaller than the papers'."""
+"""The miniature's two architectures and their processors: real transformers classes, far smaller than the papers'.
+
+The processors leave 32 x 32 pixels as they are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,10 +15,15 @@ from torch import Tensor, nn
 from transformers import (
     Idefics2Config,
     Idefics2ForConditionalGeneration,
+    Idefics2ImageProcessorPil,
+    Idefics2Processor,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
+    SiglipImageProcessorPil,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -220,3 +229,39 @@ def decode_hidden(model: PreTrainedModel, input_ids: Tensor, visual: Tensor) -> 
     """
     encoded = BaseModelOutputWithPooling(pooler_output=cast(Any, list(visual.to(torch.float32))))
     return model.model(input_ids=input_ids, mm_encoder_outputs={"image": encoded}, use_cache=False).last_hidden_state
+
+
+_HALF = [0.5, 0.5, 0.5]
+
+
+def idefics2_processor(spec: Miniature) -> ProcessorMixin:
+    """Return the processor of `mini-idefics2`; it adds `<end_of_utterance>` past the vocabulary, as the real one."""
+    images = Idefics2ImageProcessorPil(
+        do_resize=True,
+        size={"shortest_edge": IMAGE_SIZE, "longest_edge": IMAGE_SIZE},
+        do_image_splitting=False,
+        image_mean=_HALF,
+        image_std=_HALF,
+    )
+    return Idefics2Processor(images, spec.make_tokenizer(), image_seq_len=spec.visual_tokens)
+
+
+def llava_processor(spec: Miniature) -> ProcessorMixin:
+    """Return the processor of `mini-llava`."""
+    images = SiglipImageProcessorPil(
+        do_resize=True, size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=_HALF, image_std=_HALF
+    )
+    return LlavaProcessor(images, spec.make_tokenizer(), patch_size=PATCH_SIZE, vision_feature_select_strategy="full")
+
+
+_MAKERS = {IDEFICS2.name: idefics2_processor, LLAVA.name: llava_processor}
+
+
+def save_processor(spec: Miniature, folder: Path) -> None:
+    """Write processor and tokenizer files to `folder`.
+
+    The tokenizer is written last and by itself: making an Idefics2 processor adds `<end_of_utterance>` to
+    its tokenizer, past the embedding, and the checkpoint of a base model does not have it.
+    """
+    _MAKERS[spec.name](spec).save_pretrained(folder)
+    spec.make_tokenizer().save_pretrained(folder)

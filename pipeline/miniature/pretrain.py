@@ -21,8 +21,7 @@ from pipeline.core.errors import InputError, nearest
 from pipeline.core.progress import Report
 from pipeline.miniature.decoder import DecoderPhase, train_decoder
 from pipeline.miniature.documents import Curriculum
-from pipeline.miniature.model import SIZES, Miniature, miniature
-from pipeline.miniature.processor import save_processor
+from pipeline.miniature.model import SIZES, Miniature, miniature, save_processor
 from pipeline.miniature.render import NOISE
 from pipeline.miniature.vision import Pool, VisionPhase, cache_visual_tokens, train_vision
 from pipeline.miniature.world import WORLDS, world_of
@@ -49,7 +48,10 @@ class Budget:
             num_held_out=16,
             vision=VisionPhase(steps=steps, batch_size=8, log_every=steps),
             decoder=DecoderPhase(
-                steps=steps, log_every=steps, num_probe_documents=2, curriculum=Curriculum(num_documents=2, warm_up_documents=2)
+                steps=steps,
+                log_every=steps,
+                num_probe_documents=2,
+                curriculum=Curriculum(num_documents=2, warm_up_documents=2),
             ),
         )
 

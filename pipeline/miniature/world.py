@@ -34,7 +34,12 @@ IMAGE_NAME = "COCO_{subset}_{image_id:012d}.png"
 SUBSETS = ("train2014", "val2014")
 _FIRST_VAL_ID = 500_001
 _OKVQA_TYPES = {"one": "Food", "two": "Home", "three": "Maker", "four": "Season", "other": "Other"}
-_INFO = {"description": "the miniature world", "version": "", "year": 2026, "contributor": "hificl-lab"}
+_INFO: dict[str, object] = {
+    "description": "the miniature world",
+    "version": "",
+    "year": 2026,
+    "contributor": "hificl-lab",
+}
 _LICENSE = {"url": "", "name": "made by the program, free of rights"}
 
 
@@ -119,7 +124,7 @@ def write_world(
             for name, content in write(subset, image_ids, attributes, Annotators(crowd, text_rng)).items():
                 path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                about = {"info": _INFO | {"version": world.version}}
+                about = {"info": _info(world)}
                 path.write_text(json.dumps(about | content) + "\n", encoding="utf-8")
                 written.append(name)
     return {
@@ -132,7 +137,7 @@ def write_world(
     }
 
 
-_Files = dict[str, object]  # content by file name
+_Files = dict[str, dict[str, object]]  # content by file name
 _Writer = Callable[[str, list[int], np.ndarray, Annotators], _Files]
 
 
@@ -140,6 +145,10 @@ def _write_images(folder: Path, subset: str, image_ids: Sequence[int], images: n
     (folder / subset).mkdir(exist_ok=True)
     for image_id, image in zip(image_ids, images, strict=True):
         (folder / subset / IMAGE_NAME.format(subset=subset, image_id=image_id)).write_bytes(png_bytes(image))
+
+
+def _info(world: World) -> object:
+    return {"description": "the miniature world", "version": world.version, "year": 2026, "contributor": "hificl-lab"}
 
 
 def _wrapper(subset: str) -> dict[str, object]:

@@ -12,6 +12,8 @@ import yaml
 
 from pipeline.config.load import FOLDERS, OWN, load
 from pipeline.core.errors import InputError
+from pipeline.plan.plan import as_given
+from pipeline.plan.space import cells
 from tests.conftest import ROOT
 
 
@@ -154,6 +156,17 @@ def test_a_mistake_in_a_profile_or_study_is_found(project, file, change, words):
         load(project / "params.yaml")
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_row_that_a_profile_cannot_run_is_run_by_one_that_extends_it():
+    rows = {
+        name: {cell.row for cell in cells(params, "hificl-table1", as_given(params))}
+        for name in ("mini", "mini-world2")
+        for params in [load(ROOT / "params.yaml", profile=name)]
+    }
+    assert rows["mini-world2"] - rows["mini"] == {"icl-16", "icl-32"}
+    note = load(ROOT / "params.yaml", profile="mini-world2").studies["hificl-table1"].notes()
+    assert "16-shot" not in (note or "")
 
 
 @pytest.mark.parametrize("text", ["run: [", "- a", "\x00"])

@@ -79,7 +79,7 @@ def with_noise(adapter):
 
 @pytest.mark.parametrize("method", [None, "hificl", "mimic", "live", "lora"])
 def test_an_instruction_that_all_prompts_begin_with_is_computed_once(method, loaded, pictures, monkeypatch):
-    """Behind it stand other questions of other lengths; with nothing attached, it stands beside the rows, not in them."""
+    """Behind it stand questions of other lengths; with nothing attached it stands beside the rows, not in them."""
     questions = ["What is " + "very " * (i % 3) + f"{word}?" for i, word in enumerate(("red", "it", "a dog", "that"))]
     samples = [Sample("vqav2", i, (ImageRef(f"{i % 2}.png"),), text, "red", ()) for i, text in enumerate(questions)]
     rendered = [render(TEMPLATE, loaded.backbone, sample) for sample in samples]

@@ -32,6 +32,7 @@ from pipeline.tasks import tasks
 
 # Digest of all files of the world below. A change means other data for every user: be sure that you want it.
 DIGEST = "a35f220c34c55fda7360ba9a1ab8774112fc127e3e390c0e93e5448995cd17cc"
+DIGEST_2 = "9091074e0b4e2942631041f278bfa940f39643e170c0b6d12c4ff5dd7d029917"
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,20 @@ def digest(folder: Path) -> str:
 
 def test_bytes_are_those_of_every_machine(world: Path) -> None:
     assert digest(world) == DIGEST
+
+
+def test_the_second_world_is_harder_to_see_and_to_learn(world: Path, tmp_path: Path) -> None:
+    written = write_world(tmp_path, number=2, seed=5, num_train_images=12, num_val_images=9)
+    assert digest(tmp_path) == DIGEST_2
+    assert written["world"] == 2 and written["difficulty"] == 0.6
+    name = "train2014/COCO_train2014_000000000001.png"
+    first, second = (np.asarray(Image.open(folder / name)).astype(int) for folder in (world, tmp_path))
+    flat = [np.abs(np.diff(image[:2], axis=1)).mean() for image in (first, second)]  # the frame has one colour
+    assert flat[1] > 3 * flat[0]
+    about = json.loads((tmp_path / "annotations/captions_val2014.json").read_text())["info"]
+    assert about["version"] == "2.0"
+    with pytest.raises(InputError, match="no world 3.*1, 2"):
+        write_world(tmp_path, number=3)
 
 
 def test_another_seed_gives_other_bytes(world: Path, tmp_path: Path) -> None:

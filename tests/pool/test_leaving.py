@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.cli import command_line
-from pipeline.commands import studies
+from pipeline.commands import slurm
 from pipeline.config.load import load
 from pipeline.core import machine
 from pipeline.core.errors import WorkError
@@ -121,7 +121,7 @@ def test_a_look_that_fails_is_made_again(monkeypatch):
 
     monkeypatch.setattr(machine, "notice", look)
     monkeypatch.setattr(cluster, "drain", lambda seconds, node: drained.append((seconds, node)))
-    monkeypatch.setattr(studies, "_NOTICE_SECONDS", 0.0)
+    monkeypatch.setattr(slurm, "_NOTICE_SECONDS", 0.0)
     arguments = command_line().parse_args(["notice", "--node", "n"])
     arguments.func(arguments)
     assert drained == [(90.0, "n")] and not answers

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.commands.studies import slurm_script
+from pipeline.commands.slurm import slurm_script
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
 from pipeline.plan.plan import Inputs, all_cells, as_given, places

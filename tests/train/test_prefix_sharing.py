@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pipeline import adapters, backbones
 from pipeline.adapters.attach import attach
 from pipeline.backbones.decoder import decoder_of
-from pipeline.train import loop
 from pipeline.prompts.prompt import shared_prefix_length
+from pipeline.train import loop
 from pipeline.train.prefix_sharing import PrefixLayout, row_pays, sharing_prefix
 from pipeline.train.workbench import Workbench
 from tests.support.tiny_hub import make
