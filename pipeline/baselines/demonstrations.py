@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -47,6 +48,42 @@ class RandomDemonstrations(Baseline):
         if self.options.demonstrations == "fixed":
             return fixed(self.setting.pool, queries, self.options.num_shots, self.setting.seed)
         return [draw_from(self.setting.pool, query, self.options.num_shots, self.setting.seed) for query in queries]
+
+
+class ShuffledOptions(IclOptions):
+    """How many demonstrations; one alone has no other's image to show."""
+
+    num_shots: int = Field(8, ge=2)
+
+
+@baselines.register
+class ShuffledImages(RandomDemonstrations):
+    """The demonstrations of `icl-k`, each with the images of the one after it, the last with the first one's.
+
+    Texts stay as they are, so what is lost against `icl-k` came from looking at the demonstrations' images: multimodal
+    in-context learning, where text alone would lose nothing (TrueMICL, Chen et al. 2025, arXiv 2507.15807).
+    """
+
+    name = "icl-k-shuffled"
+    Options: ClassVar[type[BaselineOptions]] = ShuffledOptions
+
+    def fit(self, setting: Setting) -> None:
+        """Look for images.
+
+        Raises:
+            InputError: the pool's samples have none.
+        """
+        super().fit(setting)
+        if not any(sample.images for sample in setting.pool):
+            where = f"method '{self.name}'"
+            raise InputError("the samples have no images to shuffle", where=where, way_out="Use icl-k")
+
+    def demonstrations(self, queries: Sequence[Sample]) -> list[list[Sample]]:
+        """Return what `icl-k` draws, the images moved on by one demonstration."""
+        return [
+            [replace(sample, images=later.images) for sample, later in zip(shown, [*shown[1:], shown[0]], strict=True)]
+            for shown in super().demonstrations(queries)
+        ]
 
 
 def draw_from(pool: Sequence[Sample], query: Sample, num_shots: int, seed: int, *, draw: int | str = 0) -> list[Sample]:

@@ -28,6 +28,7 @@ class DecoderPhase:
     warmup_steps: int = 100
     log_every: int = 100
     num_probe_documents: int = 64
+    probe_pairs: int = 9
     curriculum: Curriculum = field(default_factory=Curriculum)
 
 
@@ -72,8 +73,7 @@ def train_decoder(
         parameters, lr=phase.learning_rate, weight_decay=phase.weight_decay, betas=(0.9, 0.98)
     )
     source = DocumentSource(spec, attributes, phase.curriculum, rng)
-    pairs = phase.curriculum.num_pairs
-    probe = draw_probe(spec, attributes, np.random.default_rng(11), phase.num_probe_documents, pairs)
+    probe = draw_probe(spec, attributes, np.random.default_rng(11), phase.num_probe_documents, phase.probe_pairs)
     curve: list[dict[str, object]] = []
     losses: dict[str, list[float]] = {}
     model.train()
@@ -112,8 +112,8 @@ class Probe:
     """Documents on which emergence is measured.
 
     Attributes:
-        batch: VQA documents whose conventions never leave a topic's dialect.
-        shown: [B, pairs], whether the topic was asked before in the document.
+        batch: VQA documents.
+        shown: [B, pairs], whether the topic, or its value, was asked for before in the document.
         first_word: id of the first value's word.
     """
 
@@ -123,21 +123,28 @@ class Probe:
 
 
 def draw_probe(
-    spec: Miniature, attributes: np.ndarray, rng: np.random.Generator, num_documents: int, num_pairs: int = 9
-) -> Probe:
-    """Draw VQA documents over a pool of images with `attributes` [N, 8]."""
+    spec: Miniature, attributes: np.ndarray, rng: np.random.Generator, num_documents: int, num_pairs: int = 9,
+    redraw: float = 0.0,
+) -> Probe:  # fmt: skip
+    """Draw VQA documents over a pool of images with `attributes` [N, 8].
+
+    Where values leave their topic's dialect (`redraw`), what counts as shown is the value, not the topic.
+    """
     source = DocumentSource(spec, attributes, Curriculum(), rng)
     renderer: Renderer = source.renderer
     documents, shown = [], []
     for _ in range(num_documents):
-        convention = draw_convention(rng, redraw=0.0)
+        convention = draw_convention(rng, redraw=redraw)
         images = rng.integers(len(attributes), size=num_pairs)
         topics = rng.integers(len(ATTRIBUTES), size=num_pairs)
         pieces = []
         for image, topic in zip(images, topics, strict=True):
             pieces += renderer.vqa(attributes[image], int(topic), convention)
         documents.append((pieces, images.tolist()))
-        shown.append([topic in topics[:nth] for nth, topic in enumerate(topics)])
+        words = [
+            (topic, attributes[image][topic] if redraw else 0) for image, topic in zip(images, topics, strict=True)
+        ]
+        shown.append([word in words[:nth] for nth, word in enumerate(words)])
     first_word = token_id(spec.make_tokenizer(), value_words()[0])
     return Probe(source.collate("vqa", documents), np.array(shown), first_word)
 

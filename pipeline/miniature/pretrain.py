@@ -69,7 +69,7 @@ BUDGETS = {  # by world and size
         "small": Budget(
             pixel_noise=WORLDS[2].pixel_noise,
             num_threads=1,
-            decoder=DecoderPhase(curriculum=Curriculum(num_pairs=33, num_documents=6, redraw=0.4)),
+            decoder=DecoderPhase(probe_pairs=33, curriculum=Curriculum(num_pairs=33, num_documents=6, redraw=0.4)),
         ),
     },
 }

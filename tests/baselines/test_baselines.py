@@ -65,6 +65,18 @@ def test_random_demonstrations_follow_the_seed(fit, manifest):
     assert by_seed[0] == by_seed[1] != by_seed[2]
 
 
+def test_shuffled_demonstrations_have_their_texts_and_anothers_images(fit, manifest):
+    queries = manifest.splits["evaluation"]
+    plain, shuffled = (
+        fit("idefics2-8b-base", method, num_shots=3).demonstrations(queries) for method in ("icl-k", "icl-k-shuffled")
+    )
+    for own, moved in zip(plain, shuffled, strict=True):
+        assert [replace(demo, images=()) for demo in moved] == [replace(demo, images=()) for demo in own]
+        assert [demo.images for demo in moved] == [own[1].images, own[2].images, own[0].images]
+    with pytest.raises(InputError, match="num_shots"):
+        fit("idefics2-8b-base", "icl-k-shuffled", num_shots=1)
+
+
 @pytest.mark.parametrize("backbone", backbones.names())
 def test_features_do_not_depend_on_their_batch(backbone, resident, manifest):
     """One vector an image from the tower's own last states, whatever the other images are."""

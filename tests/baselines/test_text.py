@@ -68,6 +68,11 @@ def test_the_nearest_texts_are_shown_nearest_last(fit, manifest):
         fit("rices-k", num_shots=10).demonstrations(pool[:1])
 
 
+def test_texts_have_no_images_to_shuffle(fit):
+    with pytest.raises(InputError, match="no images to shuffle.*Use icl-k"):
+        fit("icl-k-shuffled", num_shots=2)
+
+
 @torch.no_grad()
 def test_heads_effects_behind_kept_keys_are_those_of_whole_prompts(fit):
     method = fit("function-vector", num_shots=3, num_prompts=2, num_effect_prompts=2, num_heads=3, layer=1)
