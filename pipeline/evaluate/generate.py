@@ -208,8 +208,7 @@ def generate(
     device = loaded.device
     # beam search copies images by row, those of the shared head too; every adapter of a pack has a head of its own
     plain = num_beams == 1 and len(set(members)) <= 1 and not experts and loaded.family.shares_prefix
-    head = common_head(requests, loaded.image_token_id) if plain else None
-    heads = [head] if head and not (from_pixels and head.images) else []
+    heads = _heads(requests, loaded, from_pixels=from_pixels) if plain else []
 
     def kept_head(_: Sequence[Encoded]) -> list[Prefix]:
         if pack is not None:
@@ -366,6 +365,13 @@ class Greedy:
             if len(ended) == len(rows):
                 break
         return rows
+
+
+def _heads(requests: Sequence[Encoded], loaded: Loaded, *, from_pixels: bool) -> list[Encoded]:
+    """Return the common head, where there is one on every rank; where the tower is run, only one without images."""
+    head = common_head(requests, loaded.image_token_id)
+    everywhere = all(loaded.passes.of_ranks(head is not None and not (from_pixels and head.images)))
+    return [head] if head is not None and everywhere else []
 
 
 def common_head(requests: Sequence[Encoded], image_token_id: int) -> Encoded | None:
