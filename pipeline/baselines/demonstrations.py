@@ -75,8 +75,8 @@ class ShuffledImages(RandomDemonstrations):
         """
         super().fit(setting)
         if not any(sample.images for sample in setting.pool):
-            where = f"method '{self.name}'"
-            raise InputError("the samples have no images to shuffle", where=where, way_out="Use icl-k")
+            problem = "the samples have no images to shuffle"
+            raise InputError(problem, where=f"method '{self.name}'", way_out="Use icl-k")
 
     def demonstrations(self, queries: Sequence[Sample]) -> list[list[Sample]]:
         """Return what `icl-k` draws, the images moved on by one demonstration."""
