@@ -116,6 +116,11 @@ class TableEntry:
         return [cell for cell in self.cells if _value(cell, self.column.metric) is None]
 
     @property
+    def absence(self) -> str:
+        """What stands in a number's place: the first cell's state; a dash where its task has no such metric."""
+        return self.cells[0].status if self.cells and self.cells[0].status != "done" else "-"
+
+    @property
     def run_ids(self) -> list[str]:
         """The runs behind it, by seed."""
         return [cell.run_id for cell in self.done if cell.run_id]

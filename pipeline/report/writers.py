@@ -178,7 +178,7 @@ def _json(tree: Tree) -> str:
 
 
 def _md_entry(entry: TableEntry) -> str:
-    text: str = entry.cells[0].status if entry.cells else "-"
+    text = entry.absence
     if entry.value is not None:
         value = format_value(entry.value, entry.unit)
         spread = f" ± {format_value(entry.std, entry.unit)}" if entry.std is not None else ""
@@ -314,7 +314,7 @@ class Results:
 def _number(entry: TableEntry, widest: int) -> Text:
     """Return a number with its mark and its spread, which takes `widest` columns where there is any in this column."""
     if entry.value is None:
-        return Text(entry.cells[0].status if entry.cells else "-", style=BAD if entry.cells else "")
+        return Text(entry.absence, style="" if entry.absence == "-" else BAD)
     text = Text(format_value(entry.value, entry.unit), style=_STYLES.get(entry.mark, ""))
     text.append("*" if entry.mark == "best" else " ")
     spread = (

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.report import load_table
-from pipeline.report.writers import Results, StudyResults
+from pipeline.report.writers import Results, StudyResults, to_markdown
 
 
 def _printed(table: Any, width: int, **terminal: Any) -> str:
@@ -54,6 +54,16 @@ def test_every_number_stands_with_its_spread_and_no_line_is_wider(table: Any, wi
             assert float(spread) == pytest.approx(entry.std, abs=0.6 * 10**-digits)
             assert value.rstrip().endswith("*") == (entry.mark == "best")
     assert "over 2 to 3 seeds" in " ".join(text.split()) and "paper" not in text
+
+
+def test_a_metric_that_a_task_does_not_have_is_a_dash(maker: Any) -> None:
+    maker.table()
+    definition = {**maker.definition(), "metrics": ["CHAIRs"]}
+    with_chair = load_table("hificl-table1", maker.params(**{"hificl-table1": definition}), maker.folder)
+    assert "done" not in _printed(with_chair, 100)
+    rows = to_markdown(with_chair, []).splitlines()
+    (zero_shot,) = [row for row in rows if row.startswith("| Zero-shot")]
+    assert "done" not in zero_shot and "| - |" in zero_shot
 
 
 def test_what_failed_is_said_once_with_its_reason(table: Any) -> None:
