@@ -34,12 +34,6 @@ IMAGE_NAME = "COCO_{subset}_{image_id:012d}.png"
 SUBSETS = ("train2014", "val2014")
 _FIRST_VAL_ID = 500_001
 _OKVQA_TYPES = {"one": "Food", "two": "Home", "three": "Maker", "four": "Season", "other": "Other"}
-_INFO: dict[str, object] = {
-    "description": "the miniature world",
-    "version": "",
-    "year": 2026,
-    "contributor": "hificl-lab",
-}
 _LICENSE = {"url": "", "name": "made by the program, free of rights"}
 
 
