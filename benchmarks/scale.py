@@ -17,7 +17,7 @@ from benchmarks.support.timing import Findings, main, report
 from benchmarks.support.tracked import stores, track
 from pipeline.config.load import Requests, TrialRequest
 from pipeline.plan.plan import Plan
-from pipeline.pool import tuner
+from pipeline.pool import cluster, tuner
 from pipeline.pool.dispatcher import Dispatcher
 from pipeline.pool.messages import Result, TrialEnded
 from pipeline.pool.queue import Queue
@@ -145,7 +145,7 @@ def _tune(where: Path, number: int, findings: Findings) -> None:
         if isinstance(message, TrialEnded):
             seen.append(time.perf_counter())
 
-    with tuner.cluster(sweep):
+    with cluster.running(sweep):
         tuner.run_trials(plan, list(plan.trials), params, tell, TrialStore(plan.places.runs), actor)
     each = [1000 * (b - a) for a, b in zip(seen, seen[1:], strict=False)]
     findings.file(f"tune_ms_per_trial_{number}", each[len(each) // 2 :])

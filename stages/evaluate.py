@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pipeline.config.load import Params
-from pipeline.sweep.evaluate import evaluate
+from pipeline.pool.supervisor import ahead
 from stages.common import run
 
 
 def main(params: Params) -> None:
-    evaluate(params, params.run.studies)
+    with ahead(params.sweep) as driver:  # Ray starts while torch and MLflow are imported
+        from pipeline.sweep.evaluate import evaluate
+
+        evaluate(params, params.run.studies, driver=driver)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pipeline.config.load import Params
-from pipeline.sweep.train import sweep
+from pipeline.pool.supervisor import ahead
 from stages.common import run
 
 
 def main(params: Params) -> None:
-    sweep(params, params.run.studies)
+    with ahead(params.sweep) as driver:  # Ray starts while torch and MLflow are imported
+        from pipeline.sweep.train import sweep
+
+        sweep(params, params.run.studies, driver=driver)
 
 
 if __name__ == "__main__":

@@ -174,9 +174,12 @@ def _sweep(args: argparse.Namespace) -> None:
 
         chosen = [*flagged("--study", args.study or []), *flagged("--set", args.set)]
         sys.exit(cluster.attach_to_sweep() if args.attach else cluster.submit(chosen))
-    from pipeline.sweep.train import sweep
+    from pipeline.pool.supervisor import ahead
 
-    sweep(params, args.study or params.run.studies)
+    with ahead(params.sweep) as driver:  # Ray starts while torch and MLflow are imported
+        from pipeline.sweep.train import sweep
+
+        sweep(params, args.study or params.run.studies, driver=driver)
 
 
 def _run_trial(args: argparse.Namespace) -> Answer:

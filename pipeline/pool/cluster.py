@@ -1,4 +1,5 @@
-"""A cluster: whether every node of it runs this code, and the sweep as a Ray job that lives on its head.
+"""A cluster: to start a private one or join another, whether every node of it runs this code, and the sweep as a Ray
+job that lives on its head.
 
 A sweep over two versions is a sweep of nothing. Whoever started the job may go, and anybody with the token can follow
 it.
@@ -8,23 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import ray
+from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import PACKAGE
+from pipeline.config.schema import Sweep
 from pipeline.core import machine
 from pipeline.core.errors import HificlError, InputError, WorkError
 from pipeline.core.progress import say
 from pipeline.pool import ensure_token
+from pipeline.pool.processes import kept_handlers
 
 SECONDS = 120.0  # for all nodes' answers; a fresh worker process takes a few
 PACKAGES = ("torch", "transformers", "deepspeed", "ray")
@@ -147,6 +153,63 @@ def _compare(name: str, version: Version, expected: Version) -> None:
                 where=f"node {name}",
                 way_out=_WAY_OUT,
             )
+
+
+@contextmanager
+def running(sweep: Sweep) -> Iterator[None]:
+    """Connect to the cluster that `sweep.address` names, or start a private one for the time of the block.
+
+    Raises:
+        InputError: no cluster answers at the address, or a node of it runs other code; there is no place for a private
+            one, or its processes cannot be started below this path.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    ensure_token()
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if sweep.address is None:
+        for path in (sys.executable, ray.__file__):
+            machine.require_plain(path, "this environment")
+        # also where another one runs; without a dashboard
+        options.update(address="local", include_dashboard=False, _temp_dir=str(machine.ray_folder() / "ray"))
+    else:
+        options.update(address=sweep.address)
+    with nullcontext() if sweep.address else _on_loopback():
+        try:
+            with kept_handlers():  # Ray sets handlers of its own, which print a stack trace and abort
+                ray.init(**options)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise InputError(
+                f"no Ray cluster answers at '{sweep.address}' ({error})",
+                where="sweep.address",
+                way_out="Start one with `ray up cluster/cluster.yaml`, or set sweep.address to null",
+            ) from None
+        try:
+            if sweep.address is not None:
+                check_nodes()
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let Ray bind to 127.0.0.1 inside the block, as it does by default on macOS and Windows.
+
+    `_node_ip_address="127.0.0.1"` does not: Ray takes the machine's outer address in its place and listens everywhere.
+    """
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # the first for the processes that Ray starts
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before[0] is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before[0]
 
 
 async def draining() -> set[str]:

@@ -15,11 +15,14 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from queue import SimpleQueue
 
 import psutil
 
+from pipeline.config.schema import Sweep
 from pipeline.core.errors import HificlError
-from pipeline.pool.messages import Alive, Message, Stop, Work, WorkEnded, WorkLost, WorkRefused
+from pipeline.pool.messages import Alive, Message, Work, WorkEnded, WorkLost, WorkRefused
 from pipeline.pool.processes import (
     CLUSTER_SECONDS,
     ENDING_SECONDS,
@@ -47,31 +50,27 @@ class Relay:
 
 
 def main(pipe: Connection) -> None:
-    """Take a `Work` from the pipe, do it, and say how it ended."""
+    """Take the `Sweep` from the pipe and start its cluster, then take a `Work`, do it, and say how it ended."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
-    relay = Relay(pipe)
-    from pipeline.pool import tuner  # noqa: F401 - while the supervisor opens MLflow
-
-    try:
-        work = pipe.recv()
-    except EOFError:
-        return
-    if isinstance(work, Stop):  # before there was work
-        return
-    with suppress(KeyboardInterrupt):  # the stage's word, or its death: at any moment from the thread's first on
-        threading.Thread(target=_end_with_supervisor, args=(pipe,), daemon=True, name="supervisor").start()
-        _do(work, relay)
+    with suppress(EOFError, KeyboardInterrupt):  # the stage's word, or its death: at any moment, Ray's start included
+        sweep, works = pipe.recv(), SimpleQueue[bytes]()
+        threading.Thread(target=_hear, args=(pipe, works), daemon=True, name="supervisor").start()
+        _serve(sweep, works, Relay(pipe))
     with suppress(KeyboardInterrupt):
         reap(os.environ[MARK])
     os._exit(0)  # nothing is left to do, and Python's own way out takes a second
 
 
-def _do(work: Work, relay: Relay) -> None:
-    from pipeline.pool.tuner import cluster
+def _serve(sweep: Sweep, works: SimpleQueue[bytes], relay: Relay) -> None:
+    from pipeline.pool.cluster import running
 
     try:
-        with cluster(work.params.sweep), _watched(relay):
-            work.run(relay.send)
+        with running(sweep):
+            from pipeline.pool import tuner  # noqa: F401 - as the cluster's start: while the stage opens MLflow
+
+            work: Work = ForkingPickler.loads(works.get())
+            with _watched(relay):
+                work.run(relay.send)
         relay.send(WorkEnded())
     except HificlError as error:
         relay.send(WorkRefused(error))
@@ -79,9 +78,13 @@ def _do(work: Work, relay: Relay) -> None:
         relay.send(WorkLost(f"{type(error).__name__}: {error}", traceback.format_exc()))
 
 
-def _end_with_supervisor(pipe: Connection) -> None:
-    """Wait for the supervisor's word, or for its death, and end in order, or without it."""
+def _hear(pipe: Connection, works: SimpleQueue[bytes]) -> None:
+    """Pass the work on; then wait for the supervisor's word, or for its death, and end in order, or without it.
+
+    The work is passed on as bytes: to read it imports what it is made of, and no two threads should do that at once.
+    """
     with suppress(EOFError, OSError):
+        works.put(pipe.recv_bytes())
         allow_keeping(pipe.recv().seconds)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(ENDING_SECONDS + keep_seconds())

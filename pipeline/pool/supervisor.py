@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.load import Params
+from pipeline.config.schema import Sweep
 from pipeline.core import machine
 from pipeline.core.errors import HificlError, InputError, WorkError
 from pipeline.core.progress import say
-from pipeline.plan.plan import Plan
 from pipeline.pool import processes
-from pipeline.pool.evaluation_calls import Job
 from pipeline.pool.messages import (
     PROXY_DIED,
     Alive,
@@ -49,12 +48,14 @@ from pipeline.pool.processes import (
     keep_seconds,
     reap,
 )
-from pipeline.records.evaluation import Evaluation
 from pipeline.records.journal import Journal, sentence
 from pipeline.records.store import TrialStore
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a stage starts a driver before it imports torch
     from pipeline.measure import Measure, MeasureJob
+    from pipeline.plan.plan import Plan
+    from pipeline.pool.evaluation_calls import Job
+    from pipeline.records.evaluation import Evaluation
 
 
 @dataclass
@@ -119,7 +120,7 @@ class Lost(Exception):
 
 
 class Driver:
-    """One driver process; it imports Ray while its stage opens MLflow.
+    """One driver process; it starts its cluster while its stage imports torch, plans, and opens MLflow.
 
     What Ray's C++ writes on standard error when its cluster dies, a page of addresses, is kept for `--debug`.
 
@@ -127,7 +128,7 @@ class Driver:
         InputError: this machine lacks what Ray needs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sweep: Sweep) -> None:
         self.mark = uuid.uuid4().hex
         self.works = False
         machine.require()
@@ -141,6 +142,8 @@ class Driver:
                 [python, "-m", f"{__package__}.driver", *map(str, given)], pass_fds=given,
                 env={**os.environ, MARK: self.mark}, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
+        with suppress(OSError):  # its death is for `messages` to find
+            self.pipe.send(sweep)
 
     def messages(self, work: Work) -> Iterator[Result | None]:
         """Do work; yield what it tells, and None where for a moment there is nothing.
@@ -149,10 +152,8 @@ class Driver:
             Lost: the driver or its cluster died, gave up, or gives no sign of life.
             InputError: what it says.
         """
-        try:
+        with suppress(OSError):  # it has ended already; why it did is read all the same
             self.pipe.send(work)
-        except OSError:
-            raise Lost("the driver died at its start") from None
         self.works = True
         silent_at = time.monotonic() + STARTING_SECONDS
         while True:
@@ -187,7 +188,7 @@ class Driver:
     def end(self) -> None:
         """End the driver and every process of its private cluster."""
         if not self.works:
-            self.process.kill()  # it has only imported so far
+            self.process.kill()  # its cluster, if it has one by now, has no work
         with suppress(OSError):
             self.pipe.send(Stop(keep_seconds()))
         self.pipe.close()
@@ -201,9 +202,9 @@ class Driver:
 
 
 @contextmanager
-def ahead(wanted: bool) -> Iterator[Driver | None]:
-    """Give a driver that was started beforehand, where one is wanted, and end it with the block."""
-    driver = Driver() if wanted else None
+def ahead(sweep: Sweep | None) -> Iterator[Driver | None]:
+    """Give a driver that was started beforehand, for a sweep that wants one, and end it with the block."""
+    driver = None if sweep is None else Driver(sweep)
     try:
         yield driver
     finally:
@@ -259,7 +260,7 @@ def train(
     keys, told, errors, check_at = set(todo), set[str](), dict[str, str](), 0.0
     behind = _progress(store, keys)
     while todo or adaptive:
-        driver, first = first or Driver(), None
+        driver, first = first or Driver(params.sweep), None
         lost = Lost("its process died")
         ends: dict[str, str | None] = {}  # of the trials whose end it has told of
         unwritten = set[str]()  # stopped by the scheduler, or nobody waits for them any more: the store will say
@@ -357,7 +358,7 @@ def _answers(
     done: set[Any] = set()
     attempts = Attempts(params, "evaluate", _note)
     while (work := left(done)) is not None:
-        driver, first, before = first or Driver(), None, len(done)
+        driver, first, before = first or Driver(params.sweep), None, len(done)
         lost = Lost("it ended before its work")
         try:
             for message in driver.messages(work):

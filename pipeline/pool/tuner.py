@@ -1,13 +1,10 @@
-"""The only file that starts Ray and Ray Tune."""
+"""The only file that starts Ray Tune: trials to a dispatcher and its slots, on a cluster that is there."""
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,21 +12,17 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray._private import ray_constants
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
 from pipeline.config.load import Params, Requests, Sweep
 from pipeline.config.trial import MOST_PACKED, TrialConfig
-from pipeline.core import machine
 from pipeline.core.errors import InputError, WorkError
 from pipeline.core.progress import say
 from pipeline.plan.plan import Plan, compared_groups, in_lanes, side_by_side
 from pipeline.plan.space import Cell
-from pipeline.pool import ensure_token
-from pipeline.pool.cluster import check_nodes
 from pipeline.pool.dispatcher import Dispatcher
 from pipeline.pool.messages import PROXY_DIED, EpochEnded, Tell, TrialEnded, TrialStarted
-from pipeline.pool.processes import GROW_SECONDS, NODES_SECONDS, keep_seconds, kept_handlers
+from pipeline.pool.processes import GROW_SECONDS, NODES_SECONDS, keep_seconds
 from pipeline.pool.proxy import TrialProxy
 from pipeline.pool.queue import Halving, Queue
 from pipeline.pool.schedule import PerCellOptuna, make_scheduler
@@ -100,63 +93,6 @@ class _Orphaned(tune.Stopper):
     def stop_all(self) -> bool:
         """See `tune.Stopper`."""
         return self._dead
-
-
-@contextmanager
-def cluster(sweep: Sweep) -> Iterator[None]:
-    """Connect to the cluster that `sweep.address` names, or start a private one for the time of the block.
-
-    Raises:
-        InputError: no cluster answers at the address, or a node of it runs other code; there is no place for a private
-            one, or its processes cannot be started below this path.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    ensure_token()
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if sweep.address is None:
-        for path in (sys.executable, ray.__file__):
-            machine.require_plain(path, "this environment")
-        # also where another one runs; without a dashboard
-        options.update(address="local", include_dashboard=False, _temp_dir=str(machine.ray_folder() / "ray"))
-    else:
-        options.update(address=sweep.address)
-    with nullcontext() if sweep.address else _on_loopback():
-        try:
-            with kept_handlers():  # Ray sets handlers of its own, which print a stack trace and abort
-                ray.init(**options)
-        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-            raise InputError(
-                f"no Ray cluster answers at '{sweep.address}' ({error})",
-                where="sweep.address",
-                way_out="Start one with `ray up cluster/cluster.yaml`, or set sweep.address to null",
-            ) from None
-        try:
-            if sweep.address is not None:
-                check_nodes()
-            yield
-        finally:
-            ray.shutdown()
-
-
-@contextmanager
-def _on_loopback() -> Iterator[None]:
-    """Let Ray bind to 127.0.0.1 inside the block, as it does by default on macOS and Windows.
-
-    `_node_ip_address="127.0.0.1"` does not: Ray takes the machine's outer address in its place and listens everywhere.
-    """
-    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    before = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # the first for the processes that Ray starts
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before[1]
-        if before[0] is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before[0]
 
 
 def count_slots(sweep: Sweep, world_size: int, trials: int) -> int:

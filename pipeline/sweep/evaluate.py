@@ -45,10 +45,16 @@ class Choice:
     halted: bool = False
 
 
-def evaluate(params: Params, studies: list[str], root: Path | None = None) -> None:
+def evaluate(params: Params, studies: list[str], root: Path | None = None, driver: Driver | None = None) -> None:
     """Score what the studies need and is not scored yet, and write the studies' cells.
 
     Safe to kill and to run again: what is scored is not scored twice.
+
+    Args:
+        params: the studies'.
+        studies: by name.
+        root: the project's folder; None: the current one.
+        driver: one that is starting already (`ahead`); None: one is started where there is something to score.
 
     Raises:
         WorkError: some trials are missing or could not be scored; the others are done.
@@ -57,10 +63,10 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None) -> No
     store = TrialStore(places(root).runs)
     held = store.lock("an evaluation", wait=copies.is_copy(root))
     with in_order(), held, copies.shared_evaluations(root):
-        _evaluate(params, studies, root, store)
+        _evaluate(params, studies, root, store, driver)
 
 
-def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore) -> None:
+def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore, first: Driver | None) -> None:
     folders, evaluations = places(root), Evaluations(root.resolve() / "evaluations")
     cells = all_cells(params, studies, folders)
     plan = make_plan(params, cells, folders, store.objective)
@@ -73,7 +79,7 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore)
     jobs = {config.key: (store.config(config.trial), config) for config in scoring.values()}
     todo = [job for key, job in jobs.items() if not evaluations.path(key).exists()]
     say(f"{len(jobs)} trials to score, {len(jobs) - len(todo)} are scored")
-    with ahead(bool(todo)) as driver:
+    with ahead(params.sweep if todo and first is None else None) as driver:
         tracker = Tracker(params.tracking.uri, root, params.tracking.artifacts)
         tracker.prepare(studies, {study: experiment_note(params, study, cells) for study in studies})
         sync = MlflowSync(tracker, store, plan, studies)
@@ -84,7 +90,7 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore)
         for key, (config, _) in jobs.items():
             if evaluations.path(key).exists():
                 sync.score(config, key)
-        problems = dict(_score(params, plan, todo, evaluations, sync, driver)) if todo else {}
+        problems = dict(_score(params, plan, todo, evaluations, sync, first or driver)) if todo else {}
     missing: dict[str, str] = {}
     for study in studies:
         results = {

@@ -38,10 +38,16 @@ BY_HAND = "by-hand"  # the study of the trials that were made from others by han
 _NAMED = 5  # pictures of one message
 
 
-def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
+def sweep(params: Params, studies: list[str], root: Path | None = None, driver: Driver | None = None) -> None:
     """Train every trial of `studies` that the store does not have, and log all of them to MLflow.
 
     Safe to kill and to run again: finished trials are never trained twice, an open one goes on at its last epoch.
+
+    Args:
+        params: the sweep's.
+        studies: by name.
+        root: the project's folder; None: the current one.
+        driver: one that is starting already (`ahead`); None: one is started where there is something to train.
 
     Raises:
         InputError: params, data, weights, cluster or tracking store are not in order; nothing was started.
@@ -56,7 +62,8 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
         if known is not None and plan.trials.keys() <= known:
             return
         acts = len(store.acts())
-        _swept(params, studies, root, plan)
+        _swept(params, studies, root, plan, driver)
+        driver = None  # it is used up
         meanwhile = store.acts()[acts:]  # done by hand while this one trained
         if any(act.parent for act in meanwhile):
             params, studies = with_study(params, BY_HAND, folders.runs.parent), [*dict.fromkeys([*studies, BY_HAND])]
@@ -67,7 +74,7 @@ def sweep(params: Params, studies: list[str], root: Path | None = None) -> None:
         known = plan.trials.keys() - {act.trial for act in meanwhile if act.act == "resume"}
 
 
-def _swept(params: Params, studies: list[str], root: Path | None, plan: Plan) -> None:
+def _swept(params: Params, studies: list[str], root: Path | None, plan: Plan, first: Driver | None) -> None:
     folders = plan.places
     for line in unheard(params, plan.cells.values()):
         say(f"note: {line}")
@@ -75,7 +82,8 @@ def _swept(params: Params, studies: list[str], root: Path | None, plan: Plan) ->
     with in_order(), store.lock("a sweep", wait=copies.is_copy(folders.runs.parent)):
         check_open_engines(plan, store)
         check_open_pictures(plan, store)
-        with ahead(bool(plan.open_keys(store.settled) or plan.searched)) as driver:
+        wants_driver = first is None and (plan.open_keys(store.settled) or plan.searched)
+        with ahead(params.sweep if wants_driver else None) as driver:
             tracker = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
             tracker.prepare(studies, {study: experiment_note(params, study, plan.cells.values()) for study in studies})
             if tracker.provenance.note:
@@ -83,7 +91,7 @@ def _swept(params: Params, studies: list[str], root: Path | None, plan: Plan) ->
             tracker.end_leftovers()
             sync = MlflowSync(tracker, store, plan, studies)
             try:
-                failed = _sweep(plan, store, sync, driver)
+                failed = _sweep(plan, store, sync, first or driver)
                 sync.settle(params.tracking.patience_seconds)
             finally:
                 if not isinstance(sys.exception(), Displaced):  # else they are another sweep's by now

@@ -206,9 +206,12 @@ def test_serve() -> None:
 @pytest.mark.long
 def test_overhead() -> None:
     result = overhead.run(
-        ranks=(1, 2), num_virtual_tokens=(2,), learning_rates=(0.005,), num_train_samples=16, noop_repeats=1
+        ranks=(1, 2), num_virtual_tokens=(2,), learning_rates=(0.005, 0.01), num_train_samples=16, noop_repeats=1
     )
-    assert result["ratios"]["sweep_over_bare_loops"] > 0 and result["ratios"]["noop_repro_seconds"] > 0
+    ratios, seconds = result["ratios"], result["seconds"]
+    assert ratios["sweep_over_bare_loops"] > 0 and ratios["noop_repro_seconds"] > 0
+    assert 0 < ratios["first_step_seconds"] < seconds["sweep_of_two"]
+    assert ratios["two_trials_over_bare_loops"] == seconds["sweep_of_two"] / seconds["bare_loops_of_two"]
 
 
 @pytest.mark.long

@@ -123,6 +123,18 @@ def test_a_signal(sweep, reference, fault, how):
     fault(how.name, gone=gone)
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_as_it_starts(sweep, how):
+    """Its driver has a cluster by then, and no work: the stage is still at its imports."""
+    sweep.begin()
+    sweep.until(lambda: sweep.processes("gcs/gcs_server"), "Ray's first process")
+    assert not list(sweep.runs.glob("*/config.json"))
+    sweep.stage.send_signal(how)
+    assert sweep.ended(30) == (130 if how == signal.SIGINT else -how)
+    nothing_left(sweep, ORPHAN_SECONDS)
+    assert "Traceback" not in sweep.log, sweep.log
+
+
 def test_two_at_once(sweep, reference, fault):
     sweep.begin("-m", "dvc", "repro", "-s", "train")
     first = sweep.stage

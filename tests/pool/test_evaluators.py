@@ -12,7 +12,7 @@ from pipeline.config.load import BackboneSource, TrialRequest, load
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.pool import evaluators, slot
-from pipeline.pool.tuner import cluster
+from pipeline.pool.cluster import running
 from tests.support.told_actors import Looking, Told
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ def params():
     made = load(ROOT / "params.yaml", ["sweep.slots=1", "sweep.pack=auto", "sweep.retry.max_attempts=2"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "0")  # as on a machine with a GPU
-        with cluster(made.sweep):
+        with running(made.sweep):
             yield made
 
 

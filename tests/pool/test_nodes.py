@@ -11,8 +11,7 @@ import ray
 from pipeline.config.load import load
 from pipeline.core.errors import InputError, WorkError
 from pipeline.pool import slot
-from pipeline.pool.cluster import unanswered
-from pipeline.pool.tuner import cluster
+from pipeline.pool.cluster import running, unanswered
 from tests.support.told_actors import worked_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +22,7 @@ def test_it_goes_there_and_a_node_without_the_folder_is_named(tmp_path, monkeypa
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)  # where this cluster starts
-    with cluster(sweep):
+    with running(sweep):
         assert ray.get(worked_in.remote(str(tmp_path))) == str(tmp_path)
         with pytest.raises(InputError, match=f"node .*{tmp_path}/gone is not there"):
             ray.get(worked_in.remote(str(tmp_path / "gone")))

@@ -20,6 +20,7 @@ from pipeline.core.errors import WorkError
 from pipeline.plan.plan import as_given, make_plan, places
 from pipeline.plan.space import cells
 from pipeline.pool import tuner
+from pipeline.pool.cluster import running
 from pipeline.pool.dispatcher import Dispatcher
 from pipeline.pool.messages import PROXY_DIED, Result, TrialEnded
 from pipeline.pool.proxy import TrialProxy
@@ -263,7 +264,7 @@ def test_slots_are_added_where_nodes_join_a_cluster_and_tune_hands_them_trials(t
 
 @pytest.fixture(scope="module")
 def cluster():
-    with tuner.cluster(load(ROOT / "params.yaml").sweep):
+    with running(load(ROOT / "params.yaml").sweep):
         yield
 
 

@@ -8,14 +8,16 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pipeline.config.schema import Sweep
 from pipeline.core.errors import InputError, WorkError
-from pipeline.pool import driver, supervisor
-from pipeline.pool.messages import PROXY_DIED, TrialEnded, TrialStarted, Watcher
+from pipeline.pool import cluster, driver, supervisor
+from pipeline.pool.messages import PROXY_DIED, TrialEnded, TrialStarted, Watcher, WorkRefused
 from pipeline.pool.supervisor import Training
 from pipeline.records.store import Displaced, TrialFolder, TrialStore
 from pipeline.records.trial import TrialEnd
@@ -58,7 +60,7 @@ def play(
     plan: Any = SimpleNamespace(places=SimpleNamespace(runs=root))
     params: Any = SimpleNamespace(sweep=SimpleNamespace(retry=SimpleNamespace(max_attempts=most)))
     heard = Heard()
-    monkeypatch.setattr(supervisor, "Driver", lambda: drivers.pop(0))
+    monkeypatch.setattr(supervisor, "Driver", lambda sweep: drivers.pop(0))
     return heard, supervisor.train(plan, todo, params, TrialStore(plan.places.runs), [heard], None, adaptive=adaptive)
 
 
@@ -178,7 +180,7 @@ def test_a_sweep_that_another_has_displaced_hears_of_nothing_more(tmp_path, monk
     ended: list[set[str]] = []
     monkeypatch.setattr(Played, "end", lambda self: ended.append(self.tells))
     heard = Heard()
-    monkeypatch.setattr(supervisor, "Driver", lambda: driver)
+    monkeypatch.setattr(supervisor, "Driver", lambda sweep: driver)
     params: Any = SimpleNamespace(sweep=SimpleNamespace(retry=SimpleNamespace(max_attempts=2)))
     plan: Any = SimpleNamespace(places=SimpleNamespace(runs=runs))
     runs.mkdir()
@@ -210,7 +212,7 @@ def test_a_machine_that_ray_cannot_start_on_is_refused_before_a_driver_is_starte
 
     monkeypatch.setattr(supervisor.machine, "require", refused)
     monkeypatch.setattr(supervisor.subprocess, "Popen", lambda *_, **__: pytest.fail("a driver was started"))
-    with pytest.raises(InputError, match="too few open files"), supervisor.ahead(wanted=True):
+    with pytest.raises(InputError, match="too few open files"), supervisor.ahead(Sweep()):
         pass
 
 
@@ -228,7 +230,7 @@ def _abort() -> None:
 
 
 def test_what_rays_library_writes_as_it_dies_is_kept_off_the_terminal(capfd):
-    with supervisor.ahead(wanted=True) as driver:
+    with supervisor.ahead(Sweep()) as driver:
         with pytest.raises(supervisor.Lost, match=r"the driver died \(status -6\)") as lost:
             list(driver.messages(Aborting()))
     assert "a stack of addresses" in lost.value.__notes__[0]
@@ -241,6 +243,16 @@ class Idle:
 
     def run(self, tell) -> None:
         raise AssertionError("begun")
+
+
+def test_why_a_driver_has_ended_before_its_work_came_is_read():
+    """Its cluster starts while the stage is still at its imports."""
+    ended = object.__new__(supervisor.Driver)
+    ended.pipe, there = multiprocessing.Pipe()
+    there.send(WorkRefused(InputError("no Ray cluster answers")))
+    there.close()
+    with pytest.raises(InputError, match="no Ray cluster answers"):
+        list(ended.messages(Idle()))
 
 
 def test_a_driver_whose_supervisor_is_dead_before_its_work_begins_ends_without_a_word(monkeypatch, capfd):
@@ -257,7 +269,9 @@ def test_a_driver_whose_supervisor_is_dead_before_its_work_begins_ends_without_a
 
     handler = signal.getsignal(signal.SIGINT)
     here, there = multiprocessing.Pipe()
+    here.send(Sweep())
     here.send(Idle())
+    monkeypatch.setattr(cluster, "running", lambda sweep: nullcontext())
     monkeypatch.setattr(driver.threading, "Thread", Thread)
     monkeypatch.setattr(driver, "reap", lambda mark: None)
     monkeypatch.setattr(driver.os, "_exit", leaves)

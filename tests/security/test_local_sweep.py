@@ -59,9 +59,9 @@ import json, os, pickle, subprocess, sys, time
 from pathlib import Path
 import psutil
 from pipeline.config.load import Sweep
-from pipeline.pool import tuner
+from pipeline.pool import cluster
 import ray
-with tuner.cluster(Sweep()):
+with cluster.running(Sweep()):
     from pipeline.pool.cluster import code_version
     from pipeline.pool.slot import Worker
     workers = [Worker.remote(rank, 2, 0.0) for rank in range(2)]

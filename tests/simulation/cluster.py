@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline import backbones
-from pipeline.config.load import Requests
+from pipeline.config.load import Requests, Sweep
 from pipeline.core.errors import HificlError, WorkError
 from pipeline.pool import dispatcher as dispatching
 from pipeline.pool import processes, slot, supervisor
@@ -551,7 +551,7 @@ class Driver(supervisor.Driver):
 
     cluster: Cluster
 
-    def __init__(self) -> None:
+    def __init__(self, sweep: Sweep) -> None:
         import uuid
 
         cluster = Driver.cluster
