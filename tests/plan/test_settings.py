@@ -480,6 +480,13 @@ def test_trials_of_a_study_without_a_budget_keep_their_keys():
     params = load(ROOT / "params.yaml", profile="mini")
     planned = plan("miniature-search", profile="mini")
     given = {name for name, study in params.studies.items() if study.budget is not None}
-    with_budget = {"miniature-baselines", "miniature-factorial", "miniature-fair", "real-weights", "real-weights-words"}
+    with_budget = {
+        "miniature-baselines",
+        "miniature-factorial",
+        "miniature-fair",
+        "miniature-world2",
+        "real-weights",
+        "real-weights-words",
+    }
     assert given == with_budget
     assert len(planned.trials) == 54
