@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipeline.config.load import Params
+from pipeline.core import copies
 from pipeline.pool.supervisor import ahead
 from stages.common import run
 
 
 def main(params: Params) -> None:
-    with ahead(params.sweep) as driver:  # Ray starts while torch and MLflow are imported
+    alone = not copies.is_copy(Path.cwd())  # else it may wait for hours until the store is free
+    with ahead(params.sweep, wanted=alone) as driver:  # Ray starts while torch and MLflow are imported
         from pipeline.sweep.evaluate import evaluate
 
         evaluate(params, params.run.studies, driver=driver)

@@ -202,9 +202,17 @@ class Driver:
 
 
 @contextmanager
-def ahead(sweep: Sweep | None) -> Iterator[Driver | None]:
-    """Give a driver that was started beforehand, for a sweep that wants one, and end it with the block."""
-    driver = None if sweep is None else Driver(sweep)
+def ahead(sweep: Sweep, first: Driver | None = None, *, wanted: bool = True) -> Iterator[Driver | None]:
+    """Give a driver that was started beforehand, where one is wanted, and end it with the block.
+
+    Args:
+        sweep: its cluster's.
+        first: one that is starting already, which takes the place of a new one; it ends at once where none is wanted.
+        wanted: whether there is work.
+    """
+    if first is not None and not wanted:
+        first.end()
+    driver = (first or Driver(sweep)) if wanted else None
     try:
         yield driver
     finally:

@@ -79,7 +79,7 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore,
     jobs = {config.key: (store.config(config.trial), config) for config in scoring.values()}
     todo = [job for key, job in jobs.items() if not evaluations.path(key).exists()]
     say(f"{len(jobs)} trials to score, {len(jobs) - len(todo)} are scored")
-    with ahead(params.sweep if todo and first is None else None) as driver:
+    with ahead(params.sweep, first, wanted=bool(todo)) as driver:
         tracker = Tracker(params.tracking.uri, root, params.tracking.artifacts)
         tracker.prepare(studies, {study: experiment_note(params, study, cells) for study in studies})
         sync = MlflowSync(tracker, store, plan, studies)
@@ -90,7 +90,7 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore,
         for key, (config, _) in jobs.items():
             if evaluations.path(key).exists():
                 sync.score(config, key)
-        problems = dict(_score(params, plan, todo, evaluations, sync, first or driver)) if todo else {}
+        problems = dict(_score(params, plan, todo, evaluations, sync, driver)) if todo else {}
     missing: dict[str, str] = {}
     for study in studies:
         results = {

@@ -82,8 +82,8 @@ def _swept(params: Params, studies: list[str], root: Path | None, plan: Plan, fi
     with in_order(), store.lock("a sweep", wait=copies.is_copy(folders.runs.parent)):
         check_open_engines(plan, store)
         check_open_pictures(plan, store)
-        wants_driver = first is None and (plan.open_keys(store.settled) or plan.searched)
-        with ahead(params.sweep if wants_driver else None) as driver:
+        wanted = bool(plan.open_keys(store.settled) or plan.searched)
+        with ahead(params.sweep, first, wanted=wanted) as driver:
             tracker = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
             tracker.prepare(studies, {study: experiment_note(params, study, plan.cells.values()) for study in studies})
             if tracker.provenance.note:
@@ -91,7 +91,7 @@ def _swept(params: Params, studies: list[str], root: Path | None, plan: Plan, fi
             tracker.end_leftovers()
             sync = MlflowSync(tracker, store, plan, studies)
             try:
-                failed = _sweep(plan, store, sync, first or driver)
+                failed = _sweep(plan, store, sync, driver)
                 sync.settle(params.tracking.patience_seconds)
             finally:
                 if not isinstance(sys.exception(), Displaced):  # else they are another sweep's by now
