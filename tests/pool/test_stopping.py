@@ -253,7 +253,6 @@ def test_slots_are_added_where_nodes_join_a_cluster_and_tune_hands_them_trials(t
     monkeypatch.setattr(tuner, "count_slots", lambda *_: 1)  # the first node; all of this cluster is there later
     monkeypatch.setattr(tuner, "GROW_SECONDS", 0.3)
     monkeypatch.setattr(tuner, "most_in_progress", lambda sweep, slots: counted.append(slots) or most(sweep, slots))
-    plan.places.runs.mkdir()  # where the stage has opened its trials before
     tuner.run_trials(plan, list(plan.trials), params, lambda _: None, TrialStore(plan.places.runs), Growing)
     store = TrialStore(plan.places.runs)
     assert all(store.done(key).status == "finished" for key in plan.trials)
