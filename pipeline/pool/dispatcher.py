@@ -161,7 +161,6 @@ class Dispatcher:
                     self.journal.note("slot added")
 
     async def _serve(self, slot: Slot, state: SlotState) -> None:
-        await self._built(slot, state)  # while Tune starts; one that is lost later is built again once a trial waits
         while True:
             try:
                 while not self.queue.waiting:
