@@ -131,7 +131,7 @@ def test_neither_a_sweep_nor_an_evaluation_begins_while_another_holds_the_store(
     with scored.store.lock("another one"):
         for begin in (
             lambda: evaluation.evaluate(None, ["study"], scored.folder),
-            lambda: training._swept(None, ["study"], scored.folder, scored.plan),
+            lambda: training._swept(None, ["study"], scored.folder, scored.plan, None),
         ):
             with pytest.raises(InputError, match=f"held by another one, pid {os.getpid()} on .*Wait for it"):
                 begin()
