@@ -319,6 +319,7 @@ class StudyMethod(Section):
     tasks: list[str] = []
     set: dict[str, Any] = {}
     search: dict[str, Any] = {}
+    source_task: str | None = None  # what the row is trained on, whichever task it is scored on; `a+b`: a mixture
     trial: TrialConfig | None = None  # a recorded trial as it stands, which no setting reaches, and how it is scored
     evaluation: EvaluationConfig | None = None
 
@@ -346,7 +347,7 @@ class Study(Section):
     backbones: list[str] = Field(min_length=1)  # the papers' names; the profile says what stands for them
     tasks: list[str] = Field(min_length=1)
     methods: dict[str, StudyMethod] = Field(min_length=1)
-    vary: dict[str, list[Any]] = {}  # every value is a point of the report; `source_task`: tasks to train on
+    vary: dict[str, list[Any]] = {}  # every value is a point of the report; `source_task`: tasks to train on, or `a+b`
     seeds: list[int] = Field([0], min_length=1)
     budget: Budget | None = None
     train: dict[str, Any] = {}
@@ -365,16 +366,23 @@ class Study(Section):
         left = "; ".join(f"{self.methods[row].label or row} ({why})" for row, why in self.without.items() if why)
         return " ".join(filter(None, [self.note, f"Left out here: {left}." if left else None])) or None
 
+    @property
+    def source_tasks(self) -> list[str]:
+        """What rows are trained on, where it is not the task that they are scored on, by the papers' names."""
+        of_rows = [row.source_task for row in self.methods.values() if row.source_task]
+        return [*map(str, self.vary.get(SOURCE_TASK, [])), *of_rows]
+
     @model_validator(mode="after")
     def _known_rows(self) -> Study:
         for row in self.without:
             if row not in self.methods:
                 raise ValueError(f"without names '{row}', which is no row; the rows are {', '.join(self.methods)}")
-        for name in self.vary.get(SOURCE_TASK, []):
-            if name not in self.tasks:
-                raise ValueError(f"vary.{SOURCE_TASK} names '{name}', which is none of the study's tasks")
-        if SOURCE_TASK in self.vary and self.measure != "score":
-            raise ValueError(f"vary.{SOURCE_TASK} goes with scores alone, not with the measure {self.measure}")
+        for source in self.source_tasks:
+            for name in source.split("+"):
+                if name not in self.tasks:
+                    raise ValueError(f"{SOURCE_TASK} names '{name}', which is none of the study's tasks")
+        if self.source_tasks and self.measure != "score":
+            raise ValueError(f"{SOURCE_TASK} goes with scores alone, not with the measure {self.measure}")
         for name in self.smallest_effect:
             if name not in (*self.tasks, *self.metrics):
                 known = ", ".join((*self.tasks, *self.metrics))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -51,6 +51,7 @@ class Registry(Generic[T]):
         self._members: dict[str, T] = {}
         self._loaded = False
         self.build: Callable[[str, object], T] | None = None  # set by the module that can
+        self.mixed: Callable[[Sequence[T]], T] | None = None  # likewise: of several one, which is called `a+b`
 
     def register(self, member: M) -> M:
         """File a member under its own name, which is given once, and return it: a call, or a class's decorator."""
@@ -74,6 +75,8 @@ class Registry(Generic[T]):
                     way_out="Give yours another name",
                 )  # fmt: skip
             return self.made(name, declared[name])
+        if (mixture := self._mixture(name, self.get)) is not None:
+            return mixture
         require_known(self.kind, name, self.names())
         return self._members[name]
 
@@ -84,9 +87,18 @@ class Registry(Generic[T]):
             InputError: the description does not fit, or members of this kind are not described.
         """
         self._load()
+        known = description if isinstance(description, Mapping) else {}
+        mixture = self._mixture(name, lambda part: self.made(part, known[part]) if known.get(part) else self.get(part))
+        if mixture is not None:
+            return mixture
         if self.build is None:
             raise InputError(f"a {self.kind} cannot be described by settings", where=name)
         return self.build(name, description)
+
+    def _mixture(self, name: str, member: Callable[[str], T]) -> T | None:
+        if self.mixed is None or "+" not in name or name in self._members:
+            return None
+        return self.mixed([member(part) for part in name.split("+")])
 
     def names(self) -> list[str]:
         """Return all names, sorted."""

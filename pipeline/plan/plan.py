@@ -25,7 +25,7 @@ from pipeline.core.errors import InputError
 from pipeline.core.plain_yaml import Json
 from pipeline.data.manifest import Manifest
 from pipeline.plan.settings import TRAIN_FIELDS
-from pipeline.plan.space import PAPERS_FULL_SIZE, Cell, Digests, Point, cells, corners, needed, points, tried
+from pipeline.plan.space import PAPERS_FULL_SIZE, Cell, Digests, Point, cells, corners, mixtures, needed, points, tried
 from pipeline.tasks import tasks
 
 
@@ -318,11 +318,12 @@ def drawn_samples(params: Params, task: str) -> int:
 
 def as_given(params: Params) -> Digests:
     """Return what stands for digests where nothing is read: the sizes that params.yaml asks for."""
+    names = dict.fromkeys([*params.run.tasks, *(name for study in params.studies for name in mixtures(params, study))])
     return Digests(
         backbones=dict.fromkeys(params.run.backbones, _AS_GIVEN),
-        manifests=dict.fromkeys(params.run.tasks, _AS_GIVEN),
-        train_sizes={task: params.subsample.of(task).num_train for task in params.run.tasks},
-        selection_sizes={task: params.subsample.of(task).num_selection for task in params.run.tasks},
+        manifests=dict.fromkeys(names, _AS_GIVEN),
+        train_sizes={task: params.subsample.of(task).num_train for task in names},
+        selection_sizes={task: params.subsample.of(task).num_selection for task in names},
     )
 
 

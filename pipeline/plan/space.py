@@ -212,7 +212,7 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
     for name in (*params.subsample.tasks, *params.subsample.splits):
         tasks.get(name)
     check_methods(params)
-    sources = {paper_task: task for *_, task, paper_task in reversed(pairs)}  # the first that plays each
+    sources = _by_part(pairs)
     every = (
         _recorded(study_name, row_name, row, row.trial, pair, digests)
         if row.trial is not None
@@ -223,7 +223,7 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
         if pair[1] in (row.backbones or study.backbones) and pair[3] in (row.tasks or study.tasks)
         if row.trial is None or (row.trial.backbone, row.trial.task) == (pair[0], pair[2])
         for vary in _grid(study.vary)
-        if vary.get(SOURCE_TASK) in (None, *sources)  # as tasks to score on, those that the profile has
+        if not (source := vary.get(SOURCE_TASK, row.source_task)) or _source(source, sources)  # that the profile has
         for seed in study.seeds
     )
     # a varied field that a method does not have (rank of zero-shot) would repeat its cell under other names
@@ -234,29 +234,35 @@ def cells(params: Params, study_name: str, digests: Digests) -> list[Cell]:
 
 
 def needed(params: Params, studies: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the profile's backbones and tasks that the studies ask for; it may name more.
+    """Return the profile's backbones and tasks that the studies ask for (it may name more), mixtures last.
 
     Raises:
         InputError: an unknown study, or one that the profile has nothing for.
     """
-    pairs = [pair for study in studies for pair in _pairs(params, study)[1]]
+    names = list(studies)
+    pairs = [pair for study in names for pair in _pairs(params, study)[1]]
     have = {pair[0] for pair in pairs}, {pair[2] for pair in pairs}
-    return [name for name in params.run.backbones if name in have[0]], [
-        name for name in params.run.tasks if name in have[1]
-    ]
+    drawn = [name for name in params.run.tasks if name in have[1]]
+    mixed = [mixture for study in names for mixture in mixtures(params, study)]
+    return [name for name in params.run.backbones if name in have[0]], [*drawn, *dict.fromkeys(mixed)]
 
 
-def _pairs(params: Params, study_name: str) -> tuple[Study, list[tuple[str, str, str, str]]]:
+def mixtures(params: Params, study_name: str) -> list[str]:
+    """Return the mixtures of the profile's tasks that a study trains on."""
+    study = params.studies[study_name]
+    sources = _by_part(_played(params, study))
+    known = [_source(part, sources) for part in study.source_tasks]
+    return [name for name in known if name and "+" in name]
+
+
+Pair = tuple[str, str, str, str]  # a backbone, the part that it plays, a task, and the part that it plays
+
+
+def _pairs(params: Params, study_name: str) -> tuple[Study, list[Pair]]:
     """Return a study, and the profile's backbones and tasks for it, each with the part that it plays."""
     require_known("study", study_name, params.studies, f"profile '{params.profile}'")
     study = params.studies[study_name]
-    pairs = [
-        (backbone, paper_backbone, task, paper_task)
-        for backbone in params.run.backbones
-        if (paper_backbone := _part(params, backbone, backbones.get(backbone).stands_for or backbone, study.backbones))
-        for task in params.run.tasks
-        if (paper_task := _part(params, task, tasks.get(task).stands_for, study.tasks))
-    ]
+    pairs = _played(params, study)
     if not pairs:
         raise InputError(
             f"none of the profile's backbones {params.run.backbones} and tasks {params.run.tasks} stands for one of "
@@ -267,19 +273,35 @@ def _pairs(params: Params, study_name: str) -> tuple[Study, list[tuple[str, str,
     return study, pairs
 
 
+def _played(params: Params, study: Study) -> list[Pair]:
+    return [
+        (backbone, paper_backbone, task, paper_task)
+        for backbone in params.run.backbones
+        if (paper_backbone := _part(params, backbone, backbones.get(backbone).stands_for or backbone, study.backbones))
+        for task in params.run.tasks
+        if (paper_task := _part(params, task, tasks.get(task).stands_for, study.tasks))
+    ]
+
+
+def _by_part(pairs: Sequence[Pair]) -> dict[str, str]:
+    """Return the first of the profile's tasks that plays each part."""
+    return {paper_task: task for *_, task, paper_task in reversed(pairs)}
+
+
 def _part(params: Params, name: str, own: str, asked: list[str]) -> str | None:
     """Return which of a study's backbones or tasks `name` plays: its own part, or one that the profile gives it."""
     return next((part for part in (own, *params.run.stand_ins.get(name, [])) if part in asked), None)
 
 
 def _cell(
-    params: Params, study: str, row_name: str, row: StudyMethod, pair: tuple[str, str, str, str], vary: Point,
+    params: Params, study: str, row_name: str, row: StudyMethod, pair: Pair, vary: Point,
     seed: int, digests: Digests, tasks_by_part: Mapping[str, str],
 ) -> Cell:  # fmt: skip
     backbone, paper_backbone, task, paper_task = pair
     known = Settings(row.method).known
-    part = str(vary[SOURCE_TASK]) if SOURCE_TASK in vary and methods.is_trained(row.method) else None
-    source = tasks_by_part[part] if part else None
+    part = vary.get(SOURCE_TASK, row.source_task) if methods.is_trained(row.method) else None
+    source = _source(part, tasks_by_part) if part else None
+    trained_on = {SOURCE_TASK: source} if SOURCE_TASK in vary and source else {}
     vary = {name: value for name, value in vary.items() if name in known}
     for name in row.search:
         if name not in known:
@@ -287,18 +309,24 @@ def _cell(
                 f"search over unknown field '{name}'", where=f"studies.{study}.methods.{row_name}",
                 way_out=nearest(name, known),
             )  # fmt: skip
-    resolved = resolve(params, study, row_name, paper_backbone, part or paper_task, vary)
+    resolved = resolve(params, study, row_name, paper_backbone, str(part or paper_task), vary)
     return Cell(
         study=study, row=row_name, label=row.label or row_name, backbone=backbone, paper_backbone=paper_backbone,
         task=task, paper_task=paper_task, seed=seed, settings=resolved.settings, digests=digests,
-        vary={name: resolved.settings.value(name) for name in vary} | ({SOURCE_TASK: source} if source else {}),
+        vary={name: resolved.settings.value(name) for name in vary} | trained_on,
         search={name: _distinct(domain) if isinstance(domain, list) else domain for name, domain in row.search.items()},
         sources=resolved.sources, overruled=resolved.overruled, source=source if source != task else None,
     )  # fmt: skip
 
 
+def _source(source: JsonValue, tasks_by_part: Mapping[str, str]) -> str | None:
+    """Return the profile's task, or mixture of tasks, that a row is trained on; None: it lacks one of them."""
+    parts = str(source).split("+")
+    return "+".join(tasks_by_part[part] for part in parts) if all(part in tasks_by_part for part in parts) else None
+
+
 def _recorded(
-    study: str, row_name: str, row: StudyMethod, trial: TrialConfig, pair: tuple[str, str, str, str], digests: Digests
+    study: str, row_name: str, row: StudyMethod, trial: TrialConfig, pair: Pair, digests: Digests
 ) -> Cell:  # fmt: skip
     """Return the cell of a recorded trial, which has to start from what lies here.
 

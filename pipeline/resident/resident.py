@@ -134,7 +134,7 @@ class Resident:
     ) -> list[Rendered]:
         task = of_manifest(manifest)
         return [
-            render(task.template, self.loaded.backbone, query, shots, answer=answer, style=manifest.prompt)
+            render(task.template_for(query), self.loaded.backbone, query, shots, answer=answer, style=manifest.prompt)
             for query, shots in zip(queries, demos, strict=True)
         ]
 

@@ -18,17 +18,21 @@ from pipeline.data.image_files import CheckedImage, check_images, problems_error
 from pipeline.data.manifest import Manifest, Source
 from pipeline.data.official import source_digest
 from pipeline.data.sample import PromptStyle, Sample
-from pipeline.plan.plan import places
+from pipeline.plan.plan import Places, places
 from pipeline.tasks import IndexEntry, SampleId, Split, Task, tasks
+from pipeline.tasks.mixture import Mixture
 
 
 def draw_task(params: Params, task: str, root: Path | None = None) -> None:
-    """Draw the samples of `task` and write its manifest.
+    """Draw the samples of `task` and write its manifest; a mixture's come from its tasks' manifests.
 
     Raises:
-        InputError: files are missing, damaged or too few.
+        InputError: files are missing, damaged or too few; a mixture's task has no manifest.
     """
-    given = params.subsample
+    given, folders = params.subsample, places(root)
+    if isinstance(mixture := tasks.get(task), Mixture):
+        _mixed(params, mixture, folders).save(folders.manifest(task))
+        return
     sizes, divided = given.of(task), tasks.get(task).with_splits(given.splits.get(task, "official"))
     with bar(f"subsample {task}") as progress:
         manifest = draw_manifest(
@@ -36,9 +40,18 @@ def draw_task(params: Params, task: str, root: Path | None = None) -> None:
             num_evaluation=None if sizes.num_evaluation == "whole" else sizes.num_evaluation,
             training_answer=given.training_answer, prompt=given.prompt, progress=progress,
         )  # fmt: skip
-    manifest.save(places(root).manifest(task))
+    manifest.save(folders.manifest(task))
     for line in (*manifest.notes, *(_unwatched(manifest, root or Path.cwd()) if divided.definition else ())):
         say(f"{task}: {line}")
+
+
+def _mixed(params: Params, mixture: Mixture, folders: Places) -> Manifest:
+    sizes = params.subsample.of(mixture.name)
+    whole = None if sizes.num_evaluation == "whole" else sizes.num_evaluation
+    return mixture.mix(
+        [Manifest.load(folders.manifest(part.name)) for part in mixture.parts],
+        {"train": sizes.num_train, "selection": sizes.num_selection, "evaluation": whole},
+    )
 
 
 def _unwatched(manifest: Manifest, root: Path) -> Iterator[str]:

@@ -112,6 +112,11 @@ class Task(ABC):
     one_pool: bool = False
     official_evaluation: int | None = None
 
+    def template_for(self, sample: Sample) -> PromptTemplate:
+        """Return the prompt around a sample."""
+        del sample
+        return self.template
+
     @property
     def definition(self) -> Json | None:
         """What a manifest keeps of a task that only settings describe; None: code does."""

@@ -20,6 +20,7 @@ from pipeline.data.sample import Sample
 from pipeline.prompts.collate import Batch
 from pipeline.prompts.prompt import Encoded, draw_demos
 from pipeline.resident.resident import Resident, Target
+from pipeline.tasks import SampleId
 from pipeline.train import loss
 
 
@@ -42,7 +43,9 @@ class Teacher:
     ) -> None:
         self.resident, self.manifest, self.config, self.facts = resident, manifest, config, facts
         self.pool = {sample.sample_id: sample for sample in pool}
-        self.ids = list(self.pool)
+        self.ids: dict[str, list[SampleId]] = {}  # by task: of a mixture, a sample is shown those of its own
+        for sample in pool:
+            self.ids.setdefault(sample.task, []).append(sample.sample_id)
         self.spec = decoder_of(resident.loaded.model)
         if facts.teacher == "hidden":
             modules_at(self.spec, facts.state)
@@ -51,8 +54,9 @@ class Teacher:
         """Return the demonstrations of one sample in one epoch, drawn anew each time."""
         config, with_replacement = self.config, self.config.demonstration_draw == "with-replacement"
         drawn = draw_demos(
-            self.ids, sample.sample_id, config.num_shots, config.seed, draw=epoch, replacement=with_replacement
-        )
+            self.ids[sample.task], sample.sample_id, config.num_shots, config.seed, draw=epoch,
+            replacement=with_replacement,
+        )  # fmt: skip
         return [self.pool[i] for i in drawn]
 
     def targets(self, samples: Sequence[Sample], encoded: Sequence[Encoded], epoch: int) -> list[Target]:
@@ -128,7 +132,7 @@ class Demonstrations:
     def __init__(self, resident: Resident, manifest: Manifest, pool: Sequence[Sample], config: TrialConfig) -> None:
         self.resident, self.manifest = resident, manifest
         self.spec = decoder_of(resident.loaded.model)
-        by_id = {sample.sample_id: sample for sample in pool}
+        by_id = {sample.sample_id: sample for sample in pool if sample.task == pool[0].task}  # one prompt holds them
         self.samples = [by_id[i] for i in draw_demos(list(by_id), "", config.num_shots, config.seed, draw="start")]
 
     def states(self, state: State) -> Tensor:

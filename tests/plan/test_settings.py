@@ -485,6 +485,7 @@ def test_trials_of_a_study_without_a_budget_keep_their_keys():
         "miniature-factorial",
         "miniature-fair",
         "miniature-world2",
+        "miniature-world2-teachers",
         "real-weights",
         "real-weights-words",
     }

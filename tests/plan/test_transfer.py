@@ -7,7 +7,7 @@ import pytest
 from pipeline.config.load import Params, Study, load
 from pipeline.core.errors import InputError, validate
 from pipeline.plan.plan import as_given, make_plan, places
-from pipeline.plan.space import Cell, cells, points
+from pipeline.plan.space import Cell, cells, needed, points
 from pipeline.sweep.evaluate import _evaluation
 from tests.conftest import ROOT
 
@@ -52,6 +52,39 @@ def test_a_score_reads_the_targets_samples(monkeypatch):
     assert to_train.manifest.endswith("mini-vqa/manifest.json") and to_train.manifest_digest is None
 
 
+ALL = "mini-vqa+mini-okvqa+mini-coco"
+
+
+def test_a_row_may_be_trained_on_a_mixture(monkeypatch):
+    params, known = laid_out(monkeypatch, "miniature-together")
+    assert needed(params, ["miniature-together"])[1] == ["mini-vqa", "mini-okvqa", "mini-coco", ALL]
+    of_row = {row: [cell for cell in known if cell.row == row] for row in ("hificl", "hificl-all", "hificl-all-3000")}
+    assert [len(cells) for cells in of_row.values()] == [9, 9, 9] and not any(cell.vary for cell in known)
+    for row, samples in (("hificl-all", 1000), ("hificl-all-3000", 3000)):
+        trials = {cell.trial({}).key: cell.trial({}) for cell in of_row[row]}
+        assert len(trials) == 3  # one a seed, scored on three tasks
+        assert {(config.task, config.num_train_samples) for config in trials.values()} == {(ALL, samples)}
+        for cell in of_row[row]:
+            assert _evaluation(params, cell, "k").task == cell.task in TASKS
+    assert {cell.trial({}).task for cell in of_row["hificl"]} == TASKS
+
+
+def test_a_mixture_of_which_the_profile_lacks_a_task_is_left_out(monkeypatch):
+    params, known = laid_out(monkeypatch, "miniature-together", tasks=["mini-vqa", "mini-coco"])
+    assert {cell.row for cell in known} == {"zero-shot", "lora-r16", "mimic", "hificl"}
+    assert needed(params, ["miniature-together"])[1] == ["mini-vqa", "mini-coco"]
+
+
+def test_a_mixture_is_a_point_of_a_varied_source(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    params = load(profile="mini")
+    source = "okvqa+vqav2"
+    study = params.studies["miniature-transfer"].model_copy(update={"vary": {"source_task": ["coco", source]}})
+    params = params.model_copy(update={"studies": {"own": study}})
+    sources = {cell.vary.get("source_task") for cell in cells(params, "own", as_given(params))}
+    assert sources == {None, "mini-coco", "mini-okvqa+mini-vqa"}
+
+
 def test_a_source_that_the_profile_lacks_is_left_out(monkeypatch):
     _, known = laid_out(monkeypatch, "miniature-transfer", tasks=["mini-vqa", "mini-coco"])
     assert {cell.source_task for cell in known} == {cell.task for cell in known} == {"mini-vqa", "mini-coco"}
@@ -60,8 +93,10 @@ def test_a_source_that_the_profile_lacks_is_left_out(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"vary": {"source_task": ["mme"]}}, "vary.source_task names 'mme', which is none of the study's tasks"),
-        ({"measure": "training_cost"}, "vary.source_task goes with scores alone, not with the measure training_cost"),
+        ({"vary": {"source_task": ["vqav2+mme"]}}, "source_task names 'mme'"),
+        ({"methods": {"hificl": {"source_task": "mme"}}}, "source_task names 'mme'"),
+        ({"vary": {"source_task": ["mme"]}}, "source_task names 'mme', which is none of the study's tasks"),
+        ({"measure": "training_cost"}, "source_task goes with scores alone, not with the measure training_cost"),
     ],
 )
 def test_what_there_cannot_be_is_refused(change, says):
