@@ -26,7 +26,8 @@ from pipeline.data.manifest import Manifest
 from pipeline.lineage.run_record import RunRecord, exact
 from pipeline.records.evaluation import Evaluation, Evaluations
 from pipeline.records.trial import Provenance
-from pipeline.tasks import tasks
+from pipeline.tasks import of_manifest, tasks
+from pipeline.tasks.mixture import Mixture
 from pipeline.tracking import store
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.provenance import git_command, has_commit
@@ -81,8 +82,11 @@ def rerun(
     here = replace(manifest, image_root=manifest.image_root.resolve())
     here.save(folder / "data/manifests" / manifest.task / "manifest.json")
     raw, scored = surroundings(record, params), record.evaluation is not None
-    if manifest.definition is not None:  # a file of the user's own: nothing but this describes the task
-        raw["tasks"] = {manifest.task: manifest.definition}
+    task = of_manifest(manifest)
+    parts = task.parts if isinstance(task, Mixture) else (task,)
+    own: Json = {part.name: part.definition for part in parts if part.definition is not None}
+    if own:
+        raw["tasks"] = own  # files of the user's own: nothing but this describes the tasks
     whole = (code / _RECORDED).is_file()
     written = plain_yaml.write(raw if whole else study_params(record, raw))
     (folder / "params.yaml").write_text(written, encoding="utf-8")

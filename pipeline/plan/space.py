@@ -242,9 +242,10 @@ def needed(params: Params, studies: Iterable[str]) -> tuple[list[str], list[str]
     names = list(studies)
     pairs = [pair for study in names for pair in _pairs(params, study)[1]]
     have = {pair[0] for pair in pairs}, {pair[2] for pair in pairs}
-    drawn = [name for name in params.run.tasks if name in have[1]]
-    mixed = [mixture for study in names for mixture in mixtures(params, study)]
-    return [name for name in params.run.backbones if name in have[0]], [*drawn, *dict.fromkeys(mixed)]
+    wanted = dict.fromkeys([*have[1], *(mixture for study in names for mixture in mixtures(params, study))])
+    parts = {part for name in wanted for part in name.split("+")}  # a mixture is drawn from its tasks' samples
+    drawn = dict.fromkeys([*(name for name in params.run.tasks if name in wanted or name in parts), *wanted])
+    return [name for name in params.run.backbones if name in have[0]], sorted(drawn, key=lambda name: "+" in name)
 
 
 def mixtures(params: Params, study_name: str) -> list[str]:
@@ -274,11 +275,12 @@ def _pairs(params: Params, study_name: str) -> tuple[Study, list[Pair]]:
 
 
 def _played(params: Params, study: Study) -> list[Pair]:
+    mixed = [name for name in study.tasks if "+" in name and {*name.split("+")} <= {*params.run.tasks}]
     return [
         (backbone, paper_backbone, task, paper_task)
         for backbone in params.run.backbones
         if (paper_backbone := _part(params, backbone, backbones.get(backbone).stands_for or backbone, study.backbones))
-        for task in params.run.tasks
+        for task in dict.fromkeys([*params.run.tasks, *mixed])
         if (paper_task := _part(params, task, tasks.get(task).stands_for, study.tasks))
     ]
 

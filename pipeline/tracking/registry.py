@@ -262,7 +262,7 @@ def _commit() -> str:
 
 def _requirements(task: str, about: Mapping[str, str], quantized: bool) -> list[str]:
     """Return what a fresh environment installs, with the package that offers its method, task or backbone."""
-    offered = extensions({task, about.get("backbone", ""), *about.get("method", "").split("+")})
+    offered = extensions({*task.split("+"), about.get("backbone", ""), *about.get("method", "").split("+")})
     names = [*_NEEDED, *([_QUANTIZED] if quantized else []), *sorted(offered)]
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]
 

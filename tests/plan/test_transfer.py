@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.config.load import Params, Study, load
@@ -73,6 +75,19 @@ def test_a_mixture_of_which_the_profile_lacks_a_task_is_left_out(monkeypatch):
     params, known = laid_out(monkeypatch, "miniature-together", tasks=["mini-vqa", "mini-coco"])
     assert {cell.row for cell in known} == {"zero-shot", "lora-r16", "mimic", "hificl"}
     assert needed(params, ["miniature-together"])[1] == ["mini-vqa", "mini-coco"]
+
+
+def test_a_mixture_may_be_what_a_study_scores_on(monkeypatch):
+    monkeypatch.chdir(ROOT)  # as the study of what was made by hand does
+    params = load(profile="mini")
+    mixture = "mini-vqa+mini-coco"
+    study = params.studies["hificl-table1"].model_copy(update={"tasks": [mixture]})
+    params = params.model_copy(update={"studies": {"own": study}})
+    assert needed(params, ["own"])[1] == ["mini-vqa", "mini-coco", mixture]
+    digests = as_given(params)
+    sizes = {**digests.train_sizes, mixture: 1000}
+    known = cells(params, "own", replace(digests, train_sizes=sizes, manifests={mixture: "d"}))
+    assert {(cell.task, cell.source) for cell in known} == {(mixture, None)}
 
 
 def test_a_mixture_is_a_point_of_a_varied_source(monkeypatch):
