@@ -31,6 +31,7 @@ from pipeline.prompts.prompt import Encoded, Rendered, encode_all, neutral, rend
 from pipeline.records.store import check_adapter
 from pipeline.resident.visual_tokens import VisualTokens
 from pipeline.tasks import PromptTemplate, Task, tasks
+from pipeline.tasks.mixture import Mixture
 
 _INLINE = "the image in base64"
 _SHOWN = 80  # characters of what is neither
@@ -84,8 +85,12 @@ class Prompt:
 def _task_of(origin: Mapping[str, Any], task: str | None) -> Task | None:
     """Return the task of a name, or else the one that an adapter's record names; None: neither says one."""
     name, definition = origin.get("task") or "", origin.get("definition")
-    if name and definition and task in (None, name):
-        return tasks.made(name, definition)
+    if name and definition:
+        made = tasks.made(name, definition)
+        if task in (None, name):
+            return made
+        if isinstance(made, Mixture) and task in made.of_name:
+            return made.of_name[task]
     return tasks.get(task or name) if task or name else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Literal
@@ -57,10 +58,12 @@ class Mixture(Task):
 
     def template_for(self, sample: Sample) -> PromptTemplate:
         """Return the prompt of the sample's own task."""
-        return self._part(sample.task).template
+        return self.of_name[sample.task].template
 
-    def _part(self, name: str) -> Task:
-        return next(part for part in self.parts if part.name == name)
+    @cached_property
+    def of_name(self) -> dict[str, Task]:
+        """Its tasks by name."""
+        return {part.name: part for part in self.parts}
 
     def files(self, root: Path, split: Split) -> tuple[Path, ...]:
         """Return the files of all of them."""
@@ -86,8 +89,8 @@ class Mixture(Task):
         groups: dict[str, list[Sample]] = {}
         for sample in samples:
             groups.setdefault(sample.task, []).append(sample)
-        scores = {name: self._part(name).score(group, predictions) for name, group in groups.items()}
-        values = [score.value / (100 if self._part(name).unit == "percent" else 1) for name, score in scores.items()]
+        scores = {name: self.of_name[name].score(group, predictions) for name, group in groups.items()}
+        values = [score.value / (100 if self.of_name[name].unit == "percent" else 1) for name, score in scores.items()]
         per_sample = {key: value for score in scores.values() for key, value in score.per_sample.items()}
         beside = {f"{name}_{score.metric}": score.value for name, score in scores.items()}
         return Score(sum(values) / len(values), self.metric, per_sample, metrics=beside)
