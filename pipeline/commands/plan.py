@@ -98,6 +98,7 @@ def study_hours(
     from pipeline.cost import hours
     from pipeline.cost.flops import Prompt
     from pipeline.plan.plan import drawn_samples, evaluated_samples, planned_trials
+    from pipeline.plan.space import mixtures
 
     if gpus < 1:
         raise InputError(f"at least one GPU is needed, got {gpus}", where="--gpus")
@@ -108,6 +109,9 @@ def study_hours(
     planned = planned_trials(params, study)
     evaluated = {task: evaluated_samples(params, task) for task in params.run.tasks}
     images = {task: drawn_samples(params, task) + count for task, count in evaluated.items()}
+    for mixture in mixtures(params, study):  # scored on each of its tasks, whose evaluation's images are counted there
+        evaluated[mixture] = sum(evaluated[task] for task in mixture.split("+"))
+        images[mixture] = drawn_samples(params, mixture)
     prompt = Prompt()
     result = hours.forecast(planned, evaluated=evaluated, images=images, rates=rates, prompt=prompt)
     total, plain = result.total, asdict(result)

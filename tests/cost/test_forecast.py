@@ -76,6 +76,15 @@ def test_a_study_is_planned_without_weights_and_data(monkeypatch: pytest.MonkeyP
     assert {IDEFICS2, "llava-interleave-7b"} == one["gpu_hours_by_method"].keys()
 
 
+def test_a_mixture_is_scored_on_each_of_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    assumed = plan("miniature-together", gpus=1, rates=Rates(), overrides=["subsample.num_train=3000"])["assumed"]
+    scored, drawn = assumed["evaluation_samples"], assumed["images_a_task"]
+    mixture = "vqav2+okvqa+coco"
+    assert scored[mixture] == sum(scored[task] for task in mixture.split("+"))
+    assert drawn[mixture] == 3000 + 500
+
+
 @pytest.mark.parametrize(
     ("study", "gpus", "share", "named"),
     [
