@@ -15,6 +15,7 @@ from pipeline.miniature.documents import Curriculum, DocumentBatch, DocumentSour
 from pipeline.miniature.lexicon import ATTRIBUTES, NUM_DIALECTS, draw_convention, value_words
 from pipeline.miniature.model import Miniature, decode_hidden
 from pipeline.miniature.tokenizer import token_id
+from pipeline.miniature.unfinished import Phase, Unfinished
 from pipeline.miniature.vision import cosine
 
 
@@ -52,8 +53,9 @@ def train_decoder(
     phase: DecoderPhase,
     rng: np.random.Generator,
     progress: Report,
-) -> list[dict[str, object]]:
-    """Train everything but vision tower and connector in place; return the curve.
+    unfinished: Unfinished,
+) -> None:
+    """Train everything but vision tower and connector in place; `unfinished` has the curve.
 
     Args:
         spec: which miniature.
@@ -63,10 +65,8 @@ def train_decoder(
         phase: how.
         rng: of the documents.
         progress: gets a line a record.
-
-    Returns:
-        records with `step`, `loss` by kind of document since the last record, and the emergence of
-        in-context learning (`emergence`).
+        unfinished: what it goes on from, and keeps at each record: `step`, `loss` by kind of document since the last
+            one, and the emergence of in-context learning (`emergence`).
     """
     parameters = [p for name, p in model.named_parameters() if not spec.is_visual(name)]
     optimiser = torch.optim.AdamW(
@@ -74,10 +74,11 @@ def train_decoder(
     )
     source = DocumentSource(spec, attributes, phase.curriculum, rng)
     probe = draw_probe(spec, attributes, np.random.default_rng(11), phase.num_probe_documents, phase.probe_pairs)
-    curve: list[dict[str, object]] = []
+    here = Phase("decoder", [model], optimiser, rng)
+    unfinished.restore(here)
     losses: dict[str, list[float]] = {}
     model.train()
-    for step in range(phase.steps):
+    for step in range(here.step, phase.steps):
         for group in optimiser.param_groups:
             group["lr"] = phase.learning_rate * cosine(step, phase.steps, phase.warmup_steps, floor=0.05)
         batch = source.draw(step / phase.steps).to(model.device)
@@ -94,7 +95,9 @@ def train_decoder(
                 "loss": means,
                 **emergence(model, probe, visual),
             }
-            curve.append(record)
+            here.curve.append(record)
+            here.step = step + 1
+            unfinished.keep(here)
             losses.clear()
             progress(
                 step + 1,
@@ -104,7 +107,6 @@ def train_decoder(
                 + f"; right value {record['right_value']:.2f}, right word unseen {record['unseen']:.2f}"
                 f" -> seen {record['seen']:.2f}",
             )
-    return curve
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,13 @@ import transformers
 from transformers import GenerationConfig, PreTrainedModel
 
 from pipeline.core.errors import InputError, nearest
+from pipeline.core.plain_yaml import Json
 from pipeline.core.progress import Report
 from pipeline.miniature.decoder import DecoderPhase, train_decoder
 from pipeline.miniature.documents import Curriculum
 from pipeline.miniature.model import SIZES, Miniature, miniature, save_processor
 from pipeline.miniature.render import NOISE
+from pipeline.miniature.unfinished import FILE, Unfinished
 from pipeline.miniature.vision import Pool, VisionPhase, cache_visual_tokens, train_vision
 from pipeline.miniature.world import WORLDS, world_of
 
@@ -91,7 +93,8 @@ def pretrain(
     """Pre-train `backbone` and write it to `out`.
 
     Written are config, fp16 weights, tokenizer, processor and `pretraining.json` (configuration, seed,
-    commit, curves, times).
+    commit, curves, times). What was interrupted goes on, to the same weights, where the same is asked for again with
+    the same code: at its last record, which `unfinished.safetensors` holds until all is written.
 
     Args:
         backbone: `mini-idefics2` or `mini-llava`.
@@ -118,45 +121,46 @@ def pretrain(
     budget = budget or BUDGETS[world][size]
     before = torch.get_num_threads()
     num_threads = num_threads or budget.num_threads
-    torch.set_num_threads(num_threads)
-    try:
-        model, record = _train(spec, spec.build(seed, SIZES[size]).to(device), seed, budget, progress)
-    finally:
-        torch.set_num_threads(before)
-    record = {
+    asked: Json = {
         "backbone": backbone,
         "world": world,
         "seed": seed,
         "size": size,
         "device": device,
         "commit": commit,
-        "budget": asdict(budget),
+        "budget": json.loads(json.dumps(asdict(budget))),
         "num_threads": num_threads,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__},
         "machine": platform.machine(),
-        **record,
     }
+    unfinished = Unfinished(out / FILE, asked)
+    torch.set_num_threads(num_threads)
+    try:
+        model, came_out = _train(spec, spec.build(seed, SIZES[size]).to(device), seed, budget, progress, unfinished)
+    finally:
+        torch.set_num_threads(before)
+    record = {**asked, **came_out}
     save(spec, model, out)
     (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    unfinished.remove()
     return record
 
 
 def _train(
-    spec: Miniature, model: PreTrainedModel, seed: int, budget: Budget, progress: Report
+    spec: Miniature, model: PreTrainedModel, seed: int, budget: Budget, progress: Report, unfinished: Unfinished
 ) -> tuple[PreTrainedModel, dict[str, object]]:
     start = time.monotonic()
     rng = np.random.default_rng(seed)
     pool, held_out = (Pool.draw(size, rng, budget.pixel_noise) for size in (budget.num_images, budget.num_held_out))
-    progress(0, budget.vision.steps, f"drew {budget.num_images:,} images")
-    drawn = time.monotonic()
-    vision = train_vision(spec, model, pool, held_out, budget.vision, rng, progress)
+    progress(0, budget.vision.steps, f"drew {budget.num_images:,} images{unfinished.start(model)}")
+    drawn = time.monotonic() - start
+    if "decoder" not in unfinished.curves:
+        train_vision(spec, model, pool, held_out, budget.vision, rng, progress, unfinished)
     visual = cache_visual_tokens(spec, model, pool.images)
-    seen = time.monotonic()
     documents = np.random.default_rng([seed, 1])  # a stream of its own, so the phases can be tuned apart
-    decoder = train_decoder(spec, model, pool.attributes.numpy(), visual, budget.decoder, documents, progress)
-    seconds = {"images": drawn - start, "vision": seen - drawn, "decoder": time.monotonic() - seen}
+    train_decoder(spec, model, pool.attributes.numpy(), visual, budget.decoder, documents, progress, unfinished)
     parameters = sum(p.numel() for p in model.parameters())
-    return model, {"parameters": parameters, "seconds": seconds, "vision": vision, "decoder": decoder}
+    return model, {"parameters": parameters, "seconds": {"images": drawn, **unfinished.seconds}, **unfinished.curves}
 
 
 def save(spec: Miniature, model: PreTrainedModel, out: Path) -> None:

@@ -21,6 +21,7 @@ from pipeline.core.progress import Report
 from pipeline.miniature.lexicon import ATTRIBUTES, NUM_VALUES
 from pipeline.miniature.model import Miniature, encode_images, normalise
 from pipeline.miniature.render import NOISE, draw_attributes, render_images
+from pipeline.miniature.unfinished import Phase, Unfinished
 
 _CHUNK = 2000
 
@@ -68,12 +69,12 @@ def train_vision(
     phase: VisionPhase,
     rng: np.random.Generator,
     progress: Report,
-) -> list[dict[str, object]]:
-    """Train vision tower and connector of `model` in place; return the curve.
+    unfinished: Unfinished,
+) -> None:
+    """Train vision tower and connector of `model` in place; `unfinished` has the curve.
 
-    Returns:
-        records with `step`, `loss` (mean since the last record, nats an attribute) and `accuracy` (fraction
-        of the held-out attributes named right, also by attribute).
+    Its records have `step`, `loss` (mean since the last one, nats an attribute) and `accuracy` (fraction of the
+    held-out attributes named right, also by attribute).
     """
     device = model.device
     with torch.random.fork_rng(devices=[]):
@@ -85,10 +86,11 @@ def train_vision(
     optimiser = torch.optim.AdamW(
         parameters, lr=phase.learning_rate, weight_decay=phase.weight_decay, betas=(0.9, 0.98)
     )
-    curve: list[dict[str, object]] = []
+    here = Phase("vision", [model, heads], optimiser, rng, noise)
+    unfinished.restore(here)
     losses: list[float] = []
     model.train()
-    for step in range(phase.steps):
+    for step in range(here.step, phase.steps):
         for group in optimiser.param_groups:
             group["lr"] = phase.learning_rate * cosine(step, phase.steps, phase.warmup_steps, floor=0.02)
         chosen = torch.from_numpy(rng.integers(len(pool.images), size=phase.batch_size))
@@ -110,14 +112,15 @@ def train_vision(
                 "accuracy": float(np.mean(accuracy)),
                 "by_attribute": dict(zip([a.name for a in ATTRIBUTES], accuracy, strict=True)),
             }
-            curve.append(record)
+            here.curve.append(record)
+            here.step = step + 1
+            unfinished.keep(here)
             losses.clear()
             progress(
                 step + 1,
                 phase.steps,
                 f"vision: loss {record['loss']:.3f}, accuracy {record['accuracy']:.3f} (worst {min(accuracy):.3f})",
             )
-    return curve
 
 
 def cache_visual_tokens(spec: Miniature, model: PreTrainedModel, images: Tensor, chunk: int = 500) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,3 +182,44 @@ def test_tokenizer_fits_the_embedding(checkpoint: tuple[str, Path]) -> None:
     assert len(tokenizer) == model.get_input_embeddings().num_embeddings == model.lm_head.out_features
     assert tokenizer("Which colour?")["input_ids"] == miniature(name).make_tokenizer()("Which colour?")["input_ids"]
     assert model.dtype == torch.float32 or model.dtype == torch.float16
+
+
+@pytest.mark.parametrize(("phase", "step"), [("vision", 2), ("vision", 4), ("decoder", 2), ("decoder", 4)])
+def test_what_was_interrupted_goes_on_to_the_same_weights(checkpoint, tmp_path, phase, step) -> None:
+    name, _ = checkpoint
+    budget = Budget.tiny(5)
+    budget = replace(budget, vision=replace(budget.vision, log_every=2), decoder=replace(budget.decoder, log_every=2))
+    whole = pretrain(name, tmp_path / "whole", budget=budget, commit="abc", num_threads=1)
+    said: list[str] = []
+
+    def interrupted(done: int, total: int | None = None, note: str = "") -> None:
+        said.append(note)
+        if note.startswith(phase) and done == step:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(name, out, budget=budget, commit="abc", num_threads=1, progress=interrupted)
+    assert [path.name for path in out.iterdir()] == ["unfinished.safetensors"]
+    steps = len(said)
+    again = pretrain(name, out, budget=budget, commit="abc", num_threads=1, progress=lambda *a, **k: said.append(a[-1]))
+    assert f"going on after step {step} of {phase}" in said[steps]
+    assert len(said) - steps < 7  # a record of each step that was left: not all six again, and the images
+    assert not (out / "unfinished.safetensors").exists()
+    for file in ("model.safetensors", "config.json"):
+        assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert {key: again[key] for key in ("vision", "decoder")} == {key: whole[key] for key in ("vision", "decoder")}
+
+
+def test_another_seed_or_code_begins_anew(tmp_path) -> None:
+    def interrupted(done: int, total: int | None = None, note: str = "") -> None:
+        if note.startswith("decoder"):
+            raise KeyboardInterrupt
+
+    said: list[str] = []
+    for changed in ({"seed": 2}, {"commit": "def"}):
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(NAMES[0], tmp_path, budget=Budget.tiny(), commit="abc", num_threads=1, progress=interrupted)
+        asked = {"commit": "abc", "budget": Budget.tiny(), **changed}
+        pretrain(NAMES[0], tmp_path, num_threads=1, progress=lambda *a, **k: said.append(a[-1]), **asked)
+        assert "going on" not in " ".join(said)
