@@ -84,9 +84,9 @@ def rerun(
     raw, scored = surroundings(record, params), record.evaluation is not None
     task = of_manifest(manifest)
     parts = task.parts if isinstance(task, Mixture) else (task,)
-    own: Json = {part.name: part.definition for part in parts if part.definition is not None}
-    if own:
-        raw["tasks"] = own  # files of the user's own: nothing but this describes the tasks
+    described: Json = {part.name: part.definition for part in parts if part.definition is not None}
+    if described:
+        raw["tasks"] = described  # files of the user's own: nothing but this describes the tasks
     whole = (code / _RECORDED).is_file()
     written = plain_yaml.write(raw if whole else study_params(record, raw))
     (folder / "params.yaml").write_text(written, encoding="utf-8")

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from pipeline.core.progress import Report
 from pipeline.miniature.documents import Curriculum, DocumentBatch, DocumentSource, Renderer
 from pipeline.miniature.lexicon import ATTRIBUTES, NUM_DIALECTS, draw_convention, value_words
-from pipeline.miniature.model import Miniature, decode_hidden
-from pipeline.miniature.tokenizer import token_id
+from pipeline.miniature.model import Miniature, decode_hidden, token_id
 from pipeline.miniature.unfinished import Phase, Unfinished
 from pipeline.miniature.vision import cosine
 
@@ -87,6 +86,7 @@ def train_decoder(
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
+        here.step = step + 1
         losses.setdefault(batch.kind, []).append(loss.item())
         if (step + 1) % phase.log_every == 0 or step + 1 == phase.steps:
             means = {kind: float(np.mean(values)) for kind, values in sorted(losses.items())}
@@ -95,9 +95,7 @@ def train_decoder(
                 "loss": means,
                 **emergence(model, probe, visual),
             }
-            here.curve.append(record)
-            here.step = step + 1
-            unfinished.keep(here)
+            unfinished.keep(here, record)
             losses.clear()
             progress(
                 step + 1,

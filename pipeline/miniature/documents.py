@@ -17,8 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pipeline.miniature.lexicon import ATTRIBUTES, QUESTIONS, RELATIONS, Convention, draw_convention
-from pipeline.miniature.model import Miniature
-from pipeline.miniature.tokenizer import token_id
+from pipeline.miniature.model import Miniature, token_id
 
 VQA_PREFIX = "Instruction: provide an answer to the question. Use the image to answer.\n"
 CAPTION_PREFIX = "Instruction: provide a short caption of the input image.\n"

@@ -103,6 +103,7 @@ def train_vision(
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
+        here.step = step + 1
         losses.append(by_tokens.item())
         if (step + 1) % phase.log_every == 0 or step + 1 == phase.steps:
             accuracy = _accuracy(spec, model, heads[0], held_out)
@@ -112,9 +113,7 @@ def train_vision(
                 "accuracy": float(np.mean(accuracy)),
                 "by_attribute": dict(zip([a.name for a in ATTRIBUTES], accuracy, strict=True)),
             }
-            here.curve.append(record)
-            here.step = step + 1
-            unfinished.keep(here)
+            unfinished.keep(here, record)
             losses.clear()
             progress(
                 step + 1,

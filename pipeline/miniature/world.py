@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core.errors import InputError
-from pipeline.miniature.annotators import Annotators, Crowd
 from pipeline.miniature.lexicon import (
     ATTRIBUTES,
     COUNT,
@@ -25,6 +24,8 @@ from pipeline.miniature.lexicon import (
     RELATIONS,
     SHAPE,
     TOPICS,
+    Annotators,
+    Crowd,
     word,
 )
 from pipeline.miniature.render import IMAGE_SIZE, NOISE, draw_attributes, png_bytes, render_images
