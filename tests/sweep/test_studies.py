@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
+from pipeline.plan.plan import as_given
 from pipeline.plan.space import Digests, cells, points
 from pipeline.sweep.train import BY_HAND
 
@@ -25,7 +26,7 @@ class Any_(dict):
 
 
 def of(params, study: str):
-    return cells(params, study, Digests(Any_(), Any_(), dict.fromkeys(params.run.tasks, 1000)))
+    return cells(params, study, Digests(Any_(), Any_(), as_given(params).train_sizes))
 
 
 @pytest.mark.parametrize("backbones", [["mini-idefics2"], ["mini-idefics2", "mini-llava"]])
