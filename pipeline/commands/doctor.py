@@ -157,11 +157,10 @@ def _data(params: Params, root: Path) -> Iterator[Finding]:
     from pipeline.core.copies import UNWATCHED_WAY_OUT, unwatched
     from pipeline.plan.space import needed
     from pipeline.tasks import tasks
-    from pipeline.tasks.mixture import Mixture
 
     folder = data_root(params)
     for name in needed(params, params.run.studies)[1]:
-        if isinstance(tasks.get(name), Mixture):  # of tasks that stand here themselves
+        if name not in tasks.get(name).of_name:  # a mixture, of tasks that stand here themselves
             continue
         task = tasks.get(name).with_splits(params.subsample.splits.get(name, "official"))
 

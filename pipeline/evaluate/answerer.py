@@ -31,7 +31,6 @@ from pipeline.prompts.prompt import Encoded, Rendered, encode_all, neutral, rend
 from pipeline.records.store import check_adapter
 from pipeline.resident.visual_tokens import VisualTokens
 from pipeline.tasks import PromptTemplate, Task, tasks
-from pipeline.tasks.mixture import Mixture
 
 _INLINE = "the image in base64"
 _SHOWN = 80  # characters of what is neither
@@ -89,7 +88,7 @@ def _task_of(origin: Mapping[str, Any], task: str | None) -> Task | None:
         made = tasks.made(name, definition)
         if task in (None, name):
             return made
-        if isinstance(made, Mixture) and task in made.of_name:
+        if task in made.of_name:
             return made.of_name[task]
     return tasks.get(task or name) if task or name else None
 

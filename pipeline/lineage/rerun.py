@@ -27,7 +27,6 @@ from pipeline.lineage.run_record import RunRecord, exact
 from pipeline.records.evaluation import Evaluation, Evaluations
 from pipeline.records.trial import Provenance
 from pipeline.tasks import of_manifest, tasks
-from pipeline.tasks.mixture import Mixture
 from pipeline.tracking import store
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.provenance import git_command, has_commit
@@ -82,9 +81,8 @@ def rerun(
     here = replace(manifest, image_root=manifest.image_root.resolve())
     here.save(folder / "data/manifests" / manifest.task / "manifest.json")
     raw, scored = surroundings(record, params), record.evaluation is not None
-    task = of_manifest(manifest)
-    parts = task.parts if isinstance(task, Mixture) else (task,)
-    described: Json = {part.name: part.definition for part in parts if part.definition is not None}
+    parts = of_manifest(manifest).of_name
+    described: Json = {name: part.definition for name, part in parts.items() if part.definition is not None}
     if described:
         raw["tasks"] = described  # files of the user's own: nothing but this describes the tasks
     whole = (code / _RECORDED).is_file()

@@ -241,11 +241,13 @@ def needed(params: Params, studies: Iterable[str]) -> tuple[list[str], list[str]
     """
     names = list(studies)
     pairs = [pair for study in names for pair in _pairs(params, study)[1]]
-    have = {pair[0] for pair in pairs}, {pair[2] for pair in pairs}
-    wanted = dict.fromkeys([*have[1], *(mixture for study in names for mixture in mixtures(params, study))])
+    have = {pair[0] for pair in pairs}
+    wanted = dict.fromkeys(
+        [*(pair[2] for pair in pairs), *(mixture for study in names for mixture in mixtures(params, study))]
+    )
     parts = {part for name in wanted for part in name.split("+")}  # a mixture is drawn from its tasks' samples
     drawn = dict.fromkeys([*(name for name in params.run.tasks if name in wanted or name in parts), *wanted])
-    return [name for name in params.run.backbones if name in have[0]], sorted(drawn, key=lambda name: "+" in name)
+    return [name for name in params.run.backbones if name in have], sorted(drawn, key=lambda name: "+" in name)
 
 
 def mixtures(params: Params, study_name: str) -> list[str]:

@@ -112,6 +112,11 @@ class Task(ABC):
     one_pool: bool = False
     official_evaluation: int | None = None
 
+    @property
+    def of_name(self) -> Mapping[str, Task]:
+        """The tasks that it is made of, by name: itself alone, but for a mixture."""
+        return {self.name: self}
+
     def template_for(self, sample: Sample) -> PromptTemplate:
         """Return the prompt around a sample."""
         del sample

@@ -62,7 +62,7 @@ class Mixture(Task):
 
     @cached_property
     def of_name(self) -> dict[str, Task]:
-        """Its tasks by name."""
+        """Its tasks by name; never itself."""
         return {part.name: part for part in self.parts}
 
     def files(self, root: Path, split: Split) -> tuple[Path, ...]:

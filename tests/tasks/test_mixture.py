@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from benchmarks.support.synthetic import SyntheticSize, write_vqav2
 from pipeline import tasks
 from pipeline.config.load import Params
 from pipeline.config.schema import Subsample, TaskFile
@@ -121,6 +122,20 @@ def test_a_task_over_a_file_is_made_again_from_the_manifest(mixture):
     made = tasks.tasks.made("mini-vqa+own", described)
     assert isinstance(made, Mixture) and made.definition == described
     assert [part.name for part in made.parts] == ["mini-vqa", "own"] and made.parts[1].max_new_tokens == 3
+
+
+def test_its_files_are_those_of_its_tasks_and_its_samples_have_ids_of_its_own(tmp_path):
+    for subset, first in (("train2014", 1), ("val2014", 11)):
+        write_vqav2(tmp_path, subset, SyntheticSize(num_questions=4, num_images=2), first_image=first)
+        (tmp_path / "images" / subset).mkdir(parents=True, exist_ok=True)
+    both, one = tasks.get("mini-vqa+vqav2"), tasks.get("vqav2")  # two tasks in one shape, here over the same files
+    assert both.files(tmp_path, "train") == one.files(tmp_path, "train")
+    ids = [entry.sample_id for entry in one.index(tmp_path, "train")]
+    named = [f"{name}/{sample_id}" for name in ("mini-vqa", "vqav2") for sample_id in ids]
+    assert [entry.sample_id for entry in both.index(tmp_path, "train")] == named and len(named) == 8
+    assert [entry.sample_id for entry in both.read(tmp_path, "train")] == named
+    (chosen,) = both.read(tmp_path, "train", {named[-1]})
+    assert (chosen.task, chosen.sample_id) == ("vqav2", named[-1])
 
 
 def test_the_stage_draws_it_from_its_tasks_manifests(tmp_path):
