@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def verbs() -> list[str]:
 
 
 def run(verb: str, *, device: str | None = None, save: bool = False, **given: Any) -> dict[str, Any]:
-    """Measure `verb` and return its ratios, spread, sizes and versions.
+    """Measure `verb` and return its ratios, spread, sizes, versions and the seconds that it took.
 
     Args:
         verb: which one.
@@ -38,7 +39,9 @@ def run(verb: str, *, device: str | None = None, save: bool = False, **given: An
     for name in arguments:
         if name not in taken:
             raise InputError(f"bench {verb} takes no --{name}", way_out="hificl bench cuda does")
+    started = time.monotonic()
     result = module.run(device=device, **arguments)
+    result["took_seconds"] = round(time.monotonic() - started, 1)
     if save:
         path = Path("benchmarks") / f"{verb}-{device}.json"
         path.parent.mkdir(exist_ok=True)

@@ -25,20 +25,20 @@ ROOT = Path(__file__).resolve().parents[1]
 def run(
     device: str = "cpu",
     *,
-    ranks: Sequence[int] = (1, 2, 4, 8),
-    num_virtual_tokens: Sequence[int] = (4, 8),
-    learning_rates: Sequence[float] = (0.0025, 0.005, 0.01),
+    ranks: Sequence[int] = (4, 8),
+    num_virtual_tokens: Sequence[int] = (8,),
+    learning_rates: Sequence[float] = (0.0025, 0.005, 0.01, 0.02),
     num_train_samples: int = 1000,
     pack: int | str = "auto",
     noop_repeats: int = 3,
 ) -> dict[str, Any]:
-    """Time `dvc repro` of a sweep of 24 HiFICL trials on the miniature, and the same trials' training loops alone.
+    """Time `dvc repro` of a sweep of 8 HiFICL trials on the miniature, and the same trials' training loops alone.
 
     The sweep includes everything: DVC, Ray's start and end, the pool, Ray Tune, MLflow, checkpoints, the ledger. The
     loops run one after another in one process on one thread, with the backbone loaded once. `noop_repro_seconds` is
     `dvc repro` of the whole pipeline, scored and reported, with nothing to do; `noop_train_seconds` of the sweep's
     stage. Another sweep has two of the trials, a slot each: `first_step_seconds` is from the command to the first
-    training step (the end of a trial less the seconds of its epochs). One round of each: it takes many minutes.
+    training step (the end of a trial less the seconds of its epochs). One round of each.
 
     Args:
         device: cpu alone.

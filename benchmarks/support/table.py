@@ -139,5 +139,6 @@ def _machine(result: dict[str, Any]) -> str:
         ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         f"commit {result['commit']}" if result.get("commit") else "",
         f"load average at the end {machine['load_average'][0]:.1f}" if machine.get("load_average") else "",
+        f"took {result['took_seconds']:.0f} s" if "took_seconds" in result else "",
     ]
     return "Measured with " + "; ".join(part for part in parts if part) + "."
