@@ -78,7 +78,8 @@ def _section_of_before(study: str, before: str) -> str:
 
 
 _MARKS = re.compile(
-    r"(?P<open><!-- (?P<what>study|findings) (?P<name>[\w-]+): written by `hificl gallery` -->)\n.*?"
+    r"(?P<open><!-- (?P<what>study|findings) (?P<name>[\w-]+)( under (?P<profile>[\w-]+))?: written by"
+    r" `hificl gallery` -->)\n.*?"
     r"(?P<close><!-- end of (?P=name) -->)",
     re.DOTALL,
 )
@@ -90,7 +91,7 @@ def write_into(path: Path, params: Params, evaluations: Path) -> int:
 
     `study NAME` gets that study's table, `findings PAPER` what became of that paper's findings (`miniature`: of what
     the miniature must show). A study that has not been evaluated stays as it is, and so do findings where no study of
-    theirs has.
+    theirs has. A mark that names a profile (`study NAME under PROFILE`) is filled under that profile alone.
 
     Raises:
         InputError: the document is missing or has no marks, or a study's file breaks the schema.
@@ -99,6 +100,8 @@ def write_into(path: Path, params: Params, evaluations: Path) -> int:
 
     def made(match: re.Match[str]) -> str | None:
         name = match["name"]
+        if match["profile"] not in (None, params.profile):
+            return None
         if match["what"] == "study":
             return _table(name, params, evaluations) if name in present else None
         asked = {claim.study for claim in findings.claims() if claim.paper == name}

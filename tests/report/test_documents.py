@@ -31,6 +31,20 @@ def test_marks_are_filled_again_and_again_and_the_rest_stays(maker, tmp_path: Pa
     assert "MimIC is above in-context learning" not in findings  # another paper's
 
 
+def test_a_mark_that_names_a_profile_is_filled_under_that_alone(maker, tmp_path: Path) -> None:
+    maker.table("hificl-table1")
+    params = maker.params(**{"hificl-table1": maker.definition()})
+    document = tmp_path / "card.md"
+    others = marked("study", "hificl-table1 under another").replace(
+        "end of hificl-table1 under another", "end of hificl-table1"
+    )
+    own = others.replace("another", params.profile)
+    document.write_text(f"{others}between\n{own}")
+    assert write_into(document, params, maker.folder) == 1
+    left, filled = document.read_text().split("between\n")
+    assert left == others and "outdated" not in filled and "| method |" in filled
+
+
 def test_a_document_without_marks_is_named(maker, tmp_path: Path) -> None:
     (tmp_path / "card.md").write_text("no marks")
     with pytest.raises(InputError, match=r"card\.md.*has no marks"):
