@@ -24,7 +24,8 @@ def draws(
 
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize(
-    ("of_seed", "of_image", "rest"), [(1.0, 0.0, 0.1), (0.0, 1.0, 1.0), (0.1, 1.0, 1.0), (0.1, 0.2, 1.0), (0.0, 0.0, 1.0)]
+    ("of_seed", "of_image", "rest"),
+    [(1.0, 0.0, 0.1), (0.0, 1.0, 1.0), (0.1, 1.0, 1.0), (0.1, 0.2, 1.0), (0.0, 0.0, 1.0)],
 )
 def test_the_interval_over_seeds_and_images_holds_the_truth_as_often_as_it_says(
     seeds: int, of_seed: float, of_image: float, rest: float
