@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def run(
     Real: the dispatcher's queue and rounds, the ledger on this disk, the plan, MLflow on SQLite (and on the PostgreSQL
     of HIFICL_BENCH_POSTGRES, where it is set). Simulated: the slots (they write what a worker writes, and train
     nothing) and Tune's waiting actors, which are coroutines of this process. Ray Tune itself runs for real in
-    `tune_ms_*`, on two of its actors and fewer trials. A tracking store is filled to its size by copying the rows of a
+    `tune_ms_*`, on fewer trials (`tune_processor_ms_*`: of the head's processor, the rest is waiting for its actors). A tracking store is filled to its size by copying the rows of a
     logged trial; the latencies are then of real calls at that size. All is on one machine, so no network is in
     any number. `_nodes_N` is the dispatcher with N slots and a fifth of the trials. Names ending in `_ms` are
     milliseconds, `_seconds` seconds, `_mib` MiB.
@@ -139,16 +140,17 @@ def _tune(where: Path, number: int, findings: Findings) -> None:
     actor = ray.remote(num_cpus=0, max_concurrency=10000)(type("Simulated", (base,), {"__init__": simulated}))
     sweep = plan.params.sweep.model_copy(update={"slots": 1, "address": None, "search": "grid"})
     params = plan.params.model_copy(update={"sweep": sweep})
-    seen: list[float] = []
+    seen: list[tuple[float, float]] = []
 
     def tell(message: Result) -> None:
         if isinstance(message, TrialEnded):
-            seen.append(time.perf_counter())
+            seen.append((time.perf_counter(), time.process_time()))
 
     with cluster.running(sweep):
         tuner.run_trials(plan, list(plan.trials), params, tell, TrialStore(plan.places.runs), actor)
-    each = [1000 * (b - a) for a, b in zip(seen, seen[1:], strict=False)]
-    findings.file(f"tune_ms_per_trial_{number}", each[len(each) // 2 :])
+    half = seen[len(seen) // 2 :]
+    findings.file(f"tune_ms_per_trial_{number}", [1000 * (b[0] - a[0]) for a, b in pairwise(half)])
+    findings.file(f"tune_processor_ms_per_trial_{number}", [1000 * (half[-1][1] - half[0][1]) / max(1, len(half) - 1)])
 
 
 if __name__ == "__main__":
