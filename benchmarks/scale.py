@@ -34,10 +34,10 @@ def run(
     Real: the dispatcher's queue and rounds, the ledger on this disk, the plan, MLflow on SQLite (and on the PostgreSQL
     of HIFICL_BENCH_POSTGRES, where it is set). Simulated: the slots (they write what a worker writes, and train
     nothing) and Tune's waiting actors, which are coroutines of this process. Ray Tune itself runs for real in
-    `tune_ms_*`, on fewer trials (`tune_processor_ms_*`: of the head's processor, the rest is waiting for its actors). A tracking store is filled to its size by copying the rows of a
-    logged trial; the latencies are then of real calls at that size. All is on one machine, so no network is in
-    any number. `_nodes_N` is the dispatcher with N slots and a fifth of the trials. Names ending in `_ms` are
-    milliseconds, `_seconds` seconds, `_mib` MiB.
+    `tune_ms_*`, on fewer trials (`tune_processor_ms_*`: of the head's processor, the rest is waiting for its actors). A
+    tracking store is filled to its size by copying the rows of a logged trial; the latencies are then of real calls at
+    that size. All is on one machine, so no network is in any number. `_nodes_N` is the dispatcher with N slots and a
+    fifth of the trials. Names ending in `_ms` are milliseconds, `_seconds` seconds, `_mib` MiB.
 
     Args:
         device: cpu; there is nothing for a GPU here.

@@ -35,6 +35,14 @@ def test_a_result_becomes_a_section(tmp_path: Path) -> None:
         assert part in text
 
 
+def test_the_committed_results_took_the_minutes_that_the_document_says() -> None:
+    measured = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "benchmarks").glob("*-cpu.json")]
+    took = [result["took_seconds"] for result in measured if "took_seconds" in result]  # by one `make bench`
+    assert len(took) == len(benchmarks.verbs()) - 2  # but for `cuda` and `exits`
+    assert sum(took) <= 20 * 60
+    assert "20 minutes in all, of two quiet cores" in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"ratios": {}}'])
 def test_a_file_that_is_no_result_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.json").write_text(content, encoding="utf-8")
