@@ -7,6 +7,7 @@ imports `hificl.adapters` runs in both.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -14,6 +15,10 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+
+# Before torch's first product: on Intel's processors MKL otherwise takes other sums for the same rows laid out otherwise,
+# so that a trial in a pack, or gone on from its checkpoint, would not have the bits that it has alone.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 CHECKOUT, LIBRARY = "pipeline", "hificl"
 PACKAGE = __name__  # which of the two these modules have, for `python -m`
