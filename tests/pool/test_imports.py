@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -43,3 +44,13 @@ def test_a_command_that_lists_imports_what_it_needs(commands: list[str], not_nee
     )
     said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
     assert said.split() == []
+
+
+@pytest.mark.parametrize(("given", "asked"), [(None, "AUTO,STRICT"), ("AVX2", "AVX2")])
+def test_whoever_imports_the_package_has_products_that_do_not_depend_on_the_place_in_memory(given, asked) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+    environment |= {} if given is None else {"MKL_CBWR": given}
+    code = "import pipeline, os; print(os.environ['MKL_CBWR'])"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True, env=environment).split() == [
+        asked
+    ]
