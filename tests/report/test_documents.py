@@ -10,8 +10,8 @@ from pipeline.core.errors import InputError
 from pipeline.report.gallery import write_into
 
 
-def marked(what: str, name: str) -> str:
-    return f"<!-- {what} {name}: written by `hificl gallery` -->\noutdated\n<!-- end of {name} -->\n"
+def marked(what: str, name: str, under: str = "") -> str:
+    return f"<!-- {what} {name}{under}: written by `hificl gallery` -->\noutdated\n<!-- end of {name} -->\n"
 
 
 def test_marks_are_filled_again_and_again_and_the_rest_stays(maker, tmp_path: Path) -> None:
@@ -35,10 +35,7 @@ def test_a_mark_that_names_a_profile_is_filled_under_that_alone(maker, tmp_path:
     maker.table("hificl-table1")
     params = maker.params(**{"hificl-table1": maker.definition()})
     document = tmp_path / "card.md"
-    others = marked("study", "hificl-table1 under another").replace(
-        "end of hificl-table1 under another", "end of hificl-table1"
-    )
-    own = others.replace("another", params.profile)
+    others, own = (marked("study", "hificl-table1", f" under {name}") for name in ("another", params.profile))
     document.write_text(f"{others}between\n{own}")
     assert write_into(document, params, maker.folder) == 1
     left, filled = document.read_text().split("between\n")
