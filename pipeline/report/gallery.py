@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline import report
 from pipeline.config.load import Params
+from pipeline.core.errors import InputError
 from pipeline.core.files import fill, write_atomic
 from pipeline.records.evaluation import Evaluations
 from pipeline.report import figures, findings, writers
@@ -78,12 +79,13 @@ def _section_of_before(study: str, before: str) -> str:
 
 
 _MARKS = re.compile(
-    r"(?P<open><!-- (?P<what>study|findings) (?P<name>[\w-]+)( under (?P<profile>[\w-]+))?: written by"
+    r"(?P<open><!-- (?P<what>study|findings) (?P<name>[\w-]+) under (?P<profile>[\w-]+): written by"
     r" `hificl gallery` -->)\n.*?"
     r"(?P<close><!-- end of (?P=name) -->)",
     re.DOTALL,
 )
-_WAY_OUT = "Add <!-- study NAME: written by `hificl gallery` --> and <!-- end of NAME -->, one below the other"
+_OF_NO_PROFILE = re.compile(r"(<!-- (?:study|findings) [\w-]+)(: written by `hificl gallery` -->)")
+_WAY_OUT = "Add <!-- study NAME under PROFILE: written by `hificl gallery` --> and <!-- end of NAME -->, one below the other"
 
 
 def write_into(path: Path, params: Params, evaluations: Path) -> int:
@@ -91,16 +93,20 @@ def write_into(path: Path, params: Params, evaluations: Path) -> int:
 
     `study NAME` gets that study's table, `findings PAPER` what became of that paper's findings (`miniature`: of what
     the miniature must show). A study that has not been evaluated stays as it is, and so do findings where no study of
-    theirs has. A mark that names a profile (`study NAME under PROFILE`) is filled under that profile alone.
+    theirs has. What was played under another profile than the mark names is not what it shows, and stays too.
 
     Raises:
-        InputError: the document is missing or has no marks, or a study's file breaks the schema.
+        InputError: the document is missing or has no marks or one without a profile, or a study's file breaks the
+            schema.
     """
+    if path.is_file() and (bare := _OF_NO_PROFILE.search(path.read_text(encoding="utf-8"))):
+        way_out = f"Name the one it is played under: {bare[1]} under {params.profile}{bare[2]}"
+        raise InputError("a mark names no profile", where=str(path), way_out=way_out)
     present = Evaluations(evaluations).studies()
 
     def made(match: re.Match[str]) -> str | None:
         name = match["name"]
-        if match["profile"] not in (None, params.profile):
+        if match["profile"] != params.profile:
             return None
         if match["what"] == "study":
             return _table(name, params, evaluations) if name in present else None

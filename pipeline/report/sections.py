@@ -357,6 +357,8 @@ def _caption(table: Table, name: str) -> str:
     parts = [f"Above: ours. Below, hollow: the paper's{', on axes of their own' if apart else ''}."] if printed else []
     repeated = any(entry.std is not None for entry in table.entries.values())
     parts.append(f"{'Whiskers' if bars else 'Bands'}: one standard deviation over seeds." if repeated else "One seed.")
+    if bars and table.reference_label and len({entry.line for entry in shown_here}) > 1:
+        parts.append(f"In bold: {table.reference_label}, with which the others are compared.")
     return " ".join(parts)
 
 

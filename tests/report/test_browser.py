@@ -86,6 +86,17 @@ def test_it_fits_and_follows_the_scheme(reports: dict[str, Path], tmp_path: Path
         assert width == 390 or widest <= page.run("document.querySelector('main').clientWidth")
 
 
+@pytest.mark.parametrize("width", [1024, 1200, 1290])
+def test_a_table_wider_than_the_page_scrolls_by_itself(reports: dict[str, Path], tmp_path: Path, width: int) -> None:
+    """Where the menu stands beside the page and leaves it less than it asks for."""
+    with opened(reports["many"], tmp_path, width) as page:
+        page.run("document.querySelectorAll('details').forEach((one) => { one.open = true })")
+        page.run("document.querySelector('table.small td').textContent = 'wide '.repeat(200)")
+        assert page.run("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+        right = page.run("document.querySelector('section.study').getBoundingClientRect().right")
+        assert right <= page.run("document.documentElement.clientWidth") - 20
+
+
 def test_many_studies_are_a_menu_by_paper_and_closed(reports: dict[str, Path], tmp_path: Path) -> None:
     with opened(reports["many"], tmp_path) as page:
         assert shown(page, "nav .group") == ["HiFICL", "MimIC", "Other studies"]

@@ -327,15 +327,16 @@ def test_a_caption_speaks_of_what_its_figure_shows(maker: Any) -> None:
     losses = [{"epoch": epoch, "ground_truth_loss": 1 / epoch} for epoch in (1, 2)]
     captions = {}
     for study, paper in (("hificl-table1", "hificl.table1_main"), ("mine", None)):
-        cells = [maker.cell("hificl", "mini-vqa", 0) | {"epochs": losses}]
+        cells = [maker.cell("hificl", "mini-vqa", 0) | {"epochs": losses}, maker.cell("zero-shot", "mini-vqa", 0)]
         maker.study(study, cells)
         section = study_page(study, maker.params(**{study: maker.definition(paper=paper)}), maker.folder)[1]
         captions[study] = re.findall("<figcaption>(.*?)</figcaption>", section)
     assert captions["hificl-table1"] == [
-        "Above: ours. Below, hollow: the paper&#39;s, on axes of their own. One seed.",
+        "Above: ours. Below, hollow: the paper&#39;s, on axes of their own. One seed. "
+        "In bold: HiFICL, with which the others are compared.",
         "One seed.",  # the losses: no paper prints them
     ]
-    assert captions["mine"] == ["One seed.", "One seed."]
+    assert captions["mine"] == ["One seed. In bold: Zero-shot, with which the others are compared.", "One seed."]
 
 
 def test_the_markdown_has_what_training_cost(main: dict[str, Any]) -> None:
