@@ -174,25 +174,28 @@ def _sweep(args: argparse.Namespace) -> None:
 
         chosen = [*flagged("--study", args.study or []), *flagged("--set", args.set)]
         sys.exit(cluster.attach_to_sweep() if args.attach else cluster.submit(chosen))
-    from pipeline.pool.supervisor import ahead
+    from pipeline.pool.supervisor import Drivers
 
-    with ahead(params.sweep) as driver:  # Ray starts while torch and MLflow are imported
+    with Drivers(params.sweep) as drivers:  # Ray starts while torch and MLflow are imported
         from pipeline.sweep.train import sweep
 
-        sweep(params, args.study or params.run.studies, driver=driver)
+        sweep(params, args.study or params.run.studies, drivers)
 
 
 def _run_trial(args: argparse.Namespace) -> Answer:
     """Train and score it in the current folder: weights, samples and machine are params.yaml's, the rest its own."""
     from pipeline.config.load import load
+    from pipeline.pool.supervisor import Drivers
     from pipeline.sweep import recorded
 
     trial = recorded.read_recorded(Path(args.file), Path(args.evaluation) if args.evaluation else None)
     params, root = load(overrides=args.set), Path.cwd()
-    recorded.train_recorded(trial, params, root, stop_after=args.stop_after)
     fields: Json = {"trial": trial.config.key, "folder": f"runs/{trial.config.key}"}
-    if not args.train_only:
-        key, score = recorded.score_recorded(trial, params, root)
+    with Drivers() as drivers:
+        recorded.train_recorded(trial, params, drivers, root, stop_after=args.stop_after)
+        scored = None if args.train_only else recorded.score_recorded(trial, params, drivers, root)
+    if scored is not None:
+        key, score = scored
         fields |= {"evaluation": f"evaluations/{key}.json", "metric": score.metric, "unit": score.unit}
         fields["value"] = score.value
     return Fields(fields)

@@ -22,7 +22,7 @@ import psutil
 
 from pipeline.config.schema import Sweep
 from pipeline.core.errors import HificlError
-from pipeline.pool.messages import Alive, Message, Work, WorkEnded, WorkLost, WorkRefused
+from pipeline.pool.messages import NO_MORE, Alive, Message, Work, WorkEnded, WorkLost, WorkRefused
 from pipeline.pool.processes import (
     CLUSTER_SECONDS,
     ENDING_SECONDS,
@@ -50,7 +50,7 @@ class Relay:
 
 
 def main(pipe: Connection) -> None:
-    """Take the `Sweep` from the pipe and start its cluster, then take a `Work`, do it, and say how it ended."""
+    """Take the `Sweep` from the pipe and start its cluster, then take each `Work`, do it, and say how it ended."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     with suppress(EOFError, KeyboardInterrupt):  # the stage's word, or its death: at any moment, Ray's start included
         sweep, works = pipe.recv(), SimpleQueue[bytes]()
@@ -68,10 +68,11 @@ def _serve(sweep: Sweep, works: SimpleQueue[bytes], relay: Relay) -> None:
         with running(sweep):
             from pipeline.pool import tuner  # noqa: F401 - as the cluster's start: while the stage opens MLflow
 
-            work: Work = ForkingPickler.loads(works.get())
-            with _watched(relay):
-                work.run(relay.send)
-        relay.send(WorkEnded())
+            while True:  # until `_hear` interrupts it
+                work: Work = ForkingPickler.loads(works.get())
+                with _watched(relay):
+                    work.run(relay.send)
+                relay.send(WorkEnded())
     except HificlError as error:
         relay.send(WorkRefused(error))
     except (Exception, SystemExit) as error:
@@ -79,12 +80,13 @@ def _serve(sweep: Sweep, works: SimpleQueue[bytes], relay: Relay) -> None:
 
 
 def _hear(pipe: Connection, works: SimpleQueue[bytes]) -> None:
-    """Pass the work on; then wait for the supervisor's word, or for its death, and end in order, or without it.
+    """Pass works on until the supervisor's last word, or its death, and end in order, or without it.
 
-    The work is passed on as bytes: to read it imports what it is made of, and no two threads should do that at once.
+    A work is passed on as bytes: to read it imports what it is made of, and no two threads should do that at once.
     """
     with suppress(EOFError, OSError):
-        works.put(pipe.recv_bytes())
+        while (work := pipe.recv_bytes()) != NO_MORE:
+            works.put(work)
         allow_keeping(pipe.recv().seconds)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(ENDING_SECONDS + keep_seconds())

@@ -55,7 +55,7 @@ class Alive:
 
 @dataclass(frozen=True)
 class WorkEnded:
-    """All work is done."""
+    """A work is done, and the next may come."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,12 @@ class WorkLost:
     trace: str = ""
 
 
+NO_MORE = b""  # in a work's place: what follows is `Stop`
+
+
 @dataclass(frozen=True)
 class Stop:
-    """The stage's only word after the work: end in order, within so many seconds with the last step kept."""
+    """The stage's last word: end in order, within so many seconds with the last step kept."""
 
     seconds: float = 0.0
 

@@ -12,8 +12,9 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.load import Params
@@ -23,6 +24,7 @@ from pipeline.core.errors import HificlError, InputError, WorkError
 from pipeline.core.progress import say
 from pipeline.pool import processes
 from pipeline.pool.messages import (
+    NO_MORE,
     PROXY_DIED,
     Alive,
     Message,
@@ -120,7 +122,7 @@ class Lost(Exception):
 
 
 class Driver:
-    """One driver process; it starts its cluster while its stage imports torch, plans, and opens MLflow.
+    """One driver process, which does one work after another; it starts its cluster while its stage imports torch.
 
     What Ray's C++ writes on standard error when its cluster dies, a page of addresses, is kept for `--debug`.
 
@@ -190,6 +192,7 @@ class Driver:
         if not self.works:
             self.process.kill()  # its cluster, if it has one by now, has no work
         with suppress(OSError):
+            self.pipe.send_bytes(NO_MORE)
             self.pipe.send(Stop(keep_seconds()))
         self.pipe.close()
         self.written.close()
@@ -201,21 +204,55 @@ class Driver:
         reap(self.mark)
 
 
-@contextmanager
-def ahead(sweep: Sweep, first: Driver | None = None, *, wanted: bool = True) -> Iterator[Driver | None]:
-    """Give a driver that was started beforehand, where one is wanted, and end it with the block.
+class Drivers:
+    """The drivers of a command, one at a time: each does one work after another until it is lost.
+
+    So a study's training, scoring and measuring share one cluster, and the start of one.
 
     Args:
-        sweep: its cluster's.
-        first: one that is starting already, which takes the place of a new one; it ends at once where none is wanted.
-        wanted: whether there is work.
+        sweep: of a driver that starts now, ahead of its first work; None: one starts where there is work.
     """
-    if first is not None and not wanted:
-        first.end()
-    driver = (first or Driver(sweep)) if wanted else None
-    try:
-        yield driver
-    finally:
+
+    def __init__(self, sweep: Sweep | None = None) -> None:
+        self._driver: Driver | None = None
+        self._made_for: tuple[Sweep, Path] | None = None
+        self._busy = False
+        if sweep is not None:
+            self.start(sweep)
+
+    def __enter__(self) -> Drivers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def start(self, sweep: Sweep) -> Driver:
+        """Return the driver that there is, or another where it has other settings, another folder or a work to do.
+
+        Raises:
+            InputError: as `Driver`.
+        """
+        made_for = sweep, Path.cwd()
+        if self._driver is None or self._busy or self._made_for != made_for:
+            self.end()
+            self._driver, self._made_for = Driver(sweep), made_for
+        return self._driver
+
+    def messages(self, work: Work) -> Iterator[Result | None]:
+        """Do work as `Driver.messages`; a driver that does not come to the work's end is ended."""
+        driver = self.start(work.params.sweep)
+        self._busy = True
+        try:
+            yield from driver.messages(work)
+        except BaseException:
+            if driver is self._driver:
+                self.end()
+            raise
+        self._busy = False
+
+    def end(self) -> None:
+        """End the driver that there is, and every process of its private cluster."""
+        driver, self._driver, self._busy = self._driver, None, False
         if driver is not None:
             driver.end()
 
@@ -247,7 +284,7 @@ class Attempts:
 
 
 def train(
-    plan: Plan, todo: list[str], params: Params, store: TrialStore, watchers: Sequence[Watcher], first: Driver | None,
+    plan: Plan, todo: list[str], params: Params, store: TrialStore, watchers: Sequence[Watcher], drivers: Drivers,
     *, adaptive: bool,
 ) -> dict[str, str]:  # fmt: skip
     """Train the trials `todo`, and those that an adaptive searcher asks for, with as many drivers as that takes.
@@ -268,12 +305,11 @@ def train(
     keys, told, errors, check_at = set(todo), set[str](), dict[str, str](), 0.0
     behind = _progress(store, keys)
     while todo or adaptive:
-        driver, first = first or Driver(params.sweep), None
         lost = Lost("its process died")
         ends: dict[str, str | None] = {}  # of the trials whose end it has told of
         unwritten = set[str]()  # stopped by the scheduler, or nobody waits for them any more: the store will say
         try:
-            for message in driver.messages(Training(plan, todo, params, store)):
+            for message in drivers.messages(Training(plan, todo, params, store)):
                 if time.monotonic() >= check_at:
                     store.check_held()
                     check_at = time.monotonic() + HELD_SECONDS
@@ -297,11 +333,12 @@ def train(
             adaptive = False
         except Lost as error:
             lost = error
-        finally:
-            driver.end()
         errors |= {key: error for key, error in ends.items() if error is not None}
         told |= ends.keys()
         told |= _tell(store, keys - told, watchers)
+        if not told.issuperset(todo):
+            drivers.end()  # from here on nobody of it writes
+            told |= _tell(store, keys - told, watchers)
         # by what was told and not by another look, which may find an end that nobody was told of; a trial that failed
         # has its end too, unless the disk is full; one without lost its way, not its state
         todo = [key for key in todo if key not in told]
@@ -328,10 +365,8 @@ def _progress(store: TrialStore, keys: set[str]) -> tuple[int, int]:
     return len(keys) - len(going), sum(len(store.epochs(key)) for key in going)
 
 
-def score_all(
-    params: Params, jobs: Sequence[Job], first: Driver | None = None
-) -> Iterator[tuple[str, Evaluation | Exception]]:
-    """Yield (evaluation key, evaluation or error) in the order of completion; `first` is a driver that runs already.
+def score_all(params: Params, jobs: Sequence[Job], drivers: Drivers) -> Iterator[tuple[str, Evaluation | Exception]]:
+    """Yield (evaluation key, evaluation or error) in the order of completion.
 
     Raises:
         InputError: as the driver's.
@@ -342,10 +377,12 @@ def score_all(
         rest = [job for job in jobs if job[1].key not in done]
         return Scoring(params, rest) if rest else None
 
-    yield from _answers(left, params, first)
+    yield from _answers(left, params, drivers)
 
 
-def measure_all(params: Params, kind: Measure, groups: Sequence[list[MeasureJob]]) -> Iterator[tuple[int, Any]]:
+def measure_all(
+    params: Params, kind: Measure, groups: Sequence[list[MeasureJob]], drivers: Drivers
+) -> Iterator[tuple[int, Any]]:
     """Yield (number of the group, what each of its trials was measured as, or error).
 
     Raises:
@@ -356,28 +393,24 @@ def measure_all(params: Params, kind: Measure, groups: Sequence[list[MeasureJob]
         rest = {number: jobs for number, jobs in enumerate(groups) if number not in done}
         return Measuring(params, kind, rest) if rest else None
 
-    yield from _answers(left, params, None)
+    yield from _answers(left, params, drivers)
 
 
-def _answers(
-    left: Callable[[set[Any]], Work | None], params: Params, first: Driver | None
-) -> Iterator[tuple[Any, Any]]:
+def _answers(left: Callable[[set[Any]], Work | None], params: Params, drivers: Drivers) -> Iterator[tuple[Any, Any]]:
     """Yield what the work that is `left` when these keys are done tells of each of its keys."""
     done: set[Any] = set()
     attempts = Attempts(params, "evaluate", _note)
     while (work := left(done)) is not None:
-        driver, first, before = first or Driver(params.sweep), None, len(done)
-        lost = Lost("it ended before its work")
+        before, lost = len(done), Lost("it ended before its work")
         try:
-            for message in driver.messages(work):
+            for message in drivers.messages(work):
                 if isinstance(message, Outcome):
                     done.add(message.key)
                     yield message.key, message.result
         except Lost as error:
             lost = error
-        finally:
-            driver.end()
         if left(done) is not None:
+            drivers.end()
             attempts.lost(lost, progress=len(done) > before)
 
 

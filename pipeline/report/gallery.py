@@ -85,7 +85,9 @@ _MARKS = re.compile(
     re.DOTALL,
 )
 _OF_NO_PROFILE = re.compile(r"(<!-- (?:study|findings) [\w-]+)(: written by `hificl gallery` -->)")
-_WAY_OUT = "Add <!-- study NAME under PROFILE: written by `hificl gallery` --> and <!-- end of NAME -->, one below the other"
+_WAY_OUT = (
+    "Add <!-- study NAME under PROFILE: written by `hificl gallery` --> and <!-- end of NAME -->, one below the other"
+)
 
 
 def write_into(path: Path, params: Params, evaluations: Path) -> int:

@@ -19,7 +19,7 @@ from pipeline.plan.plan import Plan, all_cells, make_plan, places
 from pipeline.plan.space import Cell, Point, tried
 from pipeline.pool import supervisor
 from pipeline.pool.processes import in_order
-from pipeline.pool.supervisor import Driver, ahead
+from pipeline.pool.supervisor import Drivers
 from pipeline.records.evaluation import Candidate, CellResult, CurvePoint, Evaluations, Measurement, StudyFile
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import Machine, TrialEnd
@@ -45,7 +45,7 @@ class Choice:
     halted: bool = False
 
 
-def evaluate(params: Params, studies: list[str], root: Path | None = None, driver: Driver | None = None) -> None:
+def evaluate(params: Params, studies: list[str], drivers: Drivers, root: Path | None = None) -> None:
     """Score what the studies need and is not scored yet, and write the studies' cells.
 
     Safe to kill and to run again: what is scored is not scored twice.
@@ -53,8 +53,8 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None, drive
     Args:
         params: the studies'.
         studies: by name.
+        drivers: the command's.
         root: the project's folder; None: the current one.
-        driver: one that is starting already (`ahead`); None: one is started where there is something to score.
 
     Raises:
         WorkError: some trials are missing or could not be scored; the others are done.
@@ -63,10 +63,10 @@ def evaluate(params: Params, studies: list[str], root: Path | None = None, drive
     store = TrialStore(places(root).runs)
     held = store.lock("an evaluation", wait=copies.is_copy(root))
     with in_order(), held, copies.shared_evaluations(root):
-        _evaluate(params, studies, root, store, driver)
+        _evaluate(params, studies, root, store, drivers)
 
 
-def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore, first: Driver | None) -> None:
+def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore, drivers: Drivers) -> None:
     folders, evaluations = places(root), Evaluations(root.resolve() / "evaluations")
     cells = all_cells(params, studies, folders)
     plan = make_plan(params, cells, folders, store.objective)
@@ -79,18 +79,21 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore,
     jobs = {config.key: (store.config(config.trial), config) for config in scoring.values()}
     todo = [job for key, job in jobs.items() if not evaluations.path(key).exists()]
     say(f"{len(jobs)} trials to score, {len(jobs) - len(todo)} are scored")
-    with ahead(params.sweep, first, wanted=bool(todo)) as driver:
-        tracker = Tracker(params.tracking.uri, root, params.tracking.artifacts)
-        tracker.prepare(studies, {study: experiment_note(params, study, cells) for study in studies})
-        sync = MlflowSync(tracker, store, plan, studies)
-        try:
-            sync.find_runs([config.key for config, _ in jobs.values()])
-        finally:
-            tracker.close_all(KILLED)  # of sweeps that were to be brought in line
-        for key, (config, _) in jobs.items():
-            if evaluations.path(key).exists():
-                sync.score(config, key)
-        problems = dict(_score(params, plan, todo, evaluations, sync, driver)) if todo else {}
+    if todo:
+        drivers.start(params.sweep)  # while MLflow is opened
+    else:
+        drivers.end()
+    tracker = Tracker(params.tracking.uri, root, params.tracking.artifacts)
+    tracker.prepare(studies, {study: experiment_note(params, study, cells) for study in studies})
+    sync = MlflowSync(tracker, store, plan, studies)
+    try:
+        sync.find_runs([config.key for config, _ in jobs.values()])
+    finally:
+        tracker.close_all(KILLED)  # of sweeps that were to be brought in line
+    for key, (config, _) in jobs.items():
+        if evaluations.path(key).exists():
+            sync.score(config, key)
+    problems = dict(_score(params, plan, todo, evaluations, sync, drivers)) if todo else {}
     missing: dict[str, str] = {}
     for study in studies:
         results = {
@@ -103,7 +106,7 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore,
             for cell in cells
             if cell.name in results and results[cell.name].status == "done"
         ]
-        numbers = measured(params, study, scored, evaluations, sync)
+        numbers = measured(params, study, scored, evaluations, sync, drivers)
         results |= {row.cell.name: result for row, result in zip(scored, numbers, strict=True)}
         without = {name: row.error or row.status for name, row in results.items() if row.status != "done"}
         for name, why in without.items():
@@ -188,7 +191,7 @@ def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
 
 def _score(
     params: Params, plan: Plan, todo: list[tuple[TrialConfig, EvaluationConfig]], evaluations: Evaluations,
-    sync: MlflowSync, driver: Driver | None,
+    sync: MlflowSync, drivers: Drivers,
 ) -> Iterator[tuple[str, str]]:  # fmt: skip
     """Score trials on the cluster; yield (evaluation key, error) of those that fail."""
     left_out: dict[str, None] = {}  # in order, and each once: every trial of a task lacks the same file
@@ -196,7 +199,7 @@ def _score(
     with bar("evaluate") as progress:
         progress(0, len(todo))
         jobs = [(plan.request_of(config, evaluation), evaluation) for config, evaluation in todo]
-        for number, (key, result) in enumerate(supervisor.score_all(params, jobs, driver), start=1):
+        for number, (key, result) in enumerate(supervisor.score_all(params, jobs, drivers), start=1):
             progress(number, len(todo))
             if isinstance(result, Exception):
                 yield key, str(result)
@@ -250,8 +253,9 @@ class ScoredCell:
 
 
 def measured(
-    params: Params, study: str, scored: Sequence[ScoredCell], evaluations: Evaluations, sync: MlflowSync
-) -> list[CellResult]:
+    params: Params, study: str, scored: Sequence[ScoredCell], evaluations: Evaluations, sync: MlflowSync,
+    drivers: Drivers,
+) -> list[CellResult]:  # fmt: skip
     """Return what a study's scored cells come out as; measure, keep and log what is not measured yet.
 
     Returns:
@@ -277,7 +281,7 @@ def measured(
     jobs = [[_job(params, row, evaluations) for row in rows] for rows in new]
     with bar(name) as progress:
         progress(0, len(new))
-        for ended, (number, result) in enumerate(supervisor.measure_all(params, kind, jobs), start=1):
+        for ended, (number, result) in enumerate(supervisor.measure_all(params, kind, jobs, drivers), start=1):
             progress(ended, len(new))
             names = [row.cell.name for row in new[number]]
             if isinstance(result, Exception):

@@ -22,6 +22,7 @@ from pipeline.core.errors import InputError, nearest, validate
 from pipeline.core.files import write_atomic
 from pipeline.core.locks import held
 from pipeline.plan.plan import places
+from pipeline.pool.supervisor import Drivers
 from pipeline.records import part_of
 from pipeline.records.evaluation import Evaluation, Evaluations
 from pipeline.records.journal import Journal
@@ -78,7 +79,7 @@ def params_of(recorded: Recorded, params: Params) -> Params:
 
 
 def train_recorded(
-    recorded: Recorded, params: Params, root: Path | None = None, *, stop_after: int | None = None
+    recorded: Recorded, params: Params, drivers: Drivers, root: Path | None = None, *, stop_after: int | None = None
 ) -> None:
     """Train the trial, unless the store has it; where it was stopped, no further than it was.
 
@@ -88,10 +89,12 @@ def train_recorded(
     """
     if stop_after is not None:
         stop(TrialStore(places(root).runs), recorded.config.key, stop_after)
-    sweep(params_of(recorded, params), [STUDY], root)
+    sweep(params_of(recorded, params), [STUDY], drivers, root)
 
 
-def score_recorded(recorded: Recorded, params: Params, root: Path | None = None) -> tuple[str, Evaluation]:
+def score_recorded(
+    recorded: Recorded, params: Params, drivers: Drivers, root: Path | None = None
+) -> tuple[str, Evaluation]:
     """Score the trial, unless that is done, and return the score's key and the score.
 
     Raises:
@@ -99,7 +102,7 @@ def score_recorded(recorded: Recorded, params: Params, root: Path | None = None)
         WorkError: it is not trained, or could not be scored.
     """
     root = root or Path.cwd()
-    evaluate(params_of(recorded, params), [STUDY], root)
+    evaluate(params_of(recorded, params), [STUDY], drivers, root)
     evaluations = Evaluations(root / "evaluations")
     (cell,) = evaluations.study(STUDY).cells
     key = cell.evaluation or ""

@@ -24,7 +24,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.plan.plan import Plan, all_cells, make_plan, places
 from pipeline.plan.unheard import unheard
 from pipeline.pool.processes import in_order
-from pipeline.pool.supervisor import Driver, ahead, train
+from pipeline.pool.supervisor import Drivers, train
 from pipeline.records.journal import Journal
 from pipeline.records.store import Displaced, TrialStore
 from pipeline.records.trial import TrialEnd
@@ -38,7 +38,7 @@ BY_HAND = "by-hand"  # the study of the trials that were made from others by han
 _NAMED = 5  # pictures of one message
 
 
-def sweep(params: Params, studies: list[str], root: Path | None = None, driver: Driver | None = None) -> None:
+def sweep(params: Params, studies: list[str], drivers: Drivers, root: Path | None = None) -> None:
     """Train every trial of `studies` that the store does not have, and log all of them to MLflow.
 
     Safe to kill and to run again: finished trials are never trained twice, an open one goes on at its last epoch.
@@ -46,8 +46,8 @@ def sweep(params: Params, studies: list[str], root: Path | None = None, driver: 
     Args:
         params: the sweep's.
         studies: by name.
+        drivers: the command's.
         root: the project's folder; None: the current one.
-        driver: one that is starting already (`ahead`); None: one is started where there is something to train.
 
     Raises:
         InputError: params, data, weights, cluster or tracking store are not in order; nothing was started.
@@ -62,8 +62,7 @@ def sweep(params: Params, studies: list[str], root: Path | None = None, driver: 
         if known is not None and plan.trials.keys() <= known:
             return
         acts = len(store.acts())
-        _swept(params, studies, root, plan, driver)
-        driver = None  # it is used up
+        _swept(params, studies, root, plan, drivers)
         meanwhile = store.acts()[acts:]  # done by hand while this one trained
         if any(act.parent for act in meanwhile):
             params, studies = with_study(params, BY_HAND, folders.runs.parent), [*dict.fromkeys([*studies, BY_HAND])]
@@ -74,7 +73,7 @@ def sweep(params: Params, studies: list[str], root: Path | None = None, driver: 
         known = plan.trials.keys() - {act.trial for act in meanwhile if act.act == "resume"}
 
 
-def _swept(params: Params, studies: list[str], root: Path | None, plan: Plan, first: Driver | None) -> None:
+def _swept(params: Params, studies: list[str], root: Path | None, plan: Plan, drivers: Drivers) -> None:
     folders = plan.places
     for line in unheard(params, plan.cells.values()):
         say(f"note: {line}")
@@ -83,19 +82,22 @@ def _swept(params: Params, studies: list[str], root: Path | None, plan: Plan, fi
         check_open_engines(plan, store)
         check_open_pictures(plan, store)
         wanted = bool(plan.open_keys(store.settled) or plan.searched)
-        with ahead(params.sweep, first, wanted=wanted) as driver:
-            tracker = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
-            tracker.prepare(studies, {study: experiment_note(params, study, plan.cells.values()) for study in studies})
-            if tracker.provenance.note:
-                say(f"note: the runs have no commit: {tracker.provenance.note}")
-            tracker.end_leftovers()
-            sync = MlflowSync(tracker, store, plan, studies)
-            try:
-                failed = _sweep(plan, store, sync, driver)
-                sync.settle(params.tracking.patience_seconds)
-            finally:
-                if not isinstance(sys.exception(), Displaced):  # else they are another sweep's by now
-                    tracker.close_all(KILLED)  # of trials whose end could not be written
+        if wanted:
+            drivers.start(params.sweep)  # while MLflow is opened
+        else:
+            drivers.end()
+        tracker = Tracker(params.tracking.uri, root or Path.cwd(), params.tracking.artifacts)
+        tracker.prepare(studies, {study: experiment_note(params, study, plan.cells.values()) for study in studies})
+        if tracker.provenance.note:
+            say(f"note: the runs have no commit: {tracker.provenance.note}")
+        tracker.end_leftovers()
+        sync = MlflowSync(tracker, store, plan, studies)
+        try:
+            failed = _sweep(plan, store, sync, drivers)
+            sync.settle(params.tracking.patience_seconds)
+        finally:
+            if not isinstance(sys.exception(), Displaced):  # else they are another sweep's by now
+                tracker.close_all(KILLED)  # of trials whose end could not be written
     if failed:
         key, why = next(iter(failed.items()))
         raise WorkError(
@@ -105,7 +107,7 @@ def _swept(params: Params, studies: list[str], root: Path | None, plan: Plan, fi
         )
 
 
-def _sweep(plan: Plan, store: TrialStore, sync: MlflowSync, driver: Driver | None) -> dict[str, str]:
+def _sweep(plan: Plan, store: TrialStore, sync: MlflowSync, drivers: Drivers) -> dict[str, str]:
     params, points = plan.params, len(plan.searched) * plan.params.sweep.num_samples
     known = [key for key, config in plan.trials.items() if config.trained]
     untrained = plan.trials.keys() - set(known)
@@ -124,7 +126,7 @@ def _sweep(plan: Plan, store: TrialStore, sync: MlflowSync, driver: Driver | Non
     if todo or points:
         started = time.monotonic()
         with View(plan, todo, points) as view:
-            errors = train(plan, todo, params, store, [sync, view], driver, adaptive=bool(points))
+            errors = train(plan, todo, params, store, [sync, view], drivers, adaptive=bool(points))
         Journal(store.root).note("sweep ended", trials=len(todo), seconds=time.monotonic() - started)
     failed = failures(known, store, errors)
     sync.close_sweeps(failed=bool(failed))

@@ -18,6 +18,7 @@ from pipeline.core.plain_yaml import Json
 from pipeline.core.terminal import Answer
 from pipeline.plan.plan import places
 from pipeline.plan.space import needed
+from pipeline.pool.supervisor import Drivers
 from pipeline.report import mlflow_report
 from pipeline.sweep.draw import draw_task
 from pipeline.sweep.evaluate import evaluate
@@ -168,8 +169,9 @@ def run(studies: list[str], params: Params, root: Path) -> Reported:
     for name in studies:
         require_known("study", name, params.studies)
     draw_samples(params, studies, root)
-    sweep(params, studies, root)
-    evaluate(params, studies, root)
+    with Drivers() as drivers:
+        sweep(params, studies, drivers, root)
+        evaluate(params, studies, drivers, root)
     return report_on(studies, params, root)
 
 

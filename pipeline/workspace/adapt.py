@@ -30,6 +30,7 @@ from pipeline.core.terminal import Answer, table
 from pipeline.data.manifest import Manifest
 from pipeline.data.sample import Sample
 from pipeline.plan.plan import places
+from pipeline.pool.supervisor import Drivers
 from pipeline.records import Count, Record, as_written
 from pipeline.records.evaluation import CellResult
 from pipeline.records.store import TrialStore
@@ -221,12 +222,13 @@ def adapt(asked: Asked, out: Path) -> Adapted:
     if kept is None:
         work.make(drawn)
     work.draw()
-    if kept is None:
-        given = work.measure(rows)
-        work.make(given)
-        record = LaidOut(asked=as_written(asdict(asked)), guessed=tuple(task.guessed), budget=given)
-        write_atomic(out / PLAN, record.text() + "\n")
-    return work.run()
+    with Drivers() as drivers:
+        if kept is None:
+            given = work.measure(rows, drivers)
+            work.make(given)
+            record = LaidOut(asked=as_written(asdict(asked)), guessed=tuple(task.guessed), budget=given)
+            write_atomic(out / PLAN, record.text() + "\n")
+        return work.run(drivers)
 
 
 def _project() -> Path:
@@ -392,7 +394,7 @@ class _Workspace:
             "reference": "zero-shot", "note": f"{data} Each method: {given.words()}.",
         }  # fmt: skip
 
-    def measure(self, rows: Mapping[str, int]) -> Budget:
+    def measure(self, rows: Mapping[str, int], drivers: Drivers) -> Budget:
         """Train every method on a few samples, and return what the time that is left pays for."""
         with _inside(self.folder):
             params = load()
@@ -402,7 +404,7 @@ class _Workspace:
             study = params.studies[self.name].model_copy(update={"methods": methods, "train": few})
             timing = params.model_copy(update={"studies": {_TIMING: study.model_copy(update={"title": "Timing"})}})
             with self.clock.part(f"timing {', '.join(methods)} on {few['num_train_samples']} samples"):
-                sweep(timing, [_TIMING], Path.cwd())
+                sweep(timing, [_TIMING], drivers)
             store = TrialStore("runs")
             last = {store.config(key).method: store.epochs(key)[-1] for key in store.all_keys() if store.done(key)}
             slots = _slots(params)
@@ -432,14 +434,14 @@ class _Workspace:
                 draw_task(params, self.name)
                 raise
 
-    def run(self) -> Adapted:
+    def run(self, drivers: Drivers) -> Adapted:
         """Do what is written down, and return what came out."""
         with _inside(self.folder):
             params, problems = load(), []
             for title, work in (("training every point of the search", sweep), ("scoring and reporting", evaluate)):
                 with self.clock.part(title):
                     try:
-                        work(params, [self.name], Path.cwd())
+                        work(params, [self.name], drivers)
                     except WorkError as error:  # of some trials: the others are shown
                         problems.append(str(error))
             made = report.load_table(self.name, params, Path("evaluations"))

@@ -99,7 +99,7 @@ def report(sweep: Sweep, *, without: str | None = None) -> list[dict[str, str]]:
         supervisor.score_all = score_here  # type: ignore[assignment]
         params = load()
         with pytest.raises(WorkError, match=f"1 of 4 cells have no number.*/{without}/") if without else nullcontext():
-            evaluation.evaluate(params, ["small"])
+            evaluation.evaluate(params, ["small"], supervisor.Drivers())
         reports.write_study("small", params, Path("evaluations"), Path("reports"))
     finally:
         supervisor.score_all = pooled

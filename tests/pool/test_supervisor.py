@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -18,7 +18,7 @@ from pipeline.config.schema import Sweep
 from pipeline.core.errors import InputError, WorkError
 from pipeline.pool import cluster, driver, supervisor
 from pipeline.pool.messages import PROXY_DIED, TrialEnded, TrialStarted, Watcher, WorkRefused
-from pipeline.pool.supervisor import Training
+from pipeline.pool.supervisor import Drivers, Training
 from pipeline.records.store import Displaced, TrialFolder, TrialStore
 from pipeline.records.trial import TrialEnd
 from pipeline.sweep.train import failures
@@ -61,7 +61,8 @@ def play(
     params: Any = SimpleNamespace(sweep=SimpleNamespace(retry=SimpleNamespace(max_attempts=most)))
     heard = Heard()
     monkeypatch.setattr(supervisor, "Driver", lambda sweep: drivers.pop(0))
-    return heard, supervisor.train(plan, todo, params, TrialStore(plan.places.runs), [heard], None, adaptive=adaptive)
+    store = TrialStore(plan.places.runs)
+    return heard, supervisor.train(plan, todo, params, store, [heard], Drivers(), adaptive=adaptive)
 
 
 def test_ends_that_died_with_the_driver_are_told(tmp_path, monkeypatch):
@@ -185,7 +186,7 @@ def test_a_sweep_that_another_has_displaced_hears_of_nothing_more(tmp_path, monk
     plan: Any = SimpleNamespace(places=SimpleNamespace(runs=runs))
     runs.mkdir()
     with pytest.raises(Displaced):
-        supervisor.train(plan, ["a"], params, TrialStore(runs), [heard], None, adaptive=False)
+        supervisor.train(plan, ["a"], params, TrialStore(runs), [heard], Drivers(), adaptive=False)
     assert heard.ends == [] and ended == [{"a"}]
 
 
@@ -212,12 +213,61 @@ def test_a_machine_that_ray_cannot_start_on_is_refused_before_a_driver_is_starte
 
     monkeypatch.setattr(supervisor.machine, "require", refused)
     monkeypatch.setattr(supervisor.subprocess, "Popen", lambda *_, **__: pytest.fail("a driver was started"))
-    with pytest.raises(InputError, match="too few open files"), supervisor.ahead(Sweep()):
-        pass
+    with pytest.raises(InputError, match="too few open files"):
+        Drivers(Sweep())
+
+
+class Steady:
+    """A driver that tells of a work what is in it."""
+
+    made: ClassVar[list[Steady]] = []
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.made.append(self)
+        self.ends = 0
+
+    def messages(self, work: Any) -> Iterator[str]:
+        for word in work.words:
+            if word == "lost":
+                raise supervisor.Lost(word)
+            yield word
+
+    def end(self) -> None:
+        self.ends += 1
+
+
+def test_a_command_has_one_driver_for_all_its_works(monkeypatch, tmp_path):
+    monkeypatch.setattr(supervisor, "Driver", Steady)
+    monkeypatch.setattr(Steady, "made", [])
+
+    def work(*words: str, slots: int = 1) -> Any:
+        return SimpleNamespace(words=words, params=SimpleNamespace(sweep=Sweep(slots=slots)))
+
+    def running() -> int:
+        assert [driver.ends for driver in Steady.made[:-1]] == [1] * (len(Steady.made) - 1)
+        return len(Steady.made)
+
+    with Drivers(Sweep(slots=1)) as drivers:
+        assert list(drivers.messages(work("a", "b"))) == ["a", "b"] and list(drivers.messages(work("c"))) == ["c"]
+        assert running() == 1
+        assert list(drivers.messages(work("d", slots=2))) == ["d"] and running() == 2  # another cluster
+        monkeypatch.chdir(tmp_path)
+        assert list(drivers.messages(work("e", slots=2))) == ["e"] and running() == 3  # in another folder
+        with pytest.raises(supervisor.Lost):
+            list(drivers.messages(work("lost", slots=2)))
+        assert list(drivers.messages(work("f", slots=2))) == ["f"] and running() == 4
+        left = drivers.messages(work("g", "h", slots=2))
+        assert next(left) == "g"  # and its messages would be taken for the next work's
+        assert list(drivers.messages(work("i", slots=2))) == ["i"] and running() == 5
+        left.close()
+        assert Steady.made[-1].ends == 0
+    assert running() == 5 and Steady.made[-1].ends == 1
 
 
 class Aborting:
     """Work at which the driver dies as one does whose cluster died under Ray's C++."""
+
+    params = SimpleNamespace(sweep=Sweep())
 
     def __reduce__(self) -> Any:
         return _abort, ()
@@ -230,9 +280,9 @@ def _abort() -> None:
 
 
 def test_what_rays_library_writes_as_it_dies_is_kept_off_the_terminal(capfd):
-    with supervisor.ahead(Sweep()) as driver:
+    with Drivers(Sweep()) as drivers:
         with pytest.raises(supervisor.Lost, match=r"the driver died \(status -6\)") as lost:
-            list(driver.messages(Aborting()))
+            list(drivers.messages(Aborting()))
     assert "a stack of addresses" in lost.value.__notes__[0]
     terminal = capfd.readouterr().err
     assert "said by Python" in terminal and "addresses" not in terminal

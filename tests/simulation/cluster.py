@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -27,11 +28,11 @@ from pipeline.core.errors import HificlError, WorkError
 from pipeline.pool import dispatcher as dispatching
 from pipeline.pool import processes, slot, supervisor
 from pipeline.pool.messages import (
+    NO_MORE,
     PROXY_DIED,
     Alive,
     EpochEnded,
     Outcome,
-    Stop,
     TrialEnded,
     TrialStarted,
     WorkEnded,
@@ -406,12 +407,16 @@ class Cluster:
             work = pipe.recv()
         except EOFError:
             return
-        if isinstance(work, Stop):
+        if work == NO_MORE:
             return
 
-        def end_with_supervisor() -> None:
+        works, arrived = deque[Any](), [Signal(world)]
+
+        def hear() -> None:
             with suppress(EOFError, OSError):
-                pipe.recv()
+                while (word := pipe.recv()) != NO_MORE:
+                    works.append(word)
+                    arrived[0].set()
             world.sleep(world.rng.uniform(0.1, processes.ENDING_SECONDS))
             process.end()
 
@@ -424,17 +429,22 @@ class Cluster:
                 world.sleep(processes.LIFE_SECONDS / 2)
                 send(Alive())
 
-        process.spawn(end_with_supervisor)
+        process.spawn(hear)
         world.sleep(world.rng.uniform(1, 5))  # Ray's start
         process.spawn(say_alive)
         try:
-            if isinstance(work, supervisor.Training):
-                loop = Loop(world)
-                loop.run(self._tune(work, send))
-            else:
-                for job in work.jobs:
-                    send(Outcome(job[1].key, self._score(process, job)))
-            send(WorkEnded())
+            while True:
+                if isinstance(work, supervisor.Training):
+                    loop = Loop(world)
+                    loop.run(self._tune(work, send))
+                else:
+                    for job in work.jobs:
+                        send(Outcome(job[1].key, self._score(process, job)))
+                send(WorkEnded())
+                while not works:
+                    arrived[0] = Signal(world)
+                    arrived[0].wait()
+                work = works.popleft()
         except HificlError as error:
             send(WorkRefused(error))
         except Killed:

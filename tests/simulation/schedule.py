@@ -191,7 +191,7 @@ def _patches() -> dict[tuple[Any, str], Any]:
         (client, "tempfile"): SimpleNamespace(TemporaryDirectory=lambda: nullcontext("/unused")),  # for no answers
         (client, "MlflowClient"): Client, (store, "_probe_server"): _probe,
         (mlflow_sync, "ModelRegistry"): lambda tracker: SimpleNamespace(register=lambda candidates: 0),
-        (supervisor, "Driver"): Driver, (train, "Driver"): Driver, (evaluate, "Driver"): Driver,
+        (supervisor, "Driver"): Driver,
         (supervisor, "reap"): lambda mark: Driver.cluster.reap(mark),
         (slot, "placement_group"): lambda *args, **named: Driver.cluster.placement_group(*args, **named),
         (slot, "remove_placement_group"): lambda group: Driver.cluster.remove_placement_group(group),
@@ -476,9 +476,10 @@ class Run:
     # -- people --------------------------------------------------------------------------------------------------------
 
     def operate(self, who: int) -> None:
-        """Run the sweep, then the evaluation, again and again until both succeed: what a person does."""
+        """Run the sweep, then the evaluation, again and again until both succeed: what a person does, or a study."""
         world = self.world
-        for name in ("sweep", "evaluate"):
+        as_study = self.seed % 5 == 0 and self.kind.poison is None  # whose failed trial ends it before the evaluation
+        for name in ("study",) if as_study else ("sweep", "evaluate"):
             starts, said = 0, ""
             while True:
                 starts += self.quiet
@@ -505,7 +506,11 @@ class Run:
         def work() -> None:
             params, _ = study()
             try:
-                (train.sweep if name == "sweep" else evaluate.evaluate)(params, [STUDY], Path(HOME))
+                with supervisor.Drivers() as drivers:
+                    if name != "evaluate":
+                        train.sweep(params, [STUDY], drivers, Path(HOME))
+                    if name != "sweep":
+                        evaluate.evaluate(params, [STUDY], drivers, Path(HOME))
                 said[0] = "well"
                 stage.end(0)
             except HificlError as error:

@@ -289,6 +289,8 @@ class Pipe:
         self.peer.inbox.append(message)
         self.peer._wake()
 
+    send_bytes = send
+
     def _wake(self) -> None:
         for strand in self.news:
             if not strand.done:

@@ -130,7 +130,7 @@ def test_neither_a_sweep_nor_an_evaluation_begins_while_another_holds_the_store(
     monkeypatch.setattr(training, "unheard", lambda *_: [])
     with scored.store.lock("another one"):
         for begin in (
-            lambda: evaluation.evaluate(None, ["study"], scored.folder),
+            lambda: evaluation.evaluate(None, ["study"], supervisor.Drivers(), scored.folder),
             lambda: training._swept(None, ["study"], scored.folder, scored.plan, None),
         ):
             with pytest.raises(InputError, match=f"held by another one, pid {os.getpid()} on .*Wait for it"):

@@ -38,7 +38,7 @@ def scored(row: str, evaluations: Evaluations) -> measures.ScoredCell:
 def test_a_row_of_two_studies_keeps_both_numbers(tmp_path, monkeypatch):
     seconds = iter(range(1, 100))  # each time another time
 
-    def measure_all(params, kind, groups):
+    def measure_all(params, kind, groups, drivers):
         same = {"flops_per_sample": 2.0, "peak_bytes": 3.0}
         for number, jobs in enumerate(groups):
             yield number, [Measured({"milliseconds_per_sample": float(next(seconds)), **same}, LAYERS) for _ in jobs]
@@ -53,7 +53,7 @@ def test_a_row_of_two_studies_keeps_both_numbers(tmp_path, monkeypatch):
     hificl, mimic, lora = (scored(row, evaluations) for row in ("hificl", "mimic", "lora"))
 
     def run(name, *rows):
-        return {result.row: result for result in measures.measured(params, name, rows, evaluations, sync)}
+        return {result.row: result for result in measures.measured(params, name, rows, evaluations, sync, None)}
 
     first = run("first", hificl, mimic)
     second = run("second", hificl, lora)
@@ -70,10 +70,10 @@ def test_a_row_of_two_studies_keeps_both_numbers(tmp_path, monkeypatch):
 
 
 def test_a_group_that_cannot_be_measured_has_no_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervisor, "measure_all", lambda params, kind, groups: iter([(0, WorkError("no memory"))]))
+    monkeypatch.setattr(supervisor, "measure_all", lambda *_: iter([(0, WorkError("no memory"))]))
     monkeypatch.setattr(measures, "data_root", lambda params: tmp_path)
     study = SimpleNamespace(measure="training_cost", measured={}, reference="hificl")
     evaluations = Evaluations(tmp_path / "evaluations")
     row = scored("hificl", evaluations)
-    (found,) = measures.measured(SimpleNamespace(studies={"cost": study}), "cost", [row], evaluations, None)
+    (found,) = measures.measured(SimpleNamespace(studies={"cost": study}), "cost", [row], evaluations, None, None)
     assert (found.status, found.error, found.value, found.metrics) == ("failed", "no memory", None, {})

@@ -13,6 +13,7 @@ from pipeline.commands.doctor import examine
 from pipeline.commands.predict import ask
 from pipeline.config.load import load
 from pipeline.core.errors import InputError
+from pipeline.pool.supervisor import Drivers
 from pipeline.sweep.draw import draw_manifest
 from pipeline.sweep.train import check_pictures, places, sweep
 from tests.e2e.conftest import change, make_project
@@ -43,7 +44,7 @@ def project(tmp_path_factory) -> Path:
 def test_the_sweep_ends_before_it_begins(project, monkeypatch):
     monkeypatch.chdir(project)
     with pytest.raises(InputError) as caught:
-        sweep(load(), ["small"])
+        sweep(load(), ["small"], Drivers())
     text = str(caught.value)
     assert "vqav2: qwen3-vl-8b does not take" in text and f".jpg: 300 x 1 pixels: {RULE}" in text and "\n" not in text
     assert "Take them out of the data" in text
