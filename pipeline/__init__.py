@@ -16,8 +16,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-# Before torch's first product: on Intel's processors with AVX-512 MKL sums a row of a product in another order where fewer
-# than 16 rows stand in it, and a trial in a pack, or gone on from a step, would not have the bits that it has alone.
+# Before torch's first product: on Intel's AVX-512 MKL sums a row of a product in another order where fewer than 16 rows
+# stand in it, and a trial in a pack, or one that goes on from a step, would not have the bits that it has alone.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 CHECKOUT, LIBRARY = "pipeline", "hificl"

@@ -138,6 +138,18 @@ class Dispatcher:
         """Return the process ids of every slot's workers."""
         return [slot.pids for slot in self.slots]
 
+    async def release(self) -> list[Slot]:
+        """End what was stopped last; return the slots that are idle with their workers, and end the others'."""
+        for loop in self.loops:
+            loop.cancel()
+        await asyncio.gather(*self.loops, return_exceptions=True)
+        for slot, state in zip(self.slots, self.queue.slots, strict=True):
+            self._carry_out(self.queue.release_stopped(state))
+            if not (state.built and slot.idle):  # one that was being built has workers that know nothing yet
+                slot.drop()
+            slot.work = None  # which no other process can wait for
+        return [slot for slot in self.slots if slot.idle]
+
     async def close(self, seconds: float = 0.0) -> None:
         """End what was stopped last, and all workers, which have so long to keep their last step."""
         for loop in self.loops:

@@ -67,11 +67,13 @@ def _serve(sweep: Sweep, works: SimpleQueue[bytes], relay: Relay) -> None:
     try:
         with running(sweep):
             from pipeline.pool import tuner  # noqa: F401 - as the cluster's start: while the stage opens MLflow
+            from pipeline.pool.slot import KeptSlots
 
+            kept = KeptSlots()
             while True:  # until `_hear` interrupts it
                 work: Work = ForkingPickler.loads(works.get())
                 with _watched(relay):
-                    work.run(relay.send)
+                    work.run(relay.send, kept)
                 relay.send(WorkEnded())
     except HificlError as error:
         relay.send(WorkRefused(error))

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
-from pipeline.config.load import Params, TrialRequest
+from pipeline.config.load import Params
 from pipeline.config.schema import Sweep
-from pipeline.config.trial import EvaluationConfig
-from pipeline.evaluate.generate import Answers, SplitPart
 from pipeline.measure import Measure, Measured, MeasureJob
 from pipeline.pool.cluster import work_in
 from pipeline.pool.evaluation_calls import Calls, EvaluatorCall, Job, Unit
 from pipeline.pool.processes import worker_environment
+from pipeline.pool.slot import KeptSlots, Scorer
 from pipeline.pool.tuner import count_slots
 from pipeline.records.evaluation import Evaluation
 
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
 
 
 @ray.remote(max_restarts=0)
-class Evaluator:
-    """A resident process that answers and scores for one trial after another."""
+class Evaluator(Scorer):
+    """A resident process that answers and scores for one trial after another, where no slot is kept."""
 
     def __init__(self, batch_size: int, home: str, gpus: float) -> None:
         from pipeline.train.workbench import use_threads
@@ -48,26 +47,22 @@ class Evaluator:
             self._bench = Workbench(device_for(self.gpus), self.batch_size)
         return self._bench
 
-    def answer(self, requests: list[TrialRequest], evaluation: EvaluationConfig, part: SplitPart) -> list[Answers]:
-        """Return trials' answers to one part of their split."""
-        return self.bench.answer(requests, evaluation, part)
-
-    def score(self, request: TrialRequest, evaluation: EvaluationConfig, parts: list[Answers]) -> Evaluation:
-        """Return the evaluation of a trial that has answered."""
-        return self.bench.finish(request, evaluation, parts)
+    def ready(self) -> None:
+        """Say that the process is up."""
 
     def measure(self, kind: Measure, jobs: list[MeasureJob]) -> list[Measured]:
         """Return what the jobs were measured as."""
         return kind.run(self.bench, jobs)
 
 
-def measure_on_cluster(params: Params, kind: Measure, jobs: list[MeasureJob]) -> list[Measured]:
-    """Measure jobs on the current cluster, in a process of their own that has its slot for itself.
+def measure_on_cluster(params: Params, kind: Measure, jobs: list[MeasureJob], kept: KeptSlots) -> list[Measured]:
+    """Measure jobs on the current cluster, in a process of their own that has its slot for itself: those `kept` end.
 
     Raises:
         Exception: what the measure raises, or Ray where the process dies.
     """
-    alone = _evaluator(params)
+    kept.drop()
+    _, alone = _evaluator(params)
     try:
         return ray.get(alone.measure.remote(kind, jobs))
     except ray.exceptions.RayTaskError as error:
@@ -81,22 +76,29 @@ def _together(sweep: Sweep) -> int | Literal["auto"]:
     return sweep.pack if sweep.gpus_per_worker else 1
 
 
-def score_on_cluster(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Evaluation | Exception]]:
+def score_on_cluster(params: Params, jobs: list[Job], kept: KeptSlots) -> Iterator[tuple[str, Evaluation | Exception]]:
     """Score trials on the current cluster; yield (evaluation key, evaluation or exception) in the order of completion.
 
-    What is called, made again and given up is decided in `evaluation_calls.Calls`.
+    Workers of slots that are `kept` score first, for they have the backbone. What is called, made again and given up is
+    decided in `evaluation_calls.Calls`.
     """
     sweep = params.sweep
     calls = Calls(jobs, count_slots(sweep, 1, sys.maxsize), _together(sweep), sweep.retry.max_attempts)
-    idle = [_evaluator(params) for _ in range(calls.slots)]
+    slots = {slot.workers[0]: slot for slot in kept.take(1, calls.slots)}
+    idle: list[Any] = [*slots]
+    starting = dict(_evaluator(params) for _ in range(calls.slots - len(slots)))
     working: dict[Any, tuple[Any, EvaluatorCall]] = {}
     while True:
         while idle and (call := calls.take()):
             actor = idle.pop()
             working[_made(actor, call)] = (actor, call)
-        if not working:
+        if not working and (idle or not starting):
+            kept.put(slots.values())
             return
-        (ready,), _ = ray.wait(list(working))
+        (ready,), _ = ray.wait([*working, *starting])
+        if ready in starting:
+            idle.append(starting.pop(ready))  # dead or alive: its first call will say
+            continue
         actor, call = working.pop(ready)
         try:
             result = ray.get(ready)
@@ -104,7 +106,9 @@ def score_on_cluster(params: Params, jobs: list[Job]) -> Iterator[tuple[str, Eva
             idle.append(actor)
             yield from ((key, error.cause) for key in calls.failed(call, died=False))
         except ray.exceptions.RayActorError as error:
-            idle.append(_evaluator(params))
+            if actor in slots:
+                slots.pop(actor).drop()
+            starting |= [_evaluator(params)]
             yield from ((key, error) for key in calls.failed(call, died=True))
         else:
             idle.append(actor)
@@ -121,11 +125,12 @@ def _made(actor: Any, call: EvaluatorCall) -> Any:
     return actor.score.remote(*call.job, call.parts)
 
 
-def _evaluator(params: Params) -> Any:
-    """Start an evaluator in a slot."""
+def _evaluator(params: Params) -> tuple[Any, Any]:
+    """Start an evaluator in a slot; return Ray's reference to its first word, and the evaluator."""
     sweep = params.sweep
     actor: Any = Evaluator  # ray.remote makes it an actor class, which type checkers do not see
-    return actor.options(
+    started = actor.options(
         num_cpus=sweep.cpus_per_worker, num_gpus=sweep.gpus_per_worker,
         runtime_env={"env_vars": worker_environment(sweep)},
     ).remote(params.evaluate.generation.batch_size, str(Path.cwd()), sweep.gpus_per_worker)  # fmt: skip
+    return started.ready.remote(), started

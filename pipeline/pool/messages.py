@@ -12,6 +12,7 @@ from pipeline.records.trial import EpochReport
 
 if TYPE_CHECKING:  # whoever reads messages needs neither torch nor a plan
     from pipeline.config.load import Params
+    from pipeline.pool.slot import KeptSlots
 
 
 PROXY_DIED = "the process that waits for it died"  # the trial itself may be well
@@ -120,5 +121,5 @@ class Work(Protocol):
 
     params: Params
 
-    def run(self, tell: Tell) -> None:
-        """Do it on the current cluster, and tell what comes of it."""
+    def run(self, tell: Tell, kept: KeptSlots) -> None:
+        """Do it on the current cluster, with slots of the works before, and tell what comes of it."""

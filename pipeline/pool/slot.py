@@ -8,28 +8,34 @@ import signal
 import socket
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.config.load import Sweep, TrialRequest
+from pipeline.config.trial import EvaluationConfig
 from pipeline.pool.cluster import Version, code_version, draining, require, work_in
 from pipeline.pool.processes import BUILD_SECONDS, STEP_SECONDS, worker_environment
 from pipeline.pool.queue import SlotLeft, SlotLost
+from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import TrialReport
+
+if TYPE_CHECKING:  # the dispatcher has no torch
+    from pipeline.evaluate.generate import Answers, SplitPart
 
 ROOM = 0.98  # of the processors asked for: the rest is for Tune's waiting actors, which must fit beside the last slot
 
 
 class Slot:
-    """`world_size` workers, connected, in the project's folder `home`."""
+    """`world_size` workers, connected, in the project's folder `home`, that answer `batch_size` prompts at once."""
 
-    def __init__(self, sweep: Sweep, world_size: int, home: str) -> None:
-        self.sweep, self.world_size, self.home = sweep, world_size, home
+    def __init__(self, sweep: Sweep, world_size: int, home: str, batch_size: int = 64) -> None:
+        self.sweep, self.world_size, self.home, self.batch_size = sweep, world_size, home, batch_size
         self.workers: list[Any] = []
         self.group: Any = None
         self.pids: list[int] = []
@@ -40,7 +46,9 @@ class Slot:
         self.work: asyncio.Future[list[Any]] | None = None  # what they do
 
     async def build(self) -> None:
-        """Start the workers, connect them, load what every trial needs."""
+        """Start the workers, connect them, load what every trial needs; an earlier work may have left them."""
+        if self.workers:
+            return
         cpus = self.sweep.cpus_per_worker * ROOM
         bundle = {"CPU": cpus}
         if self.sweep.gpus_per_worker:
@@ -63,7 +71,7 @@ class Slot:
         self.nodes = {node for _, node, _ in addresses}
         together = len({host for host, _, _ in addresses}) == 1
         meeting = (await self._all("meeting", together, limit=BUILD_SECONDS))[0]
-        await self._all("connect", meeting, code_version(), self.home, limit=BUILD_SECONDS)
+        await self._all("connect", meeting, code_version(), self.home, self.batch_size, limit=BUILD_SECONDS)
 
     async def room(self) -> int:
         """Return how many more trials may join those that are admitted."""
@@ -85,6 +93,11 @@ class Slot:
         if self.group is not None:
             remove_placement_group(self.group)
             self.group = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether there are workers, and they hold no trial."""
+        return bool(self.workers) and not self.keys and (self.work is None or self.work.done())
 
     async def admit(self, request: TrialRequest) -> int:
         """Take a trial up, beside those that are there; return the epochs that it has behind it."""
@@ -150,9 +163,53 @@ class Slot:
             raise SlotLost(f"'{method}' did not answer within {limit:.0f} s") from None
 
 
+class KeptSlots:
+    """Slots that a work leaves with their workers, who hold the backbone, for the next work of the same driver."""
+
+    def __init__(self) -> None:
+        self._slots: list[Slot] = []
+        self._dispatchers: list[Any] = []  # a worker lives as long as the actor that started it
+
+    def put(self, slots: Iterable[Slot], dispatcher: Any = None) -> None:
+        """Keep slots, and the dispatcher that started their workers."""
+        self._slots += slots
+        if dispatcher is not None:
+            self._dispatchers.append(dispatcher)
+
+    def take(self, world_size: int, number: int) -> list[Slot]:
+        """Give so many slots at most; those of another size end, for they have the room of the others."""
+        fitting = [slot for slot in self._slots if slot.world_size == world_size]
+        for slot in self._slots:
+            if slot.world_size != world_size:
+                slot.drop()
+        self._slots = fitting[number:]
+        return fitting[:number]
+
+    def drop(self) -> None:
+        """End all of them, and who started them."""
+        self.take(0, 0)
+        for dispatcher in self._dispatchers:
+            ray.kill(dispatcher)
+        self._dispatchers.clear()
+
+
+class Scorer:
+    """What a process with a workbench does for an evaluation."""
+
+    bench: Any
+
+    def answer(self, requests: list[TrialRequest], evaluation: EvaluationConfig, part: SplitPart) -> list[Answers]:
+        """Return trials' answers to one part of their split."""
+        return self.bench.answer(requests, evaluation, part)
+
+    def score(self, request: TrialRequest, evaluation: EvaluationConfig, parts: list[Answers]) -> Evaluation:
+        """Return the evaluation of a trial that has answered."""
+        return self.bench.finish(request, evaluation, parts)
+
+
 @ray.remote(max_restarts=0, max_concurrency=2)
-class Worker:
-    """A resident process that keeps the backbone loaded and trains one trial after another.
+class Worker(Scorer):
+    """A resident process that keeps the backbone loaded and trains one trial after another; in between it may score.
 
     Two calls may run at once, so that `steps` answers while `advance` works.
     """
@@ -178,7 +235,7 @@ class Worker:
         host, port = self.listener.getsockname()[:2]
         return f"tcp://{host}:{port}"
 
-    def connect(self, meeting: str, code: Version, home: str) -> None:
+    def connect(self, meeting: str, code: Version, home: str, batch_size: int) -> None:
         """Join the slot's process group and load what every trial needs, in the project's folder `home`.
 
         Raises:
@@ -191,7 +248,7 @@ class Worker:
         use_threads()
         device, listener = device_for(self.gpus), self.listener.detach() if self.listener else None
         join_group(device, self.rank, self.world_size, meeting, listener)
-        self.bench = Workbench(device)
+        self.bench = Workbench(device, batch_size)
 
     def admit(self, request: TrialRequest) -> int:
         """Take a trial up, at its last checkpoint; return the epochs that it has behind it."""

@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # a stage starts a driver before it imports torch
     from pipeline.measure import Measure, MeasureJob
     from pipeline.plan.plan import Plan
     from pipeline.pool.evaluation_calls import Job
+    from pipeline.pool.slot import KeptSlots
     from pipeline.records.evaluation import Evaluation
 
 
@@ -69,11 +70,11 @@ class Training:
     params: Params
     store: TrialStore
 
-    def run(self, tell: Tell) -> None:
+    def run(self, tell: Tell, kept: KeptSlots) -> None:
         """See `Work`."""
         from pipeline.pool.tuner import run_trials
 
-        run_trials(self.plan, self.keys, self.params, tell, self.store)
+        run_trials(self.plan, self.keys, self.params, tell, self.store, kept=kept)
 
 
 @dataclass
@@ -83,11 +84,11 @@ class Scoring:
     params: Params
     jobs: Sequence[Job]
 
-    def run(self, tell: Tell) -> None:
+    def run(self, tell: Tell, kept: KeptSlots) -> None:
         """See `Work`."""
         from pipeline.pool.evaluators import score_on_cluster
 
-        for key, result in score_on_cluster(self.params, list(self.jobs)):
+        for key, result in score_on_cluster(self.params, list(self.jobs), kept):
             tell(Outcome(key, _sendable(result)))
 
 
@@ -99,13 +100,13 @@ class Measuring:
     kind: Measure
     groups: dict[int, list[MeasureJob]]
 
-    def run(self, tell: Tell) -> None:
+    def run(self, tell: Tell, kept: KeptSlots) -> None:
         """See `Work`."""
         from pipeline.pool.evaluators import measure_on_cluster
 
         for number, jobs in self.groups.items():
             try:
-                tell(Outcome(number, measure_on_cluster(self.params, self.kind, jobs)))
+                tell(Outcome(number, measure_on_cluster(self.params, self.kind, jobs, kept)))
             except Exception as error:  # the other groups are measured all the same
                 tell(Outcome(number, _sendable(error)))
 

@@ -26,7 +26,7 @@ from pipeline.pool.processes import GROW_SECONDS, NODES_SECONDS, keep_seconds
 from pipeline.pool.proxy import TrialProxy
 from pipeline.pool.queue import Halving, Queue
 from pipeline.pool.schedule import PerCellOptuna, make_scheduler
-from pipeline.pool.slot import Slot
+from pipeline.pool.slot import KeptSlots, Slot
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import EpochReport
 
@@ -147,8 +147,9 @@ def most_in_progress(sweep: Sweep, slots: int) -> int:
 
 
 def run_trials(
-    plan: Plan, keys: list[str], params: Params, tell: Tell, store: TrialStore, actor: Any = Dispatcher
-) -> None:
+    plan: Plan, keys: list[str], params: Params, tell: Tell, store: TrialStore, actor: Any = Dispatcher,
+    kept: KeptSlots | None = None,
+) -> None:  # fmt: skip
     """Train the trials `keys` (and, under Optuna, the points that it asks for) on the current cluster.
 
     Returns when every one has ended; which ones failed is in the trial store.
@@ -160,9 +161,10 @@ def run_trials(
         tell: is told what becomes of them.
         store: as the sweep holds it.
         actor: the dispatcher's class; `hificl bench scale` gives one whose slots are simulated.
+        kept: slots of the driver's earlier works, and for its later ones; None: the slots end with the trials.
     """
     for world_size, of_size, searched in by_world_size(plan, keys):
-        _run(plan, of_size, searched, params, tell, store, world_size, actor)
+        _run(plan, of_size, searched, params, tell, store, world_size, actor, kept)
 
 
 def by_world_size(plan: Plan, keys: list[str]) -> list[tuple[int, list[str], list[Cell]]]:
@@ -197,7 +199,7 @@ def halving_of(groups: Sequence[Sequence[str]], keys: Collection[str], sweep: Sw
 
 def _run(
     plan: Plan, keys: list[str], adaptive: list[Cell], params: Params, tell: Tell, store: TrialStore, world: int,
-    actor: Any,
+    actor: Any, kept: KeptSlots | None,
 ) -> None:  # fmt: skip
     slots = count_slots(params.sweep, world, len(keys) + len(adaptive) * params.sweep.num_samples)
     run_ahead = params.sweep.scheduler == "fifo"
@@ -208,13 +210,14 @@ def _run(
     resolve = plan.request if adaptive else Requests(requests)
     order = side_by_side(in_lanes(plan, keys, slots), groups)
     queue = Queue(slots, params.sweep.retry.max_attempts, run_ahead=run_ahead, order=order)
-    another = partial(Slot, params.sweep, world, str(Path.cwd()))
+    another = partial(Slot, params.sweep, world, str(Path.cwd()), params.evaluate.generation.batch_size)
+    built, done = kept.take(world, slots) if kept else [], False
     grows = params.sweep.slots == "auto" and params.sweep.address is not None
     dispatcher = actor.options(resources=ON_HEAD).remote(
         resolve,
         store,
         queue,
-        [another() for _ in range(slots)],
+        [*built, *(another() for _ in range(slots - len(built)))],
         *(partial(room, params.sweep, world), another) if grows else (None, None),
         halving_of(groups, set(keys), params.sweep, store),
     )
@@ -245,11 +248,15 @@ def _run(
             )  # fmt: skip
             tuner.fit()
             ray.get(dispatcher.num_slots.remote())
+        done = True
     except ray.exceptions.ActorDiedError:
         raise WorkError("the dispatcher died") from None
     except tune.TuneError as error:
         raise WorkError(f"Ray Tune gave up: {error}") from error
     finally:
         with suppress(ray.exceptions.RayError):  # it may be what was lost
-            ray.get(dispatcher.close.remote(keep_seconds()), timeout=30 + keep_seconds())
-            ray.kill(dispatcher)
+            if done and kept is not None:
+                kept.put(ray.get(dispatcher.release.remote(), timeout=30), dispatcher)
+            else:
+                ray.get(dispatcher.close.remote(keep_seconds()), timeout=30 + keep_seconds())
+                ray.kill(dispatcher)

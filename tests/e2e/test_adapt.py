@@ -92,6 +92,9 @@ def test_what_the_page_shows(tmp_path: Path, monkeypatch, capsys) -> None:
         assert row["metric"] == "accuracy" and row["interval"][0] <= row["value"] <= row["interval"][1]
     assert rows["hificl"]["adapter"] and rows["zero-shot"]["adapter"] is None
     assert "guessed: answers = column 'answers'" in done.stderr and "guessed: score = vqa" in done.stderr
+    events = [json.loads(line) for line in (out / "runs/journal.jsonl").read_text().splitlines()]
+    timing, *search = (event["pids"] for event in events if event["event"] == "slot built")
+    assert timing in search  # the process that was timed holds the backbone, and goes on
     page = (out / "reports/index.html").read_text()
     assert "pets on mini-idefics2" in page and not re.search(r"papers?'|measured again|stands for", page)
     assert not (out / "reports/findings.md").exists()

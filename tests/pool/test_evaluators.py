@@ -13,6 +13,7 @@ from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.pool import evaluators, slot
 from pipeline.pool.cluster import running
+from pipeline.pool.slot import KeptSlots
 from tests.support.told_actors import Looking, Told
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,12 +36,12 @@ def score(params, tmp_path, monkeypatch):
     source = BackboneSource(variant="tiny")
     config = TrialConfig.model_construct(backbone="b", task="t", manifest_digest="m")
 
-    def run(names: str):
+    def run(names: str, kept: KeptSlots | None = None):
         jobs = [
             (TrialRequest(config, name, str(tmp_path), source, pack_key="one"), EvaluationConfig(trial=name))
             for name in names
         ]
-        found = dict(evaluators.score_on_cluster(params, jobs))
+        found = dict(evaluators.score_on_cluster(params, jobs, kept or KeptSlots()))
         calls = (tmp_path / "calls").read_text().splitlines()
         return {request.folder: found[evaluation.key] for request, evaluation in jobs}, calls
 
@@ -69,11 +70,40 @@ def test_a_call_whose_process_died_is_made_again_a_limited_number_of_times(score
     assert found["a"] == "record of a" if deaths == 1 else isinstance(found["a"], ray.exceptions.RayActorError)
 
 
+def test_workers_that_a_training_left_score_and_one_that_dies_gives_way(params, score, tmp_path, monkeypatch):
+    monkeypatch.setattr(slot, "Worker", Told)
+    kept, built = KeptSlots(), slot.Slot(params.sweep, 1, str(ROOT))
+    asyncio.run(built.build())
+    kept.put([built])
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluators, "_evaluator", lambda _: pytest.fail("an evaluator was started"))
+        assert score("ab", kept)[0] == {"a": "record of a", "b": "record of b"}
+    assert kept.take(1, 9) == [built] and built.idle
+    kept.put([built])
+    (tmp_path / "die-answer-0").touch()
+    assert score("c", kept)[0] == {"c": "record of c"}
+    assert kept.take(1, 9) == [] and not built.workers
+
+
+def test_slots_of_another_size_end_where_theirs_is_asked_for(params, monkeypatch):
+    monkeypatch.setattr(slot, "Worker", Told)
+    one, two = (slot.Slot(params.sweep, size, str(ROOT)) for size in (1, 2))
+    kept = KeptSlots()
+    asyncio.run(one.build())
+    kept.put([one])
+    assert kept.take(2, 1) == [] and not one.workers
+    asyncio.run(two.build())
+    kept.put([two])
+    assert kept.take(2, 0) == [] and two.workers  # there is work for none, but it has a work's size
+    kept.drop()
+    assert not two.workers and kept.take(2, 1) == []
+
+
 def test_who_asks_for_no_gpu_is_shown_none(params, monkeypatch):
     assert params.sweep.gpus_per_worker == 0
     monkeypatch.setattr(evaluators, "Evaluator", Looking)
     monkeypatch.setattr(slot, "Worker", Looking)
-    evaluator, trainer = evaluators._evaluator(params), slot.Slot(params.sweep, 1, str(ROOT))
+    (_, evaluator), trainer = evaluators._evaluator(params), slot.Slot(params.sweep, 1, str(ROOT))
     assert ray.get(evaluator.sees.remote()) == ""
     ray.kill(evaluator)
     asyncio.run(trainer.build())

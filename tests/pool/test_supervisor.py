@@ -291,7 +291,7 @@ def test_what_rays_library_writes_as_it_dies_is_kept_off_the_terminal(capfd):
 class Idle:
     """Work that is never begun."""
 
-    def run(self, tell) -> None:
+    def run(self, tell, kept) -> None:
         raise AssertionError("begun")
 
 

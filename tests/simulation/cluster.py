@@ -150,7 +150,7 @@ class Worker:
     def meeting(self, together: bool) -> str:
         return ""
 
-    def connect(self, meeting: str, code: Any, home: str) -> None:
+    def connect(self, meeting: str, code: Any, home: str, batch_size: int) -> None:
         self.world.sleep(self.world.rng.uniform(0.5, 3))
 
     def room(self) -> int:

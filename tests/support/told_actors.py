@@ -8,12 +8,28 @@ from pathlib import Path
 import ray
 
 
-@ray.remote(max_restarts=0)
-class Told:
-    """An evaluator without a backbone: a file `die-CALL` ends its process, one of `fail-NAME` raises."""
+class Placed:
+    """What is asked of a slot's worker while it is built, and of an evaluator as it starts."""
 
-    def __init__(self, batch_size: int, home: str, gpus: float) -> None:
+    def __init__(self, *_) -> None:
         pass
+
+    def address(self):
+        return ray.util.get_node_ip_address(), "node", os.getpid()
+
+    def meeting(self, _) -> str:
+        return ""
+
+    def connect(self, *_) -> None:
+        pass
+
+    def ready(self) -> None:
+        pass
+
+
+@ray.remote(max_restarts=0)
+class Told(Placed):
+    """An evaluator, or a slot's worker, without a backbone: a file `die-CALL` ends its process, `fail-NAME` raises."""
 
     def answer(self, requests, evaluation, part):
         self._called("answer", requests)
@@ -37,20 +53,8 @@ class Told:
 
 
 @ray.remote(max_restarts=0)
-class Looking:
+class Looking(Placed):
     """A slot's worker, or an evaluator, that says which GPUs it is shown."""
-
-    def __init__(self, *_) -> None:
-        pass
-
-    def address(self):
-        return ray.util.get_node_ip_address(), "node", os.getpid()
-
-    def meeting(self, _) -> str:
-        return ""
-
-    def connect(self, *_) -> None:
-        pass
 
     def sees(self) -> str | None:
         return os.environ.get("CUDA_VISIBLE_DEVICES")
