@@ -49,9 +49,9 @@ real-weights: setup  ## every method on a pre-trained decoder and real questions
 
 # A worker that dies ends the run and is named: the one in its place may wait for ever (xdist). What waits in C for so long, where no
 # signal's handler runs, is such a death; no test of these has more than 900 s.
-IN_TWO := -n 2 --dist loadscope --max-worker-restart=0 -o faulthandler_timeout=1000 -o faulthandler_exit_on_timeout=true
-test: setup      ## the test suite, two workers side by side
-	$(BIN)/python -m pytest $(IN_TWO)
+IN_THREE := -n 3 --dist loadscope --max-worker-restart=0 -o faulthandler_timeout=1000 -o faulthandler_exit_on_timeout=true
+test: setup      ## the test suite, three workers side by side: two leave a third of two cores idle
+	$(BIN)/python -m pytest $(IN_THREE)
 
 export TABLE ?=
 test-faults: setup  ## every kind of fault, injected into a real sweep; TABLE=docs/faults.md keeps what was seen
@@ -79,7 +79,7 @@ test-harness: setup  ## lmms-eval and lm-evaluation-harness from the package ind
 	PYTHONPATH="$$PWD/$(HARNESS)" $(BIN)/python -m pytest -m harness tests/evaluate/test_harness.py
 
 test-long: setup  ## whole benchmarks in small sizes, a GPU's on the CPU, and whole runs in rarer places
-	$(BIN)/python -m pytest $(IN_TWO) -m long
+	$(BIN)/python -m pytest $(IN_THREE) -m long
 
 test-experiments: setup  ## DVC's experiments, copies and queue, on a real clone
 	$(BIN)/python -m pytest -m experiments tests/e2e/test_experiments.py

@@ -93,6 +93,8 @@ def score_on_cluster(params: Params, jobs: list[Job], kept: KeptSlots) -> Iterat
             actor = idle.pop()
             working[_made(actor, call)] = (actor, call)
         if not working and (idle or not starting):
+            for actor in {*idle, *starting.values()} - slots.keys():
+                ray.kill(actor)  # the next work needs their processors, and someone may still refer to them
             kept.put(slots.values())
             return
         (ready,), _ = ray.wait([*working, *starting])

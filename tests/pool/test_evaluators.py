@@ -83,6 +83,9 @@ def test_workers_that_a_training_left_score_and_one_that_dies_gives_way(params, 
     (tmp_path / "die-answer-0").touch()
     assert score("c", kept)[0] == {"c": "record of c"}
     assert kept.take(1, 9) == [] and not built.workers
+    again = slot.Slot(params.sweep, 2, str(ROOT))
+    asyncio.run(again.build())  # on all the processors that there are
+    again.drop()
 
 
 def test_slots_of_another_size_end_where_theirs_is_asked_for(params, monkeypatch):

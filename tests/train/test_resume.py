@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,11 +56,24 @@ def go_on(bench: Workbench, request, epochs: int) -> int:
     return behind
 
 
+@pytest.fixture(scope="module")
+def undisturbed(bench, trial, tmp_path_factory):
+    """`undisturbed(name)` gives the request of a trial that has been trained in one go."""
+
+    @cache
+    def trained(name):
+        method, given = TRIALS[name]
+        request = trial(method, tmp_path_factory.mktemp("whole"), epochs=EPOCHS, **given)
+        assert go_on(bench, request, EPOCHS) == 0
+        return request
+
+    return trained
+
+
 @pytest.mark.parametrize("name", TRIALS)
-def test_a_resumed_trial_equals_an_undisturbed_one(bench, trial, tmp_path, name):
+def test_a_resumed_trial_equals_an_undisturbed_one(bench, trial, undisturbed, tmp_path, name):
     method, given = TRIALS[name]
-    whole, cut = (trial(method, tmp_path / place, epochs=EPOCHS, **given) for place in ("whole", "cut"))
-    assert go_on(bench, whole, EPOCHS) == 0
+    whole, cut = undisturbed(name), trial(method, tmp_path / "cut", epochs=EPOCHS, **given)
     assert go_on(bench, cut, 1) == 0
     torch.manual_seed(99)  # another process, which has drawn other numbers
     torch.rand(1000)
@@ -92,12 +106,11 @@ def stopped_behind(monkeypatch, step: int) -> Workbench:
 
 @pytest.mark.parametrize("name", ["dropout", "a teacher"])
 def test_a_trial_that_is_stopped_within_an_epoch_goes_on_behind_its_last_step(
-    bench, trial, tmp_path, monkeypatch, name
+    bench, trial, undisturbed, tmp_path, monkeypatch, name
 ):
     """Of 5 steps an epoch; stopped within it, at its end, while it is scored, and in the next one."""
     method, given = TRIALS[name]
-    whole, cut = (trial(method, tmp_path / place, epochs=EPOCHS, **given) for place in ("whole", "cut"))
-    go_on(bench, whole, EPOCHS)
+    whole, cut = undisturbed(name), trial(method, tmp_path / "cut", epochs=EPOCHS, **given)
     places = []
     for step in (3, 5, 5, 9):
         process = stopped_behind(monkeypatch, step)
@@ -116,13 +129,12 @@ def test_a_trial_that_is_stopped_within_an_epoch_goes_on_behind_its_last_step(
 
 @pytest.mark.parametrize("name", ["dropout", "a teacher"])
 def test_a_trial_that_is_compared_within_an_epoch_goes_on_from_there_with_the_bits_of_one_that_is_not(
-    bench, trial, tmp_path, monkeypatch, name
+    bench, trial, undisturbed, tmp_path, monkeypatch, name
 ):
     """Of 5 steps an epoch after 2, where its process is also told to stop; after 5, an epoch's end; and after 8."""
     method, given = TRIALS[name]
-    whole, cut = (trial(method, tmp_path / place, epochs=EPOCHS, **given) for place in ("whole", "cut"))
+    whole, cut = undisturbed(name), trial(method, tmp_path / "cut", epochs=EPOCHS, **given)
     cut = replace(cut, compared_after=(0.4, 1.0, 1.5, 3.0))
-    go_on(bench, whole, EPOCHS)
     process = stopped_behind(monkeypatch, 2)
     with pytest.raises(Stopped):
         go_on(process, cut, 1)
@@ -160,9 +172,10 @@ def test_a_trial_that_was_past_a_point_before_it_was_asked_for_says_so(bench, tr
     ]  # fmt: skip
 
 
-def test_steps_are_kept_by_time_and_a_damaged_one_costs_its_epoch_alone(bench, trial, tmp_path, monkeypatch):
-    whole = trial("lora", tmp_path / "whole", epochs=EPOCHS, **TRIALS["dropout"][1])
-    go_on(bench, whole, EPOCHS)
+def test_steps_are_kept_by_time_and_a_damaged_one_costs_its_epoch_alone(
+    bench, trial, undisturbed, tmp_path, monkeypatch
+):
+    whole = undisturbed("dropout")
     often = replace(trial("lora", tmp_path / "often", epochs=EPOCHS, **TRIALS["dropout"][1]), keep_seconds=1e-9)
     process = stopped_behind(monkeypatch, 8)
     monkeypatch.setattr(TrainingLoop, "keep", lambda self, trials: KEEP(self, trials if not process.stopping else ()))
