@@ -66,7 +66,7 @@ with cluster.running(Sweep()):
     from pipeline.pool.slot import Worker
     workers = [Worker.remote(rank, 2, 0.0) for rank in range(2)]
     meeting = ray.get([worker.meeting.remote(True) for worker in workers])[0]
-    ray.get([worker.connect.remote(meeting, code_version(), os.getcwd()) for worker in workers])
+    ray.get([worker.connect.remote(meeting, code_version(), os.getcwd(), 2) for worker in workers])
     request = pickle.loads(Path(sys.argv[1]).read_bytes())
     ray.get([worker.admit.remote(request) for worker in workers])
     epoch = [worker.advance.remote() for worker in workers]
