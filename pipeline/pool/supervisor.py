@@ -253,9 +253,9 @@ class Drivers:
 
     def end(self) -> None:
         """End the driver that there is, and every process of its private cluster."""
-        driver, self._driver, self._busy = self._driver, None, False
-        if driver is not None:
-            driver.end()
+        if self._driver is not None:
+            self._driver.end()  # and again where that was interrupted
+        self._driver, self._busy = None, False
 
 
 class Attempts:

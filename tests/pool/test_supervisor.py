@@ -264,6 +264,22 @@ def test_a_command_has_one_driver_for_all_its_works(monkeypatch, tmp_path):
     assert running() == 5 and Steady.made[-1].ends == 1
 
 
+def test_a_driver_whose_end_was_interrupted_is_ended_again(monkeypatch):
+    """A second Ctrl-C: nothing of a sweep may outlive its command."""
+    ends = []
+
+    def end(driver: Steady) -> None:
+        ends.append(driver)
+        if len(ends) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(supervisor, "Driver", Steady)
+    monkeypatch.setattr(Steady, "end", end)
+    with pytest.raises(KeyboardInterrupt), Drivers(Sweep()) as drivers:
+        drivers.end()
+    assert len(ends) == 2 and ends[0] is ends[1]
+
+
 class Aborting:
     """Work at which the driver dies as one does whose cluster died under Ray's C++."""
 
