@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -491,21 +491,6 @@ class Decoding:
     from_pixels: bool = False
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What a trial answered in one part of a split.
-
-    Attributes:
-        texts: answer by sample id.
-        seconds: the trial's share of what the part took.
-        found: what a method without training found out first.
-    """
-
-    texts: dict[Any, str]
-    seconds: float
-    found: dict[str, Any] = field(default_factory=dict)
-
-
 def predict(
     resident: Resident,
     manifest: Manifest,
@@ -514,6 +499,7 @@ def predict(
     demonstrations: Callable[[Sample], list[Sample]] | None = None,
     part: SplitPart = WHOLE,
     chunks: Callable[[Sample], Sequence[Chunk]] | None = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[Any, str]:
     """Return the answer to every sample of the `part`, by id.
 
@@ -525,6 +511,7 @@ def predict(
         demonstrations: of a sample, before it in its prompt.
         part: which batches.
         chunks: its demonstrations in chunks, each in a prompt of its own (`Experts`); as many for every sample.
+        on_batch: called after every batch.
 
     Raises:
         InputError: chunks, and a search with beams.
@@ -540,7 +527,7 @@ def predict(
             way_out = "Set evaluate.num_beams to 1"
             raise InputError("several prompts that write one answer do it greedily", way_out=way_out)
         experts = [_experts(resident, manifest, samples[i], chunks(samples[i])) for i in chosen]
-    texts = _answers(resident, manifest, [prompts[i] for i in chosen], decoding, experts=experts)
+    texts = _answers(resident, manifest, [prompts[i] for i in chosen], decoding, experts=experts, on_batch=on_batch)
     return {samples[i].sample_id: text for i, text in zip(chosen, texts, strict=True)}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pipeline.config.load import TrialRequest
 from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.data.manifest import Manifest, training_samples
 from pipeline.data.sample import ImageRef, Sample
-from pipeline.evaluate.generate import Answers, Decoding, SplitPart, predict, predict_each
+from pipeline.evaluate.generate import Decoding, SplitPart, predict, predict_each
 from pipeline.records import as_written
 from pipeline.records.evaluation import Evaluation, Prediction
 from pipeline.resident.resident import Resident, image_features
@@ -28,9 +28,25 @@ from pipeline.tasks import Split, of_manifest
 from pipeline.tasks.vqa import VqaTask
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a trial answered in one part of a split.
+
+    Attributes:
+        texts: answer by sample id.
+        seconds: the trial's share of what the part took.
+        found: what a method without training found out first.
+    """
+
+    texts: dict[Any, str]
+    seconds: float
+    found: dict[str, Any] = field(default_factory=dict)
+
+
 def answer(
-    resident: Resident, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, part: SplitPart, batch_size: int
-) -> list[Answers]:
+    resident: Resident, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, part: SplitPart,
+    batch_size: int, on_batch: Callable[[], None] = lambda: None,
+) -> list[Answers]:  # fmt: skip
     """Return each trial's answers to one part of a split.
 
     Args:
@@ -39,6 +55,7 @@ def answer(
         evaluation: the split, and how text is generated for it; the trial that it names is not read.
         part: which batches.
         batch_size: prompts generated at once.
+        on_batch: called after every batch.
 
     Raises:
         InputError: an adapter or the data are not the trial's, or a method's options do not fit them.
@@ -55,10 +72,10 @@ def answer(
         trained = [adapters.load(Path(request.folder) / "adapter", model) for request in requests]
         with adapters.attach(model, trained) as pack:
             if len(trained) == 1:
-                texts = [predict(resident, manifest, samples, decoding, part=part)]
+                texts = [predict(resident, manifest, samples, decoding, part=part, on_batch=on_batch)]
             else:
                 members = range(len(trained))
-                texts = predict_each(resident, manifest, samples, pack, members, decoding, part=part)
+                texts = predict_each(resident, manifest, samples, pack, members, decoding, part, on_batch)
     else:
         method = fitted(first, resident, manifest, batch_size=batch_size)
         samples = asked(first, evaluation, manifest)
@@ -66,7 +83,9 @@ def answer(
         shots = {sample.sample_id: demos for sample, demos in zip(samples, shown, strict=True)}
         with method.edited():
             chunks = method.chunks if method.in_chunks else None
-            texts = [predict(resident, manifest, samples, decoding, lambda s: shots[s.sample_id], part, chunks)]
+            texts = [
+                predict(resident, manifest, samples, decoding, lambda s: shots[s.sample_id], part, chunks, on_batch)
+            ]
         learned = method.found
     seconds = (time.perf_counter() - started) / len(requests)
     return [Answers(of_trial, seconds, learned) for of_trial in texts]

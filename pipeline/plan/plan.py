@@ -1,4 +1,4 @@
-"""Which trials a sweep runs, from which weights and manifests, in which order, each setting with its source."""
+"""Which trials a sweep runs, from which weights and manifests, in which order, and which of them are scored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from pipeline.core.plain_yaml import Json
 from pipeline.data.manifest import Manifest
 from pipeline.plan.settings import TRAIN_FIELDS
 from pipeline.plan.space import PAPERS_FULL_SIZE, Cell, Digests, Point, cells, corners, mixtures, needed, points, tried
+from pipeline.records.evaluation import Candidate
+from pipeline.records.store import TrialStore
 from pipeline.tasks import tasks
+from pipeline.tasks.vqa import VqaTask
 
 
 @dataclass
@@ -235,6 +238,73 @@ def side_by_side(order: Sequence[str], groups: Sequence[Sequence[str]]) -> list[
     for key in order:
         places.setdefault(group_of.get(key, key), []).append(key)
     return [key for together in places.values() for key in together]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The trial of the candidates that a cell is scored with, its point of the row's search, or why there is none.
+
+    Attributes:
+        halted: whether there is none because a trial was stopped by hand.
+    """
+
+    candidates: tuple[Candidate, ...]
+    trial: str | None
+    searched: Point
+    error: str | None
+    halted: bool = False
+
+
+def candidates(params: Params, cell: Cell, store: TrialStore) -> list[tuple[Point, TrialConfig]]:
+    """Return the points of a cell with their trials; under Optuna, those that the store holds."""
+    if params.sweep.search != "optuna" or not cell.search:
+        return [(point, cell.trial(point)) for point in tried(cell, params, store.objective)]
+    asked = []
+    for key in store.all_keys():
+        config = store.config(key)
+        values = {**config.model_dump(), **config.options}
+        point = {name: values[name] for name in cell.search if name in values}
+        if len(point) == len(cell.search) and config.method == cell.method and cell.trial(point).key == key:
+            asked.append((point, config))
+    return asked
+
+
+def choose(params: Params, cell: Cell, store: TrialStore) -> Choice:
+    """Return the cell's candidates and the one with the best objective on the selection set."""
+    rows, problem, halted = [], None, False
+    best, best_objective = None, float("-inf")
+    for point, config in candidates(params, cell, store):
+        end = store.done(config.key)
+        objective = end.objective if end else None
+        status = end.status if end else "missing"
+        row = Candidate(trial=config.key, searched=point, selection_score=objective, status=status)
+        rows.append(row)
+        if not (end and end.final) and store.halted(config.key):
+            halted = True  # its number would stand beside those of whole trainings
+            problem = problem or f"trial {config.key} was stopped by hand; `hificl resume {config.key}` lets it go on"
+        elif end is None or not (end.status == "finished" or (end.status == "stopped" and end.epochs)):
+            problem = problem or (end.error if end else None) or f"trial {config.key} is {status}"
+        elif best is None or (objective is not None and objective > best_objective):
+            best, best_objective = row, objective if objective is not None else float("-inf")
+    if best is None:
+        return Choice(tuple(rows), None, {}, problem or "no trial", halted)
+    return Choice(tuple(rows), best.trial, dict(best.searched), None)
+
+
+def evaluation_of(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
+    """Return how the trial of a cell is scored."""
+    if cell.evaluation is not None:
+        return cell.evaluation.model_copy(update={"trial": trial})
+    settings, published, task = params.evaluate, methods.published_decoding(cell.method), tasks.get(cell.task)
+    given = {name: getattr(settings.generation, name) for name in ("num_beams", "length_penalty", "max_new_tokens")}
+    decoding = {name: getattr(published, name) if value == "published" else value for name, value in given.items()}
+    decoding["max_new_tokens"] = decoding["max_new_tokens"] or task.max_new_tokens
+    target = {"task": cell.task, "manifest_digest": cell.digests.manifests[cell.task]} if cell.source else {}
+    return EvaluationConfig(
+        trial=trial, **target, **decoding, num_samples=settings.num_evaluation_samples,
+        vqa_normalise=settings.vqa_normalise, drop_incomplete_batch=settings.drop_incomplete_batch,
+        stem_predictions=settings.stem_predictions and isinstance(task, VqaTask) and task.stemmed_references,
+    )  # fmt: skip
 
 
 WHOLE_SPLIT = 10_000  # stands for a split that is evaluated whole, whose size only its files tell

@@ -19,7 +19,7 @@ import ray
 
 from pipeline.config.load import TrialRequest
 from pipeline.core.errors import HificlError, WorkError
-from pipeline.pool.processes import GROW_SECONDS
+from pipeline.pool.processes import BACK_SECONDS, GROW_SECONDS, LEND_SECONDS
 from pipeline.pool.queue import (
     Decision,
     Failed,
@@ -27,13 +27,14 @@ from pipeline.pool.queue import (
     Queue,
     Requeued,
     SlotLeft,
+    SlotLost,
     SlotState,
     Stopped,
     Trial,
     is_of_one_trial,
     said,
 )
-from pipeline.pool.slot import Slot
+from pipeline.pool.slot import Lent, Slot
 from pipeline.records import Unreadable, Unseen
 from pipeline.records.journal import Journal
 from pipeline.records.store import Displaced, TrialStore
@@ -82,6 +83,8 @@ class Dispatcher:
         self.lost_at: dict[str, float] = {}  # when a trial's slot was lost
         self.packs: dict[SlotState, tuple[int, bool]] = {}  # what was said of a slot's trials, and whether some joined
         self.loops: list[asyncio.Task] = []
+        self.lent: dict[Slot, int] = {}  # slots that score meanwhile, with the number of the lending
+        self.lendings, self.lends = 0, True
 
     async def start(self) -> None:
         """Build the slots; returns at once, the queue is served as slots come up."""
@@ -138,28 +141,81 @@ class Dispatcher:
         """Return the process ids of every slot's workers."""
         return [slot.pids for slot in self.slots]
 
+    async def lend(self, after: int) -> Lent | None:
+        """Give a slot that has nothing to train, once no trial waits and more than `after` have ended.
+
+        None: there will be none, for the sweep is over.
+        """
+        while self.lends:
+            ended = sum(trial.ended for trial in self.queue.trials.values())
+            if ended > after and self.queue.is_complete and not self.queue.waiting:
+                free = [slot for slot in self._idle_slots() if slot.world_size == 1 and slot not in self.lent]
+                if free:
+                    self.lendings += 1
+                    self.lent[free[0]] = self.lendings
+                    return Lent(free[0].workers[0], self.lendings, ended)
+            await asyncio.sleep(LEND_SECONDS)
+        return None
+
+    async def take_back(self, lending: int, why_lost: str = "") -> None:
+        """Let a slot that was lent train again; its worker may have died meanwhile."""
+        for slot, state in zip(self.slots, self.queue.slots, strict=True):
+            if self.lent.get(slot) == lending:  # else it was given up meanwhile
+                del self.lent[slot]
+                if why_lost:
+                    self._lost(slot, state, SlotLost(why_lost))
+
+    async def _call_back(self, slot: Slot) -> None:
+        """Have a slot that is lent come back, which its worker does behind the batch that it answers.
+
+        Raises:
+            SlotLost: it does not.
+        """
+        slot.call_off(self.lent[slot])
+        hang = slot.sweep.retry.hang_seconds
+        until = time.monotonic() + hang
+        while slot in self.lent:
+            if time.monotonic() > until:
+                del self.lent[slot]
+                raise SlotLost(f"it was lent, and did not come back within {hang:.0f} s")
+            await asyncio.sleep(BACK_SECONDS)
+
+    async def end_lending(self) -> None:
+        """Lend nothing any more, and have what is lent come back."""
+        self.lends = False
+        for slot, lending in self.lent.items():
+            slot.call_off(lending)
+
     async def release(self) -> list[Slot]:
         """End what was stopped last; return the slots that are idle with their workers, and end the others'."""
-        for loop in self.loops:
-            loop.cancel()
-        await asyncio.gather(*self.loops, return_exceptions=True)
-        for slot, state in zip(self.slots, self.queue.slots, strict=True):
+        await self._end_loops()
+        for state in self.queue.slots:
             self._carry_out(self.queue.release_stopped(state))
-            if not (state.built and slot.idle):  # one that was being built has workers that know nothing yet
+        idle = [slot for slot in self._idle_slots() if slot not in self.lent]
+        for slot in self.slots:
+            if slot not in idle:
                 slot.drop()
             slot.work = None  # which no other process can wait for
-        return [slot for slot in self.slots if slot.idle]
+        return idle
 
     async def close(self, seconds: float = 0.0) -> None:
         """End what was stopped last, and all workers, which have so long to keep their last step."""
-        for loop in self.loops:
-            loop.cancel()
-        await asyncio.gather(*self.loops, return_exceptions=True)
+        await self._end_loops()
         if seconds:
             await asyncio.gather(*(slot.keep(seconds) for slot in self.slots))
         for slot, state in zip(self.slots, self.queue.slots, strict=True):
             self._carry_out(self.queue.release_stopped(state))
             slot.drop()
+
+    def _idle_slots(self) -> list[Slot]:
+        """Return the slots that train nothing; one that is being built has workers that know nothing yet."""
+        pairs = zip(self.slots, self.queue.slots, strict=True)
+        return [slot for slot, state in pairs if state.built and slot.idle and not state.trials]
+
+    async def _end_loops(self) -> None:
+        for loop in self.loops:
+            loop.cancel()
+        await asyncio.gather(*self.loops, return_exceptions=True)
 
     async def _grow(self, room: Callable[[], int], another: Callable[[], Slot]) -> None:
         """Add slots where nodes have joined the cluster and trials wait."""
@@ -175,7 +231,10 @@ class Dispatcher:
     async def _serve(self, slot: Slot, state: SlotState) -> None:
         while True:
             try:
-                while not self.queue.waiting:
+                while not self.queue.waiting or slot in self.lent:
+                    if self.queue.waiting:
+                        await self._call_back(slot)
+                        continue
                     self.queued.clear()
                     await self.queued.wait()
                 if not state.built and not await self._built(slot, state):

@@ -13,7 +13,8 @@ from typing import Literal
 
 from pipeline.config.load import TrialRequest
 from pipeline.config.trial import EvaluationConfig
-from pipeline.evaluate.generate import Answers, SplitPart
+from pipeline.evaluate.generate import SplitPart
+from pipeline.evaluate.score import Answers
 
 Job = tuple[TrialRequest, EvaluationConfig]
 TOGETHER = 8  # adapters in one batch where `sweep.pack` is auto; a batch has as many rows as without them
@@ -119,16 +120,26 @@ class Calls:
 
     def __init__(self, jobs: Sequence[Job], slots: int, pack: int | Literal["auto"], max_attempts: int) -> None:
         self.max_attempts = max_attempts
-        planned = evaluation_units(jobs, slots, pack)
-        self.slots = min(slots, len(planned))
-        self._waiting: list[EvaluatorCall] = list(reversed(planned))
+        self._slots, self._pack = slots, pack
+        self._waiting: list[EvaluatorCall] = []
         self._ledger = Ledger()
-        self._ledger.expect(planned)
         self._deaths: Counter[Hashable] = Counter()  # by the key of the call
+        self.slots = min(slots, self.add(jobs))
+
+    def add(self, jobs: Sequence[Job]) -> int:
+        """Plan the calls that answer more jobs, behind those that wait; return how many they are."""
+        planned = evaluation_units(jobs, self._slots, self._pack)
+        self._waiting[:0] = reversed(planned)
+        self._ledger.expect(planned)
+        return len(planned)
 
     def take(self) -> EvaluatorCall | None:
         """Return the next call, or None where none waits."""
         return self._waiting.pop() if self._waiting else None
+
+    def put_back(self, call: EvaluatorCall) -> None:
+        """Plan a call again that nobody has made."""
+        self._waiting.append(call)
 
     def answered(self, unit: Unit, answers: Sequence[Answers]) -> None:
         """Take a unit's answers; what is complete with them is scored next."""

@@ -29,6 +29,8 @@ LIFE_SECONDS = 2.0  # between two signs of life: short beside every limit here, 
 CLUSTER_SECONDS = 60.0  # a cluster that does not answer: Ray itself gives up a head after as long
 NODES_SECONDS = 300.0  # for a cluster's nodes, where no slot fits those that are there
 GROW_SECONDS = 30.0  # between two looks for nodes that have joined
+LEND_SECONDS = 0.5  # between two looks for slots that have nothing to train
+BACK_SECONDS = 0.05  # between two looks whether one that was lent is back
 ENDING_SECONDS = 4.0  # an ordered end, which takes 1 to 2 s; then everything is killed
 
 # -- the stage, which watches the driver

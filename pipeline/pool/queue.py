@@ -133,6 +133,11 @@ class Queue:
         """Whether the trial was submitted and has not ended."""
         return key in self.trials and not self.trials[key].ended
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every trial of the order was submitted; what a searcher will ask for stands in none."""
+        return self._position.keys() <= self.trials.keys()
+
     def submit(self, request: TrialRequest, *, done: bool) -> Trial:
         """Take a trial up; one that the ledger knows as done does not wait for a slot."""
         trial = self.trials[request.key] = Trial(request)

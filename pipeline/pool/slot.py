@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import TrialReport
 
 if TYPE_CHECKING:  # the dispatcher has no torch
-    from pipeline.evaluate.generate import Answers, SplitPart
+    from pipeline.evaluate.generate import SplitPart
+    from pipeline.evaluate.score import Answers
 
 ROOM = 0.98  # of the processors asked for: the rest is for Tune's waiting actors, which must fit beside the last slot
 
@@ -148,6 +150,11 @@ class Slot:
                 await self._all("stop")
                 await self.work
 
+    def call_off(self, lending: int) -> None:
+        """End a lending: its worker answers no further batch."""
+        for worker in self.workers:
+            worker.call_off.remote(lending)
+
     async def _leaving(self) -> bool:
         return not self.nodes.isdisjoint(await draining())
 
@@ -183,24 +190,57 @@ class KeptSlots:
             if slot.world_size != world_size:
                 slot.drop()
         self._slots = fitting[number:]
+        if not fitting:  # nothing is left of what they started
+            for dispatcher in self._dispatchers:
+                ray.kill(dispatcher)
+            self._dispatchers.clear()
         return fitting[:number]
 
     def drop(self) -> None:
         """End all of them, and who started them."""
         self.take(0, 0)
-        for dispatcher in self._dispatchers:
-            ray.kill(dispatcher)
-        self._dispatchers.clear()
+
+
+@dataclass(frozen=True)
+class Lent:
+    """A slot of one rank that has nothing to train, for calls of an evaluation.
+
+    Attributes:
+        worker: its worker.
+        number: of the lending, with which it is called off and given back.
+        ended: how many trials had ended by then.
+    """
+
+    worker: Any
+    number: int
+    ended: int
+
+
+class CalledOff(Exception):
+    """A slot that is lent is to train again; nothing came of the call."""
 
 
 class Scorer:
     """What a process with a workbench does for an evaluation."""
 
     bench: Any
+    called_off = 0  # the newest lending that is over
 
-    def answer(self, requests: list[TrialRequest], evaluation: EvaluationConfig, part: SplitPart) -> list[Answers]:
-        """Return trials' answers to one part of their split."""
-        return self.bench.answer(requests, evaluation, part)
+    def answer(
+        self, requests: list[TrialRequest], evaluation: EvaluationConfig, part: SplitPart, lending: int = 0
+    ) -> list[Answers]:
+        """Return trials' answers to one part of their split.
+
+        Raises:
+            CalledOff: the `lending` is over, which a process that is not lent (0) never hears.
+        """
+
+        def wanted() -> None:
+            if 0 < lending <= self.called_off:
+                raise CalledOff
+
+        wanted()
+        return self.bench.answer(requests, evaluation, part, wanted)
 
     def score(self, request: TrialRequest, evaluation: EvaluationConfig, parts: list[Answers]) -> Evaluation:
         """Return the evaluation of a trial that has answered."""
@@ -274,6 +314,10 @@ class Worker(Scorer):
     def evict(self, key: str) -> None:
         """Drop a trial."""
         self.bench.evict(key)
+
+    def call_off(self, lending: int) -> None:
+        """End what is answered for a lending behind the next batch; it may be asked before the call that it ends."""
+        self.called_off = lending
 
     def room(self) -> tuple[int, str]:
         """Return how many more trials fit and pay beside those that are admitted, and why."""

@@ -72,9 +72,11 @@ class Training:
 
     def run(self, tell: Tell, kept: KeptSlots) -> None:
         """See `Work`."""
+        from pipeline.pool.evaluators import BesideTraining
         from pipeline.pool.tuner import run_trials
 
-        run_trials(self.plan, self.keys, self.params, tell, self.store, kept=kept)
+        beside = BesideTraining(self.plan, self.store)
+        run_trials(self.plan, self.keys, self.params, tell, self.store, kept=kept, beside=beside.during)
 
 
 @dataclass

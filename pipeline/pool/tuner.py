@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from pipeline.pool.slot import KeptSlots, Slot
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import EpochReport
 
+Beside = Callable[[Any], AbstractContextManager[None]]  # of a dispatcher
 # the dispatcher and the proxies only wait, so they take no processor; on the head, whose loss ends a sweep anyway
 ON_HEAD = {"node:__internal_head__": 0.0001}
 MOST_PROXIES = 128  # Tune's processes for packs, about 100 MB each on the head; every slot has one trial in any case
@@ -148,7 +149,7 @@ def most_in_progress(sweep: Sweep, slots: int) -> int:
 
 def run_trials(
     plan: Plan, keys: list[str], params: Params, tell: Tell, store: TrialStore, actor: Any = Dispatcher,
-    kept: KeptSlots | None = None,
+    kept: KeptSlots | None = None, beside: Beside = nullcontext,
 ) -> None:  # fmt: skip
     """Train the trials `keys` (and, under Optuna, the points that it asks for) on the current cluster.
 
@@ -162,9 +163,10 @@ def run_trials(
         store: as the sweep holds it.
         actor: the dispatcher's class; `hificl bench scale` gives one whose slots are simulated.
         kept: slots of the driver's earlier works, and for its later ones; None: the slots end with the trials.
+        beside: does something else with the dispatcher's slots while they have nothing to train.
     """
     for world_size, of_size, searched in by_world_size(plan, keys):
-        _run(plan, of_size, searched, params, tell, store, world_size, actor, kept)
+        _run(plan, of_size, searched, params, tell, store, world_size, actor, kept, beside)
 
 
 def by_world_size(plan: Plan, keys: list[str]) -> list[tuple[int, list[str], list[Cell]]]:
@@ -199,7 +201,7 @@ def halving_of(groups: Sequence[Sequence[str]], keys: Collection[str], sweep: Sw
 
 def _run(
     plan: Plan, keys: list[str], adaptive: list[Cell], params: Params, tell: Tell, store: TrialStore, world: int,
-    actor: Any, kept: KeptSlots | None,
+    actor: Any, kept: KeptSlots | None, beside: Beside,
 ) -> None:  # fmt: skip
     slots = count_slots(params.sweep, world, len(keys) + len(adaptive) * params.sweep.num_samples)
     run_ahead = params.sweep.scheduler == "fifo"
@@ -246,8 +248,9 @@ def _run(
                     checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                 ),
             )  # fmt: skip
-            tuner.fit()
-            ray.get(dispatcher.num_slots.remote())
+            with beside(dispatcher):
+                tuner.fit()
+                ray.get(dispatcher.num_slots.remote())
         done = True
     except ray.exceptions.ActorDiedError:
         raise WorkError("the dispatcher died") from None

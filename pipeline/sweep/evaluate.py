@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import methods
 from pipeline.config.load import Params, TrialRequest, data_root
 from pipeline.config.trial import KEY_LENGTH, EvaluationConfig, TrialConfig, digest
 from pipeline.core import copies
@@ -15,34 +14,18 @@ from pipeline.core.errors import WorkError
 from pipeline.core.files import file_digest
 from pipeline.core.progress import bar, say
 from pipeline.measure import Measure, Measured, MeasureJob, create_measure
-from pipeline.plan.plan import Plan, all_cells, make_plan, places
-from pipeline.plan.space import Cell, Point, tried
+from pipeline.plan.plan import Choice, Plan, all_cells, choose, evaluation_of, make_plan, places
+from pipeline.plan.space import Cell
 from pipeline.pool import supervisor
 from pipeline.pool.processes import in_order
 from pipeline.pool.supervisor import Drivers
-from pipeline.records.evaluation import Candidate, CellResult, CurvePoint, Evaluations, Measurement, StudyFile
+from pipeline.records.evaluation import CellResult, CurvePoint, Evaluations, Measurement, StudyFile
 from pipeline.records.store import TrialStore
 from pipeline.records.trial import Machine, TrialEnd
 from pipeline.sweep.mlflow_sync import COSTS, MlflowSync, experiment_note
 from pipeline.tasks import tasks
-from pipeline.tasks.vqa import VqaTask
 from pipeline.tracking.client import Tracker
 from pipeline.tracking.records import KILLED
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The trial of the candidates that a cell is scored with, its point of the row's search, or why there is none.
-
-    Attributes:
-        halted: whether there is none because a trial was stopped by hand.
-    """
-
-    candidates: tuple[Candidate, ...]
-    trial: str | None
-    searched: Point
-    error: str | None
-    halted: bool = False
 
 
 def evaluate(params: Params, studies: list[str], drivers: Drivers, root: Path | None = None) -> None:
@@ -70,9 +53,9 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore,
     folders, evaluations = places(root), Evaluations(root.resolve() / "evaluations")
     cells = all_cells(params, studies, folders)
     plan = make_plan(params, cells, folders, store.objective)
-    chosen = {cell.name: _choose(params, cell, store) for cell in cells}
+    chosen = {cell.name: choose(params, cell, store) for cell in cells}
     scoring = {
-        cell.name: _evaluation(params, cell, choice.trial)
+        cell.name: evaluation_of(params, cell, choice.trial)
         for cell in cells
         if (choice := chosen[cell.name]).trial is not None
     }
@@ -136,57 +119,6 @@ def _evaluate(params: Params, studies: list[str], root: Path, store: TrialStore,
             where="evaluate",
             way_out="Run `dvc repro train`, or `hificl sweep`; what is scored is kept",
         )
-
-
-def candidates(params: Params, cell: Cell, store: TrialStore) -> list[tuple[Point, TrialConfig]]:
-    """Return the points of a cell with their trials; under Optuna, those that the store holds."""
-    if params.sweep.search != "optuna" or not cell.search:
-        return [(point, cell.trial(point)) for point in tried(cell, params, store.objective)]
-    asked = []
-    for key in store.all_keys():
-        config = store.config(key)
-        values = {**config.model_dump(), **config.options}
-        point = {name: values[name] for name in cell.search if name in values}
-        if len(point) == len(cell.search) and config.method == cell.method and cell.trial(point).key == key:
-            asked.append((point, config))
-    return asked
-
-
-def _choose(params: Params, cell: Cell, store: TrialStore) -> Choice:
-    """Return the cell's candidates and the one with the best objective on the selection set."""
-    rows, problem, halted = [], None, False
-    best, best_objective = None, float("-inf")
-    for point, config in candidates(params, cell, store):
-        end = store.done(config.key)
-        objective = end.objective if end else None
-        status = end.status if end else "missing"
-        row = Candidate(trial=config.key, searched=point, selection_score=objective, status=status)
-        rows.append(row)
-        if not (end and end.final) and store.halted(config.key):
-            halted = True  # its number would stand beside those of whole trainings
-            problem = problem or f"trial {config.key} was stopped by hand; `hificl resume {config.key}` lets it go on"
-        elif end is None or not (end.status == "finished" or (end.status == "stopped" and end.epochs)):
-            problem = problem or (end.error if end else None) or f"trial {config.key} is {status}"
-        elif best is None or (objective is not None and objective > best_objective):
-            best, best_objective = row, objective if objective is not None else float("-inf")
-    if best is None:
-        return Choice(tuple(rows), None, {}, problem or "no trial", halted)
-    return Choice(tuple(rows), best.trial, dict(best.searched), None)
-
-
-def _evaluation(params: Params, cell: Cell, trial: str) -> EvaluationConfig:
-    if cell.evaluation is not None:
-        return cell.evaluation.model_copy(update={"trial": trial})
-    settings, published, task = params.evaluate, methods.published_decoding(cell.method), tasks.get(cell.task)
-    given = {name: getattr(settings.generation, name) for name in ("num_beams", "length_penalty", "max_new_tokens")}
-    decoding = {name: getattr(published, name) if value == "published" else value for name, value in given.items()}
-    decoding["max_new_tokens"] = decoding["max_new_tokens"] or task.max_new_tokens
-    target = {"task": cell.task, "manifest_digest": cell.digests.manifests[cell.task]} if cell.source else {}
-    return EvaluationConfig(
-        trial=trial, **target, **decoding, num_samples=settings.num_evaluation_samples,
-        vqa_normalise=settings.vqa_normalise, drop_incomplete_batch=settings.drop_incomplete_batch,
-        stem_predictions=settings.stem_predictions and isinstance(task, VqaTask) and task.stemmed_references,
-    )  # fmt: skip
 
 
 def _score(

@@ -6,7 +6,7 @@ import gc
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ import torch
 from pipeline.config.load import TrialRequest
 from pipeline.config.trial import EvaluationConfig
 from pipeline.core.errors import InputError, WorkError
-from pipeline.evaluate.generate import WHOLE, Answers, SplitPart
-from pipeline.evaluate.score import answer, score
+from pipeline.evaluate.generate import WHOLE, SplitPart
+from pipeline.evaluate.score import Answers, answer, score
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.trial import TrialReport
 from pipeline.resident.resident import Resident
@@ -202,11 +202,12 @@ class Workbench:
         return self.finish(request, evaluation, self.answer([request], evaluation))
 
     def answer(
-        self, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, part: SplitPart = WHOLE
-    ) -> list[Answers]:
+        self, requests: Sequence[TrialRequest], evaluation: EvaluationConfig, part: SplitPart = WHOLE,
+        on_batch: Callable[[], None] = lambda: None,
+    ) -> list[Answers]:  # fmt: skip
         """Let trials answer a part of a split; see `evaluate.score.answer`."""
         with repeatable(requests[0].config.deterministic):
-            return answer(self.resident(requests[0]), requests, evaluation, part, self.batch_size)
+            return answer(self.resident(requests[0]), requests, evaluation, part, self.batch_size, on_batch)
 
     def finish(self, request: TrialRequest, evaluation: EvaluationConfig, parts: Sequence[Answers]) -> Evaluation:
         """Score a trial that has answered all parts; see `evaluate.score.score`."""

@@ -14,10 +14,10 @@ from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.lineage.rerun import STUDY, study_params, surroundings
 from pipeline.lineage.run_record import RunRecord
+from pipeline.plan.plan import evaluation_of
 from pipeline.plan.space import Digests, cells
 from pipeline.records.trial import Provenance
 from pipeline.sweep import recorded
-from pipeline.sweep.evaluate import _evaluation
 from tests.conftest import ROOT
 
 
@@ -73,7 +73,7 @@ def test_a_recorded_trial_is_scored_as_its_record_says_and_no_setting_reaches_it
     again = recorded.params_of(trial, explicit)
     (cell,) = cells(again, recorded.STUDY, digests_of(params))
     assert cell.trial({}) == config and again.sweep.slots == 1
-    assert _evaluation(again, cell, "new") == scored.model_copy(update={"trial": "new"})
+    assert evaluation_of(again, cell, "new") == scored.model_copy(update={"trial": "new"})
 
 
 def test_other_weights_and_damaged_records_are_refused_before_any_work(params, tmp_path: Path) -> None:

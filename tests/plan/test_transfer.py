@@ -8,9 +8,8 @@ import pytest
 
 from pipeline.config.load import Params, Study, load
 from pipeline.core.errors import InputError, validate
-from pipeline.plan.plan import as_given, make_plan, places
+from pipeline.plan.plan import as_given, evaluation_of, make_plan, places
 from pipeline.plan.space import Cell, cells, needed, points
-from pipeline.sweep.evaluate import _evaluation
 from tests.conftest import ROOT
 
 TASKS = {"mini-vqa", "mini-okvqa", "mini-coco"}
@@ -34,7 +33,7 @@ def test_every_task_is_trained_on_and_scored_on_by_the_trials_of_its_own_study(m
     for cell in trained:
         config = trials[cell.name]
         assert config.task == cell.source_task == cell.vary["source_task"]
-        scored = _evaluation(params, cell, config.key)
+        scored = evaluation_of(params, cell, config.key)
         assert (scored.task, scored.manifest_digest is None) == (
             (None, True) if cell.source is None else (cell.task, False)
         )
@@ -48,7 +47,7 @@ def test_a_score_reads_the_targets_samples(monkeypatch):
     params, known = laid_out(monkeypatch, "miniature-transfer")
     cell = next(cell for cell in known if (cell.source, cell.task) == ("mini-vqa", "mini-coco"))
     plan, config = make_plan(params, known, places(ROOT)), cell.trial({})
-    to_score = plan.request_of(config, _evaluation(params, cell, config.key))
+    to_score = plan.request_of(config, evaluation_of(params, cell, config.key))
     assert to_score.manifest.endswith("mini-coco/manifest.json") and to_score.manifest_digest
     to_train = plan.request_of(config)
     assert to_train.manifest.endswith("mini-vqa/manifest.json") and to_train.manifest_digest is None
@@ -67,7 +66,7 @@ def test_a_row_may_be_trained_on_a_mixture(monkeypatch):
         assert len(trials) == 3  # one a seed, scored on three tasks
         assert {(config.task, config.num_train_samples) for config in trials.values()} == {(ALL, samples)}
         for cell in of_row[row]:
-            assert _evaluation(params, cell, "k").task == cell.task in TASKS
+            assert evaluation_of(params, cell, "k").task == cell.task in TASKS
     assert {cell.trial({}).task for cell in of_row["hificl"]} == TASKS
 
 

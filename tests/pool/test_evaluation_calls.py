@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.load import BackboneSource, TrialRequest
 from pipeline.config.trial import EvaluationConfig, TrialConfig
-from pipeline.evaluate.generate import Answers
+from pipeline.evaluate.score import Answers
 from pipeline.pool.evaluation_calls import TOGETHER, Calls, Complete, Ledger, Unit, evaluation_units
 
 

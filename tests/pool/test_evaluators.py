@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -13,8 +14,10 @@ from pipeline.config.trial import EvaluationConfig, TrialConfig
 from pipeline.core.errors import InputError
 from pipeline.pool import evaluators, slot
 from pipeline.pool.cluster import running
+from pipeline.pool.evaluators import BesideTraining
 from pipeline.pool.slot import KeptSlots
-from tests.support.told_actors import Looking, Told
+from pipeline.records.store import TrialStore
+from tests.support.told_actors import Lender, Looking, Told
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,6 +71,28 @@ def test_a_call_whose_process_died_is_made_again_a_limited_number_of_times(score
     found, calls = score("a")
     assert len([call for call in calls if call.startswith(what)]) == 2
     assert found["a"] == "record of a" if deaths == 1 else isinstance(found["a"], ray.exceptions.RayActorError)
+
+
+def test_beside_training_a_worker_that_dies_is_given_back_as_lost_and_its_call_made_by_another(
+    tmp_path, monkeypatch, params
+):
+    config = TrialConfig.model_construct(backbone="b", task="t", manifest_digest="m")
+    source, kept = BackboneSource(variant="tiny"), []
+    jobs = [
+        (TrialRequest(config, name, str(tmp_path), source, pack_key="one"), EvaluationConfig(trial=name))
+        for name in "abc"
+    ]
+    (tmp_path / "die-answer-0").touch()
+    (tmp_path / "fail-b").touch()
+    beside = BesideTraining(SimpleNamespace(params=params), TrialStore(tmp_path / "runs"))
+    ready = iter([jobs, []])
+    monkeypatch.setattr(beside, "_ready", lambda: next(ready, []))
+    monkeypatch.setattr(evaluators, "_keep_beside", lambda job, score: kept.append(score))
+    lender = Lender.remote([Told.remote(), Told.remote()])
+    beside._score(lender)
+    assert sorted(kept) == ["record of a", "record of c"]  # the stage that scores says what is wrong with b
+    first, second = ray.get(lender.taken_back.remote()).values()
+    assert "died" in first and not second
 
 
 def test_workers_that_a_training_left_score_and_one_that_dies_gives_way(params, score, tmp_path, monkeypatch):

@@ -65,6 +65,13 @@ def test_a_slot_takes_its_own_teacher_then_one_that_no_other_slot_has_then_the_f
     assert first_of("b") == "b"
 
 
+def test_an_order_is_complete_once_all_its_trials_were_submitted():
+    queue = Queue(1, 3, run_ahead=True, order=[request(0).key, request(1).key])
+    for number, complete in ((2, False), (1, False), (0, True)):
+        queue.submit(request(number), done=number == 1)
+        assert queue.is_complete is complete
+
+
 def test_trials_begin_in_the_plans_order_whatever_the_order_they_came_in_and_lost_ones_before_them():
     requests = [request(n) for n in range(4)]
     queue = Queue(1, 3, run_ahead=True, order=[r.key for r in requests[:3]])

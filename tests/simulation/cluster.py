@@ -143,6 +143,7 @@ class Worker:
         self.process, self.world = process, process.world
         self.runs: list[PlayedRun] = []
         self.done, self.stopping = 0, False
+        self.called_off, self.answers = 0, False
 
     def address(self) -> tuple[str, str, int]:
         return self.process.host.name, self.process.host.name, self.process.pid
@@ -159,7 +160,20 @@ class Worker:
     def steps(self) -> int:
         return self.done
 
+    def call_off(self, lending: int) -> None:
+        self.called_off = lending
+
+    def answer(self, lending: int) -> None:
+        self.answers = True
+        for _ in range(self.world.rng.randint(1, 20)):
+            if lending <= self.called_off:
+                break
+            self.world.sleep(self.world.rng.uniform(0.5, 1.5) * STEP_SECONDS)
+        self.answers = False
+
     def admit(self, request: Any) -> int:
+        if self.answers:
+            self.world.unforeseen.append(AssertionError("a slot that is lent was given a trial"))
         self.evict(request.key)
         self.world.sleep(self.world.rng.uniform(0, 0.5))
         if request.config.seed == self.world.poison:
@@ -550,8 +564,24 @@ class Cluster:
                         error = PROXY_DIED
                 send(TrialEnded(key, error))
 
+        async def borrow() -> None:
+            after = -1
+            while (lent := await dispatcher.lend(after)) is not None:
+                why_lost = ""
+                try:
+                    await lent.worker.answer.remote(lent.number)
+                except ActorDied as error:
+                    why_lost = str(error)
+                await dispatcher.take_back(lent.number, why_lost)
+                after = lent.ended if world.rng.random() < 0.5 else -1
+
+        borrower = asyncio.ensure_future(borrow())
+        borrower.add_done_callback(gone)
         most = max(slots + 2, len(work.keys) if world.exits else 0)  # as `pool.tuner` has it
         await asyncio.gather(*(proxy() for _ in range(most)))
+        await dispatcher.end_lending()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(borrower, sweep.retry.hang_seconds)
         with suppress(TimeoutError):
             await asyncio.wait_for(dispatcher.close(), 30)  # as `pool.tuner` does
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Placed:
 class Told(Placed):
     """An evaluator, or a slot's worker, without a backbone: a file `die-CALL` ends its process, `fail-NAME` raises."""
 
-    def answer(self, requests, evaluation, part):
+    def answer(self, requests, evaluation, part, lending):
         self._called("answer", requests)
         return [() for _ in requests]
 
@@ -58,6 +59,28 @@ class Looking(Placed):
 
     def sees(self) -> str | None:
         return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@ray.remote(num_cpus=0)
+class Lender:
+    """A dispatcher that lends each of some workers once, the next one when the one before is back, and has no other."""
+
+    def __init__(self, workers) -> None:
+        self.workers, self.number, self.back = list(workers), 0, {}
+
+    async def lend(self, after: int):
+        from pipeline.pool.slot import Lent
+
+        while self.number > len(self.back):
+            await asyncio.sleep(0.01)
+        self.number += bool(self.workers)
+        return Lent(self.workers.pop(0), self.number, after + 1) if self.workers else None
+
+    async def take_back(self, lending: int, why_lost: str) -> None:
+        self.back[lending] = why_lost
+
+    async def taken_back(self) -> dict[int, str]:
+        return self.back
 
 
 @ray.remote(num_cpus=0)
