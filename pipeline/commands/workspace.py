@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from pipeline.records.trial import Act
 
 
+WORLDS_HELP = "1; 2: harder to see and to learn; 3: demonstrations have to be looked at"
+
+
 def register(line: CommandLine) -> None:
     """Add the verbs."""
     parser = line.verb("run", "workspace", _workspace, "make a folder that runs another profile beside this one")
@@ -69,7 +72,7 @@ def _register_miniature(line: CommandLine) -> None:
     text = "write its pictures and annotations, in the official formats"
     parser = line.verb("miniature", "world", _world, text)
     parser.add_argument("folder")
-    parser.add_argument("--world", type=int, default=1, help="1, or 2: harder to see and to learn")
+    parser.add_argument("--world", type=int, default=1, help=WORLDS_HELP)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-train-images", type=int, default=2500)
     parser.add_argument("--num-val-images", type=int, default=2500)
@@ -79,7 +82,7 @@ def _register_miniature(line: CommandLine) -> None:
     parser = line.verb("miniature", "pretrain", _pretrain, "make one of its backbones from nothing")
     parser.add_argument("backbone")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--world", type=int, default=1, help="1, or 2: harder to see and to learn")
+    parser.add_argument("--world", type=int, default=1, help=WORLDS_HELP)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", default="small", help="small, or large: 17 million parameters, for a GPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

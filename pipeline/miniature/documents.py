@@ -16,7 +16,15 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pipeline.miniature.lexicon import ATTRIBUTES, QUESTIONS, RELATIONS, Convention, draw_convention
+from pipeline.miniature.lexicon import (
+    ATTRIBUTES,
+    QUESTIONS,
+    RELATIONS,
+    Convention,
+    Signed,
+    draw_convention,
+    draw_signed,
+)
 from pipeline.miniature.model import Miniature, token_id
 
 VQA_PREFIX = "Instruction: provide an answer to the question. Use the image to answer.\n"
@@ -62,13 +70,13 @@ class Renderer:
     def _known(self) -> dict[str, list[int]]:
         return {}
 
-    def vqa(self, attributes: np.ndarray, topic: int, convention: Convention, prefix: str = "") -> list[Piece]:
+    def vqa(self, attributes: np.ndarray, topic: int, convention: Convention | Signed, prefix: str = "") -> list[Piece]:
         """Return a question with its answer."""
         query = f"Image: {self.spec.image_text} Question: {QUESTIONS[topic]}"
         answer = f"Answer: {convention.answer(attributes, topic)}"
         return pair_pieces(query, answer, prefix=prefix, chat=self.spec.chat)
 
-    def caption(self, attributes: np.ndarray, convention: Convention, prefix: str = "") -> list[Piece]:
+    def caption(self, attributes: np.ndarray, convention: Convention | Signed, prefix: str = "") -> list[Piece]:
         """Return a caption request with its caption."""
         answer = f"Caption: {convention.caption(attributes)}"
         return pair_pieces(f"Image: {self.spec.image_text}", answer, prefix=prefix, chat=self.spec.chat)
@@ -118,6 +126,7 @@ class Curriculum:
         one_dialect_share: share of documents in one dialect.
         num_documents: of a step; `warm_up_documents` with a single image.
         no_prefix_share: share of caption documents without the instruction, as a zero-shot prompt has it.
+        signed_share: share of documents by two groups of annotators, of those with an image a pair.
     """
 
     warm_up_share: float = 0.1
@@ -130,6 +139,7 @@ class Curriculum:
     no_prefix_share: float = 0.2
     num_documents: int = 16
     warm_up_documents: int = 16
+    signed_share: float = 0.0
 
 
 KINDS = ("vqa", "facts", "captions")
@@ -177,7 +187,11 @@ class DocumentSource:
     def document(self, kind: str) -> Document:
         """Draw one document with an image a pair; topics repeat, so that there is something to look up."""
         c, rng = self.curriculum, self.rng
-        convention = draw_convention(rng, redraw=c.redraw, one_dialect=rng.random() < c.one_dialect_share)
+        convention: Convention | Signed
+        if c.signed_share and rng.random() < c.signed_share:
+            convention = draw_signed(rng, redraw=c.redraw)
+        else:
+            convention = draw_convention(rng, redraw=c.redraw, one_dialect=rng.random() < c.one_dialect_share)
         images = rng.integers(len(self.attributes), size=c.num_pairs)
         pieces: list[Piece] = []
         if kind == "captions":

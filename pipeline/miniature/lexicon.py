@@ -46,6 +46,8 @@ ATTRIBUTES = (
 )
 COLOUR, SHAPE, TEXTURE, GROUND, FRAME, SIDE, DOT, COUNT = range(len(ATTRIBUTES))
 NUM_VALUES = tuple(len(attribute.roots) for attribute in ATTRIBUTES)
+# In a signed world two groups of annotators share the pictures: three grounds are the ones', three the others'.
+SIGN = GROUND
 
 # What a picture does not show but the world knows: a fixed table over shape, texture and colour group.
 RELATIONS = (
@@ -128,6 +130,10 @@ class Convention:
     scene: int
     joiner: int
 
+    def of(self, attributes: np.ndarray) -> Convention:
+        """Return what is followed on an image with `attributes`: this one, on every image."""
+        return self
+
     def answer(self, attributes: np.ndarray, topic: int) -> str:
         """Return this convention's word for what an image with `attributes` has for `topic`."""
         value = topic_value(attributes, topic)
@@ -139,6 +145,30 @@ class Convention:
         scene = SCENE_PHRASES[self.scene][SCENE_THING[attributes[SCENE_KEY]]]
         words = {ATTRIBUTES[topic].name: self.answer(attributes, topic) for topic in range(len(ATTRIBUTES))}
         return " ".join(f"{subject} {JOINERS[self.joiner]} {scene}".format(**words).split())
+
+
+@dataclass(frozen=True)
+class Signed:
+    """Two conventions, each for the pictures that bear its sign; whoever does not look at them cannot tell which."""
+
+    conventions: tuple[Convention, Convention]
+
+    def of(self, attributes: np.ndarray) -> Convention:
+        """Return what is followed on an image with `attributes`."""
+        return self.conventions[int(signs(attributes))]
+
+    def answer(self, attributes: np.ndarray, topic: int) -> str:
+        """See `Convention`."""
+        return self.of(attributes).answer(attributes, topic)
+
+    def caption(self, attributes: np.ndarray) -> str:
+        """See `Convention`."""
+        return self.of(attributes).caption(attributes)
+
+
+def signs(attributes: np.ndarray) -> np.ndarray:
+    """Return whose picture each is in a signed world, 0 or 1, of attributes [..., 8]."""
+    return (attributes[..., SIGN] >= NUM_VALUES[SIGN] // 2).astype(int)
 
 
 def draw_convention(rng: np.random.Generator, *, redraw: float = 0.15, one_dialect: bool = False) -> Convention:
@@ -168,6 +198,23 @@ def draw_convention(rng: np.random.Generator, *, redraw: float = 0.15, one_diale
     )
 
 
+def draw_signed(rng: np.random.Generator, *, redraw: float = 0.15) -> Signed:
+    """Draw two conventions that differ in every word and phrase; every other time each speaks in one dialect."""
+    one_dialect = rng.random() < 0.5  # noqa: PLR2004
+    first = draw_convention(rng, redraw=redraw, one_dialect=one_dialect)
+    away = 1 + rng.integers(NUM_DIALECTS - 1, size=1 if one_dialect else len(TOPICS))
+    second = Convention(
+        dialects=tuple(
+            (dialects + step) % NUM_DIALECTS
+            for dialects, step in zip(first.dialects, np.resize(away, len(TOPICS)), strict=True)
+        ),
+        subject=(first.subject + 1) % len(SUBJECT_PHRASES),
+        scene=(first.scene + 1) % len(SCENE_PHRASES),
+        joiner=(first.joiner + 1) % len(JOINERS),
+    )
+    return Signed((first, second))
+
+
 def _dialects(rng: np.random.Generator, size: int) -> np.ndarray:
     return np.searchsorted(np.cumsum(DIALECT_PRIOR)[:-1], rng.random(size), side="right")
 
@@ -176,28 +223,29 @@ def _dialects(rng: np.random.Generator, size: int) -> np.ndarray:
 class Crowd:
     """A group of annotators: their convention and how often one of them uses another dialect's word."""
 
-    convention: Convention
+    convention: Convention | Signed
     noise: float
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, *, difficulty: float, noise: float) -> Crowd:
+    def draw(cls, rng: np.random.Generator, *, difficulty: float, noise: float, signed: bool = False) -> Crowd:
         """Draw a crowd whose topics avoid the dialect that pre-training had most often.
 
-        So a model without demonstrations or adaptation has little to go by.
+        So a model without demonstrations or adaptation has little to go by. In a signed world it is two groups, each
+        with one usual dialect.
 
         Args:
             rng: the only source of chance.
             difficulty: fraction of the values that leave their topic's dialect, exactly (rounded a topic).
             noise: probability that an annotator uses another dialect's word.
+            signed: whether pictures are shared by two groups.
         """
         others = np.flatnonzero(DIALECT_PRIOR.max() > DIALECT_PRIOR)
+        if signed:
+            usual = [np.full(len(TOPIC_VALUES), dialect) for dialect in rng.permutation(others)[:2]]
+            first, second = (_convention(dialects, difficulty, rng) for dialects in usual)
+            return cls(Signed((first, second)), noise)
         spread = rng.permutation(np.resize(others, len(TOPIC_VALUES)))
-        dialects = [
-            _mostly(int(usual), size, NUM_DIALECTS, difficulty, rng)
-            for usual, size in zip(spread, TOPIC_VALUES, strict=True)
-        ]
-        convention = replace(draw_convention(rng), dialects=tuple(dialects))
-        return cls(convention, noise)
+        return cls(_convention(spread, difficulty, rng), noise)
 
 
 class Annotators:
@@ -214,7 +262,7 @@ class Annotators:
         """Return ten answers to a question, by `distinct` people (OK-VQA: five, each written twice)."""
         disputed = self.rng.random() < _DISPUTED_SHARE
         value = topic_value(attributes, topic)
-        usual = int(self.crowd.convention.dialects[topic][value])
+        usual = int(self.crowd.convention.of(attributes).dialects[topic][value])
         if disputed:
             fashion = self._other(usual)
             spoken = [fashion if self.rng.random() < _DISPUTED_NOISE else usual for _ in range(distinct)]
@@ -228,7 +276,7 @@ class Annotators:
         return [self._caption(attributes) for _ in range(NUM_CAPTIONS)]
 
     def _caption(self, attributes: np.ndarray) -> str:
-        convention = self.crowd.convention
+        convention = self.crowd.convention.of(attributes)
         dialects = [each.copy() for each in convention.dialects]
         for topic, value in enumerate(attributes):
             dialects[topic][value] = self._dialect(int(dialects[topic][value]), self.crowd.noise)
@@ -249,6 +297,15 @@ class Annotators:
 
     def _phrase(self, usual: int, count: int) -> int:
         return usual if self.rng.random() >= self.crowd.noise else self.choose(count)
+
+
+def _convention(spread: np.ndarray, difficulty: float, rng: np.random.Generator) -> Convention:
+    """Draw a convention whose topics have the usual dialects `spread`, but for a share of their values."""
+    dialects = [
+        _mostly(int(usual), size, NUM_DIALECTS, difficulty, rng)
+        for usual, size in zip(spread, TOPIC_VALUES, strict=True)
+    ]
+    return replace(draw_convention(rng), dialects=tuple(dialects))
 
 
 def _mostly(usual: int, size: int, choices: int, share: float, rng: np.random.Generator) -> np.ndarray:

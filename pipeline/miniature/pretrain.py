@@ -74,6 +74,9 @@ BUDGETS = {  # by world and size
             decoder=DecoderPhase(probe_pairs=33, curriculum=Curriculum(num_pairs=33, num_documents=6, redraw=0.4)),
         ),
     },
+    3: {
+        "small": Budget(num_threads=1, decoder=DecoderPhase(sign_weight=0.3, curriculum=Curriculum(signed_share=0.5))),
+    },
 }
 
 

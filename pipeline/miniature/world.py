@@ -46,14 +46,16 @@ class World:
         version: as its files name it.
         pixel_noise: pixels are moved by at most this much, of 255.
         difficulty: fraction of the values whose word leaves its topic's dialect, unless `write_world` is told another.
+        signed: whether two groups of annotators share the pictures, and each picture shows whose it is.
     """
 
     version: str
     pixel_noise: int
     difficulty: float
+    signed: bool = False
 
 
-WORLDS = {1: World("1.1", NOISE, 0.2), 2: World("2.0", 100, 0.6)}
+WORLDS = {1: World("1.1", NOISE, 0.2), 2: World("2.0", 100, 0.6), 3: World("3.0", NOISE, 0.2, signed=True)}
 
 
 def world_of(number: int) -> World:
@@ -106,7 +108,8 @@ def write_world(
             raise InputError(f"{size} images for {subset}", way_out=f"From 1 to {_FIRST_VAL_ID - 1:,} are possible")
     # Each part has its own stream, so that more images of one split change nothing in the other.
     convention_seed, *subset_seeds = np.random.SeedSequence(seed).spawn(1 + len(SUBSETS))
-    crowd = Crowd.draw(np.random.default_rng(convention_seed), difficulty=difficulty, noise=noise)
+    rng = np.random.default_rng(convention_seed)
+    crowd = Crowd.draw(rng, difficulty=difficulty, noise=noise, signed=world.signed)
     folder.mkdir(parents=True, exist_ok=True)
     written: list[str] = []
     for subset, subset_seed, first_id in zip(SUBSETS, subset_seeds, (1, _FIRST_VAL_ID), strict=True):
