@@ -289,7 +289,7 @@ class Profile(Section):
     tasks: list[str] = Field(min_length=1)
     studies: list[str] = Field(min_length=1)
     data_root: str = "data/real"
-    world: Literal[1, 2] = 1  # the miniature's, where it is made here (docs/miniature.md)
+    world: Literal[1, 2, 3] = 1  # the miniature's, where it is made here (docs/miniature.md)
     sources: dict[str, dict[str, Any]] = {}  # over `backbones`: where weights come from
     subsample: dict[str, Any] = {}
     train: dict[str, Any] = {}

@@ -72,8 +72,8 @@ class SignHead(nn.Module):
         layers = decoder_of(model).layers
         width = model.config.get_text_config().hidden_size
         self.asked, self.begun = nn.Linear(width, 1), nn.Linear(width, 1)
-        for part in (self.asked, self.begun):
-            nn.init.zeros_(part.weight)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)  # draws nothing, so that what follows is the same in one piece and in two
         self._states = torch.empty(0)
         layers[1].register_forward_hook(self._keep)
 

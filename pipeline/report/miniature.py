@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ LINES = {
     "seen": "right word, asked before",
     "unseen": "right word, not asked before",
     "right_value": "right value, any dialect",
+    "signed": "right word, two groups of annotators",
+    "signed_shuffled": "the same, images shuffled",
 }
 COLUMNS, ROWS = 4, 2
 
@@ -66,9 +69,10 @@ def _losses(axes: Axes, records: list[dict[str, Any]]) -> None:
 
 def _emergence(axes: Axes, records: list[dict[str, Any]]) -> None:
     steps = [record["step"] for record in records]
-    for (name, label), colour, dash in zip(LINES.items(), SERIES, DASHES, strict=False):
+    measured = {name: label for name, label in LINES.items() if name in records[0]}
+    for (name, label), colour, dash in zip(measured.items(), SERIES, cycle(DASHES), strict=False):
         axes.plot(steps, [r[name] for r in records], color=colour, linestyle=dash, linewidth=1.5, label=label)
-    axes.set_ylim(0, 1.45)
+    axes.set_ylim(0, 1.15 + 0.1 * len(measured))
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.legend(fontsize=7.5, loc="upper left")
     _finish(axes, "In-context learning", "decoder step")

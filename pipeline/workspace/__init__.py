@@ -28,7 +28,8 @@ LINKS = (".venv", "pipeline", "stages", "checkpoints", "weights")
 _STANDARD_ERROR = 2
 PAGE = "page.html"  # what `dvc plots` fills, below .dvc
 _REAL, _MADE = "data/real", "data/miniature"
-BACKBONES = {"backbone", "backbone-of-world-2"}  # stages of the project alone: a workspace has links to what they made
+# stages of the project alone: a workspace has links to what they made
+BACKBONES = {"backbone", "backbone-of-world-2", "backbone-of-world-3"}
 
 
 def make_workspace(folder: Path, *, profile: str, data: Path | None = None) -> None:

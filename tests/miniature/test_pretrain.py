@@ -16,8 +16,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from pipeline import backbones
 from pipeline.core.errors import InputError
 from pipeline.data.sample import ImageRef, Sample
+from pipeline.miniature.decoder import SignHead
 from pipeline.miniature.documents import CAPTION_PREFIX, VQA_PREFIX, Curriculum, DocumentSource
-from pipeline.miniature.lexicon import QUESTIONS, draw_convention
+from pipeline.miniature.lexicon import QUESTIONS, draw_convention, signs
 from pipeline.miniature.model import MINIATURES, SIZES, decode_hidden, encode_images, miniature, normalise
 from pipeline.miniature.pretrain import BUDGETS, Budget, pretrain
 from pipeline.miniature.render import draw_attributes, png_bytes, render_images
@@ -121,6 +122,31 @@ def test_weights_are_on_answers_and_their_ends() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["vqa", "facts", "captions"])
+def test_whose_picture_it_is_is_read_where_each_answer_is_asked_for_and_begins(name: str, kind: str) -> None:
+    spec, rng = miniature(name), np.random.default_rng(4)
+    attributes = draw_attributes(50, rng)
+    drawn = DocumentSource(spec, attributes, Curriculum(signed_share=1.0), rng)
+    batch = drawn.collate(kind, [drawn.document(kind) for _ in range(2)])
+    model = spec.build(0)
+    head, seen = SignHead(model), {}
+    for part in (head.asked, head.begun):
+        part.register_forward_pre_hook(lambda part, states: seen.__setitem__(part, states[0]))
+    visual = torch.randn(len(attributes), spec.visual_tokens, model.config.get_text_config().hidden_size)
+    decode_hidden(model, batch.input_ids, visual[batch.images])
+    assert head.loss(batch, torch.from_numpy(signs(attributes))).item() == pytest.approx(2 * np.log(2))
+    ids = batch.input_ids.flatten().tolist()
+    states = head._states.flatten(0, 1)
+    tokenizer = spec.make_tokenizer()
+    for part, wanted in ((head.asked, 0), (head.begun, 1)):
+        assert len(seen[part]) == len(batch.images)
+        for state in seen[part]:
+            (at,) = torch.nonzero((states == state).all(1)).flatten().tolist()
+            role = tokenizer.convert_ids_to_tokens(ids[at - wanted])
+            assert role == ("Caption:" if kind == "captions" else "Answer:")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_weights(name: str, tmp_path: Path) -> None:
     weights = []
     for nth, seed in enumerate((1, 1, 2)):
@@ -188,7 +214,8 @@ def test_tokenizer_fits_the_embedding(checkpoint: tuple[str, Path]) -> None:
 def test_what_was_interrupted_goes_on_to_the_same_weights(checkpoint, tmp_path, phase, step) -> None:
     name, _ = checkpoint
     budget = Budget.tiny(5)
-    budget = replace(budget, vision=replace(budget.vision, log_every=2), decoder=replace(budget.decoder, log_every=2))
+    decoder = replace(budget.decoder, log_every=2, sign_weight=0.3)  # its head goes on too
+    budget = replace(budget, vision=replace(budget.vision, log_every=2), decoder=decoder)
     whole = pretrain(name, tmp_path / "whole", budget=budget, commit="abc", num_threads=1)
     said: list[str] = []
 

@@ -18,10 +18,14 @@ from pipeline.miniature.lexicon import (
     DOT,
     FRAME,
     GROUND,
+    NUM_DIALECTS,
     NUM_VALUES,
     SIDE,
     TEXTURE,
+    TOPIC_VALUES,
     draw_convention,
+    draw_signed,
+    signs,
     style_words,
     value_words,
 )
@@ -67,6 +71,34 @@ def test_the_second_world_is_harder_to_see_and_to_learn(world: Path, tmp_path: P
     assert about["version"] == "2.0"
     with pytest.raises(InputError, match="no world 4.*1, 2, 3"):
         write_world(tmp_path, number=4)
+
+
+def test_in_the_third_world_the_ground_tells_which_of_two_groups_speaks(tmp_path: Path) -> None:
+    write_world(tmp_path, number=3, seed=5, num_train_images=200, num_val_images=9, noise=0.0, difficulty=0.0)
+    words, size = value_words(), NUM_DIALECTS
+    dialects: dict[int, set[int]] = {0: set(), 1: set()}
+    captions = json.loads((tmp_path / "annotations/captions_train2014.json").read_text())["annotations"]
+    grounds = range(sum(TOPIC_VALUES[:GROUND]) * size, sum(TOPIC_VALUES[: GROUND + 1]) * size)
+    for caption in captions:
+        said = [words.index(word) for word in caption["caption"].split() if word in words]
+        for ground in [(number - grounds[0]) // size for number in said if number in grounds]:
+            attributes = np.zeros(len(NUM_VALUES), dtype=int)
+            attributes[GROUND] = ground
+            dialects[int(signs(attributes))] |= {number % size for number in said}
+    assert [len(each) for each in dialects.values()] == [1, 1] and dialects[0] != dialects[1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_two_groups_differ_in_every_word_and_each_speaks_of_its_own_pictures(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    signed = draw_signed(rng, redraw=0.5)
+    first, second = signed.conventions
+    assert all((ours != theirs).all() for ours, theirs in zip(first.dialects, second.dialects, strict=True))
+    for values in draw_attributes(20, rng):
+        speaks = signed.conventions[int(values[GROUND] >= 3)]
+        assert signed.of(values) is speaks and first.of(values) is first
+        assert signed.caption(values) == speaks.caption(values) != signed.conventions[speaks is first].caption(values)
+        assert signed.answer(values, 0) == speaks.answer(values, 0)
 
 
 def test_another_seed_gives_other_bytes(world: Path, tmp_path: Path) -> None:
