@@ -90,15 +90,26 @@ def _together(sweep: Sweep) -> int | Literal["auto"]:
 def score_on_cluster(params: Params, jobs: list[Job], kept: KeptSlots) -> Iterator[tuple[str, Evaluation | Exception]]:
     """Score trials on the current cluster; yield (evaluation key, evaluation or exception) in the order of completion.
 
-    What was scored beside training is there. Workers of slots that are `kept` score first, for they have the backbone.
+    What was scored beside training comes first.
+    """
+    missing = []
+    for job in jobs:
+        score = _made_beside(job)
+        if score is None:
+            missing.append(job)
+        else:
+            yield job[1].key, score
+    if len(missing) < len(jobs):
+        say(f"{len(jobs) - len(missing)} of {len(jobs)} trials were scored while others trained")
+    yield from _scored(params, missing, kept)
+
+
+def _scored(params: Params, jobs: list[Job], kept: KeptSlots) -> Iterator[tuple[str, Evaluation | Exception]]:
+    """Score trials; workers of slots that are `kept` score first, for they have the backbone.
+
     What is called, made again and given up is decided in `evaluation_calls.Calls`.
     """
-    sweep, count = params.sweep, len(jobs)
-    made = {job[1].key: score for job in jobs if (score := _made_beside(job)) is not None}
-    if made:
-        say(f"{len(made)} of {count} trials were scored while others trained")
-        yield from made.items()
-        jobs = [job for job in jobs if job[1].key not in made]
+    sweep = params.sweep
     calls = Calls(jobs, count_slots(sweep, 1, sys.maxsize), _together(sweep), sweep.retry.max_attempts)
     slots = {slot.workers[0]: slot for slot in kept.take(1, calls.slots)}
     idle: list[Any] = [*slots]
@@ -274,9 +285,9 @@ def _keep_beside(job: Job, score: Evaluation) -> None:
 def _made_beside(job: Job) -> Evaluation | None:
     """Return a score that was made beside training, once; None where there is none, or not of what there is now."""
     scores, key, score = _scores_beside(job), job[1].key, None
-    with suppress(HificlError):
+    with suppress(HificlError):  # a damaged one
         score = scores.find(key)
-        remove_file(scores.path(key))
+    remove_file(scores.path(key))
     if score is None or score.adapter_digest != folder_digest(Path(job[0].folder) / "adapter"):
         return None
     return score
