@@ -151,7 +151,8 @@ class Dispatcher:
             if ended > after and self.queue.is_complete and not self.queue.waiting:
                 free = [slot for slot in self._idle_slots() if slot.world_size == 1 and slot not in self.lent]
                 if free:
-                    self.lendings += 1
+                    # a kept worker remembers what another dispatcher has called off
+                    self.lendings = max(self.lendings + 1, time.monotonic_ns())
                     self.lent[free[0]] = self.lendings
                     return Lent(free[0].workers[0], self.lendings, ended)
             await asyncio.sleep(LEND_SECONDS)

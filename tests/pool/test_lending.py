@@ -114,6 +114,20 @@ def test_a_slot_is_lent_once_something_has_ended_and_trains_when_it_is_back(pool
     asyncio.run(go())
 
 
+def test_a_lending_has_a_number_above_those_of_the_dispatcher_before(pool):
+    async def lent(*requests: int) -> int:
+        dispatcher = pool()
+        await dispatcher.start()
+        for number in requests:
+            await trained(dispatcher, number)
+        number = (await asyncio.wait_for(dispatcher.lend(-1), 5)).number
+        await dispatcher.close()
+        return number
+
+    first = asyncio.run(lent(0))
+    assert asyncio.run(lent(0, 1)) > first  # what was called off there would be refused here
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_a_lent_slot_whose_worker_died_or_never_answers_is_built_anew(pool, told):
     async def go() -> None:
